@@ -1,0 +1,1 @@
+"""Latent diffusion models: networks, schedules, samplers and checkpoints. Imports nothing by itself."""

@@ -1,0 +1,98 @@
+"""Self- and cross-attention, and the spatial transformer that carries the condition into the UNet."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from x to a context; to itself without one (section 3.3)."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, N, C), context (B, L, C_ctx) -> (B, N, C)."""
+        context = x if context is None else context
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """Linear layer gated by the exact GELU of its other half (Shazeer 2020)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU and back, four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # The middle entry is the reference's dropout: it keeps the published key `net.2`.
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each behind a LayerNorm and a residual."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(width, width, heads)
+        self.ff = FeedForward(width)
+        self.attn2 = CrossAttention(width, context_width, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the cells of a feature map, as a residual."""
+
+    def __init__(
+        self, width: int, context_width: int, heads: int, depth: int, groups: int, linear: bool
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, context_width, heads) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, h, w), context (B, L, C_ctx) -> (B, C, h, w)."""
+        size = x.shape[-2:]
+        y = self.norm(x)
+        y = y if self.linear else self.proj_in(y)
+        y = y.flatten(2).transpose(1, 2)  # (B, h*w, C)
+        y = self.proj_in(y) if self.linear else y
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        y = self.proj_out(y) if self.linear else y
+        y = y.transpose(1, 2).unflatten(2, size)
+        return x + (y if self.linear else self.proj_out(y))

@@ -1,0 +1,186 @@
+"""The KL autoencoder: E takes a picture to a latent, D takes it back (Rombach et al. 2021, section 3.1).
+
+Module names equal the keys of the published CompVis checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
+
+from models.spec import AutoencoderSpec
+
+
+def norm(width: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, width, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions as a residual."""
+
+    def __init__(self, width_in: int, width_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = norm(width_in, groups)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm2 = norm(width_out, groups)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        if width_in != width_out:
+            self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttentionBlock(nn.Module):
+    """One-head self-attention over all cells, as a residual."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = norm(width, groups)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, h, w) -> (B, C, h, w)."""
+        y = self.norm(x)
+        q, k, v = (conv(y).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
+        y = scaled_dot_product_attention(q, k, v)  # (B, 1, h*w, C)
+        return x + self.proj_out(y[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(width, width, groups)
+        self.attn_1 = AttentionBlock(width, groups)
+        self.block_2 = ResnetBlock(width, width, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    """Half the size by a strided convolution, padded on the right and below only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size by nearest neighbour, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution."""
+
+    def __init__(self, width_in: int, width_out: int, blocks: int, groups: int) -> None:
+        super().__init__()
+        widths = [width_in] + [width_out] * blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "downsample"):
+            return self.downsample(x)
+        return self.upsample(x) if hasattr(self, "upsample") else x
+
+
+class Encoder(nn.Module):
+    """Picture to the mean and log-variance of its latent."""
+
+    def __init__(self, spec: AutoencoderSpec) -> None:
+        super().__init__()
+        width = spec.channels[0]
+        self.conv_in = nn.Conv2d(spec.picture_channels, width, 3, padding=1)
+        self.down = nn.ModuleList()
+        for index, out in enumerate(spec.channels):
+            level = Level(width, out, spec.res_blocks, spec.groups)
+            if index < len(spec.channels) - 1:
+                level.downsample = Downsample(out)
+            self.down.append(level)
+            width = out
+        self.mid = Middle(width, spec.groups)
+        self.norm_out = norm(width, spec.groups)
+        self.conv_out = nn.Conv2d(width, 2 * spec.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Latent to picture."""
+
+    def __init__(self, spec: AutoencoderSpec) -> None:
+        super().__init__()
+        width = spec.channels[-1]
+        self.conv_in = nn.Conv2d(spec.latent_channels, width, 3, padding=1)
+        self.mid = Middle(width, spec.groups)
+        levels = []
+        for index, out in reversed(list(enumerate(spec.channels))):
+            level = Level(width, out, spec.res_blocks + 1, spec.groups)
+            if index:
+                level.upsample = Upsample(out)
+            levels.append(level)
+            width = out
+        self.up = nn.ModuleList(reversed(levels))  # the published index counts from the finest
+        self.norm_out = norm(width, spec.groups)
+        self.conv_out = nn.Conv2d(width, spec.picture_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(silu(self.norm_out(h)))
+
+
+class Autoencoder(nn.Module):
+    """E and D with a Gaussian latent."""
+
+    def __init__(self, spec: AutoencoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        c = spec.latent_channels
+        self.encoder = Encoder(spec)
+        self.decoder = Decoder(spec)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are held in."""
+        return self.post_quant_conv.weight.dtype
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, 3, H, W) in [-1, 1] -> mean and log-variance, each (B, C, H/f, W/f), unscaled."""
+        mean, logvar = self.quant_conv(self.encoder(x.to(self.dtype))).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The mode of the latent: x (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f), unscaled."""
+        return self.moments(x)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Unscaled z (B, C, h, w) -> x (B, 3, f*h, f*w), about in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z.to(self.dtype)))

@@ -1,0 +1,139 @@
+"""What a model is, as frozen values: network shapes, schedule, defaults and tasks.
+
+Free of torch, so that a process that only checks requests can use it. Widths are absolute channel counts
+per level, finest level first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Prediction = Literal["epsilon", "v_prediction"]
+Spacing = Literal["leading", "trailing"]
+BetaSchedule = Literal["scaled_linear", "linear"]
+
+
+@dataclass(frozen=True)
+class UNetSpec:
+    """Shape of a time-conditional UNet with cross-attention (Rombach et al. 2021, appendix E)."""
+
+    in_channels: int
+    out_channels: int
+    channels: tuple[int, ...]  # width of each level
+    res_blocks: int  # residual blocks a level going down; one more going up
+    transformer_depth: tuple[int, ...]  # transformer blocks after each residual block of a level; 0: no attention
+    middle_depth: int  # transformer blocks in the middle block
+    heads: tuple[int, ...]  # attention heads of each level; the middle block uses the last
+    context_width: int
+    groups: int = 32  # of every GroupNorm
+    linear_projection: bool = False  # transformer in/out projections: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
+
+    @property
+    def factor(self) -> int:
+        """Latent sides must be a multiple of this."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class AutoencoderSpec:
+    """Shape of a KL autoencoder (section 3.1)."""
+
+    channels: tuple[int, ...]  # width of each level
+    res_blocks: int  # residual blocks a level in E; one more in D
+    latent_channels: int
+    scale_factor: float  # the diffusion model sees scale_factor * E(x)
+    picture_channels: int = 3
+    groups: int = 32
+    sample_size: int = 512  # picture side it was trained at
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent cell covers along one side (f in the paper)."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """Noise schedule, and which quantity the UNet predicts."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: BetaSchedule = "scaled_linear"
+    timesteps: int = 1000
+    prediction: Prediction = "epsilon"
+    spacing: Spacing = "leading"
+    steps_offset: int = 1  # added to each timestep of the leading spacing
+    final_alpha_one: bool = False  # the last step goes to alpha_bar = 1 rather than to alpha_bar[0]
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Shape of a CLIP text transformer (Radford et al. 2021)."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    intermediate: int
+    tokens: int  # context length, begin and end tokens included
+    activation: str = "quick_gelu"
+    eos_id: int = 49407
+    bos_id: int = 49406
+    pad_id: int = 49407
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets when it does not say."""
+
+    width: int = 512
+    height: int = 512
+    steps: int = 25
+    guidance_scale: float = 7.5
+    sampler: str = "ddim"
+    eta: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One servable latent diffusion model."""
+
+    name: str
+    unet: UNetSpec
+    autoencoder: AutoencoderSpec
+    schedule: ScheduleSpec
+    text: TextSpec
+    defaults: Defaults = field(default_factory=Defaults)
+    tasks: tuple[str, ...] = ("text-to-image",)
+
+    @property
+    def size_multiple(self) -> int:
+        """Picture sides must be a multiple of this: the autoencoder's factor times the UNet's."""
+        return self.autoencoder.factor * self.unet.factor
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(channels, rows, columns) of the latent of a width x height picture."""
+        f = self.autoencoder.factor
+        return (self.autoencoder.latent_channels, height // f, width // f)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain containers, for a message between processes."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> ModelSpec:
+        """The inverse of to_dict; lists become tuples again."""
+
+        def build(kind: type, values: dict[str, Any]) -> Any:
+            return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+        return cls(
+            name=d["name"],
+            unet=build(UNetSpec, d["unet"]),
+            autoencoder=build(AutoencoderSpec, d["autoencoder"]),
+            schedule=build(ScheduleSpec, d["schedule"]),
+            text=build(TextSpec, d["text"]),
+            defaults=build(Defaults, d["defaults"]),
+            tasks=tuple(d["tasks"]),
+        )

@@ -1,0 +1,54 @@
+"""Training of the autoencoder: reconstruction and a slight pull of the latent to a unit Gaussian."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import l1_loss, mse_loss
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from models.autoencoder import Autoencoder
+from models.spec import AutoencoderSpec
+from models.training.scenes import Atlas, draw_scene
+from models.training.trainer import Budget, Trainer
+
+KL_WEIGHT = 1e-4  # of the divergence averaged over the latent's numbers
+
+
+class Scenes(IterableDataset):
+    """An endless stream of drawn pictures, uint8 (128, 128, 3), over every glyph of the font."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        worker = get_worker_info()
+        rng, atlas = np.random.default_rng([self.seed, worker.id if worker else 0]), Atlas()
+        while True:
+            yield draw_scene(atlas, rng, two=0.15, sizes=(56, 121)).picture.copy()
+
+
+def to_x(pictures: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return pictures.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+
+
+def loss(autoencoder: Autoencoder, x: Tensor) -> Tensor:
+    """Reconstruction error plus KL divergence of q(z | x) from a unit Gaussian (section 3.1)."""
+    mean, logvar = (m.float() for m in autoencoder.moments(x))
+    z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+    out = autoencoder.decode(z).float()
+    divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+    return mse_loss(out, x) + 0.25 * l1_loss(out, x) + KL_WEIGHT * divergence
+
+
+def train(spec: AutoencoderSpec, budget: Budget, state: Path, device: torch.device, workers: int = 1) -> None:
+    """Train E and D on drawn scenes; resumes from `state`."""
+    autoencoder = Autoencoder(spec)
+    trainer = Trainer(autoencoder, budget, state, device)
+    data = DataLoader(Scenes(trainer.progress.updates), batch_size=budget.batch, num_workers=workers)
+    trainer.run(iter(data), lambda batch: loss(autoencoder, to_x(batch.to(device))), "autoencoder")

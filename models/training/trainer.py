@@ -1,0 +1,117 @@
+"""What both training runs share: the update, the moving average, the learning rate, saving and resuming."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long and how fast to train. The run ends after `minutes`, summed over all resumed parts."""
+
+    minutes: float
+    learning_rate: float
+    batch: int
+    warmup: int = 100  # updates
+    save_every: float = 120.0  # seconds
+    average: float = 0.999  # decay of the moving average of the weights
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    updates: int = 0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Trains one module (or bundle of modules) on batches from an iterator.
+
+    The learning rate follows a cosine over the time budget, so that a slower machine makes fewer updates
+    rather than an unfinished schedule.
+    """
+
+    def __init__(self, network: nn.Module, budget: Budget, path: Path, device: torch.device) -> None:
+        """`path`: the state file, outside the repository; a run resumes from it where it exists."""
+        self.network = network.to(device)
+        self.averaged = copy.deepcopy(network).requires_grad_(False).eval()
+        self.budget, self.path, self.device = budget, path, device
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), lr=budget.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+        )
+        self.progress = Progress()
+        if path.exists():
+            self._resume()
+
+    def run(self, batches: Iterator[Any], loss_of: Callable[[Any], Tensor], title: str) -> None:
+        """Update until the budget is spent. loss_of: batch -> scalar loss."""
+        total, saved, smooth = 60 * self.budget.minutes, time.monotonic(), math.nan
+        self.network.train()
+        with tqdm(total=round(total), initial=round(self.progress.seconds), unit="s", desc=title) as bar:
+            for batch in batches:
+                if self.progress.seconds >= total:
+                    break
+                begin = time.monotonic()
+                loss = self._update(batch, loss_of)
+                smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
+                self.progress.updates += 1
+                self.progress.seconds += time.monotonic() - begin
+                bar.update(round(self.progress.seconds) - bar.n)
+                bar.set_postfix(updates=self.progress.updates, loss=f"{smooth:.4f}", refresh=False)
+                if time.monotonic() - saved > self.budget.save_every:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+
+    def _update(self, batch: Any, loss_of: Callable[[Any], Tensor]) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = loss_of(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        return loss.item()
+
+    def _learning_rate(self) -> float:
+        warm = min(1.0, (self.progress.updates + 1) / self.budget.warmup)
+        spent = min(1.0, self.progress.seconds / (60 * self.budget.minutes))
+        return self.budget.learning_rate * warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * spent)))
+
+    def _average(self) -> None:
+        decay = min(self.budget.average, (1 + self.progress.updates) / (10 + self.progress.updates))
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay
+            )
+
+    def save(self) -> None:
+        """Write the state whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        state = {"network": self.network, "averaged": self.averaged, "optimizer": self.optimizer}
+        torch.save(
+            {name: part.state_dict() for name, part in state.items()} | {"progress": vars(self.progress)}, partial
+        )
+        os.replace(partial, self.path)
+
+    def _resume(self) -> None:
+        state = torch.load(self.path, map_location=self.device, weights_only=True)
+        self.network.load_state_dict(state["network"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])

@@ -1,0 +1,1 @@
+"""The latent diffusion service. Imports nothing by itself."""
