@@ -1,0 +1,201 @@
+"""Checkpoints: a diffusers folder read safely and loaded strictly, and written again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from models import keymaps
+from models.autoencoder import Autoencoder
+from models.conditioner import TextConditioner
+from models.configs import CheckpointError, read_spec, write_configs
+from models.latent_diffusion import LatentDiffusion
+from models.spec import TextSpec
+from models.text_encoder import TextEncoder
+from models.unet import UNet
+
+__all__ = ["CheckpointError", "load", "read_spec", "save"]
+
+NETWORK_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+TEXT_FILES = ("model.safetensors", "model.fp16.safetensors")
+PICKLES = {NETWORK_FILES: "diffusion_pytorch_model.bin", TEXT_FILES: "pytorch_model.bin"}
+SHOWN = 4  # keys named in an error, of however many
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    allow_pickle: bool = False,
+) -> LatentDiffusion:
+    """The model in a diffusers folder, ready to run.
+
+    allow_pickle: read .bin files where there is no safetensors file; they never run code even then. Never
+    touches the network. Raises CheckpointError with what is missing, unexpected, misshaped or unreadable.
+    """
+    path = Path(path)
+    spec = read_spec(path)
+    tokenizer = read_tokenizer(path / "tokenizer", spec.text)
+    with torch.device("meta"):  # no memory and no initial values: every parameter comes from the file
+        unet, autoencoder = UNet(spec.unet), Autoencoder(spec.autoencoder)
+        text = TextEncoder(spec.text, tokenizer)
+    assign(unet, unet_names(unet), read_network(path / "unet", NETWORK_FILES, allow_pickle), dtype)
+    assign(autoencoder, autoencoder_names(autoencoder), read_autoencoder(path / "vae", allow_pickle), dtype)
+    assign(text.transformer, text_names(text), read_text(path / "text_encoder", allow_pickle), dtype)
+    restore_positions(text)
+    for network in (unet, autoencoder, text):
+        network.requires_grad_(False).eval()
+    return LatentDiffusion(spec, unet, autoencoder, TextConditioner(text)).to(device)
+
+
+def save(bundle: LatentDiffusion, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a bundle as a diffusers folder that diffusers itself can load, weights in `dtype`.
+
+    Raises CheckpointError for a value that dtype cannot hold, or a shape the layout has no words for.
+    """
+    path = Path(path)
+    write_configs(bundle.spec, path)
+    text = bundle.conditioner.encoder
+    text.tokenizer.save_pretrained(path / "tokenizer")
+    parts = (
+        (path / "unet" / NETWORK_FILES[0], bundle.unet, unet_names(bundle.unet)),
+        (path / "vae" / NETWORK_FILES[0], bundle.autoencoder, autoencoder_names(bundle.autoencoder)),
+        (path / "text_encoder" / TEXT_FILES[0], text.transformer, text_names(text)),
+    )
+    prefixes = ("", "", keymaps.TEXT_PREFIX)  # the published text encoders carry one
+    for (file, network, names), prefix in zip(parts, prefixes, strict=True):
+        tensors = {prefix + names[key]: value for key, value in network.state_dict().items()}
+        write_tensors(tensors, file, dtype)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> None:
+    """Attention matrices of the autoencoder lose their two trailing axes of 1: the layout has them linear."""
+    out = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.flatten(1) if is_linear(name) and tensor.dim() == 4 else tensor
+        # Not even a view may share memory with another tensor in the file.
+        out[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        if not torch.isfinite(out[name]).all():
+            raise CheckpointError(f"{name} has values that {dtype} cannot hold")
+    save_file(out, file, metadata={"format": "pt"})
+
+
+def is_linear(name: str) -> bool:
+    return name in keymaps.OLDER_ATTENTION.values()
+
+
+def unet_names(unet: UNet) -> dict[str, str]:
+    """Native parameter -> name in the file."""
+    table = keymaps.unet(unet.spec)
+    return {key: keymaps.rename(key, table) for key in unet.state_dict()}
+
+
+def autoencoder_names(autoencoder: Autoencoder) -> dict[str, str]:
+    """Native parameter -> name in the file."""
+    table = keymaps.autoencoder(autoencoder.spec)
+    return {key: keymaps.rename(key, table) for key in autoencoder.state_dict()}
+
+
+def text_names(text: TextEncoder) -> dict[str, str]:
+    """Parameter of `transformers`' class -> name in the file, without the prefix that some versions add."""
+    return {key: key.removeprefix(keymaps.TEXT_PREFIX) for key in text.transformer.state_dict()}
+
+
+def assign(
+    network: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Give a network on the meta device its weights; names: native -> file. Strict."""
+    shapes = {names[key]: value.shape for key, value in network.state_dict().items()}
+    refuse("missing", [key for key in shapes if key not in tensors], network)
+    refuse("unexpected", [key for key in tensors if key not in shapes], network)
+    misshaped = [
+        f"{key} {tuple(tensors[key].shape)} (expected {tuple(shape)})"
+        for key, shape in shapes.items()
+        if tensors[key].shape != shape
+    ]
+    refuse("misshaped", misshaped, network)
+    state = {key: tensors[name].to(dtype) for key, name in names.items()}
+    network.load_state_dict(state, strict=True, assign=True)
+
+
+def refuse(what: str, keys: list[str], network: nn.Module) -> None:
+    """Raise CheckpointError that names the first few keys and counts the rest, if there are any."""
+    if keys:
+        more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+        listed = ", ".join(sorted(keys)[:SHOWN]) + more
+        raise CheckpointError(f"{type(network).__name__}: {len(keys)} {what} keys: {listed}")
+
+
+def restore_positions(text: TextEncoder) -> None:
+    """Make again the one buffer that files do not hold, and that the meta device left empty."""
+    for module in text.modules():
+        if "position_ids" in module._buffers:
+            module.position_ids = torch.arange(text.spec.tokens)[None]
+
+
+def read_autoencoder(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    """Newer names, and the attention's linear matrices (C, C) as 1x1 convolutions (C, C, 1, 1)."""
+    tensors = read_network(folder, NETWORK_FILES, allow_pickle)
+    renamed = {keymaps.OLDER_ATTENTION.get(key, key): value for key, value in tensors.items()}
+    return {
+        key: value[:, :, None, None] if is_linear(key) and value.dim() == 2 else value
+        for key, value in renamed.items()
+    }
+
+
+def read_text(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    """Keys without the prefix, and without what holds nothing learned."""
+    tensors = read_network(folder, TEXT_FILES, allow_pickle)
+    bare = {key.removeprefix(keymaps.TEXT_PREFIX): value for key, value in tensors.items()}
+    return {key: value for key, value in bare.items() if key not in keymaps.TEXT_IGNORED}
+
+
+def read_network(folder: Path, names: tuple[str, ...], allow_pickle: bool) -> dict[str, Tensor]:
+    """Every tensor of the first of these files that is there."""
+    for name in names:
+        if (folder / name).is_file():
+            return read_safetensors(folder / name)
+    pickled = folder / PICKLES[names]
+    if not pickled.is_file():
+        raise CheckpointError(f"{folder / names[0]} is missing")
+    if not allow_pickle:
+        raise CheckpointError(f"{folder} holds pickled weights only ({pickled.name}); they need allow_pickle")
+    return read_pickle(pickled)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is corrupt or cut short: {error}") from error
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """Tensors of a pickle, by a reader that knows tensors only and runs no code."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the bytes led it to
+        raise CheckpointError(f"{file} is corrupt or holds more than tensors") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{file} holds something else than named tensors")
+    return tensors
+
+
+def read_tokenizer(folder: Path, spec: TextSpec) -> CLIPTokenizer:
+    """The folder's own tokenizer, whose ids must all have a row in the embedding."""
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise CheckpointError(f"{folder / 'vocab.json'} is missing")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever the bytes led it to
+        raise CheckpointError(f"{folder} cannot be read as a CLIP tokenizer: {error}") from error
+    if len(tokenizer) > spec.vocabulary:
+        raise CheckpointError(f"{folder} has {len(tokenizer)} tokens, the text encoder {spec.vocabulary}")
+    return tokenizer

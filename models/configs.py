@@ -1,0 +1,439 @@
+"""The configuration files of a diffusers folder <-> ModelSpec.
+
+Free of torch, so that a process that only checks requests can read what a model is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, UNetSpec
+
+Config = dict[str, Any]
+
+
+class CheckpointError(Exception):
+    """A model that cannot be loaded or saved; the message is one sentence for a person."""
+
+
+COMPONENTS = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": "CLIPTokenizer",
+}
+CONFIG_FILES = {
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+OWN_FILE = "ldm.json"  # what the layout has no place for: the model's name and its defaults
+
+# Options that change what a network computes and that ours has at one value only: the values accepted. What a
+# configuration leaves out has the first of them.
+UNET_FIXED = {
+    "center_input_sample": (False,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "only_cross_attention": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "act_fn": ("silu", "swish"),
+    "norm_eps": (1e-5,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "num_attention_heads": (None,),
+    "reverse_transformer_layers_per_block": (None,),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None,),
+    "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "cross_attention_norm": (None,),
+}
+VAE_FIXED = {
+    "act_fn": ("silu", "swish"),
+    "shift_factor": (None, 0),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+}
+TEXT_FIXED = {"layer_norm_eps": (1e-5,), "hidden_act": ("quick_gelu", "gelu")}
+SCHEDULER_FIXED = {
+    "beta_schedule": ("linear", "scaled_linear"),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "trained_betas": (None, []),
+    "clip_sample": (False,),
+    "thresholding": (False,),
+    "rescale_betas_zero_snr": (False,),
+}
+ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+
+def read_json(path: Path) -> Config:
+    """A JSON object from a file. Raises CheckpointError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
+
+
+def read_spec(path: str | Path) -> ModelSpec:
+    """What the model in a diffusers folder is. Raises CheckpointError, naming the file and the option."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder")
+    check_components(path)
+    configs = {part: read_json(path / file) for part, file in CONFIG_FILES.items()}
+    specs = {part: translated(path / CONFIG_FILES[part], READERS[part], configs[part]) for part in READERS}
+    spec = ModelSpec(
+        name=path.resolve().name,
+        unet=specs["unet"],
+        autoencoder=specs["vae"],
+        schedule=specs["scheduler"],
+        text=specs["text_encoder"],
+    )
+    check_fit(spec, path)
+    side = translated(path / CONFIG_FILES["unet"], sample_side, configs["unet"], spec)
+    return with_own_file(replace(spec, defaults=Defaults(width=side[0], height=side[1])), path)
+
+
+def translated(file: Path, reader: Any, *args: Any) -> Any:
+    """A reader's answer; what is wrong with the values becomes one sentence that names the file."""
+    try:
+        return reader(*args)
+    except KeyError as error:
+        raise CheckpointError(f"{file}: {error} is missing") from error
+    except (TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def check_components(path: Path) -> None:
+    """Refuse a folder whose index names parts that we do not have."""
+    file = path / "model_index.json"
+    index = read_json(file)
+    pipeline = index.get("_class_name")
+    if pipeline != "StableDiffusionPipeline":
+        raise CheckpointError(f"{file}: pipeline {pipeline!r}; supported is StableDiffusionPipeline")
+    for part, expected in COMPONENTS.items():
+        entry = index.get(part)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if found not in (expected, expected + "Fast"):
+            raise CheckpointError(f"{file}: {part} is {found!r}; supported is {expected}")
+
+
+def check_fixed(config: Config, fixed: dict[str, tuple]) -> None:
+    """Refuse options at values that ours does not have."""
+    for option, accepted in fixed.items():
+        value = config.get(option, accepted[0])
+        values = set(value) if isinstance(value, list) and value else {None if value == [] else value}
+        if not all(v in accepted for v in values):
+            raise ValueError(f"{option} is {value!r}, which is not supported; expected {accepted[0]!r}")
+
+
+def per_level(value: Any, levels: int, name: str) -> tuple[int, ...]:
+    """A number for all levels or a list with one for each, as one for each."""
+    values = tuple(value) if isinstance(value, list) else (value,) * levels
+    if len(values) != levels or not all(type(v) is int and v > 0 for v in values):
+        raise ValueError(f"{name} must be a positive integer, or {levels} of them, not {value!r}")
+    return values
+
+
+def only(value: Any, name: str) -> int:
+    """One positive integer, or a list that repeats it."""
+    values = set(per_level(value, len(value) if isinstance(value, list) else 1, name))
+    if len(values) != 1:
+        raise ValueError(f"{name} must be the same at every level, not {value!r}")
+    return values.pop()
+
+
+def widths(config: Config) -> tuple[int, ...]:
+    """Channels of each level, which the groups of the norms must divide."""
+    value, groups = config["block_out_channels"], only(config.get("norm_num_groups", 32), "norm_num_groups")
+    channels = per_level(value, len(value) if isinstance(value, list) and value else 1, "block_out_channels")
+    if any(width % groups for width in channels):
+        raise ValueError(f"block_out_channels {value} must be multiples of norm_num_groups, {groups}")
+    return channels
+
+
+def attends(config: Config, key: str, levels: int) -> list[bool]:
+    """Which levels attend, from the names of their blocks."""
+    names = config[key]
+    unknown = [name for name in names if name not in ATTENDS]
+    if unknown:
+        raise ValueError(f"{key} has {unknown[0]!r}; supported are {', '.join(ATTENDS)}")
+    if len(names) != levels:
+        raise ValueError(f"{key} must name {levels} blocks, not {len(names)}")
+    return [ATTENDS[name] for name in names]
+
+
+def unet_spec(config: Config) -> UNetSpec:
+    check_fixed(config, UNET_FIXED)
+    channels = widths(config)
+    levels = len(channels)
+    down = attends(config, "down_block_types", levels)
+    if attends(config, "up_block_types", levels) != down[::-1]:
+        raise ValueError("up_block_types must attend at the same levels as down_block_types")
+    # The file's name for the number of heads is a published mistake: for these models it never was a width.
+    heads = per_level(config.get("attention_head_dim", 8), levels, "attention_head_dim")
+    for width, count in zip(channels, heads, strict=True):
+        if width % count:
+            raise ValueError(f"attention_head_dim {count} (heads) does not divide {width} channels")
+    depth = per_level(config.get("transformer_layers_per_block", 1), levels, "transformer_layers_per_block")
+    return UNetSpec(
+        in_channels=only(config["in_channels"], "in_channels"),
+        out_channels=only(config["out_channels"], "out_channels"),
+        channels=channels,
+        res_blocks=only(config.get("layers_per_block", 2), "layers_per_block"),
+        transformer_depth=tuple(d if attend else 0 for d, attend in zip(depth, down, strict=True)),
+        middle_depth=depth[-1],
+        heads=heads,
+        context_width=only(config["cross_attention_dim"], "cross_attention_dim"),
+        groups=config.get("norm_num_groups", 32),
+        linear_projection=bool(config.get("use_linear_projection", False)),
+    )
+
+
+def autoencoder_spec(config: Config) -> AutoencoderSpec:
+    check_fixed(config, VAE_FIXED)
+    channels = widths(config)
+    for key, name in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if config[key] != [name] * len(channels):
+            raise ValueError(f"{key} must be {name} at each of {len(channels)} levels, not {config[key]!r}")
+    size = config.get("sample_size", 512)
+    return AutoencoderSpec(
+        channels=channels,
+        res_blocks=only(config.get("layers_per_block", 1), "layers_per_block"),
+        latent_channels=only(config["latent_channels"], "latent_channels"),
+        scale_factor=float(config.get("scaling_factor", 0.18215)),
+        picture_channels=only(config.get("in_channels", 3), "in_channels"),
+        groups=config.get("norm_num_groups", 32),
+        sample_size=max(size) if isinstance(size, list) else size,
+    )
+
+
+def text_spec(config: Config) -> TextSpec:
+    check_fixed(config, TEXT_FIXED)
+    numbers = {
+        "vocabulary": "vocab_size",
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "intermediate": "intermediate_size",
+        "tokens": "max_position_embeddings",
+    }
+    ids = {"bos_id": "bos_token_id", "eos_id": "eos_token_id", "pad_id": "pad_token_id"}
+    given = {field: only(config[key], key) for field, key in numbers.items()}
+    given |= {field: config[key] for field, key in ids.items() if config.get(key) is not None}
+    if given["width"] % given["heads"]:
+        raise ValueError(f"num_attention_heads {given['heads']} does not divide hidden_size {given['width']}")
+    return TextSpec(**given, activation=config.get("hidden_act", "quick_gelu"))
+
+
+def schedule_spec(config: Config) -> ScheduleSpec:
+    ddim = config.get("_class_name") == "DDIMScheduler"
+    check_fixed(config, SCHEDULER_FIXED)
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing == "linspace" and not ddim:
+        spacing = "leading"  # what other samplers prefer says nothing about DDIM
+    if spacing not in ("leading", "trailing"):
+        raise ValueError(f"timestep_spacing is {spacing!r}; supported are 'leading' and 'trailing'")
+    return ScheduleSpec(
+        beta_start=float(config.get("beta_start", 0.0001)),
+        beta_end=float(config.get("beta_end", 0.02)),
+        beta_schedule=config.get("beta_schedule", "linear"),
+        timesteps=only(config.get("num_train_timesteps", 1000), "num_train_timesteps"),
+        prediction=config.get("prediction_type", "epsilon"),
+        spacing=spacing,
+        steps_offset=int(config.get("steps_offset", 0)),
+        final_alpha_one=bool(config.get("set_alpha_to_one", ddim)),
+    )
+
+
+READERS = {
+    "unet": unet_spec,
+    "vae": autoencoder_spec,
+    "text_encoder": text_spec,
+    "scheduler": schedule_spec,
+}
+
+
+def sample_side(config: Config, spec: ModelSpec) -> tuple[int, int]:
+    """(width, height) in pixels that the UNet was trained at."""
+    size = config.get("sample_size") or spec.autoencoder.sample_size // spec.autoencoder.factor
+    height, width = per_level(size, 2, "sample_size")
+    return width * spec.autoencoder.factor, height * spec.autoencoder.factor
+
+
+def check_fit(spec: ModelSpec, path: Path) -> None:
+    """Refuse networks that do not fit together."""
+    unet, latent = spec.unet, spec.autoencoder.latent_channels
+    if (unet.in_channels, unet.out_channels) != (latent, latent):
+        raise CheckpointError(
+            f"{path}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels where the "
+            f"autoencoder has {latent}; only text-to-image models are supported"
+        )
+    if unet.context_width != spec.text.width:
+        raise CheckpointError(
+            f"{path}: the UNet expects contexts {unet.context_width} wide, "
+            f"the text encoder makes {spec.text.width}"
+        )
+
+
+def with_own_file(spec: ModelSpec, path: Path) -> ModelSpec:
+    """The spec with the name and the defaults of the folder's own file, where it has one."""
+    file = path / OWN_FILE
+    if not file.exists():
+        return spec
+    own = read_json(file)
+    values, name = own.get("defaults", {}), own.get("name", spec.name)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: defaults must be an object")
+    known = {f.name: type(getattr(spec.defaults, f.name)) for f in fields(Defaults)}
+    for key in [k for k in own if k not in ("name", "defaults")] + [k for k in values if k not in known]:
+        raise CheckpointError(f"{file}: {key!r} is unknown; defaults may hold {', '.join(known)}")
+    for key, value in values.items():
+        accepted = (int, float) if known[key] is float else known[key]
+        if isinstance(value, bool) or not isinstance(value, accepted):
+            raise CheckpointError(f"{file}: {key} must be {known[key].__name__}, not {value!r}")
+    for key in ("width", "height"):
+        value = values.get(key, spec.size_multiple)
+        if value < 1 or value % spec.size_multiple:
+            raise CheckpointError(f"{file}: {key} must be a multiple of {spec.size_multiple}, not {value}")
+    return replace(spec, name=str(name), defaults=replace(spec.defaults, **values))
+
+
+def write_configs(spec: ModelSpec, path: Path) -> None:
+    """Write every configuration file of the layout, in the form that diffusers reads."""
+    files = {
+        "model_index.json": index_config(),
+        CONFIG_FILES["unet"]: unet_config(spec),
+        CONFIG_FILES["vae"]: autoencoder_config(spec.autoencoder),
+        CONFIG_FILES["text_encoder"]: text_config(spec.text),
+        CONFIG_FILES["scheduler"]: schedule_config(spec.schedule),
+        OWN_FILE: {"name": spec.name, "defaults": asdict(spec.defaults)},
+    }
+    for name, config in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def index_config() -> Config:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.36.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", COMPONENTS["text_encoder"]],
+        "tokenizer": ["transformers", COMPONENTS["tokenizer"]],
+        "unet": ["diffusers", COMPONENTS["unet"]],
+        "vae": ["diffusers", COMPONENTS["vae"]],
+    }
+
+
+def unet_config(spec: ModelSpec) -> Config:
+    """Raises CheckpointError for a middle block that the layout has no words for."""
+    unet, f = spec.unet, spec.autoencoder.factor
+    if not unet.middle_depth or unet.transformer_depth[-1] not in (0, unet.middle_depth):
+        raise CheckpointError(
+            "this layout cannot say that the middle block's transformer is not as deep as the last level's"
+        )
+    depth = [d or unet.middle_depth for d in unet.transformer_depth]
+    down = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in unet.transformer_depth]
+    up = ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(unet.transformer_depth)]
+    return {option: accepted[0] for option, accepted in UNET_FIXED.items()} | {
+        "_class_name": COMPONENTS["unet"],
+        "_diffusers_version": "0.36.0",
+        "sample_size": [spec.defaults.height // f, spec.defaults.width // f],
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "block_out_channels": list(unet.channels),
+        "down_block_types": down,
+        "up_block_types": up,
+        "layers_per_block": unet.res_blocks,
+        "transformer_layers_per_block": depth,
+        "attention_head_dim": list(unet.heads),
+        "cross_attention_dim": unet.context_width,
+        "norm_num_groups": unet.groups,
+        "use_linear_projection": unet.linear_projection,
+    }
+
+
+def autoencoder_config(spec: AutoencoderSpec) -> Config:
+    levels = len(spec.channels)
+    return {option: accepted[0] for option, accepted in VAE_FIXED.items()} | {
+        "_class_name": COMPONENTS["vae"],
+        "_diffusers_version": "0.36.0",
+        "in_channels": spec.picture_channels,
+        "out_channels": spec.picture_channels,
+        "block_out_channels": list(spec.channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": spec.res_blocks,
+        "latent_channels": spec.latent_channels,
+        "norm_num_groups": spec.groups,
+        "sample_size": spec.sample_size,
+        "scaling_factor": spec.scale_factor,
+    }
+
+
+def text_config(spec: TextSpec) -> Config:
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": spec.vocabulary,
+        "hidden_size": spec.width,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "intermediate_size": spec.intermediate,
+        "max_position_embeddings": spec.tokens,
+        "projection_dim": spec.width,
+        "hidden_act": spec.activation,
+        "layer_norm_eps": TEXT_FIXED["layer_norm_eps"][0],
+        "bos_token_id": spec.bos_id,
+        "eos_token_id": spec.eos_id,
+        "pad_token_id": spec.pad_id,
+    }
+
+
+def schedule_config(spec: ScheduleSpec) -> Config:
+    return {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": "0.36.0",
+        "beta_start": spec.beta_start,
+        "beta_end": spec.beta_end,
+        "beta_schedule": spec.beta_schedule,
+        "num_train_timesteps": spec.timesteps,
+        "prediction_type": spec.prediction,
+        "timestep_spacing": spec.spacing,
+        "steps_offset": spec.steps_offset,
+        "set_alpha_to_one": spec.final_alpha_one,
+        "clip_sample": False,
+    }

@@ -1,0 +1,43 @@
+"""From what the UNet predicts to eps, and guidance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.schedule import Schedule
+
+
+class Denoiser:
+    """The UNet as a predictor of eps, whatever it was trained to predict."""
+
+    def __init__(self, unet: nn.Module, schedule: Schedule) -> None:
+        self.unet = unet
+        self.schedule = schedule
+        device = next(unet.parameters()).device
+        ab = torch.from_numpy(schedule.alpha_bar)
+        # Tables of (T,) float32 beside the weights, whatever type those have; the roots are taken in float64.
+        self.sqrt_alpha_bar = ab.sqrt().to(device, torch.float32)
+        self.sqrt_one_minus_alpha_bar = (1 - ab).sqrt().to(device, torch.float32)
+
+    def __call__(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, C, h, w), scaled; t (B,), integers of any type; context (B, L, C_ctx) -> eps float32."""
+        out = self.unet(x, t, context).float()
+        return self.eps_from_v(out, x, t) if self.schedule.spec.prediction == "v_prediction" else out
+
+    def eps_from_v(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x (Salimans and Ho 2022, appendix D)."""
+        index = t.long()
+        alpha = self.sqrt_alpha_bar[index][:, None, None, None]
+        sigma = self.sqrt_one_minus_alpha_bar[index][:, None, None, None]
+        return alpha * v + sigma * x.float()
+
+
+def guide(eps_uncond: Tensor, eps_cond: Tensor, scale: Tensor | float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2021, equation 6, with scale = 1 + w).
+
+    eps: (B, C, h, w); scale: a number, or (B,) for one of each row. -> (B, C, h, w).
+    """
+    if isinstance(scale, Tensor) and scale.dim():
+        scale = scale[:, None, None, None]
+    return eps_uncond + scale * (eps_cond - eps_uncond)

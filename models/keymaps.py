@@ -1,0 +1,105 @@
+"""Key-name tables between the diffusers folder layout and ours (the CompVis names). Tables only.
+
+A table maps a native module name to its name in the file; the rest of a key, below the longest module name
+that the table holds, is the same in both.
+"""
+
+from __future__ import annotations
+
+from models.spec import AutoencoderSpec, UNetSpec
+
+UNET_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+RES_BLOCK = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+AUTOENCODER_ENDS = {
+    f"{side}.{native}": f"{side}.{file}"
+    for side in ("encoder", "decoder")
+    for native, file in {
+        "conv_in": "conv_in",
+        "norm_out": "conv_norm_out",
+        "conv_out": "conv_out",
+        "mid.block_1": "mid_block.resnets.0",
+        "mid.block_2": "mid_block.resnets.1",
+        "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
+        "mid.attn_1.q": "mid_block.attentions.0.to_q",
+        "mid.attn_1.k": "mid_block.attentions.0.to_k",
+        "mid.attn_1.v": "mid_block.attentions.0.to_v",
+        "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
+    }.items()
+} | {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+
+# The autoencoder's attention as older folders name it: file name then -> file name now.
+OLDER_ATTENTION = {
+    f"{side}.mid_block.attentions.0.{old}.{leaf}": f"{side}.mid_block.attentions.0.{new}.{leaf}"
+    for side in ("encoder", "decoder")
+    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items()
+    for leaf in ("weight", "bias")
+}
+
+# Buffers that older text encoders carry and that hold nothing learned.
+TEXT_IGNORED = frozenset({"embeddings.position_ids"})
+TEXT_PREFIX = "text_model."
+
+
+def rename(key: str, table: dict[str, str]) -> str:
+    """A native parameter's name in the file. Raises KeyError where the table has no module above it."""
+    module = key
+    while module and module not in table:
+        module = module.rpartition(".")[0]
+    return table[module] + key[len(module) :]
+
+
+def res_block(native: str, file: str) -> dict[str, str]:
+    return {f"{native}.{inner}": f"{file}.{name}" for inner, name in RES_BLOCK.items()}
+
+
+def unet(spec: UNetSpec) -> dict[str, str]:
+    """Native module -> file module of a UNet of this shape."""
+    table, last = dict(UNET_ENDS), len(spec.channels) - 1
+    for level in range(last + 1):
+        down, first = f"down_blocks.{level}", 1 + level * (spec.res_blocks + 1)
+        for block in range(spec.res_blocks):
+            table |= res_block(f"input_blocks.{first + block}.0", f"{down}.resnets.{block}")
+            table[f"input_blocks.{first + block}.1"] = f"{down}.attentions.{block}"
+        table[f"input_blocks.{first + spec.res_blocks}.0.op"] = f"{down}.downsamplers.0.conv"
+
+        up, first = f"up_blocks.{last - level}", (last - level) * (spec.res_blocks + 1)
+        for block in range(spec.res_blocks + 1):
+            table |= res_block(f"output_blocks.{first + block}.0", f"{up}.resnets.{block}")
+            table[f"output_blocks.{first + block}.1"] = f"{up}.attentions.{block}"
+        upsample = 2 if spec.transformer_depth[level] else 1  # its place is after the attention, if any
+        table[f"output_blocks.{first + spec.res_blocks}.{upsample}.conv"] = f"{up}.upsamplers.0.conv"
+    return (
+        table
+        | res_block("middle_block.0", "mid_block.resnets.0")
+        | {"middle_block.1": "mid_block.attentions.0"}
+        | res_block("middle_block.2", "mid_block.resnets.1")
+    )
+
+
+def autoencoder(spec: AutoencoderSpec) -> dict[str, str]:
+    """Native module -> file module of an autoencoder of this shape."""
+    table, last = dict(AUTOENCODER_ENDS), len(spec.channels) - 1
+    for level in range(last + 1):
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{last - level}"
+        table[f"encoder.down.{level}.downsample"] = f"{down}.downsamplers.0"
+        table[f"decoder.up.{level}.upsample"] = f"{up}.upsamplers.0"
+        sides = ((f"encoder.down.{level}", down, spec.res_blocks),
+                 (f"decoder.up.{level}", up, spec.res_blocks + 1))  # fmt: skip
+        for native, file, blocks in sides:
+            for block in range(blocks):
+                table[f"{native}.block.{block}"] = f"{file}.resnets.{block}"
+                table[f"{native}.block.{block}.nin_shortcut"] = f"{file}.resnets.{block}.conv_shortcut"
+    return table

@@ -1,0 +1,82 @@
+"""A tiny model of Stable Diffusion 1.x structure, every parameter random, for the tests of all above it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+from transformers import CLIPTokenizer
+
+from models.autoencoder import Autoencoder
+from models.checkpoint import save
+from models.conditioner import TextConditioner
+from models.latent_diffusion import LatentDiffusion
+from models.spec import AutoencoderSpec, Defaults, ModelSpec, Prediction, ScheduleSpec, TextSpec, UNetSpec
+from models.text_encoder import TextEncoder
+from models.unet import UNet
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def byte_tokenizer(tokens: int = 77) -> CLIPTokenizer:
+    """CLIP's tokenizer without a single merge: each byte a token, one of its own at a word's end."""
+    alphabet = sorted(ByteLevel.alphabet())
+    entries = [*alphabet, *(c + "</w>" for c in alphabet), BEGIN, END]
+    vocabulary = {token: index for index, token in enumerate(entries)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=tokens)
+
+
+def fill_randomly(module: nn.Module, seed: int) -> None:
+    """Fill EVERY parameter: matrices keep their input's scale, norms are near 1, the rest near 0."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = {m for m in module.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                fan_in = 1 if isinstance(part, nn.Embedding) else parameter[0].numel()
+                value = noise / fan_in**0.5
+            else:
+                value = 0.1 * noise + (1.0 if part in norms and name == "weight" else 0.0)
+            parameter.data.copy_(value)
+
+
+def tiny_spec(prediction: Prediction = "epsilon", tokens: int = 77) -> ModelSpec:
+    """Pictures of 64x64 from latents of 4x8x8."""
+    tokenizer = byte_tokenizer(tokens)
+    return ModelSpec(
+        name="tiny",
+        unet=UNetSpec(
+            in_channels=4, out_channels=4, channels=(32, 64), res_blocks=1, transformer_depth=(1, 0),
+            middle_depth=1, heads=(4, 4), context_width=32, groups=8,
+        ),
+        autoencoder=AutoencoderSpec(
+            channels=(16, 16, 16, 16), res_blocks=1, latent_channels=4, scale_factor=0.18215, groups=8,
+            sample_size=64,
+        ),
+        schedule=ScheduleSpec(prediction=prediction),
+        text=TextSpec(
+            vocabulary=len(tokenizer), width=32, layers=2, heads=4, intermediate=64, tokens=tokens,
+            eos_id=tokenizer.eos_token_id, bos_id=tokenizer.bos_token_id, pad_id=tokenizer.pad_token_id,
+        ),
+        defaults=Defaults(width=64, height=64, steps=5, guidance_scale=3.0),
+    )  # fmt: skip
+
+
+def tiny_model(seed: int = 0, prediction: Prediction = "epsilon") -> LatentDiffusion:
+    """The model itself, float32 on the CPU."""
+    spec = tiny_spec(prediction)
+    text = TextEncoder(spec.text, byte_tokenizer(spec.text.tokens))
+    bundle = LatentDiffusion(spec, UNet(spec.unet), Autoencoder(spec.autoencoder), TextConditioner(text))
+    for index, network in enumerate((bundle.unet, bundle.autoencoder, text)):
+        fill_randomly(network, seed + index)
+        network.requires_grad_(False).eval()
+    return bundle
+
+
+def write_tiny_model(path: Path, seed: int = 0, prediction: Prediction = "epsilon") -> Path:
+    """Write the model as a diffusers folder and return its path."""
+    save(tiny_model(seed, prediction), path)
+    return path
