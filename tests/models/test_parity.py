@@ -27,10 +27,11 @@ def sd1(tokenizer):
 
 
 def sd2(tokenizer):
-    """Stable Diffusion 2.x, small: heads by level, linear projections, v-prediction; depth by level as well."""
+    """Stable Diffusion 2.x, small: heads and depth by level, linear projections, v-prediction."""
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 64, 96), cross_attention_dim=48, attention_head_dim=(2, 4, 6),
-        norm_num_groups=16, use_linear_projection=True, layers_per_block=1, transformer_layers_per_block=(1, 2, 1),
+        norm_num_groups=16, use_linear_projection=True, layers_per_block=1,
+        transformer_layers_per_block=(1, 2, 1),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip

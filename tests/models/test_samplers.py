@@ -23,8 +23,8 @@ def eps_of(x, t):
 def test_ddim_follows_the_reference(spacing, steps, eta, final_alpha_one):
     spec = ScheduleSpec(spacing=spacing, final_alpha_one=final_alpha_one)
     reference = DDIMScheduler(
-        beta_start=spec.beta_start, beta_end=spec.beta_end, beta_schedule=spec.beta_schedule, clip_sample=False,
-        set_alpha_to_one=final_alpha_one, steps_offset=1, timestep_spacing=spacing,
+        beta_start=spec.beta_start, beta_end=spec.beta_end, beta_schedule=spec.beta_schedule,
+        clip_sample=False, set_alpha_to_one=final_alpha_one, steps_offset=1, timestep_spacing=spacing,
     )  # fmt: skip
     reference.set_timesteps(steps)
     table = plan(Schedule(spec), "ddim", steps, eta)
@@ -77,5 +77,5 @@ def test_low_precision_rows_step_in_float32():
     ("sampler", "eta"), [("euler", 0.0), ("ddim", -0.1), ("ddim", 1.1), ("ddim", float("nan"))]
 )
 def test_what_cannot_be_planned_is_refused(sampler, eta):
-    with pytest.raises(ValueError, match="sampler|eta"):
+    with pytest.raises(ValueError, match=r"sampler|eta"):
         plan(Schedule(ScheduleSpec()), sampler, 10, eta)

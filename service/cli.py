@@ -1,0 +1,227 @@
+"""The `ldm` command."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from models.configs import CheckpointError, read_spec
+from service import answers, images, intake
+from service.errors import ServiceError, from_code
+from service.job import Done, Event, Failed, Job, Stepped
+from service.registry import ModelPathError, locate_all
+from service.schemas import GenerateRequest
+from service.settings import SettingError, Settings, parse, read_settings
+
+ASKED = ("negative_prompt", "width", "height", "steps", "guidance_scale", "seed", "n", "sampler", "eta")
+USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out as it was typed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 1 when the work failed, 2 when the request was wrong."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:  # it reads its own arguments, --help included
+        from models.training.cli import main as train
+
+        return train(argv[1:]) or 0
+    args = parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except USER_ERRORS as error:
+        return complain(error, 2)
+    except ServiceError as error:
+        return complain(error, 2 if error.param else 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def complain(error: Exception, code: int) -> int:
+    """One line on stderr."""
+    print(f"ldm: {error}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    top = argparse.ArgumentParser(prog="ldm", description="Latent diffusion: serve it, or use it from here.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    add_serve(commands.add_parser("serve", help="answer requests over HTTP"))
+    add_generate(commands.add_parser("generate", help="make pictures from a prompt, without a server"))
+    listing = commands.add_parser("models", help="list the models that can be served")
+    add_settings(listing, "model")
+    listing.set_defaults(command=list_models)
+    commands.add_parser("train", help="train and evaluate models; has its own --help", add_help=False)
+    return top
+
+
+def add_settings(command: argparse.ArgumentParser, *names: str) -> None:
+    """Flags for settings; the environment's LDM_* fill in for those that are left out."""
+    helps = {
+        "model": "emoji, the model in the box, or the folder of a model",
+        "host": "address to listen at",
+        "port": "port to listen at",
+        "device": "auto, cpu, cuda or cuda:N",
+        "dtype": "auto, float16, bfloat16 or float32",
+    }
+    for name in names:
+        default = Settings.__dataclass_fields__[name].default
+        many = {"nargs": "+", "action": "extend"} if name == "model" else {}
+        shown = ", ".join(default) if name == "model" else default
+        text = f"{helps[name]} (LDM_{name.upper()}; default: {shown})"
+        command.add_argument(f"--{name}", help=text, metavar=name.upper(), **many)
+
+
+def settings_of(args: argparse.Namespace, *names: str) -> Settings:
+    """Settings from flags, then the environment, then defaults. Raises SettingError."""
+    texts = {name: getattr(args, name) for name in names}
+    texts = {name: ",".join(t) if isinstance(t, list) else t for name, t in texts.items() if t is not None}
+    return read_settings(**{name: parse(f"--{name}", name, text) for name, text in texts.items()})
+
+
+def add_serve(command: argparse.ArgumentParser) -> None:
+    add_settings(command, "model", "host", "port", "device", "dtype")
+    command.set_defaults(command=serve)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; then finish what runs. A second signal ends at once."""
+    import uvicorn
+
+    from service.app import create_app
+
+    settings = settings_of(args, "model", "host", "port", "device", "dtype")
+    locate_all(settings.model)  # a name that is wrong now stays wrong
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    app = create_app(settings)
+    supervisor = app.state.supervisor
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_config=None, log_level=settings.log_level, access_log=False
+    )
+
+    class Server(uvicorn.Server):
+        """Drains before it stops listening, and stops when no worker can be had."""
+
+        async def startup(self, sockets: list | None = None) -> None:
+            self.loop = asyncio.get_running_loop()
+            self.tasks = [self.loop.create_task(self.stop_on_failure())]
+            await super().startup(sockets)
+
+        def handle_exit(self, sig: int, frame: object) -> None:
+            if supervisor.draining:
+                self.should_exit = self.force_exit = True
+            else:
+                self.loop.call_soon_threadsafe(self.begin_drain)
+
+        def begin_drain(self) -> None:
+            self.tasks.append(self.loop.create_task(self.drain()))
+
+        async def drain(self) -> None:
+            await supervisor.drain()
+            self.should_exit = True
+
+        async def stop_on_failure(self) -> None:
+            await supervisor.failed.wait()
+            self.should_exit = True
+
+    Server(config).run()
+    return complain(supervisor.failure, 1) if supervisor.failure else 0
+
+
+def add_generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompt", metavar="PROMPT")
+    command.add_argument("-o", "--output", metavar="FILE", required=True, help="its suffix says the format")
+    command.add_argument("--negative-prompt", help="what the picture should not show")
+    for name in ("width", "height", "steps", "seed", "n"):
+        command.add_argument(f"--{name}", type=int, metavar="N")
+    for name in ("guidance-scale", "eta"):
+        command.add_argument(f"--{name}", type=float, metavar="X")
+    command.add_argument("--sampler")
+    add_settings(command, "model", "device", "dtype")
+    command.set_defaults(command=generate)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Make pictures in this process and write them."""
+    output = Path(args.output)
+    kind = images.SUFFIXES.get(output.suffix.lower())
+    if kind is None:
+        raise UsageError(f"--output is {args.output!r}; expected a name that ends in {', '.join(images.SUFFIXES)}")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"--output is {args.output!r}; expected a folder that exists")
+    settings = settings_of(args, "model", "device", "dtype")
+    specs = {name: read_spec(path) for name, path in locate_all(settings.model).items()}
+    job = intake.to_job(request_of(args), specs, settings)
+    done = run_alone(job, settings)
+    for index, pixels in enumerate(done.pictures):
+        file = numbered(output, index, job.n)
+        parameters = answers.parameters(job, index)
+        file.write_bytes(images.encode(pixels, job.width, job.height, kind, parameters))
+        print(f"{file}  seed {job.seed + index}")
+    for warning in done.warnings:
+        print(f"ldm: {warning}", file=sys.stderr)
+    return 0
+
+
+def request_of(args: argparse.Namespace) -> GenerateRequest:
+    """The wire body of the arguments. Raises InvalidRequest."""
+    fields = {name: getattr(args, name) for name in ASKED if getattr(args, name) is not None}
+    try:
+        return GenerateRequest(prompt=args.prompt, **fields)
+    except ValidationError as error:
+        raise intake.explain(error.errors()) from None
+
+
+def numbered(file: Path, index: int, n: int) -> Path:
+    """FILE itself for one picture; FILE-0, FILE-1, ... for several."""
+    return file if n == 1 else file.with_stem(f"{file.stem}-{index}")
+
+
+def run_alone(job: Job, settings: Settings) -> Done:
+    """One job on an engine in this process, with a progress bar. Raises the job's ServiceError."""
+    from tqdm import tqdm
+
+    from service.engine import Engine
+    from service.runner import build  # torch
+
+    runner = build(settings, locate_all(settings.model))
+    ended: list[Event] = []
+    with tqdm(total=job.n * job.steps, unit="step", leave=False) as bar:
+
+        def emit(event: Event) -> None:
+            if isinstance(event, Stepped):
+                bar.update(event.images)
+            elif isinstance(event, Done | Failed):
+                ended.append(event)
+
+        engine = Engine(runner, emit, settings.max_rows, settings.decode_chunk)
+        engine.submit(job)
+        while engine.busy:
+            engine.tick()
+    if isinstance(ended[0], Failed):
+        raise from_code(ended[0].code)
+    return ended[0]
+
+
+def list_models(args: argparse.Namespace) -> int:
+    """One line a model."""
+    for name, path in locate_all(settings_of(args, "model").model).items():
+        spec = read_spec(path)
+        d = spec.defaults
+        print(f"{name}  {d.width}x{d.height}, {d.steps} steps, guidance {d.guidance_scale:g}, {', '.join(spec.tasks)}")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Counters and histograms, in a registry of each app's own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from service.job import Stepped
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """What the service counts; names and units are those of the Prometheus text."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.requests = Counter("ldm_requests", "Answers, by status", ["status"], registry=r)
+        self.rejected = Counter("ldm_rejected", "Requests refused, by reason", ["reason"], registry=r)
+        self.images = Counter("ldm_images", "Pictures answered", registry=r)
+        self.worker_restarts = Counter("ldm_worker_restarts", "Workers that ended", registry=r)
+        self.jobs_running = Gauge("ldm_jobs_running", "Jobs that have begun", registry=r)
+        self.jobs_waiting = Gauge("ldm_jobs_waiting", "Jobs accepted and not begun", registry=r)
+        self.unet_rows = Histogram("ldm_unet_rows", "Rows of a UNet call, without padding", buckets=ROWS, registry=r)
+        self.padded_rows = Counter("ldm_unet_padded_rows", "Rows run only to fill a bucket", registry=r)
+        self.step_seconds = Histogram("ldm_step_seconds", "One UNet call", buckets=SECONDS, registry=r)
+        self.part_seconds = Histogram(
+            "ldm_request_seconds", "Parts of a request: queue, denoise, decode, total", ["part"],
+            buckets=SECONDS, registry=r,
+        )  # fmt: skip
+
+    def stepped(self, event: Stepped) -> None:
+        """Count one UNet call."""
+        self.unet_rows.observe(event.rows)
+        self.padded_rows.inc(event.padded - event.rows)
+        self.step_seconds.observe(event.seconds)
+
+    def answered(self, images: int, timings: dict[str, float]) -> None:
+        """Count one job that was answered; timings in seconds."""
+        self.images.inc(images)
+        for part, seconds in timings.items():
+            self.part_seconds.labels(part).observe(seconds)
+
+    def text(self) -> bytes:
+        """The Prometheus text."""
+        return generate_latest(self.registry)

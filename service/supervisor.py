@@ -1,0 +1,299 @@
+"""The API process's side of the worker: starts it, watches it, starts it again and replays its jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import site
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.spec import ModelSpec
+from service import messages
+from service.errors import Draining, Loading, QueueFull, ServiceError, WorkerLost, from_code
+from service.job import Done, Job, Stepped
+from service.metrics import Metrics
+from service.settings import Settings, to_environment
+
+log = logging.getLogger(__name__)
+
+SUSPECT_AFTER = 2  # crashes while running, after which a job runs alone; one more refuses it
+STARTS = 5  # in a row without a worker that gets ready; then the service gives up
+WATCH_SECONDS = 0.5
+RETRY_AFTER = {QueueFull: 5, Loading: 5, Draining: 30}  # seconds
+
+
+class WorkerFailed(Exception):
+    """No worker can be had; the message is for the operator."""
+
+
+@dataclass
+class Ticket:
+    """A job in the API process, from its submission to its answer."""
+
+    job: Job
+    answer: asyncio.Future[Done]
+    sent: bool = False
+    running: bool = False
+    crashes: int = 0  # in a row, of workers that were running it
+
+
+@dataclass
+class Life:
+    """One worker process, and when it last said or did something."""
+
+    process: subprocess.Popen
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    ready: bool = False
+    turns: int = -1
+    heard: float = field(default_factory=time.monotonic)
+    moved: float = field(default_factory=time.monotonic)
+
+    def send(self, header: dict[str, Any]) -> None:
+        if not self.writer.is_closing():
+            self.writer.write(messages.pack(header))
+
+
+class Supervisor:
+    """Holds the places of the queue and every unanswered job; survives its workers."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.specs: dict[str, ModelSpec] = {}
+        self.places = 0  # taken
+        self.draining = False
+        self.failure: WorkerFailed | None = None
+        self.failed = asyncio.Event()
+        self._tickets: dict[str, Ticket] = {}
+        self._life: Life | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a model is loaded and nothing drains."""
+        return self._life is not None and self._life.ready and not self.draining
+
+    @property
+    def running(self) -> int:
+        """Jobs that have begun."""
+        return sum(ticket.running for ticket in self._tickets.values())
+
+    @property
+    def alive(self) -> bool:
+        """Whether a worker has been heard of within the stall limit, or is about to be started."""
+        return self.failure is None and (
+            self._life is None or time.monotonic() - self._life.heard < self.settings.stall_seconds
+        )
+
+    def check_open(self) -> None:
+        """Raise Draining or Loading where no request can be taken now."""
+        for kind, closed in ((Draining, self.draining), (Loading, not self.specs)):
+            if closed:
+                raise self._refusal(kind)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue for as long as the context lasts. Raises Draining, Loading or QueueFull."""
+        self.check_open()
+        if self.places >= self.settings.queue_size:
+            raise self._refusal(QueueFull)
+        self.places += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.places -= 1
+            if not self.places:
+                self._idle.set()
+
+    def _refusal(self, kind: type[ServiceError]) -> ServiceError:
+        return kind(retry_after=RETRY_AFTER[kind])
+
+    async def run(self, job: Job) -> Done:
+        """The finished job; cancelling this coroutine frees the job's rows. Raises the job's ServiceError."""
+        ticket = Ticket(job, asyncio.get_running_loop().create_future())
+        self._tickets[job.id] = ticket
+        self._dispatch()
+        try:
+            return await ticket.answer
+        finally:
+            self._close(ticket)
+
+    def _close(self, ticket: Ticket) -> None:
+        """Forget a job; one without an answer is cancelled in the worker too."""
+        del self._tickets[ticket.job.id]
+        if ticket.sent and (ticket.answer.cancelled() or not ticket.answer.done()) and self._life:
+            self._life.send({"kind": "Cancel", "job": ticket.job.id})
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Send what may run now: everything, or one suspect by itself."""
+        if self._life is None or not self._life.ready:
+            return
+        tickets = self._tickets.values()
+        suspects = [ticket for ticket in tickets if ticket.crashes >= SUSPECT_AFTER]
+        if not suspects:
+            allowed = list(tickets)
+        else:
+            allowed = [] if any(ticket.sent for ticket in tickets) else suspects[:1]
+        for ticket in allowed:
+            if not ticket.sent:
+                ticket.sent = True
+                self._life.send({"kind": "Submit", "job": ticket.job.to_dict()})
+
+    async def drain(self) -> None:
+        """Take nothing new; return when all is answered, or when the time for that is up."""
+        self.draining = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self.settings.drain_seconds)
+
+    @asynccontextmanager
+    async def supervise(self) -> AsyncIterator[None]:
+        """Keep a worker alive for as long as the context lasts."""
+        task = asyncio.create_task(self._keep())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _keep(self) -> None:
+        """One worker after the other, until one fails for good."""
+        failures = 0
+        try:
+            while failures < STARTS:
+                was_ready = await self._live()
+                failures = 0 if was_ready else failures + 1
+                self.metrics.worker_restarts.inc()
+                await asyncio.sleep(min(0.25 * 2**failures, 10) if failures else 0)
+            raise WorkerFailed(f"the worker died {STARTS} times before it was ready")
+        except WorkerFailed as error:
+            log.critical("%s", error)
+            self._give_up(error)
+
+    def _give_up(self, error: WorkerFailed) -> None:
+        self.failure = error
+        self.failed.set()
+        for ticket in self._tickets.values():
+            if not ticket.answer.done():
+                ticket.answer.set_exception(WorkerLost())
+
+    async def _live(self) -> bool:
+        """One worker's life; returns whether it ever was ready."""
+        life = await spawn(self.settings)
+        self._life = life
+        watch = asyncio.create_task(self._watch(life))
+        try:
+            await self._listen(life)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            log.warning("the worker is gone")
+        finally:
+            watch.cancel()
+            self._life = None
+            await bury(life)
+        self._requeue()
+        return life.ready
+
+    def _requeue(self) -> None:
+        """Every unanswered job starts again; one that crashed alone is refused."""
+        for ticket in self._tickets.values():
+            ticket.crashes = ticket.crashes + 1 if ticket.running else ticket.crashes
+            ticket.sent = ticket.running = False
+            if ticket.crashes > SUSPECT_AFTER and not ticket.answer.done():
+                ticket.answer.set_exception(WorkerLost())
+
+    async def _watch(self, life: Life) -> None:
+        """Kill a worker that is silent, or that turns no more although it has work."""
+        limit = self.settings.stall_seconds
+        while True:
+            await asyncio.sleep(min(WATCH_SECONDS, limit / 4))
+            if time.monotonic() - min(life.heard, life.moved) > limit:
+                log.error("the worker has stalled; replacing it")
+                life.process.kill()
+
+    async def _listen(self, life: Life) -> None:
+        while True:
+            lengths = await life.reader.readexactly(messages.LENGTHS.size)
+            of_text, of_body = messages.LENGTHS.unpack(lengths)
+            text, body = await life.reader.readexactly(of_text), await life.reader.readexactly(of_body)
+            header, blobs = messages.unpack(text, body)
+            life.heard = time.monotonic()
+            self._take(life, header.pop("kind"), header, blobs)
+
+    def _take(self, life: Life, kind: str, header: dict[str, Any], blobs: tuple[bytes, ...]) -> None:
+        if kind == "Beat":
+            self._beat(life, **header)
+        elif kind == "Ready":
+            self.specs = {spec.name: spec for spec in map(ModelSpec.from_dict, header["specs"])}
+            life.ready, life.moved = True, time.monotonic()
+            self._dispatch()
+        elif kind == "Stepped":
+            self.metrics.stepped(Stepped(**header))
+        elif kind == "Fatal":
+            raise WorkerFailed(header["message"])
+        elif ticket := self._tickets.get(header["job"]):  # else its client has left
+            self._take_of(ticket, kind, header, blobs)
+
+    def _beat(self, life: Life, turns: int, busy: bool) -> None:
+        if turns != life.turns or not busy:
+            life.turns, life.moved = turns, time.monotonic()
+
+    def _take_of(self, ticket: Ticket, kind: str, header: dict[str, Any], blobs: tuple[bytes, ...]) -> None:
+        if kind == "Started":
+            ticket.running = True
+        elif ticket.answer.done():  # cancelled while the answer was on its way
+            return
+        elif kind == "Done":
+            warnings = tuple(header.pop("warnings"))
+            ticket.answer.set_result(Done(pictures=blobs, warnings=warnings, **header))
+        elif kind == "Failed":
+            ticket.answer.set_exception(from_code(header["code"]))
+
+
+async def spawn(settings: Settings) -> Life:
+    """A new worker process at the other end of a new socket pair."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "service.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment(settings),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a signal to the whole group (a terminal's) is ours to handle
+        )
+    reader, writer = await asyncio.open_unix_connection(sock=ours)
+    return Life(process, reader, writer)
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The worker's: our settings, and this very package where it is not installed. -P keeps the rest out."""
+    home = str(Path(__file__).resolve().parents[1])
+    path = os.environ.get("PYTHONPATH", "")
+    if home not in (*site.getsitepackages(), site.getusersitepackages()):
+        path = home + (os.pathsep + path if path else "")
+    return os.environ | to_environment(settings) | {"PYTHONPATH": path}
+
+
+async def bury(life: Life) -> None:
+    """Close the socket, which ends the worker, and see that it does end."""
+    life.writer.close()
+    with contextlib.suppress(ConnectionError):
+        await life.writer.wait_closed()
+    try:
+        await asyncio.to_thread(life.process.wait, 2)
+    except (subprocess.TimeoutExpired, asyncio.CancelledError):
+        life.process.kill()
+        life.process.wait()

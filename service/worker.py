@@ -1,0 +1,116 @@
+"""The worker: a process of its own around an engine. Started by the supervisor with a socket's number."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from dataclasses import asdict
+from typing import Any
+
+from models.configs import CheckpointError
+from service import messages
+from service.engine import Engine
+from service.job import Done, Event, Job
+from service.registry import locate_all
+from service.settings import Settings, read_settings
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 0.5
+FATAL_EXIT = 3  # loading failed for a reason that another try does not change
+
+
+class Link:
+    """The worker's end of the socket; send() may be called from any thread."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self.stream = connection.makefile("rb")
+
+    def send(self, header: dict[str, Any], blobs: tuple[bytes, ...] = ()) -> None:
+        """Send one message; a closed socket ends the process, since nobody is left to work for."""
+        try:
+            with self._lock:
+                self._connection.sendall(messages.pack(header, blobs))
+        except OSError:
+            os._exit(0)
+
+    def emit(self, event: Event) -> None:
+        """Send an engine's event."""
+        header = {"kind": type(event).__name__} | asdict(event)
+        self.send(header, header.pop("pictures") if isinstance(event, Done) else ())
+
+
+class Beat(threading.Thread):
+    """Tells the supervisor every BEAT_SECONDS how often the loop has turned, so that it notices a stall."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(daemon=True)
+        self.link = link
+        self.turns = 0
+        self.busy = True  # loading
+
+    def run(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(BEAT_SECONDS):
+            self.link.send({"kind": "Beat", "turns": self.turns, "busy": self.busy})
+
+
+def listen(link: Link, inbox: queue.SimpleQueue) -> None:
+    """Put every message in the inbox; exit with the socket."""
+    while (message := messages.read(link.stream)) is not None:
+        inbox.put(message[0])
+    os._exit(0)  # not sys.exit: the engine's thread may be inside a long call
+
+
+def drain(inbox: queue.SimpleQueue, engine: Engine) -> None:
+    """Take everything from the inbox; wait for something while there is nothing else to do."""
+    while not inbox.empty() or not engine.busy:
+        message = inbox.get()
+        if message["kind"] == "Submit":
+            engine.submit(Job.from_dict(message["job"]))
+        elif message["kind"] == "Cancel":
+            engine.cancel(message["job"])
+
+
+def serve(settings: Settings, link: Link) -> None:
+    """Load the models, say what they are, then turn until the socket closes."""
+    beat = Beat(link)
+    beat.start()
+    inbox: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(link, inbox), daemon=True).start()
+
+    from service.runner import build  # torch: seconds, during which the beat goes on
+
+    runner = build(settings, locate_all(settings.model))
+    link.send({"kind": "Ready", "specs": [spec.to_dict() for spec in runner.specs.values()]})
+    engine = Engine(runner, link.emit, settings.max_rows, settings.decode_chunk)
+    while True:
+        beat.busy = engine.busy
+        drain(inbox, engine)
+        beat.busy = True
+        engine.tick()
+        beat.turns += 1
+
+
+def main() -> None:
+    """The process: argv is the number of the inherited socket."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the API process, which drains
+    settings = read_settings()
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        serve(settings, link)
+    except (CheckpointError, ValueError) as error:  # a checkpoint, device or setting that stays wrong
+        link.send({"kind": "Fatal", "message": str(error)})
+        sys.exit(FATAL_EXIT)
+
+
+if __name__ == "__main__":
+    main()
