@@ -36,9 +36,9 @@ def bare_format(accept: str | None, body: GenerateRequest) -> Format | None:
 
 
 def preferred(accept: str) -> str | None:
-    """The type with the largest q of those that we can send, the first of equals; None if there is none."""
+    """The type with the largest q of those that we can send, the first of equals; None if none."""
     offers = [quality(part) for part in accept.split(",")]
-    known = [(q, kind) for q, kind in offers if q > 0 and (kind in JSON_TYPES or kind in BARE or kind == "image/*")]
+    known = [(q, kind) for q, kind in offers if q > 0 and kind in (*JSON_TYPES, *BARE, "image/*")]
     return max(known, key=lambda offer: offer[0])[1] if known else None
 
 

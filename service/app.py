@@ -31,7 +31,8 @@ from service.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-FRAMEWORK = {404: NotFound, 405: MethodNotAllowed, 400: UnreadableBody}  # status of the framework's own errors
+# The framework's own errors, by status.
+FRAMEWORK = {404: NotFound, 405: MethodNotAllowed, 400: UnreadableBody}
 
 
 def create_app(settings: Settings) -> FastAPI:

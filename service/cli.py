@@ -24,6 +24,9 @@ ASKED = ("negative_prompt", "width", "height", "steps", "guidance_scale", "seed"
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
 
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
 class UsageError(ValueError):
     """A command that cannot be carried out as it was typed."""
 
@@ -102,11 +105,16 @@ def serve(args: argparse.Namespace) -> int:
 
     settings = settings_of(args, "model", "host", "port", "device", "dtype")
     locate_all(settings.model)  # a name that is wrong now stays wrong
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
     app = create_app(settings)
     supervisor = app.state.supervisor
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_config=None, log_level=settings.log_level, access_log=False
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        log_level=settings.log_level,
+        access_log=False,
     )
 
     class Server(uvicorn.Server):
@@ -156,7 +164,7 @@ def generate(args: argparse.Namespace) -> int:
     output = Path(args.output)
     kind = images.SUFFIXES.get(output.suffix.lower())
     if kind is None:
-        raise UsageError(f"--output is {args.output!r}; expected a name that ends in {', '.join(images.SUFFIXES)}")
+        raise UsageError(f"--output is {args.output!r}; expected the ending {', '.join(images.SUFFIXES)}")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--output is {args.output!r}; expected a folder that exists")
     settings = settings_of(args, "model", "device", "dtype")
@@ -218,7 +226,8 @@ def list_models(args: argparse.Namespace) -> int:
     for name, path in locate_all(settings_of(args, "model").model).items():
         spec = read_spec(path)
         d = spec.defaults
-        print(f"{name}  {d.width}x{d.height}, {d.steps} steps, guidance {d.guidance_scale:g}, {', '.join(spec.tasks)}")
+        made = f"{d.width}x{d.height}, {d.steps} steps, guidance {d.guidance_scale:g}"
+        print(f"{name}  {made}, {', '.join(spec.tasks)}")
     return 0
 
 

@@ -119,7 +119,7 @@ class Engine:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
                 return []
-            log.warning("a UNet call of %d jobs failed (%s); trying each alone", len(jobs), type(error).__name__)
+            log.warning("a call of %d jobs failed (%s); trying each alone", len(jobs), type(error).__name__)
         return [key for job in jobs for key in self._step([key for key in keys if key.job == job])]
 
     def _call(self, keys: list[ImageKey]) -> None:

@@ -20,6 +20,7 @@ ServiceError
     └── WorkerLost          it took the worker down with it
 """
 
+# ruff: noqa: N818 - named after what happened, as HTTP names it
 from __future__ import annotations
 
 
@@ -31,7 +32,9 @@ class ServiceError(Exception):
 
     default = "the service failed"
 
-    def __init__(self, message: str = "", *, param: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(
+        self, message: str = "", *, param: str | None = None, retry_after: int | None = None
+    ) -> None:
         super().__init__(message or self.default)
         self.param = param
         self.retry_after = retry_after

@@ -25,6 +25,9 @@ WORDING = {
 }
 
 
+PHRASES = {"Value error, ": "", "Input should be ": "must be ", "String should have ": "must have "}
+
+
 def to_job(body: GenerateRequest, specs: Mapping[str, ModelSpec], settings: Settings) -> Job:
     """The job a body asks for. Raises NotFound for the model, InvalidRequest for the rest."""
     spec = find_model(body.model, specs)
@@ -67,9 +70,9 @@ def check(job: Job, spec: ModelSpec, settings: Settings) -> None:
     pixels = job.width * job.height
     most = settings.max_work
     rules = (
-        ("width", job.width % multiple == 0, f"must be a multiple of {multiple}, such as {spec.defaults.width}"),
-        ("height", job.height % multiple == 0, f"must be a multiple of {multiple}, such as {spec.defaults.height}"),
-        ("width", pixels <= settings.max_pixels, f"times height must be at most {settings.max_pixels} pixels"),
+        ("width", job.width % multiple == 0, f"must be a multiple of {multiple}"),
+        ("height", job.height % multiple == 0, f"must be a multiple of {multiple}"),
+        ("width", pixels <= settings.max_pixels, f"times height must be at most {settings.max_pixels}"),
         ("steps", job.steps <= timesteps, f"must be at most {timesteps}"),
         ("n", job.n <= settings.max_images, f"must be at most {settings.max_images}"),
         ("n", job.n * job.steps * pixels <= most, f"times steps, width and height must be at most {most}"),
@@ -96,6 +99,6 @@ def explain(errors: Sequence[Mapping[str, Any]], content_type: str = "applicatio
 def wording(error: Mapping[str, Any]) -> str:
     """What was expected, to follow the field's name."""
     text = WORDING.get(error["type"], error["msg"])
-    for begin in ("Value error, ", "Input should be ", "String should have "):
-        text = text.replace(begin, "" if begin.startswith("Value") else "must be " if "be" in begin else "must have ")
+    for theirs, ours in PHRASES.items():
+        text = text.replace(theirs, ours)
     return text

@@ -1,4 +1,4 @@
-"""Messages between the API process and the worker: a JSON header and raw bytes, each preceded by its length."""
+"""Messages between the API process and the worker: lengths, a JSON header, raw bytes. No pickle."""
 
 from __future__ import annotations
 

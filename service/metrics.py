@@ -22,7 +22,7 @@ class Metrics:
         self.worker_restarts = Counter("ldm_worker_restarts", "Workers that ended", registry=r)
         self.jobs_running = Gauge("ldm_jobs_running", "Jobs that have begun", registry=r)
         self.jobs_waiting = Gauge("ldm_jobs_waiting", "Jobs accepted and not begun", registry=r)
-        self.unet_rows = Histogram("ldm_unet_rows", "Rows of a UNet call, without padding", buckets=ROWS, registry=r)
+        self.unet_rows = Histogram("ldm_unet_rows", "Rows of a UNet call", buckets=ROWS, registry=r)
         self.padded_rows = Counter("ldm_unet_padded_rows", "Rows run only to fill a bucket", registry=r)
         self.step_seconds = Histogram("ldm_step_seconds", "One UNet call", buckets=SECONDS, registry=r)
         self.part_seconds = Histogram(

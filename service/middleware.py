@@ -31,7 +31,7 @@ async def send_error(send: Send, error: ServiceError, request_id: str) -> None:
 
 
 class RequestContext:
-    """Gives each request an id, counts its answer, and turns what nobody caught into a 500 without details."""
+    """Gives each request an id, counts its answer, and makes a plain 500 of what nobody caught."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,20 +97,21 @@ class TorchRunner:
     def _step(self, states: list[JobState], images: list[ImageState]) -> tuple[Tensor, int]:
         """x_next (I, C, h, w) of I images, and the rows of the call."""
         x = torch.stack([image.x for image in images])  # (I, C, h, w)
-        table = torch.tensor([state.plan.lines[image.done] for state, image in zip(states, images, strict=True)])
+        taken = [state.plan.lines[image.done] for state, image in zip(states, images, strict=True)]
+        table = torch.from_numpy(np.stack(taken))  # (I, 5) float64
         lines = table.to(x.device, torch.float32)  # (I, 5)
         scale = torch.tensor([state.job.guidance_scale for state in states]).to(x.device, torch.float32)
 
         rows = [index for index, state in enumerate(states) for _ in state.contexts]  # row -> image
         last = torch.tensor(rows).bincount().cumsum(0) - 1  # each image's conditional row
-        first = last - torch.tensor([len(state.contexts) - 1 for state in states])  # equal to it without guidance
+        first = last - torch.tensor([len(state.contexts) - 1 for state in states])  # no guidance: the same
         bucket = self._bucket(len(rows))
         rows += rows[:1] * (bucket - len(rows))
         context = torch.cat([state.contexts for state in states])  # (R, L, C)
         context = torch.cat([context, context[:1].expand(bucket - len(context), -1, -1)])
 
-        taken = torch.tensor(rows, device=x.device)
-        eps = self._predict(states[0].bundle, x[taken], lines[taken], context)  # (R, C, h, w)
+        row_image = torch.tensor(rows, device=x.device)
+        eps = self._predict(states[0].bundle, x[row_image], lines[row_image], context)  # (R, C, h, w)
         guided = guide(eps[first.to(x.device)], eps[last.to(x.device)], scale)
         return step(x, guided, lines, self._noise(images, table)), bucket
 
@@ -177,7 +179,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices itself (AMX or AVX512-BF16)."""
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    probes = (getattr(torch.cpu, name, None) for name in names)
     return any(probe is not None and probe() for probe in probes)
 
 

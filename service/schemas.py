@@ -31,11 +31,11 @@ class GenerateRequest(BaseModel):
     width: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="pixels")] = None
     height: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="pixels")] = None
     steps: Annotated[int | None, Field(ge=1, le=1000)] = None
-    guidance_scale: Annotated[float | None, Field(ge=0, le=50, description="1: no guidance, half the work")] = None
+    guidance_scale: Annotated[float | None, Field(ge=0, le=50, description="1: none")] = None
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="of image 0; drawn if missing")] = None
     n: Annotated[int, Field(ge=1, le=MAX_N, description="pictures")] = 1
     sampler: Annotated[str | None, Field(max_length=50)] = None
-    eta: Annotated[float | None, Field(ge=0, le=1, description="0: deterministic; 1: as noisy as DDPM")] = None
+    eta: Annotated[float | None, Field(ge=0, le=1, description="0: DDIM; 1: DDPM")] = None
     output_format: Format | None = None
     priority: Annotated[int, Field(ge=0, le=9, description="larger runs sooner")] = 0
     timeout: Annotated[float | None, Field(gt=0, le=86_400, description="seconds until a 504")] = None

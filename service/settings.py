@@ -84,7 +84,7 @@ class Settings:
     log_level: str = setting("info", choice(*LOG_LEVELS))
 
     # Row counts that a UNet call is padded to; the last is the most rows of a call. Kernels are chosen by
-    # row count, so a picture's last bits depend on the bucket: fewer buckets, fewer differences, more padding.
+    # row count, so a picture's last bits depend on the bucket: fewer buckets, fewer differences, more pad.
     # Never one row alone: that is where kernels differ most.
     buckets: tuple[int, ...] = setting(
         (2, 4, 8, 16, 32), Parser(read_buckets, "rising whole numbers from 2 to 1024, by commas")

@@ -32,7 +32,7 @@ WATCH_SECONDS = 0.5
 RETRY_AFTER = {QueueFull: 5, Loading: 5, Draining: 30}  # seconds
 
 
-class WorkerFailed(Exception):
+class WorkerFailed(Exception):  # noqa: N818 - not an error of a request
     """No worker can be had; the message is for the operator."""
 
 

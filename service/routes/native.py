@@ -31,11 +31,11 @@ router = APIRouter(tags=["native"])
 
 GENERATE_ERRORS = (400, 404, 406, 413, 415, 422, 429, 500, 503, 504, 507)
 PICTURE: dict[str, Any] = {
-    "description": "The pictures; with `Accept: image/png`, `image/jpeg` or `image/webp` and n = 1 the picture itself",
+    "description": "The pictures; with `Accept: image/png` (or jpeg, webp) and n = 1 the picture itself",
     "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()},
     "headers": {
         "X-Request-Id": {"schema": {"type": "string"}, "description": "names the request in logs and errors"},
-        "X-Seed": {"schema": {"type": "integer"}, "description": "the picture's seed, of a picture by itself"},
+        "X-Seed": {"schema": {"type": "integer"}, "description": "of a picture by itself"},
     },
 }
 
@@ -47,7 +47,9 @@ PICTURE: dict[str, Any] = {
     summary="Make pictures from a prompt",
 )
 async def generate(
-    body: GenerateRequest, request: Request, accept: Annotated[str | None, Header(include_in_schema=False)] = None
+    body: GenerateRequest,
+    request: Request,
+    accept: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> GenerateResponse | Response:
     """Wait for the pictures. Leaving early cancels them."""
     begin = time.monotonic()
@@ -56,7 +58,8 @@ async def generate(
     bare = answers.bare_format(accept, body)
     job = intake.to_job(body, state.supervisor.specs, state.settings)
     with state.supervisor.place():
-        done = await while_waited_for(request, state.supervisor.run(job), body.timeout or state.settings.timeout)
+        seconds = body.timeout or state.settings.timeout
+        done = await while_waited_for(request, state.supervisor.run(job), seconds)
         kind = bare or body.output_format or "png"
         files = await answers.files(job, done, kind)
         timings = answers.timings(done, time.monotonic() - begin)
@@ -67,7 +70,7 @@ async def generate(
 
 
 async def while_waited_for(request: Request, work: Coroutine[Any, Any, Done], seconds: float) -> Done:
-    """The result of `work`, which is cancelled when time is up (DeadlineExceeded) or the client goes (ClientGone)."""
+    """The result of `work`, cancelled when time is up (DeadlineExceeded) or the client goes (ClientGone)."""
     task, gone = asyncio.create_task(work), asyncio.create_task(disconnect(request))
     try:
         await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
