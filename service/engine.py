@@ -90,8 +90,9 @@ class Engine:
         picked = self._started(self.scheduler.pick())
         if picked:
             self._advance(self._step(picked))
-        for _ in range(min(self.decode_chunk, len(self.latents))):
-            self._decode(self.latents.popleft())
+        for _ in range(self.decode_chunk):
+            if self.latents:  # a failure takes the rest of its job out
+                self._decode(self.latents.popleft())
 
     def _started(self, keys: list[ImageKey]) -> list[ImageKey]:
         """The picked images of jobs that have begun, or that begin now without failing."""
@@ -136,9 +137,7 @@ class Engine:
             self.latents.append(key)
 
     def _decode(self, key: ImageKey) -> None:
-        progress = self.jobs.get(key.job)
-        if progress is None:  # an image before it in this chunk failed, and the job with it
-            return
+        progress = self.jobs[key.job]
         try:
             progress.pictures[key.index] = self.runner.finish(key)
         except Exception as error:
