@@ -2,111 +2,287 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.job import ImageKey, Shape
 
+PATIENCE = 8  # full calls; less lets large old jobs slow the small ones down
+TOP_PRIORITY = 9
 
-@dataclass
-class Image:
-    """One image on its way through its evaluations."""
 
-    key: ImageKey
-    rows: int
-    left: int  # evaluations still to run
-    rank: tuple[int, int, int]  # smaller runs sooner: priority, arrival, index
+class Place(NamedTuple):
+    """Where a job that has not begun stands: position 1 is next; ahead: work left before it; own: its own."""
+
+    job: str
+    position: int
+    ahead: float
+    own: float
+
+
+@dataclass(slots=True, eq=False)
+class Queued:
+    """A job with steps to run."""
+
+    name: str
+    group: Group
+    rows: int  # of one image
+    weight: float
+    left: dict[ImageKey, int]  # steps to run, of each image that has any
+    place: tuple[float, int] = (0.0, 0)  # the fair time at which fair sharing would end it; its number
+    begun: bool = False
+
+    @property
+    def work(self) -> float:
+        """Work left."""
+        return sum(self.left.values()) * self.rows * self.group.row_cost
+
+    def longest(self, count: int) -> list[ImageKey]:
+        """The `count` images with the most steps left: taken so, all of a job's images end together."""
+        return sorted(self.left, key=self.left.__getitem__, reverse=True)[:count]
 
 
 class Group:
-    """Images that may share a UNet call, and the work that the group has had."""
+    """Jobs that may share a UNet call, and the fair sharing that they are measured against.
 
-    def __init__(self, row_cost: float, work: float) -> None:
+    time: fair time, the work that a job of weight 1 would have had by now if the group's work so far had
+    been shared evenly, by weight, among the jobs there were. spent: the work done per weight of the jobs in
+    line, which decides the turns among groups.
+    """
+
+    def __init__(self, key: Hashable, number: int, row_cost: float, spent: float) -> None:
+        self.key = key
+        self.number = number
         self.row_cost = row_cost
-        self.work = work
-        self.images: dict[ImageKey, Image] = {}
+        self.spent = spent
+        self.time = 0.0
+        self.line: list[tuple[float, int, Queued]] = []  # by place
+        self.fair: list[tuple[float, int, float]] = []  # place and weight of what fair sharing has not ended
+        self.weight = 0.0  # of the jobs in line
+        self.fair_weight = 0.0  # of what is in fair
 
     @property
-    def rank(self) -> tuple[int, float]:
-        """Smaller runs sooner: the most urgent image, then the least work so far."""
-        return (min(image.rank[0] for image in self.images.values()), self.work)
+    def turn(self) -> tuple[float, int, Group]:
+        """Sorts groups: the smallest goes next."""
+        return self.spent, self.number, self
+
+    def join(self, job: Queued, number: int, level: float) -> None:
+        """Put a new job in its place; what the group has spent above `level` is shared among more jobs."""
+        self.spent = level + (self.spent - level) * self.weight / (self.weight + job.weight)
+        self.weight += job.weight
+        job.place = self.time + job.work / job.weight, number
+        insort(self.line, (*job.place, job))
+        self._share(*job.place, job.weight)
+
+    def leave(self, job: Queued) -> None:
+        """Take out a job that is through; fair sharing may be at it for longer."""
+        del self.line[bisect_left(self.line, job.place)]
+        self.weight -= job.weight
+
+    def cancel(self, job: Queued) -> None:
+        """Take out a job that is not through: for fair sharing it was as large as the work done on it."""
+        self.leave(job)
+        index = bisect_left(self.fair, job.place)
+        if self.fair[index : index + 1] == [(*job.place, job.weight)]:
+            del self.fair[index]
+            self.fair_weight -= job.weight
+            self._share(job.place[0] - job.work / job.weight, job.place[1], job.weight)
+
+    def spend(self, work: float) -> None:
+        """Charge work done: fair time moves on, past the ends of the jobs that it ends."""
+        self.spent += work / self.weight
+        while self.fair and work >= (span := (self.fair[0][0] - self.time) * self.fair_weight):
+            work -= span
+            self.time, _, weight = self.fair.pop(0)
+            self.fair_weight -= weight
+        self.time += work / (self.fair_weight or 1.0)
+
+    def fill(self, limit: int, first: Queued | None = None) -> list[ImageKey]:
+        """Images of at most `limit` rows, by place and `first` before all; the head's one image at any size.
+
+        Looks no further than 2 * limit jobs for one that fills the last gap.
+        """
+        line = self.line[: 2 * limit]
+        if first:
+            line = [(*first.place, first), *(entry for entry in line if entry[2] is not first)]
+        if line[0][2].rows > limit:
+            return line[0][2].longest(1)
+        picked: list[ImageKey] = []
+        free = limit
+        for _, _, job in line:
+            fitting = free // job.rows
+            if fitting >= len(job.left):
+                picked += job.left
+                free -= len(job.left) * job.rows
+            elif fitting:
+                picked += job.longest(fitting)
+                free -= fitting * job.rows
+            if not free:
+                break
+        return picked
+
+    def _share(self, due: float, number: int, weight: float) -> None:
+        """Let fair sharing work on something until `due`."""
+        if due > self.time:
+            insort(self.fair, (due, number, weight))
+            self.fair_weight += weight
 
 
 class Scheduler:
-    """Admits jobs and deals out UNet calls of at most max_rows rows, image by image.
+    """Admits jobs and deals out UNet calls, image by image, each to one group and within its limit of rows.
 
-    Within a group the older job goes first and keeps its place until it ends, so that jobs finish rather
-    than all crawl; a higher priority overtakes at the next step. Groups take turns by work done.
+    Work is rows * row_cost. Within a group, jobs go in the order in which processor sharing would end them
+    (the fair sojourn protocol, Friedman and Henderson 2003): jobs finish rather than all crawl, a small one
+    overtakes a large one, and where a call holds one image, none ends later than under processor sharing
+    (tests/bench/policies.py has larger calls). A job counts as 4 ** priority jobs. Groups take turns by work
+    done per job. When all rows of a group fit, all run.
+
+    The bound on waiting: once `patience` full calls' work (max_rows rows of its group) has gone by without
+    the oldest job, the next call is its group's, and it comes first. So, whatever is admitted later and at
+    whatever priority, a job has its last step before the device has done (patience + 2) * S * F more work:
+    S the steps, of single images, that were left of it and of all jobs before it at its admission; F the
+    work of a full call of the dearest group.
     """
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(self, max_rows: int, patience: float = PATIENCE) -> None:
         if max_rows < 2:
             raise ValueError(f"max_rows must be at least 2, not {max_rows}")
         self.max_rows = max_rows
+        self.patience = patience
+        self._limits: dict[Hashable, int] = {}
+        self._jobs: OrderedDict[str, Queued] = OrderedDict()  # by admission
         self._groups: dict[Hashable, Group] = {}
-        self._of: dict[str, Hashable] = {}  # job -> group
-        self._arrivals = 0
+        self._turns: list[tuple[float, int, Group]] = []  # sorted
+        self._numbers = 0
+        self._passed = 0.0  # work done since the oldest job ran or became the oldest
+        self._begun = 0
 
     def __len__(self) -> int:
         """Jobs with evaluations still to run."""
-        return len(self._of)
+        return len(self._jobs)
+
+    @property
+    def running(self) -> int:
+        """Jobs that have had a step and have more to run."""
+        return self._begun
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have had no step yet."""
+        return len(self._jobs) - self._begun
+
+    def limit(self, group: Hashable, rows: int | None) -> None:
+        """Allow a group's calls at most so many rows from now on (None: max_rows), and never over max_rows.
+
+        An image of more rows than that is still picked, alone.
+        """
+        if rows is None:
+            self._limits.pop(group, None)
+        elif rows < 1:
+            raise ValueError(f"a limit must be at least 1 row, not {rows}")
+        else:
+            self._limits[group] = rows
 
     def admit(self, job: str, shape: Shape, images: int, rows: int, priority: int = 0) -> None:
         """Queue `images` images of `rows` rows each. Raises ValueError for a job that is queued already."""
-        if job in self._of:
+        if job in self._jobs:
             raise ValueError(f"job {job} is queued already")
+        if min(images, rows) < 1:
+            raise ValueError(f"job {job} needs images of rows, not {images} of {rows}")
+        self._numbers += 1
+        level = self._turns[0][0] if self._turns else 0.0  # a new group has no claim to the past
         if shape.group not in self._groups:
-            self._groups[shape.group] = Group(shape.row_cost, self._least_work())
+            self._groups[shape.group] = Group(shape.group, self._numbers, shape.row_cost, level)
+            insort(self._turns, self._groups[shape.group].turn)
         group = self._groups[shape.group]
-        self._of[job] = shape.group
-        self._arrivals += 1
-        for index in range(images):
-            key = ImageKey(job, index)
-            group.images[key] = Image(key, rows, shape.evaluations, (-priority, self._arrivals, index))
+        weight = 4.0 ** max(-TOP_PRIORITY, min(priority, TOP_PRIORITY))
+        left = {ImageKey(job, index): shape.evaluations for index in range(images)}
+        self._jobs[job] = queued = Queued(job, group, rows, weight, left)
+        self._withdraw(group)
+        group.join(queued, self._numbers, level)
+        insort(self._turns, group.turn)
 
     def pick(self) -> list[ImageKey]:
-        """The images of the next UNet call: of one group, at most max_rows rows; [] when nothing is left."""
-        if not self._groups:
+        """The images of the next UNet call: of one group, within its limit; [] when nothing is left."""
+        if not self._jobs:
             return []
-        group = min(self._groups.values(), key=lambda g: g.rank)
-        picked, free = [], self.max_rows
-        for image in sorted(group.images.values(), key=lambda i: i.rank):
-            if image.rows <= free:
-                picked.append(image.key)
-                free -= image.rows
-        return picked
+        oldest = self._oldest()
+        overdue = self._passed >= self.patience * self.max_rows * oldest.group.row_cost
+        group = oldest.group if overdue else self._turns[0][2]
+        rows = min(self.max_rows, self._limits.get(group.key, self.max_rows))
+        return group.fill(rows, oldest if overdue else None)
 
     def advance(self, keys: Iterable[ImageKey]) -> list[ImageKey]:
-        """Count one evaluation of each image; the ones that have no more leave and are returned."""
-        finished = []
+        """Count one step of each of these images of one group; returns those with no more, which leave."""
+        finished, rows, ran, job = [], 0, False, None
+        oldest = self._oldest()
         for key in keys:
-            group = self._groups[self._of[key.job]]
-            image = group.images[key]
-            image.left -= 1
-            group.work += image.rows * group.row_cost
-            if image.left <= 0:
+            job = self._jobs[key[0]]
+            job.left[key] = left = job.left[key] - 1
+            rows += job.rows
+            if left <= 0:
                 finished.append(key)
+            if job is oldest:
+                ran = True
+            if not job.begun:
+                job.begun = True
+                self._begun += 1
+        if job:
+            work = rows * job.group.row_cost
+            self._passed = 0.0 if ran else self._passed + work
+            self._withdraw(job.group)
+            job.group.spend(work)
+            insort(self._turns, job.group.turn)
         for key in finished:
-            self._forget([key])
+            self._finish(key)
         return finished
 
     def remove(self, job: str) -> None:
         """Forget a job and free its rows; one that is not queued is left alone."""
-        if job in self._of:
-            images = self._groups[self._of[job]].images
-            self._forget([key for key in images if key.job == job])
+        if job in self._jobs:
+            queued = self._jobs[job]
+            queued.group.cancel(queued)
+            self._drop(queued)
 
-    def _forget(self, keys: list[ImageKey]) -> None:
-        """Drop images of one job, then its job and group where they have none left."""
-        job, group = keys[0].job, self._of[keys[0].job]
-        images = self._groups[group].images
-        for key in keys:
-            del images[key]
-        if not any(key.job == job for key in images):
-            del self._of[job]
-        if not images:
-            del self._groups[group]
+    def queue(self) -> list[Place]:
+        """Jobs that have not begun, in the order in which they would if none came any more."""
+        jobs = sorted(self._jobs.values(), key=lambda job: (job.place[0] - job.group.time, job.place[1]))
+        places, ahead = [], 0.0
+        for job in jobs:
+            work = job.work
+            if not job.begun:
+                places.append(Place(job.name, len(places) + 1, ahead, work))
+            ahead += work
+        return places
 
-    def _least_work(self) -> float:
-        """Where a new group starts, so that it neither waits for old debts nor runs ahead of them."""
-        return min((group.work for group in self._groups.values()), default=0.0)
+    def place(self, job: str) -> Place | None:
+        """Where a job stands; None once it has begun, or when it is not queued."""
+        return next((place for place in self.queue() if place.job == job), None)
+
+    def _oldest(self) -> Queued | None:
+        return next(iter(self._jobs.values()), None)
+
+    def _withdraw(self, group: Group) -> None:
+        """Take a group out of the turns, before its turn changes or when it has no jobs."""
+        del self._turns[bisect_left(self._turns, group.turn)]
+
+    def _finish(self, key: ImageKey) -> None:
+        """Drop an image that is through, and its job with the last one."""
+        job = self._jobs[key.job]
+        del job.left[key]
+        if not job.left:
+            job.group.leave(job)
+            self._drop(job)
+
+    def _drop(self, job: Queued) -> None:
+        """Forget a job that has left its group, and the group if it was the last."""
+        if job is self._oldest():
+            self._passed = 0.0
+        del self._jobs[job.name]
+        self._begun -= job.begun
+        if not job.group.line:
+            del self._groups[job.group.key]
+            self._withdraw(job.group)
