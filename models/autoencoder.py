@@ -5,9 +5,18 @@ Module names equal the keys of the published CompVis checkpoints.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
+from torch.nn.functional import (
+    interpolate,
+    pad,
+    pixel_shuffle,
+    pixel_unshuffle,
+    scaled_dot_product_attention,
+    silu,
+)
 
 from models.spec import AutoencoderSpec
 
@@ -94,7 +103,7 @@ class Level(nn.Module):
     def __init__(self, width_in: int, width_out: int, blocks: int, groups: int) -> None:
         super().__init__()
         widths = [width_in] + [width_out] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -109,8 +118,8 @@ class Encoder(nn.Module):
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
-        width = spec.channels[0]
-        self.conv_in = nn.Conv2d(spec.picture_channels, width, 3, padding=1)
+        width, self.patch_size = spec.channels[0], spec.patch_size
+        self.conv_in = nn.Conv2d(spec.picture_channels * spec.patch_size**2, width, 3, padding=1)
         self.down = nn.ModuleList()
         for index, out in enumerate(spec.channels):
             level = Level(width, out, spec.res_blocks, spec.groups)
@@ -123,7 +132,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 2 * spec.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(pixel_unshuffle(x, self.patch_size))
         for level in self.down:
             h = level(h)
         return self.conv_out(silu(self.norm_out(self.mid(h))))
@@ -134,7 +143,7 @@ class Decoder(nn.Module):
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
-        width = spec.channels[-1]
+        width, self.patch_size = spec.channels[-1], spec.patch_size
         self.conv_in = nn.Conv2d(spec.latent_channels, width, 3, padding=1)
         self.mid = Middle(width, spec.groups)
         levels = []
@@ -146,13 +155,13 @@ class Decoder(nn.Module):
             width = out
         self.up = nn.ModuleList(reversed(levels))  # the published index counts from the finest
         self.norm_out = norm(width, spec.groups)
-        self.conv_out = nn.Conv2d(width, spec.picture_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, spec.picture_channels * spec.patch_size**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(silu(self.norm_out(h)))
+        return pixel_shuffle(self.conv_out(silu(self.norm_out(h))), self.patch_size)
 
 
 class Autoencoder(nn.Module):

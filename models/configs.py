@@ -233,6 +233,7 @@ def autoencoder_spec(config: Config) -> AutoencoderSpec:
         picture_channels=only(config.get("in_channels", 3), "in_channels"),
         groups=config.get("norm_num_groups", 32),
         sample_size=max(size) if isinstance(size, list) else size,
+        patch_size=only(config.get("patch_size", 1), "patch_size"),
     )
 
 
@@ -388,20 +389,26 @@ def unet_config(spec: ModelSpec) -> Config:
 
 def autoencoder_config(spec: AutoencoderSpec) -> Config:
     levels = len(spec.channels)
-    return {option: accepted[0] for option, accepted in VAE_FIXED.items()} | {
-        "_class_name": COMPONENTS["vae"],
-        "_diffusers_version": "0.36.0",
-        "in_channels": spec.picture_channels,
-        "out_channels": spec.picture_channels,
-        "block_out_channels": list(spec.channels),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": spec.res_blocks,
-        "latent_channels": spec.latent_channels,
-        "norm_num_groups": spec.groups,
-        "sample_size": spec.sample_size,
-        "scaling_factor": spec.scale_factor,
-    }
+    # diffusers' class has no patches; the option is called as in its autoencoders that have them.
+    patches = {"patch_size": spec.patch_size} if spec.patch_size > 1 else {}
+    return (
+        {option: accepted[0] for option, accepted in VAE_FIXED.items()}
+        | patches
+        | {
+            "_class_name": COMPONENTS["vae"],
+            "_diffusers_version": "0.36.0",
+            "in_channels": spec.picture_channels,
+            "out_channels": spec.picture_channels,
+            "block_out_channels": list(spec.channels),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "layers_per_block": spec.res_blocks,
+            "latent_channels": spec.latent_channels,
+            "norm_num_groups": spec.groups,
+            "sample_size": spec.sample_size,
+            "scaling_factor": spec.scale_factor,
+        }
+    )
 
 
 def text_config(spec: TextSpec) -> Config:

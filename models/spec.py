@@ -22,12 +22,16 @@ class UNetSpec:
     out_channels: int
     channels: tuple[int, ...]  # width of each level
     res_blocks: int  # residual blocks a level going down; one more going up
-    transformer_depth: tuple[int, ...]  # transformer blocks after each residual block of a level; 0: no attention
+    transformer_depth: tuple[
+        int, ...
+    ]  # transformer blocks after each residual block of a level; 0: no attention
     middle_depth: int  # transformer blocks in the middle block
     heads: tuple[int, ...]  # attention heads of each level; the middle block uses the last
     context_width: int
     groups: int = 32  # of every GroupNorm
-    linear_projection: bool = False  # transformer in/out projections: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
+    linear_projection: bool = (
+        False  # transformer in/out projections: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
+    )
 
     @property
     def factor(self) -> int:
@@ -46,11 +50,12 @@ class AutoencoderSpec:
     picture_channels: int = 3
     groups: int = 32
     sample_size: int = 512  # picture side it was trained at
+    patch_size: int = 1  # E folds squares of so many pixels a side into channels first, D unfolds them last
 
     @property
     def factor(self) -> int:
         """Pixels a latent cell covers along one side (f in the paper)."""
-        return 2 ** (len(self.channels) - 1)
+        return self.patch_size * 2 ** (len(self.channels) - 1)
 
 
 @dataclass(frozen=True)

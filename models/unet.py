@@ -18,7 +18,9 @@ from models.spec import UNetSpec
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Sinusoids of the timestep, cosines first. t (B,), integer or float -> (B, width) float32."""
     half = width // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    frequencies = torch.exp(
+        -math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32)
+    )
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -38,9 +40,7 @@ class ResBlock(nn.Module):
             nn.Identity(),  # the reference's dropout: it keeps the published key `out_layers.3`
             nn.Conv2d(width_out, width_out, 3, padding=1),
         )
-        self.skip_connection = (
-            nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
-        )
+        self.skip_connection = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, C_in, h, w), emb (B, E) -> (B, C_out, h, w)."""
@@ -104,7 +104,9 @@ class UNet(nn.Module):
                 )
             ] if depth else []  # fmt: skip
 
-        self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(spec.in_channels, width, 3, padding=1))])
         skips = [width]  # widths of what goes across to the upward path
         for level in levels:
@@ -127,7 +129,9 @@ class UNet(nn.Module):
                 blocks = transformer(level, spec.transformer_depth[level])
                 if level and index == spec.res_blocks:
                     blocks.append(Upsample(spec.channels[level]))
-                self.output_blocks.append(Stage(res_block(width + skips.pop(), spec.channels[level]), *blocks))
+                self.output_blocks.append(
+                    Stage(res_block(width + skips.pop(), spec.channels[level]), *blocks)
+                )
                 width = spec.channels[level]
 
         self.out = nn.Sequential(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from models.training.scenes import Atlas, draw_scene
 from models.training.trainer import Budget, Trainer
 from models.unet import UNet
 
-SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023)
+CHUNK = 64  # scenes encoded at once
 SHORT, DROPPED = 0.1, 0.1  # shares of captions that leave the background out, and of empty ones
 
 
@@ -36,18 +36,23 @@ class TextConditionedUNet(nn.Module):
 
 
 def draw_latents(
-    autoencoder: Autoencoder, encoder: TextEncoder, names: list[str], count: int, seed: int, device: torch.device
+    autoencoder: Autoencoder,
+    encoder: TextEncoder,
+    names: Sequence[str],
+    count: int,
+    seed: int,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """Draw scenes and encode them once: unscaled latents in bfloat16, and the ids of both captions."""
     atlas, rng = Atlas(names), np.random.default_rng(seed)
     latents, ids = [], []
-    for _ in tqdm(range(0, count, 64), desc="latents", unit_scale=64, unit="scene"):
-        scenes = [draw_scene(atlas, rng) for _ in range(64)]
+    for _ in tqdm(range(0, count, CHUNK), desc="latents", unit_scale=CHUNK, unit="scene"):
+        scenes = [draw_scene(atlas, rng) for _ in range(CHUNK)]
         x = to_x(torch.from_numpy(np.stack([scene.picture for scene in scenes]))).to(device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             latents.append(autoencoder.encode(x).bfloat16())
         captions = [text for scene in scenes for text in (scene.caption, scene.short_caption)]
-        ids.append(encoder.tokenize(captions).view(64, 2, -1))
+        ids.append(encoder.tokenize(captions).view(CHUNK, 2, -1))
     return {"latents": torch.cat(latents), "ids": torch.cat(ids).to(device)}
 
 
@@ -64,26 +69,39 @@ def batches(data: dict[str, Tensor], scale: float, empty: Tensor, size: int, see
             yield data["latents"][index].float() * scale, ids
 
 
-def loss(network: TextConditionedUNet, schedule: Schedule, z: Tensor, ids: Tensor) -> Tensor:
-    """Weighted error of the predicted v (Salimans and Ho 2022) or eps at random timesteps."""
-    alpha_bar = torch.as_tensor(schedule.alpha_bar, dtype=torch.float32, device=z.device)
-    t = torch.randint(len(alpha_bar), (len(z),), device=z.device)
+def timestep_density(alpha_bar: np.ndarray) -> Tensor:
+    """How often training draws each timestep: (T,), sums to 1.
+
+    The logit-normal density of Esser et al. 2024 (section 3.1) over the angle that the signal's and the
+    noise's parts make: shapes are decided at middle noise, so most updates go there.
+    """
+    angle = np.arccos(np.sqrt(alpha_bar)) / (np.pi / 2)  # 0: no noise, 1: noise only
+    logit = np.log(angle / (1 - angle))
+    density = np.exp(-0.5 * logit**2) / (angle * (1 - angle)) * np.gradient(angle)
+    return torch.from_numpy(density / density.sum())
+
+
+def loss(network: TextConditionedUNet, alpha_bar: Tensor, density: Tensor, z: Tensor, ids: Tensor) -> Tensor:
+    """Error of the predicted v (Salimans and Ho 2022) at random timesteps.
+
+    alpha_bar, density (T,); z (B, C, h, w), scaled latents; ids (B, L).
+    """
+    t = torch.multinomial(density, len(z), replacement=True)
     ab = alpha_bar[t][:, None, None, None]
     eps = torch.randn_like(z)
-    v_wanted = schedule.spec.prediction == "v_prediction"
-    target = ab.sqrt() * eps - (1 - ab).sqrt() * z if v_wanted else eps
+    v = ab.sqrt() * eps - (1 - ab).sqrt() * z
     out = network(ab.sqrt() * z + (1 - ab).sqrt() * eps, t, ids).float()
-    snr = (ab / (1 - ab)).flatten()
-    weight = snr.clamp(max=SNR_CAP) / (snr + 1 if v_wanted else snr)
-    return (weight * (out - target).square().mean(dim=(1, 2, 3))).mean()
+    return (out - v).square().mean()
 
 
 def train(
     network: TextConditionedUNet, schedule: ScheduleSpec, data: dict[str, Tensor], scale: float,
     budget: Budget, state: Path, device: torch.device,
 ) -> None:  # fmt: skip
-    """Train the UNet and the text encoder on cached latents; resumes from `state`."""
-    trainer, table = Trainer(network, budget, state, device), Schedule(schedule)
+    """Train the UNet and the text encoder to predict v on cached latents; resumes from `state`."""
+    trainer, alpha_bar = Trainer(network, budget, state, device), Schedule(schedule).alpha_bar
+    density = timestep_density(alpha_bar).to(device, torch.float32)
+    alpha_bar = torch.from_numpy(alpha_bar).to(device, torch.float32)
     empty = network.text_encoder.tokenize([""]).to(device)
     stream = batches(data, scale, empty, budget.batch, seed=trainer.progress.updates)
-    trainer.run(stream, lambda batch: loss(network, table, *batch), "diffusion")
+    trainer.run(stream, lambda batch: loss(network, alpha_bar, density, *batch), "diffusion")

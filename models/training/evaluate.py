@@ -6,13 +6,18 @@ to a square, and compared with every glyph of the font put on the same backgroun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
-from models.training.scenes import COLOURS, SIZE, Atlas, held_out
+from models.latent_diffusion import LatentDiffusion
+from models.training.first_stage import to_x
+from models.training.scenes import COLOURS, SIZE, Atlas, held_out, held_out_scenes
 
 SIDE = 24  # pixels a side at which glyphs are compared
 DIFFERS = 30.0  # distance in RGB from which a pixel is not background
@@ -82,7 +87,9 @@ class Judge:
         key = tuple(int(c) // 16 * 16 + 8 for c in colour)
         if key not in self._references:
             base = np.array(key, dtype=np.float64)
-            self._references[key] = np.stack([cut_out(self._put(g, base), base).ravel() for g in self._glyphs])
+            self._references[key] = np.stack(
+                [cut_out(self._put(g, base), base).ravel() for g in self._glyphs]
+            )
         return self._references[key]
 
     @staticmethod
@@ -112,3 +119,45 @@ def named_object_accuracy(
             right += nearest_colour(background(picture)) == colour
     n = max(1, len(pairs))
     return Accuracy(len(pairs), top1 / n, top5 / n, right / n)
+
+
+def to_pictures(x: Tensor) -> Pictures:
+    """x (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.inference_mode()
+def fidelity(bundle: LatentDiffusion, atlas: Atlas, count: int = 128, batch: int = 32) -> float:
+    """PSNR in dB of D(E(x)) over held-out scenes, of their mean squared error."""
+    scenes = np.stack([scene.picture for scene in held_out_scenes(atlas, count)])
+    device = next(bundle.unet.parameters()).device
+    again = [
+        to_pictures(bundle.decode(bundle.encode(x.to(device))))
+        for x in to_x(torch.from_numpy(scenes)).split(batch)
+    ]
+    return psnr(scenes, np.concatenate(again))
+
+
+@torch.inference_mode()
+def report(
+    bundle: LatentDiffusion, names: Sequence[str], count: int, steps: int, guidance_scale: float
+) -> Iterator[str]:
+    """One sentence for each figure, as it is known. Picture i of the prompts has seed i."""
+    atlas = Atlas()
+    yield f"D(E(x)) on held-out scenes: {fidelity(bundle, atlas):.2f} dB"
+    done = 0
+    with tqdm(total=count, desc="prompts", leave=False) as bar:
+
+        def draw(prompts: list[str]) -> Pictures:
+            nonlocal done
+            seeds = range(done, done + len(prompts))
+            done += len(prompts)
+            bar.update(len(prompts))
+            return to_pictures(bundle.sample(prompts, seeds, steps, guidance_scale))
+
+        accuracy = named_object_accuracy(Judge(atlas), held_out_prompts(names, count), draw)
+    yield (
+        f"named objects, {accuracy.count} held-out prompts of {len(names)} names, "
+        f"{steps} steps, guidance {guidance_scale:g}:"
+    )
+    yield f"top-1 {accuracy.top1:.1%}, top-5 {accuracy.top5:.1%}, background {accuracy.background:.1%}"

@@ -17,7 +17,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-FONT_SHA256 = "e5899ed38b8ed83e08bd3ac5de09791e9d19d288333a796de1d35ad17396f1ec"  # Debian 12's fonts-noto-color-emoji
+FONT_SHA256 = (
+    "e5899ed38b8ed83e08bd3ac5de09791e9d19d288333a796de1d35ad17396f1ec"  # Debian 12's fonts-noto-color-emoji
+)
 FONT_SIZE = 109  # the only size the font's bitmaps come in
 SIZE = 128  # side of a scene
 COLOURS = {
@@ -138,7 +140,7 @@ def _two(atlas: Atlas, rng: np.random.Generator, names: tuple[str, str], colour:
 
 
 def draw_scene(
-    atlas: Atlas, rng: np.random.Generator, two: float = 0.1, sizes: tuple[int, int] = (72, 121)
+    atlas: Atlas, rng: np.random.Generator, two: float = 0.08, sizes: tuple[int, int] = (80, 121)
 ) -> Scene:
     """A random training scene; never a held-out pair. `two`: share of scenes with two objects."""
     while True:

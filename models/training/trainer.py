@@ -49,7 +49,7 @@ class Trainer:
         self.averaged = copy.deepcopy(network).requires_grad_(False).eval()
         self.budget, self.path, self.device = budget, path, device
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=budget.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+            network.parameters(), lr=budget.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
         self.progress = Progress()
         if path.exists():
@@ -95,9 +95,7 @@ class Trainer:
     def _average(self) -> None:
         decay = min(self.budget.average, (1 + self.progress.updates) / (10 + self.progress.updates))
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay
-            )
+            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay)
 
     def save(self) -> None:
         """Write the state whole or not at all."""
@@ -105,7 +103,8 @@ class Trainer:
         partial = self.path.with_suffix(".partial")
         state = {"network": self.network, "averaged": self.averaged, "optimizer": self.optimizer}
         torch.save(
-            {name: part.state_dict() for name, part in state.items()} | {"progress": vars(self.progress)}, partial
+            {name: part.state_dict() for name, part in state.items()} | {"progress": vars(self.progress)},
+            partial,
         )
         os.replace(partial, self.path)
 

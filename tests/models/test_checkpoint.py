@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from models.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, autoencoder_names, load, read_spec, save, unet_names
 from models.spec import AutoencoderSpec, UNetSpec
 from models.unet import UNet
-from tests.tiny import tiny_model, tiny_spec, write_tiny_model
+from tests.tiny import fill_randomly, tiny_model, tiny_spec, write_tiny_model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -45,6 +46,21 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     loaded = load(tmp_path / "m")
     assert loaded.spec == model.spec
     assert same_weights(loaded, model)
+
+
+@torch.inference_mode()
+def test_an_autoencoder_on_patches_is_saved_and_loaded(tmp_path):
+    model = tiny_model()
+    spec = replace(model.spec.autoencoder, channels=(16, 16), patch_size=4)
+    assert spec.factor == 8
+    model.spec, model.autoencoder = replace(model.spec, autoencoder=spec), Autoencoder(spec)
+    fill_randomly(model.autoencoder, seed=1)
+    save(model, tmp_path / "m", dtype=torch.float32)
+    loaded, x = load(tmp_path / "m"), torch.rand(1, 3, 64, 32) * 2 - 1
+    z = loaded.autoencoder.encode(x)
+    assert z.shape == (1, 4, 8, 4)
+    assert torch.equal(z, model.autoencoder.encode(x))
+    assert loaded.autoencoder.decode(z).shape == x.shape
 
 
 def test_half_precision_is_the_form_on_disk(folder):

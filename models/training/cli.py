@@ -1,0 +1,163 @@
+"""`ldm train`: the autoencoder, the diffusion model on its latents, the folder, and the measure."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.autoencoder import Autoencoder
+from models.training.presets import AUTOENCODER, DEFAULTS, TOKENS
+from models.training.trainer import Budget
+from models.training.vocabulary import build_tokenizer
+
+STATE = Path.home() / ".cache" / "latent-diffusion-service" / "train"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a part of the training; returns the exit code."""
+    args = parser().parse_args(argv)
+    args.command(args)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All parts and their flags."""
+    top = argparse.ArgumentParser(
+        prog="ldm train",
+        description="Train the model in the box on drawn emoji scenes. A part that is stopped goes on "
+        "from its state when it is called again.",
+    )
+    parts = top.add_subparsers(required=True, metavar="PART")
+    first = add(parts, "autoencoder", train_autoencoder, "E and D on drawn scenes of every glyph")
+    add_budget(first, minutes=25, learning_rate=1e-3, batch=8)
+    diffusion = add(parts, "diffusion", train_diffusion, "the UNet and the text encoder on latents of E")
+    add_budget(diffusion, minutes=90, learning_rate=6e-4, batch=24)
+    add_names(diffusion)
+    diffusion.add_argument(
+        "--scenes", type=int, default=48_000, help="latents to draw (default: %(default)s)"
+    )
+    export = add(parts, "export", export_model, "the trained weights as a folder in float16")
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    measure = add(parts, "evaluate", evaluate, "the autoencoder's fidelity and named-object accuracy")
+    measure.add_argument("model", type=Path, metavar="FOLDER", help="a trained model")
+    measure.add_argument("--names", type=Path, metavar="FILE", help="default: names.txt of the model")
+    measure.add_argument("--count", type=int, default=300, help="held-out prompts, one picture each")
+    measure.add_argument("--steps", type=int, default=DEFAULTS.steps)
+    measure.add_argument("--guidance-scale", type=float, default=DEFAULTS.guidance_scale)
+    return top
+
+
+def add(parts, name: str, command, text: str) -> argparse.ArgumentParser:
+    """A part, with the flags that all share."""
+    part = parts.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    part.add_argument(
+        "--state", type=Path, default=STATE, metavar="FOLDER", help="where a run's state is kept"
+    )
+    part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    part.set_defaults(command=command)
+    return part
+
+
+def add_budget(part: argparse.ArgumentParser, minutes: float, learning_rate: float, batch: int) -> None:
+    part.add_argument("--minutes", type=float, default=minutes, help="of updates, over all resumed parts")
+    part.add_argument("--learning-rate", type=float, default=learning_rate, help="at its peak")
+    part.add_argument("--batch", type=int, default=batch, help="pictures an update")
+
+
+def add_names(part: argparse.ArgumentParser) -> None:
+    part.add_argument(
+        "--names", type=Path, required=True, metavar="FILE", help="the names to learn, one a line"
+    )
+
+
+def budget_of(args: argparse.Namespace) -> Budget:
+    return Budget(minutes=args.minutes, learning_rate=args.learning_rate, batch=args.batch)
+
+
+def read_names(file: Path) -> list[str]:
+    """The lines of a file of names."""
+    return file.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def train_autoencoder(args: argparse.Namespace) -> None:
+    from models.training import first_stage
+
+    first_stage.train(AUTOENCODER, budget_of(args), args.state / "autoencoder.pt", torch.device(args.device))
+
+
+def train_diffusion(args: argparse.Namespace) -> None:
+    from models.training import diffusion
+    from models.training.presets import SCHEDULE, UNET, text_spec
+
+    device = torch.device(args.device)
+    names, tokenizer = read_names(args.names), build_tokenizer(TOKENS)
+    network = diffusion.TextConditionedUNet(UNET, text_spec(tokenizer), tokenizer)
+    autoencoder = trained_autoencoder(args.state).to(device)
+    data = cached(
+        args.state / "latents.pt",
+        lambda: diffusion.draw_latents(
+            autoencoder, network.text_encoder, names, args.scenes, seed=1, device=device
+        ),
+    )
+    scale = scale_factor(data["latents"])
+    diffusion.train(network, SCHEDULE, data, scale, budget_of(args), args.state / "diffusion.pt", device)
+
+
+def export_model(args: argparse.Namespace) -> None:
+    from models.checkpoint import save
+    from models.conditioner import TextConditioner
+    from models.latent_diffusion import LatentDiffusion
+    from models.training.diffusion import TextConditionedUNet
+    from models.training.presets import UNET, model_spec, text_spec
+
+    tokenizer = build_tokenizer(TOKENS)
+    text = text_spec(tokenizer)
+    network = TextConditionedUNet(UNET, text, tokenizer)
+    network.load_state_dict(averaged(args.state / "diffusion.pt"))
+    scale = scale_factor(torch.load(args.state / "latents.pt", weights_only=True)["latents"])
+    spec = model_spec(args.output.resolve().name, text, scale)
+    conditioner = TextConditioner(network.text_encoder)
+    save(LatentDiffusion(spec, network.unet, trained_autoencoder(args.state), conditioner), args.output)
+
+
+def trained_autoencoder(state: Path) -> Autoencoder:
+    """E and D of a finished run."""
+    autoencoder = Autoencoder(AUTOENCODER).requires_grad_(False).eval()
+    autoencoder.load_state_dict(averaged(state / "autoencoder.pt"))
+    return autoencoder
+
+
+def averaged(state: Path) -> dict[str, Tensor]:
+    """The averaged weights in a state file."""
+    return torch.load(state, map_location="cpu", weights_only=True)["averaged"]
+
+
+def scale_factor(latents: Tensor) -> float:
+    """What makes the latents' standard deviation 1 (section D.1), to four digits."""
+    return float(f"{1 / latents.float().std().item():.4g}")
+
+
+def cached(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What make() returned, now or in an earlier run."""
+    if not file.exists():
+        torch.save(make(), file)
+    return torch.load(file, weights_only=True)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from models import checkpoint
+    from models.training.evaluate import report
+
+    names = read_names(args.names or args.model / "names.txt")
+    bundle = checkpoint.load(args.model, args.device, torch.float32)
+    for line in report(bundle, names, args.count, args.steps, args.guidance_scale):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

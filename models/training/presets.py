@@ -1,0 +1,63 @@
+"""The shape of the model in the box: the latent diffusion model that `ldm train` makes."""
+
+from __future__ import annotations
+
+from transformers import CLIPTokenizer
+
+from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, UNetSpec
+from models.training.scenes import SIZE
+
+TOKENS = 24  # the longest caption of two objects takes 22
+CONTEXT = 192
+
+AUTOENCODER = AutoencoderSpec(
+    channels=(96, 160),
+    res_blocks=1,
+    latent_channels=8,
+    scale_factor=1.0,  # set once the latents are known
+    sample_size=SIZE,
+    patch_size=4,
+)
+UNET = UNetSpec(
+    in_channels=AUTOENCODER.latent_channels,
+    out_channels=AUTOENCODER.latent_channels,
+    channels=(128, 192),
+    res_blocks=1,
+    transformer_depth=(0, 1),
+    middle_depth=1,
+    heads=(4, 4),
+    context_width=CONTEXT,
+)
+# Betas that leave next to nothing of the picture at the last timestep: sampling starts from pure noise, and a
+# flat background shows any difference between that and what training ended at.
+SCHEDULE = ScheduleSpec(
+    beta_start=0.0001,
+    beta_end=0.02,
+    beta_schedule="linear",
+    prediction="v_prediction",
+    spacing="trailing",
+    steps_offset=0,
+    final_alpha_one=True,
+)
+DEFAULTS = Defaults(width=SIZE, height=SIZE, steps=25, guidance_scale=3.0)
+
+
+def text_spec(tokenizer: CLIPTokenizer) -> TextSpec:
+    """A small text transformer over the tokenizer's vocabulary."""
+    return TextSpec(
+        vocabulary=len(tokenizer),
+        width=CONTEXT,
+        layers=2,
+        heads=4,
+        intermediate=4 * CONTEXT,
+        tokens=TOKENS,
+        eos_id=tokenizer.eos_token_id,
+        bos_id=tokenizer.bos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+
+
+def model_spec(name: str, text: TextSpec, scale_factor: float) -> ModelSpec:
+    """The whole model; scale_factor makes its latents' standard deviation 1."""
+    autoencoder = AutoencoderSpec(**(vars(AUTOENCODER) | {"scale_factor": scale_factor}))
+    return ModelSpec(name, UNET, autoencoder, SCHEDULE, text, DEFAULTS)

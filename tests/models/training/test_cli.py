@@ -1,0 +1,48 @@
+"""`ldm train` from the first update to the measure, each part on a fraction of a second of training."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.checkpoint import load
+from models.schedule import Schedule
+from models.training import presets
+from models.training.cli import main
+from models.training.diffusion import timestep_density
+from models.training.scenes import FONT
+
+needs_font = pytest.mark.skipif(
+    not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"),
+    reason="fonts-noto-color-emoji is not installed",
+)
+
+
+@needs_font
+def test_every_part_in_turn_makes_a_model_that_is_measured(tmp_path: Path, capsys) -> None:
+    state, model, names = tmp_path / "state", tmp_path / "emoji", tmp_path / "names.txt"
+    names.write_text("red apple\nrocket\n")
+    shared = ["--state", str(state), "--device", "cpu"]
+    brief = ["--minutes", "0.001", "--batch", "2"]
+    main(["autoencoder", *shared, *brief])
+    main(["diffusion", *shared, *brief, "--names", str(names), "--scenes", "64"])
+    main(["export", *shared, "-o", str(model)])
+
+    loaded = load(model)
+    assert loaded.spec.name == "emoji"
+    assert loaded.spec.autoencoder.scale_factor != 1.0
+    main(["evaluate", str(model), *shared, "--names", str(names), "--count", "2", "--steps", "1"])
+    out = capsys.readouterr().out
+    assert " dB\n" in out
+    assert "2 held-out prompts of 2 names" in out
+
+
+def test_most_updates_go_to_middle_noise() -> None:
+    alpha_bar = Schedule(presets.SCHEDULE).alpha_bar
+    density = timestep_density(alpha_bar)
+    assert density.sum() == pytest.approx(1.0)
+    middle = torch.from_numpy((alpha_bar > 0.1) & (alpha_bar < 0.9))
+    assert density[middle].sum() > 0.6
+    assert np.all(density.numpy() >= 0)
