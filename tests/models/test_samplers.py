@@ -3,7 +3,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from models.samplers import plan, step
+from models.samplers import keep, plan, step
 from models.schedule import Schedule
 from models.spec import ScheduleSpec
 
@@ -33,7 +33,7 @@ def test_ddim_follows_the_reference(spacing, steps, eta, final_alpha_one):
     ours = theirs = torch.randn(SHAPE, generator=generator)
     for line, t in zip(torch.from_numpy(table.lines), reference.timesteps, strict=True):
         noise = torch.randn(SHAPE, generator=generator)
-        ours = step(ours, eps_of(ours, t), line.expand(2, 5), noise)
+        ours = step(ours, eps_of(ours, t), line.expand(2, -1), noise)
         theirs = reference.step(eps_of(theirs, t), t, theirs, eta=eta, variance_noise=noise).prev_sample
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
@@ -79,3 +79,42 @@ def test_low_precision_rows_step_in_float32():
 def test_what_cannot_be_planned_is_refused(sampler, eta):
     with pytest.raises(ValueError, match=r"sampler|eta"):
         plan(Schedule(ScheduleSpec()), sampler, 10, eta)
+
+
+def test_strength_leaves_out_the_first_steps():
+    schedule = Schedule(ScheduleSpec())
+    whole, part = plan(schedule, "ddim", 20), plan(schedule, "ddim", 20, strength=0.3)
+    assert len(part) == 6
+    assert np.array_equal(part.lines, whole.lines[14:])
+    assert len(plan(schedule, "ddim", 20, strength=0.001)) == 1
+
+
+def test_a_run_from_a_picture_and_its_noise_leads_back_to_it():
+    table = plan(Schedule(ScheduleSpec(final_alpha_one=True)), "ddim", 10, strength=0.5)
+    z, noise = torch.randn(2, 1, 4, 8, 8).unbind()
+    signal, sigma = table.start
+    x = signal * z + sigma * noise
+    for line in torch.from_numpy(table.lines):
+        x = step(x, noise, line[None])
+    torch.testing.assert_close(x, z, rtol=0, atol=1e-4)
+
+
+def test_what_is_known_is_as_noisy_as_the_rest_and_clean_at_the_end():
+    table = plan(Schedule(ScheduleSpec()), "ddim", 10)
+    z, noise, painted = torch.randn(3, 1, 4, 8, 8).unbind()
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    for line, t_next in zip(torch.from_numpy(table.lines), table.timesteps[1:], strict=False):
+        ab = Schedule(ScheduleSpec()).alpha_bar[int(t_next)]
+        x = keep(painted, z, noise, mask, line[None])
+        assert torch.equal(x[..., :4], painted[..., :4])
+        known = ab**0.5 * z + (1 - ab) ** 0.5 * noise
+        torch.testing.assert_close(x[..., 4:], known[..., 4:])
+    last = keep(painted, z, noise, mask, torch.from_numpy(table.lines[-1:]))
+    assert torch.equal(last[..., 4:], z[..., 4:])
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, 1.5])
+def test_a_strength_out_of_range_is_refused(strength):
+    with pytest.raises(ValueError, match="strength"):
+        plan(Schedule(ScheduleSpec()), "ddim", 10, strength=strength)
