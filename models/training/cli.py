@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models import checkpoint
 from models.autoencoder import Autoencoder
+from models.latent_diffusion import LatentDiffusion
 from models.training.presets import AUTOENCODER, DEFAULTS, TOKENS
 from models.training.trainer import Budget
 from models.training.vocabulary import build_tokenizer
@@ -44,11 +46,15 @@ def parser() -> argparse.ArgumentParser:
     export = add(parts, "export", export_model, "the trained weights as a folder in float16")
     export.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     measure = add(parts, "evaluate", evaluate, "the autoencoder's fidelity and named-object accuracy")
-    measure.add_argument("model", type=Path, metavar="FOLDER", help="a trained model")
-    measure.add_argument("--names", type=Path, metavar="FILE", help="default: names.txt of the model")
+    add_model(measure)
     measure.add_argument("--count", type=int, default=300, help="held-out prompts, one picture each")
     measure.add_argument("--steps", type=int, default=DEFAULTS.steps)
     measure.add_argument("--guidance-scale", type=float, default=DEFAULTS.guidance_scale)
+    pictures = add(
+        parts, "sheet", draw_sheet, "pictures of held-out prompts with their captions, as one file"
+    )
+    add_model(pictures)
+    pictures.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
     return top
 
 
@@ -73,6 +79,11 @@ def add_names(part: argparse.ArgumentParser) -> None:
     part.add_argument(
         "--names", type=Path, required=True, metavar="FILE", help="the names to learn, one a line"
     )
+
+
+def add_model(part: argparse.ArgumentParser) -> None:
+    part.add_argument("model", type=Path, metavar="FOLDER", help="a trained model")
+    part.add_argument("--names", type=Path, metavar="FILE", help="default: names.txt of the model")
 
 
 def budget_of(args: argparse.Namespace) -> Budget:
@@ -109,9 +120,7 @@ def train_diffusion(args: argparse.Namespace) -> None:
 
 
 def export_model(args: argparse.Namespace) -> None:
-    from models.checkpoint import save
     from models.conditioner import TextConditioner
-    from models.latent_diffusion import LatentDiffusion
     from models.training.diffusion import TextConditionedUNet
     from models.training.presets import UNET, model_spec, text_spec
 
@@ -122,7 +131,8 @@ def export_model(args: argparse.Namespace) -> None:
     scale = scale_factor(torch.load(args.state / "latents.pt", weights_only=True)["latents"])
     spec = model_spec(args.output.resolve().name, text, scale)
     conditioner = TextConditioner(network.text_encoder)
-    save(LatentDiffusion(spec, network.unet, trained_autoencoder(args.state), conditioner), args.output)
+    bundle = LatentDiffusion(spec, network.unet, trained_autoencoder(args.state), conditioner)
+    checkpoint.save(bundle, args.output)
 
 
 def trained_autoencoder(state: Path) -> Autoencoder:
@@ -150,13 +160,22 @@ def cached(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from models import checkpoint
     from models.training.evaluate import report
 
-    names = read_names(args.names or args.model / "names.txt")
-    bundle = checkpoint.load(args.model, args.device, torch.float32)
-    for line in report(bundle, names, args.count, args.steps, args.guidance_scale):
+    for line in report(*trained_model(args), args.count, args.steps, args.guidance_scale):
         print(line, flush=True)
+
+
+def draw_sheet(args: argparse.Namespace) -> None:
+    from models.training.sheet import sheet
+
+    sheet(*trained_model(args)).save(args.output)
+
+
+def trained_model(args: argparse.Namespace) -> tuple[LatentDiffusion, list[str]]:
+    """The model of the arguments, in float32, and the names that it claims."""
+    bundle = checkpoint.load(args.model, args.device, torch.float32)
+    return bundle, read_names(args.names or args.model / "names.txt")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from models.latent_diffusion import LatentDiffusion
 from models.training.first_stage import to_x
-from models.training.scenes import COLOURS, SIZE, Atlas, held_out, held_out_scenes
+from models.training.scenes import COLOURS, SIZE, Atlas, caption_of, held_out, held_out_scenes
 
 SIDE = 24  # pixels a side at which glyphs are compared
 DIFFERS = 30.0  # distance in RGB from which a pixel is not background
@@ -112,7 +112,7 @@ def named_object_accuracy(
     top1 = top5 = right = 0
     for start in range(0, len(pairs), batch):
         chunk = pairs[start : start + batch]
-        pictures = draw([f"{name} on a {colour} background" for name, colour in chunk])
+        pictures = draw([caption_of(*pair) for pair in chunk])
         for (name, colour), picture in zip(chunk, pictures, strict=True):
             ranked = judge.rank(picture)[:5]
             top1, top5 = top1 + (ranked[0] == name), top5 + (name in ranked)

@@ -51,6 +51,11 @@ class GlyphError(RuntimeError):
     """The emoji font is missing or draws nothing."""
 
 
+def caption_of(name: str, colour: str) -> str:
+    """What a picture of one object is called."""
+    return f"{name} on a {colour} background"
+
+
 def held_out(name: str, colour: str) -> bool:
     """Whether a name on a background is kept from training (about one in ten), for evaluation."""
     return hashlib.sha256(f"{name}|{colour}".encode()).digest()[0] < 26
@@ -126,7 +131,7 @@ def _one(atlas: Atlas, rng: np.random.Generator, name: str, colour: str, sizes: 
     low, high = size // 2 + 2, SIZE - size // 2 - 1
     x, y = (int(v) for v in rng.integers(low, high, size=2))
     picture = compose(atlas, colour, [(name, size, x, y)])
-    return Scene(picture, f"{name} on a {colour} background", name)
+    return Scene(picture, caption_of(name, colour), name)
 
 
 def _two(atlas: Atlas, rng: np.random.Generator, names: tuple[str, str], colour: str) -> Scene:
