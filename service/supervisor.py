@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
+import signal
 import site
 import socket
 import subprocess
@@ -19,7 +19,7 @@ from typing import Any
 
 from models.spec import ModelSpec
 from service import messages
-from service.errors import Draining, Loading, QueueFull, ServiceError, WorkerLost, from_code
+from service.errors import Draining, Loading, QueueFull, ServiceError, Unavailable, WorkerLost, from_code
 from service.job import Done, Job, Stepped
 from service.metrics import Metrics
 from service.settings import Settings, to_environment
@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 SUSPECT_AFTER = 2  # crashes while running, after which a job runs alone; one more refuses it
 STARTS = 5  # in a row without a worker that gets ready; then the service gives up
 WATCH_SECONDS = 0.5
-RETRY_AFTER = {QueueFull: 5, Loading: 5, Draining: 30}  # seconds
+BURY_SECONDS = 2.0
+LOADING_PATIENCE = 10  # times the stall limit, for a worker that beats and is not ready yet
+RETRY_AFTER = {QueueFull: 5, Loading: 5, Draining: 30, Unavailable: 30}  # seconds
 
 
 class WorkerFailed(Exception):  # noqa: N818 - not an error of a request
@@ -55,9 +57,26 @@ class Life:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     ready: bool = False
+    stalled: bool = False
     turns: int = -1
     heard: float = field(default_factory=time.monotonic)
     moved: float = field(default_factory=time.monotonic)
+
+    @property
+    def blameless(self) -> bool:
+        """Whether its end says nothing against the next one: it was ready once, or others killed it."""
+        return self.ready or (self.process.returncode == -signal.SIGKILL and not self.stalled)
+
+    def overdue(self, limit: float) -> bool:
+        """Whether it has said nothing, or done nothing that it should have, for longer than the limit."""
+        now, patience = time.monotonic(), 1 if self.ready else LOADING_PATIENCE
+        return now - self.heard > limit or now - self.moved > patience * limit
+
+    def kill(self) -> None:
+        """End it even where the system is slow to: the socket closes now."""
+        self.stalled = True
+        self.process.kill()
+        self.writer.transport.abort()
 
     def send(self, header: dict[str, Any]) -> None:
         if not self.writer.is_closing():
@@ -77,6 +96,7 @@ class Supervisor:
         self.failed = asyncio.Event()
         self._tickets: dict[str, Ticket] = {}
         self._life: Life | None = None
+        self._ended: type[ServiceError] | None = None  # what is left is refused with
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -98,14 +118,18 @@ class Supervisor:
         )
 
     def check_open(self) -> None:
-        """Raise Draining or Loading where no request can be taken now."""
-        for kind, closed in ((Draining, self.draining), (Loading, not self.specs)):
+        """Raise Draining, Loading or Unavailable where no request can be taken now."""
+        for kind, closed in (
+            (Unavailable, self.failure is not None),
+            (Draining, self.draining),
+            (Loading, not self.specs),
+        ):
             if closed:
                 raise self._refusal(kind)
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """A place in the queue for as long as the context lasts. Raises Draining, Loading or QueueFull."""
+        """A place in the queue for as long as the context lasts. Raises QueueFull and as check_open()."""
         self.check_open()
         if self.places >= self.settings.queue_size:
             raise self._refusal(QueueFull)
@@ -123,6 +147,8 @@ class Supervisor:
 
     async def run(self, job: Job) -> Done:
         """The finished job; cancelling this coroutine frees the job's rows. Raises the job's ServiceError."""
+        if self._ended:
+            raise self._refusal(self._ended)
         ticket = Ticket(job, asyncio.get_running_loop().create_future())
         self._tickets[job.id] = ticket
         self._dispatch()
@@ -154,10 +180,18 @@ class Supervisor:
                 self._life.send({"kind": "Submit", "job": ticket.job.to_dict()})
 
     async def drain(self) -> None:
-        """Take nothing new; return when all is answered, or when the time for that is up."""
+        """Take nothing new; return when all is answered, or refuse the rest when the time for that is up."""
         self.draining = True
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self.settings.drain_seconds)
+        self._end(Draining)
+
+    def _end(self, kind: type[ServiceError]) -> None:
+        """Refuse every job that has no answer, and whatever job comes after."""
+        self._ended = kind
+        for ticket in self._tickets.values():
+            if not ticket.answer.done():
+                ticket.answer.set_exception(self._refusal(kind))
 
     @asynccontextmanager
     async def supervise(self) -> AsyncIterator[None]:
@@ -175,8 +209,7 @@ class Supervisor:
         failures = 0
         try:
             while failures < STARTS:
-                was_ready = await self._live()
-                failures = 0 if was_ready else failures + 1
+                failures = 0 if await self._live() else failures + 1
                 self.metrics.worker_restarts.inc()
                 await asyncio.sleep(min(0.25 * 2**failures, 10) if failures else 0)
             raise WorkerFailed(f"the worker died {STARTS} times before it was ready")
@@ -187,25 +220,26 @@ class Supervisor:
     def _give_up(self, error: WorkerFailed) -> None:
         self.failure = error
         self.failed.set()
-        for ticket in self._tickets.values():
-            if not ticket.answer.done():
-                ticket.answer.set_exception(WorkerLost())
+        self._end(Unavailable)
 
     async def _live(self) -> bool:
-        """One worker's life; returns whether it ever was ready."""
-        life = await spawn(self.settings)
+        """One worker's life; returns whether its end says nothing against the next. Raises WorkerFailed."""
+        try:
+            life = await spawn(self.settings)
+        except OSError:
+            log.exception("no worker could be started")
+            return False
         self._life = life
         watch = asyncio.create_task(self._watch(life))
         try:
             await self._listen(life)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            log.warning("the worker is gone")
         finally:
             watch.cancel()
             self._life = None
             await bury(life)
+        log.warning("the worker is gone (exit code %s)", life.process.returncode)
         self._requeue()
-        return life.ready
+        return life.blameless
 
     def _requeue(self) -> None:
         """Every unanswered job starts again; one that crashed alone is refused."""
@@ -218,20 +252,24 @@ class Supervisor:
     async def _watch(self, life: Life) -> None:
         """Kill a worker that is silent, or that turns no more although it has work."""
         limit = self.settings.stall_seconds
-        while True:
+        while not life.overdue(limit):
             await asyncio.sleep(min(WATCH_SECONDS, limit / 4))
-            if time.monotonic() - min(life.heard, life.moved) > limit:
-                log.error("the worker has stalled; replacing it")
-                life.process.kill()
+        log.error("the worker has stalled; replacing it")
+        life.kill()
 
     async def _listen(self, life: Life) -> None:
-        while True:
-            lengths = await life.reader.readexactly(messages.LENGTHS.size)
-            of_text, of_body = messages.LENGTHS.unpack(lengths)
-            text, body = await life.reader.readexactly(of_text), await life.reader.readexactly(of_body)
-            header, blobs = messages.unpack(text, body)
-            life.heard = time.monotonic()
-            self._take(life, header.pop("kind"), header, blobs)
+        """Take messages until the worker ends, or says what nobody understands. Raises WorkerFailed."""
+        try:
+            while True:
+                header, blobs = await receive(life.reader)
+                life.heard = time.monotonic()
+                self._take(life, header.pop("kind"), header, blobs)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        except WorkerFailed:
+            raise
+        except Exception:
+            log.exception("a message of the worker cannot be read; replacing it")
 
     def _take(self, life: Life, kind: str, header: dict[str, Any], blobs: tuple[bytes, ...]) -> None:
         if kind == "Beat":
@@ -263,6 +301,13 @@ class Supervisor:
             ticket.answer.set_exception(from_code(header["code"]))
 
 
+async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], tuple[bytes, ...]]:
+    """The next message. Raises IncompleteReadError at the end."""
+    lengths = await reader.readexactly(messages.LENGTHS.size)
+    of_text, of_body = messages.LENGTHS.unpack(lengths)
+    return messages.unpack(await reader.readexactly(of_text), await reader.readexactly(of_body))
+
+
 async def spawn(settings: Settings) -> Life:
     """A new worker process at the other end of a new socket pair."""
     ours, theirs = socket.socketpair()
@@ -282,18 +327,29 @@ def environment(settings: Settings) -> dict[str, str]:
     """The worker's: our settings, and this very package where it is not installed. -P keeps the rest out."""
     home = str(Path(__file__).resolve().parents[1])
     path = os.environ.get("PYTHONPATH", "")
-    if home not in (*site.getsitepackages(), site.getusersitepackages()):
+    installed = map(os.path.realpath, (*site.getsitepackages(), site.getusersitepackages()))
+    if home not in installed:
         path = home + (os.pathsep + path if path else "")
     return os.environ | to_environment(settings) | {"PYTHONPATH": path}
 
 
 async def bury(life: Life) -> None:
-    """Close the socket, which ends the worker, and see that it does end."""
-    life.writer.close()
-    with contextlib.suppress(ConnectionError):
-        await life.writer.wait_closed()
+    """Cut the socket, which ends the worker, and see that it does end; never waits long for that."""
+    life.writer.transport.abort()  # not close(): that waits until a worker that reads no more has read all
     try:
-        await asyncio.to_thread(life.process.wait, 2)
-    except (subprocess.TimeoutExpired, asyncio.CancelledError):
+        if not await ends(life.process):
+            life.process.kill()
+            if not await ends(life.process):
+                log.error("worker %d does not die; left behind", life.process.pid)
+    except asyncio.CancelledError:
         life.process.kill()
-        life.process.wait()
+        raise
+
+
+async def ends(process: subprocess.Popen) -> bool:
+    """Whether it ends within BURY_SECONDS."""
+    try:
+        await asyncio.to_thread(process.wait, BURY_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return True

@@ -64,9 +64,15 @@ class Beat(threading.Thread):
 
 def listen(link: Link, inbox: queue.SimpleQueue) -> None:
     """Put every message in the inbox; exit with the socket."""
-    while (message := messages.read(link.stream)) is not None:
-        inbox.put(message[0])
-    os._exit(0)  # not sys.exit: the engine's thread may be inside a long call
+    try:
+        while (message := messages.read(link.stream)) is not None:
+            inbox.put(message[0])
+    except Exception:
+        log.exception(
+            "the messages cannot be read"
+        )  # nobody hears us from here on, so another one must start
+    finally:
+        os._exit(0)  # not sys.exit: the engine's thread may be inside a long call
 
 
 def drain(inbox: queue.SimpleQueue, engine: Engine) -> None:
@@ -79,18 +85,20 @@ def drain(inbox: queue.SimpleQueue, engine: Engine) -> None:
             engine.cancel(message["job"])
 
 
-def serve(settings: Settings, link: Link) -> None:
-    """Load the models, say what they are, then turn until the socket closes."""
-    beat = Beat(link)
-    beat.start()
-    inbox: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=listen, args=(link, inbox), daemon=True).start()
+def load(settings: Settings, link: Link) -> Engine:
+    """The engine with all models loaded, after saying what they are.
 
+    Raises CheckpointError or ValueError for a checkpoint, device or setting that another try does not change.
+    """
     from service.runner import build  # torch: seconds, during which the beat goes on
 
     runner = build(settings, locate_all(settings.model))
     link.send({"kind": "Ready", "specs": [spec.to_dict() for spec in runner.specs.values()]})
-    engine = Engine(runner, link.emit, settings.max_rows, settings.decode_chunk)
+    return Engine(runner, link.emit, settings.max_rows, settings.decode_chunk)
+
+
+def serve(inbox: queue.SimpleQueue, engine: Engine, beat: Beat) -> None:
+    """Turn until the socket closes."""
     while True:
         beat.busy = engine.busy
         drain(inbox, engine)
@@ -101,15 +109,24 @@ def serve(settings: Settings, link: Link) -> None:
 
 def main() -> None:
     """The process: argv is the number of the inherited socket."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the API process, which drains
+    for wish in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a terminal and some init systems send them to every process
+        signal.signal(wish, signal.SIG_IGN)  # the API process drains, and its end is ours
     settings = read_settings()
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     link = Link(socket.socket(fileno=int(sys.argv[1])))
+    inbox: queue.SimpleQueue = queue.SimpleQueue()
+    beat = Beat(link)
+    beat.start()
+    threading.Thread(target=listen, args=(link, inbox), daemon=True).start()
     try:
-        serve(settings, link)
-    except (CheckpointError, ValueError) as error:  # a checkpoint, device or setting that stays wrong
+        engine = load(settings, link)
+    except (CheckpointError, ValueError) as error:
         link.send({"kind": "Fatal", "message": str(error)})
         sys.exit(FATAL_EXIT)
+    serve(inbox, engine, beat)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+"""Places, jobs and workers that do not work: no model is loaded here."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import Coroutine
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from service import supervisor as module
+from service.errors import Draining, Loading, QueueFull, ServiceError, Unavailable
+from service.metrics import Metrics
+from service.settings import Settings
+from service.supervisor import Life, Supervisor, WorkerFailed
+from tests.service.test_engine import make_job
+
+BABBLE = "import os, sys; os.write(int(sys.argv[1]), bytes((0, 0, 0, 2, 0, 0, 0, 0)) + b'{}')"
+
+
+def supervisor(specs: bool = True, **settings) -> Supervisor:
+    """With no worker; one that has `specs` had a worker that was ready once."""
+    made = Supervisor(Settings(**settings), Metrics())
+    made.specs = {"m": object()} if specs else {}
+    return made
+
+
+def run(scenario: Coroutine) -> None:
+    """To its end, which must come."""
+    asyncio.run(asyncio.wait_for(scenario, 120))
+
+
+async def ask(supervisor: Supervisor) -> Exception | None:
+    """A request for one job; returns what it is refused with."""
+    try:
+        with supervisor.place():
+            await supervisor.run(make_job(str(id(object()))))
+    except ServiceError as error:
+        return error
+    return None
+
+
+def test_no_place_before_a_model_is_known():
+    async def scenario():
+        with pytest.raises(Loading), supervisor(specs=False).place():
+            pass
+
+    run(scenario())
+
+
+def test_exactly_as_many_places_as_the_queue_has_and_a_failure_gives_its_place_back():
+    async def scenario():
+        full = supervisor(queue_size=2)
+        with full.place(), suppress(KeyError), full.place():
+            with pytest.raises(QueueFull) as refused, full.place():
+                pass
+            assert refused.value.retry_after > 0
+            raise KeyError
+        assert full.places == 0
+
+    run(scenario())
+
+
+def test_a_cancelled_request_leaves_nothing_behind():
+    async def scenario():
+        service = supervisor()
+        request = asyncio.create_task(ask(service))
+        await asyncio.sleep(0)
+        request.cancel()
+        await asyncio.wait({request})
+        assert (service.places, service.running) == (0, 0)
+        await service.drain()
+
+    run(scenario())
+
+
+def test_what_outlasts_the_drain_is_refused_and_so_is_what_comes_after():
+    async def scenario():
+        service = supervisor(drain_seconds=0)
+        early = asyncio.create_task(ask(service))
+        await asyncio.sleep(0)
+        with service.place():  # taken in time, its job comes too late
+            await service.drain()
+            with pytest.raises(Draining):
+                await service.run(make_job("late"))
+        assert isinstance(await early, Draining)
+        assert isinstance(await ask(service), Draining)
+
+    run(scenario())
+
+
+def test_a_worker_that_cannot_start_or_be_read_is_replaced_until_one_fails_for_good(monkeypatch):
+    starts = []
+
+    async def spawn(settings: Settings) -> Life:
+        starts.append(settings)
+        if len(starts) == 1:
+            raise OSError("no memory for a process")
+        if len(starts) == 3:
+            raise WorkerFailed("no such model")
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-c", BABBLE, str(theirs.fileno())]
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        return Life(process, *await asyncio.open_unix_connection(sock=ours))
+
+    async def scenario():
+        service = supervisor()
+        async with service.supervise():
+            waiting = asyncio.create_task(ask(service))
+            await service.failed.wait()
+            assert isinstance(await waiting, Unavailable)
+            assert isinstance(await ask(service), Unavailable)
+            assert not service.alive
+            assert "no such model" in str(service.failure)
+
+    monkeypatch.setattr(module, "spawn", spawn)
+    run(scenario())
+    assert len(starts) == 3
+
+
+def test_a_model_that_is_not_there_ends_the_service_and_says_so(tmp_path: Path):
+    async def scenario():
+        service = supervisor(specs=False, model=(str(tmp_path / "nothing"),))
+        async with service.supervise():
+            await service.failed.wait()
+        assert "nothing" in str(service.failure)
+
+    run(scenario())
