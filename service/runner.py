@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class ImageState:
     x: Tensor  # (C, h, w) float32, on the device
     generator: torch.Generator  # on the CPU, so that a seed means the same everywhere
     done: int = 0  # lines of the plan behind it
+    noise: Tensor | None = None  # drawn for the next line; a call that fails and runs again draws no other
 
 
 @dataclass
@@ -71,10 +73,11 @@ class TorchRunner:
     @torch.inference_mode()
     def start(self, job: Job) -> tuple[str, ...]:
         bundle = self.registry[job.model]
-        pair = bundle.conditioner([job.negative_prompt, job.prompt])  # (2, L, C)
-        used = {0.0: pair[:1], 1.0: pair[1:]}.get(job.guidance_scale, pair)
         shape = bundle.spec.latent_shape(job.width, job.height)
-        images = [self._first(job.seed + index, shape, pair.device) for index in range(job.n)]
+        with out_of_memory_refused():
+            pair = bundle.conditioner([job.negative_prompt, job.prompt])  # (2, L, C)
+            images = [self._first(job.seed + index, shape, pair.device) for index in range(job.n)]
+        used = {0.0: pair[:1], 1.0: pair[1:]}.get(job.guidance_scale, pair)
         self.jobs[job.id] = JobState(job, bundle, self.plans[job.id], used, images)
         return tuple(warnings(bundle, job))
 
@@ -86,12 +89,10 @@ class TorchRunner:
     def step(self, keys: Sequence[ImageKey]) -> int:
         states = [self.jobs[key.job] for key in keys]
         images = [state.images[key.index] for state, key in zip(states, keys, strict=True)]
-        try:
+        with out_of_memory_refused():
             x_next, rows = self._step(states, images)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory from error
         for image, x in zip(images, x_next, strict=True):
-            image.x, image.done = x, image.done + 1
+            image.x, image.done, image.noise = x, image.done + 1, None
         return rows
 
     def _step(self, states: list[JobState], images: list[ImageState]) -> tuple[Tensor, int]:
@@ -127,27 +128,35 @@ class TorchRunner:
         asks = (table[:, 4] != 0).tolist()
         if not any(asks):
             return None
-        draws = [
-            torch.randn(image.x.shape, generator=image.generator) if ask else torch.zeros(image.x.shape)
-            for image, ask in zip(images, asks, strict=True)
-        ]
+        for image, ask in zip(images, asks, strict=True):
+            if ask and image.noise is None:
+                image.noise = torch.randn(image.x.shape, generator=image.generator)
+        none = torch.zeros(images[0].x.shape)
+        draws = [image.noise if ask else none for image, ask in zip(images, asks, strict=True)]
         return torch.stack(draws).to(images[0].x.device)
 
     @torch.inference_mode()
     def finish(self, key: ImageKey) -> bytes:
         state = self.jobs[key.job]
-        try:
+        with out_of_memory_refused():
             x = state.bundle.decode(state.images[key.index].x[None])[0]  # (3, H, W)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory from error
-        if not torch.isfinite(x).all():
-            raise NonFinite
-        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            if not torch.isfinite(x).all():
+                raise NonFinite
+            pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return pixels.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()
 
     def discard(self, job: str) -> None:
         self.jobs.pop(job, None)
         self.plans.pop(job, None)
+
+
+@contextmanager
+def out_of_memory_refused() -> Iterator[None]:
+    """Raise OutOfMemory, which has an answer of its own, where torch finds no memory on its device."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory from error
 
 
 def warnings(bundle: LatentDiffusion, job: Job):
