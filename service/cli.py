@@ -24,6 +24,7 @@ ASKED = ("negative_prompt", "width", "height", "steps", "guidance_scale", "seed"
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
 
 
+GRACE_SECONDS = 10  # after the drain, for answers that are on their way and requests that never end
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -62,14 +63,17 @@ def parser() -> argparse.ArgumentParser:
     add_serve(commands.add_parser("serve", help="answer requests over HTTP"))
     add_generate(commands.add_parser("generate", help="make pictures from a prompt, without a server"))
     listing = commands.add_parser("models", help="list the models that can be served")
-    add_settings(listing, "model")
+    add_settings(listing, "model", several=True)
     listing.set_defaults(command=list_models)
     commands.add_parser("train", help="train and evaluate models; has its own --help", add_help=False)
     return top
 
 
-def add_settings(command: argparse.ArgumentParser, *names: str) -> None:
-    """Flags for settings; the environment's LDM_* fill in for those that are left out."""
+def add_settings(command: argparse.ArgumentParser, *names: str, several: bool = False) -> None:
+    """Flags for settings; the environment's LDM_* fill in for those that are left out.
+
+    several: --model takes more than one; not beside positional arguments, which it would swallow.
+    """
     helps = {
         "model": "emoji, the model in the box, or the folder of a model",
         "host": "address to listen at",
@@ -79,7 +83,7 @@ def add_settings(command: argparse.ArgumentParser, *names: str) -> None:
     }
     for name in names:
         default = Settings.__dataclass_fields__[name].default
-        many = {"nargs": "+", "action": "extend"} if name == "model" else {}
+        many = {"nargs": "+", "action": "extend"} if name == "model" and several else {}
         shown = ", ".join(default) if name == "model" else default
         text = f"{helps[name]} (LDM_{name.upper()}; default: {shown})"
         command.add_argument(f"--{name}", help=text, metavar=name.upper(), **many)
@@ -93,7 +97,7 @@ def settings_of(args: argparse.Namespace, *names: str) -> Settings:
 
 
 def add_serve(command: argparse.ArgumentParser) -> None:
-    add_settings(command, "model", "host", "port", "device", "dtype")
+    add_settings(command, "model", "host", "port", "device", "dtype", several=True)
     command.set_defaults(command=serve)
 
 
@@ -115,6 +119,7 @@ def serve(args: argparse.Namespace) -> int:
         log_config=None,
         log_level=settings.log_level,
         access_log=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
     )
 
     class Server(uvicorn.Server):
@@ -126,7 +131,9 @@ def serve(args: argparse.Namespace) -> int:
             await super().startup(sockets)
 
         def handle_exit(self, sig: int, frame: object) -> None:
-            if supervisor.draining:
+            if not self.started:  # and so nothing was admitted
+                self.should_exit = True
+            elif supervisor.draining:
                 self.should_exit = self.force_exit = True
             else:
                 self.loop.call_soon_threadsafe(self.begin_drain)
@@ -174,7 +181,7 @@ def generate(args: argparse.Namespace) -> int:
     for index, pixels in enumerate(done.pictures):
         file = numbered(output, index, job.n)
         parameters = answers.parameters(job, index)
-        file.write_bytes(images.encode(pixels, job.width, job.height, kind, parameters))
+        write(file, images.encode(pixels, job.width, job.height, kind, parameters))
         print(f"{file}  seed {job.seed + index}")
     for warning in done.warnings:
         print(f"ldm: {warning}", file=sys.stderr)
@@ -188,6 +195,14 @@ def request_of(args: argparse.Namespace) -> GenerateRequest:
         return GenerateRequest(prompt=args.prompt, **fields)
     except ValidationError as error:
         raise intake.explain(error.errors()) from None
+
+
+def write(file: Path, content: bytes) -> None:
+    """Raises UsageError where the file cannot be written."""
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def numbered(file: Path, index: int, n: int) -> Path:

@@ -23,10 +23,18 @@ def locate(name: str) -> tuple[str, Path]:
 
     Raises ModelPathError. Never for names in requests: those are looked up in what was loaded.
     """
-    path = Path(str(resources.files("weights") / BOXED)) if name == BOXED else Path(name)
-    if not (path / "model_index.json").is_file():
+    path = boxed() if name == BOXED else Path(name)
+    if path is None or not (path / "model_index.json").is_file():
         raise ModelPathError(f"no model at {name!r}: expected {BOXED!r} or a folder with a model_index.json")
     return path.resolve().name, path.resolve()
+
+
+def boxed() -> Path | None:
+    """The folder of the model in the box; None where the package came without."""
+    try:
+        return Path(str(resources.files("weights") / BOXED))
+    except ModuleNotFoundError:
+        return None
 
 
 def locate_all(names: tuple[str, ...]) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -17,7 +18,10 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-READY_SECONDS = 90
+PATIENCE = (
+    180.0  # seconds that a busy machine may take for anything that must happen; nothing waits for it to pass
+)
+QUEUE_SIZE = 16
 
 
 @dataclass
@@ -27,19 +31,57 @@ class Server:
     process: subprocess.Popen
     client: httpx.Client
 
-    def rows_per_call(self) -> dict[float, float]:
-        """UNet calls so far of at most so many rows."""
-        text = self.client.get("/metrics").text
-        lines = [line for line in text.splitlines() if line.startswith("ldm_unet_rows_bucket")]
-        return {float(line.split('"')[1]): float(line.split()[-1]) for line in lines}
+    def metric(self, name: str) -> float:
+        """The value of one line of /metrics, labels included in its name."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.rpartition(" ")[0] == name)
 
-    def worker(self) -> int:
-        """The worker's process id."""
+    def calls(self, over: int = 0) -> float:
+        """UNet calls so far of more than so many rows."""
+        within = self.metric(f'ldm_unet_rows_bucket{{le="{float(over)}"}}') if over else 0
+        return self.metric("ldm_unet_rows_count") - within
+
+    def health(self) -> dict:
+        return self.client.get("/health").json()
+
+    @property
+    def is_ready(self) -> bool:
+        try:
+            return self.client.get("/health/ready").status_code == 200
+        except httpx.TransportError:
+            assert self.process.poll() is None, "the server is gone"
+            return False
+
+    def worker(self) -> int | None:
+        """The worker's process id; None between two."""
         pid = self.process.pid
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return int(children[0]) if children else None
 
-    def terminate(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
+    def signal_worker(self, number: signal.Signals) -> int:
+        """Send a signal to the worker; returns the process id."""
+        wait_until(lambda: self.worker() is not None)
+        pid = self.worker()
+        os.kill(pid, number)
+        return pid
+
+    def kill_worker(self) -> None:
+        """kill -9, and wait until it is gone; the next may have begun to start."""
+        killed = self.signal_worker(signal.SIGKILL)
+        wait_until(lambda: self.worker() != killed)
+
+    @contextmanager
+    def asked(self, body: dict) -> Iterator[socket.socket]:
+        """A client that asks for pictures and leaves, at the latest with the context."""
+        content = json.dumps(body)
+        request = (
+            "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n{content}"
+        )
+        url = self.client.base_url
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.sendall(request.encode())
+            yield connection
 
 
 @pytest.fixture(scope="session")
@@ -51,21 +93,28 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start_server(tiny: Path) -> Callable[..., object]:
-    """start_server(LDM_X=...) as a context: a ready server with these settings."""
+def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
+    """start_server(LDM_X=...) as a context: a ready server with these settings.
+
+    It is started where folders called like our packages lie, none of which it may import.
+    """
+    trap = tmp_path_factory.mktemp("trap")
+    set_trap(trap)
 
     @contextmanager
     def start(**settings: str) -> Iterator[Server]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "LDM_DTYPE": "float32"} | settings
-        command = [sys.executable, "-m", "service.cli", "serve", "--model", str(tiny), "--port", str(port)]
-        process = subprocess.Popen(command, env=environment, cwd=ROOT)
+        defaults = {"OMP_NUM_THREADS": "1", "LDM_DTYPE": "float32", "LDM_QUEUE_SIZE": str(QUEUE_SIZE)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | defaults | settings
+        command = [sys.executable, "-P", "-m", "service.cli", "serve", "--model", tiny, "--port", str(port)]
+        process = subprocess.Popen(command, env=environment, cwd=trap)
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-                wait_until(lambda: is_ready(client), READY_SECONDS)
-                yield Server(process, client)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
+                server = Server(process, client)
+                wait_until(lambda: server.is_ready)
+                yield server
         finally:
             process.kill()
             process.wait()
@@ -80,16 +129,18 @@ def server(start_server) -> Iterator[Server]:
         yield server
 
 
-def is_ready(client: httpx.Client) -> bool:
-    try:
-        return client.get("/health/ready").status_code == 200
-    except httpx.TransportError:
-        return False
+def set_trap(folder: Path) -> None:
+    """Packages that break whoever imports them, called like ours."""
+    for name in ("models", "service", "weights"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(
+            "raise RuntimeError('imported from the current directory')"
+        )
 
 
-def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
     """Fail unless it holds within so many seconds."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.05)
+        time.sleep(0.02)

@@ -1,0 +1,86 @@
+"""The `ldm` command, where folders called like our packages lie in the current directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from service import registry
+from service.cli import parser
+from service.registry import ModelPathError
+from tests.conftest import ROOT, set_trap
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The current directory of the commands."""
+    trap = tmp_path_factory.mktemp("current")
+    set_trap(trap)
+    return trap
+
+
+def ldm(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """What the installed script does: the current directory is not on the path."""
+    command = [sys.executable, "-P", "-m", "service.cli", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LDM_DTYPE": "float32"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_models_lists_what_can_be_served(folder, tiny):
+    done = ldm(folder, "models", "--model", tiny)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("tiny  64x64, 5 steps")
+
+
+def test_generate_writes_a_picture_that_says_how_it_was_made(folder, tiny):
+    done = ldm(folder, "generate", "--model", tiny, "red apple", "--seed", "7", "-o", "apple.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "apple.png  seed 7\n"
+    made = Image.open(folder / "apple.png")
+    parameters = json.loads(made.text["parameters"])
+    assert made.size == (64, 64)
+    assert (parameters["prompt"], parameters["seed"]) == ("red apple", 7)
+
+
+def test_generate_numbers_several_pictures(folder, tiny):
+    done = ldm(folder, "generate", "p", "-o", "p.jpg", "--model", tiny, "--n", "2", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert {Image.open(folder / name).format for name in ("p-0.jpg", "p-1.jpg")} == {"JPEG"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("generate", "p", "-o", "p.bmp", "--model", "TINY"), "--output"),
+        (("generate", "p", "-o", "nowhere/p.png", "--model", "TINY"), "--output"),
+        (("generate", "p", "-o", "p.png", "--model", "nowhere"), "nowhere"),
+        (("generate", "p", "-o", "p.png", "--model", "TINY", "--steps", "5000"), "steps"),
+        (("generate", "p", "-o", "p.png", "--model", "TINY", "--width", "65"), "width"),
+        (("generate", " ", "-o", "p.png", "--model", "TINY"), "prompt"),
+        (("serve", "--model", "nowhere"), "nowhere"),
+        (("serve", "--model", "TINY", "--port", "99999"), "--port"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_2(folder, tiny, arguments, named):
+    done = ldm(folder, *(str(tiny) if part == "TINY" else part for part in arguments))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert named in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_only_commands_without_a_prompt_take_several_models():
+    assert parser().parse_args(["serve", "--model", "a", "b"]).model == ["a", "b"]
+    args = parser().parse_args(["generate", "--model", "a", "a prompt", "-o", "f.png"])
+    assert (args.model, args.prompt) == ("a", "a prompt")
+
+
+def test_a_package_without_the_model_in_the_box_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "weights", None)  # as where no such package is
+    with pytest.raises(ModelPathError, match="emoji"):
+        registry.locate("emoji")
