@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -63,11 +63,13 @@ def operation_id(route: APIRoute) -> str:
     return route.name
 
 
-def respond(request: Request, error: ServiceError) -> JSONResponse:
+def respond(request: Request, error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The error's answer, counted."""
     if request.method == "POST":
         request.app.state.metrics.rejected.labels(code_of(error)).inc()
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after is not None else None
+    headers = dict(headers or {})
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
     return JSONResponse(to_body(error, request.state.request_id), status_of(error), headers)
 
 
@@ -85,4 +87,4 @@ async def on_invalid(request: Request, error: RequestValidationError) -> JSONRes
 async def on_framework_error(request: Request, error: HTTPException) -> JSONResponse:
     """The framework's: unknown addresses and methods, bodies that are no JSON."""
     kind = FRAMEWORK.get(error.status_code, InvalidRequest if error.status_code < 500 else ServiceError)
-    return respond(request, kind())
+    return respond(request, kind(), error.headers)  # a 405 says what is allowed

@@ -74,7 +74,9 @@ def test_images_come_back_in_the_order_of_their_seeds():
 
 
 def test_jobs_of_different_steps_share_calls():
-    events, _ = run([make_job("a", steps=10), make_job("b", steps=3), make_job("c", steps=7, guidance_scale=1.0)])
+    events, _ = run(
+        [make_job("a", steps=10), make_job("b", steps=3), make_job("c", steps=7, guidance_scale=1.0)]
+    )
     rows = [event.rows for event in events if isinstance(event, Stepped)]
     assert rows == [5] * 3 + [3] * 4 + [2] * 3
 

@@ -1,0 +1,388 @@
+"""The whole path, over HTTP, on a tiny model: real processes, real signals.
+
+Nothing waits for seconds to pass, only for things to happen, so that a slow machine makes these tests slow
+and not wrong.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.supervisor import STARTS
+from tests.conftest import QUEUE_SIZE, ROOT, Server, wait_until
+
+MIXED = [
+    {"prompt": f"picture {i}", "steps": steps, "guidance_scale": 1.0 + i, "seed": 100 + i}
+    for i, steps in enumerate((10, 14, 18, 22, 27, 31, 36, 40))
+]
+LONG = {"prompt": "long", "steps": 1000, "width": 128, "height": 128}  # ten seconds on an idle core
+SLOW = {"prompt": "slow", "steps": 1000, "width": 256, "height": 256}  # a tenth of a second a step
+
+
+def picture(answer: httpx.Response, index: int = 0) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    assert answer.status_code == 200, answer.text
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][index]["data"]))))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Decibels."""
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def post(server: Server, body: dict, **headers: str) -> httpx.Response:
+    """Any body, also one that is no valid JSON value or text."""
+    headers = {"Content-Type": "application/json"} | headers
+    return server.client.post("/generate", content=json.dumps(body), headers=headers)
+
+
+def alone(server: Server, bodies: list[dict]) -> list[np.ndarray]:
+    """Each picture, made with nothing else running."""
+    return [picture(post(server, body)) for body in bodies]
+
+
+def together(server: Server, pool: ThreadPoolExecutor, bodies: list[dict]) -> list[Future[httpx.Response]]:
+    """The answers to be, of requests at the same time."""
+    return [pool.submit(post, server, body) for body in bodies]
+
+
+def worst_psnr(pictures: list[np.ndarray], answers: list[Future[httpx.Response]]) -> float:
+    """Waits for the answers."""
+    return min(psnr(a, picture(b.result())) for a, b in zip(pictures, answers, strict=True))
+
+
+def error_of(answer: httpx.Response, status: int) -> dict:
+    """The error of an answer in the error format."""
+    error = answer.json()["error"]
+    assert answer.status_code == status, answer.text
+    assert set(error) == {"type", "message", "param", "code", "request_id"}
+    assert error["request_id"] == answer.headers["x-request-id"]
+    return error
+
+
+def wait_for_jobs(server: Server, count: int) -> None:
+    wait_until(lambda: server.health()["jobs"] == count)
+
+
+def wait_for_running(server: Server, count: int) -> None:
+    wait_until(lambda: server.metric("ldm_jobs_running") == count)
+
+
+def test_the_api_process_is_free_of_torch():
+    code = "import service.app, service.cli, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_answer_says_what_was_made(server):
+    answer = post(server, {"prompt": "red apple", "seed": 0, "n": 2}).json()
+    assert set(answer) == {"id", "model", "created", "images", "timings", "warnings"}
+    assert set(answer["timings"]) == {"queue", "denoise", "decode", "total"}
+    assert answer["model"] == "tiny"
+    assert abs(answer["created"] - time.time()) < 600
+    assert answer["timings"]["total"] >= answer["timings"]["denoise"] > 0
+    assert answer["warnings"] == []
+    for index, image in enumerate(answer["images"]):
+        assert set(image) == {"data", "media_type", "seed", "width", "height"}
+        assert (image["media_type"], image["seed"]) == ("image/png", index)
+        opened = Image.open(io.BytesIO(base64.b64decode(image["data"])))
+        assert (opened.format, opened.size) == ("PNG", (64, 64)) == ("PNG", (image["width"], image["height"]))
+
+
+def test_the_same_seed_makes_the_same_picture_and_another_seed_another(server):
+    first, again, other = (post(server, {"prompt": "red apple", "seed": seed}) for seed in (8, 8, 9))
+    assert first.json()["images"][0]["data"] == again.json()["images"][0]["data"]
+    assert psnr(picture(first), picture(other)) < 40
+
+
+def test_a_missing_seed_is_drawn_and_makes_the_same_picture_again(server):
+    first = post(server, {"prompt": "red apple"})
+    seed = first.json()["images"][0]["seed"]
+    assert (picture(first) == picture(post(server, {"prompt": "red apple", "seed": seed}))).all()
+
+
+def test_image_i_of_n_is_the_picture_of_seed_plus_i(server):
+    both = post(server, {"prompt": "red apple", "seed": 5, "n": 2, "eta": 1.0})
+    second = post(server, {"prompt": "red apple", "seed": 6, "eta": 1.0})
+    assert psnr(picture(both, 1), picture(second)) >= 40
+    assert psnr(picture(both, 0), picture(second)) < 40
+
+
+def test_width_and_height_are_the_pictures(server):
+    assert picture(post(server, {"prompt": "red apple", "width": 96, "height": 64})).shape == (64, 96, 3)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_accept_gives_the_picture_itself(server, kind):
+    answer = post(server, {"prompt": "red apple", "seed": 3, "steps": 2}, accept=f"image/{kind}")
+    assert answer.headers["content-type"] == f"image/{kind}"
+    assert answer.headers["x-seed"] == "3"
+    assert answer.headers["x-request-id"]
+    assert Image.open(io.BytesIO(answer.content)).format == kind.upper()
+
+
+def test_accept_that_fits_no_answer_is_refused(server):
+    assert error_of(post(server, {"prompt": "p"}, accept="text/html"), 406)["param"] == "Accept"
+    assert error_of(post(server, {"prompt": "p", "n": 2}, accept="image/png"), 406)["param"] == "n"
+
+
+def test_a_png_carries_its_parameters(server):
+    body = {"prompt": "red äpple 🍎", "seed": 3, "steps": 2}
+    answer = post(server, body, accept="image/png")
+    parameters = json.loads(Image.open(io.BytesIO(answer.content)).text["parameters"])
+    assert parameters["prompt"] == body["prompt"]
+    assert (parameters["seed"], parameters["steps"]) == (3, 2)
+
+
+def test_a_prompt_that_is_cut_is_a_warning(server):
+    assert "prompt is longer" in post(server, {"prompt": "word " * 100, "steps": 1}).json()["warnings"][0]
+
+
+def test_eight_requests_at_once_share_calls_and_change_no_picture(server):
+    expected = alone(server, MIXED)
+    before = server.calls(over=4)
+    with ThreadPoolExecutor(len(MIXED)) as pool:
+        assert worst_psnr(expected, together(server, pool, MIXED)) >= 40
+    assert server.calls(over=4) > before
+
+
+BAD = [
+    ({"prompt": ""}, 422, "prompt"),
+    ({"prompt": "  "}, 422, "prompt"),
+    ({"prompt": "\ud800"}, 422, "prompt"),
+    ({}, 422, "prompt"),
+    ({"width": 65}, 422, "width"),
+    ({"width": 8192, "height": 8192}, 422, "width"),
+    ({"width": 10**400}, 422, "width"),
+    ({"height": -64}, 422, "height"),
+    ({"steps": 0}, 422, "steps"),
+    ({"steps": 5000}, 422, "steps"),
+    ({"steps": True}, 422, "steps"),
+    ({"n": 10_000}, 422, "n"),
+    ({"n": 17}, 422, "n"),
+    ({"seed": -5}, 422, "seed"),
+    ({"seed": 2**53}, 422, "seed"),
+    ({"seed": 2**53 - 1, "n": 2}, 422, "seed"),
+    ({"guidance_scale": 1e9}, 422, "guidance_scale"),
+    ({"guidance_scale": float("nan")}, 422, "guidance_scale"),
+    ({"eta": 2}, 422, "eta"),
+    ({"sampler": "magic"}, 422, "sampler"),
+    ({"output_format": "bmp"}, 422, "output_format"),
+    ({"no_such_field": "x"}, 422, "no_such_field"),
+    ({"model": "other"}, 404, "model"),
+    ({"model": "../../etc/passwd"}, 404, "model"),
+]
+
+
+def complete(body: dict) -> dict:
+    """With a prompt, unless the body is about that."""
+    return body if "prompt" in body or not body else {"prompt": "p"} | body
+
+
+@pytest.mark.parametrize(("body", "status", "param"), BAD, ids=[str(body)[:40] for body, _, _ in BAD])
+def test_a_bad_value_is_refused_by_its_field(server, body, status, param):
+    error = error_of(post(server, complete(body)), status)
+    assert error["param"] == param
+    assert error["message"].startswith(param)
+    assert len(error["message"]) > len(param) + 5  # what was expected
+    assert "passwd" not in error["message"]
+
+
+def test_bad_values_are_refused_at_once_while_other_jobs_go_on(server):
+    body = {"prompt": "undisturbed", "steps": 600, "seed": 4}
+    (expected,) = alone(server, [body])
+    with ThreadPoolExecutor(1) as pool:
+        answers = together(server, pool, [body])
+        wait_for_running(server, 1)
+        seconds = []
+        for bad, status, _ in BAD:
+            begin = time.monotonic()
+            error_of(post(server, complete(bad)), status)
+            seconds.append(time.monotonic() - begin)
+        assert not answers[0].done()
+        assert worst_psnr([expected], answers) >= 40
+    assert statistics.median(seconds) < 0.25  # milliseconds; more only where the machine is busy elsewhere
+
+
+UNREADABLE = [
+    (b"{", "application/json", 400),
+    (b"", "application/json", 400),
+    (b'"\xff"', "application/json", 400),
+    (b"[]", "application/json", 400),
+    (b"[" * 100_000, "application/json", 400),
+    (b'{"prompt": "p", "seed": ' + b"9" * 5000 + b"}", "application/json", 400),
+    (b'{"prompt": "p", "\\ud800": 1}', "application/json", 400),  # a name that UTF-8 cannot repeat
+    (b'{"prompt": "p"}', "text/plain", 415),
+]
+
+
+@pytest.mark.parametrize(("content", "kind", "status"), UNREADABLE, ids=range(len(UNREADABLE)))
+def test_a_body_that_is_no_json_object_is_refused(server, content, kind, status):
+    answer = server.client.post("/generate", content=content, headers={"Content-Type": kind})
+    assert error_of(answer, status)["type"] == "invalid_request_error"
+
+
+def test_a_body_over_the_limit_is_refused_however_it_is_framed(server):
+    def chunks():
+        for _ in range(40):
+            yield b" " * 50_000
+
+    for content in (b" " * 2_000_000, chunks()):
+        answer = server.client.post(
+            "/generate", content=content, headers={"Content-Type": "application/json"}
+        )
+        assert error_of(answer, 413)["code"] == "too_large"
+
+
+def test_unknown_addresses_and_methods_have_the_error_format(server):
+    assert error_of(server.client.get("/nowhere"), 404)["code"] == "not_found"
+    answer = server.client.get("/generate")
+    assert error_of(answer, 405)["code"] == "method_not_allowed"
+    assert answer.headers["allow"] == "POST"
+
+
+def test_the_description_names_every_error(server):
+    paths = server.client.get("/openapi.json").json()["paths"]
+    operations = [operation for path in paths.values() for operation in path.values()]
+    names = {operation["operationId"] for operation in operations}
+    assert names >= {"generate", "list_models", "health", "health_live", "health_ready", "metrics"}
+    assert all(len(operation["tags"]) == 1 for operation in operations)
+    for operation in operations:
+        for status, answer in operation["responses"].items():
+            if status != "200":
+                assert answer["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
+    assert "image/png" in paths["/generate"]["post"]["responses"]["200"]["content"]
+
+
+def test_models_tells_tasks_defaults_limits_and_samplers(server):
+    (model,) = server.client.get("/models").json()["models"]
+    assert (model["name"], model["tasks"]) == ("tiny", ["text-to-image"])
+    assert (model["defaults"]["width"], model["defaults"]["steps"]) == (64, 5)
+    assert (model["limits"]["size_multiple"], model["limits"]["max_steps"]) == (16, 1000)
+    assert model["defaults"]["sampler"] in model["samplers"]
+
+
+def test_health_and_metrics_of_an_idle_service(server):
+    for path in ("/health", "/health/live", "/health/ready"):
+        answer = server.client.get(path)
+        assert answer.status_code == 200
+        assert answer.json() == {"status": "ok", "models": ["tiny"], "jobs": 0, "capacity": QUEUE_SIZE}
+    answer = server.client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    samples = [line for line in answer.text.splitlines() if not line.startswith("#")]
+    assert samples
+    assert all(line.startswith("ldm_") for line in samples)
+
+
+def test_a_deadline_that_passes_stops_the_work(server):
+    assert error_of(post(server, LONG | {"timeout": 0.3}), 504)["code"] == "deadline_exceeded"
+    wait_for_jobs(server, 0)
+    wait_for_running(server, 0)
+
+
+def test_a_client_that_leaves_frees_its_rows_within_one_step(server):
+    with server.asked(SLOW), server.asked(SLOW) as leaver:
+        wait_for_running(server, 2)
+        before = server.calls(over=2)
+        wait_until(lambda: server.calls(over=2) > before)
+        leaver.close()
+        shared, calls = server.calls(over=2), server.calls()
+        wait_until(lambda: server.calls() >= calls + 5)
+        # The call under way when it left; one more where that call ended before the news came.
+        assert server.calls(over=2) <= shared + 2
+        assert server.health()["jobs"] == 1
+    wait_for_jobs(server, 0)
+
+
+def test_a_full_queue_answers_429_at_once_and_empties_again(server):
+    with ExitStack() as clients:
+        for _ in range(QUEUE_SIZE):
+            clients.enter_context(server.asked(LONG))
+        wait_for_jobs(server, QUEUE_SIZE)
+        for _ in range(5):
+            answer = post(server, {"prompt": "p"})
+            assert error_of(answer, 429)["code"] == "queue_full"
+            assert int(answer.headers["retry-after"]) > 0
+        assert server.client.get("/health/ready").status_code == 200
+    wait_for_jobs(server, 0)
+    assert post(server, {"prompt": "p"}).status_code == 200
+
+
+def test_a_killed_worker_loses_nothing(server):
+    bodies = [{"prompt": f"kept {i}", "steps": 250 + 50 * i, "seed": i} for i in range(3)]
+    expected = alone(server, bodies)
+    restarts = server.metric("ldm_worker_restarts_total")
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = together(server, pool, bodies)
+        wait_for_running(server, len(bodies))
+        server.kill_worker()
+        assert not server.is_ready
+        assert server.client.get("/health/live").status_code == 200
+        assert worst_psnr(expected, answers) >= 40
+    assert server.metric("ldm_worker_restarts_total") == restarts + 1
+
+
+def test_a_worker_killed_again_and_again_before_it_is_ready_is_started_again(server):
+    for _ in range(STARTS + 1):
+        server.kill_worker()
+    assert post(server, {"prompt": "p"}).status_code == 200
+
+
+def test_a_job_that_runs_in_two_crashes_is_tried_alone_and_refused_after_the_third(server):
+    neighbour = {"prompt": "neighbour", "steps": 400, "seed": 2}
+    (expected,) = alone(server, [neighbour])
+    with ThreadPoolExecutor(2) as pool:
+        (poison,) = together(server, pool, [LONG])
+        wait_for_running(server, 1)
+        answers = together(server, pool, [neighbour])
+        for running in (2, 2, 1):
+            wait_until(lambda: server.is_ready)
+            wait_for_running(server, running)
+            server.kill_worker()
+        assert error_of(poison.result(), 500)["code"] == "worker_lost"
+        assert worst_psnr([expected], answers) >= 40
+
+
+def test_a_worker_leaves_signals_to_the_service(server):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        worker = server.signal_worker(number)
+    assert post(server, {"prompt": "p", "steps": 50}).status_code == 200
+    assert server.worker() == worker
+
+
+def test_a_stalled_worker_is_replaced_and_sigterm_drains(start_server):
+    body = {"prompt": "p", "steps": 300, "seed": 1}
+    with start_server(LDM_STALL_SECONDS="5") as server, ThreadPoolExecutor(1) as pool:
+        (expected,) = alone(server, [body])
+        answers = together(server, pool, [body])
+        wait_for_running(server, 1)
+        stalled = server.signal_worker(signal.SIGSTOP)
+        assert worst_psnr([expected], answers) >= 40
+        assert server.worker() != stalled
+
+        (last,) = together(server, pool, [body | {"steps": 800}])
+        wait_for_running(server, 1)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: server.health()["status"] == "draining")
+        refused = post(server, body)
+        assert error_of(refused, 503)["code"] == "draining"
+        assert int(refused.headers["retry-after"]) > 0
+        assert server.client.get("/health/ready").status_code == 503
+        assert server.client.get("/health/live").status_code == 200
+        assert not last.done()
+        assert last.result().status_code == 200
+        assert server.process.wait(60) == 0
