@@ -17,7 +17,7 @@ from service.schemas import GenerateRequest, GenerateResponse, Picture, Timings
 
 JSON_TYPES = ("application/json", "application/*", "*/*")
 BARE = {media_type: kind for kind, media_type in MEDIA_TYPES.items()}
-HIDDEN = ("id", "priority")  # of a job; they do not decide the picture
+HIDDEN = ("id", "priority", "preview_every", "image", "mask")  # of a job; no parameters of the picture
 
 
 def bare_format(accept: str | None, body: GenerateRequest) -> Format | None:

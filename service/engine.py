@@ -41,6 +41,8 @@ class Progress:
 
     job: Job
     received: float
+    steps: int = 0  # of all its images together
+    done: int = 0  # of those
     begun: float = 0.0
     denoised: float = 0.0
     started: bool = False
@@ -73,9 +75,11 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot even be queued fails at once."""
-        self.jobs[job.id] = Progress(job, self.clock())
+        progress = self.jobs[job.id] = Progress(job, self.clock())
         try:
-            self.scheduler.admit(job.id, self.runner.shape(job), job.n, job.rows, job.priority)
+            shape = self.runner.shape(job)
+            progress.steps = job.n * shape.evaluations
+            self.scheduler.admit(job.id, shape, job.n, job.rows, job.priority)
         except Exception as error:
             self._fail(job.id, error)
 
@@ -104,7 +108,7 @@ class Engine:
     def _start(self, job: str) -> None:
         progress = self.jobs[job]
         progress.started, progress.begun = True, self.clock()
-        self.emit(Started(job))
+        self.emit(Started(job, progress.steps))
         try:
             progress.warnings = self.runner.start(progress.job)
         except Exception as error:
@@ -126,10 +130,15 @@ class Engine:
     def _call(self, keys: list[ImageKey]) -> None:
         begin = self.clock()
         padded = self.runner.step(keys)
-        running = sum(progress.started for progress in self.jobs.values())
-        rows = sum(self.jobs[key.job].job.rows for key in keys)
         seconds = self.clock() - begin
-        self.emit(Stepped(rows, padded, len(keys), seconds, running, len(self.jobs) - running))
+        rows = 0
+        for key in keys:
+            progress = self.jobs[key.job]
+            progress.done += 1
+            rows += progress.job.rows
+        running = sum(progress.started for progress in self.jobs.values())
+        jobs = tuple((job, self.jobs[job].done) for job in dict.fromkeys(key.job for key in keys))
+        self.emit(Stepped(rows, padded, len(keys), seconds, running, len(self.jobs) - running, jobs))
 
     def _advance(self, keys: list[ImageKey]) -> None:
         for key in self.scheduler.advance(keys):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
 
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON client can hold
 
@@ -18,7 +18,13 @@ class ImageKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides the job's pictures, and its place in the queue. Image i has seed + i."""
+    """Everything that decides the job's pictures, and its place in the queue. Image i has seed + i.
+
+    image: height x width x 3 bytes that the run starts from, none for a run from noise alone; mask: height x
+    width bytes, 255 where that picture is painted anew and 0 where it stays, none for everywhere.
+    """
+
+    BLOBS: ClassVar[tuple[str, ...]] = ("image", "mask")  # go beside a message's header, not in it
 
     id: str
     model: str
@@ -33,6 +39,17 @@ class Job:
     sampler: str
     eta: float
     priority: int = 0
+    strength: float = 1.0  # of a run from a picture: the share of the steps that it takes
+    image: bytes = b""
+    mask: bytes = b""
+    preview_every: int = 0  # steps of an image between two previews of it; 0: none
+
+    @property
+    def task(self) -> str:
+        """As in ModelSpec.tasks."""
+        if self.mask:
+            return "inpainting"
+        return "image-to-image" if self.image else "text-to-image"
 
     @property
     def needs_both(self) -> bool:
@@ -44,14 +61,15 @@ class Job:
         """Rows that one image costs in a UNet call."""
         return 2 if self.needs_both else 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for a message between processes."""
-        return asdict(self)
+    def to_message(self) -> tuple[dict[str, Any], tuple[bytes, ...]]:
+        """Plain values and blobs, for a message between processes."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.BLOBS}
+        return plain, tuple(getattr(self, name) for name in self.BLOBS)
 
     @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> Job:
-        """The inverse of to_dict."""
-        return cls(**d)
+    def from_message(cls, plain: dict[str, Any], blobs: tuple[bytes, ...]) -> Job:
+        """The inverse of to_message."""
+        return cls(**plain, **dict(zip(cls.BLOBS, blobs, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -68,15 +86,26 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """Where the jobs that have not begun stand: (job, position from 1, seconds until it ends, if known)."""
+
+    places: tuple[tuple[str, int, float | None], ...]
+
+
+@dataclass(frozen=True)
 class Started:
-    """The job's first rows are about to run."""
+    """The job's first rows are about to run; steps: of all its images together."""
 
     job: str
+    steps: int
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """One UNet call is over. rows: used; padded: run; running and waiting: jobs begun and not."""
+    """One UNet call is over. rows: used; padded: run; running and waiting: jobs begun and not.
+
+    jobs: of each job in the call, the steps done so far, of all its images together.
+    """
 
     rows: int
     padded: int
@@ -84,6 +113,19 @@ class Stepped:
     seconds: float
     running: int
     waiting: int
+    jobs: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Previewed:
+    """What image `index` looks like after `step` steps: height x width x 3 bytes, maybe at a smaller size."""
+
+    job: str
+    index: int
+    step: int
+    width: int
+    height: int
+    pixels: bytes
 
 
 @dataclass(frozen=True)
@@ -113,4 +155,4 @@ class Cancelled:
     job: str
 
 
-Event = Started | Stepped | Done | Failed | Cancelled
+Event = Waiting | Started | Stepped | Previewed | Done | Failed | Cancelled

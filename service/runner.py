@@ -67,7 +67,7 @@ class TorchRunner:
         bundle = self.registry[job.model]
         latent = bundle.spec.latent_shape(job.width, job.height)
         context = (bundle.spec.text.tokens, bundle.spec.unet.context_width)
-        self.plans[job.id] = plan(bundle.schedule, job.sampler, job.steps, job.eta)
+        self.plans[job.id] = plan(bundle.schedule, job.sampler, job.steps, job.eta, job.strength)
         return Shape((job.model, latent, context), len(self.plans[job.id]), latent[1] * latent[2])
 
     @torch.inference_mode()

@@ -78,9 +78,9 @@ class Life:
         self.process.kill()
         self.writer.transport.abort()
 
-    def send(self, header: dict[str, Any]) -> None:
+    def send(self, header: dict[str, Any], blobs: tuple[bytes, ...] = ()) -> None:
         if not self.writer.is_closing():
-            self.writer.write(messages.pack(header))
+            self.writer.write(messages.pack(header, blobs))
 
 
 class Supervisor:
@@ -177,7 +177,8 @@ class Supervisor:
         for ticket in allowed:
             if not ticket.sent:
                 ticket.sent = True
-                self._life.send({"kind": "Submit", "job": ticket.job.to_dict()})
+                plain, blobs = ticket.job.to_message()
+                self._life.send({"kind": "Submit", "job": plain}, blobs)
 
     async def drain(self) -> None:
         """Take nothing new; return when all is answered, or refuse the rest when the time for that is up."""

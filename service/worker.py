@@ -15,7 +15,7 @@ from typing import Any
 from models.configs import CheckpointError
 from service import messages
 from service.engine import Engine
-from service.job import Done, Event, Job
+from service.job import Done, Event, Job, Previewed
 from service.registry import locate_all
 from service.settings import Settings, read_settings
 
@@ -44,7 +44,14 @@ class Link:
     def emit(self, event: Event) -> None:
         """Send an engine's event."""
         header = {"kind": type(event).__name__} | asdict(event)
-        self.send(header, header.pop("pictures") if isinstance(event, Done) else ())
+        self.send(header, blobs_of(event, header))
+
+
+def blobs_of(event: Event, header: dict[str, Any]) -> tuple[bytes, ...]:
+    """What goes beside the header, taken out of it."""
+    if isinstance(event, Done):
+        return header.pop("pictures")
+    return (header.pop("pixels"),) if isinstance(event, Previewed) else ()
 
 
 class Beat(threading.Thread):
@@ -66,7 +73,7 @@ def listen(link: Link, inbox: queue.SimpleQueue) -> None:
     """Put every message in the inbox; exit with the socket."""
     try:
         while (message := messages.read(link.stream)) is not None:
-            inbox.put(message[0])
+            inbox.put(message)
     except Exception:
         log.exception(
             "the messages cannot be read"
@@ -78,11 +85,11 @@ def listen(link: Link, inbox: queue.SimpleQueue) -> None:
 def drain(inbox: queue.SimpleQueue, engine: Engine) -> None:
     """Take everything from the inbox; wait for something while there is nothing else to do."""
     while not inbox.empty() or not engine.busy:
-        message = inbox.get()
-        if message["kind"] == "Submit":
-            engine.submit(Job.from_dict(message["job"]))
-        elif message["kind"] == "Cancel":
-            engine.cancel(message["job"])
+        header, blobs = inbox.get()
+        if header["kind"] == "Submit":
+            engine.submit(Job.from_message(header["job"], blobs))
+        elif header["kind"] == "Cancel":
+            engine.cancel(header["job"])
 
 
 def load(settings: Settings, link: Link) -> Engine:
