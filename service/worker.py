@@ -74,10 +74,10 @@ def listen(link: Link, inbox: queue.SimpleQueue) -> None:
     try:
         while (message := messages.read(link.stream)) is not None:
             inbox.put(message)
-    except Exception:
-        log.exception(
-            "the messages cannot be read"
-        )  # nobody hears us from here on, so another one must start
+    except ConnectionError:
+        log.debug("the other end is gone")  # in the middle of what we sent it
+    except Exception:  # nobody is heard from here on, so another worker must start
+        log.exception("the messages cannot be read")
     finally:
         os._exit(0)  # not sys.exit: the engine's thread may be inside a long call
 
