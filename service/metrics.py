@@ -18,6 +18,7 @@ class Metrics:
         r = self.registry
         self.requests = Counter("ldm_requests", "Answers, by status", ["status"], registry=r)
         self.rejected = Counter("ldm_rejected", "Requests refused, by reason", ["reason"], registry=r)
+        self.cancelled = Counter("ldm_cancelled", "Jobs given up, by stage", ["stage"], registry=r)
         self.images = Counter("ldm_images", "Pictures answered", registry=r)
         self.worker_restarts = Counter("ldm_worker_restarts", "Workers that ended", registry=r)
         self.jobs_running = Gauge("ldm_jobs_running", "Jobs that have begun", registry=r)

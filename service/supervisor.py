@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,19 @@ from typing import Any
 
 from models.spec import ModelSpec
 from service import messages
-from service.errors import Draining, Loading, QueueFull, ServiceError, Unavailable, WorkerLost, from_code
-from service.job import Done, Job, Stepped
+from service.errors import (
+    Draining,
+    Loading,
+    NotFound,
+    QueueFull,
+    ServiceError,
+    Unavailable,
+    WorkerLost,
+    from_code,
+)
+from service.job import Done, Job, Previewed, Stepped
 from service.metrics import Metrics
+from service.progress import Progress, State
 from service.settings import Settings, to_environment
 
 log = logging.getLogger(__name__)
@@ -44,9 +54,17 @@ class Ticket:
 
     job: Job
     answer: asyncio.Future[Done]
+    progress: Progress
     sent: bool = False
-    running: bool = False
+    running: bool = False  # in the worker of now; `progress` has seen the ones before too
     crashes: int = 0  # in a row, of workers that were running it
+
+    def end(self) -> None:
+        """Tell those who watch how it ended; without an answer it was given up."""
+        if not self.answer.done() or self.answer.cancelled():
+            self.progress.end("cancelled")
+        else:
+            self.progress.end("failed" if self.answer.exception() else "done")
 
 
 @dataclass
@@ -145,11 +163,14 @@ class Supervisor:
     def _refusal(self, kind: type[ServiceError]) -> ServiceError:
         return kind(retry_after=RETRY_AFTER[kind])
 
-    async def run(self, job: Job) -> Done:
-        """The finished job; cancelling this coroutine frees the job's rows. Raises the job's ServiceError."""
+    async def run(self, job: Job, progress: Progress | None = None) -> Done:
+        """The finished job; cancelling this coroutine frees the job's rows. Raises the job's ServiceError.
+
+        progress: told how far the job is, as watch() tells.
+        """
         if self._ended:
             raise self._refusal(self._ended)
-        ticket = Ticket(job, asyncio.get_running_loop().create_future())
+        ticket = Ticket(job, asyncio.get_running_loop().create_future(), progress or Progress())
         self._tickets[job.id] = ticket
         self._dispatch()
         try:
@@ -157,11 +178,20 @@ class Supervisor:
         finally:
             self._close(ticket)
 
+    def watch(self, job_id: str) -> AsyncIterator[State]:
+        """How far an unanswered job is: now, and whenever that has changed. Raises NotFound."""
+        if job_id not in self._tickets:
+            raise NotFound("there is no such job")
+        return self._tickets[job_id].progress.watch()
+
     def _close(self, ticket: Ticket) -> None:
         """Forget a job; one without an answer is cancelled in the worker too."""
         del self._tickets[ticket.job.id]
-        if ticket.sent and (ticket.answer.cancelled() or not ticket.answer.done()) and self._life:
-            self._life.send({"kind": "Cancel", "job": ticket.job.id})
+        ticket.end()
+        if ticket.progress.state.stage == "cancelled":
+            self.metrics.cancelled.labels("running" if ticket.running else "queued").inc()
+            if ticket.sent and self._life:
+                self._life.send({"kind": "Cancel", "job": ticket.job.id})
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -280,7 +310,9 @@ class Supervisor:
             life.ready, life.moved = True, time.monotonic()
             self._dispatch()
         elif kind == "Stepped":
-            self.metrics.stepped(Stepped(**header))
+            self._stepped(Stepped(**header))
+        elif kind == "Waiting":
+            self._waiting(header["places"])
         elif kind == "Fatal":
             raise WorkerFailed(header["message"])
         elif ticket := self._tickets.get(header["job"]):  # else its client has left
@@ -290,9 +322,23 @@ class Supervisor:
         if turns != life.turns or not busy:
             life.turns, life.moved = turns, time.monotonic()
 
+    def _stepped(self, event: Stepped) -> None:
+        self.metrics.stepped(event)
+        for job, step in event.jobs:
+            if ticket := self._tickets.get(job):
+                ticket.progress.advance(step)
+
+    def _waiting(self, places: Sequence[tuple[str, int, float | None]]) -> None:
+        for job, position, estimate in places:
+            if ticket := self._tickets.get(job):
+                ticket.progress.wait_at(position, estimate)
+
     def _take_of(self, ticket: Ticket, kind: str, header: dict[str, Any], blobs: tuple[bytes, ...]) -> None:
         if kind == "Started":
             ticket.running = True
+            ticket.progress.start(header["steps"])
+        elif kind == "Previewed":
+            ticket.progress.show(Previewed(pixels=blobs[0], **header))
         elif ticket.answer.done():  # cancelled while the answer was on its way
             return
         elif kind == "Done":

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from service import supervisor as module
-from service.errors import Draining, Loading, QueueFull, ServiceError, Unavailable
+from service.errors import Draining, Loading, NotFound, QueueFull, ServiceError, Unavailable
+from service.job import Previewed
 from service.metrics import Metrics
+from service.progress import Progress, State
 from service.settings import Settings
 from service.supervisor import Life, Supervisor, WorkerFailed
 from tests.service.test_engine import make_job
@@ -89,6 +91,90 @@ def test_what_outlasts_the_drain_is_refused_and_so_is_what_comes_after():
                 await service.run(make_job("late"))
         assert isinstance(await early, Draining)
         assert isinstance(await ask(service), Draining)
+
+    run(scenario())
+
+
+class Worker:
+    """Speaks to a supervisor as a worker does."""
+
+    def __init__(self, service: Supervisor) -> None:
+        self.service = service
+
+    def say(self, kind: str, blobs: tuple[bytes, ...] = (), **header) -> None:
+        self.service._take(None, kind, header, blobs)
+
+    def step(self, done: int) -> None:
+        counts = {"rows": 2, "padded": 2, "images": 1, "seconds": 0.1, "running": 1, "waiting": 0}
+        self.say("Stepped", jobs=[["a", done]], **counts)
+
+    def preview(self, step: int) -> None:
+        self.say("Previewed", (b"rgb",), job="a", index=0, step=step, width=1, height=1)
+
+
+async def begun(service: Supervisor, progress: Progress) -> tuple[asyncio.Task, Worker]:
+    """Job "a", asked for and not yet begun."""
+    task = asyncio.create_task(service.run(make_job("a"), progress))
+    await asyncio.sleep(0)
+    return task, Worker(service)
+
+
+def test_progress_goes_from_the_queue_through_the_steps_and_never_back():
+    async def scenario():
+        service, progress = supervisor(), Progress()
+        task, worker = await begun(service, progress)
+        worker.say("Waiting", places=[["a", 2, 7.5], ["gone", 3, None]])
+        assert progress.state == State("queued", 2, 7.5)
+        worker.say("Started", job="a", steps=5)
+        worker.step(4)
+        worker.preview(4)
+        before = progress.state
+        assert before == State("running", None, None, 4, 5, Previewed("a", 0, 4, 1, 1, b"rgb"))
+        service._requeue()  # its worker died; the next repeats what was done
+        worker.say("Waiting", places=[["a", 1, 3.0]])
+        worker.say("Started", job="a", steps=5)
+        worker.step(3)
+        worker.preview(2)
+        assert progress.state is before
+        worker.step(5)
+        assert progress.state.step == 5
+        worker.say("Failed", job="a", code="out_of_memory")
+        with suppress(ServiceError):
+            await task
+        assert progress.state.stage == "failed"
+
+    run(scenario())
+
+
+def test_a_watcher_sees_the_newest_state_and_skips_what_it_was_too_slow_for():
+    async def scenario():
+        service = supervisor()
+        with pytest.raises(NotFound):
+            service.watch("a")
+        task, worker = await begun(service, Progress())
+        states = service.watch("a")
+        assert (await anext(states)).stage == "queued"
+        worker.say("Started", job="a", steps=5)
+        for step in range(1, 6):
+            worker.step(step)
+        assert (await anext(states)).step == 5
+        task.cancel()
+        assert [state.stage async for state in states] == ["cancelled"]
+
+    run(scenario())
+
+
+def test_jobs_given_up_are_counted_by_stage():
+    async def scenario():
+        service = supervisor()
+        for stage in ("queued", "running"):
+            task, worker = await begun(service, Progress())
+            if stage == "running":
+                worker.say("Started", job="a", steps=5)
+            task.cancel()
+            await asyncio.wait({task})
+        for stage in ("queued", "running"):
+            assert service.metrics.registry.get_sample_value("ldm_cancelled_total", {"stage": stage}) == 1
 
     run(scenario())
 
