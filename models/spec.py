@@ -110,7 +110,7 @@ class ModelSpec:
     schedule: ScheduleSpec
     text: TextSpec
     defaults: Defaults = field(default_factory=Defaults)
-    tasks: tuple[str, ...] = ("text-to-image",)
+    tasks: tuple[str, ...] = ("text-to-image", "image-to-image", "inpainting")
 
     @property
     def size_multiple(self) -> int:

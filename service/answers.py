@@ -6,21 +6,27 @@ import asyncio
 import base64
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
+from starlette.responses import Response
 
 from service import images
 from service.errors import NotAcceptable
 from service.images import MEDIA_TYPES, Format
-from service.job import Done, Job
-from service.schemas import GenerateRequest, GenerateResponse, Picture, Timings
+from service.intake import Order
+from service.job import Done, Previewed
+from service.progress import Progress
+from service.schemas import GenerateResponse, JobPreview, Picture, PictureRequest, Timings
+from service.supervisor import Supervisor
 
 JSON_TYPES = ("application/json", "application/*", "*/*")
 BARE = {media_type: kind for kind, media_type in MEDIA_TYPES.items()}
 HIDDEN = ("id", "priority", "preview_every", "image", "mask")  # of a job; no parameters of the picture
 
 
-def bare_format(accept: str | None, body: GenerateRequest) -> Format | None:
+def bare_format(accept: str | None, body: PictureRequest) -> Format | None:
     """The format of a picture sent by itself, or None for JSON. Raises NotAcceptable."""
     wanted = preferred(accept or "*/*")
     if wanted is None:
@@ -52,47 +58,96 @@ def quality(part: str) -> tuple[float, str]:
         return 0.0, kind
 
 
-async def files(job: Job, done: Done, kind: Format) -> list[bytes]:
-    """The encoded pictures; the work is done off the event loop."""
-    return [
-        await asyncio.to_thread(images.encode, pixels, job.width, job.height, kind, parameters(job, index))
-        for index, pixels in enumerate(done.pictures)
-    ]
+@dataclass(frozen=True)
+class Answer:
+    """The files of a finished order, and what there is to say about them; timings in seconds."""
+
+    order: Order
+    files: tuple[bytes, ...]
+    warnings: tuple[str, ...]
+    timings: Mapping[str, float]
+    created: int  # seconds since 1970
+
+    def as_picture(self) -> Response:
+        """The one picture by itself."""
+        headers = {"X-Seed": str(self.order.job.seed)}
+        return Response(self.files[0], media_type=MEDIA_TYPES[self.order.format], headers=headers)
+
+    async def as_json(self) -> GenerateResponse:
+        """The pictures in base64."""
+        job, texts = self.order.job, await asyncio.to_thread(lambda: list(map(base64.b64encode, self.files)))
+        size = {"width": self.order.width, "height": self.order.height}
+        kind = MEDIA_TYPES[self.order.format]
+        return GenerateResponse(
+            id=job.id,
+            model=job.model,
+            created=self.created,
+            images=[
+                Picture(data=text.decode(), media_type=kind, seed=job.seed + index, **size)
+                for index, text in enumerate(texts)
+            ],
+            timings=Timings(**self.timings),
+            warnings=list(self.warnings),
+        )
 
 
-def parameters(job: Job, index: int) -> dict[str, Any]:
-    """A request that makes image `index` again."""
-    return {key: value for key, value in asdict(job).items() if key not in HIDDEN} | {
-        "seed": job.seed + index,
-        "n": 1,
-    }
+async def make(
+    order: Order, supervisor: Supervisor, begin: float, progress: Progress | None = None
+) -> Answer:
+    """Run an order's job and encode its pictures, off the event loop; begin: when its request came."""
+    done = await supervisor.run(order.job, progress)
+    files = tuple(
+        [await asyncio.to_thread(file_of, order, index, done.pictures[index]) for index in range(order.job.n)]
+    )
+    seconds = timings(done, time.monotonic() - begin)
+    supervisor.metrics.answered(order.job.n, seconds)
+    warnings = order.warnings + done.warnings
+    return Answer(order.without_pictures(), files, warnings, seconds, int(time.time()))
+
+
+def file_of(order: Order, index: int, pixels: bytes) -> bytes:
+    """The file of image `index`."""
+    shown = pixels_of(order, pixels)
+    return images.encode(shown, order.width, order.height, order.format, parameters(order, index))
+
+
+def pixels_of(order: Order, pixels: bytes) -> bytes:
+    """The client's part of a job's canvas, with every pixel that the mask keeps exactly as it was sent."""
+    job = order.job
+    canvas = (job.height, job.width, -1)
+    shown = np.frombuffer(pixels, np.uint8).reshape(canvas)
+    if job.mask:
+        sent, mask = (np.frombuffer(part, np.uint8).reshape(canvas) for part in (job.image, job.mask))
+        shown = np.where(mask, shown, sent)
+    return shown[: order.height, : order.width].tobytes()
+
+
+def preview_of(order: Order, preview: Previewed) -> JobPreview:
+    """A preview as a small file, without what the canvas has around the client's picture."""
+    job = order.job
+    whole = np.frombuffer(preview.pixels, np.uint8).reshape(preview.height, preview.width, 3)
+    width = max(1, round(preview.width * order.width / job.width))
+    height = max(1, round(preview.height * order.height / job.height))
+    file = images.encode(whole[:height, :width].tobytes(), width, height, "jpeg", {})
+    return JobPreview(
+        index=preview.index,
+        step=preview.step,
+        data=base64.b64encode(file).decode(),
+        media_type=MEDIA_TYPES["jpeg"],
+        width=width,
+        height=height,
+    )
+
+
+def parameters(order: Order, index: int) -> dict[str, Any]:
+    """A request that makes image `index` again, apart from pictures that it starts from."""
+    job = order.job
+    hidden = HIDDEN if job.image else (*HIDDEN, "strength")
+    own = {"width": order.width, "height": order.height, "seed": job.seed + index, "n": 1}
+    return {key: value for key, value in asdict(job).items() if key not in hidden} | own
 
 
 def timings(done: Done, total: float) -> dict[str, float]:
     """Seconds of each part; `total` is the API process's own measure."""
     parts = {"queue": done.queue, "denoise": done.denoise, "decode": done.decode, "total": total}
     return {part: round(seconds, 6) for part, seconds in parts.items()}
-
-
-async def as_json(
-    job: Job, done: Done, files: list[bytes], kind: Format, timings: Mapping[str, float]
-) -> GenerateResponse:
-    """The pictures in base64, with what there is to say about them."""
-    pictures = [
-        Picture(
-            data=(await asyncio.to_thread(base64.b64encode, file)).decode(),
-            media_type=MEDIA_TYPES[kind],
-            seed=job.seed + index,
-            width=job.width,
-            height=job.height,
-        )
-        for index, file in enumerate(files)
-    ]
-    return GenerateResponse(
-        id=job.id,
-        model=job.model,
-        created=int(time.time()),
-        images=pictures,
-        timings=Timings(**timings),
-        warnings=list(done.warnings),
-    )

@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -176,14 +177,14 @@ def generate(args: argparse.Namespace) -> int:
         raise UsageError(f"--output is {args.output!r}; expected a folder that exists")
     settings = settings_of(args, "model", "device", "dtype")
     specs = {name: read_spec(path) for name, path in locate_all(settings.model).items()}
-    job = intake.to_job(request_of(args), specs, settings)
+    order = replace(intake.to_order(request_of(args), specs, settings), format=kind)
+    job = order.job
     done = run_alone(job, settings)
     for index, pixels in enumerate(done.pictures):
         file = numbered(output, index, job.n)
-        parameters = answers.parameters(job, index)
-        write(file, images.encode(pixels, job.width, job.height, kind, parameters))
+        write(file, answers.file_of(order, index, pixels))
         print(f"{file}  seed {job.seed + index}")
-    for warning in done.warnings:
+    for warning in order.warnings + done.warnings:
         print(f"ldm: {warning}", file=sys.stderr)
     return 0
 

@@ -1,23 +1,34 @@
-"""From a wire body and the model's spec to a job, or to an error that names the field."""
+"""From a wire body and the model's spec to an order, or to an error that names the field."""
 
 from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+from PIL import Image
 
 from models.samplers import SAMPLERS
 from models.spec import ModelSpec
+from service import images
 from service.errors import InvalidRequest, NotFound, UnreadableBody, UnsupportedMedia
+from service.images import Format
 from service.job import MAX_SEED, Job
 from service.registry import first_of
-from service.schemas import GenerateRequest
+from service.schemas import GenerateRequest, InpaintRequest, PictureRequest
 from service.settings import Settings
+
+STRENGTH = 0.75  # of a run from a picture that names none
+RESIZED = "init_image is {}x{} and was resized to {}x{}, the nearest that the model takes"
 
 SHOWN = 64  # characters of a client's own words that an error repeats
 
+TASKS = ("generate", "inpaint")
+NO_TASK = ("union_tag_invalid", "union_tag_not_found")
 WORDING = {
+    **dict.fromkeys(NO_TASK, f"must be one of {', '.join(TASKS)}"),
     "missing": "is required",
     "extra_forbidden": "is not a field of this request",
     "string_unicode": "must be text that UTF-8 can hold",
@@ -28,17 +39,109 @@ WORDING = {
 PHRASES = {"Value error, ": "", "Input should be ": "must be ", "String should have ": "must have "}
 
 
-def to_job(body: GenerateRequest, specs: Mapping[str, ModelSpec], settings: Settings) -> Job:
-    """The job a body asks for. Raises NotFound for the model, InvalidRequest for the rest."""
+@dataclass(frozen=True)
+class Order:
+    """A job, and what its pictures are for the client: width x height of the canvas that the job paints."""
+
+    job: Job
+    width: int
+    height: int
+    format: Format
+    warnings: tuple[str, ...] = ()
+
+    def without_pictures(self) -> Order:
+        """What is left to keep once the job has them."""
+        return replace(self, job=replace(self.job, image=b"", mask=b""))
+
+
+def to_order(body: PictureRequest, specs: Mapping[str, ModelSpec], settings: Settings) -> Order:
+    """What a body asks for; decodes its pictures, which takes a while.
+
+    Raises NotFound for the model, InvalidRequest for the rest.
+    """
     spec = find_model(body.model, specs)
+    if isinstance(body, InpaintRequest):
+        return from_masked(body, spec, settings)
+    return (
+        from_picture(body, spec, settings)
+        if body.init_image is not None
+        else from_noise(body, spec, settings)
+    )
+
+
+def from_noise(body: GenerateRequest, spec: ModelSpec, settings: Settings) -> Order:
+    """A run from noise alone."""
+    if body.strength is not None:
+        raise InvalidRequest("strength is for runs from a picture; expected init_image too", param="strength")
+    width, height = given(body.width, spec.defaults.width), given(body.height, spec.defaults.height)
+    job = to_job(body, spec, width, height)
+    check(job, spec, settings)
+    return Order(job, width, height, format_of(body))
+
+
+def from_picture(body: GenerateRequest, spec: ModelSpec, settings: Settings) -> Order:
+    """A run from init_image, resized to the size asked for or else to the nearest that the model takes."""
+    picture = images.read_picture(body.init_image, "init_image", settings.max_input_pixels)
+    width, height = fitting(picture.size, body, spec.size_multiple)
+    job = to_job(body, spec, width, height, given(body.strength, STRENGTH))
+    check(job, spec, settings, "init_image" if body.width is None and body.height is None else "width")
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    asked = (given(body.width, picture.width), given(body.height, picture.height))
+    warnings = () if asked == (width, height) else (RESIZED.format(*picture.size, width, height),)
+    return Order(replace(job, image=resized.tobytes()), width, height, format_of(body), warnings)
+
+
+def fitting(size: tuple[int, int], body: GenerateRequest, multiple: int) -> tuple[int, int]:
+    """(width, height) of a run from a picture of `size`; one that is not asked for keeps the proportions."""
+
+    def nearest(side: float) -> int:
+        return max(1, round(side / multiple)) * multiple
+
+    width, height = size
+    return (
+        given(body.width, nearest(width * given(body.height, height) / height)),
+        given(body.height, nearest(height * given(body.width, width) / width)),
+    )
+
+
+def from_masked(body: InpaintRequest, spec: ModelSpec, settings: Settings) -> Order:
+    """A run that paints the white of a mask anew, on a canvas grown to the next size that the model takes."""
+    picture = images.read_picture(body.image, "image", settings.max_input_pixels)
+    mask = images.read_mask(body.mask, "mask", settings.max_input_pixels)
+    check_mask(body, picture, mask)
+    width, height = (-(-side // spec.size_multiple) * spec.size_multiple for side in picture.size)
+    job = to_job(body, spec, width, height, given(body.strength, 1.0))
+    check(job, spec, settings, "image")
+    canvas = {"image": images.grow(picture, width, height), "mask": images.grow(mask, width, height)}
+    return Order(replace(job, **canvas), *picture.size, format_of(body))
+
+
+def check_mask(body: InpaintRequest, picture: Image.Image, mask: Image.Image) -> None:
+    """Raise InvalidRequest for a mask that does not fit, or for a size that is not the picture's."""
+    width, height = picture.size
+    rules = (
+        ("mask", mask.size == picture.size, f"must have the size of image, {width}x{height}"),
+        ("mask", mask.getbbox() is not None, "must be white where to paint anew; it is nowhere"),
+        ("width", body.width in (None, width), f"must be the width of image, {width}"),
+        ("height", body.height in (None, height), f"must be the height of image, {height}"),
+    )
+    refuse(rules)
+
+
+def format_of(body: PictureRequest) -> Format:
+    return body.output_format or "png"
+
+
+def to_job(body: PictureRequest, spec: ModelSpec, width: int, height: int, strength: float = 1.0) -> Job:
+    """The job of a body, without its pictures."""
     defaults = spec.defaults
-    job = Job(
+    return Job(
         id=uuid.uuid4().hex,
         model=spec.name,
         prompt=body.prompt,
         negative_prompt=body.negative_prompt,
-        width=given(body.width, defaults.width),
-        height=given(body.height, defaults.height),
+        width=width,
+        height=height,
         steps=given(body.steps, defaults.steps),
         guidance_scale=given(body.guidance_scale, defaults.guidance_scale),
         seed=given(body.seed, secrets.randbelow(MAX_SEED - body.n)),
@@ -46,9 +149,8 @@ def to_job(body: GenerateRequest, specs: Mapping[str, ModelSpec], settings: Sett
         sampler=given(body.sampler, defaults.sampler),
         eta=given(body.eta, defaults.eta),
         priority=body.priority,
+        strength=strength,
     )
-    check(job, spec, settings)
-    return job
 
 
 def given(value: Any, default: Any) -> Any:
@@ -64,21 +166,35 @@ def find_model(name: str | None, specs: Mapping[str, ModelSpec]) -> ModelSpec:
     return specs[name]
 
 
-def check(job: Job, spec: ModelSpec, settings: Settings) -> None:
-    """Raise InvalidRequest for the first thing that this model or this service cannot do."""
+def check(job: Job, spec: ModelSpec, settings: Settings, sized_by: str = "width") -> None:
+    """Raise InvalidRequest for the first thing that this model or this service cannot do.
+
+    sized_by: the field that is to blame for the size.
+    """
     multiple, timesteps = spec.size_multiple, spec.schedule.timesteps
     pixels = job.width * job.height
     most = settings.max_work
     rules = (
         ("width", job.width % multiple == 0, f"must be a multiple of {multiple}"),
         ("height", job.height % multiple == 0, f"must be a multiple of {multiple}"),
-        ("width", pixels <= settings.max_pixels, f"times height must be at most {settings.max_pixels}"),
+        (sized_by, pixels <= settings.max_pixels, too_large(job, sized_by, settings.max_pixels)),
         ("steps", job.steps <= timesteps, f"must be at most {timesteps}"),
         ("n", job.n <= settings.max_images, f"must be at most {settings.max_images}"),
         ("n", job.n * job.steps * pixels <= most, f"times steps, width and height must be at most {most}"),
         ("sampler", job.sampler in SAMPLERS, f"must be one of {', '.join(SAMPLERS)}"),
         ("seed", job.seed + job.n - 1 <= MAX_SEED, f"plus n must be at most {MAX_SEED + 1}"),
     )
+    refuse(rules)
+
+
+def too_large(job: Job, sized_by: str, most: int) -> str:
+    if sized_by == "width":
+        return f"times height must be at most {most}"
+    return f"would be made at {job.width}x{job.height}; width times height must be at most {most}"
+
+
+def refuse(rules: Iterable[tuple[str, bool, str]]) -> None:
+    """Raise InvalidRequest for the first rule (field, whether it holds, what is expected) that is broken."""
     for param, holds, expected in rules:
         if not holds:
             raise InvalidRequest(f"{param} {expected}", param=param)
@@ -87,13 +203,25 @@ def check(job: Job, spec: ModelSpec, settings: Settings) -> None:
 def explain(errors: Sequence[Mapping[str, Any]], content_type: str = "application/json") -> InvalidRequest:
     """The first of pydantic's errors as ours; never repeats values, which may be anything."""
     error = errors[0]
-    path = [part for part in error["loc"] if part != "body"]
+    path = path_of(error)
     if error["type"] == "json_invalid":
         return UnreadableBody()
     if not path:
         return UnreadableBody() if "json" in content_type or not content_type else UnsupportedMedia()
     param = ".".join(map(str, path)).encode("utf-8", "replace").decode()[:SHOWN]
     return InvalidRequest(f"{param} {wording(error)}", param=param)
+
+
+def path_of(error: Mapping[str, Any]) -> list[str | int]:
+    """The names of fields that lead to an error, and nothing that is in no request."""
+    path = list(error["loc"])
+    if path[:1] in (["body"], ["header"]):
+        del path[0]
+    if error["type"] in NO_TASK:
+        return ["task"]
+    if len(path) > 1 and path[0] in TASKS:  # which of the kinds of jobs it was read as
+        del path[0]
+    return path
 
 
 def wording(error: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from service.images import Format
 from service.job import MAX_SEED
+from service.progress import Stage
 
 MAX_SIDE = 8192
 MAX_N = 1024  # the operator's own limit comes on top
@@ -20,12 +21,14 @@ def not_blank(text: str) -> str:
     return text
 
 
-class GenerateRequest(BaseModel):
-    """What to make. What is left out comes from the model's defaults, which GET /models tells."""
+PICTURE = "a PNG, JPEG or WebP file in base64 or as a data: URL"
+
+
+class PictureRequest(BaseModel):
+    """What all requests for pictures have in common. Defaults are the model's: GET /models tells them."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    prompt: Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(not_blank)]
     negative_prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     model: Annotated[str | None, Field(max_length=200, description="default: the first model loaded")] = None
     width: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="pixels")] = None
@@ -39,6 +42,33 @@ class GenerateRequest(BaseModel):
     output_format: Format | None = None
     priority: Annotated[int, Field(ge=0, le=9, description="larger runs sooner")] = 0
     timeout: Annotated[float | None, Field(gt=0, le=86_400, description="seconds until a 504")] = None
+    strength: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="of a run from a picture: the share of the steps it takes"),
+    ] = None
+
+
+class GenerateRequest(PictureRequest):
+    """What to make, from noise or from a picture."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(not_blank)]
+    init_image: Annotated[str | None, Field(description=f"{PICTURE}, that the run starts from")] = None
+
+
+class InpaintRequest(PictureRequest):
+    """What to paint anew. The answer has the picture's size, and is the picture where the mask is black."""
+
+    prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
+    image: Annotated[str, Field(description=PICTURE)]
+    mask: Annotated[str, Field(description=f"{PICTURE}, of the size of image; white: paint anew")]
+
+
+class ErrorDetail(BaseModel):
+    type: str
+    message: str
+    param: str | None
+    code: str
+    request_id: str
 
 
 class Picture(BaseModel):
@@ -65,6 +95,55 @@ class GenerateResponse(BaseModel):
     images: list[Picture]
     timings: Timings
     warnings: list[str]
+
+
+class JobBody(BaseModel):
+    """What all requests for jobs have in common."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    preview_every: Annotated[
+        int, Field(ge=0, le=1000, description="steps between two previews of a picture; 0: none")
+    ] = 0
+
+
+class GenerateJob(JobBody):
+    task: Literal["generate"]
+    request: GenerateRequest
+
+
+class InpaintJob(JobBody):
+    task: Literal["inpaint"]
+    request: InpaintRequest
+
+
+JobRequest = Annotated[GenerateJob | InpaintJob, Field(discriminator="task")]
+
+
+class JobStatus(BaseModel):
+    """Where a job stands."""
+
+    id: str
+    task: Literal["generate", "inpaint"]
+    status: Stage
+    created: Annotated[int, Field(description="seconds since 1970")]
+    position: Annotated[int | None, Field(description="in the queue; 1 begins next")]
+    estimate: Annotated[float | None, Field(description="seconds until it ends, while it waits and if known")]
+    step: Annotated[int, Field(description="steps done, of all its pictures together")]
+    steps: Annotated[int, Field(description="steps it takes; 0 before it begins")]
+    result: Annotated[GenerateResponse | None, Field(description="once it is done")]
+    error: Annotated[ErrorDetail | None, Field(description="once it has failed")]
+
+
+class JobPreview(BaseModel):
+    """What a picture looks like on the way."""
+
+    index: Annotated[int, Field(description="which of the job's pictures")]
+    step: Annotated[int, Field(description="steps of that picture done")]
+    data: Annotated[str, Field(description="the file, in base64")]
+    media_type: str
+    width: int
+    height: int
 
 
 class ModelDefaults(BaseModel):
@@ -101,14 +180,6 @@ class Health(BaseModel):
     models: list[str]
     jobs: Annotated[int, Field(description="accepted and not answered")]
     capacity: int
-
-
-class ErrorDetail(BaseModel):
-    type: str
-    message: str
-    param: str | None
-    code: str
-    request_id: str
 
 
 class ErrorBody(BaseModel):

@@ -97,7 +97,13 @@ class Settings:
     max_images: int = setting(16, number(int, 1, 1024))  # n of one request
     max_pixels: int = setting(1024 * 1024, number(int, 1, 2**28))  # width * height of one picture
     max_work: int = setting(10**9, number(int, 1, 10**15))  # n * steps * width * height of one request
-    max_body_bytes: int = setting(2**20, number(int, 1024, 2**30))
+    max_input_pixels: int = setting(2**24, number(int, 1, 2**28))  # of one picture that a client sends
+    max_body_bytes: int = setting(2**25, number(int, 1024, 2**30))  # pictures in base64 included
+
+    # Jobs of POST /jobs that have ended and can still be asked for: at most so many, for at most so long.
+    # Their pictures stay in memory: a job of one 512x512 PNG is about half a megabyte.
+    jobs_kept: int = setting(256, number(int, 1, 1_000_000))
+    jobs_seconds: float = setting(900.0, number(float, 0.1, 30 * 86_400))
 
     timeout: float = setting(600.0, number(float, 0.001, 86_400))  # seconds of a request that names none
     drain_seconds: float = setting(300.0, number(float, 0, 86_400))  # then running jobs are given up

@@ -107,6 +107,7 @@ def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         defaults = {"OMP_NUM_THREADS": "1", "LDM_DTYPE": "float32", "LDM_QUEUE_SIZE": str(QUEUE_SIZE)}
+        defaults["LDM_MAX_BODY_BYTES"] = str(2**20)
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | defaults | settings
         command = [sys.executable, "-P", "-m", "service.cli", "serve", "--model", tiny, "--port", str(port)]
         process = subprocess.Popen(command, env=environment, cwd=trap)

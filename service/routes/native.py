@@ -1,12 +1,12 @@
-"""The native API: POST /generate, GET /models."""
+"""The native API: POST /generate, POST /inpaint, GET /models."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Coroutine
-from dataclasses import asdict
-from typing import Annotated, Any
+from dataclasses import asdict, replace
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Header, Request, Response
 
@@ -14,22 +14,26 @@ from models.samplers import SAMPLERS
 from models.spec import ModelSpec
 from service import answers, intake
 from service.errors import ClientGone, DeadlineExceeded
-from service.images import MEDIA_TYPES
-from service.job import Done
+from service.images import MEDIA_TYPES, Format
 from service.schemas import (
     GenerateRequest,
     GenerateResponse,
+    InpaintRequest,
     Model,
     ModelDefaults,
     ModelLimits,
     ModelList,
+    PictureRequest,
     error_responses,
 )
 from service.settings import Settings
+from service.supervisor import Supervisor
 
 router = APIRouter(tags=["native"])
 
-GENERATE_ERRORS = (400, 404, 406, 413, 415, 422, 429, 500, 503, 504, 507)
+Result = TypeVar("Result")
+
+MAKE_ERRORS = (400, 404, 406, 413, 415, 422, 429, 500, 503, 504, 507)
 PICTURE: dict[str, Any] = {
     "description": "The pictures; with `Accept: image/png` (or jpeg, webp) and n = 1 the picture itself",
     "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()},
@@ -40,36 +44,53 @@ PICTURE: dict[str, Any] = {
 }
 
 
-@router.post(
-    "/generate",
-    response_model=GenerateResponse,
-    responses={200: PICTURE, **error_responses(*GENERATE_ERRORS)},
-    summary="Make pictures from a prompt",
-)
+MAKES: dict[str, Any] = {
+    "response_model": GenerateResponse,
+    "responses": {200: PICTURE, **error_responses(*MAKE_ERRORS)},
+}
+Accept = Annotated[str | None, Header(include_in_schema=False)]
+
+
+@router.post("/generate", **MAKES, summary="Make pictures from a prompt, and maybe from a picture")
 async def generate(
-    body: GenerateRequest,
-    request: Request,
-    accept: Annotated[str | None, Header(include_in_schema=False)] = None,
+    body: GenerateRequest, request: Request, accept: Accept = None
 ) -> GenerateResponse | Response:
     """Wait for the pictures. Leaving early cancels them."""
+    return await answer(body, request, accept)
+
+
+@router.post("/inpaint", **MAKES, summary="Paint a part of a picture anew")
+async def inpaint(
+    body: InpaintRequest, request: Request, accept: Accept = None
+) -> GenerateResponse | Response:
+    """Wait for the pictures, of the size of `image`; leaving early cancels them.
+
+    Where the mask is black, an 8-bit RGB picture comes back as it was sent, bit for bit in a PNG. What is
+    transparent in it becomes white, of 16 bits the upper 8 stay, and it is turned as its EXIF data say.
+    """
+    return await answer(body, request, accept)
+
+
+async def answer(body: PictureRequest, request: Request, accept: str | None) -> GenerateResponse | Response:
+    """What all handlers that wait for pictures do. The place is held before anything costly happens."""
     begin = time.monotonic()
     state = request.app.state
-    state.supervisor.check_open()
-    bare = answers.bare_format(accept, body)
-    job = intake.to_job(body, state.supervisor.specs, state.settings)
     with state.supervisor.place():
-        seconds = body.timeout or state.settings.timeout
-        done = await while_waited_for(request, state.supervisor.run(job), seconds)
-        kind = bare or body.output_format or "png"
-        files = await answers.files(job, done, kind)
-        timings = answers.timings(done, time.monotonic() - begin)
-        state.metrics.answered(job.n, timings)
-        if bare:
-            return Response(files[0], media_type=MEDIA_TYPES[bare], headers={"X-Seed": str(job.seed)})
-        return await answers.as_json(job, done, files, kind, timings)
+        bare = answers.bare_format(accept, body)
+        work = make(body, bare, state.supervisor, begin)
+        made = await while_waited_for(request, work, body.timeout or state.settings.timeout)
+        return made.as_picture() if bare else await made.as_json()
 
 
-async def while_waited_for(request: Request, work: Coroutine[Any, Any, Done], seconds: float) -> Done:
+async def make(
+    body: PictureRequest, bare: Format | None, supervisor: Supervisor, begin: float
+) -> answers.Answer:
+    """The answer to a body, in the format of `bare` if it says one."""
+    order = await asyncio.to_thread(intake.to_order, body, supervisor.specs, supervisor.settings)
+    return await answers.make(replace(order, format=bare or order.format), supervisor, begin)
+
+
+async def while_waited_for(request: Request, work: Coroutine[Any, Any, Result], seconds: float) -> Result:
     """The result of `work`, cancelled when time is up (DeadlineExceeded) or the client goes (ClientGone)."""
     task, gone = asyncio.create_task(work), asyncio.create_task(disconnect(request))
     try:

@@ -259,18 +259,20 @@ def test_the_description_names_every_error(server):
     paths = server.client.get("/openapi.json").json()["paths"]
     operations = [operation for path in paths.values() for operation in path.values()]
     names = {operation["operationId"] for operation in operations}
-    assert names >= {"generate", "list_models", "health", "health_live", "health_ready", "metrics"}
+    assert names >= {"generate", "inpaint", "list_models", "health", "health_live", "health_ready", "metrics"}
     assert all(len(operation["tags"]) == 1 for operation in operations)
     for operation in operations:
         for status, answer in operation["responses"].items():
-            if status != "200":
+            if not status.startswith("2"):
                 assert answer["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
-    assert "image/png" in paths["/generate"]["post"]["responses"]["200"]["content"]
+    made = [paths[path]["post"]["responses"]["200"] for path in ("/generate", "/inpaint")]
+    assert made[0] == made[1]
+    assert "image/png" in made[0]["content"]
 
 
 def test_models_tells_tasks_defaults_limits_and_samplers(server):
     (model,) = server.client.get("/models").json()["models"]
-    assert (model["name"], model["tasks"]) == ("tiny", ["text-to-image"])
+    assert (model["name"], model["tasks"]) == ("tiny", ["text-to-image", "image-to-image", "inpainting"])
     assert (model["defaults"]["width"], model["defaults"]["steps"]) == (64, 5)
     assert (model["limits"]["size_multiple"], model["limits"]["max_steps"]) == (16, 1000)
     assert model["defaults"]["sampler"] in model["samplers"]

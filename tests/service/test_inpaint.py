@@ -1,0 +1,117 @@
+"""POST /inpaint and runs from pictures: what is asked, what comes back, over HTTP and before it."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service import answers
+from service.errors import InvalidRequest
+from service.intake import to_order
+from service.schemas import InpaintRequest
+from service.settings import Settings
+from tests.service.test_images import base64_of, noise
+from tests.service.test_server import error_of, picture, psnr
+from tests.tiny import tiny_spec
+
+SIZE = (50, 37)  # of no multiple of anything
+
+
+def hole(size: tuple[int, int] = SIZE) -> Image.Image:
+    """A mask that is white in the middle."""
+    mask = Image.new("L", size)
+    mask.paste(255, (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
+    return mask
+
+
+def body_of(**changes) -> dict:
+    body = {"image": base64_of(noise(*SIZE)), "mask": base64_of(hole()), "seed": 1, "steps": 4}
+    return body | changes
+
+
+def order(**changes):
+    return to_order(InpaintRequest(**body_of(**changes)), {"tiny": tiny_spec()}, Settings(max_pixels=10_000))
+
+
+def kept(array: np.ndarray) -> np.ndarray:
+    """The pixels outside the mask."""
+    return array[np.asarray(hole()) == 0]
+
+
+def test_the_canvas_is_the_next_size_that_the_model_takes_and_the_answer_the_pictures_own():
+    made = order()
+    assert (made.job.width, made.job.height) == (64, 48)
+    assert (made.width, made.height) == SIZE
+    assert (len(made.job.image), len(made.job.mask)) == (64 * 48 * 3, 64 * 48)
+    assert (made.job.task, made.job.strength, made.job.prompt) == ("inpainting", 1.0, "")
+
+
+def test_what_the_mask_keeps_comes_back_exactly_whatever_was_painted_there():
+    made = order()
+    painted = np.asarray(noise(64, 48)) ^ 255
+    shown = np.frombuffer(answers.pixels_of(made, painted.tobytes()), np.uint8).reshape(*SIZE[::-1], 3)
+    assert (kept(shown) == kept(np.asarray(noise(*SIZE)))).all()
+    white = np.asarray(hole()) == 255
+    assert (shown[white] == painted[: SIZE[1], : SIZE[0]][white]).all()
+
+
+def test_parameters_are_those_of_the_request_without_its_pictures():
+    parameters = answers.parameters(order(strength=0.5), 1)
+    assert (parameters["width"], parameters["height"], parameters["seed"]) == (*SIZE, 2)
+    assert parameters["strength"] == 0.5
+    assert not {"image", "mask", "id"} & set(parameters)
+    json.dumps(parameters)
+
+
+BAD = [
+    ({"mask": base64_of(hole((37, 50)))}, "mask"),
+    ({"mask": base64_of(Image.new("L", SIZE, 127))}, "mask"),
+    ({"mask": "?"}, "mask"),
+    ({"image": "?"}, "image"),
+    ({"image": base64_of(noise(200, 100)), "mask": base64_of(hole((200, 100)))}, "image"),
+    ({"width": 64}, "width"),
+    ({"height": 48}, "height"),
+    ({"sampler": "magic"}, "sampler"),
+]
+
+
+@pytest.mark.parametrize(("changes", "param"), BAD, ids=range(len(BAD)))
+def test_what_cannot_be_is_refused_by_its_field(changes, param):
+    with pytest.raises(InvalidRequest) as refused:
+        order(**changes)
+    assert refused.value.param == param
+    assert refused.value.message.startswith(param)
+
+
+def test_inpaint_answers_with_the_picture_and_something_new_in_the_hole(server):
+    answer = server.client.post("/inpaint", json=body_of(width=SIZE[0], n=2))
+    sent = np.asarray(noise(*SIZE))
+    for index in (0, 1):
+        made = picture(answer, index)
+        assert made.shape == sent.shape
+        assert (kept(made) == kept(sent)).all()
+    assert psnr(picture(answer, 0), picture(answer, 1)) < 40
+    assert (picture(answer) != sent).any()
+    again = server.client.post("/inpaint", json=body_of(), headers={"Accept": "image/png"})
+    opened = Image.open(io.BytesIO(again.content))
+    assert (np.asarray(opened) == picture(answer)).all()
+    assert json.loads(opened.text["parameters"])["width"] == SIZE[0]
+
+
+@pytest.mark.parametrize("missing", ["image", "mask"])
+def test_inpaint_needs_a_picture_and_a_mask(server, missing):
+    body = {name: value for name, value in body_of().items() if name != missing}
+    assert error_of(server.client.post("/inpaint", json=body), 422)["param"] == missing
+
+
+def test_bad_pictures_are_refused_over_http_and_give_their_places_back(server):
+    for changes, param in BAD[:4]:
+        assert error_of(server.client.post("/inpaint", json=body_of(**changes)), 422)["param"] == param
+    body = {"prompt": "p", "init_image": base64_of(noise(8, 8), "GIF")}
+    assert error_of(server.client.post("/generate", json=body), 422)["param"] == "init_image"
+    assert error_of(server.client.post("/generate", json={"prompt": "p", "strength": 0.5}), 422)
+    assert server.health()["jobs"] == 0
