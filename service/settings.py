@@ -7,9 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from service.faults import Fault, read_faults
+
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+
+SWITCHES = {"1": True, "true": True, "0": False, "false": False}
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 class SettingError(ValueError):
@@ -68,6 +73,24 @@ def read_buckets(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def switch() -> Parser:
+    def read(text: str) -> bool:
+        if text.lower() not in SWITCHES:
+            raise ValueError(text)
+        return SWITCHES[text.lower()]
+
+    return Parser(read, "1 or 0, true or false")
+
+
+def read_bytes(text: str) -> int:
+    """Whole bytes, or a number with k, M or G (powers of 1024)."""
+    unit = UNITS.get(text[-1:].upper(), 1)
+    value = float(text[:-1] if unit > 1 else text) * unit
+    if not 0 <= value < 2**50:
+        raise ValueError(text)
+    return int(value)
+
+
 def setting(default: Any, parser: Parser) -> Any:
     return field(default=default, metadata={"parser": parser})
 
@@ -89,8 +112,19 @@ class Settings:
     buckets: tuple[int, ...] = setting(
         (2, 4, 8, 16, 32), Parser(read_buckets, "rising whole numbers from 2 to 1024, by commas")
     )
-    # Pictures decoded between two steps. More: running jobs stall longer. Fewer: finished ones wait longer.
+    # Pictures decoded between two steps at most; they also end where they have taken a step's time.
     decode_chunk: int = setting(4, number(int, 1, 1024))
+    # One bucket and nothing left to chance: the same bytes in any company, at the last bucket's cost a call.
+    invariant: bool = setting(False, switch())
+    threads: int = setting(0, number(int, 0, 1024))  # of a CPU; 0: torch's choice. Bits may depend on it
+
+    # Bytes that one UNet call may take beside the weights; 0: what the device has free. Too many: jobs run
+    # out of memory, and run again in smaller calls. Too few: smaller calls.
+    step_memory: int = setting(0, Parser(read_bytes, "bytes, or a number with K, M or G"))
+    # Bytes that weights may take; 0: no limit. Below all models' together: they take turns, and load again.
+    model_memory: int = setting(0, Parser(read_bytes, "bytes, or a number with K, M or G"))
+    # What breaks, and where: for tests only (service/faults.py).
+    faults: tuple[Fault, ...] = setting((), Parser(read_faults, "stage:kind:word, by commas"))
 
     # Jobs accepted and not answered. Too few: needless 429s. Too many: answers that come too late.
     queue_size: int = setting(64, number(int, 1, 100_000))
@@ -99,6 +133,8 @@ class Settings:
     max_work: int = setting(10**9, number(int, 1, 10**15))  # n * steps * width * height of one request
     max_input_pixels: int = setting(2**24, number(int, 1, 2**28))  # of one picture that a client sends
     max_body_bytes: int = setting(2**25, number(int, 1024, 2**30))  # pictures in base64 included
+    # Of all bodies at a time. Too few: needless 429s. The memory that they take is up to four times that.
+    max_bodies_bytes: int = setting(2**28, number(int, 1024, 2**40))
 
     # Jobs of POST /jobs that have ended and can still be asked for: at most so many, for at most so long.
     # Their pictures stay in memory: a job of one 512x512 PNG is about half a megabyte.
