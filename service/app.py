@@ -23,9 +23,10 @@ from service.errors import (
     to_body,
 )
 from service.intake import explain
+from service.jobs import Jobs
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
-from service.routes import health, native
+from service.routes import health, jobs, native
 from service.settings import Settings
 from service.supervisor import Supervisor
 
@@ -49,12 +50,14 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="Latent diffusion", lifespan=lifespan, generate_unique_id_function=operation_id)
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
+    app.state.jobs = Jobs(supervisor)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes, metrics=metrics)
     app.add_middleware(RequestContext, metrics=metrics)  # added last: outermost
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_framework_error)
     app.include_router(native.router)
+    app.include_router(jobs.router)
     app.include_router(health.router)
     return app
 

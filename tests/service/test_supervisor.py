@@ -96,20 +96,21 @@ def test_what_outlasts_the_drain_is_refused_and_so_is_what_comes_after():
 
 
 class Worker:
-    """Speaks to a supervisor as a worker does."""
+    """Speaks to a supervisor of one job as a worker does."""
 
-    def __init__(self, service: Supervisor) -> None:
+    def __init__(self, service: Supervisor, job: str = "a") -> None:
         self.service = service
+        self.job = job
 
     def say(self, kind: str, blobs: tuple[bytes, ...] = (), **header) -> None:
         self.service._take(None, kind, header, blobs)
 
     def step(self, done: int) -> None:
         counts = {"rows": 2, "padded": 2, "images": 1, "seconds": 0.1, "running": 1, "waiting": 0}
-        self.say("Stepped", jobs=[["a", done]], **counts)
+        self.say("Stepped", jobs=[[self.job, done]], **counts)
 
     def preview(self, step: int) -> None:
-        self.say("Previewed", (b"rgb",), job="a", index=0, step=step, width=1, height=1)
+        self.say("Previewed", (b"rgb",), job=self.job, index=0, step=step, width=1, height=1)
 
 
 async def begun(service: Supervisor, progress: Progress) -> tuple[asyncio.Task, Worker]:

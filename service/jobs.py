@@ -1,0 +1,192 @@
+"""Jobs that no request waits for: begun, watched, cancelled, and kept for a while when they have ended."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+from service import answers, intake
+from service.answers import Answer
+from service.errors import DeadlineExceeded, InvalidRequest, NotFound, ServiceError, code_of, to_body
+from service.intake import Order
+from service.progress import Progress, Stage, State
+from service.schemas import ErrorDetail, GenerateJob, InpaintJob, JobPreview, JobStatus
+from service.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE_SECONDS = 15.0  # of silence, after which something is sent, lest a proxy hang up
+
+
+@dataclass(eq=False)
+class Record:
+    """One job of POST /jobs. work: ends with the answer; order: without its pictures."""
+
+    order: Order
+    task: str
+    request_id: str
+    progress: Progress
+    work: asyncio.Task[Answer]
+    created: float = field(default_factory=time.time)
+
+    @property
+    def id(self) -> str:
+        return self.order.job.id
+
+    @property
+    def status(self) -> Stage:
+        """It runs until its files are there, which is after the worker is done with it."""
+        if self.work.cancelled():
+            return "cancelled"
+        if self.work.done():
+            return "failed" if self.work.exception() else "done"
+        stage = self.progress.state.stage
+        return "queued" if stage == "queued" else "running"
+
+    @property
+    def error(self) -> ServiceError | None:
+        """What it failed with."""
+        error = self.work.exception() if self.status == "failed" else None
+        return error if error is None or isinstance(error, ServiceError) else ServiceError()
+
+    async def cancel(self) -> None:
+        """Give it up, wherever it is; one that has ended stays as it is."""
+        self.work.cancel()
+        await asyncio.wait({self.work})
+
+    async def describe(self) -> JobStatus:
+        """Where it stands, with the pictures once it is done."""
+        state, status = self.progress.state, self.status
+        return JobStatus(
+            id=self.id,
+            task=self.task,
+            status=status,
+            created=int(self.created),
+            position=state.position,
+            estimate=state.estimate,
+            step=state.step,
+            steps=state.steps,
+            result=await self.work.result().as_json() if status == "done" else None,
+            error=ErrorDetail(**to_body(self.error, self.request_id)["error"]) if self.error else None,
+        )
+
+    async def events(self) -> AsyncIterator[tuple[str, JobStatus | JobPreview] | None]:
+        """(name, what there is to say), from the state of now to the end; None after a while of silence."""
+        shown: State | None = None
+        async for state in self._states():
+            if state is None:
+                yield None
+                continue
+            if state.preview and (shown is None or state.preview is not shown.preview):
+                yield "preview", await asyncio.to_thread(answers.preview_of, self.order, state.preview)
+            if not state.ended and (shown is None or replace(state, preview=shown.preview) != shown):
+                yield "step" if state.stage == "running" else "queued", await self.describe()
+            shown = state
+        await asyncio.wait({self.work})
+        yield self.status, await self.describe()
+
+    async def _states(self) -> AsyncIterator[State | None]:
+        """As Progress.watch(), with None for every while of silence."""
+        state: State | None = None
+        while state is None or not state.ended:
+            try:
+                state = await asyncio.wait_for(self.progress.after(state), KEEP_ALIVE_SECONDS)
+                yield state
+            except TimeoutError:
+                yield None
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """What an Idempotency-Key stands for: the digest of a body, and the job that it began."""
+
+    digest: bytes
+    record: asyncio.Future[Record]
+
+
+class Jobs:
+    """All records: those under way, as many as the queue has places, and those that ended not long ago."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self.supervisor = supervisor
+        self._records: dict[str, Record] = {}
+        self._ended: dict[str, str | None] = {}  # id -> Idempotency-Key, in the order in which they ended
+        self._keys: dict[str, Keyed] = {}
+
+    def find(self, job_id: str) -> Record:
+        """The record of a job. Raises NotFound."""
+        if job_id not in self._records:
+            raise NotFound("there is no such job; it may have ended long ago")
+        return self._records[job_id]
+
+    async def submit(self, body: GenerateJob | InpaintJob, key: str | None, request_id: str) -> Record:
+        """A new job, or the one that the key began. Raises as intake and Supervisor.place() do."""
+        if key is None:
+            return await self._begin(body, None, request_id)
+        digest = await asyncio.to_thread(digest_of, body)
+        if key not in self._keys:  # nothing is awaited from here until it is: twins find it
+            self._keys[key] = Keyed(digest, asyncio.ensure_future(self._begin(body, key, request_id)))
+        known = self._keys[key]
+        if known.digest != digest:
+            param = "Idempotency-Key"
+            raise InvalidRequest(
+                f"{param} must be new for a new body; this one began another job", param=param
+            )
+        return await asyncio.shield(known.record)
+
+    async def _begin(self, body: GenerateJob | InpaintJob, key: str | None, request_id: str) -> Record:
+        """Take a place, then the pictures, then begin; a request that is refused leaves nothing behind."""
+        begin, service = time.monotonic(), self.supervisor
+        try:
+            with ExitStack() as place:
+                place.enter_context(service.place())
+                order = await asyncio.to_thread(
+                    intake.to_order, body.request, service.specs, service.settings
+                )
+                order = replace(order, job=replace(order.job, preview_every=body.preview_every))
+                seconds = body.request.timeout or service.settings.timeout
+                progress = Progress()
+                work = asyncio.create_task(self._work(order, progress, begin, seconds))
+                record = Record(order.without_pictures(), body.task, request_id, progress, work)
+                self._records[record.id] = record
+                held = place.pop_all()  # not in the task itself: one cancelled at once never begins
+                work.add_done_callback(lambda _: self._end(record, key, held))
+                return record
+        except BaseException:
+            self._keys.pop(key, None)
+            raise
+
+    async def _work(self, order: Order, progress: Progress, begin: float, seconds: float) -> Answer:
+        try:
+            async with asyncio.timeout(begin + seconds - time.monotonic()):
+                return await answers.make(order, self.supervisor, begin, progress)
+        except TimeoutError:
+            raise DeadlineExceeded from None
+
+    def _end(self, record: Record, key: str | None, place: ExitStack) -> None:
+        """Give the place back, and keep the record for a while."""
+        place.close()
+        record.progress.end(record.status)
+        if record.error:
+            self.supervisor.metrics.rejected.labels(code_of(record.error)).inc()
+            log.info("job %s failed", record.id, exc_info=record.work.exception())
+        self._ended[record.id] = key
+        while len(self._ended) > self.supervisor.settings.jobs_kept:
+            self._forget(next(iter(self._ended)))
+        seconds = self.supervisor.settings.jobs_seconds
+        asyncio.get_running_loop().call_later(seconds, self._forget, record.id)
+
+    def _forget(self, job_id: str) -> None:
+        if job_id in self._ended:
+            del self._records[job_id]
+            self._keys.pop(self._ended.pop(job_id), None)
+
+
+def digest_of(body: GenerateJob | InpaintJob) -> bytes:
+    """Equal for equal bodies, in whatever order their fields came."""
+    return hashlib.sha256(body.model_dump_json(exclude_unset=True).encode()).digest()

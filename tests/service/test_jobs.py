@@ -1,0 +1,285 @@
+"""The jobs API: over HTTP, and behind it on a supervisor that is spoken to as a worker speaks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+from PIL import Image
+
+from service import jobs as module
+from service.errors import InvalidRequest, NotFound, QueueFull, ServiceError
+from service.jobs import Jobs, Record
+from service.schemas import GenerateJob
+from tests.conftest import QUEUE_SIZE, Server, wait_until
+from tests.service.test_images import base64_of, noise
+from tests.service.test_server import LONG, error_of, wait_for_jobs
+from tests.service.test_supervisor import Worker, run, supervisor
+from tests.tiny import tiny_spec
+
+PIXELS = bytes(64 * 64 * 3)
+
+
+def body(steps: int = 5, **changes) -> GenerateJob:
+    request = {"prompt": "p", "seed": 1, "steps": steps}
+    return GenerateJob.model_validate({"task": "generate", "request": request} | changes)
+
+
+class Service:
+    """Jobs whose worker says what a test tells it to."""
+
+    def __init__(self, **settings) -> None:
+        self.supervisor = supervisor(**settings)
+        self.supervisor.specs = {"tiny": tiny_spec()}
+        self.jobs = Jobs(self.supervisor)
+
+    def worker(self, record: Record) -> Worker:
+        return Worker(self.supervisor, record.id)
+
+    async def begun(self, **changes) -> Record:
+        """A job that the supervisor knows."""
+        record = await self.jobs.submit(body(**changes), None, "r")
+        await asyncio.sleep(0)
+        return record
+
+    async def end(self, record: Record) -> None:
+        parts = {"queue": 0.1, "denoise": 0.2, "decode": 0.3}
+        self.worker(record).say("Done", (PIXELS,), job=record.id, warnings=["w"], **parts)
+        await asyncio.wait({record.work})
+        await asyncio.sleep(0)  # what is called back
+
+
+def test_a_job_tells_its_place_its_steps_and_its_pictures():
+    async def scenario():
+        service = Service()
+        record = await service.begun()
+        service.supervisor._waiting([(record.id, 2, 7.5)])
+        status = await record.describe()
+        assert (status.status, status.position, status.estimate) == ("queued", 2, 7.5)
+        service.worker(record).say("Started", job=record.id, steps=5)
+        service.worker(record).step(3)
+        status = await record.describe()
+        assert (status.status, status.step, status.steps, status.position) == ("running", 3, 5, None)
+        assert status.result is None
+        await service.end(record)
+        status = await record.describe()
+        assert (status.status, status.result.warnings, len(status.result.images)) == ("done", ["w"], 1)
+        assert service.supervisor.places == 0
+        assert service.jobs.find(record.id) is record
+
+    run(scenario())
+
+
+def test_events_tell_the_state_of_now_then_what_is_new_then_the_end(monkeypatch):
+    monkeypatch.setattr(module, "KEEP_ALIVE_SECONDS", 0.01)
+
+    async def scenario():
+        service = Service()
+        record = await service.begun(preview_every=2)
+        events = record.events()
+
+        async def news() -> tuple:
+            while (event := await anext(events)) is None:
+                pass
+            return event
+
+        assert (await news())[0] == "queued"
+        assert await anext(events) is None  # silence is kept alive
+        worker = service.worker(record)
+        worker.say("Started", job=record.id, steps=5)
+        worker.step(1)
+        worker.step(2)  # nobody has looked in between
+        name, status = await news()
+        assert (name, status.step, status.steps) == ("step", 2, 5)
+        worker.say("Previewed", (bytes(12),), job=record.id, index=0, step=2, width=2, height=2)
+        name, preview = await news()
+        assert (name, preview.step, preview.width, preview.media_type) == ("preview", 2, 2, "image/jpeg")
+        assert (await anext(record.events()))[0] == "preview"  # who comes back sees where it is
+        await service.end(record)
+        name, status = await news()
+        assert (name, len(status.result.images)) == ("done", 1)
+        assert [event async for event in record.events() if event] == [(name, status)]
+
+    run(scenario())
+
+
+def test_a_job_that_fails_says_why():
+    async def scenario():
+        service = Service()
+        record = await service.begun()
+        service.worker(record).say("Failed", job=record.id, code="out_of_memory")
+        await asyncio.wait({record.work})
+        status = await record.describe()
+        assert (status.status, status.error.code, status.error.request_id) == ("failed", "out_of_memory", "r")
+        late = await service.begun(request={"prompt": "p", "timeout": 0.01})
+        await asyncio.wait({late.work})
+        assert (await late.describe()).error.code == "deadline_exceeded"
+        assert service.supervisor.places == 0
+
+    run(scenario())
+
+
+def test_cancelling_frees_the_place_at_any_moment():
+    async def scenario():
+        service = Service()
+        at_once = await service.jobs.submit(body(), None, "r")  # before its task has begun
+        await at_once.cancel()
+        queued = await service.begun()
+        await queued.cancel()
+        running = await service.begun()
+        service.worker(running).say("Started", job=running.id, steps=5)
+        await running.cancel()
+        await asyncio.sleep(0)
+        assert [record.status for record in (at_once, queued, running)] == ["cancelled"] * 3
+        assert service.supervisor.places == 0
+        done = await service.begun()
+        await service.end(done)
+        await done.cancel()
+        assert done.status == "done"
+
+    run(scenario())
+
+
+def test_a_key_begins_one_job_even_for_twins_and_none_for_another_body():
+    async def scenario():
+        service = Service()
+        ask = service.jobs.submit
+        first, twin = await asyncio.gather(ask(body(), "key", "r"), ask(body(), "key", "r"))
+        assert first is twin
+        assert await ask(body(), "key", "r") is first
+        assert await ask(body(), "other key", "r") is not first
+        with pytest.raises(InvalidRequest, match="Idempotency-Key"):
+            await ask(body(steps=6), "key", "r")
+
+    run(scenario())
+
+
+def test_a_key_of_a_refused_request_is_free_again():
+    async def scenario():
+        service = Service(queue_size=1)
+        first = await service.begun()
+        with pytest.raises(QueueFull):
+            await service.jobs.submit(body(), "key", "r")
+        await first.cancel()
+        with pytest.raises(ServiceError):
+            await service.jobs.submit(body(request={"prompt": "p", "sampler": "none"}), "key", "r")
+        assert (await service.jobs.submit(body(), "key", "r")).status == "queued"
+
+    run(scenario())
+
+
+def test_jobs_that_ended_are_kept_up_to_a_count_and_for_a_time():
+    async def scenario():
+        service = Service(jobs_kept=2)
+        records = [await service.begun() for _ in range(3)]
+        for record in records:
+            await service.end(record)
+        with pytest.raises(NotFound):
+            service.jobs.find(records[0].id)
+        assert [service.jobs.find(record.id) for record in records[1:]] == records[1:]
+        brief = Service(jobs_seconds=0.05)
+        record = await brief.begun()
+        await brief.end(record)
+        await asyncio.sleep(0.2)
+        with pytest.raises(NotFound):
+            brief.jobs.find(record.id)
+
+    run(scenario())
+
+
+def ask(server: Server, request: dict, task: str = "generate", **more) -> httpx.Response:
+    headers = more.pop("headers", {})
+    return server.client.post("/jobs", json={"task": task, "request": request, **more}, headers=headers)
+
+
+def events_of(answer: httpx.Response) -> Iterator[tuple[str, dict]]:
+    """(name, data) of a stream."""
+    name = ""
+    for line in answer.iter_lines():
+        field, _, value = line.partition(": ")
+        name = value if field == "event" else name
+        if field == "data":
+            yield name, json.loads(value)
+
+
+def test_a_job_over_http_makes_the_picture_that_generate_makes(server):
+    request = {"prompt": "red apple", "seed": 4}
+    accepted = ask(server, request)
+    assert accepted.status_code == 202
+    path = accepted.headers["location"]
+    assert path == f"/jobs/{accepted.json()['id']}"
+    wait_until(lambda: server.client.get(path).json()["status"] == "done")
+    made = server.client.get(path).json()["result"]
+    assert made["images"] == server.client.post("/generate", json=request).json()["images"]
+    with server.client.stream("GET", path + "/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert [name for name, _ in events_of(answer)] == ["done"]
+
+
+def test_a_job_is_watched_over_http_and_cancelled_while_it_runs(server):
+    path = ask(server, LONG).headers["location"]
+    for _ in range(2):  # who comes back goes on where the job is
+        with server.client.stream("GET", path + "/events") as answer:
+            name, data = next(event for event in events_of(answer) if event[0] == "step")
+            assert data["steps"] == 1000
+            assert data["status"] == "running"
+    with server.client.stream("GET", path + "/events") as answer:
+        assert server.client.delete(path).json()["status"] == "cancelled"
+        name, data = list(events_of(answer))[-1]
+        assert (name, data["status"]) == ("cancelled", "cancelled")
+    wait_for_jobs(server, 0)
+    assert server.client.delete(path).json()["status"] == "cancelled"
+    assert server.client.get(path).json()["result"] is None
+
+
+def test_a_job_that_inpaints(server):
+    request = {"image": base64_of(noise(20, 20)), "mask": base64_of(Image.new("L", (20, 20), 255))}
+    path = ask(server, request, "inpaint").headers["location"]
+    wait_until(lambda: server.client.get(path).json()["status"] == "done")
+    assert server.client.get(path).json()["result"]["images"][0]["width"] == 20
+
+
+@pytest.mark.parametrize(
+    ("content", "param"),
+    [
+        ({"task": "generate", "request": {"prompt": "p", "steps": 0}}, "request.steps"),
+        ({"task": "generate", "request": {"prompt": "p", "generate": 1}}, "request.generate"),
+        ({"task": "generate", "request": {"prompt": "p", "init_image": "?"}}, "init_image"),
+        ({"task": "inpaint", "request": {"prompt": "p", "mask": "?"}}, "request.image"),
+        ({"task": "paint", "request": {}}, "task"),
+        ({"request": {}}, "task"),
+        ({"task": "generate"}, "request"),
+    ],
+)
+def test_a_bad_job_is_refused_by_its_field(server, content, param):
+    error = error_of(server.client.post("/jobs", json=content), 422)
+    assert error["param"] == param
+    assert error["message"].startswith(param)
+
+
+def test_unknown_jobs_are_404_and_keys_are_kept_apart(server):
+    for method, path in (("GET", "/jobs/no"), ("GET", "/jobs/no/events"), ("DELETE", "/jobs/no")):
+        assert error_of(server.client.request(method, path), 404)["code"] == "not_found"
+    headers = {"Idempotency-Key": f"key {time.time()}"}
+    first, again = (ask(server, {"prompt": "p"}, headers=headers) for _ in range(2))
+    assert first.json()["id"] == again.json()["id"]
+    error = error_of(ask(server, {"prompt": "q"}, headers=headers), 422)
+    assert error["param"] == "Idempotency-Key"
+    wait_for_jobs(server, 0)
+
+
+def test_jobs_share_the_queue_with_requests(server):
+    with ExitStack() as cleanup:
+        for _ in range(QUEUE_SIZE):
+            path = ask(server, LONG).headers["location"]
+            cleanup.callback(server.client.delete, path)
+        assert error_of(ask(server, LONG), 429)["code"] == "queue_full"
+        assert error_of(server.client.post("/generate", json={"prompt": "p"}), 429)
+        last = server.client.get(path).json()
+        assert (last["status"], last["position"] or 1) >= ("queued", 1)
+    wait_for_jobs(server, 0)
