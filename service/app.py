@@ -51,7 +51,9 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="Latent diffusion", lifespan=lifespan, generate_unique_id_function=operation_id)
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
     app.state.jobs = Jobs(supervisor)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, metrics=metrics)
+    app.add_middleware(
+        BodyLimit, limit=settings.max_body_bytes, room=settings.max_bodies_bytes, metrics=metrics
+    )
     app.add_middleware(RequestContext, metrics=metrics)  # added last: outermost
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -9,11 +9,13 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import ServiceError, TooLarge, status_of, to_body
+from service.errors import QueueFull, ServiceError, TooLarge, code_of, status_of, to_body
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+SMALL = 2**16  # bytes of a body that hardly counts
+RETRY_SECONDS = 5
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -26,6 +28,8 @@ async def send_error(send: Send, error: ServiceError, request_id: str) -> None:
     """The error body as a whole answer."""
     body = json.dumps(to_body(error, request_id)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(error.retry_after).encode()))
     await send({"type": "http.response.start", "status": status_of(error), "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -63,23 +67,35 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Takes the body in before the app sees it, up to a limit, however it is framed."""
+    """Takes the body in before the app sees it, however it is framed.
 
-    def __init__(self, app: ASGIApp, limit: int, metrics: Metrics) -> None:
+    limit: bytes of one body; room: bytes of all large ones together, since a body comes before there is a
+    place in the queue for it. The small ones always find room, lest those who send slowly shut out the rest.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, room: int, metrics: Metrics) -> None:
         self.app = app
         self.limit = limit
+        self.room = room
         self.metrics = metrics
+        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        body = bytearray()
         try:
-            body = await self._read(scope, receive)
-        except TooLarge as error:
-            self.metrics.rejected.labels("too_large").inc()
+            whole = await self._read(scope, receive, body)
+        except ServiceError as error:
+            self.metrics.rejected.labels(code_of(error)).inc()
             return await send_error(send, error, scope["state"]["request_id"])
-        if body is None:  # the client left in the middle
-            return None
+        else:
+            if whole:  # else the client left in the middle
+                await self._pass_on(scope, receive, send, bytes(body))
+        finally:
+            self.held -= len(body)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
         unread = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
@@ -87,20 +103,24 @@ class BodyLimit:
 
         await self.app(scope, replay, send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
+        """Fill `body`; whether it came to its end. Raises TooLarge or QueueFull."""
         length = header(scope, b"content-length")
         if length.isdecimal() and int(length) > self.limit:
             raise self._too_large()
-        body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
+                return False
+            chunk = message.get("body", b"")
+            body += chunk
+            self.held += len(chunk)
             if len(body) > self.limit:
                 raise self._too_large()
+            if len(body) > SMALL and self.held > self.room:
+                raise QueueFull(retry_after=RETRY_SECONDS)
             if not message.get("more_body"):
-                return bytes(body)
+                return True
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body must be at most {self.limit} bytes")
