@@ -28,6 +28,8 @@ OPTIONS: dict[Format, dict[str, Any]] = {
 DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,", re.IGNORECASE)
 WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 HALF = 128
+# A progressive JPEG is decoded once for each of its scans: a small file can hold work for hours.
+SCAN, MOST_SCANS = b"\xff\xda", 100
 
 
 def encode(pixels: bytes, width: int, height: int, kind: Format, parameters: Mapping[str, Any]) -> bytes:
@@ -73,6 +75,8 @@ def decode(file: bytes, param: str, max_pixels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP")) as picture:
             check(picture, param, max_pixels)
+            if picture.format in ("JPEG", "MPO") and file.count(SCAN) > MOST_SCANS:
+                raise InvalidRequest(f"{param} must have at most {MOST_SCANS} scans", param=param)
             return ImageOps.exif_transpose(picture)
     except InvalidRequest:
         raise

@@ -62,11 +62,9 @@ def to_order(body: PictureRequest, specs: Mapping[str, ModelSpec], settings: Set
     spec = find_model(body.model, specs)
     if isinstance(body, InpaintRequest):
         return from_masked(body, spec, settings)
-    return (
-        from_picture(body, spec, settings)
-        if body.init_image is not None
-        else from_noise(body, spec, settings)
-    )
+    if body.init_image is not None:
+        return from_picture(body, spec, settings)
+    return from_noise(body, spec, settings)
 
 
 def from_noise(body: GenerateRequest, spec: ModelSpec, settings: Settings) -> Order:
