@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from models.configs import CheckpointError, read_spec
 from service import answers, images, intake
 from service.errors import ServiceError, from_code
-from service.job import Done, Event, Failed, Job, Stepped
+from service.job import Done, Event, Failed, Job, Started, Stepped
 from service.registry import ModelPathError, locate_all
-from service.schemas import GenerateRequest
+from service.schemas import GenerateRequest, InpaintRequest, PictureRequest
 from service.settings import SettingError, Settings, parse, read_settings
 
-ASKED = ("negative_prompt", "width", "height", "steps", "guidance_scale", "seed", "n", "sampler", "eta")
+ASKED = (
+    "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seed", "n", "sampler", "eta",
+    "strength",
+)  # fmt: skip
+SERVED = ("model", "host", "port", "device", "dtype", "invariant")  # settings that ldm serve has flags for
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
 
 
@@ -63,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_serve(commands.add_parser("serve", help="answer requests over HTTP"))
     add_generate(commands.add_parser("generate", help="make pictures from a prompt, without a server"))
+    add_inpaint(commands.add_parser("inpaint", help="paint a part of a picture anew, without a server"))
     listing = commands.add_parser("models", help="list the models that can be served")
     add_settings(listing, "model", several=True)
     listing.set_defaults(command=list_models)
@@ -81,13 +88,17 @@ def add_settings(command: argparse.ArgumentParser, *names: str, several: bool = 
         "port": "port to listen at",
         "device": "auto, cpu, cuda or cuda:N",
         "dtype": "auto, float16, bfloat16 or float32",
+        "invariant": "the same bytes for a request in any company, and a lower throughput",
     }
     for name in names:
         default = Settings.__dataclass_fields__[name].default
-        many = {"nargs": "+", "action": "extend"} if name == "model" and several else {}
+        how: dict[str, Any] = {"metavar": name.upper()}
+        if isinstance(default, bool):
+            how = {"action": "store_const", "const": "true"}
+        elif name == "model" and several:
+            how |= {"nargs": "+", "action": "extend"}
         shown = ", ".join(default) if name == "model" else default
-        text = f"{helps[name]} (LDM_{name.upper()}; default: {shown})"
-        command.add_argument(f"--{name}", help=text, metavar=name.upper(), **many)
+        command.add_argument(f"--{name}", help=f"{helps[name]} (LDM_{name.upper()}; default: {shown})", **how)
 
 
 def settings_of(args: argparse.Namespace, *names: str) -> Settings:
@@ -98,7 +109,7 @@ def settings_of(args: argparse.Namespace, *names: str) -> Settings:
 
 
 def add_serve(command: argparse.ArgumentParser) -> None:
-    add_settings(command, "model", "host", "port", "device", "dtype", several=True)
+    add_settings(command, *SERVED, several=True)
     command.set_defaults(command=serve)
 
 
@@ -108,7 +119,7 @@ def serve(args: argparse.Namespace) -> int:
 
     from service.app import create_app
 
-    settings = settings_of(args, "model", "host", "port", "device", "dtype")
+    settings = settings_of(args, *SERVED)
     locate_all(settings.model)  # a name that is wrong now stays wrong
     logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
     app = create_app(settings)
@@ -155,47 +166,86 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def add_generate(command: argparse.ArgumentParser) -> None:
+    add_making(command)
+    command.add_argument("--init-image", metavar="FILE", help="a picture to start from")
+    command.set_defaults(command=generate)
+
+
+def add_inpaint(command: argparse.ArgumentParser) -> None:
+    command.add_argument("image", metavar="IMAGE", help="a PNG, JPEG or WebP file")
+    command.add_argument("mask", metavar="MASK", help="a picture of the same size; white: paint anew")
+    add_making(command)
+    command.set_defaults(command=inpaint)
+
+
+def add_making(command: argparse.ArgumentParser) -> None:
+    """What all commands that make pictures take."""
     command.add_argument("prompt", metavar="PROMPT")
     command.add_argument("-o", "--output", metavar="FILE", required=True, help="its suffix says the format")
     command.add_argument("--negative-prompt", help="what the picture should not show")
     for name in ("width", "height", "steps", "seed", "n"):
         command.add_argument(f"--{name}", type=int, metavar="N")
-    for name in ("guidance-scale", "eta"):
+    for name in ("guidance-scale", "eta", "strength"):
         command.add_argument(f"--{name}", type=float, metavar="X")
     command.add_argument("--sampler")
     add_settings(command, "model", "device", "dtype")
-    command.set_defaults(command=generate)
 
 
 def generate(args: argparse.Namespace) -> int:
     """Make pictures in this process and write them."""
+    return make(args, GenerateRequest, {"init_image": args.init_image} if args.init_image else {})
+
+
+def inpaint(args: argparse.Namespace) -> int:
+    """Paint a part of a picture anew in this process and write it."""
+    return make(args, InpaintRequest, {"image": args.image, "mask": args.mask})
+
+
+def make(args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping[str, str]) -> int:
+    """Make what a request of this kind asks for; pictures: field -> file."""
     output = Path(args.output)
-    kind = images.SUFFIXES.get(output.suffix.lower())
-    if kind is None:
-        raise UsageError(f"--output is {args.output!r}; expected the ending {', '.join(images.SUFFIXES)}")
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"--output is {args.output!r}; expected a folder that exists")
+    suffix = checked(output)
     settings = settings_of(args, "model", "device", "dtype")
     specs = {name: read_spec(path) for name, path in locate_all(settings.model).items()}
-    order = replace(intake.to_order(request_of(args), specs, settings), format=kind)
-    job = order.job
-    done = run_alone(job, settings)
+    body = request_of(args, kind, pictures)
+    order = replace(intake.to_order(body, specs, settings), format=images.SUFFIXES[suffix])
+    done = run_alone(order.job, settings)
     for index, pixels in enumerate(done.pictures):
-        file = numbered(output, index, job.n)
+        file = numbered(output, index, order.job.n)
         write(file, answers.file_of(order, index, pixels))
-        print(f"{file}  seed {job.seed + index}")
+        print(f"{file}  seed {order.job.seed + index}")
     for warning in order.warnings + done.warnings:
         print(f"ldm: {warning}", file=sys.stderr)
     return 0
 
 
-def request_of(args: argparse.Namespace) -> GenerateRequest:
-    """The wire body of the arguments. Raises InvalidRequest."""
+def checked(output: Path) -> str:
+    """Its suffix. Raises UsageError where no picture can be written, before any work is done."""
+    suffix = output.suffix.lower()
+    if suffix not in images.SUFFIXES:
+        raise UsageError(f"--output is {str(output)!r}; expected the ending {', '.join(images.SUFFIXES)}")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"--output is {str(output)!r}; expected a folder that exists")
+    return suffix
+
+
+def request_of(
+    args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping[str, str]
+) -> PictureRequest:
+    """The wire body of the arguments. Raises InvalidRequest; UsageError for files that cannot be read."""
     fields = {name: getattr(args, name) for name in ASKED if getattr(args, name) is not None}
     try:
-        return GenerateRequest(prompt=args.prompt, **fields)
+        return kind(**fields, **{name: base64_of(Path(file)) for name, file in pictures.items()})
     except ValidationError as error:
         raise intake.explain(error.errors()) from None
+
+
+def base64_of(file: Path) -> str:
+    """A file as requests carry it. Raises UsageError where it cannot be read."""
+    try:
+        return base64.b64encode(file.read_bytes()).decode()
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def write(file: Path, content: bytes) -> None:
@@ -223,8 +273,10 @@ def run_alone(job: Job, settings: Settings) -> Done:
     with tqdm(total=job.n * job.steps, unit="step", leave=False) as bar:
 
         def emit(event: Event) -> None:
-            if isinstance(event, Stepped):
-                bar.update(event.images)
+            if isinstance(event, Started):
+                bar.reset(event.steps)
+            elif isinstance(event, Stepped):
+                bar.update(dict(event.jobs)[job.id] - bar.n)
             elif isinstance(event, Done | Failed):
                 ended.append(event)
 

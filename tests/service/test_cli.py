@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from service import registry
-from service.cli import parser
+from service.cli import parser, settings_of
 from service.registry import ModelPathError
 from tests.conftest import ROOT, set_trap
 
@@ -54,6 +54,27 @@ def test_generate_numbers_several_pictures(folder, tiny):
     assert {Image.open(folder / name).format for name in ("p-0.jpg", "p-1.jpg")} == {"JPEG"}
 
 
+def test_generate_starts_from_a_picture_and_inpaint_leaves_the_rest_as_it_was(folder, tiny):
+    sent = Image.effect_noise((40, 24), 90).convert("RGB")
+    sent.save(folder / "sent.png")
+    mask = Image.new("L", sent.size)
+    mask.paste(255, (0, 0, 20, 24))
+    mask.save(folder / "mask.png")
+    asked = ("--model", tiny, "--steps", "4", "--seed", "1")
+    done = ldm(
+        folder, "generate", "p", "--init-image", "sent.png", "--strength", "0.5", "-o", "a.png", *asked
+    )
+    assert done.returncode == 0, done.stderr
+    assert "init_image is 40x24 and was resized to 32x32" in done.stderr
+    assert "/2 [" in done.stderr  # half of the steps
+    assert Image.open(folder / "a.png").size == (32, 32)
+    done = ldm(folder, "inpaint", "sent.png", "mask.png", "a red apple", "-o", "b.png", *asked)
+    assert done.returncode == 0, done.stderr
+    made, right = Image.open(folder / "b.png"), (20, 0, 40, 24)
+    assert made.crop(right).tobytes() == sent.crop(right).tobytes()
+    assert made.tobytes() != sent.tobytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -63,6 +84,9 @@ def test_generate_numbers_several_pictures(folder, tiny):
         (("generate", "p", "-o", "p.png", "--model", "TINY", "--steps", "5000"), "steps"),
         (("generate", "p", "-o", "p.png", "--model", "TINY", "--width", "65"), "width"),
         (("generate", " ", "-o", "p.png", "--model", "TINY"), "prompt"),
+        (("generate", "p", "-o", "p.png", "--model", "TINY", "--strength", "0.5"), "strength"),
+        (("generate", "p", "-o", "p.png", "--model", "TINY", "--init-image", "no.png"), "no.png"),
+        (("inpaint", "no.png", "no.png", "p", "-o", "p.png", "--model", "TINY"), "no.png"),
         (("serve", "--model", "nowhere"), "nowhere"),
         (("serve", "--model", "TINY", "--port", "99999"), "--port"),
     ],
@@ -78,6 +102,14 @@ def test_only_commands_without_a_prompt_take_several_models():
     assert parser().parse_args(["serve", "--model", "a", "b"]).model == ["a", "b"]
     args = parser().parse_args(["generate", "--model", "a", "a prompt", "-o", "f.png"])
     assert (args.model, args.prompt) == ("a", "a prompt")
+
+
+def test_a_flag_without_a_value_is_a_setting_too(monkeypatch):
+    assert settings_of(parser().parse_args(["serve", "--invariant"]), "invariant").invariant
+    monkeypatch.setenv("LDM_INVARIANT", "true")
+    assert settings_of(parser().parse_args(["serve"]), "invariant").invariant
+    monkeypatch.setenv("LDM_INVARIANT", "0")
+    assert not settings_of(parser().parse_args(["serve"]), "invariant").invariant
 
 
 def test_a_package_without_the_model_in_the_box_says_so(monkeypatch):
