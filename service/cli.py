@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from models.configs import CheckpointError, read_spec
 from service import answers, images, intake
+from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
 from service.job import Done, Event, Failed, Job, Started, Stepped
 from service.registry import ModelPathError, locate_all
@@ -73,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("models", help="list the models that can be served")
     add_settings(listing, "model", several=True)
     listing.set_defaults(command=list_models)
+    add_bench(commands.add_parser("bench", help="measure a server under load"))
     commands.add_parser("train", help="train and evaluate models; has its own --help", add_help=False)
     return top
 
@@ -287,6 +289,19 @@ def run_alone(job: Job, settings: Settings) -> Done:
     if isinstance(ended[0], Failed):
         raise from_code(ended[0].code)
     return ended[0]
+
+
+def add_bench(command: argparse.ArgumentParser) -> None:
+    add_arguments(command)
+    add_settings(command, "model", "device", "dtype", "invariant")
+    command.set_defaults(command=run_bench)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Send many requests and say how it went."""
+    from service.bench.command import bench
+
+    return bench(args, settings_of(args, "model", "device", "dtype", "invariant"))
 
 
 def list_models(args: argparse.Namespace) -> int:

@@ -1,0 +1,48 @@
+"""The same requests on an engine in this process: no HTTP, no worker, no files; text, UNet and D."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from service.bench.mix import Request
+from service.engine import Engine
+from service.intake import to_order
+from service.job import Done, Event, Job
+from service.registry import locate_all
+from service.runner import build  # torch: this is the one module of the bench that loads it
+from service.schemas import GenerateRequest, InpaintRequest
+from service.settings import Settings
+
+BODIES = {"/generate": GenerateRequest, "/inpaint": InpaintRequest}
+
+
+class Bare:
+    """A model in this process, and the pictures that it made."""
+
+    def __init__(self, settings: Settings) -> None:
+        runner = build(settings, locate_all(settings.model))
+        self.settings, self.specs = settings, runner.specs
+        self.engine = Engine(runner, self.emit, settings.max_rows, settings.decode_chunk)
+        self.images = 0
+
+    def emit(self, event: Event) -> None:
+        self.images += len(event.pictures) if isinstance(event, Done) else 0
+
+    def images_per_second(self, requests: Sequence[Request], due: Sequence[float], clients: int) -> float:
+        """Each request at its time at the earliest, and at most so many at once."""
+        waiting = deque(zip(due, [self.job(request) for request in requests], strict=True))
+        self.images, begin = 0, time.monotonic()
+        while waiting or self.engine.busy:
+            now = time.monotonic() - begin
+            while waiting and waiting[0][0] <= now and len(self.engine.jobs) < clients:
+                self.engine.submit(waiting.popleft()[1])
+            if self.engine.busy:
+                self.engine.tick()
+            elif waiting:
+                time.sleep(waiting[0][0] - now)
+        return self.images / (time.monotonic() - begin)
+
+    def job(self, request: Request) -> Job:
+        return to_order(BODIES[request.path](**request.body), self.specs, self.settings).job

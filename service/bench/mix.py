@@ -1,0 +1,135 @@
+"""What is asked for: kinds of requests with weights, and requests drawn from them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from PIL import Image, ImageDraw
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.intake import explain
+
+PROMPTS = (
+    "a red apple",
+    "a smiling yellow face",
+    "a small green tree",
+    "a blue car",
+    "a cat",
+    "the sun, rising",
+)
+PATHS = {"text-to-image": "/generate", "image-to-image": "/generate", "inpainting": "/inpaint"}
+Factor = Annotated[float, Field(gt=0, le=16)]
+
+
+class Entry(BaseModel):
+    """A kind of request. width and height: times the model's default. None: not sent, the model's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    task: Literal["text-to-image", "image-to-image", "inpainting"] = "text-to-image"
+    steps: int | None = None
+    guidance_scale: float | None = None
+    n: int = 1
+    width: Factor = 1.0
+    height: Factor = 1.0
+    strength: float | None = None
+
+
+class Mix(BaseModel):
+    """A mix file."""
+
+    requests: Annotated[tuple[Entry, ...], Field(min_length=1)]
+
+
+DEFAULT = (
+    Entry(weight=4, steps=20),
+    Entry(weight=2, steps=10),
+    Entry(weight=2, steps=30),
+    Entry(weight=2, steps=50),
+    Entry(weight=1, steps=30, n=4),
+    Entry(weight=1, steps=20, guidance_scale=1),
+    Entry(weight=1, steps=50, guidance_scale=1, n=2),
+    Entry(weight=2, task="image-to-image", steps=30, strength=0.6),
+    Entry(weight=1, task="image-to-image", steps=50, strength=0.8, guidance_scale=1),
+    Entry(weight=2, task="inpainting", steps=30),
+    Entry(weight=1, task="inpainting", steps=20, n=2),
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One to send. rows: of a UNet call that has all its images."""
+
+    task: str
+    body: Mapping[str, Any]
+    rows: int
+
+    @property
+    def path(self) -> str:
+        return PATHS[self.task]
+
+
+def read_mix(file: Path) -> tuple[Entry, ...]:
+    """The entries of a .toml or .json file. Raises ValueError, or InvalidRequest naming the field."""
+    try:
+        text = file.read_text()
+        content = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
+        return Mix.model_validate(content).requests
+    except ValidationError as error:
+        raise explain(error.errors()) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--mix {file} cannot be read: {error}") from None
+
+
+def draw(entries: Sequence[Entry], model: Mapping[str, Any], seed: int) -> Iterator[Request]:
+    """Requests without end, for a model as GET /models tells of it."""
+    chance = random.Random(seed)
+    weights = [entry.weight for entry in entries]
+    while True:
+        entry = chance.choices(entries, weights)[0]
+        yield to_request(entry, model, chance.choice(PROMPTS), chance.randrange(2**32))
+
+
+def to_request(entry: Entry, model: Mapping[str, Any], prompt: str, seed: int) -> Request:
+    """The request of an entry."""
+    defaults, multiple = model["defaults"], model["limits"]["size_multiple"]
+    width, height = (
+        max(1, round(defaults[side] * getattr(entry, side) / multiple)) * multiple
+        for side in ("width", "height")
+    )
+    body = {"model": model["name"], "prompt": prompt, "seed": seed, "n": entry.n}
+    body |= {"width": width, "height": height} | pictures(entry.task, width, height)
+    chosen = {name: getattr(entry, name) for name in ("steps", "guidance_scale", "strength")}
+    body |= {name: value for name, value in chosen.items() if value is not None}
+    guidance = body.get("guidance_scale", defaults["guidance_scale"])
+    return Request(entry.task, body, entry.n * (1 if guidance in (0, 1) else 2))
+
+
+def pictures(task: str, width: int, height: int) -> dict[str, str]:
+    """The fields of a task that hold pictures."""
+    if task == "image-to-image":
+        return {"init_image": picture(width, height, "RGB")}
+    if task == "inpainting":
+        return {"image": picture(width, height, "RGB"), "mask": picture(width, height, "L")}
+    return {}
+
+
+@cache
+def picture(width: int, height: int, mode: str) -> str:
+    """A disc on a ground, as a PNG in base64; in mode L white on black, a mask."""
+    ground, disc = ((0,), (255,)) if mode == "L" else ((200, 220, 240), (240, 190, 40))
+    image = Image.new(mode, (width, height), ground)
+    ImageDraw.Draw(image).ellipse((width // 4, height // 4, 3 * width // 4, 3 * height // 4), fill=disc)
+    file = io.BytesIO()
+    image.save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()

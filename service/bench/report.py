@@ -1,0 +1,76 @@
+"""Numbers of a run, and the table of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from service.bench.load import Answer, Run
+
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+UNET, DECODE = "ldm_step_seconds_sum", "ldm_decode_seconds_sum"
+
+
+def latency(answers: Sequence[Answer]) -> dict[str, float]:
+    """Seconds from sending to the last byte, of answers with pictures."""
+    ordered = sorted(answer.latency for answer in answers)
+    last = len(ordered) - 1
+    parts = {name: ordered[min(int(q * len(ordered)), last)] for name, q in QUANTILES.items()}
+    return {"requests": len(ordered), "mean": statistics.fmean(ordered)} | parts
+
+
+def by_task(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
+    """The answers with pictures, by the task's name."""
+    good = [answer for answer in answers if answer.images]
+    tasks = sorted({answer.request.task for answer in good})
+    return {task: [answer for answer in good if answer.request.task == task] for task in tasks}
+
+
+def report(run: Run) -> dict[str, Any]:
+    """The numbers, as --json writes them; decode_share is None where the server does not count D."""
+    good = [answer for answer in run.answers if answer.images]
+    images = sum(answer.images for answer in good)
+    tasks = by_task(good) | ({"all": good} if good else {})
+    return {
+        "seconds": run.seconds,
+        "requests": len(run.answers),
+        "images": images,
+        "errors": dict(Counter(answer.status for answer in run.answers if not answer.images)),
+        "images_per_second": images / run.seconds,
+        "requests_per_second": len(good) / run.seconds,
+        "latency": {task: latency(answers) for task, answers in tasks.items()},
+    } | device(run)
+
+
+def device(run: Run) -> dict[str, Any]:
+    """What /metrics says of the device between the first look and the last."""
+    first, last = run.samples[0], run.samples[-1]
+    calls = last.since(first, "ldm_unet_rows_count")
+    unet = last.since(first, UNET) / run.seconds
+    decode = last.since(first, DECODE) / run.seconds if DECODE in last.values else None
+    looks = zip(run.samples, run.samples[1:], strict=False)
+    return {
+        "rows_per_call": last.rows_per_call(first),
+        "padding_per_call": last.since(first, "ldm_unet_padded_rows_total") / max(calls, 1),
+        "unet_share": unet,
+        "decode_share": decode,
+        "other_share": 1 - unet - (decode or 0.0),
+        "rows_over_time": [(after.at, after.rows_per_call(before)) for before, after in looks],
+    }
+
+
+def table(name: str, r: dict[str, Any]) -> Iterator[str]:
+    """Lines for people."""
+    yield f"{name}: {r['requests']} requests, {r['images']} images, {r['seconds']:.1f} s"
+    yield f"  {'latency, s':16}{'requests':>9}" + "".join(f"{column:>9}" for column in ("mean", *QUANTILES))
+    for task, row in r["latency"].items():
+        parts = "".join(f"{row[column]:9.3f}" for column in ("mean", *QUANTILES))
+        yield f"  {task:16}{row['requests']:9}{parts}"
+    errors = ", ".join(f"{count} x {status}" for status, count in sorted(r["errors"].items()))
+    yield f"  {r['images_per_second']:.3f} images/s, {r['requests_per_second']:.3f} requests/s"
+    yield f"  errors: {errors or 'none'}"
+    yield f"  {r['rows_per_call']:.2f} rows per UNet call, and {r['padding_per_call']:.2f} of padding"
+    decode = "D not counted by this server" if r["decode_share"] is None else f"D {r['decode_share']:.0%}"
+    yield f"  time: UNet {r['unet_share']:.0%}, {decode}, idle and all else {r['other_share']:.0%}"
