@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -13,7 +14,10 @@ from models.denoiser import Denoiser, guide
 from models.samplers import plan, step
 from models.schedule import Schedule
 from models.spec import ModelSpec
+from models.text_encoder import TextEncoder
 from models.unet import UNet
+
+TILE = 32  # cells of a side: 256 pixels where a cell covers 8
 
 
 class LatentDiffusion:
@@ -36,6 +40,37 @@ class LatentDiffusion:
     def decode(self, z: Tensor) -> Tensor:
         """Scaled z (B, C, h, w) -> x (B, 3, f*h, f*w), about in [-1, 1], float32."""
         return self.autoencoder.decode(z / self.spec.autoencoder.scale_factor).float()
+
+    def decode_tiles(self, z: Tensor, tile: int = TILE) -> Tensor:
+        """decode() by squares of `tile` cells that overlap by a quarter and fade into each other.
+
+        For a picture that does not fit in memory whole. It differs from decode(): D's norms and attention
+        see a tile at a time. z (1, C, h, w) -> x (1, 3, f*h, f*w), on the CPU.
+        """
+        f, (h, w) = self.spec.autoencoder.factor, z.shape[-2:]
+        total = torch.zeros(1, self.spec.autoencoder.picture_channels, f * h, f * w)
+        weight = torch.zeros(1, 1, f * h, f * w)
+        for top in starts(h, tile):
+            for left in starts(w, tile):
+                x = self.decode(z[:, :, top : top + tile, left : left + tile].contiguous()).cpu()
+                fade = ramp(x.shape[-2], f * tile // 4)[:, None] * ramp(x.shape[-1], f * tile // 4)
+                area = ..., slice(f * top, f * top + x.shape[-2]), slice(f * left, f * left + x.shape[-1])
+                total[area] += fade * x
+                weight[area] += fade
+        return total / weight
+
+    def copy(self, dtype: torch.dtype) -> LatentDiffusion:
+        """The same model with weights in another type; the tokenizer, which has none, is shared."""
+        tokenizer = self.conditioner.encoder.tokenizer
+        conditioner = deepcopy(self.conditioner, {id(tokenizer): tokenizer})
+        return LatentDiffusion(self.spec, deepcopy(self.unet), deepcopy(self.autoencoder), conditioner).to(
+            dtype=dtype
+        )
+
+    def with_autoencoder(self, dtype: torch.dtype) -> LatentDiffusion:
+        """The same model with E and D of its own, in another type."""
+        autoencoder = deepcopy(self.autoencoder).to(dtype=dtype)
+        return LatentDiffusion(self.spec, self.unet, autoencoder, self.conditioner)
 
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance_scale: float
@@ -62,3 +97,22 @@ class LatentDiffusion:
             network.to(device=device, dtype=dtype)
         self.denoiser = Denoiser(self.unet, self.schedule)
         return self
+
+
+def starts(size: int, tile: int) -> list[int]:
+    """Where tiles begin along a side, overlapping by at least a quarter; the last ends with the side."""
+    stride = tile - tile // 4
+    return [*range(0, max(size - tile, 0), stride), max(size - tile, 0)]
+
+
+def ramp(size: int, fade: int) -> Tensor:
+    """(size,): weights of a tile along one side, rising and falling over `fade` pixels at its ends."""
+    distance = torch.arange(size) + 1
+    return torch.minimum(distance, distance.flip(0)).clamp(max=max(fade, 1)) / max(fade, 1)
+
+
+def weights_in(spec: ModelSpec) -> int:
+    """How many numbers the networks of a model hold, without making them."""
+    with torch.device("meta"):
+        networks = UNet(spec.unet), Autoencoder(spec.autoencoder), TextEncoder(spec.text, None)
+    return sum(weight.numel() for network in networks for weight in network.parameters())
