@@ -1,0 +1,47 @@
+"""How many rows of a group a call may have."""
+
+from __future__ import annotations
+
+from service.memory import RECOVERY, Limits, Use
+
+SIZES = (2, 4, 8, 16)
+
+
+def test_a_group_begins_with_the_smallest_size():
+    limits = Limits(SIZES)
+    assert limits.rows("unheard of") == 16
+    limits.cautious("g")
+    assert limits.rows("g") == 2
+
+
+def test_a_call_tells_how_many_rows_fit():
+    limits = Limits(SIZES)
+    limits.cautious("g")
+    limits.passed("g", Use(rows=2, peak=200, room=1000))  # 9 rows in 90% of the room
+    assert limits.rows("g") == 8
+    limits.passed("g")
+    assert limits.rows("g") == 8
+    limits.passed("g", Use(rows=8, peak=400, room=1000))  # a larger call, most of it paid once
+    assert limits.rows("g") == 16
+    limits.passed("g", Use(rows=16, peak=1600, room=100))
+    assert limits.rows("g") == 1, "one image a call"
+
+
+def test_where_nothing_is_told_nothing_is_limited():
+    limits = Limits(SIZES)
+    limits.cautious("g")
+    limits.passed("g")
+    assert limits.rows("g") == 16
+
+
+def test_a_size_that_failed_is_tried_again_after_many_calls():
+    limits = Limits(SIZES)
+    limits.failed("g", 13)
+    assert limits.rows("g") == 8
+    limits.failed("g", 8)
+    assert limits.rows("g") == 4
+    sizes = []
+    for _ in range(2 * RECOVERY):
+        limits.passed("g")
+        sizes.append(limits.rows("g"))
+    assert sizes == [4] * (RECOVERY - 1) + [8] * RECOVERY + [16]
