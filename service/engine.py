@@ -5,28 +5,71 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from service.errors import code_of
-from service.job import Cancelled, Done, Event, Failed, ImageKey, Job, Shape, Started, Stepped
+from service.errors import NonFinite, OutOfMemory, code_of
+from service.job import (
+    Cancelled,
+    Done,
+    Event,
+    Failed,
+    ImageKey,
+    Job,
+    Previewed,
+    Shape,
+    Started,
+    Stepped,
+    Waiting,
+)
+from service.memory import Limits, Use
 from service.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+TELL_SECONDS = 0.5  # between two reports of where the waiting jobs stand
+DOOR_PATIENCE = 10.0  # seconds after which a job whose model has no room lets no later one pass
+MEMORY = 0.2  # share of the newest call in the running average of speed
+
+
+@dataclass(frozen=True)
+class Call:
+    """What became of one UNet call. rows: run, padding included; broken: jobs whose numbers are none now;
+    use: the memory it took, where that is news."""
+
+    rows: int
+    broken: tuple[str, ...] = ()
+    use: Use | None = None
+
+
+class Preview(NamedTuple):
+    """height x width x 3 bytes."""
+
+    width: int
+    height: int
+    pixels: bytes
 
 
 class Runner(Protocol):
     """What the engine asks of the device. A call that raises leaves the images it was given as they were."""
 
-    def shape(self, job: Job) -> Shape:
-        """What the scheduler must know of a job."""
+    buckets: tuple[int, ...]  # row counts that calls are padded to, rising
 
-    def start(self, job: Job) -> tuple[str, ...]:
+    def shape(self, job: Job, precise: bool = False) -> Shape:
+        """What the scheduler must know of a job; precise: of its run in float32."""
+
+    def ready(self, job: Job, busy: Collection[str]) -> bool:
+        """Load the job's model if it is not; False where it does not fit beside the busy models."""
+
+    def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
         """Make what the job's images start from; returns warnings for the client."""
 
-    def step(self, keys: Sequence[ImageKey]) -> int:
-        """One UNet call for one image each of one group; returns the rows it ran, padding included."""
+    def step(self, keys: Sequence[ImageKey]) -> Call:
+        """One UNet call for one image each of one group. Raises OutOfMemory where fewer may fit."""
+
+    def preview(self, key: ImageKey) -> Preview:
+        """What an image under way looks like."""
 
     def finish(self, key: ImageKey) -> bytes:
         """The picture of an image that is through: height x width x 3 bytes."""
@@ -41,13 +84,23 @@ class Progress:
 
     job: Job
     received: float
-    steps: int = 0  # of all its images together
-    done: int = 0  # of those
+    shape: Shape | None = None
+    precise: bool = False  # it runs again, in float32
+    told: bool = False  # that it has started
+    entered: bool = False  # it is past the door
+    steps: dict[int, int] = field(default_factory=dict)  # of each image
+    most: int = 0  # steps that were told: a job that runs again does not go back
     begun: float = 0.0
     denoised: float = 0.0
     started: bool = False
     warnings: tuple[str, ...] = ()
     pictures: dict[int, bytes] = field(default_factory=dict)
+
+    def count(self, index: int) -> int:
+        """One more step of an image; returns how many it has."""
+        self.steps[index] = self.steps.get(index, 0) + 1
+        self.most = max(self.most, sum(self.steps.values()))
+        return self.steps[index]
 
 
 class Engine:
@@ -64,24 +117,38 @@ class Engine:
         self.runner = runner
         self.emit = emit
         self.scheduler = Scheduler(max_rows)
+        self.limits = Limits(runner.buckets)
         self.decode_chunk = decode_chunk
         self.clock = clock
         self.jobs: dict[str, Progress] = {}
+        self.door: dict[str, None] = {}  # jobs whose model is not known to be there, by arrival
+        self.models: dict[str, int] = {}  # jobs past the door, by model
         self.latents: deque[ImageKey] = deque()  # through the UNet, not yet through D
+        self.owed = 0.0  # seconds that D has had less than the UNet
+        self.pace: float | None = None  # seconds for one unit of work
+        self.next_report = 0.0
 
     @property
     def busy(self) -> bool:
         return bool(self.jobs)
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that have had no step."""
+        return len(self.door) + self.scheduler.waiting
+
     def submit(self, job: Job) -> None:
-        """Queue a job; one that cannot even be queued fails at once."""
+        """Queue a job; one that cannot even be queued fails at once. Raises ValueError for one there is."""
+        if job.id in self.jobs:
+            raise ValueError(f"job {job.id} is here already")
         progress = self.jobs[job.id] = Progress(job, self.clock())
+        self.next_report = 0.0
         try:
-            shape = self.runner.shape(job)
-            progress.steps = job.n * shape.evaluations
-            self.scheduler.admit(job.id, shape, job.n, job.rows, job.priority)
+            progress.shape = self.runner.shape(job)
         except Exception as error:
             self._fail(job.id, error)
+        else:
+            self.door[job.id] = None
 
     def cancel(self, job: str) -> None:
         """Give up a job, queued or running; one that has ended already is left alone."""
@@ -90,60 +157,199 @@ class Engine:
             self.emit(Cancelled(job))
 
     def tick(self) -> None:
-        """At most one UNet call and one chunk of D."""
+        """At most one UNet call, and about as long of D."""
+        self._open_door()
         picked = self._started(self.scheduler.pick())
+        self._report()
+        begin = self.clock()
         if picked:
-            self._advance(self._step(picked))
-        for _ in range(self.decode_chunk):
-            if self.latents:  # a failure takes the rest of its job out
-                self._decode(self.latents.popleft())
+            self._step(picked)
+        self._decode_some(self.clock() - begin if picked else None)
+
+    def _open_door(self) -> None:
+        """Let in whose model is there or can be; nobody passes one who has waited too long."""
+        for job in list(self.door):
+            progress = self.jobs[job]
+            try:
+                enters = self.runner.ready(progress.job, tuple(self.models))
+                if enters:
+                    self._enter(progress)
+            except Exception as error:
+                self._fail(job, error)
+                continue
+            if not enters and self.clock() - progress.received >= DOOR_PATIENCE:
+                break
+
+    def _enter(self, progress: Progress) -> None:
+        job, shape = progress.job, progress.shape
+        self.scheduler.admit(job.id, shape, job.n, job.rows, job.priority)
+        self.door.pop(job.id, None)
+        progress.entered = True
+        self.models[job.model] = self.models.get(job.model, 0) + 1
+        self.limits.cautious(shape.group)
+        self.scheduler.limit(shape.group, self.limits.rows(shape.group))
+
+    def _leave(self, progress: Progress) -> None:
+        """The inverse of _enter; one that is not in is left alone."""
+        job = progress.job
+        if not progress.entered:
+            return
+        progress.entered = False
+        self.scheduler.remove(job.id)
+        self.models[job.model] -= 1
+        if not self.models[job.model]:
+            del self.models[job.model]
 
     def _started(self, keys: list[ImageKey]) -> list[ImageKey]:
         """The picked images of jobs that have begun, or that begin now without failing."""
         for job in dict.fromkeys(key.job for key in keys):
             if not self.jobs[job].started:
-                self._start(job)
-        return [key for key in keys if key.job in self.jobs]
+                self._start(self.jobs[job])
+        return self._under_way(keys)
 
-    def _start(self, job: str) -> None:
-        progress = self.jobs[job]
-        progress.started, progress.begun = True, self.clock()
-        self.emit(Started(job, progress.steps))
+    def _under_way(self, keys: Sequence[ImageKey]) -> list[ImageKey]:
+        """Without the images of jobs that have ended or that are to begin again."""
+        return [key for key in keys if key.job in self.jobs and self.jobs[key.job].started]
+
+    def _start(self, progress: Progress) -> None:
+        job, progress.started = progress.job, True
+        if not progress.told:
+            progress.told, progress.begun = True, self.clock()
+            self.emit(Started(job.id, job.n * progress.shape.evaluations))
         try:
-            progress.warnings = self.runner.start(progress.job)
+            progress.warnings = self.runner.start(job, progress.precise)
         except Exception as error:
-            self._fail(job, error)
+            self._fail(job.id, error)
 
-    def _step(self, keys: list[ImageKey]) -> list[ImageKey]:
-        """Step all at once; after a failure each job by itself. Returns the images that made it."""
+    def _report(self) -> None:
+        """Tell where the waiting jobs stand: soon after one came, else at most every TELL_SECONDS."""
+        now = self.clock()
+        if self.waiting and now >= self.next_report:
+            self.next_report = now + TELL_SECONDS
+            if places := self._places():
+                self.emit(Waiting(places))
+
+    def _places(self) -> tuple[tuple[str, int, float | None], ...]:
+        """As in Waiting; who is at the door comes after all that are in."""
+        queued = [(p.job, p.ahead + p.own) for p in self.scheduler.queue() if not self.jobs[p.job].told]
+        work = self.scheduler.work
+        for job in self.door:
+            progress = self.jobs[job]
+            shape = progress.shape
+            work += progress.job.n * progress.job.rows * shape.evaluations * shape.row_cost
+            queued.append((job, work))
+        return tuple((job, place, self._seconds(work)) for place, (job, work) in enumerate(queued, 1))
+
+    def _seconds(self, work: float) -> float | None:
+        return None if self.pace is None else work * self.pace
+
+    def _step(self, keys: list[ImageKey]) -> None:
+        """Step all; what fails is tried in parts, down to one job or, for want of memory, one image."""
         try:
             self._call(keys)
-            return keys
+            return
+        except OutOfMemory as error:
+            parts, failure = self._halves(keys), error
         except Exception as error:
-            jobs = list(dict.fromkeys(key.job for key in keys))
-            if len(jobs) == 1:
-                self._fail(jobs[0], error)
-                return []
-            log.warning("a call of %d jobs failed (%s); trying each alone", len(jobs), type(error).__name__)
-        return [key for job in jobs for key in self._step([key for key in keys if key.job == job])]
+            parts, failure = by_job(keys), error
+        if len(parts) == 1:
+            self._fail(keys[0].job, failure)
+            return
+        log.warning("a call of %d images failed (%s); trying parts", len(keys), type(failure).__name__)
+        del failure  # and with it whatever its frames hold on the device
+        for part in parts:
+            if left := self._under_way(part):  # an earlier part may have ended a job of this one
+                self._step(left)
+
+    def _halves(self, keys: list[ImageKey]) -> list[list[ImageKey]]:
+        """Two, and smaller calls of the group from now on; all in one where it is a single image."""
+        if len(keys) == 1:
+            return [keys]
+        group = self.jobs[keys[0].job].shape.group
+        self.limits.failed(group, self._rows(keys))
+        self.scheduler.limit(group, self.limits.rows(group))
+        middle = len(keys) // 2
+        return [keys[:middle], keys[middle:]]
+
+    def _rows(self, keys: Sequence[ImageKey]) -> int:
+        return sum(self.jobs[key.job].job.rows for key in keys)
 
     def _call(self, keys: list[ImageKey]) -> None:
+        """One UNet call, counted and told. Raises as the runner does."""
         begin = self.clock()
-        padded = self.runner.step(keys)
+        call = self.runner.step(keys)
         seconds = self.clock() - begin
-        rows = 0
-        for key in keys:
-            progress = self.jobs[key.job]
-            progress.done += 1
-            rows += progress.job.rows
-        running = sum(progress.started for progress in self.jobs.values())
-        jobs = tuple((job, self.jobs[job].done) for job in dict.fromkeys(key.job for key in keys))
-        self.emit(Stepped(rows, padded, len(keys), seconds, running, len(self.jobs) - running, jobs))
+        self._learn(keys, call, seconds)
+        fine = [key for key in keys if key.job not in call.broken]
+        shown = [key for key in fine if self._count(key)]
+        self._advance(fine)
+        jobs = tuple((job, self.jobs[job].most) for job in dict.fromkeys(key.job for key in keys))
+        running = len(self.jobs) - self.waiting
+        self.emit(Stepped(self._rows(keys), call.rows, len(keys), seconds, running, self.waiting, jobs))
+        for job in call.broken:
+            self._again(self.jobs[job])
+        for key in shown:
+            self._preview(key)
+
+    def _learn(self, keys: list[ImageKey], call: Call, seconds: float) -> None:
+        """How fast the device is, and how many rows of the group it holds."""
+        shape = self.jobs[keys[0].job].shape
+        pace = seconds / (self._rows(keys) * shape.row_cost)
+        self.pace = pace if self.pace is None else self.pace + MEMORY * (pace - self.pace)
+        self.limits.passed(shape.group, call.use)
+        self.scheduler.limit(shape.group, self.limits.rows(shape.group))
+
+    def _count(self, key: ImageKey) -> bool:
+        """Count a step of an image; returns whether it is to be shown now."""
+        progress = self.jobs[key.job]
+        step, every = progress.count(key.index), progress.job.preview_every
+        return bool(every) and step % every == 0 and step < progress.shape.evaluations
+
+    def _preview(self, key: ImageKey) -> None:
+        """Show an image; one that cannot be shown runs on."""
+        try:
+            preview = self.runner.preview(key)
+        except Exception:
+            log.warning("no preview of job %s", key.job, exc_info=True)
+        else:
+            self.emit(Previewed(key.job, key.index, self.jobs[key.job].steps[key.index], *preview))
+
+    def _again(self, progress: Progress) -> None:
+        """Run a job again from its seed, in float32; one that did is given up."""
+        job = progress.job
+        if progress.precise:
+            self._fail(job.id, NonFinite())
+            return
+        log.warning("job %s has non-finite numbers; it runs again in float32", job.id)
+        self._leave(progress)
+        self._drop(job.id)
+        progress.precise, progress.started = True, False
+        progress.steps, progress.pictures = {}, {}
+        try:
+            progress.shape = self.runner.shape(job, precise=True)
+            self._enter(progress)
+        except Exception as error:
+            self._fail(job.id, error)
 
     def _advance(self, keys: list[ImageKey]) -> None:
         for key in self.scheduler.advance(keys):
             self.jobs[key.job].denoised = self.clock()
             self.latents.append(key)
+
+    def _decode_some(self, stepped: float | None) -> None:
+        """Give D as long as the UNet had, which this once may be overdrawn; one picture if that had nothing.
+
+        So running jobs go at half speed at worst while pictures wait, and pictures wait for a step or so.
+        """
+        self.owed += stepped or 0.0
+        for count in range(self.decode_chunk):
+            if not self.latents or (self.owed <= 0 and (stepped is not None or count)):
+                break
+            begin = self.clock()
+            self._decode(self.latents.popleft())
+            self.owed -= self.clock() - begin
+        if not self.latents or stepped is None:
+            self.owed = 0.0
 
     def _decode(self, key: ImageKey) -> None:
         progress = self.jobs[key.job]
@@ -175,7 +381,17 @@ class Engine:
         self.emit(Failed(job, code_of(error)))
 
     def _forget(self, job: str) -> None:
+        self.door.pop(job, None)
+        self._leave(self.jobs[job])
+        self._drop(job)
         del self.jobs[job]
-        self.scheduler.remove(job)
+
+    def _drop(self, job: str) -> None:
+        """Forget what a job has on the device and on its way to D."""
         self.latents = deque(key for key in self.latents if key.job != job)
         self.runner.discard(job)
+
+
+def by_job(keys: Sequence[ImageKey]) -> list[list[ImageKey]]:
+    jobs = dict.fromkeys(key.job for key in keys)
+    return [[key for key in keys if key.job == job] for job in jobs]

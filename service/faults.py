@@ -58,6 +58,10 @@ class FaultyRunner:
         self.prompts: dict[str, str] = {}
 
     @property
+    def specs(self):
+        return self.inner.specs
+
+    @property
     def buckets(self) -> tuple[int, ...]:
         return self.inner.buckets
 

@@ -1,12 +1,15 @@
-"""Names of models -> where they are -> what they are, loaded once. Knows no torch."""
+"""Names of models -> where they are -> what they are; which are loaded. Knows no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from models.configs import read_spec
 from models.spec import ModelSpec
 
 BOXED = "emoji"  # the model that comes with the package
@@ -47,21 +50,65 @@ def locate_all(names: tuple[str, ...]) -> dict[str, Path]:
 
 
 class Registry(Generic[Bundle]):
-    """Bundles by name, each loaded when first asked for and then kept."""
+    """Models by name: what they are, always; their bundles, as many as the memory allows.
 
-    def __init__(self, paths: Mapping[str, Path], load: Callable[[Path], Bundle]) -> None:
+    load: folder -> bundle; size: spec -> bytes of its weights; memory: bytes for all weights together, 0 for
+    no limit. Of what must go, the least recently used goes first. Raises CheckpointError for a folder that
+    cannot be read.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[str, Path],
+        load: Callable[[Path], Bundle],
+        size: Callable[[ModelSpec], int] = lambda spec: 0,
+        memory: int = 0,
+    ) -> None:
+        self.specs = {name: replace(read_spec(path), name=name) for name, path in paths.items()}
         self._paths = dict(paths)
         self._load = load
-        self._loaded: dict[str, Bundle] = {}
+        self._sizes = {name: size(spec) for name, spec in self.specs.items()} if memory else {}
+        self._memory = memory
+        self._loaded: OrderedDict[str, Bundle] = OrderedDict()  # the least recently used first
 
     def __iter__(self):
         return iter(self._paths)
 
     def __getitem__(self, name: str) -> Bundle:
-        """The bundle; raises KeyError for a name that was not given at start-up."""
+        """The bundle, loaded now if it is not. Raises KeyError for a name not given at start-up."""
         if name not in self._loaded:
-            self._loaded[name] = self._load(self._paths[name])
+            self.load(name, self._loaded.keys())
+        self._loaded.move_to_end(name)
         return self._loaded[name]
+
+    def holds(self, name: str) -> bool:
+        return name in self._loaded
+
+    def load(self, name: str, busy: Collection[str] = ()) -> bool:
+        """Load a model, in the place of others that are not busy; False if it does not fit beside the busy.
+
+        Beside nothing it is loaded whatever its size.
+        """
+        if self._taken(busy) + self._sizes.get(name, 0) > self._memory > 0 and self._holds_any(busy):
+            return False
+        for other in [other for other in self._loaded if other not in busy]:
+            if self._taken(self._loaded) + self._sizes.get(name, 0) <= self._memory or not self._memory:
+                break
+            del self._loaded[other]
+        self._loaded[name] = self._load(self._paths[name])
+        return True
+
+    def load_all(self) -> None:
+        """Load the first model, and those after it that fit beside what is loaded."""
+        for name in self._paths:
+            self.load(name, tuple(self._loaded))
+
+    def _taken(self, names: Iterable[str]) -> int:
+        """Bytes of those of these models that are loaded."""
+        return sum(self._sizes.get(name, 0) for name in names if name in self._loaded)
+
+    def _holds_any(self, names: Iterable[str]) -> bool:
+        return any(name in self._loaded for name in names)
 
 
 def first_of(specs: Mapping[str, ModelSpec]) -> str:

@@ -1,10 +1,8 @@
-"""Jobs on the device: start, step, finish. The only module of the service that imports torch."""
+"""Jobs on the device: start, step, finish. Of the service, this, batch.py and device.py load torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,151 +10,204 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import load
-from models.denoiser import guide
-from models.latent_diffusion import LatentDiffusion
-from models.samplers import Plan, plan, step
+from models.latent_diffusion import LatentDiffusion, weights_in
+from models.preview import Projection
+from models.samplers import Plan, plan
+from models.schedule import Schedule
 from models.spec import ModelSpec
+from service.batch import ImageState, JobState, advance, encode, latent_mask, painted, pixels_of
+from service.device import (
+    choose_device,
+    choose_dtype,
+    fix_arithmetic,
+    free_cache,
+    memory_of,
+    out_of_memory_refused,
+)
+from service.engine import Call, Preview
 from service.errors import NonFinite, OutOfMemory
 from service.job import ImageKey, Job, Shape
+from service.memory import Use
 from service.registry import Registry
 from service.settings import Settings
 
 SHOWN = 80  # characters of a prompt's overflow that a warning repeats
 
 
-@dataclass
-class ImageState:
-    """One image between two UNet calls."""
-
-    x: Tensor  # (C, h, w) float32, on the device
-    generator: torch.Generator  # on the CPU, so that a seed means the same everywhere
-    done: int = 0  # lines of the plan behind it
-    noise: Tensor | None = None  # drawn for the next line; a call that fails and runs again draws no other
-
-
-@dataclass
-class JobState:
-    """What a job's images share, and the images."""
-
-    job: Job
-    bundle: LatentDiffusion
-    plan: Plan
-    contexts: Tensor  # (1 or 2, L, C): null context first where guidance needs both
-    images: list[ImageState]
-
-
 class TorchRunner:
     """The engine's runner on real models.
 
     A row's last bits depend on how many rows run with it, never on which; so calls run in few sizes, the
-    text of a job always runs as one pair and D runs one picture at a time.
+    text of a job always runs as one pair, and E and D run one picture at a time. With one bucket (invariant)
+    nothing is left to depend on company, and nothing is ever split.
     """
 
-    def __init__(self, registry: Registry[LatentDiffusion], buckets: Sequence[int]) -> None:
+    def __init__(
+        self,
+        registry: Registry[LatentDiffusion],
+        buckets: Sequence[int],
+        invariant: bool = False,
+        room: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
         self.registry = registry
-        self.buckets = tuple(buckets)
+        self.buckets = tuple(buckets[-1:] if invariant else buckets)
+        self.invariant = invariant
+        self.room = room  # bytes that UNet calls may take; 0: what there is
         self.jobs: dict[str, JobState] = {}
-        self.plans: dict[str, Plan] = {}
+        self.plans: dict[str, tuple[Plan, Shape]] = {}
+        self.schedules = {name: Schedule(spec.schedule) for name, spec in registry.specs.items()}
+        self.precise: dict[str, LatentDiffusion] = {}  # float32 copies, for as long as a job needs them
+        self.projections: dict[str, Projection] = {}
+        self.memory = memory_of(device or torch.device("cpu"))
+        self.measured: dict[Hashable, int] = {}  # the most rows of a call that was measured, by group
 
     @property
     def specs(self) -> dict[str, ModelSpec]:
-        """Name -> spec of every model; loads those that are not yet."""
-        return {name: replace(self.registry[name].spec, name=name) for name in self.registry}
+        """Name -> spec of every model, loaded or not."""
+        return self.registry.specs
 
-    def shape(self, job: Job) -> Shape:
-        bundle = self.registry[job.model]
-        latent = bundle.spec.latent_shape(job.width, job.height)
-        context = (bundle.spec.text.tokens, bundle.spec.unet.context_width)
-        self.plans[job.id] = plan(bundle.schedule, job.sampler, job.steps, job.eta, job.strength)
-        return Shape((job.model, latent, context), len(self.plans[job.id]), latent[1] * latent[2])
+    def shape(self, job: Job, precise: bool = False) -> Shape:
+        spec = self.specs[job.model]
+        latent = spec.latent_shape(job.width, job.height)
+        context = (spec.text.tokens, spec.unet.context_width)
+        line = plan(self.schedules[job.model], job.sampler, job.steps, job.eta, job.strength)
+        group = (job.model, latent, context, precise)
+        self.plans[job.id] = line, Shape(group, len(line), latent[1] * latent[2])
+        return self.plans[job.id][1]
+
+    def ready(self, job: Job, busy: Collection[str]) -> bool:
+        if self.registry.holds(job.model):
+            return True
+        with out_of_memory_refused():
+            room = self.registry.load(job.model, busy)
+        if room:
+            self._after_swap()
+        return room
+
+    def _after_swap(self) -> None:
+        """Forget what is left of models that have gone; memory is another now."""
+        self.projections = {m: p for m, p in self.projections.items() if self.registry.holds(m)}
+        self.measured.clear()
+        self.memory.reset()
 
     @torch.inference_mode()
-    def start(self, job: Job) -> tuple[str, ...]:
-        bundle = self.registry[job.model]
-        shape = bundle.spec.latent_shape(job.width, job.height)
+    def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
         with out_of_memory_refused():
+            bundle = self._precise(job.model) if precise else self.registry[job.model]
             pair = bundle.conditioner([job.negative_prompt, job.prompt])  # (2, L, C)
-            images = [self._first(job.seed + index, shape, pair.device) for index in range(job.n)]
-        used = {0.0: pair[:1], 1.0: pair[1:]}.get(job.guidance_scale, pair)
-        self.jobs[job.id] = JobState(job, bundle, self.plans[job.id], used, images)
+            used = {0.0: pair[:1], 1.0: pair[1:]}.get(job.guidance_scale, pair)
+            z = encode(bundle, job, pair.device) if job.image else None
+            mask = latent_mask(job, bundle.spec.autoencoder.factor, pair.device) if job.mask else None
+            state = JobState(job, bundle, self.plans[job.id][0], used, z, mask, [])
+            state.images = [self._first(state, job.seed + index) for index in range(job.n)]
+        self.jobs[job.id] = state
         return tuple(warnings(bundle, job))
 
-    def _first(self, seed: int, shape: tuple[int, int, int], device: torch.device) -> ImageState:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        return ImageState(torch.randn(shape, generator=generator).to(device), generator)
+    def _first(self, state: JobState, seed: int) -> ImageState:
+        """What an image starts from: noise, or the given picture with noise on it."""
+        job, generator = state.job, torch.Generator("cpu").manual_seed(seed)
+        shape = state.bundle.spec.latent_shape(job.width, job.height)
+        noise = torch.randn(shape, generator=generator).to(state.contexts.device)
+        if state.z is None:
+            return ImageState(noise, generator, None)
+        signal, sigma = state.plan.start
+        return ImageState(signal * state.z + sigma * noise, generator, None if state.mask is None else noise)
+
+    def _precise(self, model: str) -> LatentDiffusion:
+        """The model in float32: itself if it is, else a copy."""
+        bundle = self.registry[model]
+        if bundle.unet.dtype == torch.float32:
+            return bundle
+        if model not in self.precise:
+            self.precise[model] = bundle.copy(torch.float32)
+        return self.precise[model]
 
     @torch.inference_mode()
-    def step(self, keys: Sequence[ImageKey]) -> int:
+    def step(self, keys: Sequence[ImageKey]) -> Call:
         states = [self.jobs[key.job] for key in keys]
         images = [state.images[key.index] for state, key in zip(states, keys, strict=True)]
-        with out_of_memory_refused():
-            x_next, rows = self._step(states, images)
+        rows = sum(len(state.contexts) for state in states)
+        size = next((size for size in self.buckets if size >= rows), rows)
+        x_next, use = self._advance(states, images, rows, size)
+        finite = torch.isfinite(x_next).flatten(1).all(1).tolist()  # the one wait for the device in a step
         for image, x in zip(images, x_next, strict=True):
             image.x, image.done, image.noise = x, image.done + 1, None
-        return rows
+        broken = [key.job for key, fine in zip(keys, finite, strict=True) if not fine]
+        return Call(size, tuple(dict.fromkeys(broken)), use)
 
-    def _step(self, states: list[JobState], images: list[ImageState]) -> tuple[Tensor, int]:
-        """x_next (I, C, h, w) of I images, and the rows of the call."""
-        x = torch.stack([image.x for image in images])  # (I, C, h, w)
-        taken = [state.plan.lines[image.done] for state, image in zip(states, images, strict=True)]
-        table = torch.from_numpy(np.stack(taken))  # (I, 5) float64
-        lines = table.to(x.device, torch.float32)  # (I, 5)
-        scale = torch.tensor([state.job.guidance_scale for state in states]).to(x.device, torch.float32)
+    def _advance(
+        self, states: list[JobState], images: list[ImageState], rows: int, size: int
+    ) -> tuple[Tensor, Use | None]:
+        """x_next, and the memory it took if that is news; one image that does not fit goes row by row."""
+        try:
+            return self._measured(states, images, size)
+        except OutOfMemory:
+            if len(images) > 1 or rows == size == 1 or self.invariant:
+                free_cache()
+                raise
+        free_cache()
+        with out_of_memory_refused():
+            return advance(states, images, 1), None
 
-        rows = [index for index, state in enumerate(states) for _ in state.contexts]  # row -> image
-        last = torch.tensor(rows).bincount().cumsum(0) - 1  # each image's conditional row
-        first = last - torch.tensor([len(state.contexts) - 1 for state in states])  # no guidance: the same
-        bucket = self._bucket(len(rows))
-        rows += rows[:1] * (bucket - len(rows))
-        context = torch.cat([state.contexts for state in states])  # (R, L, C)
-        context = torch.cat([context, context[:1].expand(bucket - len(context), -1, -1)])
+    def _measured(
+        self, states: list[JobState], images: list[ImageState], size: int
+    ) -> tuple[Tensor, Use | None]:
+        group = self.plans[states[0].job.id][1].group
+        news = size > self.measured.get(group, 0) and self.memory.begin()
+        with out_of_memory_refused():
+            x_next = advance(states, images, size)
+        if not news:
+            return x_next, None
+        self.measured[group] = size
+        return x_next, self.memory.end(size, self.room)
 
-        row_image = torch.tensor(rows, device=x.device)
-        eps = self._predict(states[0].bundle, x[row_image], lines[row_image], context)  # (R, C, h, w)
-        guided = guide(eps[first.to(x.device)], eps[last.to(x.device)], scale)
-        return step(x, guided, lines, self._noise(images, table)), bucket
-
-    def _predict(self, bundle: LatentDiffusion, x: Tensor, lines: Tensor, context: Tensor) -> Tensor:
-        """THE UNet call: every row at its own timestep."""
-        return bundle.denoiser(x * lines[:, 1, None, None, None], lines[:, 0], context)
-
-    def _bucket(self, rows: int) -> int:
-        return next(size for size in self.buckets if size >= rows)
-
-    def _noise(self, images: list[ImageState], table: Tensor) -> Tensor | None:
-        """One draw from each image's generator whose line asks for it; None if none does."""
-        asks = (table[:, 4] != 0).tolist()
-        if not any(asks):
-            return None
-        for image, ask in zip(images, asks, strict=True):
-            if ask and image.noise is None:
-                image.noise = torch.randn(image.x.shape, generator=image.generator)
-        none = torch.zeros(images[0].x.shape)
-        draws = [image.noise if ask else none for image, ask in zip(images, asks, strict=True)]
-        return torch.stack(draws).to(images[0].x.device)
+    @torch.inference_mode()
+    def preview(self, key: ImageKey) -> Preview:
+        state = self.jobs[key.job]
+        model, image = state.job.model, state.images[key.index]
+        with out_of_memory_refused():
+            if model not in self.projections:
+                self.projections[model] = Projection(self.registry[model])
+            pixels = self.projections[model](image.x if image.x_0 is None else image.x_0)  # (h, w, 3)
+        return Preview(pixels.shape[1], pixels.shape[0], pixels.numpy().tobytes())
 
     @torch.inference_mode()
     def finish(self, key: ImageKey) -> bytes:
         state = self.jobs[key.job]
+        z = state.images[key.index].x[None]  # (1, C, h, w)
+        x = self._decode(state.bundle, z)
+        if not torch.isfinite(x).all() and state.bundle.autoencoder.dtype != torch.float32:
+            with out_of_memory_refused():
+                x = self._decode(state.bundle.with_autoencoder(torch.float32), z)
+        if not torch.isfinite(x).all():
+            raise NonFinite
+        pixels = ((x[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)  # (3, H, W)
+        return as_given(state.job, pixels.permute(1, 2, 0).contiguous().cpu().numpy()).tobytes()
+
+    def _decode(self, bundle: LatentDiffusion, z: Tensor) -> Tensor:
+        """x (1, 3, H, W); what does not fit goes in tiles, or once more where bits matter."""
+        # The clone: a row of a batch may lie at an address that aligns otherwise.
+        try:
+            with out_of_memory_refused():
+                return bundle.decode(z.clone())
+        except OutOfMemory:
+            pass
+        free_cache()  # here, not above: until there, the exception holds what the call had
         with out_of_memory_refused():
-            x = state.bundle.decode(state.images[key.index].x[None])[0]  # (3, H, W)
-            if not torch.isfinite(x).all():
-                raise NonFinite
-            pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return pixels.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()
+            return bundle.decode(z.clone()) if self.invariant else bundle.decode_tiles(z.clone())
 
     def discard(self, job: str) -> None:
         self.jobs.pop(job, None)
         self.plans.pop(job, None)
+        if self.precise:
+            used = {id(state.bundle) for state in self.jobs.values()}
+            self.precise = {m: bundle for m, bundle in self.precise.items() if id(bundle) in used}
 
 
-@contextmanager
-def out_of_memory_refused() -> Iterator[None]:
-    """Raise OutOfMemory, which has an answer of its own, where torch finds no memory on its device."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory from error
+def as_given(job: Job, pixels: np.ndarray) -> np.ndarray:
+    """The picture (H, W, 3), exactly the given one outside the mask."""
+    return np.where(painted(job)[:, :, None], pixels, pixels_of(job)) if job.mask else pixels
 
 
 def warnings(bundle: LatentDiffusion, job: Job):
@@ -167,34 +218,19 @@ def warnings(bundle: LatentDiffusion, job: Job):
             yield f"{name} is longer than the model reads; left out: {shown}"
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a setting; raises ValueError where it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"there is no device {name}; {torch.cuda.device_count()} CUDA devices are visible")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of a setting; auto is the fast one of the device."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.float16
-    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices itself (AMX or AVX512-BF16)."""
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    probes = (getattr(torch.cpu, name, None) for name in names)
-    return any(probe is not None and probe() for probe in probes)
-
-
 def build(settings: Settings, paths: Mapping[str, Path]) -> TorchRunner:
-    """A runner with no model loaded yet. Raises ValueError for a device that is not there."""
+    """A runner with as many models loaded as fit, the first at least.
+
+    Raises CheckpointError, or ValueError for a device that is not there.
+    """
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    return TorchRunner(Registry(paths, lambda path: load(path, device, dtype)), settings.buckets)
+    fix_arithmetic(settings.threads, settings.invariant)
+    registry = Registry(
+        paths,
+        lambda path: load(path, device, dtype),
+        lambda spec: weights_in(spec) * dtype.itemsize,
+        settings.model_memory,
+    )
+    registry.load_all()
+    return TorchRunner(registry, settings.buckets, settings.invariant, settings.step_memory, device)

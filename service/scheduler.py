@@ -174,6 +174,11 @@ class Scheduler:
         """Jobs that have had no step yet."""
         return len(self._jobs) - self._begun
 
+    @property
+    def work(self) -> float:
+        """Work left of all jobs."""
+        return sum(job.work for job in self._jobs.values())
+
     def limit(self, group: Hashable, rows: int | None) -> None:
         """Allow a group's calls at most so many rows from now on (None: max_rows), and never over max_rows.
 

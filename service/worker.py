@@ -15,6 +15,7 @@ from typing import Any
 from models.configs import CheckpointError
 from service import messages
 from service.engine import Engine
+from service.faults import FaultyRunner
 from service.job import Done, Event, Job, Previewed
 from service.registry import locate_all
 from service.settings import Settings, read_settings
@@ -93,13 +94,16 @@ def drain(inbox: queue.SimpleQueue, engine: Engine) -> None:
 
 
 def load(settings: Settings, link: Link) -> Engine:
-    """The engine with all models loaded, after saying what they are.
+    """The engine with as many models loaded as fit, after saying what all are.
 
     Raises CheckpointError or ValueError for a checkpoint, device or setting that another try does not change.
     """
     from service.runner import build  # torch: seconds, during which the beat goes on
 
     runner = build(settings, locate_all(settings.model))
+    if settings.faults:
+        log.warning("this worker breaks on request: %s", ",".join(map(str, settings.faults)))
+        runner = FaultyRunner(runner, settings.faults)
     link.send({"kind": "Ready", "specs": [spec.to_dict() for spec in runner.specs.values()]})
     return Engine(runner, link.emit, settings.max_rows, settings.decode_chunk)
 

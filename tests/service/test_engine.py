@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine import Engine
-from service.errors import NonFinite
-from service.job import Cancelled, Done, Failed, ImageKey, Job, Shape, Stepped
+from service.engine import TELL_SECONDS, Call, Engine, Preview
+from service.errors import NonFinite, OutOfMemory
+from service.job import (
+    Cancelled,
+    Done,
+    Failed,
+    ImageKey,
+    Job,
+    Previewed,
+    Shape,
+    Started,
+    Stepped,
+    Waiting,
+)
+from service.memory import Use
 
 
 def make_job(name: str, **changes) -> Job:
@@ -21,51 +35,119 @@ def make_job(name: str, **changes) -> Job:
     return Job(id=name, **(fields | changes))
 
 
-class CountingRunner:
-    """Counts steps; a prompt says where its job breaks."""
+class Clock:
+    """Seconds that pass only when told to."""
 
     def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class CountingRunner:
+    """Counts steps; a prompt says where its job breaks. holds: rows that a call can have; rooms: models."""
+
+    def __init__(
+        self, buckets: Sequence[int] = (8,), clock: Clock | None = None, holds: int = 1024, rooms: int = 9
+    ) -> None:
+        self.buckets = tuple(buckets)
+        self.clock = clock or Clock()
+        self.holds = holds
+        self.rooms = rooms
+        self.loaded: list[str] = []
         self.steps: Counter[ImageKey] = Counter()
+        self.shaped: dict[str, bool] = {}  # job -> precise
         self.held: dict[str, Job] = {}
+        self.measures = False
 
-    def shape(self, job: Job) -> Shape:
+    def shape(self, job: Job, precise: bool = False) -> Shape:
         self.break_at("shape", job)
-        return Shape((job.width,), job.steps, 1.0)
+        self.shaped[job.id] = precise
+        return Shape((job.model, job.width, precise), job.steps, 1.0)
 
-    def start(self, job: Job) -> tuple[str, ...]:
+    def ready(self, job: Job, busy: Collection[str]) -> bool:
+        self.break_at("load", job)
+        if job.model not in self.loaded:
+            kept = [model for model in self.loaded if model in busy]
+            if len(kept) >= self.rooms:
+                return False
+            self.loaded = [*kept, job.model]
+        return True
+
+    def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
+        assert self.shaped[job.id] == precise
+        assert job.model in self.loaded
         self.break_at("start", job)
         self.held[job.id] = job
+        for index in range(job.n):
+            self.steps.pop(ImageKey(job.id, index), None)
         return ()
 
-    def step(self, keys: Sequence[ImageKey]) -> int:
-        for key in keys:
-            self.break_at("step", self.held[key.job])
-        assert len({self.held[key.job].width for key in keys}) == 1
+    def step(self, keys: Sequence[ImageKey]) -> Call:
+        jobs = {key.job: self.held[key.job] for key in keys}
+        rows = sum(jobs[key.job].rows for key in keys)
+        size = next((size for size in self.buckets if size >= rows), rows)
+        self.clock.now += 0.01
+        for job in jobs.values():
+            self.break_at("step", job)
+        if (len(keys) > 1 and size > self.holds) or any(job.prompt == "oom" for job in jobs.values()):
+            raise OutOfMemory
+        assert len({(job.model, job.width, self.shaped[job.id]) for job in jobs.values()}) == 1
+        assert all(job.model in self.loaded for job in jobs.values())
+        self.clock.now += 0.01 * rows
         self.steps.update(keys)
-        return sum(self.held[key.job].rows for key in keys)
+        return Call(size, tuple(name for name, job in jobs.items() if self.is_broken(job)), self.use(size))
+
+    def is_broken(self, job: Job) -> bool:
+        return job.prompt == "broken" or (job.prompt == "wobbly" and not self.shaped[job.id])
+
+    def use(self, size: int) -> Use | None:
+        """A row takes 90 bytes."""
+        return Use(size, 90 * size, 100 * self.holds) if self.measures else None
+
+    def preview(self, key: ImageKey) -> Preview:
+        self.break_at("preview", self.held[key.job])
+        return Preview(1, 1, b"abc")
 
     def finish(self, key: ImageKey) -> bytes:
+        self.clock.now += 0.05
         self.break_at("finish", self.held[key.job])
         assert self.steps[key] == self.held[key.job].steps
         return b"%d" % (self.held[key.job].seed + key.index)
 
     def discard(self, job: str) -> None:
         self.held.pop(job, None)
+        self.shaped.pop(job, None)
 
     def break_at(self, where: str, job: Job) -> None:
         if job.prompt == where:
             raise NonFinite if where == "finish" else RuntimeError("as asked")
 
 
-def run(jobs: Sequence[Job], max_rows: int = 8) -> tuple[list, CountingRunner]:
+def engine_on(runner: CountingRunner, decode_chunk: int = 100) -> tuple[Engine, list]:
     events: list = []
-    runner = CountingRunner()
-    engine = Engine(runner, events.append, max_rows, decode_chunk=2)
+    return Engine(runner, events.append, runner.buckets[-1], decode_chunk, runner.clock), events
+
+
+def run(jobs: Sequence[Job], max_rows: int = 8, **of_runner) -> tuple[list, CountingRunner]:
+    runner = CountingRunner((max_rows,), **of_runner)
+    engine, events = engine_on(runner)
     for job in jobs:
         engine.submit(job)
     while engine.busy:
         engine.tick()
     return events, runner
+
+
+def of(events: Sequence, kind: type) -> list:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def outcomes(events: Sequence) -> dict[str, str]:
+    """Job -> done, cancelled or the code of its failure."""
+    ends = of(events, Done | Failed | Cancelled)
+    return {end.job: end.code if isinstance(end, Failed) else type(end).__name__.lower() for end in ends}
 
 
 def test_images_come_back_in_the_order_of_their_seeds():
@@ -93,8 +175,7 @@ def test_a_picture_of_non_finite_numbers_is_an_error():
 
 
 def test_a_cancelled_job_is_out_of_the_next_call():
-    events: list = []
-    engine = Engine(CountingRunner(), events.append, 8, 2)
+    engine, events = engine_on(CountingRunner())
     engine.submit(make_job("a", steps=100))
     engine.submit(make_job("b", steps=100))
     engine.tick()
@@ -104,38 +185,225 @@ def test_a_cancelled_job_is_out_of_the_next_call():
     assert Cancelled("a") in events
 
 
+def test_what_does_not_fit_is_split_and_calls_stay_small_for_a_while():
+    engine, events = engine_on(CountingRunner((2, 4, 8), holds=4))
+    for i in range(8):
+        engine.submit(make_job(str(i), steps=4, guidance_scale=1.0))
+    while engine.busy:
+        engine.tick()
+    assert set(outcomes(events).values()) == {"done"}
+    rows = [event.rows for event in of(events, Stepped)]
+    assert rows[1:4] == [4, 4, 4], "8 in two halves, and no 8 again"
+    assert max(rows) == 4
+
+
+def test_a_job_that_does_not_fit_alone_is_refused_and_its_neighbours_are_made():
+    jobs = [make_job(str(i)) for i in range(3)] + [make_job("poison", prompt="oom")]
+    events, _ = run(jobs)
+    assert outcomes(events) == {"0": "done", "1": "done", "2": "done", "poison": "out_of_memory"}
+
+
+def test_a_new_group_begins_small_and_grows_as_far_as_what_its_rows_take():
+    runner = CountingRunner((2, 4, 8, 16), holds=8)
+    runner.measures = True
+    engine, events = engine_on(runner)
+    for i in range(16):
+        engine.submit(make_job(str(i), steps=3, guidance_scale=1.0))
+    while engine.busy:
+        engine.tick()
+    rows = [event.rows for event in of(events, Stepped)]
+    assert rows[0] == 2
+    assert max(rows) == 8
+    assert set(outcomes(events).values()) == {"done"}
+
+
+def test_a_job_with_numbers_that_are_none_runs_again_alone_and_in_float32():
+    events, _ = run([make_job("good"), make_job("bad", prompt="broken"), make_job("so-so", prompt="wobbly")])
+    assert outcomes(events) == {"good": "done", "bad": "non_finite", "so-so": "done"}
+    assert sorted(event.job for event in of(events, Started)) == ["bad", "good", "so-so"]
+    steps = [dict(event.jobs)["so-so"] for event in of(events, Stepped) if "so-so" in dict(event.jobs)]
+    assert steps == sorted(steps), "a job does not go back"
+
+
+def test_waiting_jobs_are_told_where_they_stand_and_when_they_end():
+    engine, events = engine_on(CountingRunner((2,)))
+    engine.submit(make_job("a", steps=3))
+    engine.tick()
+    assert not of(events, Waiting), "nobody waits"
+    engine.submit(make_job("b", steps=10))
+    engine.submit(make_job("c", steps=20))
+    engine.tick()
+    pace = (0.01 + 0.02) / 2  # of the fake's steps, for one row
+    (told,) = of(events, Waiting)
+    assert [place[:2] for place in told.places] == [("b", 1), ("c", 2)]
+    assert told.places[0][2] == pytest.approx(pace * 2 * (2 + 10))
+    assert told.places[1][2] == pytest.approx(pace * 2 * (2 + 10 + 20))
+    while engine.busy:
+        engine.tick()
+    assert len(of(events, Waiting)) <= 1 + engine.clock() / TELL_SECONDS
+
+
+def test_previews_come_as_often_as_asked_and_their_failure_is_none_of_the_job():
+    jobs = [make_job("a", steps=5, preview_every=2, n=2), make_job("b", prompt="preview", preview_every=1)]
+    events, _ = run(jobs)
+    assert [(e.job, e.index, e.step) for e in of(events, Previewed)] == [
+        ("a", 0, 2), ("a", 1, 2), ("a", 0, 4), ("a", 1, 4),
+    ]  # fmt: skip
+    assert outcomes(events) == {"a": "done", "b": "done"}
+
+
+def test_pictures_are_decoded_between_steps_in_about_as_much_time():
+    """A step takes 0.03 s, a picture 0.05: running jobs are never held up for two pictures in a row."""
+    runner = CountingRunner((12,))
+    engine, events = engine_on(runner)
+    engine.submit(make_job("many", steps=1, guidance_scale=1.0, n=10))
+    engine.submit(make_job("long", steps=40))
+    times: list[float] = []
+    while engine.busy:
+        engine.tick()
+        times.append(runner.clock())
+    assert max(b - a for a, b in pairwise(times)) < 0.15 + 2 * 0.05
+    assert events.index(of(events, Done)[0]) < events.index(of(events, Stepped)[30])
+
+
+def test_models_that_do_not_fit_together_take_turns_and_nobody_starves():
+    runner = CountingRunner((4,), rooms=1)
+    engine, events = engine_on(runner)
+    engine.submit(make_job("first", model="m", steps=50))
+    engine.tick()
+    engine.submit(make_job("other", model="k", steps=5))
+    for i in range(2000):
+        if "other" in outcomes(events):
+            break
+        engine.submit(make_job(f"more {i}", model="m", steps=50))  # a stream that alone would never end
+        for _ in range(5):
+            engine.tick()
+    assert outcomes(events)["other"] == "done"
+    while engine.busy:
+        engine.tick()
+    assert set(outcomes(events).values()) == {"done"}
+
+
 jobs = st.builds(
     dict,
+    model=st.sampled_from("mk"),
     steps=st.integers(1, 6),
     n=st.integers(1, 4),
     guidance_scale=st.sampled_from([0.0, 1.0, 4.0]),
     width=st.sampled_from([8, 16]),
     priority=st.integers(0, 2),
-    prompt=st.sampled_from(["fine"] * 6 + ["shape", "start", "step", "finish"]),
+    preview_every=st.integers(0, 2),
+    prompt=st.sampled_from(
+        ["fine"] * 10 + ["shape", "load", "start", "step", "finish", "preview", "oom", "broken", "wobbly"]
+    ),
 )
-moves = st.lists(st.one_of(jobs, st.integers(0, 20), st.none()), max_size=40)  # submit, cancel, tick
+moves = st.lists(
+    st.one_of(jobs, jobs, st.integers(0, 20), st.none(), st.none(), st.floats(0.01, 1), st.just("crash")),
+    max_size=40,
+)  # submit, cancel, tick, submit with a deadline, crash
+FINE = ("fine", "preview", "wobbly")
+CODES = {"oom": "out_of_memory", "broken": "non_finite", "finish": "non_finite"}
 
 
-@given(moves=moves, max_rows=st.integers(2, 9))
-def test_every_job_ends_exactly_once(moves, max_rows):
-    events: list = []
-    runner = CountingRunner()
-    engine = Engine(runner, events.append, max_rows, decode_chunk=2)
-    submitted: dict[str, dict] = {}
+class History:
+    """Engines one after the other, as a supervisor has them, and all they said."""
+
+    def __init__(self, buckets: Sequence[int], holds: int, rooms: int, measures: bool) -> None:
+        self.setting = buckets, holds, rooms, measures
+        self.clock = Clock()
+        self.jobs: dict[str, Job] = {}
+        self.deadlines: dict[str, float] = {}
+        self.ends: Counter[str] = Counter()
+        self.begin()
+
+    def begin(self) -> None:
+        """A new engine gets every job that has no end."""
+        buckets, holds, rooms, measures = self.setting
+        self.runner = CountingRunner(buckets, self.clock, holds, rooms)
+        self.runner.measures = measures
+        self.engine, self.events = engine_on(self.runner, decode_chunk=2)
+        for job in self.jobs.values():
+            if not self.ends[job.id]:
+                self.engine.submit(job)
+
+    def crash(self) -> None:
+        self.check()
+        self.begin()
+
+    def submit(self, fields: dict, patience: float = 1e9) -> None:
+        job = make_job(str(len(self.jobs)), **fields)
+        self.jobs[job.id] = job
+        self.deadlines[job.id] = self.clock() + patience
+        self.engine.submit(job)
+
+    def tick(self) -> None:
+        for job, deadline in self.deadlines.items():
+            if self.clock() > deadline:
+                self.engine.cancel(job)
+        self.engine.tick()
+
+    def check(self) -> None:
+        """The events of each job of this life are in order; counts its end."""
+        for job in self.jobs.values():
+            mine = [event for event in self.events if concerns(event, job.id)]
+            names = [type(event).__name__ for event in mine]
+            waiting = [i for i, name in enumerate(names) if name == "Waiting"]
+            started = [i for i, name in enumerate(names) if name == "Started"]
+            worked = [i for i, name in enumerate(names) if name in ("Stepped", "Previewed")]
+            ended = [i for i, name in enumerate(names) if name in ("Done", "Failed", "Cancelled")]
+            assert len(started) <= 1
+            assert len(ended) <= 1
+            assert waiting + started + worked + ended == list(range(len(mine))), names
+            steps = [dict(event.jobs)[job.id] for event in mine if isinstance(event, Stepped)]
+            assert steps == sorted(steps)
+            self.ends[job.id] += len(ended)
+            assert self.ends[job.id] <= 1
+            self.check_end(job, mine)
+
+    def check_end(self, job: Job, mine: list) -> None:
+        if isinstance(end := mine[-1] if mine else None, Done):
+            assert job.prompt in FINE
+            assert end.pictures == tuple(b"%d" % (job.seed + i) for i in range(job.n))
+        elif isinstance(end, Failed):
+            assert job.prompt not in FINE
+            assert end.code == CODES.get(job.prompt, "job_failed")
+
+
+def concerns(event, job: str) -> bool:
+    if isinstance(event, Waiting):
+        return any(name == job for name, _, _ in event.places)
+    return any(name == job for name, _ in event.jobs) if isinstance(event, Stepped) else event.job == job
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    moves=moves,
+    buckets=st.sampled_from([(2,), (2, 4, 8), (3, 9)]),
+    holds=st.integers(1, 9),
+    rooms=st.integers(1, 2),
+    measures=st.booleans(),
+)
+def test_every_job_ends_exactly_once(moves, buckets, holds, rooms, measures):
+    history = History(buckets, holds, rooms, measures)
     for move in moves:
         if isinstance(move, dict):
-            name = str(len(submitted))
-            submitted[name] = move
-            engine.submit(make_job(name, **move))
+            history.submit(move)
+        elif move == "crash":
+            history.crash()
         elif isinstance(move, int):
-            engine.cancel(str(move))
+            history.engine.cancel(str(move))
+        elif isinstance(move, float):
+            history.submit({"steps": 6, "prompt": "fine"}, patience=move)
         else:
-            engine.tick()
-    while engine.busy:
-        engine.tick()
-    ends = [event for event in events if isinstance(event, Done | Failed | Cancelled)]
-    assert sorted(event.job for event in ends) == sorted(submitted)
-    assert all(submitted[event.job]["prompt"] == "fine" for event in ends if isinstance(event, Done))
-    assert not runner.held
-    assert not len(engine.scheduler)
-    assert all(event.rows <= max_rows for event in events if isinstance(event, Stepped))
+            history.tick()
+    for _ in range(5000):
+        if not history.engine.busy:
+            break
+        history.tick()
+    history.check()
+    assert all(history.ends[job] == 1 for job in history.jobs)
+    engine, runner = history.engine, history.runner
+    left = (engine.jobs, engine.door, engine.models, engine.latents, engine.scheduler)
+    assert not any(map(len, (*left, runner.held, runner.shaped)))
+    most = max(buckets[-1], 2)
+    assert all(event.rows <= most for event in history.events if isinstance(event, Stepped))

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from models.checkpoint import load
-from service import runner as module
-from service.errors import OutOfMemory
+from models.samplers import plan, step
+from service import batch
+from service.errors import NonFinite, OutOfMemory
 from service.job import ImageKey, Job
 from service.registry import Registry
 from service.runner import TorchRunner
 from tests.service.test_engine import make_job
+from tests.tiny import tiny_model
 
 KEY = ImageKey("a", 0)
 
 
 @pytest.fixture
 def runner(tiny: Path) -> TorchRunner:
-    return TorchRunner(Registry({"m": tiny}, load), buckets=(2, 4))
+    return runner_on(tiny)
+
+
+def runner_on(tiny: Path, dtype: torch.dtype = torch.float32) -> TorchRunner:
+    return TorchRunner(Registry({"m": tiny}, lambda path: load(path, dtype=dtype)), buckets=(2, 4, 8))
 
 
 def tiny_job(**changes) -> Job:
@@ -34,7 +41,7 @@ def begin(runner: TorchRunner, job: Job) -> None:
 
 def made(runner: TorchRunner, job: Job) -> bytes:
     """The first picture of a job that has begun, whatever steps it has behind it."""
-    while runner.jobs[job.id].images[0].done < job.steps:
+    while runner.jobs[job.id].images[0].done < len(runner.plans[job.id][0]):
         runner.step([KEY])
     return runner.finish(KEY)
 
@@ -49,7 +56,7 @@ def test_a_step_that_failed_draws_the_same_noise_again(runner, monkeypatch):
     expected = made(runner, job)
     begin(runner, job)
     with monkeypatch.context() as failing:
-        failing.setattr(module, "step", out_of_memory)
+        failing.setattr(batch, "step", out_of_memory)
         with pytest.raises(OutOfMemory):
             runner.step([KEY])
     assert made(runner, job) == expected
@@ -64,3 +71,206 @@ def test_no_memory_for_the_text_or_the_picture_is_an_error_of_its_own(runner, mo
     monkeypatch.setattr(runner.registry["m"], "conditioner", out_of_memory)
     with pytest.raises(OutOfMemory):
         runner.start(job)
+
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+MASK = np.zeros((64, 64), np.uint8)
+MASK[20:41, 30:50] = 255
+
+
+def picture_job(name: str = "a", **changes) -> Job:
+    return make_job(name, **({"width": 64, "height": 64, "steps": 3, "image": PICTURE.tobytes()} | changes))
+
+
+def pixels(runner: TorchRunner, job: Job) -> np.ndarray:
+    begin(runner, job)
+    return np.frombuffer(made(runner, job), np.uint8).reshape(64, 64, 3)
+
+
+def test_a_run_from_a_picture_starts_from_its_noised_latent_and_is_that_of_the_same_arithmetic(runner):
+    job = picture_job(strength=0.7, guidance_scale=1.0, seed=5)
+    bundle = runner.registry["m"]
+    with torch.inference_mode():
+        x = torch.from_numpy(PICTURE).permute(2, 0, 1)[None] / 127.5 - 1
+        line = plan(bundle.schedule, "ddim", 3, 0.0, 0.7)
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+        x = line.start[0] * bundle.encode(x) + line.start[1] * noise
+        context = bundle.conditioner([job.prompt])
+        for row in torch.from_numpy(line.lines):
+            x = step(x, bundle.denoiser(x, row[:1], context), row[None])
+        expected = (bundle.decode(x)[0].clamp(-1, 1) + 1) * 127.5
+    difference = pixels(runner, job) - expected.permute(1, 2, 0).numpy()
+    assert len(line) == 2
+    assert np.abs(difference).max() < 1
+
+
+def test_outside_the_mask_every_pixel_is_the_given_one_and_inside_it_is_not(runner):
+    out = pixels(runner, picture_job(mask=MASK.tobytes()))
+    assert (out[MASK == 0] == PICTURE[MASK == 0]).all()
+    assert (out[MASK > 0] != PICTURE[MASK > 0]).any(axis=-1).mean() > 0.9
+
+
+def test_a_latent_cell_is_free_where_any_of_its_pixels_is(runner):
+    begin(runner, picture_job(mask=MASK.tobytes()))
+    mask = runner.jobs["a"].mask[0]
+    assert mask.nonzero().min(0).values.tolist() == [2, 3]
+    assert mask.nonzero().max(0).values.tolist() == [5, 6]
+    assert mask.sum() == 4 * 4
+
+
+def test_the_known_latent_stays_as_it_is(runner):
+    job = picture_job(mask=MASK.tobytes(), eta=1.0)
+    begin(runner, job)
+    made(runner, job)
+    state = runner.jobs["a"]
+    assert torch.equal(state.images[0].x[:, 0, 0], state.z[:, 0, 0])
+
+
+def test_a_picture_is_encoded_once_a_job(runner, monkeypatch):
+    calls = []
+    bundle = runner.registry["m"]
+    monkeypatch.setattr(bundle, "encode", lambda x: calls.append(x) or torch.zeros(1, 4, 8, 8))
+    begin(runner, picture_job(n=3))
+    assert len(calls) == 1
+
+
+def test_all_tasks_share_one_call_and_none_changes_another(runner):
+    jobs = [
+        make_job("a", width=64, height=64, steps=3, eta=0.5),
+        picture_job("b", strength=1.0, guidance_scale=1.0),
+        picture_job("c", mask=MASK.tobytes(), steps=4, eta=1.0),
+    ]
+    for job in jobs:
+        begin(runner, job)
+    while running := [job for job in jobs if left(runner, job)]:
+        runner.step([ImageKey(job.id, 0) for job in running])
+    together = [runner.finish(ImageKey(job.id, 0)) for job in jobs]
+    for job, picture in zip(jobs, together, strict=True):
+        alone = TorchRunner(runner.registry, runner.buckets)
+        begin(alone, job)
+        while left(alone, job):
+            alone.step([ImageKey(job.id, 0)])
+        assert psnr(alone.finish(ImageKey(job.id, 0)), picture) > 40
+
+
+def left(runner: TorchRunner, job: Job) -> int:
+    return len(runner.plans[job.id][0]) - runner.jobs[job.id].images[0].done
+
+
+def psnr(a: bytes, b: bytes) -> float:
+    x, y = (np.frombuffer(pixels, np.uint8).astype(float) for pixels in (a, b))
+    error = np.mean((x - y) ** 2)
+    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
+
+
+class Scarce:
+    """A UNet that has memory for so many rows."""
+
+    def __init__(self, denoiser, rows: int) -> None:
+        self.denoiser, self.rows, self.calls = denoiser, rows, []
+
+    def __call__(self, x, t, context):
+        self.calls.append(len(x))
+        if len(x) > self.rows:
+            raise torch.OutOfMemoryError("no memory")
+        return self.denoiser(x, t, context)
+
+
+def test_a_guided_image_that_does_not_fit_goes_row_by_row(runner, monkeypatch):
+    job = tiny_job()
+    begin(runner, job)
+    expected = made(runner, job)
+    bundle = runner.registry["m"]
+    scarce = Scarce(bundle.denoiser, 1)
+    monkeypatch.setattr(bundle, "denoiser", scarce)
+    begin(runner, job)
+    assert psnr(made(runner, job), expected) > 40
+    assert scarce.calls == [2, 1, 1] * 3
+    scarce.rows = 0
+    begin(runner, job)
+    with pytest.raises(OutOfMemory):
+        runner.step([KEY])
+
+
+def test_a_picture_that_does_not_fit_in_memory_is_decoded_in_tiles(runner, monkeypatch):
+    job = make_job("a", width=384, height=128, steps=1)  # 16 x 48 cells
+    begin(runner, job)
+    runner.step([KEY])
+    bundle, decode, sizes = runner.registry["m"], runner.registry["m"].decode, []
+
+    def scarce(z):
+        sizes.append(z.shape[-1])
+        return decode(z) if z.shape[-1] <= 32 else out_of_memory()
+
+    monkeypatch.setattr(bundle, "decode", scarce)
+    assert len(runner.finish(KEY)) == 384 * 128 * 3
+    assert sizes == [48, 32, 32]
+
+
+def test_tiles_cover_every_pixel_once_in_sum():
+    bundle = tiny_model()
+    bundle.decode = lambda z: z.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :3]
+    z = torch.randn(1, 4, 20, 37)
+    assert torch.allclose(bundle.decode_tiles(z, 16), bundle.decode(z), atol=1e-5)
+
+
+def test_numbers_that_are_none_are_reported_of_their_job_alone(runner):
+    jobs = [make_job(name, width=64, height=64, steps=3) for name in "ab"]
+    for job in jobs:
+        begin(runner, job)
+    runner.jobs["b"].images[0].x = torch.full((4, 8, 8), torch.nan)
+    assert runner.step([ImageKey(job.id, 0) for job in jobs]).broken == ("b",)
+    assert torch.isfinite(runner.jobs["a"].images[0].x).all()
+
+
+def test_a_precise_run_of_a_16_bit_model_is_in_float32_and_leaves_no_copy(tiny):
+    runner, exact = runner_on(tiny, torch.bfloat16), runner_on(tiny)
+    job = tiny_job()
+    assert exact.shape(job, precise=True) == runner.shape(job, precise=True) != runner.shape(job)
+    runner.shape(job, precise=True)
+    runner.start(job, precise=True)
+    assert runner.jobs["a"].bundle.unet.dtype == torch.float32
+    assert runner.registry["m"].unet.dtype == torch.bfloat16
+    made(runner, job)
+    runner.discard("a")
+    assert not runner.precise
+
+
+def test_a_picture_that_overflows_16_bits_is_decoded_again_in_float32(tiny):
+    runner = runner_on(tiny, torch.float16)
+    decoder = runner.registry["m"].autoencoder.decoder
+    decoder.conv_in.weight.mul_(3e4)  # the norm right after it makes up for that, where it is not infinite
+    decoder.conv_in.bias.mul_(3e4)
+    job = tiny_job()
+    begin(runner, job)
+    runner.jobs["a"].images[0].x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert not torch.isfinite(runner.registry["m"].decode(runner.jobs["a"].images[0].x[None])).all()
+    assert len(set(runner.finish(KEY))) > 10
+
+
+def test_a_picture_of_numbers_that_are_none_is_refused(runner):
+    begin(runner, tiny_job())
+    runner.jobs["a"].images[0].x = torch.full((4, 8, 8), torch.inf)
+    with pytest.raises(NonFinite):
+        runner.finish(KEY)
+
+
+def test_memory_is_measured_only_when_a_call_has_more_rows_than_any_before(runner):
+    jobs = [make_job(name, width=64, height=64, steps=9) for name in "abc"]
+    for job in jobs:
+        begin(runner, job)
+    keys = [ImageKey(job.id, 0) for job in jobs]
+    uses = [runner.step(keys[:count]).use for count in (1, 1, 3, 2, 3)]
+    if uses[0] is None:
+        pytest.skip("this system does not tell")
+    assert [use and use.rows for use in uses] == [2, None, 8, None, None]
+    assert uses[0].room > 2**20
+
+
+def test_a_preview_is_a_small_picture_of_what_the_run_expects(runner):
+    job = tiny_job(preview_every=1)
+    begin(runner, job)
+    runner.step([KEY])
+    preview = runner.preview(KEY)
+    assert (preview.width, preview.height, len(preview.pixels)) == (8, 8, 8 * 8 * 3)
+    assert len(runner.projections) == 1

@@ -1,0 +1,139 @@
+"""What is held of jobs on the device, and one step of any mix of their images in one UNet call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from models.denoiser import guide
+from models.latent_diffusion import LatentDiffusion
+from models.samplers import Plan, keep, step
+from service.job import Job
+
+
+@dataclass
+class ImageState:
+    """One image between two UNet calls."""
+
+    x: Tensor  # (C, h, w) float32, on the device
+    generator: torch.Generator  # on the CPU, so that a seed means the same everywhere
+    first: Tensor | None  # (C, h, w), the noise that it started from, where a mask keeps asking for it
+    done: int = 0  # lines of the plan behind it
+    noise: Tensor | None = None  # drawn for the next line; a call that fails and runs again draws no other
+    x_0: Tensor | None = None  # (C, h, w), what the last step took x for without its noise; for previews
+
+
+@dataclass
+class JobState:
+    """What a job's images share, and the images."""
+
+    job: Job
+    bundle: LatentDiffusion
+    plan: Plan
+    contexts: Tensor  # (1 or 2, L, C): null context first where guidance needs both
+    z: Tensor | None  # (C, h, w), the given picture's latent
+    mask: Tensor | None  # (1, h, w), 1 where the run may paint
+    images: list[ImageState]
+
+    def previews(self, image: ImageState) -> bool:
+        """Whether the image is to be shown after its next step."""
+        every = self.job.preview_every
+        return bool(every) and (image.done + 1) % every == 0
+
+
+def pixels_of(job: Job) -> np.ndarray:
+    """The job's own picture: (H, W, 3) uint8."""
+    return np.frombuffer(job.image, np.uint8).reshape(job.height, job.width, 3)
+
+
+def painted(job: Job) -> np.ndarray:
+    """(H, W) bool: where the job's picture is painted anew."""
+    return np.frombuffer(job.mask, np.uint8).reshape(job.height, job.width) >= 128
+
+
+def encode(bundle: LatentDiffusion, job: Job, device: torch.device) -> Tensor:
+    """The job's own picture as a scaled latent (C, h, w)."""
+    x = torch.from_numpy(pixels_of(job).copy()).to(device, torch.float32).permute(2, 0, 1) / 127.5 - 1
+    return bundle.encode(x[None].contiguous())[0]
+
+
+def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:
+    """(1, h, w): 1 where any of the pixels that a cell covers is painted anew."""
+    return max_pool2d(torch.from_numpy(painted(job)).float()[None], factor).to(device)
+
+
+def advance(states: Sequence[JobState], images: Sequence[ImageState], size: int) -> Tensor:
+    """x (I, C, h, w) of I images of one group after their next step, from UNet calls of `size` rows.
+
+    All rows share one call where size is as large; every row is at its own timestep of its own plan.
+    """
+    x = torch.stack([image.x for image in images])  # (I, C, h, w)
+    taken = [state.plan.lines[image.done] for state, image in zip(states, images, strict=True)]
+    table = torch.from_numpy(np.stack(taken))  # (I, 7) float64
+    lines = table.to(x.device, torch.float32)  # (I, 7)
+    eps = predict(states, x, lines, size)
+    x_next = step(x, eps, lines, draw(images, table))
+    look_ahead(states, images, x, eps)
+    return keep_known(states, images, x_next, lines)
+
+
+def predict(states: Sequence[JobState], x: Tensor, lines: Tensor, size: int) -> Tensor:
+    """Guided eps (I, C, h, w), float32; x: (I, C, h, w)."""
+    rows = [index for index, state in enumerate(states) for _ in state.contexts]  # row -> image
+    last = torch.tensor(rows).bincount().cumsum(0) - 1  # each image's conditional row
+    first = last - torch.tensor([len(state.contexts) - 1 for state in states])  # no guidance: the same
+    contexts = torch.cat([state.contexts for state in states])  # (R, L, C)
+    calls = [
+        call(states[0].bundle, x, lines, rows[begin : begin + size], contexts[begin : begin + size], size)
+        for begin in range(0, len(rows), size)
+    ]
+    eps = torch.cat(calls)  # (R, C, h, w)
+    scale = torch.tensor([state.job.guidance_scale for state in states]).to(x.device, torch.float32)
+    return guide(eps[first.to(x.device)], eps[last.to(x.device)], scale)
+
+
+def call(bundle: LatentDiffusion, x: Tensor, lines: Tensor, rows: list[int], contexts: Tensor, size: int):
+    """THE UNet call: eps of some rows, padded to `size` with copies of the first."""
+    padding = size - len(rows)
+    index = torch.tensor(rows + rows[:1] * padding, device=x.device)
+    contexts = torch.cat([contexts, contexts[:1].expand(padding, -1, -1)])
+    x, lines = x[index], lines[index]  # (size, C, h, w), (size, 7)
+    return bundle.denoiser(x * lines[:, 1, None, None, None], lines[:, 0], contexts)[: len(rows)]
+
+
+def draw(images: Sequence[ImageState], table: Tensor) -> Tensor | None:
+    """One draw from each image's generator whose line asks for it: (I, C, h, w); None if none does."""
+    asks = (table[:, 4] != 0).tolist()
+    if not any(asks):
+        return None
+    for image, ask in zip(images, asks, strict=True):
+        if ask and image.noise is None:
+            image.noise = torch.randn(image.x.shape, generator=image.generator)
+    none = torch.zeros(images[0].x.shape)
+    draws = [image.noise if ask else none for image, ask in zip(images, asks, strict=True)]
+    return torch.stack(draws).to(images[0].x.device)
+
+
+def keep_known(states: Sequence[JobState], images: Sequence[ImageState], x: Tensor, lines: Tensor) -> Tensor:
+    """Put back what is known in the images that have a mask."""
+    masked = [index for index, state in enumerate(states) if state.mask is not None]
+    if not masked:
+        return x
+    z = torch.stack([states[index].z for index in masked])
+    noise = torch.stack([images[index].first for index in masked])
+    mask = torch.stack([states[index].mask for index in masked])
+    index = torch.tensor(masked, device=x.device)
+    return x.index_copy(0, index, keep(x[index], z, noise, mask, lines[index]))
+
+
+def look_ahead(states: Sequence[JobState], images: Sequence[ImageState], x: Tensor, eps: Tensor) -> None:
+    """Note x_0 = (x - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar) of images that are to be shown."""
+    for index, (state, image) in enumerate(zip(states, images, strict=True)):
+        if state.previews(image):
+            ab = float(state.bundle.schedule.alpha_bar[int(state.plan.timesteps[image.done])])
+            image.x_0 = (x[index] - (1 - ab) ** 0.5 * eps[index]) / ab**0.5
