@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from service.supervisor import STARTS
-from tests.conftest import QUEUE_SIZE, ROOT, Server, wait_until
+from tests.conftest import PATIENCE, QUEUE_SIZE, ROOT, Server, wait_until
 
 MIXED = [
     {"prompt": f"picture {i}", "steps": steps, "guidance_scale": 1.0 + i, "seed": 100 + i}
@@ -368,7 +368,7 @@ def test_a_worker_leaves_signals_to_the_service(server):
 
 def test_a_stalled_worker_is_replaced_and_sigterm_drains(start_server):
     body = {"prompt": "p", "steps": 300, "seed": 1}
-    with start_server(LDM_STALL_SECONDS="5") as server, ThreadPoolExecutor(1) as pool:
+    with start_server(LDM_STALL_SECONDS="10") as server, ThreadPoolExecutor(1) as pool:
         (expected,) = alone(server, [body])
         answers = together(server, pool, [body])
         wait_for_running(server, 1)
@@ -387,4 +387,4 @@ def test_a_stalled_worker_is_replaced_and_sigterm_drains(start_server):
         assert server.client.get("/health/live").status_code == 200
         assert not last.done()
         assert last.result().status_code == 200
-        assert server.process.wait(60) == 0
+        assert server.process.wait(PATIENCE) == 0
