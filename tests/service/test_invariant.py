@@ -1,0 +1,86 @@
+"""The same picture in any company: with `invariant` to the last bit, without it to 40 dB."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.checkpoint import load
+from service.device import even
+from service.engine import Engine
+from service.job import Done, Job
+from service.registry import Registry
+from service.runner import TorchRunner
+from tests.service.test_engine import make_job
+from tests.service.test_runner import psnr
+
+SIZES = ((64, 64), (96, 64))  # two groups
+
+
+def random_job(name: str, draw: random.Random) -> Job:
+    width, height = draw.choice(SIZES)
+    blobs = np.random.default_rng(draw.randrange(10**6))
+    fields = {
+        "prompt": draw.choice(["red apple", "", "a cat " * 40]),
+        "steps": draw.randint(1, 4),
+        "guidance_scale": draw.choice([0.0, 1.0, 3.0, 7.5]),
+        "eta": draw.choice([0.0, 0.0, 0.5, 1.0]),
+        "seed": draw.randrange(1000),
+        "n": draw.choice([1, 1, 2]),
+    }
+    if (task := draw.randrange(3)) > 0:
+        fields["image"] = blobs.integers(0, 256, (height, width, 3), np.uint8).tobytes()
+        fields["strength"] = draw.choice([0.5, 1.0])
+    if task == 2:
+        fields["mask"] = (255 * (blobs.random((height, width)) < 0.001).astype(np.uint8)).tobytes()
+    return make_job(name, width=width, height=height, **fields)
+
+
+def pictures(runner: TorchRunner, jobs: Sequence[Job], draw: random.Random) -> dict[str, tuple[bytes, ...]]:
+    """All of them, arriving one after the other at any time."""
+    done: dict[str, tuple[bytes, ...]] = {}
+    engine = Engine(runner, lambda e: isinstance(e, Done) and done.update({e.job: e.pictures}), 8, 4)
+    for job in jobs:
+        engine.submit(job)
+        for _ in range(draw.randrange(3)):
+            engine.tick()
+    while engine.busy:
+        engine.tick()
+    return done
+
+
+@pytest.fixture
+def even_threads():
+    """As fix_arithmetic() has it, and as it was again."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(even(threads))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("even_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("invariant", [True, False])
+def test_random_traffic_gives_the_pictures_of_solo_runs(tiny: Path, dtype, invariant):
+    draw = random.Random(0)
+    registry = Registry({"m": tiny}, lambda path: load(path, dtype=dtype))
+    jobs = [random_job(str(i), draw) for i in range(7)]
+    buckets = (8,) if invariant else (2, 4, 8)
+
+    def runner() -> TorchRunner:  # a new one is what a restarted worker has
+        return TorchRunner(registry, buckets, invariant)
+
+    alone = {job.id: pictures(runner(), [job], draw)[job.id] for job in jobs}
+    together = pictures(runner(), jobs, draw)
+    shuffled = pictures(runner(), draw.sample(jobs, len(jobs)), draw)
+    for company in (together, shuffled):
+        if invariant:
+            assert company == alone
+        else:
+            pairs = [pair for job in jobs for pair in zip(alone[job.id], company[job.id], strict=True)]
+            assert min(psnr(a, b) for a, b in pairs) >= 40
