@@ -84,8 +84,9 @@ class Record:
                 continue
             if state.preview and (shown is None or state.preview is not shown.preview):
                 yield "preview", await asyncio.to_thread(answers.preview_of, self.order, state.preview)
-            if not state.ended and (shown is None or replace(state, preview=shown.preview) != shown):
-                yield "step" if state.stage == "running" else "queued", await self.describe()
+            news = shown is None or replace(state, preview=shown.preview) != shown
+            if news and not self.work.done():  # else the end, below, is the news
+                yield "step" if self.status == "running" else "queued", await self.describe()
             shown = state
         await asyncio.wait({self.work})
         yield self.status, await self.describe()
@@ -96,9 +97,10 @@ class Record:
         while state is None or not state.ended:
             try:
                 state = await asyncio.wait_for(self.progress.after(state), KEEP_ALIVE_SECONDS)
-                yield state
             except TimeoutError:
                 yield None
+            else:
+                yield state
 
 
 @dataclass(frozen=True)

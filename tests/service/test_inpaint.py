@@ -115,3 +115,16 @@ def test_bad_pictures_are_refused_over_http_and_give_their_places_back(server):
     assert error_of(server.client.post("/generate", json=body), 422)["param"] == "init_image"
     assert error_of(server.client.post("/generate", json={"prompt": "p", "strength": 0.5}), 422)
     assert server.health()["jobs"] == 0
+
+
+def test_a_run_from_a_picture_starts_from_it(server):
+    """Little strength stays nearer to the picture than none of it would."""
+    plain = Image.new("RGB", (64, 64), (250, 30, 30))
+    body = {"prompt": "p", "seed": 3, "steps": 10, "init_image": base64_of(plain)}
+    pictures = []
+    for changes in ({"strength": 0.1}, {"strength": 0.1, "seed": 4}, {"strength": 1.0}):
+        answer = server.client.post("/generate", json=body | changes)
+        pictures.append(picture(answer))
+        assert answer.json()["warnings"] == []
+    near, other_seed, far = pictures
+    assert psnr(near, other_seed) > psnr(near, far)

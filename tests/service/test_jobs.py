@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -235,6 +237,30 @@ def test_a_job_is_watched_over_http_and_cancelled_while_it_runs(server):
     wait_for_jobs(server, 0)
     assert server.client.delete(path).json()["status"] == "cancelled"
     assert server.client.get(path).json()["result"] is None
+
+
+def test_a_job_shows_its_picture_on_the_way(server):
+    path = ask(server, LONG | {"n": 2}, preview_every=10).headers["location"]
+    with server.client.stream("GET", path + "/events") as answer:
+        data = next(data for name, data in events_of(answer) if name == "preview")
+    assert data["step"] % 10 == 0
+    opened = Image.open(io.BytesIO(base64.b64decode(data["data"])))
+    assert (opened.format, opened.size) == ("JPEG", (data["width"], data["height"]))
+    server.client.delete(path)
+    wait_for_jobs(server, 0)
+
+
+def test_a_job_that_waits_tells_its_position(server):
+    whole_calls = LONG | {"n": 16}
+    paths = [ask(server, whole_calls).headers["location"] for _ in range(3)]
+    for path, position in zip(paths[1:], (1, 2), strict=True):
+        wait_until(
+            lambda path=path, position=position: server.client.get(path).json()["position"] == position
+        )
+    assert server.client.get(paths[2]).json()["status"] == "queued"
+    for path in paths:
+        server.client.delete(path)
+    wait_for_jobs(server, 0)
 
 
 def test_a_job_that_inpaints(server):

@@ -260,6 +260,7 @@ def test_the_description_names_every_error(server):
     operations = [operation for path in paths.values() for operation in path.values()]
     names = {operation["operationId"] for operation in operations}
     assert names >= {"generate", "inpaint", "list_models", "health", "health_live", "health_ready", "metrics"}
+    assert names >= {"create_job", "read_job", "job_events", "cancel_job"}
     assert all(len(operation["tags"]) == 1 for operation in operations)
     for operation in operations:
         for status, answer in operation["responses"].items():
