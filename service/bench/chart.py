@@ -2,7 +2,7 @@
 
 Bands: each request while it was in the UNet, as high as the rows of a call with all its images; when it
 joined and left comes from the times in its answer, right to about a step. Line: rows per UNet call, the mean
-of the calls between two looks at /metrics. Where bands reach above the line, their requests took turns.
+of the calls that ended between two looks at /metrics. Where bands reach above it, their requests took turns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from service.bench.load import Answer, Run
+from service.bench.load import Answer, Run, intervals
 from service.bench.report import by_task
 
 SCALE = 2  # drawn so much larger, then made smaller: smooth edges
@@ -98,8 +98,8 @@ def draw_rows(draw: ImageDraw.ImageDraw, run: Run) -> None:
     tasks = by_task(run.answers)
     bands = list(stacked([answer for answers in tasks.values() for answer in answers]))
     until = bands[MOST_BANDS][1] if len(bands) > MOST_BANDS else run.seconds
-    looks = [pair for pair in zip(run.samples, run.samples[1:], strict=False) if pair[0].at < until]
-    line = [(at, after.rows_per_call(before)) for before, after in looks for at in (before.at, after.at)]
+    shown = [part for part in intervals(run.samples) if part.begin < until]
+    line = [(at, part.rows) for part in shown for at in (max(part.begin, 0.0), part.end)]
     top = max([low + answer.request.rows for answer, _, low in bands] + [rows for _, rows in line] + [1])
     panel = Panel(draw, (70, 80, 1240, 480), until, top * 1.05)
     part = "" if until == run.seconds else f", the first {until:.0f} of {run.seconds:.0f} s"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -55,6 +55,28 @@ class Sample(NamedTuple):
         calls = self.since(before, "ldm_unet_rows_count")
         return self.since(before, "ldm_unet_rows_sum") / calls if calls else 0.0
 
+    @property
+    def jobs(self) -> float:
+        """Accepted and not answered."""
+        return self.values.get("ldm_jobs_running", 0.0) + self.values.get("ldm_jobs_waiting", 0.0)
+
+
+class Interval(NamedTuple):
+    """From one look at /metrics to a later one, and the mean rows of the UNet calls that ended meanwhile."""
+
+    begin: float
+    end: float
+    rows: float
+
+
+def intervals(samples: Sequence[Sample]) -> Iterator[Interval]:
+    """Without the looks at which a call was still under way; where there was nothing to do, 0 rows."""
+    before = samples[0]
+    for after in samples[1:]:
+        if after.rows_per_call(before) or not after.jobs:
+            yield Interval(before.at, after.at, after.rows_per_call(before))
+            before = after
+
 
 @dataclass
 class Run:
@@ -96,14 +118,13 @@ class Run:
 
     def live(self) -> str:
         """The state in a few words."""
-        before, after = (self.samples[:1] + self.samples)[-2:]
+        values = self.samples[-1].values
+        rows = ([0.0] + [interval.rows for interval in intervals(self.samples)])[-1]
         images = sum(answer.images for answer in self.answers)
         failed = sum(answer.status != "200" for answer in self.answers)
-        jobs = (f"{after.values.get(f'ldm_jobs_{kind}', 0):.0f} {kind}" for kind in ("running", "waiting"))
-        rows = after.rows_per_call(before)
-        return (
-            f"{images / self.now():.2f} images/s, {rows:.1f} rows a call, {', '.join(jobs)}, {failed} failed"
-        )
+        jobs = (f"{values.get(f'ldm_jobs_{kind}', 0):.0f} {kind}" for kind in ("running", "waiting"))
+        speed = f"{images / self.now():.2f} images/s, {rows:.1f} rows a call"
+        return f"{speed}, {', '.join(jobs)}, {failed} failed"
 
 
 def to_answer(request: Request, sent: float, ended: float, response: httpx.Response) -> Answer:

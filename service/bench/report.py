@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from service.bench.load import Answer, Run
+from service.bench.load import Answer, Run, intervals
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 UNET, DECODE = "ldm_step_seconds_sum", "ldm_decode_seconds_sum"
@@ -50,14 +50,13 @@ def device(run: Run) -> dict[str, Any]:
     calls = last.since(first, "ldm_unet_rows_count")
     unet = last.since(first, UNET) / run.seconds
     decode = last.since(first, DECODE) / run.seconds if DECODE in last.values else None
-    looks = zip(run.samples, run.samples[1:], strict=False)
     return {
         "rows_per_call": last.rows_per_call(first),
         "padding_per_call": last.since(first, "ldm_unet_padded_rows_total") / max(calls, 1),
         "unet_share": unet,
         "decode_share": decode,
         "other_share": 1 - unet - (decode or 0.0),
-        "rows_over_time": [(after.at, after.rows_per_call(before)) for before, after in looks],
+        "rows_over_time": [interval._asdict() for interval in intervals(run.samples)],
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from service.bench.chart import stacked
-from service.bench.load import Answer
+from service.bench.load import Answer, Sample, intervals
 from service.bench.mix import DEFAULT, Request, draw
 from service.cli import main
 
@@ -108,3 +108,10 @@ def test_bands_of_requests_in_the_unet_at_the_same_time_do_not_overlap():
         for other, later, start in bands:
             if answer is not other and joined <= later < joined + answer.denoise:
                 assert start >= low + answer.request.rows or start + other.request.rows <= low
+
+
+def test_a_look_while_a_call_is_under_way_says_nothing_of_rows():
+    looks = [(0, 0, 0, 0), (1, 0, 0, 2), (2, 1, 6, 2), (3, 1, 6, 2), (4, 3, 10, 0), (5, 3, 10, 0)]
+    names = ("ldm_unet_rows_count", "ldm_unet_rows_sum", "ldm_jobs_running")
+    samples = [Sample(at, dict(zip(names, values, strict=True))) for at, *values in looks]
+    assert list(intervals(samples)) == [(0, 2, 6), (2, 4, 2), (4, 5, 0)]
