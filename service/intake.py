@@ -60,6 +60,14 @@ def to_order(body: PictureRequest, specs: Mapping[str, ModelSpec], settings: Set
     Raises NotFound for the model, InvalidRequest for the rest.
     """
     spec = find_model(body.model, specs)
+    order = draft(body, spec, settings)
+    task, does = order.job.task, ", ".join(spec.tasks)
+    refuse([("model", task in spec.tasks, f"must be one for {task}; this one is for {does}")])
+    return order
+
+
+def draft(body: PictureRequest, spec: ModelSpec, settings: Settings) -> Order:
+    """By where the run starts."""
     if isinstance(body, InpaintRequest):
         return from_masked(body, spec, settings)
     if body.init_image is not None:

@@ -6,6 +6,7 @@ import base64
 import io
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,6 +189,12 @@ def test_a_picture_of_a_size_that_the_model_takes_is_run_from_as_it_is():
     made = order(init_image=base64_of(noise(32, 48)), strength=1)
     assert (made.job.image, made.job.strength, made.warnings) == (noise(32, 48).tobytes(), 1.0, ())
     assert order(init_image=base64_of(noise(32, 48))).job.strength == 0.75
+
+
+def test_a_model_is_asked_only_for_what_it_does():
+    spec = replace(tiny_spec(), tasks=("text-to-image",))
+    with pytest.raises(InvalidRequest, match="model must be one for image-to-image"):
+        to_order(GenerateRequest(prompt="p", init_image=base64_of(noise(16, 16))), {"tiny": spec}, Settings())
 
 
 @pytest.mark.parametrize(
