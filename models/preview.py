@@ -8,7 +8,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from models.latent_diffusion import LatentDiffusion
 
-PICTURES = 12
+PICTURES = 6  # 1536 cells for the few numbers of the matrix
 CELLS = 16  # of a side of each
 DETAILS = (2, 4, 8)  # colours along a side of the pictures it is fitted to
 
@@ -23,7 +23,7 @@ class Projection:
         means = avg_pool2d(x, bundle.spec.autoencoder.factor)  # (B, 3, h, w)
         cells = with_one(z.movedim(1, -1).reshape(-1, z.shape[1]).double())  # (B*h*w, C + 1)
         colour = means.movedim(1, -1).reshape(-1, 3).double()
-        # Not lstsq of the cells themselves: its default solver on CUDA needs a full rank.
+        # Not lstsq(), whose solvers want a full rank.
         self.matrix = (torch.linalg.pinv(cells) @ colour).float()  # (C + 1, 3)
 
     def __call__(self, z: Tensor) -> Tensor:

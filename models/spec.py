@@ -102,7 +102,11 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One servable latent diffusion model."""
+    """One servable latent diffusion model.
+
+    tasks: what it can be asked for. A UNet that takes latents and nothing beside them inpaints by blending:
+    after each step, what is known is put back where the mask keeps it (models.samplers.keep).
+    """
 
     name: str
     unet: UNetSpec
