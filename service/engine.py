@@ -89,18 +89,20 @@ class Progress:
     told: bool = False  # that it has started
     entered: bool = False  # it is past the door
     steps: dict[int, int] = field(default_factory=dict)  # of each image
-    most: int = 0  # steps that were told: a job that runs again does not go back
+    furthest: dict[int, int] = field(default_factory=dict)  # the most it ever had; told once
     begun: float = 0.0
     denoised: float = 0.0
     started: bool = False
     warnings: tuple[str, ...] = ()
     pictures: dict[int, bytes] = field(default_factory=dict)
 
-    def count(self, index: int) -> int:
-        """One more step of an image; returns how many it has."""
-        self.steps[index] = self.steps.get(index, 0) + 1
-        self.most = max(self.most, sum(self.steps.values()))
-        return self.steps[index]
+    def count(self, index: int) -> bool:
+        """One more step of an image; returns whether it never had so many."""
+        self.steps[index] = step = self.steps.get(index, 0) + 1
+        news = step > self.furthest.get(index, 0)
+        if news:
+            self.furthest[index] = step
+        return news
 
 
 class Engine:
@@ -202,7 +204,7 @@ class Engine:
 
     def _started(self, keys: list[ImageKey]) -> list[ImageKey]:
         """The picked images of jobs that have begun, or that begin now without failing."""
-        for job in dict.fromkeys(key.job for key in keys):
+        for job in by_job(keys):
             if not self.jobs[job].started:
                 self._start(self.jobs[job])
         return self._under_way(keys)
@@ -251,7 +253,7 @@ class Engine:
         except OutOfMemory as error:
             parts, failure = self._halves(keys), error
         except Exception as error:
-            parts, failure = by_job(keys), error
+            parts, failure = list(by_job(keys).values()), error
         if len(parts) == 1:
             self._fail(keys[0].job, failure)
             return
@@ -283,7 +285,7 @@ class Engine:
         fine = [key for key in keys if key.job not in call.broken]
         shown = [key for key in fine if self._count(key)]
         self._advance(fine)
-        jobs = tuple((job, self.jobs[job].most) for job in dict.fromkeys(key.job for key in keys))
+        jobs = tuple((job, sum(self.jobs[job].furthest.values())) for job in by_job(keys))
         running = len(self.jobs) - self.waiting
         self.emit(Stepped(self._rows(keys), call.rows, len(keys), seconds, running, self.waiting, jobs))
         for job in call.broken:
@@ -302,8 +304,9 @@ class Engine:
     def _count(self, key: ImageKey) -> bool:
         """Count a step of an image; returns whether it is to be shown now."""
         progress = self.jobs[key.job]
-        step, every = progress.count(key.index), progress.job.preview_every
-        return bool(every) and step % every == 0 and step < progress.shape.evaluations
+        news, every = progress.count(key.index), progress.job.preview_every
+        step = progress.steps[key.index]
+        return news and bool(every) and step % every == 0 and step < progress.shape.evaluations
 
     def _preview(self, key: ImageKey) -> None:
         """Show an image; one that cannot be shown runs on."""
@@ -392,6 +395,5 @@ class Engine:
         self.runner.discard(job)
 
 
-def by_job(keys: Sequence[ImageKey]) -> list[list[ImageKey]]:
-    jobs = dict.fromkeys(key.job for key in keys)
-    return [[key for key in keys if key.job == job] for job in jobs]
+def by_job(keys: Sequence[ImageKey]) -> dict[str, list[ImageKey]]:
+    return {job: [key for key in keys if key.job == job] for job in dict.fromkeys(key.job for key in keys)}

@@ -129,7 +129,7 @@ class TorchRunner:
         images = [state.images[key.index] for state, key in zip(states, keys, strict=True)]
         rows = sum(len(state.contexts) for state in states)
         size = next((size for size in self.buckets if size >= rows), rows)
-        x_next, use = self._advance(states, images, rows, size)
+        x_next, use = self._advance(states, images, size)
         finite = torch.isfinite(x_next).flatten(1).all(1).tolist()  # the one wait for the device in a step
         for image, x in zip(images, x_next, strict=True):
             image.x, image.done, image.noise = x, image.done + 1, None
@@ -137,18 +137,18 @@ class TorchRunner:
         return Call(size, tuple(dict.fromkeys(broken)), use)
 
     def _advance(
-        self, states: list[JobState], images: list[ImageState], rows: int, size: int
+        self, states: list[JobState], images: list[ImageState], size: int
     ) -> tuple[Tensor, Use | None]:
-        """x_next, and the memory it took if that is news; one image that does not fit goes row by row."""
+        """x_next, and the memory it took if that is news. One image that does not fit goes row by row, or
+        once more where bits matter; several are the engine's to split."""
         try:
             return self._measured(states, images, size)
         except OutOfMemory:
-            if len(images) > 1 or rows == size == 1 or self.invariant:
-                free_cache()
+            if len(images) > 1:
                 raise
         free_cache()
         with out_of_memory_refused():
-            return advance(states, images, 1), None
+            return advance(states, images, size if self.invariant else 1), None
 
     def _measured(
         self, states: list[JobState], images: list[ImageState], size: int
@@ -168,7 +168,8 @@ class TorchRunner:
         model, image = state.job.model, state.images[key.index]
         with out_of_memory_refused():
             if model not in self.projections:
-                self.projections[model] = Projection(self.registry[model])
+                # In float32: numbers that overflow in fewer bits would spoil the fit for good.
+                self.projections[model] = Projection(self.registry[model].with_autoencoder(torch.float32))
             pixels = self.projections[model](image.x if image.x_0 is None else image.x_0)  # (h, w, 3)
         return Preview(pixels.shape[1], pixels.shape[0], pixels.numpy().tobytes())
 

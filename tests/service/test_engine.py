@@ -356,6 +356,8 @@ class History:
             assert waiting + started + worked + ended == list(range(len(mine))), names
             steps = [dict(event.jobs)[job.id] for event in mine if isinstance(event, Stepped)]
             assert steps == sorted(steps)
+            shown = [(event.index, event.step) for event in mine if isinstance(event, Previewed)]
+            assert len(set(shown)) == len(shown)
             self.ends[job.id] += len(ended)
             assert self.ends[job.id] <= 1
             self.check_end(job, mine)

@@ -11,11 +11,12 @@ import torch
 from models.checkpoint import load
 from models.samplers import plan, step
 from service import batch
+from service.engine import Engine
 from service.errors import NonFinite, OutOfMemory
 from service.job import ImageKey, Job
 from service.registry import Registry
 from service.runner import TorchRunner
-from tests.service.test_engine import make_job
+from tests.service.test_engine import make_job, outcomes
 from tests.tiny import tiny_model
 
 KEY = ImageKey("a", 0)
@@ -274,3 +275,19 @@ def test_a_preview_is_a_small_picture_of_what_the_run_expects(runner):
     preview = runner.preview(KEY)
     assert (preview.width, preview.height, len(preview.pixels)) == (8, 8, 8 * 8 * 3)
     assert len(runner.projections) == 1
+
+
+def test_models_that_do_not_fit_together_take_turns_and_all_jobs_are_made(tiny):
+    loads: list[Path] = []
+    registry = Registry(
+        {"m": tiny, "k": tiny}, lambda path: loads.append(path) or load(path), lambda spec: 9, 9
+    )
+    events: list = []
+    engine = Engine(TorchRunner(registry, (2, 4)), events.append, 4, 4)
+    for index in range(4):
+        engine.submit(make_job(str(index), model="mk"[index % 2], width=64, height=64, steps=1))
+    while engine.busy:
+        engine.tick()
+    assert set(outcomes(events).values()) == {"done"}
+    assert len(loads) == 2, "those of the loaded model go first"
+    assert not registry.holds("m")
