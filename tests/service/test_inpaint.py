@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 
@@ -12,6 +13,7 @@ from PIL import Image
 from service import answers
 from service.errors import InvalidRequest
 from service.intake import to_order
+from service.job import Previewed
 from service.schemas import InpaintRequest
 from service.settings import Settings
 from tests.service.test_images import base64_of, noise
@@ -65,6 +67,13 @@ def test_parameters_are_those_of_the_request_without_its_pictures():
     assert parameters["strength"] == 0.5
     assert not {"image", "mask", "id"} & set(parameters)
     json.dumps(parameters)
+
+
+def test_a_preview_shows_the_clients_part_of_the_canvas():
+    made = order()
+    preview = answers.preview_of(made, Previewed(made.job.id, 0, 2, 8, 6, bytes(8 * 6 * 3)))
+    assert (preview.width, preview.height) == (6, 5)  # of 50x37, at an eighth
+    assert Image.open(io.BytesIO(base64.b64decode(preview.data))).size == (6, 5)
 
 
 BAD = [
