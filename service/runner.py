@@ -31,6 +31,7 @@ from service.memory import Use
 from service.registry import Registry
 from service.settings import Settings
 
+MEASURE_EVERY = 64  # calls
 SHOWN = 80  # characters of a prompt's overflow that a warning repeats
 
 
@@ -60,6 +61,7 @@ class TorchRunner:
         self.precise: dict[str, LatentDiffusion] = {}  # float32 copies, for as long as a job needs them
         self.projections: dict[str, Projection] = {}
         self.memory = memory_of(device or torch.device("cpu"))
+        self.calls = 0
         self.measured: dict[Hashable, int] = {}  # the most rows of a call that was measured, by group
 
     @property
@@ -154,7 +156,11 @@ class TorchRunner:
         self, states: list[JobState], images: list[ImageState], size: int
     ) -> tuple[Tensor, Use | None]:
         group = self.plans[states[0].job.id][1].group
-        news = size > self.measured.get(group, 0) and self.memory.begin()
+        most = self.measured.get(group, 0)
+        self.calls += 1
+        # Now and then the largest size again: what is free changes, and with it what fits.
+        due = size > most or (size == most and self.calls % MEASURE_EVERY == 0)
+        news = due and self.memory.begin()
         with out_of_memory_refused():
             x_next = advance(states, images, size)
         if not news:
