@@ -36,7 +36,8 @@ from service.settings import Settings, to_environment
 
 log = logging.getLogger(__name__)
 
-SUSPECT_AFTER = 2  # crashes while running, after which a job runs alone; one more refuses it
+SUSPECT_AFTER = 2  # crashes while running, after which a job runs alone
+FALLS = 8  # crashes while alone, after which it is refused wherever they came
 STARTS = 5  # in a row without a worker that gets ready; then the service gives up
 WATCH_SECONDS = 0.5
 BURY_SECONDS = 2.0
@@ -57,7 +58,27 @@ class Ticket:
     progress: Progress
     sent: bool = False
     running: bool = False  # in the worker of now; `progress` has seen the ones before too
+    step: int = 0  # done in the worker of now
     crashes: int = 0  # in a row, of workers that were running it
+    falls: list[int] = field(default_factory=list)  # its step at each crash of a worker that ran it alone
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may be what ends the workers, and so runs alone."""
+        return self.crashes >= SUSPECT_AFTER
+
+    @property
+    def poison(self) -> bool:
+        """Whether it is: alone, twice at the same step. Workers that others kill end at any step."""
+        return len(set(self.falls)) < len(self.falls) or len(self.falls) >= FALLS
+
+    def fall(self) -> None:
+        """Its worker has ended; it starts again."""
+        if self.running:
+            if self.suspect:
+                self.falls.append(self.step)
+            self.crashes += 1
+        self.sent, self.running, self.step = False, False, 0
 
     def end(self) -> None:
         """Tell those who watch how it ended; without an answer it was given up."""
@@ -199,7 +220,7 @@ class Supervisor:
         if self._life is None or not self._life.ready:
             return
         tickets = self._tickets.values()
-        suspects = [ticket for ticket in tickets if ticket.crashes >= SUSPECT_AFTER]
+        suspects = [ticket for ticket in tickets if ticket.suspect]
         if not suspects:
             allowed = list(tickets)
         else:
@@ -273,11 +294,10 @@ class Supervisor:
         return life.blameless
 
     def _requeue(self) -> None:
-        """Every unanswered job starts again; one that crashed alone is refused."""
+        """Every unanswered job starts again, but what was found to end workers is refused."""
         for ticket in self._tickets.values():
-            ticket.crashes = ticket.crashes + 1 if ticket.running else ticket.crashes
-            ticket.sent = ticket.running = False
-            if ticket.crashes > SUSPECT_AFTER and not ticket.answer.done():
+            ticket.fall()
+            if ticket.poison and not ticket.answer.done():
                 ticket.answer.set_exception(WorkerLost())
 
     async def _watch(self, life: Life) -> None:
@@ -326,6 +346,7 @@ class Supervisor:
         self.metrics.stepped(event)
         for job, step in event.jobs:
             if ticket := self._tickets.get(job):
+                ticket.step = step
                 ticket.progress.advance(step)
 
     def _waiting(self, places: Sequence[tuple[str, int, float | None]]) -> None:
