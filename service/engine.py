@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from service.errors import NonFinite, OutOfMemory, code_of
 from service.job import (
     Cancelled,
+    Decoded,
     Done,
     Event,
     Failed,
@@ -348,21 +349,24 @@ class Engine:
         for count in range(self.decode_chunk):
             if not self.latents or (self.owed <= 0 and (stepped is not None or count)):
                 break
-            begin = self.clock()
-            self._decode(self.latents.popleft())
-            self.owed -= self.clock() - begin
+            self.owed -= self._decode(self.latents.popleft())
         if not self.latents or stepped is None:
             self.owed = 0.0
 
-    def _decode(self, key: ImageKey) -> None:
-        progress = self.jobs[key.job]
+    def _decode(self, key: ImageKey) -> float:
+        """Make an image's picture; returns the seconds that D took."""
+        progress, begin, failure = self.jobs[key.job], self.clock(), None
         try:
             progress.pictures[key.index] = self.runner.finish(key)
         except Exception as error:
-            self._fail(key.job, error)
-        else:
-            if len(progress.pictures) == progress.job.n:
-                self._finish(progress)
+            failure = error
+        seconds = self.clock() - begin
+        self.emit(Decoded(seconds))
+        if failure:
+            self._fail(key.job, failure)
+        elif len(progress.pictures) == progress.job.n:
+            self._finish(progress)
+        return seconds
 
     def _finish(self, progress: Progress) -> None:
         job = progress.job

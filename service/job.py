@@ -117,6 +117,13 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """One picture is through D, which took so long."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Previewed:
     """What image `index` looks like after `step` steps: height x width x 3 bytes, maybe at a smaller size."""
 
@@ -155,4 +162,4 @@ class Cancelled:
     job: str
 
 
-Event = Waiting | Started | Stepped | Previewed | Done | Failed | Cancelled
+Event = Waiting | Started | Stepped | Decoded | Previewed | Done | Failed | Cancelled

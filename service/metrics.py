@@ -26,6 +26,7 @@ class Metrics:
         self.unet_rows = Histogram("ldm_unet_rows", "Rows of a UNet call", buckets=ROWS, registry=r)
         self.padded_rows = Counter("ldm_unet_padded_rows", "Rows run only to fill a bucket", registry=r)
         self.step_seconds = Histogram("ldm_step_seconds", "One UNet call", buckets=SECONDS, registry=r)
+        self.decode_seconds = Histogram("ldm_decode_seconds", "D, a picture", buckets=SECONDS, registry=r)
         self.part_seconds = Histogram(
             "ldm_request_seconds", "Parts of a request: queue, denoise, decode, total", ["part"],
             buckets=SECONDS, registry=r,

@@ -331,6 +331,8 @@ class Supervisor:
             self._dispatch()
         elif kind == "Stepped":
             self._stepped(Stepped(**header))
+        elif kind == "Decoded":
+            self.metrics.decode_seconds.observe(header["seconds"])
         elif kind == "Waiting":
             self._waiting(header["places"])
         elif kind == "Fatal":

@@ -14,6 +14,7 @@ from service.engine import TELL_SECONDS, Call, Engine, Preview
 from service.errors import NonFinite, OutOfMemory
 from service.job import (
     Cancelled,
+    Decoded,
     Done,
     Failed,
     ImageKey,
@@ -372,6 +373,8 @@ class History:
 
 
 def concerns(event, job: str) -> bool:
+    if isinstance(event, Decoded):
+        return False
     if isinstance(event, Waiting):
         return any(name == job for name, _, _ in event.places)
     return any(name == job for name, _ in event.jobs) if isinstance(event, Stepped) else event.job == job
