@@ -349,24 +349,29 @@ class Engine:
         for count in range(self.decode_chunk):
             if not self.latents or (self.owed <= 0 and (stepped is not None or count)):
                 break
-            self.owed -= self._decode(self.latents.popleft())
+            self._decode(self.latents.popleft())
         if not self.latents or stepped is None:
             self.owed = 0.0
 
-    def _decode(self, key: ImageKey) -> float:
-        """Make an image's picture; returns the seconds that D took."""
-        progress, begin, failure = self.jobs[key.job], self.clock(), None
+    def _decode(self, key: ImageKey) -> None:
+        progress = self.jobs[key.job]
         try:
-            progress.pictures[key.index] = self.runner.finish(key)
+            progress.pictures[key.index] = self._picture(key)
         except Exception as error:
-            failure = error
-        seconds = self.clock() - begin
-        self.emit(Decoded(seconds))
-        if failure:
-            self._fail(key.job, failure)
-        elif len(progress.pictures) == progress.job.n:
-            self._finish(progress)
-        return seconds
+            self._fail(key.job, error)
+        else:
+            if len(progress.pictures) == progress.job.n:
+                self._finish(progress)
+
+    def _picture(self, key: ImageKey) -> bytes:
+        """From D, its seconds counted. Raises as the runner does."""
+        begin = self.clock()
+        try:
+            return self.runner.finish(key)
+        finally:
+            seconds = self.clock() - begin
+            self.owed -= seconds
+            self.emit(Decoded(seconds))
 
     def _finish(self, progress: Progress) -> None:
         job = progress.job

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add_budget(diffusion, minutes=90, learning_rate=6e-4, batch=24)
     add_names(diffusion)
     diffusion.add_argument(
-        "--scenes", type=int, default=48_000, help="latents to draw (default: %(default)s)"
+        "--scenes", type=int, default=20_480, help="latents to draw (default: %(default)s)"
     )
     export = add(parts, "export", export_model, "the trained weights as a folder in float16")
     export.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")

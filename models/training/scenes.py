@@ -145,7 +145,7 @@ def _two(atlas: Atlas, rng: np.random.Generator, names: tuple[str, str], colour:
 
 
 def draw_scene(
-    atlas: Atlas, rng: np.random.Generator, two: float = 0.08, sizes: tuple[int, int] = (80, 121)
+    atlas: Atlas, rng: np.random.Generator, two: float = 0.08, sizes: tuple[int, int] = (92, 121)
 ) -> Scene:
     """A random training scene; never a held-out pair. `two`: share of scenes with two objects."""
     while True:
