@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from models.latent_diffusion import LatentDiffusion
 from models.training.evaluate import held_out_prompts, to_pictures
 from models.training.scenes import caption_of
 
-CAPTION = 34  # pixels below each picture, for two lines
+CAPTION = 46  # pixels below each picture, for three lines
+LINE = 22  # characters
 GAP = 8
 
 
@@ -37,7 +39,6 @@ def lay_out(pictures: np.ndarray, captions: Sequence[str], columns: int) -> Imag
         x = GAP + index % columns * (width + GAP)
         y = GAP + index // columns * (height + CAPTION + GAP)
         out.paste(Image.fromarray(picture), (x, y))
-        draw.multiline_text(
-            (x, y + height + 2), caption.replace(" on ", "\non ", 1), "black", font, spacing=1
-        )
+        lines = "\n".join(wrap(caption, LINE))
+        draw.multiline_text((x, y + height + 2), lines, "black", font, spacing=1)
     return out

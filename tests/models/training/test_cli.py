@@ -36,7 +36,7 @@ def test_every_part_in_turn_makes_a_model_that_is_measured(tmp_path: Path, capsy
     assert loaded.spec.autoencoder.scale_factor != 1.0
     main(["evaluate", str(model), *shared, "--names", str(names), "--count", "2", "--steps", "1"])
     main(["sheet", str(model), *shared, "--names", str(names), "-o", str(tmp_path / "sheet.png")])
-    assert Image.open(tmp_path / "sheet.png").size == (824, 688)
+    assert Image.open(tmp_path / "sheet.png").size == (824, 736)
     out = capsys.readouterr().out
     assert " dB\n" in out
     assert "2 held-out prompts of 2 names" in out
