@@ -23,6 +23,8 @@ import httpx
 from service.bench.command import server
 from service.settings import read_settings
 
+# Seconds from ready to the next kill: long enough for some jobs to end, or no service could ever answer.
+PAUSE = (2.0, 9.0)
 NAMES = ("red apple", "ghost", "rocket", "cactus", "key", "snowman", "fire", "bell")
 
 
@@ -49,7 +51,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="emoji")
-    for name, default in (("requests", 200), ("kills", 20), ("clients", 16), ("different", 24), ("seed", 0)):
+    for name, default in (("requests", 200), ("kills", 20), ("clients", 16), ("different", 8), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
 
@@ -57,7 +59,7 @@ def parse() -> argparse.Namespace:
 def body(draw: random.Random, index: int) -> dict:
     return {
         "prompt": f"{draw.choice(NAMES)} on a {draw.choice(('blue', 'red', 'green'))} background",
-        "steps": draw.randint(10, 40),
+        "steps": draw.randint(10, 25),
         "guidance_scale": draw.choice((1.0, 2.0, 3.0, 5.0)),
         "eta": draw.choice((0.0, 0.0, 1.0)),
         "seed": index,
@@ -74,7 +76,7 @@ def kill(draw: random.Random, times: int, url: str, done: threading.Event) -> in
     for count in range(times):
         while not done.is_set() and httpx.get(f"{url}/health/ready").status_code != 200:
             time.sleep(0.05)
-        if done.wait(draw.uniform(0.2, 3.0)):
+        if done.wait(draw.uniform(*PAUSE)):
             return count
         os.kill(worker_of(os.getpid()), signal.SIGKILL)
         time.sleep(0.2)
