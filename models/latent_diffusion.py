@@ -99,6 +99,11 @@ class LatentDiffusion:
         return self
 
 
+def to_uint8(x: Tensor) -> Tensor:
+    """Pictures of about [-1, 1] as whole numbers from 0 to 255, uint8, of the same shape."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def starts(size: int, tile: int) -> list[int]:
     """Where tiles begin along a side, overlapping by at least a quarter; the last ends with the side."""
     stride = tile - tile // 4

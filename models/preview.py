@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from models.latent_diffusion import LatentDiffusion
+from models.latent_diffusion import LatentDiffusion, to_uint8
 
 PICTURES = 6  # 1536 cells for the few numbers of the matrix
 CELLS = 16  # of a side of each
@@ -29,7 +29,7 @@ class Projection:
     def __call__(self, z: Tensor) -> Tensor:
         """Scaled z (C, h, w) -> (h, w, 3) uint8 on the CPU, one pixel a cell."""
         x = with_one(z.movedim(0, -1).float().cpu()) @ self.matrix
-        return ((x.nan_to_num(0.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return to_uint8(x.nan_to_num(0.0))
 
 
 def with_one(cells: Tensor) -> Tensor:

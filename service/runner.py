@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import load
-from models.latent_diffusion import LatentDiffusion, weights_in
+from models.latent_diffusion import LatentDiffusion, to_uint8, weights_in
 from models.preview import Projection
 from models.samplers import Plan, plan
 from models.schedule import Schedule
@@ -189,7 +189,7 @@ class TorchRunner:
                 x = self._decode(state.bundle.with_autoencoder(torch.float32), z)
         if not torch.isfinite(x).all():
             raise NonFinite
-        pixels = ((x[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)  # (3, H, W)
+        pixels = to_uint8(x[0])  # (3, H, W)
         return as_given(state.job, pixels.permute(1, 2, 0).contiguous().cpu().numpy()).tobytes()
 
     def _decode(self, bundle: LatentDiffusion, z: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.latent_diffusion import LatentDiffusion
+from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.training.first_stage import to_x
 from models.training.scenes import COLOURS, SIZE, Atlas, caption_of, held_out, held_out_scenes
 
@@ -123,7 +123,7 @@ def named_object_accuracy(
 
 def to_pictures(x: Tensor) -> Pictures:
     """x (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
 
 @torch.inference_mode()
