@@ -346,7 +346,7 @@ def test_a_worker_killed_again_and_again_before_it_is_ready_is_started_again(ser
 
 
 def test_jobs_outlive_more_killed_workers_than_a_job_that_kills_them_is_given(server):
-    bodies = [{"prompt": f"kept {i}", "steps": 400, "seed": i} for i in range(2)]
+    bodies = [LONG | {"seed": i} for i in range(2)]
     expected = alone(server, bodies)
     with ThreadPoolExecutor(2) as pool:
         answers = together(server, pool, bodies)
