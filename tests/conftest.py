@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds that a busy machine may take for anything that must happen; nothing waits for them to pass.
-PATIENCE = 600.0
+PATIENCE = 180.0
 QUEUE_SIZE = 16
 
 
@@ -48,11 +48,16 @@ class Server:
         try:
             return self.client.get("/health/ready").status_code == 200
         except httpx.TransportError:
-            assert self.process.poll() is None, "the server is gone"
+            self.check_alive()
             return False
+
+    def check_alive(self) -> None:
+        code = self.process.poll()
+        assert code is None, f"the server has ended with exit code {code}"
 
     def worker(self) -> int | None:
         """The worker's process id; None between two."""
+        self.check_alive()
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return int(children[0]) if children else None
@@ -123,10 +128,25 @@ def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 @pytest.fixture(scope="session")
-def server(start_server) -> Iterator[Server]:
+def living(start_server) -> Iterator[Callable[[], Server]]:
+    """Gives the server that tests share; another one after a test in which it ended."""
+    with ExitStack() as stack:
+        servers = []
+
+        def give() -> Server:
+            if not servers or servers[-1].process.poll() is not None:
+                servers.append(stack.enter_context(start_server()))
+            return servers[-1]
+
+        yield give
+
+
+@pytest.fixture
+def server(living) -> Iterator[Server]:
     """A server that tests share, and leave as it was."""
-    with start_server() as server:
-        yield server
+    server = living()
+    yield server
+    server.check_alive()
 
 
 def set_trap(folder: Path) -> None:
