@@ -352,7 +352,7 @@ def test_jobs_outlive_more_killed_workers_than_a_job_that_kills_them_is_given(se
         answers = together(server, pool, bodies)
         for calls in (5, 40, 15, 30):  # each at another step
             wait_until(lambda: server.is_ready)
-            wait_for_running(server, 1)
+            wait_until(lambda: server.metric("ldm_jobs_running") >= 1)
             before = server.calls()
             wait_until(lambda before=before, calls=calls: server.calls() >= before + calls)
             server.kill_worker()
