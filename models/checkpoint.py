@@ -13,10 +13,10 @@ from transformers import CLIPTokenizer
 
 from models import keymaps
 from models.autoencoder import Autoencoder
-from models.conditioner import TextConditioner
+from models.conditioner import LayoutProjection, TextConditioner
 from models.configs import CheckpointError, read_spec, write_configs
 from models.latent_diffusion import LatentDiffusion
-from models.spec import TextSpec
+from models.spec import ModelSpec, TextSpec
 from models.text_encoder import TextEncoder
 from models.unet import UNet
 
@@ -49,9 +49,23 @@ def load(
     assign(autoencoder, autoencoder_names(autoencoder), read_autoencoder(path / "vae", allow_pickle), dtype)
     assign(text.transformer, text_names(text), read_text(path / "text_encoder", allow_pickle), dtype)
     restore_positions(text)
-    for network in (unet, autoencoder, text):
+    conditioner = TextConditioner(text, read_layout(spec, path, dtype, allow_pickle), spec.labels)
+    for network in (unet, autoencoder, conditioner):
         network.requires_grad_(False).eval()
-    return LatentDiffusion(spec, unet, autoencoder, TextConditioner(text)).to(device)
+    return LatentDiffusion(spec, unet, autoencoder, conditioner).to(device)
+
+
+def read_layout(
+    spec: ModelSpec, path: Path, dtype: torch.dtype, allow_pickle: bool
+) -> LayoutProjection | None:
+    """What makes channels of labels, where the UNet takes them."""
+    if not spec.layout_channels:
+        return None
+    with torch.device("meta"):
+        layout = LayoutProjection(spec.text.width, spec.layout_channels)
+    tensors = read_network(path / "layout", NETWORK_FILES, allow_pickle)
+    assign(layout, {key: key for key in layout.state_dict()}, tensors, dtype)
+    return layout
 
 
 def save(bundle: LatentDiffusion, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
@@ -68,6 +82,9 @@ def save(bundle: LatentDiffusion, path: str | Path, dtype: torch.dtype = torch.f
         (path / "vae" / NETWORK_FILES[0], bundle.autoencoder, autoencoder_names(bundle.autoencoder)),
         (path / "text_encoder" / TEXT_FILES[0], text.transformer, text_names(text)),
     )
+    if layout := bundle.conditioner.layout:
+        tensors = layout.state_dict()
+        write_tensors(tensors, path / "layout" / NETWORK_FILES[0], dtype)
     prefixes = ("", "", keymaps.TEXT_PREFIX)  # the published text encoders carry one
     for (file, network, names), prefix in zip(parts, prefixes, strict=True):
         tensors = {prefix + names[key]: value for key, value in network.state_dict().items()}
@@ -83,6 +100,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype)
         out[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         if not torch.isfinite(out[name]).all():
             raise CheckpointError(f"{name} has values that {dtype} cannot hold")
+    file.parent.mkdir(parents=True, exist_ok=True)
     save_file(out, file, metadata={"format": "pt"})
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, UNetSpec
+from models.spec import ALL_TASKS, AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, UNetSpec
 
 Config = dict[str, Any]
 
@@ -19,6 +19,7 @@ class CheckpointError(Exception):
     """A model that cannot be loaded or saved; the message is one sentence for a person."""
 
 
+PLAIN, INPAINTING = "StableDiffusionPipeline", "StableDiffusionInpaintPipeline"
 COMPONENTS = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -31,7 +32,8 @@ CONFIG_FILES = {
     "text_encoder": "text_encoder/config.json",
     "scheduler": "scheduler/scheduler_config.json",
 }
-OWN_FILE = "ldm.json"  # what the layout has no place for: the model's name and its defaults
+OWN_FILE = "ldm.json"  # what the layout has no place for
+OWN_KEYS = ("name", "defaults", "tasks", "layout_channels", "labels")
 
 # Options that change what a network computes and that ours has at one value only: the values accepted. What a
 # configuration leaves out has the first of them.
@@ -107,7 +109,7 @@ def read_spec(path: str | Path) -> ModelSpec:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
-    check_components(path)
+    pipeline = check_components(path)
     configs = {part: read_json(path / file) for part, file in CONFIG_FILES.items()}
     specs = {part: translated(path / CONFIG_FILES[part], READERS[part], configs[part]) for part in READERS}
     spec = ModelSpec(
@@ -117,6 +119,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         schedule=specs["scheduler"],
         text=specs["text_encoder"],
     )
+    spec = with_own_inputs(replace(spec, mask_channels=pipeline == INPAINTING), path)
     check_fit(spec, path)
     side = translated(path / CONFIG_FILES["unet"], sample_side, configs["unet"], spec)
     return with_own_file(replace(spec, defaults=Defaults(width=side[0], height=side[1])), path)
@@ -132,18 +135,19 @@ def translated(file: Path, reader: Any, *args: Any) -> Any:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def check_components(path: Path) -> None:
-    """Refuse a folder whose index names parts that we do not have."""
+def check_components(path: Path) -> str:
+    """The pipeline that a folder is for. Refuses one whose index names parts that we do not have."""
     file = path / "model_index.json"
     index = read_json(file)
     pipeline = index.get("_class_name")
-    if pipeline != "StableDiffusionPipeline":
-        raise CheckpointError(f"{file}: pipeline {pipeline!r}; supported is StableDiffusionPipeline")
+    if pipeline not in (PLAIN, INPAINTING):
+        raise CheckpointError(f"{file}: pipeline {pipeline!r}; supported are {PLAIN} and {INPAINTING}")
     for part, expected in COMPONENTS.items():
         entry = index.get(part)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found not in (expected, expected + "Fast"):
             raise CheckpointError(f"{file}: {part} is {found!r}; supported is {expected}")
+    return pipeline
 
 
 def check_fixed(config: Config, fixed: dict[str, tuple]) -> None:
@@ -293,16 +297,32 @@ def sample_side(config: Config, spec: ModelSpec) -> tuple[int, int]:
 def check_fit(spec: ModelSpec, path: Path) -> None:
     """Refuse networks that do not fit together."""
     unet, latent = spec.unet, spec.autoencoder.latent_channels
-    if (unet.in_channels, unet.out_channels) != (latent, latent):
+    expected = latent + spec.beside
+    if (unet.in_channels, unet.out_channels) != (expected, latent):
         raise CheckpointError(
-            f"{path}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels where the "
-            f"autoencoder has {latent}; only text-to-image models are supported"
+            f"{path}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels where "
+            f"{expected} and {latent} are expected: the autoencoder has {latent}"
         )
     if unet.context_width != spec.text.width:
         raise CheckpointError(
             f"{path}: the UNet expects contexts {unet.context_width} wide, "
             f"the text encoder makes {spec.text.width}"
         )
+
+
+def with_own_inputs(spec: ModelSpec, path: Path) -> ModelSpec:
+    """The spec with the tasks, labels and layout channels of the folder's own file, where it has one."""
+    file = path / OWN_FILE
+    own = read_json(file) if file.exists() else {}
+    channels, labels = own.get("layout_channels", 0), own.get("labels", [])
+    tasks = own.get("tasks", list(spec.tasks))
+    if type(channels) is not int or not 0 <= channels <= 1024:
+        raise CheckpointError(f"{file}: layout_channels must be a whole number from 0 to 1024")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise CheckpointError(f"{file}: labels must be a list of texts")
+    if not isinstance(tasks, list) or not all(task in ALL_TASKS for task in tasks):
+        raise CheckpointError(f"{file}: tasks must be a list of {', '.join(ALL_TASKS)}")
+    return replace(spec, layout_channels=channels, labels=tuple(labels), tasks=tuple(tasks))
 
 
 def with_own_file(spec: ModelSpec, path: Path) -> ModelSpec:
@@ -315,7 +335,7 @@ def with_own_file(spec: ModelSpec, path: Path) -> ModelSpec:
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: defaults must be an object")
     known = {f.name: type(getattr(spec.defaults, f.name)) for f in fields(Defaults)}
-    for key in [k for k in own if k not in ("name", "defaults")] + [k for k in values if k not in known]:
+    for key in [k for k in own if k not in OWN_KEYS] + [k for k in values if k not in known]:
         raise CheckpointError(f"{file}: {key!r} is unknown; defaults may hold {', '.join(known)}")
     for key, value in values.items():
         accepted = (int, float) if known[key] is float else known[key]
@@ -331,21 +351,21 @@ def with_own_file(spec: ModelSpec, path: Path) -> ModelSpec:
 def write_configs(spec: ModelSpec, path: Path) -> None:
     """Write every configuration file of the layout, in the form that diffusers reads."""
     files = {
-        "model_index.json": index_config(),
+        "model_index.json": index_config(INPAINTING if spec.mask_channels else PLAIN),
         CONFIG_FILES["unet"]: unet_config(spec),
         CONFIG_FILES["vae"]: autoencoder_config(spec.autoencoder),
         CONFIG_FILES["text_encoder"]: text_config(spec.text),
         CONFIG_FILES["scheduler"]: schedule_config(spec.schedule),
-        OWN_FILE: {"name": spec.name, "defaults": asdict(spec.defaults)},
+        OWN_FILE: {key: asdict(spec)[key] for key in OWN_KEYS},
     }
     for name, config in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def index_config() -> Config:
+def index_config(pipeline: str) -> Config:
     return {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": pipeline,
         "_diffusers_version": "0.36.0",
         "feature_extractor": [None, None],
         "image_encoder": [None, None],

@@ -20,9 +20,14 @@ class Denoiser:
         self.sqrt_alpha_bar = ab.sqrt().to(device, torch.float32)
         self.sqrt_one_minus_alpha_bar = (1 - ab).sqrt().to(device, torch.float32)
 
-    def __call__(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, C, h, w), scaled; t (B,), integers of any type; context (B, L, C_ctx) -> eps float32."""
-        out = self.unet(x, t, context).float()
+    def __call__(
+        self, x: Tensor, t: Tensor, context: Tensor | None = None, beside: Tensor | None = None
+    ) -> Tensor:
+        """x (B, C, h, w), scaled; t (B,), integers of any type; context (B, L, C_ctx); beside (B, C', h, w),
+        channels that the UNet takes after those of x -> eps (B, C, h, w), float32."""
+        out = self.unet(
+            x if beside is None else torch.cat([x, beside.to(x.dtype)], dim=1), t, context
+        ).float()
         return self.eps_from_v(out, x, t) if self.schedule.spec.prediction == "v_prediction" else out
 
     def eps_from_v(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.autoencoder import Autoencoder
-from models.conditioner import TextConditioner
+from models.conditioner import LayoutProjection, TextConditioner
 from models.denoiser import Denoiser, guide
 from models.samplers import plan, step
 from models.schedule import Schedule
@@ -18,6 +19,13 @@ from models.text_encoder import TextEncoder
 from models.unet import UNet
 
 TILE = 32  # cells of a side: 256 pixels where a cell covers 8
+
+
+class Known(NamedTuple):
+    """Scaled latent (C, h, w) of a picture that is 0 where the mask (1, h, w) is 1: what is there already."""
+
+    z: Tensor
+    mask: Tensor
 
 
 class LatentDiffusion:
@@ -32,6 +40,7 @@ class LatentDiffusion:
         self.conditioner = conditioner
         self.schedule = Schedule(spec.schedule)
         self.denoiser = Denoiser(unet, self.schedule)
+        self._gray: dict[tuple[int, int], Tensor] = {}
 
     def encode(self, x: Tensor) -> Tensor:
         """Picture x (B, 3, H, W) in [-1, 1] -> scaled z (B, C, H/f, W/f), the mode, float32."""
@@ -59,6 +68,35 @@ class LatentDiffusion:
                 weight[area] += fade
         return total / weight
 
+    def beside(
+        self, h: int, w: int, regions: Tensor | None = None, known: Known | None = None
+    ) -> Tensor | None:
+        """What the UNet takes beside a latent of h x w cells, without guidance's condition and with it.
+
+        regions (h, w): numbers of labels from 1, 0 for none. Without `known` everything is to be painted.
+        -> (2, channels, h, w) float32, or None where it takes nothing.
+        """
+        spec, device = self.spec, next(self.unet.parameters()).device
+        parts = []
+        if spec.mask_channels:
+            z, mask = known or (self.encode_gray(h, w), torch.ones(1, h, w, device=device))
+            parts.append(torch.cat([mask, z]).expand(2, -1, -1, -1))
+        if spec.layout_channels:
+            layout = torch.zeros(2, spec.layout_channels, h, w, device=device)
+            if regions is not None:
+                layout[1] = self.conditioner.from_regions(regions)
+            parts.append(layout)
+        return torch.cat(parts, dim=1) if parts else None
+
+    def encode_gray(self, h: int, w: int) -> Tensor:
+        """Scaled latent (C, h, w) of a picture of which nothing is known; made once a size."""
+        if (h, w) not in self._gray:
+            autoencoder, f = self.spec.autoencoder, self.spec.autoencoder.factor
+            device = next(self.unet.parameters()).device
+            x = torch.zeros(1, autoencoder.picture_channels, f * h, f * w, device=device)
+            self._gray[h, w] = self.encode(x)[0]
+        return self._gray[h, w]
+
     def copy(self, dtype: torch.dtype) -> LatentDiffusion:
         """The same model with weights in another type; the tokenizer, which has none, is shared."""
         tokenizer = self.conditioner.encoder.tokenizer
@@ -73,19 +111,31 @@ class LatentDiffusion:
         return LatentDiffusion(self.spec, self.unet, autoencoder, self.conditioner)
 
     def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance_scale: float
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        guidance_scale: float,
+        beside: Sequence[Tensor] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """One picture a prompt by guided DDIM, all in one batch at the default size: the service's
-        arithmetic without its queue. -> x (B, 3, H, W), float32."""
+        """One picture a prompt by guided DDIM, all in one batch: the service's arithmetic without its queue.
+
+        beside: of each picture, as self.beside() makes it; size: width and height, the default's if missing.
+        -> x (B, 3, H, W), float32.
+        """
         defaults = self.spec.defaults
-        shape = self.spec.latent_shape(defaults.width, defaults.height)
+        shape = self.spec.latent_shape(*(size or (defaults.width, defaults.height)))
+        if beside is None and self.spec.beside:
+            beside = [self.beside(*shape[1:])] * len(prompts)
+        pairs = None if beside is None else torch.stack(list(beside), dim=1).flatten(0, 1)  # (2 B, C', h, w)
         context = self.conditioner(["", *prompts])  # (1 + B, L, C)
         context = torch.cat([context[:1].expand(len(prompts), -1, -1), context[1:]])
         x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         x = x.to(context.device)
         for line in torch.from_numpy(plan(self.schedule, "ddim", steps).lines):
             t = line[0].to(x.device).expand(2 * len(x))
-            eps_uncond, eps_cond = self.denoiser(torch.cat([x, x]), t, context).chunk(2)
+            eps_uncond, eps_cond = self.denoiser(torch.cat([x, x]), t, context, pairs).chunk(2)
             x = step(x, guide(eps_uncond, eps_cond, guidance_scale), line.to(x.device).expand(len(x), -1))
         return self.decode(x)
 
@@ -96,6 +146,7 @@ class LatentDiffusion:
         for network in (self.unet, self.autoencoder, self.conditioner):
             network.to(device=device, dtype=dtype)
         self.denoiser = Denoiser(self.unet, self.schedule)
+        self._gray.clear()
         return self
 
 
@@ -119,5 +170,7 @@ def ramp(size: int, fade: int) -> Tensor:
 def weights_in(spec: ModelSpec) -> int:
     """How many numbers the networks of a model hold, without making them."""
     with torch.device("meta"):
-        networks = UNet(spec.unet), Autoencoder(spec.autoencoder), TextEncoder(spec.text, None)
+        networks = [UNet(spec.unet), Autoencoder(spec.autoencoder), TextEncoder(spec.text, None)]
+        if spec.layout_channels:
+            networks.append(LayoutProjection(spec.text.width, spec.layout_channels))
     return sum(weight.numel() for network in networks for weight in network.parameters())

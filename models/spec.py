@@ -13,6 +13,15 @@ Prediction = Literal["epsilon", "v_prediction"]
 Spacing = Literal["leading", "trailing"]
 BetaSchedule = Literal["scaled_linear", "linear"]
 
+ALL_TASKS = (
+    "text-to-image",
+    "image-to-image",
+    "inpainting",
+    "class-to-image",
+    "layout-to-image",
+    "unconditional",
+)
+
 
 @dataclass(frozen=True)
 class UNetSpec:
@@ -105,7 +114,8 @@ class ModelSpec:
     """One servable latent diffusion model.
 
     tasks: what it can be asked for. A UNet that takes latents and nothing beside them inpaints by blending:
-    after each step, what is known is put back where the mask keeps it (models.samplers.keep).
+    after each step, what is known is put back where the mask keeps it (models.samplers.keep). labels: names
+    that classes, boxes and regions are called by; label i is number i.
     """
 
     name: str
@@ -114,7 +124,15 @@ class ModelSpec:
     schedule: ScheduleSpec
     text: TextSpec
     defaults: Defaults = field(default_factory=Defaults)
-    tasks: tuple[str, ...] = ("text-to-image", "image-to-image", "inpainting")
+    tasks: tuple[str, ...] = ALL_TASKS[:3]
+    mask_channels: bool = False  # the UNet takes a mask and the latent of the masked picture after z
+    layout_channels: int = 0  # that tell the UNet which label belongs where, after those
+    labels: tuple[str, ...] = ()
+
+    @property
+    def beside(self) -> int:
+        """Channels that the UNet takes beside z."""
+        return self.mask_channels * (1 + self.autoencoder.latent_channels) + self.layout_channels
 
     @property
     def size_multiple(self) -> int:
@@ -145,4 +163,7 @@ class ModelSpec:
             text=build(TextSpec, d["text"]),
             defaults=build(Defaults, d["defaults"]),
             tasks=tuple(d["tasks"]),
+            mask_channels=d["mask_channels"],
+            layout_channels=d["layout_channels"],
+            labels=tuple(d["labels"]),
         )

@@ -23,7 +23,14 @@ from service.supervisor import Supervisor
 
 JSON_TYPES = ("application/json", "application/*", "*/*")
 BARE = {media_type: kind for kind, media_type in MEDIA_TYPES.items()}
-HIDDEN = ("id", "priority", "preview_every", "image", "mask")  # of a job; no parameters of the picture
+HIDDEN = (
+    "id",
+    "priority",
+    "preview_every",
+    "image",
+    "mask",
+    "regions",
+)  # of a job; no parameters of the picture
 
 
 def bare_format(accept: str | None, body: PictureRequest) -> Format | None:
@@ -112,14 +119,9 @@ def file_of(order: Order, index: int, pixels: bytes) -> bytes:
 
 
 def pixels_of(order: Order, pixels: bytes) -> bytes:
-    """The client's part of a job's canvas, with every pixel that the mask keeps exactly as it was sent."""
-    job = order.job
-    canvas = (job.height, job.width, -1)
-    shown = np.frombuffer(pixels, np.uint8).reshape(canvas)
-    if job.mask:
-        sent, mask = (np.frombuffer(part, np.uint8).reshape(canvas) for part in (job.image, job.mask))
-        shown = np.where(mask, shown, sent)
-    return shown[: order.height, : order.width].tobytes()
+    """The client's part of a job's canvas."""
+    canvas = np.frombuffer(pixels, np.uint8).reshape(order.job.height, order.job.width, 3)
+    return canvas[: order.height, : order.width].tobytes()
 
 
 def preview_of(order: Order, preview: Previewed) -> JobPreview:
@@ -144,7 +146,12 @@ def parameters(order: Order, index: int) -> dict[str, Any]:
     job = order.job
     hidden = HIDDEN if job.image else (*HIDDEN, "strength")
     own = {"width": order.width, "height": order.height, "seed": job.seed + index, "n": 1}
-    return {key: value for key, value in asdict(job).items() if key not in hidden} | own
+    if order.boxes:
+        own["boxes"] = [box.model_dump() for box in order.boxes]
+    values = {key: value for key, value in asdict(job).items() if key not in hidden}
+    if not values["prompt"]:
+        del values["prompt"]
+    return values | own
 
 
 def timings(done: Done, total: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from models.denoiser import guide
-from models.latent_diffusion import LatentDiffusion
+from models.latent_diffusion import Known, LatentDiffusion
 from models.samplers import Plan, keep, step
 from service.job import Job
 
@@ -36,8 +36,9 @@ class JobState:
     bundle: LatentDiffusion
     plan: Plan
     contexts: Tensor  # (1 or 2, L, C): null context first where guidance needs both
+    beside: Tensor | None  # (1 or 2, C', h, w): what the UNet takes beside x, as the contexts
     z: Tensor | None  # (C, h, w), the given picture's latent
-    mask: Tensor | None  # (1, h, w), 1 where the run may paint
+    mask: Tensor | None  # (1, h, w), 1 where the run may paint; None where the UNet sees the mask itself
     images: list[ImageState]
 
     def previews(self, image: ImageState) -> bool:
@@ -58,8 +59,26 @@ def painted(job: Job) -> np.ndarray:
 
 def encode(bundle: LatentDiffusion, job: Job, device: torch.device) -> Tensor:
     """The job's own picture as a scaled latent (C, h, w)."""
+    return bundle.encode(picture_of(job, device))[0]
+
+
+def picture_of(job: Job, device: torch.device) -> Tensor:
+    """The job's own picture, x (1, 3, H, W)."""
     x = torch.from_numpy(pixels_of(job).copy()).to(device, torch.float32).permute(2, 0, 1) / 127.5 - 1
-    return bundle.encode(x[None].contiguous())[0]
+    return x[None].contiguous()
+
+
+def known_of(bundle: LatentDiffusion, job: Job, mask: Tensor) -> Known:
+    """What the mask (1, h, w) keeps of the job's own picture, for a UNet that takes that."""
+    hidden = torch.from_numpy(painted(job).copy()).to(mask.device)
+    return Known(bundle.encode(torch.where(hidden, 0.0, picture_of(job, mask.device)))[0], mask)
+
+
+def regions_of(job: Job, h: int, w: int) -> Tensor | None:
+    """(h, w) numbers of labels, or None where the job tells none."""
+    if not job.regions:
+        return None
+    return torch.from_numpy(np.frombuffer(job.regions, np.uint16).reshape(h, w).astype(np.int64))
 
 
 def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:
@@ -88,22 +107,33 @@ def predict(states: Sequence[JobState], x: Tensor, lines: Tensor, size: int) -> 
     last = torch.tensor(rows).bincount().cumsum(0) - 1  # each image's conditional row
     first = last - torch.tensor([len(state.contexts) - 1 for state in states])  # no guidance: the same
     contexts = torch.cat([state.contexts for state in states])  # (R, L, C)
+    takes = states[0].beside is not None
+    beside = torch.cat([state.beside for state in states]) if takes else None  # (R, C', h, w)
     calls = [
-        call(states[0].bundle, x, lines, rows[begin : begin + size], contexts[begin : begin + size], size)
-        for begin in range(0, len(rows), size)
+        call(states[0].bundle, x, lines, rows[part], contexts[part], beside[part] if takes else None, size)
+        for part in (slice(begin, begin + size) for begin in range(0, len(rows), size))
     ]
     eps = torch.cat(calls)  # (R, C, h, w)
     scale = torch.tensor([state.job.guidance_scale for state in states]).to(x.device, torch.float32)
     return guide(eps[first.to(x.device)], eps[last.to(x.device)], scale)
 
 
-def call(bundle: LatentDiffusion, x: Tensor, lines: Tensor, rows: list[int], contexts: Tensor, size: int):
+def call(
+    bundle: LatentDiffusion, x: Tensor, lines: Tensor, rows: list[int], contexts: Tensor,
+    beside: Tensor | None, size: int,
+) -> Tensor:  # fmt: skip
     """THE UNet call: eps of some rows, padded to `size` with copies of the first."""
     padding = size - len(rows)
     index = torch.tensor(rows + rows[:1] * padding, device=x.device)
-    contexts = torch.cat([contexts, contexts[:1].expand(padding, -1, -1)])
     x, lines = x[index], lines[index]  # (size, C, h, w), (size, 7)
-    return bundle.denoiser(x * lines[:, 1, None, None, None], lines[:, 0], contexts)[: len(rows)]
+    contexts = padded(contexts, padding)
+    beside = None if beside is None else padded(beside, padding)
+    return bundle.denoiser(x * lines[:, 1, None, None, None], lines[:, 0], contexts, beside)[: len(rows)]
+
+
+def padded(rows: Tensor, padding: int) -> Tensor:
+    """With so many copies of the first row at the end."""
+    return torch.cat([rows, rows[:1].expand(padding, *rows.shape[1:])])
 
 
 def draw(images: Sequence[ImageState], table: Tensor) -> Tensor | None:

@@ -8,21 +8,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from models.samplers import SAMPLERS
 from models.spec import ModelSpec
-from service import images
+from service import images, layouts
 from service.errors import InvalidRequest, NotFound, UnreadableBody, UnsupportedMedia
 from service.images import Format
 from service.job import MAX_SEED, Job
 from service.registry import first_of
-from service.schemas import GenerateRequest, InpaintRequest, PictureRequest
+from service.schemas import Box, GenerateRequest, InpaintRequest, PictureRequest
 from service.settings import Settings
 
 STRENGTH = 0.75  # of a run from a picture that names none
 RESIZED = "init_image is {}x{} and was resized to {}x{}, the nearest that the model takes"
 
+CONDITIONS = {  # field -> the task that takes it
+    "class_label": "class-to-image",
+    "boxes": "layout-to-image",
+    "segmentation": "layout-to-image",
+}
 SHOWN = 64  # characters of a client's own words that an error repeats
 
 TASKS = ("generate", "inpaint")
@@ -48,10 +54,11 @@ class Order:
     height: int
     format: Format
     warnings: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()  # as they were asked for
 
     def without_pictures(self) -> Order:
         """What is left to keep once the job has them."""
-        return replace(self, job=replace(self.job, image=b"", mask=b""))
+        return replace(self, job=replace(self.job, image=b"", mask=b"", regions=b""))
 
 
 def to_order(body: PictureRequest, specs: Mapping[str, ModelSpec], settings: Settings) -> Order:
@@ -60,10 +67,57 @@ def to_order(body: PictureRequest, specs: Mapping[str, ModelSpec], settings: Set
     Raises NotFound for the model, InvalidRequest for the rest.
     """
     spec = find_model(body.model, specs)
+    check_conditions(body, spec)
     order = draft(body, spec, settings)
     task, does = order.job.task, ", ".join(spec.tasks)
     refuse([("model", task in spec.tasks, f"must be one for {task}; this one is for {does}")])
-    return order
+    regions = to_regions(body, spec, order, settings)
+    return replace(order, job=replace(order.job, regions=regions), boxes=tuple(body.boxes or ()))
+
+
+def check_conditions(body: PictureRequest, spec: ModelSpec) -> None:
+    """Raise InvalidRequest for conditions that the model does not take, or that exclude each other."""
+    told = [name for name in CONDITIONS if getattr(body, name) is not None]
+    for name in told:
+        task, does = CONDITIONS[name], ", ".join(spec.tasks)
+        refuse([(name, task in spec.tasks, f"is for {task}; this model is for {does}")])
+    worded = "class_label" in told and bool(body.prompt)
+    unworded = isinstance(body, GenerateRequest) and body.prompt is None and not told
+    refuse(
+        (
+            ("class_label", not worded, "must not come with a prompt, which says the same"),
+            ("segmentation", len({"boxes", "segmentation"} & {*told}) < 2, "must not come with boxes"),
+            ("prompt", not unworded or "unconditional" in spec.tasks, "is required"),
+        )
+    )
+
+
+def words_of(body: PictureRequest, spec: ModelSpec) -> str:
+    """The prompt, or the name of the class. Raises InvalidRequest for a class that there is not."""
+    label = body.class_label
+    if label is None:
+        return body.prompt or ""
+    if isinstance(label, str):
+        label = layouts.number_of(label, spec.labels, "class_label") - 1
+    refuse([("class_label", label < len(spec.labels), f"must be less than {len(spec.labels)}")])
+    return spec.labels[label]
+
+
+def to_regions(body: PictureRequest, spec: ModelSpec, order: Order, settings: Settings) -> bytes:
+    """The label of every cell of the job's latent, as in Job. Raises InvalidRequest.
+
+    Boxes and colours are of the client's picture; the rest of a larger canvas has no label.
+    """
+    f, (_, h, w) = spec.autoencoder.factor, spec.latent_shape(order.job.width, order.job.height)
+    shown = -(-order.height // f), -(-order.width // f)
+    if body.boxes is not None:
+        regions = layouts.from_boxes(body.boxes, spec.labels, *shown)
+    elif body.segmentation is not None:
+        picture = images.read_picture(body.segmentation, "segmentation", settings.max_input_pixels)
+        regions = layouts.from_colours(picture, spec.labels, *shown, "segmentation")
+    else:
+        return b""
+    return np.pad(regions, ((0, h - shown[0]), (0, w - shown[1]))).tobytes()
 
 
 def draft(body: PictureRequest, spec: ModelSpec, settings: Settings) -> Order:
@@ -144,7 +198,7 @@ def to_job(body: PictureRequest, spec: ModelSpec, width: int, height: int, stren
     return Job(
         id=uuid.uuid4().hex,
         model=spec.name,
-        prompt=body.prompt,
+        prompt=words_of(body, spec),
         negative_prompt=body.negative_prompt,
         width=width,
         height=height,

@@ -21,10 +21,11 @@ class Job:
     """Everything that decides the job's pictures, and its place in the queue. Image i has seed + i.
 
     image: height x width x 3 bytes that the run starts from, none for a run from noise alone; mask: height x
-    width bytes, 255 where that picture is painted anew and 0 where it stays, none for everywhere.
+    width bytes, 255 where that picture is painted anew and 0 where it stays, none for everywhere; regions: of
+    each cell of the latent, row by row, two bytes: the number of a label counted from 1, or 0; none for none.
     """
 
-    BLOBS: ClassVar[tuple[str, ...]] = ("image", "mask")  # go beside a message's header, not in it
+    BLOBS: ClassVar[tuple[str, ...]] = ("image", "mask", "regions")  # go beside a message's header, not in it
 
     id: str
     model: str
@@ -42,6 +43,7 @@ class Job:
     strength: float = 1.0  # of a run from a picture: the share of the steps that it takes
     image: bytes = b""
     mask: bytes = b""
+    regions: bytes = b""
     preview_every: int = 0  # steps of an image between two previews of it; 0: none
 
     @property

@@ -15,7 +15,17 @@ from models.preview import Projection
 from models.samplers import Plan, plan
 from models.schedule import Schedule
 from models.spec import ModelSpec
-from service.batch import ImageState, JobState, advance, encode, latent_mask, painted, pixels_of
+from service.batch import (
+    ImageState,
+    JobState,
+    advance,
+    encode,
+    known_of,
+    latent_mask,
+    painted,
+    pixels_of,
+    regions_of,
+)
 from service.device import (
     choose_device,
     choose_dtype,
@@ -98,13 +108,22 @@ class TorchRunner:
         with out_of_memory_refused():
             bundle = self._precise(job.model) if precise else self.registry[job.model]
             pair = bundle.conditioner([job.negative_prompt, job.prompt])  # (2, L, C)
-            used = {0.0: pair[:1], 1.0: pair[1:]}.get(job.guidance_scale, pair)
+            rows = {0.0: slice(1), 1.0: slice(1, 2)}.get(job.guidance_scale, slice(2))
             z = encode(bundle, job, pair.device) if job.image else None
             mask = latent_mask(job, bundle.spec.autoencoder.factor, pair.device) if job.mask else None
-            state = JobState(job, bundle, self.plans[job.id][0], used, z, mask, [])
+            beside = self._beside(bundle, job, mask)
+            blended = None if bundle.spec.mask_channels else mask
+            used = None if beside is None else beside[rows]
+            state = JobState(job, bundle, self.plans[job.id][0], pair[rows], used, z, blended, [])
             state.images = [self._first(state, job.seed + index) for index in range(job.n)]
         self.jobs[job.id] = state
         return tuple(warnings(bundle, job))
+
+    def _beside(self, bundle: LatentDiffusion, job: Job, mask: Tensor | None) -> Tensor | None:
+        """What the UNet takes beside the latents of a job: (2, C', h, w), or None."""
+        h, w = bundle.spec.latent_shape(job.width, job.height)[1:]
+        known = known_of(bundle, job, mask) if bundle.spec.mask_channels and mask is not None else None
+        return bundle.beside(h, w, regions_of(job, h, w), known)
 
     def _first(self, state: JobState, seed: int) -> ImageState:
         """What an image starts from: noise, or the given picture with noise on it."""

@@ -13,6 +13,7 @@ from service.progress import Stage
 MAX_SIDE = 8192
 MAX_N = 1024  # the operator's own limit comes on top
 MAX_TEXT = 4000
+MAX_BOXES = 64
 
 
 def not_blank(text: str) -> str:
@@ -22,6 +23,18 @@ def not_blank(text: str) -> str:
 
 
 PICTURE = "a PNG, JPEG or WebP file in base64 or as a data: URL"
+
+
+class Box(BaseModel):
+    """Where an object goes: the upper left corner and the size, as parts of the picture's sides."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(max_length=200, description="a label of the model")]
+    x: Annotated[float, Field(ge=0, le=1)]
+    y: Annotated[float, Field(ge=0, le=1)]
+    w: Annotated[float, Field(gt=0, le=1)]
+    h: Annotated[float, Field(gt=0, le=1)]
 
 
 class PictureRequest(BaseModel):
@@ -46,12 +59,27 @@ class PictureRequest(BaseModel):
         float | None,
         Field(gt=0, le=1, description="of a run from a picture: the share of the steps it takes"),
     ] = None
+    class_label: Annotated[
+        Annotated[int, Field(ge=0)] | Annotated[str, Field(max_length=200)] | None,
+        Field(description="number or name of a label of the model, instead of a prompt"),
+    ] = None
+    boxes: Annotated[
+        list[Box] | None,
+        Field(min_length=1, max_length=MAX_BOXES, description="what goes where; later ones lie on top"),
+    ] = None
+    segmentation: Annotated[
+        str | None,
+        Field(description=f"{PICTURE}: the colours of labels where they go, black elsewhere"),
+    ] = None
 
 
 class GenerateRequest(PictureRequest):
     """What to make, from noise or from a picture."""
 
-    prompt: Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(not_blank)]
+    prompt: Annotated[
+        Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(not_blank)] | None,
+        Field(description="may be missing where class_label, boxes or segmentation say what to make"),
+    ] = None
     init_image: Annotated[str | None, Field(description=f"{PICTURE}, that the run starts from")] = None
 
 
@@ -163,9 +191,21 @@ class ModelLimits(BaseModel):
     max_work: Annotated[int, Field(description="n * steps * width * height")]
 
 
+class Label(BaseModel):
+    """What class_label, boxes and segmentation can name."""
+
+    name: str
+    colour: Annotated[str, Field(description="of its regions in `segmentation`, as #rrggbb")]
+
+
 class Model(BaseModel):
     name: str
     tasks: list[str]
+    inpainting: Annotated[
+        Literal["mask channels", "blending"] | None,
+        Field(description="how: the network sees the mask, or what is known is put back after each step"),
+    ]
+    labels: Annotated[list[Label], Field(description="class_label i is the i-th, counted from 0")]
     defaults: ModelDefaults
     limits: ModelLimits
     samplers: list[str]

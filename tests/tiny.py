@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,9 +12,18 @@ from transformers import CLIPTokenizer
 
 from models.autoencoder import Autoencoder
 from models.checkpoint import save
-from models.conditioner import TextConditioner
+from models.conditioner import LayoutProjection, TextConditioner
 from models.latent_diffusion import LatentDiffusion
-from models.spec import AutoencoderSpec, Defaults, ModelSpec, Prediction, ScheduleSpec, TextSpec, UNetSpec
+from models.spec import (
+    ALL_TASKS,
+    AutoencoderSpec,
+    Defaults,
+    ModelSpec,
+    Prediction,
+    ScheduleSpec,
+    TextSpec,
+    UNetSpec,
+)
 from models.text_encoder import TextEncoder
 from models.unet import UNet
 
@@ -43,6 +53,16 @@ def fill_randomly(module: nn.Module, seed: int) -> None:
             parameter.data.copy_(value)
 
 
+def scene_spec() -> ModelSpec:
+    """tiny_spec() for every task: the UNet takes a mask, E(masked picture) and 3 channels of regions too."""
+    spec = tiny_spec()
+    unet = replace(spec.unet, in_channels=4 + 1 + 4 + 3)
+    labels = ("cat", "dog", "bird")
+    return replace(
+        spec, name="scene", unet=unet, tasks=ALL_TASKS, mask_channels=True, layout_channels=3, labels=labels
+    )
+
+
 def tiny_spec(prediction: Prediction = "epsilon", tokens: int = 77) -> ModelSpec:
     """Pictures of 64x64 from latents of 4x8x8."""
     tokenizer = byte_tokenizer(tokens)
@@ -67,10 +87,16 @@ def tiny_spec(prediction: Prediction = "epsilon", tokens: int = 77) -> ModelSpec
 
 def tiny_model(seed: int = 0, prediction: Prediction = "epsilon") -> LatentDiffusion:
     """The model itself, float32 on the CPU."""
-    spec = tiny_spec(prediction)
+    return random_model(tiny_spec(prediction), seed)
+
+
+def random_model(spec: ModelSpec, seed: int = 0) -> LatentDiffusion:
+    """A model of this shape."""
     text = TextEncoder(spec.text, byte_tokenizer(spec.text.tokens))
-    bundle = LatentDiffusion(spec, UNet(spec.unet), Autoencoder(spec.autoencoder), TextConditioner(text))
-    for index, network in enumerate((bundle.unet, bundle.autoencoder, text)):
+    layout = LayoutProjection(spec.text.width, spec.layout_channels) if spec.layout_channels else None
+    conditioner = TextConditioner(text, layout, spec.labels)
+    bundle = LatentDiffusion(spec, UNet(spec.unet), Autoencoder(spec.autoencoder), conditioner)
+    for index, network in enumerate((bundle.unet, bundle.autoencoder, conditioner)):
         fill_randomly(network, seed + index)
         network.requires_grad_(False).eval()
     return bundle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,11 +44,13 @@ def parser() -> argparse.ArgumentParser:
     diffusion.add_argument(
         "--scenes", type=int, default=20_480, help="latents to draw (default: %(default)s)"
     )
+    diffusion.add_argument("--start", type=Path, metavar="FOLDER", help="a trained model to go on from")
     export = add(parts, "export", export_model, "the trained weights as a folder in float16")
     export.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    measure = add(parts, "evaluate", evaluate, "the autoencoder's fidelity and named-object accuracy")
+    add_names(export)
+    measure = add(parts, "evaluate", evaluate, "the autoencoder's fidelity, and accuracy in every task")
     add_model(measure)
-    measure.add_argument("--count", type=int, default=300, help="held-out prompts, one picture each")
+    measure.add_argument("--count", type=int, default=600, help="prompts of one object; a third of it a task")
     measure.add_argument("--steps", type=int, default=DEFAULTS.steps)
     measure.add_argument("--guidance-scale", type=float, default=DEFAULTS.guidance_scale)
     pictures = add(
@@ -103,11 +106,13 @@ def train_autoencoder(args: argparse.Namespace) -> None:
 
 def train_diffusion(args: argparse.Namespace) -> None:
     from models.training import diffusion
-    from models.training.presets import SCHEDULE, UNET, text_spec
+    from models.training.presets import LAYOUT, SCHEDULE, UNET, text_spec
 
     device = torch.device(args.device)
     names, tokenizer = read_names(args.names), build_tokenizer(TOKENS)
-    network = diffusion.TextConditionedUNet(UNET, text_spec(tokenizer), tokenizer)
+    network = diffusion.SceneNetwork(UNET, text_spec(tokenizer), LAYOUT, tokenizer)
+    if args.start:
+        diffusion.start_from(network, checkpoint.load(args.start))
     autoencoder = trained_autoencoder(args.state).to(device)
     data = cached(
         args.state / "latents.pt",
@@ -121,18 +126,20 @@ def train_diffusion(args: argparse.Namespace) -> None:
 
 def export_model(args: argparse.Namespace) -> None:
     from models.conditioner import TextConditioner
-    from models.training.diffusion import TextConditionedUNet
-    from models.training.presets import UNET, model_spec, text_spec
+    from models.training.diffusion import SceneNetwork
+    from models.training.presets import LAYOUT, UNET, model_spec, text_spec
 
     tokenizer = build_tokenizer(TOKENS)
     text = text_spec(tokenizer)
-    network = TextConditionedUNet(UNET, text, tokenizer)
+    network = SceneNetwork(UNET, text, LAYOUT, tokenizer)
     network.load_state_dict(averaged(args.state / "diffusion.pt"))
     scale = scale_factor(torch.load(args.state / "latents.pt", weights_only=True)["latents"])
-    spec = model_spec(args.output.resolve().name, text, scale)
-    conditioner = TextConditioner(network.text_encoder)
+    names = read_names(args.names)
+    spec = model_spec(args.output.resolve().name, text, scale, names)
+    conditioner = TextConditioner(network.text_encoder, network.layout, names)
     bundle = LatentDiffusion(spec, network.unet, trained_autoencoder(args.state), conditioner)
     checkpoint.save(bundle, args.output)
+    shutil.copyfile(args.names, args.output / "names.txt")
 
 
 def trained_autoencoder(state: Path) -> Autoencoder:

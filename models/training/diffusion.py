@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
 from tqdm import tqdm
 
 from models.autoencoder import Autoencoder
+from models.conditioner import GRAY, LayoutProjection
+from models.latent_diffusion import LatentDiffusion
 from models.schedule import Schedule
 from models.spec import ScheduleSpec, TextSpec, UNetSpec
 from models.text_encoder import TextEncoder
 from models.training.first_stage import to_x
-from models.training.scenes import Atlas, draw_scene
+from models.training.scenes import SIZE, Atlas, Scene, draw_scene
 from models.training.trainer import Budget, Trainer
 from models.unet import UNet
 
 CHUNK = 64  # scenes encoded at once
 SHORT, DROPPED = 0.1, 0.1  # shares of captions that leave the background out, and of empty ones
+HOLED = 0.25  # share of scenes that are also encoded with a hole
+KNOWN = 0.8  # how often such a scene is learned with what is around the hole
+LAID_OUT = 0.25  # how often the regions of a scene are told, by turns as boxes and as silhouettes
+ALONE = 0.4  # how often a hole or a layout comes without words
 
 
-class TextConditionedUNet(nn.Module):
-    """The UNet and the text encoder that is trained with it."""
+class SceneNetwork(nn.Module):
+    """The UNet with what conditions it: text, what is around a hole, and named regions."""
 
-    def __init__(self, unet: UNetSpec, text: TextSpec, tokenizer) -> None:
+    def __init__(self, unet: UNetSpec, text: TextSpec, layout_channels: int, tokenizer) -> None:
         super().__init__()
         self.unet = UNet(unet)
         self.text_encoder = TextEncoder(text, tokenizer)
+        self.layout = LayoutProjection(text.width, layout_channels)
 
-    def forward(self, z_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(z_t, t, self.text_encoder(ids))
+    def forward(self, z_t: Tensor, t: Tensor, batch: Batch, names: Tensor) -> Tensor:
+        """z_t (B, C, h, w), t (B,), names (K, L): ids of all names -> v (B, C, h, w)."""
+        present, regions = batch.regions.unique(return_inverse=True)
+        told = self.layout(self.text_encoder, names[(present.long() - 1).clamp(min=0)])
+        table = told * (present > 0)[:, None]  # 0: no name
+        layout = table[regions].movedim(-1, 1)  # (B, channels, h, w)
+        x = torch.cat([z_t, batch.mask, batch.masked, layout.to(z_t.dtype)], dim=1)
+        return self.unet(x, t, self.text_encoder(batch.ids))
+
+
+class Batch(NamedTuple):
+    """What an update learns from."""
+
+    z: Tensor  # (B, C, h, w), scaled
+    ids: Tensor  # (B, L), of the caption, or of the empty one
+    mask: Tensor  # (B, 1, h, w), 1: to be painted
+    masked: Tensor  # (B, C, h, w), scaled latent of the picture with gray where the mask is 1
+    regions: Tensor  # (B, h, w), number of the name from 1, or 0
 
 
 def draw_latents(
@@ -43,30 +70,97 @@ def draw_latents(
     seed: int,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Draw scenes and encode them once: unscaled latents in bfloat16, and the ids of both captions."""
+    """Draw scenes and encode them once.
+
+    latents, masked (N, C, h, w) unscaled bfloat16; ids (N, 2, L) of both captions; masks (N, 1, h, w), 1
+    everywhere where `holed` (N,) is not; boxes and regions (N, h, w), numbers of names from 1, or 0.
+    """
     atlas, rng = Atlas(names), np.random.default_rng(seed)
-    latents, ids = [], []
+    factor, number = autoencoder.spec.factor, {name: index for index, name in enumerate(names, 1)}
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+
+    def encode(pictures: Sequence[np.ndarray]) -> Tensor:
+        x = to_x(torch.from_numpy(np.stack(pictures))).to(device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            return autoencoder.encode(x).bfloat16()
+
+    gray = encode([np.full((SIZE, SIZE, 3), GRAY, np.uint8)])
     for _ in tqdm(range(0, count, CHUNK), desc="latents", unit_scale=CHUNK, unit="scene"):
         scenes = [draw_scene(atlas, rng) for _ in range(CHUNK)]
-        x = to_x(torch.from_numpy(np.stack([scene.picture for scene in scenes]))).to(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            latents.append(autoencoder.encode(x).bfloat16())
+        holed = scenes[: round(HOLED * CHUNK)]
+        holes = [draw_hole(rng, scene) for scene in holed]
+        pairs = zip(holes, holed, strict=True)
+        masked = encode([np.where(h[:, :, None], GRAY, s.picture).astype(np.uint8) for h, s in pairs])
+        masks = torch.ones(CHUNK, 1, SIZE // factor, SIZE // factor, dtype=torch.uint8)
+        masks[: len(holes), 0] = max_pool2d(torch.from_numpy(np.stack(holes)).float(), factor).byte()
         captions = [text for scene in scenes for text in (scene.caption, scene.short_caption)]
-        ids.append(encoder.tokenize(captions).view(CHUNK, 2, -1))
-    return {"latents": torch.cat(latents), "ids": torch.cat(ids).to(device)}
+        parts["latents"].append(encode([scene.picture for scene in scenes]))
+        parts["masked"].append(torch.cat([masked, gray.expand(CHUNK - len(holes), -1, -1, -1)]))
+        parts["masks"].append(masks)
+        parts["holed"].append(torch.arange(CHUNK) < len(holes))
+        parts["ids"].append(encoder.tokenize(captions).view(CHUNK, 2, -1))
+        maps = [layouts(scene, number, factor) for scene in scenes]
+        for key, values in zip(("boxes", "regions"), zip(*maps, strict=True), strict=True):
+            parts[key].append(torch.from_numpy(np.stack(values)))
+    data = {key: torch.cat(values).to(device) for key, values in parts.items()}
+    return data | {"gray": gray, "names": encoder.tokenize(names).to(device)}
 
 
-def batches(data: dict[str, Tensor], scale: float, empty: Tensor, size: int, seed: int) -> Iterator[tuple]:
-    """Endless random batches of (scaled latents, ids), captions shortened or dropped at random."""
+def draw_hole(rng: np.random.Generator, scene: Scene, kinds: Sequence[int] = (0, 1, 2)) -> np.ndarray:
+    """What to paint anew, bool (128, 128). Kinds: 0 an object's surroundings, 1 a box, 2 a thick stroke."""
+    kind, mask = kinds[rng.integers(len(kinds))], Image.new("1", (SIZE, SIZE))
+    draw = ImageDraw.Draw(mask)
+    if kind == 0:
+        left, top, right, bottom = scene.boxes()[rng.integers(len(scene.names))]
+        wide = rng.integers(0, 12, 4)
+        draw.rectangle((left - wide[0], top - wide[1], right + wide[2], bottom + wide[3]), fill=1)
+    elif kind == 1:
+        width, height = rng.integers(24, 97, 2)
+        left, top = rng.integers(0, SIZE - width + 1), rng.integers(0, SIZE - height + 1)
+        draw.rectangle((left, top, left + width, top + height), fill=1)
+    else:
+        points = [tuple(map(int, point)) for point in rng.integers(0, SIZE, (rng.integers(2, 5), 2))]
+        draw.line(points, fill=1, width=int(rng.integers(16, 41)), joint="curve")
+    return np.asarray(mask)
+
+
+def layouts(scene: Scene, number: Mapping[str, int], factor: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes and silhouettes of a scene at the latent's size, (h, w) int16: numbers of names, or 0."""
+    numbers = np.array([0, *(number[name] for name in scene.names)], np.int16)
+    boxes = np.zeros((SIZE, SIZE), np.int16)
+    for index, (left, top, right, bottom) in enumerate(scene.boxes(), 1):
+        boxes[top:bottom, left:right] = numbers[index]
+    middle = slice(factor // 2, None, factor)
+    return boxes[middle, middle], numbers[scene.regions[middle, middle]]
+
+
+def batches(data: dict[str, Tensor], scale: float, empty: Tensor, size: int, seed: int) -> Iterator[Batch]:
+    """Endless random batches: captions shortened or dropped, holes and layouts told at random."""
     generator = torch.Generator().manual_seed(seed)
-    count = len(data["latents"])
+    count, device = len(data["latents"]), empty.device
+    gray = data["gray"].float() * scale
+
+    def chance(part: float, size: int) -> Tensor:
+        return (torch.rand(size, generator=generator) < part).to(device)
+
     while True:
         for index in torch.randperm(count, generator=generator).split(size):
-            draw = torch.rand(len(index), generator=generator)
-            index, draw = index.to(empty.device), draw.to(empty.device)
-            ids = data["ids"][index, (draw < SHORT).long()]
-            ids = torch.where((draw > 1 - DROPPED)[:, None], empty, ids)
-            yield data["latents"][index].float() * scale, ids
+            n, index = len(index), index.to(device)
+            known = data["holed"][index] & chance(KNOWN, n)
+            laid_out, boxed = chance(LAID_OUT, n), chance(0.5, n)
+            nothing = chance(DROPPED, n)
+            wordless = nothing | ((known | laid_out) & chance(ALONE, n))
+            ids = data["ids"][index, chance(SHORT, n).long()]
+            regions = torch.where(boxed[:, None, None], data["boxes"][index], data["regions"][index])
+            tell = (laid_out & ~nothing)[:, None, None]
+            here = known[:, None, None, None]
+            yield Batch(
+                data["latents"][index].float() * scale,
+                torch.where(wordless[:, None], empty, ids),
+                torch.where(here, data["masks"][index].float(), 1.0),
+                torch.where(here, data["masked"][index].float() * scale, gray),
+                torch.where(tell, regions, 0),
+            )
 
 
 def timestep_density(alpha_bar: np.ndarray) -> Tensor:
@@ -81,27 +175,41 @@ def timestep_density(alpha_bar: np.ndarray) -> Tensor:
     return torch.from_numpy(density / density.sum())
 
 
-def loss(network: TextConditionedUNet, alpha_bar: Tensor, density: Tensor, z: Tensor, ids: Tensor) -> Tensor:
-    """Error of the predicted v (Salimans and Ho 2022) at random timesteps.
-
-    alpha_bar, density (T,); z (B, C, h, w), scaled latents; ids (B, L).
-    """
-    t = torch.multinomial(density, len(z), replacement=True)
+def loss(network: SceneNetwork, alpha_bar: Tensor, density: Tensor, names: Tensor, batch: Batch) -> Tensor:
+    """Error of the predicted v (Salimans and Ho 2022) at random timesteps; alpha_bar, density (T,)."""
+    t, z = torch.multinomial(density, len(batch.z), replacement=True), batch.z
     ab = alpha_bar[t][:, None, None, None]
     eps = torch.randn_like(z)
     v = ab.sqrt() * eps - (1 - ab).sqrt() * z
-    out = network(ab.sqrt() * z + (1 - ab).sqrt() * eps, t, ids).float()
+    out = network(ab.sqrt() * z + (1 - ab).sqrt() * eps, t, batch, names).float()
     return (out - v).square().mean()
 
 
+def start_from(network: SceneNetwork, bundle: LatentDiffusion) -> None:
+    """Take over what a smaller or older model has learned.
+
+    Tokens are matched by their text; of a layer that has grown, what is new starts at zero.
+    """
+    old, new = bundle.conditioner.encoder.tokenizer.get_vocab(), network.text_encoder.tokenizer.get_vocab()
+    text, shared = bundle.conditioner.encoder.state_dict(), sorted(new.keys() & old.keys())
+    rows = network.text_encoder.state_dict()
+    key = next(key for key in text if key.endswith("token_embedding.weight"))
+    rows[key][[new[token] for token in shared]] = text[key][[old[token] for token in shared]]
+    network.text_encoder.load_state_dict(text | {key: rows[key]})
+    unet, key = bundle.unet.state_dict(), "input_blocks.0.0.weight"
+    grown = torch.zeros_like(network.unet.state_dict()[key])
+    grown[:, : unet[key].shape[1]] = unet[key]
+    network.unet.load_state_dict(unet | {key: grown})
+
+
 def train(
-    network: TextConditionedUNet, schedule: ScheduleSpec, data: dict[str, Tensor], scale: float,
+    network: SceneNetwork, schedule: ScheduleSpec, data: dict[str, Tensor], scale: float,
     budget: Budget, state: Path, device: torch.device,
 ) -> None:  # fmt: skip
-    """Train the UNet and the text encoder to predict v on cached latents; resumes from `state`."""
+    """Train the network to predict v on cached latents; resumes from `state`."""
     trainer, alpha_bar = Trainer(network, budget, state, device), Schedule(schedule).alpha_bar
     density = timestep_density(alpha_bar).to(device, torch.float32)
     alpha_bar = torch.from_numpy(alpha_bar).to(device, torch.float32)
     empty = network.text_encoder.tokenize([""]).to(device)
     stream = batches(data, scale, empty, budget.batch, seed=trainer.progress.updates)
-    trainer.run(stream, lambda batch: loss(network, alpha_bar, density, *batch), "diffusion")
+    trainer.run(stream, lambda batch: loss(network, alpha_bar, density, data["names"], batch), "diffusion")

@@ -13,13 +13,25 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 from tqdm import tqdm
 
-from models.latent_diffusion import LatentDiffusion, to_uint8
+from models.latent_diffusion import Known, LatentDiffusion, to_uint8
+from models.training.diffusion import draw_hole
 from models.training.first_stage import to_x
-from models.training.scenes import COLOURS, SIZE, Atlas, caption_of, held_out, held_out_scenes
+from models.training.scenes import (
+    COLOURS,
+    RELATIONS,
+    SIZE,
+    Atlas,
+    Scene,
+    caption_of,
+    held_out,
+    held_out_scenes,
+)
 
 SIDE = 24  # pixels a side at which glyphs are compared
+BATCH = 32  # pictures drawn at once
 DIFFERS = 30.0  # distance in RGB from which a pixel is not background
 
 Pictures = np.ndarray  # uint8 (B, H, W, 3)
@@ -75,9 +87,9 @@ class Judge:
                                + [(0, 0)]) for g in glyphs]  # fmt: skip
         self._references: dict[tuple[int, ...], np.ndarray] = {}
 
-    def rank(self, picture: np.ndarray) -> list[str]:
-        """All names, the most alike first. picture uint8 (H, W, 3)."""
-        colour = background(picture).round()
+    def rank(self, picture: np.ndarray, colour: np.ndarray | None = None) -> list[str]:
+        """All names, the most alike first. picture uint8 (H, W, 3); colour: of its background, if known."""
+        colour = (background(picture) if colour is None else colour).round()
         object_ = cut_out(picture, colour).ravel()
         distance = np.square(self._on(colour) - object_).sum(axis=1)
         return [self.names[i] for i in distance.argsort()]
@@ -106,7 +118,7 @@ def held_out_prompts(names: Sequence[str], count: int, seed: int = 0) -> list[tu
 
 
 def named_object_accuracy(
-    judge: Judge, pairs: Sequence[tuple[str, str]], draw: Callable[[list[str]], Pictures], batch: int = 32
+    judge: Judge, pairs: Sequence[tuple[str, str]], draw: Callable[[list[str]], Pictures], batch: int = BATCH
 ) -> Accuracy:
     """Draw "NAME on a COLOUR background" for each pair and judge it."""
     top1 = top5 = right = 0
@@ -138,26 +150,163 @@ def fidelity(bundle: LatentDiffusion, atlas: Atlas, count: int = 128, batch: int
     return psnr(scenes, np.concatenate(again))
 
 
+class Painter:
+    """Draws batches of pictures with a model, each with a seed of its own."""
+
+    def __init__(self, bundle: LatentDiffusion, steps: int, guidance_scale: float, total: int) -> None:
+        self.bundle = bundle
+        self.steps = steps
+        self.guidance_scale = guidance_scale
+        self.bar = tqdm(total=total, desc="pictures", leave=False)
+        self.drawn = 0
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], beside: Sequence[Tensor] | None = None) -> Pictures:
+        """One picture a prompt; beside: of each, as LatentDiffusion.beside() makes it."""
+        parts = []
+        for start in range(0, len(prompts), BATCH):
+            part = slice(start, start + BATCH)
+            chosen = prompts[part]
+            seeds = range(self.drawn, self.drawn + len(chosen))
+            given = None if beside is None else beside[part]
+            x = self.bundle.sample(chosen, seeds, self.steps, self.guidance_scale, given)
+            parts.append(to_pictures(x))
+            self.drawn += len(chosen)
+            self.bar.update(len(chosen))
+        return np.concatenate(parts)
+
+    def regions(self, maps: Sequence[np.ndarray]) -> list[Tensor]:
+        """What stands beside the latent for label numbers (h, w) each."""
+        return [self.bundle.beside(*map.shape, torch.from_numpy(map.astype(np.int64))) for map in maps]
+
+    @torch.inference_mode()
+    def around(self, pictures: Pictures, holes: np.ndarray) -> list[Tensor]:
+        """What stands beside the latent for pictures with holes, bool (B, H, W)."""
+        device, f = next(self.bundle.unet.parameters()).device, self.bundle.spec.autoencoder.factor
+        given = []
+        for picture, hole in zip(pictures, holes, strict=True):
+            hidden = torch.from_numpy(hole).to(device)
+            z = self.bundle.encode(
+                torch.where(hidden, 0.0, to_x(torch.from_numpy(picture)[None]).to(device))
+            )[0]
+            mask = max_pool2d(hidden.float()[None], f)
+            given.append(self.bundle.beside(*z.shape[1:], known=Known(z, mask)))
+        return given
+
+
+def right_objects(judge: Judge, names: Sequence[str], pictures: Pictures) -> float:
+    """Share of pictures whose object is the one named."""
+    return float(np.mean([judge.rank(p)[0] == name for name, p in zip(names, pictures, strict=True)]))
+
+
+def related_objects(judge: Judge, paint: Painter, names: Sequence[str], count: int) -> float:
+    """Share of pictures of two objects that are both the right ones, each on its side."""
+    rng, prompts, halves = np.random.default_rng(1), [], []
+    while len(prompts) < count:
+        pair = [names[i] for i in rng.permutation(len(names))[:2]]
+        relation, colour = list(RELATIONS)[rng.integers(4)], list(COLOURS)[rng.integers(len(COLOURS))]
+        if any(held_out(name, colour) for name in pair):
+            continue  # two names together are new enough
+        axis, direction = RELATIONS[relation]
+        prompts.append(f"{pair[0]} {relation} {pair[1]} on a {colour} background")
+        halves.append((1 - axis, pair[::direction]))
+    right = 0
+    for (axis, pair), picture in zip(halves, paint(prompts), strict=True):
+        colour = background(picture)
+        parts = np.split(picture, 2, axis=axis)
+        right += all(judge.rank(part, colour)[0] == name for part, name in zip(parts, pair, strict=True))
+    return right / count
+
+
+def boxed_objects(judge: Judge, paint: Painter, names: Sequence[str], count: int) -> tuple[float, float]:
+    """Shares of pictures from a box alone that show the right object, and that show it where the box is."""
+    rng, f = np.random.default_rng(2), paint.bundle.spec.autoencoder.factor
+    asked, maps, boxes = [], [], []
+    for _ in range(count):
+        side = f * int(rng.integers(8, 14))
+        left, top = (f * int(v) for v in rng.integers(0, (SIZE - side) // f + 1, 2))
+        number = int(rng.integers(len(names)))
+        regions = np.zeros((SIZE // f, SIZE // f), np.int64)
+        regions[top // f : (top + side) // f, left // f : (left + side) // f] = number + 1
+        asked.append(names[number])
+        maps.append(regions)
+        boxes.append((left, top, left + side, top + side))
+    pictures = paint([""] * count, paint.regions(maps))
+    named = [judge.rank(p)[0] == name for name, p in zip(asked, pictures, strict=True)]
+    placed = [overlap(extent(p), box) > 0.5 for p, box in zip(pictures, boxes, strict=True)]
+    return float(np.mean(named)), float(np.mean([a and b for a, b in zip(named, placed, strict=True)]))
+
+
+def extent(picture: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what differs from the background."""
+    apart = np.linalg.norm(picture.astype(np.float64) - background(picture), axis=-1) > DIFFERS
+    rows, columns = np.flatnonzero(apart.any(1)), np.flatnonzero(apart.any(0))
+    return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
+
+
+def overlap(a: Sequence[int], b: Sequence[int]) -> float:
+    """Intersection over union of two boxes."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    return shared / max(sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)) - shared, 1)
+
+
+def object_holes(scenes: Sequence[Scene], margin: int = 6) -> np.ndarray:
+    """Over the object of each scene, bool (B, H, W)."""
+    holes = np.zeros((len(scenes), SIZE, SIZE), bool)
+    for hole, scene in zip(holes, scenes, strict=True):
+        left, top, right, bottom = scene.boxes()[0]
+        hole[max(top - margin, 0) : bottom + margin, max(left - margin, 0) : right + margin] = True
+    return holes
+
+
+def filled_holes(paint: Painter, scenes: Sequence[Scene]) -> float:
+    """PSNR inside holes filled without a prompt, above that of filling with the mean of what is known, dB."""
+    rng = np.random.default_rng(3)
+    pictures = np.stack([scene.picture for scene in scenes])
+    holes = np.stack([draw_hole(rng, scene, kinds=(1, 2)) for scene in scenes])
+    made = paint([""] * len(scenes), paint.around(pictures, holes))
+    means = np.stack([p[~h].mean(axis=0).round() for p, h in zip(pictures, holes, strict=True)]).astype(
+        np.uint8
+    )
+    flat = np.broadcast_to(means[:, None, None], pictures.shape)
+    return psnr(made[holes], pictures[holes]) - psnr(flat[holes], pictures[holes])
+
+
+def shuffled(bundle: LatentDiffusion) -> LatentDiffusion:
+    """The model with the numbers of every weight of its UNet in another order: it has learned nothing."""
+    other = bundle.copy(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for weight in other.unet.parameters():
+        order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
+        weight.copy_(weight.flatten()[order].view_as(weight))
+    return other
+
+
 @torch.inference_mode()
 def report(
     bundle: LatentDiffusion, names: Sequence[str], count: int, steps: int, guidance_scale: float
 ) -> Iterator[str]:
-    """One sentence for each figure, as it is known. Picture i of the prompts has seed i."""
-    atlas = Atlas()
+    """One sentence for each figure, as it is known; reproducible on the same hardware."""
+    atlas, part = Atlas(), max(count // 3, 1)
+    judge = Judge(atlas)
+    paint = Painter(bundle, steps, guidance_scale, count + 5 * part)
+    yield f"{len(names)} names, {steps} steps, guidance {guidance_scale:g}"
     yield f"D(E(x)) on held-out scenes: {fidelity(bundle, atlas):.2f} dB"
-    done = 0
-    with tqdm(total=count, desc="prompts", leave=False) as bar:
-
-        def draw(prompts: list[str]) -> Pictures:
-            nonlocal done
-            seeds = range(done, done + len(prompts))
-            done += len(prompts)
-            bar.update(len(prompts))
-            return to_pictures(bundle.sample(prompts, seeds, steps, guidance_scale))
-
-        accuracy = named_object_accuracy(Judge(atlas), held_out_prompts(names, count), draw)
+    accuracy = named_object_accuracy(judge, held_out_prompts(names, count), paint)
     yield (
-        f"named objects, {accuracy.count} held-out prompts of {len(names)} names, "
-        f"{steps} steps, guidance {guidance_scale:g}:"
+        f"named objects, {accuracy.count} held-out prompts: "
+        f"top-1 {accuracy.top1:.1%}, top-5 {accuracy.top5:.1%}, background {accuracy.background:.1%}"
     )
-    yield f"top-1 {accuracy.top1:.1%}, top-5 {accuracy.top5:.1%}, background {accuracy.background:.1%}"
+    yield f"two objects in a relation, {part} prompts: {related_objects(judge, paint, names, part):.1%}"
+    named, placed = boxed_objects(judge, paint, names, part)
+    yield f"boxes, {part} without a prompt: the right object {named:.1%}, and IoU over 0.5 {placed:.1%}"
+    scenes = held_out_scenes(Atlas(names), part)
+    pictures = np.stack([scene.picture for scene in scenes])
+    made = paint([s.caption for s in scenes], paint.around(pictures, object_holes(scenes)))
+    right = right_objects(judge, [scene.names[0] for scene in scenes], made)
+    yield f"inpainting with a prompt, {len(scenes)} holes: top-1 {right:.1%}"
+    yield f"inpainting without, PSNR in {len(scenes)} holes: {filled_holes(paint, scenes):+.1f} dB"
+    paint.bundle = shuffled(bundle)
+    accuracy = named_object_accuracy(judge, held_out_prompts(names, part), paint)
+    yield f"the same with the UNet's weights shuffled: top-1 {accuracy.top1:.1%}, top-5 {accuracy.top5:.1%}"

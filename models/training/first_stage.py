@@ -29,7 +29,7 @@ class Scenes(IterableDataset):
         worker = get_worker_info()
         rng, atlas = np.random.default_rng([self.seed, worker.id if worker else 0]), Atlas()
         while True:
-            yield draw_scene(atlas, rng, two=0.15, sizes=(56, 121)).picture.copy()
+            yield draw_scene(atlas, rng, sizes=(56, 121)).picture.copy()
 
 
 def to_x(pictures: Tensor) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from transformers import CLIPTokenizer
 
-from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, UNetSpec
+from models.spec import ALL_TASKS, AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, UNetSpec
 from models.training.scenes import SIZE
 
 TOKENS = 24  # the longest caption of two objects takes 22
@@ -18,8 +21,9 @@ AUTOENCODER = AutoencoderSpec(
     sample_size=SIZE,
     patch_size=4,
 )
+LAYOUT = 16  # channels that tell which name belongs where
 UNET = UNetSpec(
-    in_channels=AUTOENCODER.latent_channels,
+    in_channels=2 * AUTOENCODER.latent_channels + 1 + LAYOUT,  # z, mask, E(masked picture), layout
     out_channels=AUTOENCODER.latent_channels,
     channels=(128, 192),
     res_blocks=1,
@@ -57,7 +61,17 @@ def text_spec(tokenizer: CLIPTokenizer) -> TextSpec:
     )
 
 
-def model_spec(name: str, text: TextSpec, scale_factor: float) -> ModelSpec:
+def model_spec(name: str, text: TextSpec, scale_factor: float, labels: Sequence[str]) -> ModelSpec:
     """The whole model; scale_factor makes its latents' standard deviation 1."""
-    autoencoder = AutoencoderSpec(**(vars(AUTOENCODER) | {"scale_factor": scale_factor}))
-    return ModelSpec(name, UNET, autoencoder, SCHEDULE, text, DEFAULTS)
+    return ModelSpec(
+        name,
+        UNET,
+        replace(AUTOENCODER, scale_factor=scale_factor),
+        SCHEDULE,
+        text,
+        DEFAULTS,
+        tasks=ALL_TASKS,
+        mask_channels=True,
+        layout_channels=LAYOUT,
+        labels=tuple(labels),
+    )

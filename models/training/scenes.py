@@ -1,4 +1,4 @@
-"""Drawn training data: scenes of named emoji on flat backgrounds, with captions.
+"""Drawn training data: scenes of named emoji, with captions and regions.
 
 Glyphs come from the Noto Color Emoji font (OFL 1.1), names from Unicode. `glyphs.txt` beside this file fixes
 which code points are used and under which names, since both change between releases.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -40,11 +41,21 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture, uint8 (128, 128, 3), with a caption and a short caption that leaves the background out."""
+    """One picture, a caption, a short one that leaves the background out, and where the objects are."""
 
-    picture: np.ndarray
+    picture: np.ndarray  # uint8 (128, 128, 3)
     caption: str
     short_caption: str
+    names: tuple[str, ...]  # of its objects
+    regions: np.ndarray  # uint8 (128, 128): which object is seen, counted from 1; 0: background
+
+    def boxes(self) -> list[tuple[int, int, int, int]]:
+        """Left, top, right and bottom (past the end) of what is seen of each object, in pixels."""
+        found = []
+        for index in range(1, len(self.names) + 1):
+            rows, columns = (np.flatnonzero((self.regions == index).any(axis)) for axis in (1, 0))
+            found.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0))
+        return [tuple(int(side) for side in box) for box in found]
 
 
 class GlyphError(RuntimeError):
@@ -117,51 +128,162 @@ class Atlas:
         return glyph.resize([max(1, round(s * scale)) for s in glyph.size], Image.Resampling.LANCZOS)
 
 
-def compose(atlas: Atlas, colour: str, placed: Sequence[tuple[str, int, int, int]]) -> np.ndarray:
-    """Draw (name, size, centre x, centre y) in turn on a background -> uint8 (128, 128, 3)."""
-    canvas = Image.new("RGB", (SIZE, SIZE), COLOURS[colour])
-    for name, size, x, y in placed:
+class Placed(NamedTuple):
+    """An object of a scene: its longer side and its centre in pixels, turned by degrees."""
+
+    name: str
+    size: int
+    x: int
+    y: int
+    turn: float = 0.0
+
+
+def compose(atlas: Atlas, base: np.ndarray, placed: Sequence[Placed]) -> tuple[np.ndarray, np.ndarray]:
+    """Draw objects in turn on a background (128, 128, 3) -> picture, and regions as in Scene."""
+    canvas, regions = Image.fromarray(base), np.zeros((SIZE, SIZE), np.uint8)
+    for index, (name, size, x, y, turn) in enumerate(placed, 1):
         glyph = atlas.glyph(name, size)
-        canvas.paste(glyph, (x - glyph.width // 2, y - glyph.height // 2), glyph)
-    return np.asarray(canvas)
+        if turn:
+            glyph = glyph.rotate(turn, Image.Resampling.BICUBIC, expand=True)
+        corner = x - glyph.width // 2, y - glyph.height // 2
+        canvas.paste(glyph, corner, glyph)
+        cover = Image.new("L", canvas.size)
+        cover.paste(glyph.getchannel("A"), corner)
+        regions[np.asarray(cover) >= 128] = index
+    return np.asarray(canvas), regions
 
 
-def _one(atlas: Atlas, rng: np.random.Generator, name: str, colour: str, sizes: tuple[int, int]) -> Scene:
-    size = int(rng.integers(*sizes))
-    low, high = size // 2 + 2, SIZE - size // 2 - 1
-    x, y = (int(v) for v in rng.integers(low, high, size=2))
-    picture = compose(atlas, colour, [(name, size, x, y)])
-    return Scene(picture, caption_of(name, colour), name)
+def flat(colour: str) -> np.ndarray:
+    """A background of one colour, uint8 (128, 128, 3)."""
+    return np.full((SIZE, SIZE, 3), COLOURS[colour], np.uint8)
 
 
-def _two(atlas: Atlas, rng: np.random.Generator, names: tuple[str, str], colour: str) -> Scene:
-    size = int(rng.integers(48, 62))
-    near, far, other = 33 + rng.integers(-2, 3), 95 + rng.integers(-2, 3), int(rng.integers(36, 92))
-    beside = rng.random() < 0.5
-    places = [(near, other), (far, other)] if beside else [(other, near), (other, far)]
-    placed = [(name, size, int(x), int(y)) for name, (x, y) in zip(names, places, strict=True)]
-    short = f"{names[0]} {'left of' if beside else 'above'} {names[1]}"
-    return Scene(compose(atlas, colour, placed), f"{short} on a {colour} background", short)
+def gradient(rng: np.random.Generator, above: str, below: str) -> np.ndarray:
+    """From one colour at the top to another at the bottom."""
+    part = np.linspace(0, 1, SIZE)[:, None, None]
+    mixed = (1 - part) * np.array(COLOURS[above]) + part * np.array(COLOURS[below])
+    return np.broadcast_to(mixed, (SIZE, SIZE, 3)).round().astype(np.uint8)
+
+
+def striped(rng: np.random.Generator, colour: str) -> np.ndarray:
+    """Stripes of a colour and a paler one, 16 pixels wide."""
+    pale = 0.5 * np.array(COLOURS[colour]) + 0.5 * np.array((255, 255, 255))
+    stripe = (np.arange(SIZE) + rng.integers(32)) // 16 % 2 == 0
+    return np.where(stripe[None, :, None], flat(colour), pale.astype(np.uint8)).repeat(SIZE, 0)[:SIZE]
+
+
+def dotted(rng: np.random.Generator, colour: str) -> np.ndarray:
+    """Pale dots on a colour, in rows."""
+    pale = 0.4 * np.array(COLOURS[colour]) + 0.6 * np.array((255, 255, 255))
+    row, column = np.mgrid[:SIZE, :SIZE]
+    inside = (row % 32 - 16) ** 2 + (column % 32 - 16) ** 2 < 60
+    return np.where(inside[:, :, None], pale.astype(np.uint8), flat(colour))
+
+
+def between(rng: np.random.Generator, low: int, high: int) -> int:
+    return int(rng.integers(low, high))
+
+
+def anywhere(rng: np.random.Generator, name: str, size: int, turn: float = 0.0) -> Placed:
+    """An object wholly inside the picture."""
+    low, high = size // 2 + 2, max(SIZE - size // 2 - 1, size // 2 + 3)
+    return Placed(name, size, between(rng, low, high), between(rng, low, high), turn)
+
+
+RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}  # axis, direction
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+PLACES = {
+    2: [(33, 64), (95, 64)],
+    3: [(64, 33), (33, 95), (95, 95)],
+    4: [(33, 33), (95, 33), (33, 95), (95, 95)],
+}
+
+
+def related(rng: np.random.Generator, names: Sequence[str], relation: str) -> list[Placed]:
+    """Two objects, the first so placed from the second."""
+    axis, direction = RELATIONS[relation]
+    size, other = between(rng, 52, 63), between(rng, 36, 92)
+    sides = [33 + between(rng, -2, 3), 95 + between(rng, -2, 3)][::direction]
+    places = [(side, other) if axis == 0 else (other, side) for side in sides]
+    return [Placed(name, size, *place) for name, place in zip(names, places, strict=True)]
+
+
+def spread(rng: np.random.Generator, names: Sequence[str]) -> list[Placed]:
+    """Two to four objects in rows."""
+    size = between(rng, 50, 61)
+    jitter = rng.integers(-3, 4, (len(names), 2))
+    places = np.array(PLACES[len(names)]) + jitter
+    return [Placed(name, size, int(x), int(y)) for name, (x, y) in zip(names, places, strict=True)]
+
+
+KINDS = {"one": 0.66, "small": 0.03, "large": 0.03, "upside down": 0.02, "tilted": 0.02,
+         "counted": 0.04, "related": 0.15, "three": 0.03, "fancy": 0.02}  # fmt: skip
 
 
 def draw_scene(
-    atlas: Atlas, rng: np.random.Generator, two: float = 0.08, sizes: tuple[int, int] = (92, 121)
+    atlas: Atlas,
+    rng: np.random.Generator,
+    sizes: tuple[int, int] = (88, 121),
+    kinds: Mapping[str, float] = KINDS,
 ) -> Scene:
-    """A random training scene; never a held-out pair. `two`: share of scenes with two objects."""
+    """A random training scene, never a held-out pair. kinds: how often each comes; sizes: of one object."""
     while True:
-        names = [atlas.names[i] for i in rng.integers(len(atlas.names), size=2)]
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
-        double = rng.random() < two
-        if any(held_out(name, colour) for name in names[: 1 + double]):
+        names = [atlas.names[i] for i in rng.integers(len(atlas.names), size=3)]
+        kind = str(rng.choice(list(kinds), p=np.array(list(kinds.values())) / sum(kinds.values())))
+        placed, words = place(rng, names, kind, sizes)
+        if any(held_out(each.name, colour) for each in placed):
             continue
-        if double:
-            return _two(atlas, rng, (names[0], names[1]), colour)
-        return _one(atlas, rng, names[0], colour, sizes)
+        base, where = flat(colour), f"{colour} background"
+        if kind == "fancy":
+            base, where = fancy(rng, colour)
+        caption = f"{words} on a {where}"
+        picture, regions = compose(atlas, base, placed)
+        return Scene(picture, caption, words, tuple(each.name for each in placed), regions)
+
+
+def place(
+    rng: np.random.Generator, names: Sequence[str], kind: str, sizes: tuple[int, int]
+) -> tuple[list[Placed], str]:
+    """The objects of a kind of scene, and their words."""
+    name = names[0]
+    if kind == "related":
+        relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
+        return related(rng, names[:2], relation), f"{name} {relation} {names[1]}"
+    if kind == "three":
+        return spread(rng, names), f"{names[0]}, {names[1]} and {names[2]}"
+    if kind == "counted":
+        count = between(rng, 2, 5)
+        return spread(rng, [name] * count), f"{NUMBERS[count]} {name}"
+    size = {"small": (44, 64), "large": (112, 125)}.get(kind, sizes)
+    turn = {"upside down": 180.0, "tilted": float(rng.choice([-30, 30]))}.get(kind, 0.0)
+    words = {"one": name, "fancy": name, "upside down": f"{name} upside down"}.get(kind, f"{kind} {name}")
+    side = between(rng, *size)
+    return [anywhere(rng, name, int(side * 0.75) if kind == "tilted" else side, turn)], words
+
+
+def fancy(rng: np.random.Generator, colour: str) -> tuple[np.ndarray, str]:
+    """A background that is not flat, and its words."""
+    other = list(COLOURS)[rng.integers(len(COLOURS))]
+    return (
+        (gradient(rng, colour, other), f"{colour} to {other} background"),
+        (striped(rng, colour), f"striped {colour} background"),
+        (dotted(rng, colour), f"dotted {colour} background"),
+    )[rng.integers(3)]
+
+
+def scene_of(atlas: Atlas, placed: Sequence[Placed], colour: str, words: str) -> Scene:
+    """A scene on a flat background."""
+    picture, regions = compose(atlas, flat(colour), placed)
+    names = tuple(each.name for each in placed)
+    return Scene(picture, f"{words} on a {colour} background", words, names, regions)
 
 
 def held_out_scenes(atlas: Atlas, count: int, seed: int = 0) -> list[Scene]:
-    """Scenes of held-out pairs only, for evaluation."""
+    """Scenes of one object, of held-out pairs only, for evaluation."""
     rng = np.random.default_rng(seed)
     pairs = [(name, colour) for name in atlas.names for colour in COLOURS if held_out(name, colour)]
-    chosen = rng.permutation(len(pairs))[:count]
-    return [_one(atlas, rng, *pairs[i], sizes=(72, 121)) for i in chosen]
+    chosen = [pairs[i] for i in rng.permutation(len(pairs))[:count]]
+    return [
+        scene_of(atlas, [anywhere(rng, name, between(rng, 72, 121))], colour, name) for name, colour in chosen
+    ]

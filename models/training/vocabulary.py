@@ -22,7 +22,8 @@ Pair = tuple[str, str]
 def caption_words() -> Counter[str]:
     """Words of every possible caption, with how many captions' parts hold them."""
     phrases = [*known_glyphs(), *COLOURS, "a", "an", "the", "on", "left of", "right of", "above", "below",
-               "and", "with", "background"]  # fmt: skip
+               "and", "with", "background", "small", "large", "upside down", "tilted", "two", "three", "four",
+               "to", "striped", "dotted"]  # fmt: skip
     return Counter(word for phrase in phrases for word in phrase.replace("-", " ").split())
 
 

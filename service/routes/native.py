@@ -6,19 +6,20 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from dataclasses import asdict, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Header, Request, Response
 
 from models.samplers import SAMPLERS
 from models.spec import ModelSpec
-from service import answers, intake
+from service import answers, intake, layouts
 from service.errors import ClientGone, DeadlineExceeded
 from service.images import MEDIA_TYPES, Format
 from service.schemas import (
     GenerateRequest,
     GenerateResponse,
     InpaintRequest,
+    Label,
     Model,
     ModelDefaults,
     ModelLimits,
@@ -122,6 +123,11 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
     return Model(
         name=spec.name,
         tasks=list(spec.tasks),
+        inpainting=inpainting_of(spec),
+        labels=[
+            Label(name=name, colour="#{:02x}{:02x}{:02x}".format(*layouts.colour_of(number)))
+            for number, name in enumerate(spec.labels, 1)
+        ],
         defaults=ModelDefaults(**asdict(spec.defaults)),
         limits=ModelLimits(
             size_multiple=spec.size_multiple,
@@ -132,3 +138,10 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
         ),
         samplers=list(SAMPLERS),
     )
+
+
+def inpainting_of(spec: ModelSpec) -> Literal["mask channels", "blending"] | None:
+    """How the model inpaints, if it does."""
+    if "inpainting" not in spec.tasks:
+        return None
+    return "mask channels" if spec.mask_channels else "blending"

@@ -52,15 +52,6 @@ def test_the_canvas_is_the_next_size_that_the_model_takes_and_the_answer_the_pic
     assert (made.job.task, made.job.strength, made.job.prompt) == ("inpainting", 1.0, "")
 
 
-def test_what_the_mask_keeps_comes_back_exactly_whatever_was_painted_there():
-    made = order()
-    painted = np.asarray(noise(64, 48)) ^ 255
-    shown = np.frombuffer(answers.pixels_of(made, painted.tobytes()), np.uint8).reshape(*SIZE[::-1], 3)
-    assert (kept(shown) == kept(np.asarray(noise(*SIZE)))).all()
-    white = np.asarray(hole()) == 255
-    assert (shown[white] == painted[: SIZE[1], : SIZE[0]][white]).all()
-
-
 def test_parameters_are_those_of_the_request_without_its_pictures():
     parameters = answers.parameters(order(strength=0.5), 1)
     assert (parameters["width"], parameters["height"], parameters["seed"]) == (*SIZE, 2)

@@ -170,11 +170,11 @@ class Scarce:
     def __init__(self, denoiser, rows: int) -> None:
         self.denoiser, self.rows, self.calls = denoiser, rows, []
 
-    def __call__(self, x, t, context):
+    def __call__(self, x, t, context, beside):
         self.calls.append(len(x))
         if len(x) > self.rows:
             raise torch.OutOfMemoryError("no memory")
-        return self.denoiser(x, t, context)
+        return self.denoiser(x, t, context, beside)
 
 
 def test_a_guided_image_that_does_not_fit_goes_row_by_row(runner, monkeypatch):

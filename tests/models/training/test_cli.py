@@ -29,17 +29,22 @@ def test_every_part_in_turn_makes_a_model_that_is_measured(tmp_path: Path, capsy
     brief = ["--minutes", "0.001", "--batch", "2"]
     main(["autoencoder", *shared, *brief])
     main(["diffusion", *shared, *brief, "--names", str(names), "--scenes", "64"])
-    main(["export", *shared, "-o", str(model)])
+    main(["export", *shared, "--names", str(names), "-o", str(model)])
 
     loaded = load(model)
     assert loaded.spec.name == "emoji"
     assert loaded.spec.autoencoder.scale_factor != 1.0
-    main(["evaluate", str(model), *shared, "--names", str(names), "--count", "2", "--steps", "1"])
-    main(["sheet", str(model), *shared, "--names", str(names), "-o", str(tmp_path / "sheet.png")])
+    assert loaded.spec.labels == ("red apple", "rocket")
+    main(["evaluate", str(model), *shared, "--count", "2", "--steps", "1"])
+    (state / "diffusion.pt").unlink()
+    main(["diffusion", *shared, *brief, "--names", str(names), "--start", str(model)])
+    main(["sheet", str(model), *shared, "-o", str(tmp_path / "sheet.png")])
     assert Image.open(tmp_path / "sheet.png").size == (824, 736)
     out = capsys.readouterr().out
     assert " dB\n" in out
-    assert "2 held-out prompts of 2 names" in out
+    assert "2 held-out prompts: top-1" in out
+    assert "boxes, 1 without a prompt" in out
+    assert "shuffled" in out
 
 
 def test_most_updates_go_to_middle_noise() -> None:

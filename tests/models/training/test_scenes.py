@@ -1,19 +1,39 @@
 """The drawn data set: what is held out, what a scene holds, and whether the measure recognises it."""
 
 import os
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from models.spec import ModelSpec
+from models.training import presets
+from models.training.diffusion import draw_hole, layouts
 from models.training.evaluate import (
     Judge,
     background,
+    boxed_objects,
     held_out_prompts,
     named_object_accuracy,
     nearest_colour,
     psnr,
+    related_objects,
 )
-from models.training.scenes import COLOURS, FONT, SIZE, Atlas, compose, draw_scene, held_out, known_glyphs
+from models.training.scenes import (
+    COLOURS,
+    FONT,
+    KINDS,
+    RELATIONS,
+    Atlas,
+    Placed,
+    compose,
+    draw_scene,
+    flat,
+    held_out,
+    known_glyphs,
+    related,
+)
 
 if not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"):
     pytest.skip("fonts-noto-color-emoji is not installed", allow_module_level=True)
@@ -40,23 +60,50 @@ def test_about_one_pair_in_ten_is_held_out() -> None:
 def test_scenes_never_show_a_held_out_pair(atlas: Atlas) -> None:
     rng = np.random.default_rng(0)
     for _ in range(150):
-        scene = draw_scene(atlas, rng, two=0.0)
+        scene = draw_scene(atlas, rng, kinds={"one": 1})
         name, colour = scene.caption.removesuffix(" background").split(" on a ")
         assert not held_out(name, colour)
         assert scene.short_caption == name
+        assert scene.names == (name,)
         assert nearest_colour(background(scene.picture)) == colour
 
 
 def test_two_objects_stand_as_the_caption_says(atlas: Atlas) -> None:
-    rng = np.random.default_rng(1)
-    scenes = [draw_scene(atlas, rng, two=1.0) for _ in range(20)]
-    assert {" left of " in s.caption for s in scenes} == {True, False}
-    for scene in scenes:
-        apart = np.abs(scene.picture.astype(int) - background(scene.picture)).sum(-1) > 60
-        axis = 0 if " left of " in scene.caption else 1
-        profile = apart.any(axis=axis)
-        assert profile[: SIZE // 2].any()
-        assert profile[SIZE // 2 :].any()
+    rng, seen = np.random.default_rng(1), set()
+    for _ in range(40):
+        scene = draw_scene(atlas, rng, kinds={"related": 1})
+        relation = next(r for r in RELATIONS if f" {r} " in scene.caption)
+        assert scene.short_caption == f" {relation} ".join(scene.names)
+        (left, top, right, bottom), other = scene.boxes()
+        where = {"left of": right <= other[0], "right of": left >= other[2]}
+        assert (where | {"above": bottom <= other[1], "below": top >= other[3]})[relation]
+        seen.add(relation)
+    assert seen == set(RELATIONS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_regions_are_where_the_objects_are(atlas: Atlas, kind: str) -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(5):
+        scene = draw_scene(atlas, rng, kinds={kind: 1})
+        assert set(np.unique(scene.regions)) == set(range(len(scene.names) + 1))
+        if kind != "fancy":
+            apart = np.abs(scene.picture.astype(int) - background(scene.picture)).sum(-1) > 120
+            assert (scene.regions[apart] > 0).mean() > 0.9
+        boxes, silhouettes = layouts(scene, dict.fromkeys(scene.names, 7), factor=8)
+        assert boxes.shape == silhouettes.shape == (16, 16)
+        assert set(np.unique(boxes)) | set(np.unique(silhouettes)) == {0, 7}
+        assert (boxes > 0).sum() >= (silhouettes > 0).sum()
+
+
+def test_holes_hide_some_of_a_scene(atlas: Atlas) -> None:
+    rng = np.random.default_rng(3)
+    scene = draw_scene(atlas, rng, kinds={"one": 1})
+    for kind in range(3):
+        shares = [draw_hole(rng, scene, (kind,)).mean() for _ in range(10)]
+        assert min(shares) > 0
+        assert max(shares) < 1
+    assert (draw_hole(rng, scene, (0,)) | (scene.regions == 0)).all()
 
 
 def test_the_same_seed_draws_the_same_scene(atlas: Atlas) -> None:
@@ -65,19 +112,60 @@ def test_the_same_seed_draws_the_same_scene(atlas: Atlas) -> None:
     assert np.array_equal(a.picture, b.picture)
 
 
+def drawn(atlas: Atlas, captions: Sequence[str]) -> np.ndarray:
+    """What the captions say, drawn as it should be."""
+    pictures = []
+    for caption in captions:
+        words, colour = caption.removesuffix(" background").split(" on a ")
+        placed = [Placed(words, 80, 60, 66)]
+        for relation in RELATIONS:
+            if f" {relation} " in words:
+                placed = related(np.random.default_rng(0), words.split(f" {relation} "), relation)
+        pictures.append(compose(atlas, flat(colour), placed)[0])
+    return np.stack(pictures)
+
+
 def test_the_measure_recognises_what_was_drawn_and_nothing_else(atlas: Atlas) -> None:
-    pairs = held_out_prompts(NAMES, 8)
+    judge, pairs = Judge(atlas), held_out_prompts(NAMES, 8)
+    assert named_object_accuracy(judge, pairs, lambda prompts: drawn(atlas, prompts)).top1 == 1.0
+    wrong = named_object_accuracy(judge, pairs, lambda prompts: np.roll(drawn(atlas, prompts), 1, axis=0))
+    assert wrong.top1 < 0.5
 
-    def drawn(prompts: list[str]) -> np.ndarray:
-        split = (p.removesuffix(" background").split(" on a ") for p in prompts)
-        return np.stack([compose(atlas, colour, [(name, 80, 60, 66)]) for name, colour in split])
 
-    assert named_object_accuracy(Judge(atlas), pairs, drawn).top1 == 1.0
+def test_the_measure_of_relations_asks_for_both_objects_and_both_places(atlas: Atlas) -> None:
+    def mirrored(prompts: Sequence[str]) -> np.ndarray:
+        return drawn(atlas, prompts)[:, ::-1, ::-1]
 
-    def shuffled(prompts: list[str]) -> np.ndarray:
-        return np.roll(drawn(prompts), 1, axis=0)
+    judge = Judge(atlas)
+    assert related_objects(judge, lambda prompts: drawn(atlas, prompts), NAMES, 12) == 1.0
+    assert related_objects(judge, mirrored, NAMES, 12) == 0.0
 
-    assert named_object_accuracy(Judge(atlas), pairs, shuffled).top1 < 0.5
+
+class Boxes:
+    """Draws into each box what it names, moved by so many pixels."""
+
+    def __init__(self, atlas: Atlas, move: int = 0, spec: ModelSpec | None = None) -> None:
+        self.atlas, self.move, self.bundle = atlas, move, SimpleNamespace(spec=spec)
+
+    def regions(self, maps: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        return maps
+
+    def __call__(self, prompts: Sequence[str], maps: Sequence[np.ndarray]) -> np.ndarray:
+        pictures = []
+        for numbers in maps:
+            rows, columns = np.nonzero(numbers)
+            x, y = (8 * (int(side.min() + side.max()) + 1) // 2 for side in (columns, rows))
+            name = NAMES[numbers.max() - 1]
+            size = 8 * (int(np.ptp(columns)) + 1)
+            placed = Placed(name, size, x + self.move, y)
+            pictures.append(compose(self.atlas, flat("blue"), [placed])[0])
+        return np.stack(pictures)
+
+
+def test_the_measure_of_boxes_asks_for_the_object_and_its_place(atlas: Atlas) -> None:
+    spec, judge = SimpleNamespace(autoencoder=presets.AUTOENCODER), Judge(atlas)
+    assert boxed_objects(judge, Boxes(atlas, spec=spec), NAMES, 12) == (1.0, 1.0)
+    assert boxed_objects(judge, Boxes(atlas, 48, spec), NAMES, 12)[1] < 0.5
 
 
 def test_psnr_of_a_known_error() -> None:
