@@ -26,7 +26,7 @@ from service.settings import SettingError, Settings, parse, read_settings
 
 ASKED = (
     "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seed", "n", "sampler", "eta",
-    "strength",
+    "strength", "class_label", "boxes",
 )  # fmt: skip
 SERVED = ("model", "host", "port", "device", "dtype", "invariant")  # settings that ldm serve has flags for
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
@@ -182,7 +182,7 @@ def add_inpaint(command: argparse.ArgumentParser) -> None:
 
 def add_making(command: argparse.ArgumentParser) -> None:
     """What all commands that make pictures take."""
-    command.add_argument("prompt", metavar="PROMPT")
+    command.add_argument("prompt", metavar="PROMPT", nargs="?")
     command.add_argument("-o", "--output", metavar="FILE", required=True, help="its suffix says the format")
     command.add_argument("--negative-prompt", help="what the picture should not show")
     for name in ("width", "height", "steps", "seed", "n"):
@@ -190,12 +190,30 @@ def add_making(command: argparse.ArgumentParser) -> None:
     for name in ("guidance-scale", "eta", "strength"):
         command.add_argument(f"--{name}", type=float, metavar="X")
     command.add_argument("--sampler")
+    command.add_argument("--class-label", metavar="LABEL", type=label, help="name or number, for a prompt")
+    command.add_argument(
+        "--box", dest="boxes", metavar="LABEL,X,Y,W,H", type=box, action="append",
+        help="put LABEL there, in parts of the sides from the upper left; may be given again",
+    )  # fmt: skip
+    command.add_argument("--segmentation", metavar="FILE", help="a picture of the colours of labels")
     add_settings(command, "model", "device", "dtype")
+
+
+def label(text: str) -> int | str:
+    """A class by its number or its name."""
+    return int(text) if text.isdecimal() else text
+
+
+def box(text: str) -> dict[str, Any]:
+    """LABEL,X,Y,W,H as requests carry it. Raises ValueError."""
+    name, *numbers = text.rsplit(",", 4)
+    x, y, w, h = map(float, numbers)
+    return {"name": name, "x": x, "y": y, "w": w, "h": h}
 
 
 def generate(args: argparse.Namespace) -> int:
     """Make pictures in this process and write them."""
-    return make(args, GenerateRequest, {"init_image": args.init_image} if args.init_image else {})
+    return make(args, GenerateRequest, {"init_image": args.init_image})
 
 
 def inpaint(args: argparse.Namespace) -> int:
@@ -203,13 +221,14 @@ def inpaint(args: argparse.Namespace) -> int:
     return make(args, InpaintRequest, {"image": args.image, "mask": args.mask})
 
 
-def make(args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping[str, str]) -> int:
-    """Make what a request of this kind asks for; pictures: field -> file."""
+def make(args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping[str, str | None]) -> int:
+    """Make what a request of this kind asks for; pictures: field -> file, if there is one."""
     output = Path(args.output)
     suffix = checked(output)
     settings = settings_of(args, "model", "device", "dtype")
     specs = {name: read_spec(path) for name, path in locate_all(settings.model).items()}
-    body = request_of(args, kind, pictures)
+    files = {name: file for name, file in (*pictures.items(), ("segmentation", args.segmentation)) if file}
+    body = request_of(args, kind, files)
     order = replace(intake.to_order(body, specs, settings), format=images.SUFFIXES[suffix])
     done = run_alone(order.job, settings)
     for index, pixels in enumerate(done.pictures):

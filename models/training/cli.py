@@ -53,20 +53,19 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--count", type=int, default=600, help="prompts of one object; a third of it a task")
     measure.add_argument("--steps", type=int, default=DEFAULTS.steps)
     measure.add_argument("--guidance-scale", type=float, default=DEFAULTS.guidance_scale)
-    pictures = add(
-        parts, "sheet", draw_sheet, "pictures of held-out prompts with their captions, as one file"
-    )
+    pictures = add(parts, "sheet", draw_sheets, "a sheet of captioned pictures for each task")
     add_model(pictures)
-    pictures.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    pictures.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    for part in (first, diffusion, export):
+        part.add_argument(
+            "--state", type=Path, default=STATE, metavar="FOLDER", help="where a run's state is kept"
+        )
     return top
 
 
 def add(parts, name: str, command, text: str) -> argparse.ArgumentParser:
     """A part, with the flags that all share."""
     part = parts.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    part.add_argument(
-        "--state", type=Path, default=STATE, metavar="FOLDER", help="where a run's state is kept"
-    )
     part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     part.set_defaults(command=command)
     return part
@@ -173,10 +172,12 @@ def evaluate(args: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def draw_sheet(args: argparse.Namespace) -> None:
-    from models.training.sheet import sheet
+def draw_sheets(args: argparse.Namespace) -> None:
+    from models.training.sheet import sheets
 
-    sheet(*trained_model(args)).save(args.output)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for task, sheet in sheets(*trained_model(args)):
+        sheet.save(args.output / f"{task}.png", optimize=True)
 
 
 def trained_model(args: argparse.Namespace) -> tuple[LatentDiffusion, list[str]]:

@@ -35,11 +35,14 @@ def test_every_part_in_turn_makes_a_model_that_is_measured(tmp_path: Path, capsy
     assert loaded.spec.name == "emoji"
     assert loaded.spec.autoencoder.scale_factor != 1.0
     assert loaded.spec.labels == ("red apple", "rocket")
-    main(["evaluate", str(model), *shared, "--count", "2", "--steps", "1"])
+    main(["evaluate", str(model), "--count", "2", "--steps", "1"])
     (state / "diffusion.pt").unlink()
     main(["diffusion", *shared, *brief, "--names", str(names), "--start", str(model)])
-    main(["sheet", str(model), *shared, "-o", str(tmp_path / "sheet.png")])
-    assert Image.open(tmp_path / "sheet.png").size == (824, 736)
+    main(["sheet", str(model), "-o", str(tmp_path / "sheets")])
+    sizes = {file.stem: Image.open(file).size for file in (tmp_path / "sheets").iterdir()}
+    assert sizes["text-to-image"] == (824, 736)
+    assert sizes["inpainting"][1] > sizes["layout-to-image"][1] > sizes["unconditional"][1]
+    assert sizes["256x128"][0] > sizes["192x128"][0]
     out = capsys.readouterr().out
     assert " dB\n" in out
     assert "2 held-out prompts: top-1" in out
