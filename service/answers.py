@@ -27,6 +27,7 @@ HIDDEN = (
     "id",
     "priority",
     "preview_every",
+    "preview_decoded",
     "image",
     "mask",
     "regions",

@@ -310,12 +310,14 @@ class Engine:
         return news and bool(every) and step % every == 0 and step < progress.shape.evaluations
 
     def _preview(self, key: ImageKey) -> None:
-        """Show an image; one that cannot be shown runs on."""
+        """Show an image, in D's time; one that cannot be shown runs on."""
+        begin = self.clock()
         try:
             preview = self.runner.preview(key)
         except Exception:
             log.warning("no preview of job %s", key.job, exc_info=True)
         else:
+            self.owed -= self.clock() - begin
             self.emit(Previewed(key.job, key.index, self.jobs[key.job].steps[key.index], *preview))
 
     def _again(self, progress: Progress) -> None:

@@ -45,6 +45,7 @@ class Job:
     mask: bytes = b""
     regions: bytes = b""
     preview_every: int = 0  # steps of an image between two previews of it; 0: none
+    preview_decoded: bool = False  # previews through D, at full size, rather than by a projection
 
     @property
     def task(self) -> str:

@@ -150,7 +150,8 @@ class Jobs:
                 order = await asyncio.to_thread(
                     intake.to_order, body.request, service.specs, service.settings
                 )
-                order = replace(order, job=replace(order.job, preview_every=body.preview_every))
+                previews = {"preview_every": body.preview_every, "preview_decoded": body.preview_decoded}
+                order = replace(order, job=replace(order.job, **previews))
                 seconds = body.request.timeout or service.settings.timeout
                 progress = Progress()
                 work = asyncio.create_task(self._work(order, progress, begin, seconds))

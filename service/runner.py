@@ -191,11 +191,15 @@ class TorchRunner:
     def preview(self, key: ImageKey) -> Preview:
         state = self.jobs[key.job]
         model, image = state.job.model, state.images[key.index]
+        z = image.x if image.x_0 is None else image.x_0
+        if state.job.preview_decoded:
+            pixels = rows_of(self._decode(state.bundle, z[None]))
+            return Preview(pixels.shape[1], pixels.shape[0], pixels.tobytes())
         with out_of_memory_refused():
             if model not in self.projections:
                 # In float32: numbers that overflow in fewer bits would spoil the fit for good.
                 self.projections[model] = Projection(self.registry[model].with_autoencoder(torch.float32))
-            pixels = self.projections[model](image.x if image.x_0 is None else image.x_0)  # (h, w, 3)
+            pixels = self.projections[model](z)  # (h, w, 3)
         return Preview(pixels.shape[1], pixels.shape[0], pixels.numpy().tobytes())
 
     @torch.inference_mode()
@@ -208,8 +212,7 @@ class TorchRunner:
                 x = self._decode(state.bundle.with_autoencoder(torch.float32), z)
         if not torch.isfinite(x).all():
             raise NonFinite
-        pixels = to_uint8(x[0])  # (3, H, W)
-        return as_given(state.job, pixels.permute(1, 2, 0).contiguous().cpu().numpy()).tobytes()
+        return as_given(state.job, rows_of(x)).tobytes()
 
     def _decode(self, bundle: LatentDiffusion, z: Tensor) -> Tensor:
         """x (1, 3, H, W); what does not fit goes in tiles, or once more where bits matter."""
@@ -229,6 +232,11 @@ class TorchRunner:
         if self.precise:
             used = {id(state.bundle) for state in self.jobs.values()}
             self.precise = {m: bundle for m, bundle in self.precise.items() if id(bundle) in used}
+
+
+def rows_of(x: Tensor) -> np.ndarray:
+    """x (1, 3, H, W) -> uint8 (H, W, 3), on the CPU."""
+    return to_uint8(x[0]).permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def as_given(job: Job, pixels: np.ndarray) -> np.ndarray:

@@ -133,6 +133,9 @@ class JobBody(BaseModel):
     preview_every: Annotated[
         int, Field(ge=0, le=1000, description="steps between two previews of a picture; 0: none")
     ] = 0
+    preview_decoded: Annotated[
+        bool, Field(description="previews at full size through the decoder, which takes its time")
+    ] = False
 
 
 class GenerateJob(JobBody):

@@ -380,7 +380,7 @@ def concerns(event, job: str) -> bool:
     return any(name == job for name, _ in event.jobs) if isinstance(event, Stepped) else event.job == job
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(
     moves=moves,
     buckets=st.sampled_from([(2,), (2, 4, 8), (3, 9)]),

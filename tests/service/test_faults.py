@@ -89,11 +89,10 @@ def test_neighbours_of_a_poison_job_come_back_as_they_would_alone(tiny: Path, fa
 BODIES = [{"prompt": f"picture {i}", "steps": 4 + i, "seed": i} for i in range(4)]
 
 
-def test_a_job_that_kills_its_worker_is_found_and_refused_and_its_neighbours_are_made(start_server):
-    with (
-        start_server(LDM_FAULTS="step:kill:poison") as server,
-        ThreadPoolExecutor(8) as pool,
-    ):
+@pytest.mark.parametrize("kind", ["kill", "stall"])
+def test_a_job_that_ends_its_worker_is_found_and_refused_and_its_neighbours_are_made(start_server, kind):
+    settings = {"LDM_FAULTS": f"step:{kind}:poison", "LDM_STALL_SECONDS": "8"}
+    with start_server(**settings) as server, ThreadPoolExecutor(8) as pool:
         before = alone(server, BODIES)
         answers = together(server, pool, [*BODIES, {"prompt": "poison", "steps": 4}])
         assert error_of(answers.pop().result(), 500)["code"] == "worker_lost"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -16,8 +18,10 @@ from service.engine import Engine
 from service.job import Done, Job
 from service.registry import Registry
 from service.runner import TorchRunner
+from tests.conftest import wait_until
 from tests.service.test_engine import make_job
 from tests.service.test_runner import psnr
+from tests.service.test_server import post, together
 
 SIZES = ((64, 64), (96, 64))  # two groups
 
@@ -84,3 +88,20 @@ def test_random_traffic_gives_the_pictures_of_solo_runs(tiny: Path, dtype, invar
         else:
             pairs = [pair for job in jobs for pair in zip(alone[job.id], company[job.id], strict=True)]
             assert min(psnr(a, b) for a, b in pairs) >= 40
+
+
+def test_the_same_bytes_from_a_server_started_again_and_a_worker_killed(start_server):
+    bodies = [{"prompt": f"picture {i}", "steps": 30 + 10 * i, "seed": i, "n": 1 + i % 2} for i in range(4)]
+    with start_server(LDM_INVARIANT="1") as server:
+        expected = [files(post(server, body)) for body in bodies]
+    with start_server(LDM_INVARIANT="1") as server, ThreadPoolExecutor(len(bodies)) as pool:
+        answers = together(server, pool, bodies[::-1])
+        wait_until(lambda: server.calls() > 20)
+        server.kill_worker()
+        assert [files(answer.result()) for answer in reversed(answers)] == expected
+
+
+def files(answer: httpx.Response) -> list[str]:
+    """The files in an answer, in base64."""
+    assert answer.status_code == 200, answer.text
+    return [image["data"] for image in answer.json()["images"]]

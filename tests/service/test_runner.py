@@ -277,6 +277,17 @@ def test_a_preview_is_a_small_picture_of_what_the_run_expects(runner):
     assert len(runner.projections) == 1
 
 
+def test_a_decoded_preview_is_what_the_decoder_makes_of_it(runner):
+    job = tiny_job(preview_every=1, preview_decoded=True)
+    begin(runner, job)
+    runner.step([KEY])
+    preview = runner.preview(KEY)
+    x_0 = runner.jobs["a"].images[0].x_0
+    expected = (runner.registry["m"].decode(x_0[None])[0].clamp(-1, 1) + 1) * 127.5
+    shown = np.frombuffer(preview.pixels, np.uint8).reshape(preview.height, preview.width, 3)
+    assert np.abs(shown - expected.permute(1, 2, 0).numpy()).max() < 1
+
+
 def test_models_that_do_not_fit_together_take_turns_and_all_jobs_are_made(tiny):
     loads: list[Path] = []
     registry = Registry(
