@@ -70,6 +70,7 @@ class Registry(Generic[Bundle]):
         self._sizes = {name: size(spec) for name, spec in self.specs.items()} if memory else {}
         self._memory = memory
         self._loaded: OrderedDict[str, Bundle] = OrderedDict()  # the least recently used first
+        self.loading = False  # right now, in another thread than the one that asks
 
     def __iter__(self):
         return iter(self._paths)
@@ -95,7 +96,11 @@ class Registry(Generic[Bundle]):
             if self._taken(self._loaded) + self._sizes.get(name, 0) <= self._memory or not self._memory:
                 break
             del self._loaded[other]
-        self._loaded[name] = self._load(self._paths[name])
+        self.loading = True
+        try:
+            self._loaded[name] = self._load(self._paths[name])
+        finally:
+            self.loading = False
         return True
 
     def load_all(self) -> None:

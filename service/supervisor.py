@@ -41,7 +41,7 @@ FALLS = 8  # crashes while alone, after which it is refused wherever they came
 STARTS = 5  # in a row without a worker that gets ready; then the service gives up
 WATCH_SECONDS = 0.5
 BURY_SECONDS = 2.0
-LOADING_PATIENCE = 10  # times the stall limit, for a worker that beats and is not ready yet
+LOADING_PATIENCE = 10  # times the stall limit, for a worker that beats and loads a model
 RETRY_AFTER = {QueueFull: 5, Loading: 5, Draining: 30, Unavailable: 30}  # seconds
 
 
@@ -97,6 +97,7 @@ class Life:
     writer: asyncio.StreamWriter
     ready: bool = False
     stalled: bool = False
+    loading: bool = True
     turns: int = -1
     heard: float = field(default_factory=time.monotonic)
     moved: float = field(default_factory=time.monotonic)
@@ -108,7 +109,7 @@ class Life:
 
     def overdue(self, limit: float) -> bool:
         """Whether it has said nothing, or done nothing that it should have, for longer than the limit."""
-        now, patience = time.monotonic(), 1 if self.ready else LOADING_PATIENCE
+        now, patience = time.monotonic(), LOADING_PATIENCE if self.loading else 1
         return now - self.heard > limit or now - self.moved > patience * limit
 
     def kill(self) -> None:
@@ -327,7 +328,7 @@ class Supervisor:
             self._beat(life, **header)
         elif kind == "Ready":
             self.specs = {spec.name: spec for spec in map(ModelSpec.from_dict, header["specs"])}
-            life.ready, life.moved = True, time.monotonic()
+            life.ready, life.loading, life.moved = True, False, time.monotonic()
             self._dispatch()
         elif kind == "Stepped":
             self._stepped(Stepped(**header))
@@ -340,9 +341,9 @@ class Supervisor:
         elif ticket := self._tickets.get(header["job"]):  # else its client has left
             self._take_of(ticket, kind, header, blobs)
 
-    def _beat(self, life: Life, turns: int, busy: bool) -> None:
-        if turns != life.turns or not busy:
-            life.turns, life.moved = turns, time.monotonic()
+    def _beat(self, life: Life, turns: int, busy: bool, loading: bool) -> None:
+        if turns != life.turns or not busy or life.loading != loading:
+            life.turns, life.moved, life.loading = turns, time.monotonic(), loading
 
     def _stepped(self, event: Stepped) -> None:
         self.metrics.stepped(event)

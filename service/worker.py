@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -62,12 +63,14 @@ class Beat(threading.Thread):
         super().__init__(daemon=True)
         self.link = link
         self.turns = 0
-        self.busy = True  # loading
+        self.busy = True
+        self.loading: Callable[[], bool] = lambda: True  # a model, for which a stall has more time
 
     def run(self) -> None:
         pause = threading.Event()
         while not pause.wait(BEAT_SECONDS):
-            self.link.send({"kind": "Beat", "turns": self.turns, "busy": self.busy})
+            beat = {"turns": self.turns, "busy": self.busy, "loading": self.loading()}
+            self.link.send({"kind": "Beat"} | beat)
 
 
 def listen(link: Link, inbox: queue.SimpleQueue) -> None:
@@ -93,7 +96,7 @@ def drain(inbox: queue.SimpleQueue, engine: Engine) -> None:
             engine.cancel(header["job"])
 
 
-def load(settings: Settings, link: Link) -> Engine:
+def load(settings: Settings, link: Link, beat: Beat) -> Engine:
     """The engine with as many models loaded as fit, after saying what all are.
 
     Raises CheckpointError or ValueError for a checkpoint, device or setting that another try does not change.
@@ -101,6 +104,8 @@ def load(settings: Settings, link: Link) -> Engine:
     from service.runner import build  # torch: seconds, during which the beat goes on
 
     runner = build(settings, locate_all(settings.model))
+    registry = runner.registry
+    beat.loading = lambda: registry.loading
     if settings.faults:
         log.warning("this worker breaks on request: %s", ",".join(map(str, settings.faults)))
         runner = FaultyRunner(runner, settings.faults)
@@ -133,7 +138,7 @@ def main() -> None:
     beat.start()
     threading.Thread(target=listen, args=(link, inbox), daemon=True).start()
     try:
-        engine = load(settings, link)
+        engine = load(settings, link, beat)
     except (CheckpointError, ValueError) as error:
         link.send({"kind": "Fatal", "message": str(error)})
         sys.exit(FATAL_EXIT)

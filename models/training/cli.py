@@ -86,6 +86,7 @@ def add_names(part: argparse.ArgumentParser) -> None:
 def add_model(part: argparse.ArgumentParser) -> None:
     part.add_argument("model", type=Path, metavar="FOLDER", help="a trained model")
     part.add_argument("--names", type=Path, metavar="FILE", help="default: names.txt of the model")
+    part.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
 def budget_of(args: argparse.Namespace) -> Budget:
@@ -181,8 +182,8 @@ def draw_sheets(args: argparse.Namespace) -> None:
 
 
 def trained_model(args: argparse.Namespace) -> tuple[LatentDiffusion, list[str]]:
-    """The model of the arguments, in float32, and the names that it claims."""
-    bundle = checkpoint.load(args.model, args.device, torch.float32)
+    """The model of the arguments, and the names that it claims."""
+    bundle = checkpoint.load(args.model, args.device, getattr(torch, args.dtype))
     return bundle, read_names(args.names or args.model / "names.txt")
 
 

@@ -275,7 +275,7 @@ def filled_holes(paint: Painter, scenes: Sequence[Scene]) -> float:
 
 def shuffled(bundle: LatentDiffusion) -> LatentDiffusion:
     """The model with the numbers of every weight of its UNet in another order: it has learned nothing."""
-    other = bundle.copy(torch.float32)
+    other = bundle.copy(bundle.unet.dtype)
     generator = torch.Generator().manual_seed(0)
     for weight in other.unet.parameters():
         order = torch.randperm(weight.numel(), generator=generator).to(weight.device)

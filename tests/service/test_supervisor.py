@@ -218,3 +218,23 @@ def test_a_model_that_is_not_there_ends_the_service_and_says_so(tmp_path: Path):
         assert "nothing" in str(service.failure)
 
     run(scenario())
+
+
+def test_a_worker_that_loads_another_model_has_more_time_and_one_that_only_works_has_not(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    service, life = supervisor(), Life(None, None, None, heard=0.0, moved=0.0)
+
+    def beat_at(seconds: float, **header) -> bool:
+        """Whether the worker is overdue at a limit of 10 s, when it has said so."""
+        now[0] = life.heard = seconds
+        service._take(life, "Beat", {"turns": 3, "busy": True} | header, ())
+        return life.overdue(10)
+
+    service._take(life, "Ready", {"specs": []}, ())
+    assert not beat_at(1, loading=False)
+    assert beat_at(12, loading=False)
+    assert not beat_at(13, loading=True)  # a request for a model that is not there
+    assert not beat_at(100, loading=True)
+    assert not beat_at(101, loading=False)
+    assert beat_at(112, loading=False)
