@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,22 @@ import torch
 from PIL import Image
 
 from models.checkpoint import load
+from models.spec import ALL_TASKS
 from models.training.evaluate import (
     Judge,
     background,
+    extent,
     held_out_prompts,
     named_object_accuracy,
     nearest_colour,
+    overlap,
     to_pictures,
 )
-from models.training.scenes import FONT, Atlas
-from tests.conftest import ROOT
+from models.training.scenes import COLOURS, FONT, Atlas
+from service.layouts import colour_of
+from tests.conftest import ROOT, Server
+from tests.service.test_conditions import png
+from tests.service.test_server import picture
 
 BOX = ROOT / "weights" / "emoji"
 NAMES = (BOX / "names.txt").read_text().splitlines()
@@ -60,8 +67,64 @@ def test_most_held_out_prompts_are_recognised_and_shuffled_ones_are_not() -> Non
     assert shuffled.top5 <= 0.2
 
 
+@pytest.fixture(scope="module")
+def box(start_server) -> Iterator[Server]:
+    """A server of it, as it comes."""
+    with start_server(BOX, LDM_DTYPE="auto") as server:
+        yield server
+
+
+def made(server: Server, path: str = "/generate", **body) -> np.ndarray:
+    """The first picture, uint8 (H, W, 3)."""
+    return picture(server.client.post(path, json={"seed": 1} | body))
+
+
+def test_it_says_what_it_can_do(box: Server) -> None:
+    (model,) = box.client.get("/models").json()["models"]
+    assert set(model["tasks"]) == set(ALL_TASKS)
+    assert model["inpainting"] == "mask channels"
+    assert [label["name"] for label in model["labels"]] == NAMES
+
+
+def test_a_class_is_a_prompt_by_another_name(box: Server) -> None:
+    expected = made(box, prompt="ghost")
+    assert (made(box, class_label="ghost") == expected).all()
+    assert (made(box, class_label=NAMES.index("ghost")) == expected).all()
+
+
+def test_boxes_and_regions_are_filled_and_nothing_else_is(box: Server) -> None:
+    inside = []
+    for name in ("red apple", "ghost", "watermelon", "soccer ball"):
+        pixels = made(box, boxes=[{"name": name, "x": 0, "y": 0.25, "w": 0.5, "h": 0.5}])
+        inside.append(overlap(extent(pixels), (0, 32, 64, 96)) > 0.5)
+    assert sum(inside) >= 3
+    regions = np.zeros((16, 16, 3), np.uint8)
+    regions[4:12, :8] = colour_of(NAMES.index(name) + 1)
+    assert (made(box, segmentation=png(regions)) == pixels).all()
+
+
+def test_a_hole_is_filled_with_what_is_asked_and_the_rest_stays(box: Server) -> None:
+    sent = np.full((128, 128, 3), COLOURS["blue"], np.uint8)
+    sent[:8] = np.random.default_rng(0).integers(0, 256, (8, 128, 3))
+    mask = np.zeros((128, 128), np.uint8)
+    mask[16:112, 16:112] = 255
+    body = {"image": png(sent), "mask": png(mask), "prompt": "red apple on a blue background"}
+    filled = made(box, "/inpaint", **body)
+    assert (filled[mask == 0] == sent[mask == 0]).all()
+    red, green, blue = filled[48:96, 48:80].reshape(-1, 3).mean(0)
+    assert red > 2 * max(green, blue)
+    assert nearest_colour(filled[20:108, 18].mean(0)) == "blue"
+
+
+def test_it_needs_no_condition_and_no_particular_size(box: Server) -> None:
+    assert made(box).shape == (128, 128, 3)
+    wide = made(box, prompt="owl on a green background", width=256)
+    assert wide.shape == (128, 256, 3)
+    assert nearest_colour(background(wide)) == "green"
+
+
 def test_it_is_small_and_says_what_it_claims() -> None:
     size = sum(file.stat().st_size for file in BOX.rglob("*") if file.is_file())
     assert size < 32 * 2**20
-    assert len(NAMES) >= 60
+    assert len(NAMES) >= 150
     assert (BOX / "README.md").is_file()
