@@ -21,20 +21,28 @@ class Denoiser:
         self.sqrt_one_minus_alpha_bar = (1 - ab).sqrt().to(device, torch.float32)
 
     def __call__(
-        self, x: Tensor, t: Tensor, context: Tensor | None = None, beside: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        beside: Tensor | None = None,
+        level: Tensor | None = None,
     ) -> Tensor:
-        """x (B, C, h, w), scaled; t (B,), integers of any type; context (B, L, C_ctx); beside (B, C', h, w),
-        channels that the UNet takes after those of x -> eps (B, C, h, w), float32."""
+        """x (B, C, h, w); t (B,); context (B, L, C_ctx); beside (B, C', h, w), channels that the UNet takes
+        after those of x; level (B, 2), the alpha and sigma of x, needed where t is not whole.
+        -> eps (B, C, h, w), float32.
+        """
         out = self.unet(
             x if beside is None else torch.cat([x, beside.to(x.dtype)], dim=1), t, context
         ).float()
-        return self.eps_from_v(out, x, t) if self.schedule.spec.prediction == "v_prediction" else out
+        return self.eps_from_v(out, x, t, level) if self.schedule.spec.prediction == "v_prediction" else out
 
-    def eps_from_v(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def eps_from_v(self, v: Tensor, x: Tensor, t: Tensor, level: Tensor | None = None) -> Tensor:
         """eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x (Salimans and Ho 2022, appendix D)."""
-        index = t.long()
-        alpha = self.sqrt_alpha_bar[index][:, None, None, None]
-        sigma = self.sqrt_one_minus_alpha_bar[index][:, None, None, None]
+        if level is None:
+            index = t.long()
+            level = torch.stack([self.sqrt_alpha_bar[index], self.sqrt_one_minus_alpha_bar[index]], dim=1)
+        alpha, sigma = level[:, :, None, None, None].unbind(1)
         return alpha * v + sigma * x.float()
 
 

@@ -132,12 +132,12 @@ class LatentDiffusion:
         context = self.conditioner(["", *prompts])  # (1 + B, L, C)
         context = torch.cat([context[:1].expand(len(prompts), -1, -1), context[1:]])
         x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        x = x.to(context.device)
+        x = x.to(context.device)[:, None]  # (B, 1, C, h, w): DDIM remembers nothing
         for line in torch.from_numpy(plan(self.schedule, "ddim", steps).lines):
             t = line[0].to(x.device).expand(2 * len(x))
-            eps_uncond, eps_cond = self.denoiser(torch.cat([x, x]), t, context, pairs).chunk(2)
+            eps_uncond, eps_cond = self.denoiser(torch.cat([x[:, 0]] * 2), t, context, pairs).chunk(2)
             x = step(x, guide(eps_uncond, eps_cond, guidance_scale), line.to(x.device).expand(len(x), -1))
-        return self.decode(x)
+        return self.decode(x[:, 0])
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

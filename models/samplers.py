@@ -1,10 +1,15 @@
 """Samplers as tables: plan() computes every coefficient ahead, one step() serves them all.
 
+Every sampler here is linear in what it has: the latent, what it remembers of earlier steps, the predicted eps
+and fresh noise. All keep the latent as x = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1, also those that
+are published on x / alpha, so that rows of different samplers differ in numbers only.
+
 Free of torch at import, so that a process that only checks requests can know the samplers' names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,21 +20,26 @@ from models.schedule import Schedule
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAMPLERS = ("ddim",)
-# x_next = a * x + b * eps + s * noise, where eps is the UNet's of c_in * x at t. A picture that is known
-# stands at this point of the run at signal * z + sigma * noise (equation 4 of Ho et al. 2020).
-COLUMNS = ("t", "c_in", "a", "b", "s", "signal", "sigma")
+MEMORY = 3  # latents that a sampler may remember
+TERMS = 1 + MEMORY + 1  # what a line combines: x, what is remembered, eps
+# The UNet is asked at t, where x = alpha x_0 + sigma eps. s: of the fresh noise. signal and rest: a picture
+# that is known stands at signal * z + rest * noise after the step (equation 4 of Ho et al. 2020).
+COLUMNS = ("t", "alpha", "sigma", "s", "signal", "rest")
+FACTORS = len(COLUMNS)  # from there on: for x and each thing remembered, TERMS factors that make the next
+
+LCM_STEPS = 50  # timesteps that a consistency model was distilled on (Luo et al. 2023)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """One line of coefficients for each UNet evaluation of a run.
 
-    start: (signal, sigma) of what a run from a picture starts from; without one it starts from noise alone.
+    start: (signal, rest) of what a run from a picture starts from; without one it starts from noise alone.
     """
 
-    lines: np.ndarray  # (n, 7) float64, columns as in COLUMNS; signal and sigma are those after the step
+    lines: np.ndarray  # (n, FACTORS + (1 + MEMORY) * TERMS) float64
     start: tuple[float, float]
+    memory: int = 0  # how many latents beside x the run needs: 0 or MEMORY
 
     def __len__(self) -> int:
         """How many UNet evaluations the run takes."""
@@ -43,57 +53,297 @@ class Plan:
     @property
     def needs_noise(self) -> np.ndarray:
         """(n,) bool: which steps add fresh noise."""
-        return self.lines[:, 4] > 0
+        return self.lines[:, 3] > 0
+
+
+@dataclass(frozen=True)
+class Path:
+    """Where a run passes: n points at which the UNet is asked, and the end."""
+
+    t: np.ndarray  # (n,)
+    alpha: np.ndarray  # (n + 1,)
+    sigma: np.ndarray  # (n + 1,)
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """(n + 1,): sigma / alpha, the noise of x / alpha; descending."""
+        return self.sigma / self.alpha
+
+    @property
+    def log_snr(self) -> np.ndarray:
+        """(n + 1,): log(alpha / sigma), lambda in Lu et al. 2022; infinite where there is no noise."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha) - np.log(self.sigma)
 
 
 def plan(schedule: Schedule, sampler: str, steps: int, eta: float = 0.0, strength: float = 1.0) -> Plan:
     """The table of a whole run of a sampler.
 
-    eta: 0 is deterministic, 1 adds as much noise as DDPM. strength: a run from a picture takes this share of
-    the steps, the last ones, and at least one (Meng et al. 2022, algorithm 1). Raises ValueError for an
-    unknown sampler, steps outside the schedule, eta outside [0, 1] or strength outside (0, 1].
+    eta: of DDIM, 0 is deterministic, 1 adds as much noise as DDPM. strength: a run from a picture takes this
+    share of the steps, the last ones, and at least one (Meng et al. 2022, algorithm 1). Raises ValueError for
+    an unknown sampler, steps outside the schedule, eta outside [0, 1] or not of DDIM, and strength outside
+    (0, 1].
     """
-    if sampler not in SAMPLERS:
+    if sampler not in BUILDERS:
         raise ValueError(f"unknown sampler {sampler!r}; there is {', '.join(SAMPLERS)}")
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be 0 to 1, not {eta}")
+    if eta and sampler not in WITH_ETA:
+        raise ValueError(f"eta is for {', '.join(WITH_ETA)}; {sampler} has none")
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
-    taken = max(1, int(steps * strength + 1e-9))  # 0.58 of 50 is 29, though rounding says 28.999
-    t = schedule.timesteps(steps)[steps - taken :]
-    ab = float(schedule.alpha_bar[t[0]])
-    return Plan(ddim_lines(schedule, t, eta), (ab**0.5, (1 - ab) ** 0.5))
+    visit, build = BUILDERS[sampler]
+    path = visit(schedule, steps)
+    taken = max(1, int(len(path) * strength + 1e-9))  # 0.58 of 50 is 29, though rounding says 28.999
+    first = len(path) - taken
+    path = Path(path.t[first:], path.alpha[first:], path.sigma[first:])
+    return build(path, eta)
 
 
-def ddim_lines(schedule: Schedule, t: np.ndarray, eta: float) -> np.ndarray:
-    """Lines (n, 7) of DDIM over descending timesteps (Song et al. 2020, equations 12 and 16)."""
-    ab_t = schedule.alpha_bar[t]
-    ab_s = np.append(ab_t[1:], schedule.final_alpha_bar)  # each step goes to the next timestep visited
-    sigma = eta * np.sqrt((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s))
-    a = np.sqrt(ab_s / ab_t)
-    towards_x_t = np.sqrt(np.maximum(1 - ab_s - sigma**2, 0.0))  # rounding may leave it just below 0
-    b = towards_x_t - a * np.sqrt(1 - ab_t)
-    known = np.append(ab_t[1:], 1.0)  # what is known ends without noise, whatever the schedule ends at
-    columns = (t.astype(np.float64), np.ones_like(a), a, b, sigma, np.sqrt(known), np.sqrt(1 - known))
-    return np.stack(columns, axis=1)
+# Where the run passes.
 
 
-def step(x: Tensor, eps: Tensor, lines: Tensor, noise: Tensor | None = None) -> Tensor:
+def along(schedule: Schedule, steps: int) -> Path:
+    """The spacing's timesteps, and the schedule's own end."""
+    t = schedule.timesteps(steps)
+    ab = np.append(schedule.alpha_bar[t], schedule.final_alpha_bar)
+    return Path(t.astype(np.float64), np.sqrt(ab), np.sqrt(1 - ab))
+
+
+def to_clean(schedule: Schedule, steps: int) -> Path:
+    """The spacing's timesteps, and an end without noise."""
+    path = along(schedule, steps)
+    return Path(path.t, np.append(path.alpha[:-1], 1.0), np.append(path.sigma[:-1], 0.0))
+
+
+def karras(whole: bool) -> Callable[[Schedule, int], Path]:
+    """Points even in ratio^(1/7) (Karras et al. 2022, equation 5): over the whole schedule, the UNet asked at
+    whole timesteps, or between the spacing's first and last timestep, the UNet asked in between too."""
+
+    def visit(schedule: Schedule, steps: int) -> Path:
+        table = np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar)  # (T,), rising
+        t = schedule.timesteps(steps)
+        high, low = (table[-1], table[0]) if whole else (table[t[0]], table[t[-1]])
+        ramp = np.linspace(0, 1, steps)
+        ratio = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+        t = np.interp(np.log(ratio), np.log(table), np.arange(len(table)))
+        alpha = 1 / np.sqrt(1 + ratio**2)
+        return Path(np.round(t) if whole else t, np.append(alpha, 1.0), np.append(ratio * alpha, 0.0))
+
+    return visit
+
+
+def distilled(schedule: Schedule, steps: int) -> Path:
+    """Timesteps among the LCM_STEPS that a consistency model knows. Raises ValueError for more."""
+    known = min(LCM_STEPS, len(schedule))
+    if not 1 <= steps <= known:
+        raise ValueError(f"steps must be 1 to {known} for lcm, not {steps}")
+    origin = (np.arange(1, known + 1) * (len(schedule) // known) - 1)[::-1]
+    t = origin[np.floor(np.linspace(0, known, steps, endpoint=False)).astype(np.int64)]
+    ab = np.append(schedule.alpha_bar[t], 1.0)
+    return Path(t.astype(np.float64), np.sqrt(ab), np.sqrt(1 - ab))
+
+
+# What is combined into what comes next. A form is (TERMS,): factors of x, of what is remembered, and of eps.
+
+X, *REMEMBERED, EPS = np.eye(TERMS)
+
+
+def lines_of(path: Path, nexts: list[np.ndarray], s: np.ndarray | float, memory: list | None = None) -> Plan:
+    """A plan from the form of each next x, the factor of noise, and the forms of what is remembered then.
+
+    What is known ends without noise, whatever the schedule ends at.
+    """
+    n = len(path)
+    lines = np.zeros((n, FACTORS + (1 + MEMORY) * TERMS))
+    lines[:, 0], lines[:, 1], lines[:, 2], lines[:, 3] = path.t, path.alpha[:-1], path.sigma[:-1], s
+    lines[:, 4], lines[:, 5] = np.append(path.alpha[1:-1], 1.0), np.append(path.sigma[1:-1], 0.0)
+    forms = lines[:, FACTORS:].reshape(n, 1 + MEMORY, TERMS)
+    forms[:, 0] = nexts
+    for line, remembered in enumerate(memory or []):
+        forms[line, 1 : 1 + len(remembered)] = remembered
+    return Plan(lines, (float(path.alpha[0]), float(path.sigma[0])), MEMORY if memory else 0)
+
+
+def ddim(path: Path, eta: float) -> Plan:
+    """Song et al. 2020, equations 12 and 16."""
+    ab_t, ab_s = path.alpha[:-1] ** 2, path.alpha[1:] ** 2
+    noise = eta * np.sqrt((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s))
+    a = path.alpha[1:] / path.alpha[:-1]
+    towards_x_t = np.sqrt(np.maximum(1 - ab_s - noise**2, 0.0))  # rounding may leave it just below 0
+    b = towards_x_t - a * path.sigma[:-1]
+    return lines_of(path, [x * X + e * EPS for x, e in zip(a, b, strict=True)], noise)
+
+
+def ddpm(path: Path, eta: float) -> Plan:
+    """Ho et al. 2020, algorithm 2 with the smaller variance: DDIM at eta 1."""
+    return ddim(path, 1.0)
+
+
+def euler(path: Path, eta: float) -> Plan:
+    """Karras et al. 2022, algorithm 1 without its second order: a straight line in x / alpha."""
+    forms = [
+        path.alpha[i + 1] * (X / path.alpha[i] + (path.ratio[i + 1] - path.ratio[i]) * EPS)
+        for i in range(len(path))
+    ]
+    return lines_of(path, forms, 0.0)
+
+
+def euler_ancestral(path: Path, eta: float) -> Plan:
+    """Euler to less noise than the next point has, and fresh noise up to it."""
+    forms, fresh = [], []
+    for i in range(len(path)):
+        here, there = path.ratio[i], path.ratio[i + 1]
+        up = there * np.sqrt(here**2 - there**2) / here
+        down = np.sqrt(there**2 - up**2)
+        forms.append(path.alpha[i + 1] * (X / path.alpha[i] + (down - here) * EPS))
+        fresh.append(path.alpha[i + 1] * up)
+    return lines_of(path, forms, np.array(fresh))
+
+
+def x_0_of(path: Path, i: int) -> np.ndarray:
+    """The form of the predicted x_0."""
+    return (X - path.sigma[i] * EPS) / path.alpha[i]
+
+
+def dpmpp_2m(path: Path, eta: float) -> Plan:
+    """DPM-Solver++ of second order, multistep (Lu et al. 2022, algorithm 2); its ends are of first order."""
+    forms, memory, h = [], [], np.diff(path.log_snr)
+    for i in range(len(path)):
+        x_0 = d = x_0_of(path, i)
+        if 0 < i < len(path) - 1:
+            d = x_0 + h[i] / h[i - 1] / 2 * (x_0 - REMEMBERED[0])
+        forms.append(path.sigma[i + 1] / path.sigma[i] * X - path.alpha[i + 1] * np.expm1(-h[i]) * d)
+        memory.append([x_0])
+    return lines_of(path, forms, 0.0, memory)
+
+
+def unipc(path: Path, eta: float) -> Plan:
+    """UniPC of second order with B(h) = e^h - 1 (Zhao et al. 2023): the UNet's answer at a predicted point
+    corrects that point before the next is predicted. Remembered: the corrected x, and two x_0."""
+    forms, memory, orders = [], [], []
+    x_before, x_0_before, x_0_earlier = REMEMBERED
+    log_snr = path.log_snr
+    for i in range(len(path)):
+        x_0, corrected = x_0_of(path, i), X
+        if i:
+            h = log_snr[i] - log_snr[i - 1]
+            known = [(x_0_before, 0.0), (x_0, 1.0)]
+            if orders[-1] == 2:
+                known.insert(1, (x_0_earlier, (log_snr[i - 2] - log_snr[i - 1]) / h))
+            corrected = uni(path, i - 1, h, x_before, known)
+        orders.append(min(2, i + 1, len(path) - i))
+        h = log_snr[i + 1] - log_snr[i]
+        known = [(x_0, 0.0)]
+        if orders[-1] == 2:
+            known.append((x_0_before, (log_snr[i - 1] - log_snr[i]) / h))
+        forms.append(uni(path, i, h, corrected, known))
+        memory.append([corrected, x_0, x_0_before])
+    return lines_of(path, forms, 0.0, memory)
+
+
+def uni(path: Path, i: int, h: float, x: np.ndarray, known: list[tuple[np.ndarray, float]]) -> np.ndarray:
+    """The form of the next x, from x at point i and known x_0, each with its place: 0 is i, 1 the next."""
+    (base, _), *others = known
+    growth = np.expm1(-h)
+    step = path.sigma[i + 1] / path.sigma[i] * x - path.alpha[i + 1] * growth * base
+    if not others:
+        return step
+    places = np.array([place for _, place in others])
+    if len(others) == 1:
+        weights = np.array(
+            [0.5]
+        )  # what the system below comes to as h vanishes, and what is published for it
+    else:
+        phi_1 = growth / -h - 1
+        phi_2 = phi_1 / -h - 0.5
+        right = np.array([phi_1, 2 * phi_2]) / growth
+        weights = np.linalg.solve(np.stack([np.ones_like(places), places]), right)
+    slopes = sum(w * (form - base) / place for w, (form, place) in zip(weights, others, strict=True))
+    return step - path.alpha[i + 1] * growth * slopes
+
+
+ADAMS = ([1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24])
+
+
+def plms(path: Path, eta: float) -> Plan:
+    """Pseudo linear multistep (Liu et al. 2022) as the LDM code has it: Adams-Bashforth in eps, begun by one
+    step of Heun's, which asks the UNet once more."""
+    a = path.alpha[1:] / path.alpha[:-1]
+    b = path.sigma[1:] - a * path.sigma[:-1]
+    if len(path) == 1:
+        return lines_of(path, [a[0] * X + b[0] * EPS], 0.0)
+    x_before = REMEMBERED[0]
+    first = (X - a[0] * x_before) / b[0]  # the eps that led from there to here
+    forms = [a[0] * X + b[0] * EPS, a[0] * x_before + b[0] * (first + EPS) / 2]
+    memory = [[X], [first]]
+    for i in range(1, len(path)):
+        terms = zip(ADAMS[min(i, 3)], [EPS, *REMEMBERED], strict=False)
+        forms.append(a[i] * X + b[i] * sum(factor * form for factor, form in terms))
+        memory.append([EPS, *REMEMBERED[:-1]])
+    twice = np.insert(np.arange(len(path) + 1), 1, 1)  # the second point is asked at the first step too
+    twice = Path(path.t[twice[:-1]], path.alpha[twice], path.sigma[twice])
+    return lines_of(twice, forms, 0.0, memory)
+
+
+def lcm(path: Path, eta: float) -> Plan:
+    """Latent consistency (Luo et al. 2023): straight to the end, and noise again up to the next point."""
+    forms = []
+    for i in range(len(path)):
+        scaled = 10 * path.t[i]
+        skip, out = 0.25 / (scaled**2 + 0.25), scaled / np.sqrt(scaled**2 + 0.25)
+        forms.append(path.alpha[i + 1] * (skip * X + out * x_0_of(path, i)))
+    return lines_of(path, forms, path.sigma[1:])
+
+
+BUILDERS: dict[str, tuple[Callable[[Schedule, int], Path], Callable[[Path, float], Plan]]] = {
+    "ddim": (along, ddim),
+    "ddpm": (to_clean, ddpm),
+    "plms": (along, plms),
+    "euler": (to_clean, euler),
+    "euler_karras": (karras(whole=False), euler),
+    "euler_ancestral": (to_clean, euler_ancestral),
+    "dpmpp_2m": (to_clean, dpmpp_2m),
+    "dpmpp_2m_karras": (karras(whole=True), dpmpp_2m),
+    "unipc": (to_clean, unipc),
+    "lcm": (distilled, lcm),
+}
+SAMPLERS = tuple(BUILDERS)
+
+
+def most_steps(sampler: str, timesteps: int) -> int:
+    """The most steps of a run on a schedule of so many timesteps."""
+    return min(LCM_STEPS, timesteps) if sampler == "lcm" else timesteps
+
+
+WITH_ETA = ("ddim",)
+
+
+def step(state: Tensor, eps: Tensor, lines: Tensor, noise: Tensor | None = None) -> Tensor:
     """One update of every row by a line of its own, in float32.
 
-    x, eps, noise: (B, C, h, w); lines: (B, 7). Without noise its term is left out, which is right only
-    where every line has s = 0. -> (B, C, h, w) float32.
+    state: (B, 1 + m, C, h, w), x and what is remembered, m at least the plans' memory; eps, noise: (B, C, h,
+    w); lines: (B, ...) as in Plan. Without noise its term is left out, which is right only where every line
+    has s = 0. -> (B, 1 + m, C, h, w) float32.
     """
-    _, _, a, b, s, _, _ = lines.float()[:, :, None, None, None].unbind(1)  # each (B, 1, 1, 1)
-    x_next = a * x.float() + b * eps.float()
-    return x_next if noise is None else x_next + s * noise.float()
+    count, lines = state.shape[1], lines.float()
+    forms = lines[:, FACTORS:].unflatten(1, (1 + MEMORY, TERMS))[:, :count, :, None, None, None]
+    out = forms[:, :, -1] * eps.float()[:, None]
+    for term in range(count):  # always in this order, so that company with a longer memory changes no bit
+        out = out + forms[:, :, term] * state[:, term : term + 1].float()
+    if noise is not None:
+        out[:, 0] += lines[:, 3, None, None, None] * noise.float()
+    return out
 
 
 def keep(x: Tensor, z: Tensor, noise: Tensor, mask: Tensor, lines: Tensor) -> Tensor:
     """Put back what is known after a step: inpainting by blending latents (Lugmayr et al. 2022, equation 8).
 
     x, z, noise: (B, C, h, w), z the known latent and noise what the run started from; mask: (B, 1, h, w), 1
-    where the run may paint; lines: (B, 7). -> (B, C, h, w) float32.
+    where the run may paint; lines: (B, ...) as in Plan. -> (B, C, h, w) float32.
     """
-    signal, sigma = lines.float()[:, 5:, None, None, None].unbind(1)  # each (B, 1, 1, 1)
-    return mask * x + (1 - mask) * (signal * z + sigma * noise)
+    signal, rest = lines.float()[:, 4:FACTORS, None, None, None].unbind(1)  # each (B, 1, 1, 1)
+    return mask * x + (1 - mask) * (signal * z + rest * noise)

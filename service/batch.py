@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import max_pool2d, pad
 
 from models.denoiser import guide
 from models.latent_diffusion import Known, LatentDiffusion
@@ -20,12 +20,17 @@ from service.job import Job
 class ImageState:
     """One image between two UNet calls."""
 
-    x: Tensor  # (C, h, w) float32, on the device
+    state: Tensor  # (1 + memory, C, h, w) float32, on the device: x, and what its sampler remembers
     generator: torch.Generator  # on the CPU, so that a seed means the same everywhere
     first: Tensor | None  # (C, h, w), the noise that it started from, where a mask keeps asking for it
     done: int = 0  # lines of the plan behind it
     noise: Tensor | None = None  # drawn for the next line; a call that fails and runs again draws no other
     x_0: Tensor | None = None  # (C, h, w), what the last step took x for without its noise; for previews
+
+    @property
+    def x(self) -> Tensor:
+        """(C, h, w): the latent itself."""
+        return self.state[0]
 
 
 @dataclass
@@ -87,18 +92,27 @@ def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:
 
 
 def advance(states: Sequence[JobState], images: Sequence[ImageState], size: int) -> Tensor:
-    """x (I, C, h, w) of I images of one group after their next step, from UNet calls of `size` rows.
+    """The states of I images of one group after their next step, from UNet calls of `size` rows.
 
     All rows share one call where size is as large; every row is at its own timestep of its own plan.
+    -> (I, 1 + m, C, h, w), m the longest memory of all.
     """
-    x = torch.stack([image.x for image in images])  # (I, C, h, w)
+    state = stacked(images)  # (I, 1 + m, C, h, w)
+    x = state[:, 0]
     taken = [state.plan.lines[image.done] for state, image in zip(states, images, strict=True)]
-    table = torch.from_numpy(np.stack(taken))  # (I, 7) float64
-    lines = table.to(x.device, torch.float32)  # (I, 7)
+    table = torch.from_numpy(np.stack(taken))  # (I, ...) float64, as in Plan
+    lines = table.to(x.device, torch.float32)
     eps = predict(states, x, lines, size)
-    x_next = step(x, eps, lines, draw(images, table))
+    state = step(state, eps, lines, draw(images, table))
     look_ahead(states, images, x, eps)
-    return keep_known(states, images, x_next, lines)
+    state[:, 0] = keep_known(states, images, state[:, 0], lines)
+    return state
+
+
+def stacked(images: Sequence[ImageState]) -> Tensor:
+    """The states of images, those with a shorter memory filled up with zeros: (I, 1 + m, C, h, w)."""
+    most = max(len(image.state) for image in images)
+    return torch.stack([pad(image.state, (0, 0) * 3 + (0, most - len(image.state))) for image in images])
 
 
 def predict(states: Sequence[JobState], x: Tensor, lines: Tensor, size: int) -> Tensor:
@@ -125,10 +139,10 @@ def call(
     """THE UNet call: eps of some rows, padded to `size` with copies of the first."""
     padding = size - len(rows)
     index = torch.tensor(rows + rows[:1] * padding, device=x.device)
-    x, lines = x[index], lines[index]  # (size, C, h, w), (size, 7)
+    x, lines = x[index], lines[index]  # (size, C, h, w), (size, ...)
     contexts = padded(contexts, padding)
     beside = None if beside is None else padded(beside, padding)
-    return bundle.denoiser(x * lines[:, 1, None, None, None], lines[:, 0], contexts, beside)[: len(rows)]
+    return bundle.denoiser(x, lines[:, 0], contexts, beside, lines[:, 1:3])[: len(rows)]
 
 
 def padded(rows: Tensor, padding: int) -> Tensor:
@@ -138,7 +152,7 @@ def padded(rows: Tensor, padding: int) -> Tensor:
 
 def draw(images: Sequence[ImageState], table: Tensor) -> Tensor | None:
     """One draw from each image's generator whose line asks for it: (I, C, h, w); None if none does."""
-    asks = (table[:, 4] != 0).tolist()
+    asks = (table[:, 3] != 0).tolist()
     if not any(asks):
         return None
     for image, ask in zip(images, asks, strict=True):
@@ -146,7 +160,7 @@ def draw(images: Sequence[ImageState], table: Tensor) -> Tensor | None:
             image.noise = torch.randn(image.x.shape, generator=image.generator)
     none = torch.zeros(images[0].x.shape)
     draws = [image.noise if ask else none for image, ask in zip(images, asks, strict=True)]
-    return torch.stack(draws).to(images[0].x.device)
+    return torch.stack(draws).to(images[0].state.device)
 
 
 def keep_known(states: Sequence[JobState], images: Sequence[ImageState], x: Tensor, lines: Tensor) -> Tensor:
@@ -162,8 +176,8 @@ def keep_known(states: Sequence[JobState], images: Sequence[ImageState], x: Tens
 
 
 def look_ahead(states: Sequence[JobState], images: Sequence[ImageState], x: Tensor, eps: Tensor) -> None:
-    """Note x_0 = (x - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar) of images that are to be shown."""
+    """Note x_0 = (x - sigma eps) / alpha of images that are to be shown."""
     for index, (state, image) in enumerate(zip(states, images, strict=True)):
         if state.previews(image):
-            ab = float(state.bundle.schedule.alpha_bar[int(state.plan.timesteps[image.done])])
-            image.x_0 = (x[index] - (1 - ab) ** 0.5 * eps[index]) / ab**0.5
+            alpha, sigma = map(float, state.plan.lines[image.done, 1:3])
+            image.x_0 = (x[index] - sigma * eps[index]) / alpha

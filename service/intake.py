@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from models.samplers import SAMPLERS
+from models.samplers import SAMPLERS, WITH_ETA, most_steps
 from models.spec import ModelSpec
 from service import images, layouts
 from service.errors import InvalidRequest, NotFound, UnreadableBody, UnsupportedMedia
@@ -231,7 +231,8 @@ def check(job: Job, spec: ModelSpec, settings: Settings, sized_by: str = "width"
 
     sized_by: the field that is to blame for the size.
     """
-    multiple, timesteps = spec.size_multiple, spec.schedule.timesteps
+    multiple, samplers = spec.size_multiple, ", ".join(SAMPLERS)
+    timesteps = most_steps(job.sampler, spec.schedule.timesteps)
     pixels = job.width * job.height
     most = settings.max_work
     rules = (
@@ -241,7 +242,8 @@ def check(job: Job, spec: ModelSpec, settings: Settings, sized_by: str = "width"
         ("steps", job.steps <= timesteps, f"must be at most {timesteps}"),
         ("n", job.n <= settings.max_images, f"must be at most {settings.max_images}"),
         ("n", job.n * job.steps * pixels <= most, f"times steps, width and height must be at most {most}"),
-        ("sampler", job.sampler in SAMPLERS, f"must be one of {', '.join(SAMPLERS)}"),
+        ("sampler", job.sampler in SAMPLERS, f"must be one of {samplers}"),
+        ("eta", not job.eta or job.sampler in WITH_ETA, f"is for the sampler {', '.join(WITH_ETA)}"),
         ("seed", job.seed + job.n - 1 <= MAX_SEED, f"plus n must be at most {MAX_SEED + 1}"),
     )
     refuse(rules)

@@ -130,10 +130,12 @@ class TorchRunner:
         job, generator = state.job, torch.Generator("cpu").manual_seed(seed)
         shape = state.bundle.spec.latent_shape(job.width, job.height)
         noise = torch.randn(shape, generator=generator).to(state.contexts.device)
-        if state.z is None:
-            return ImageState(noise, generator, None)
-        signal, sigma = state.plan.start
-        return ImageState(signal * state.z + sigma * noise, generator, None if state.mask is None else noise)
+        x = noise
+        if state.z is not None:
+            signal, rest = state.plan.start
+            x = signal * state.z + rest * noise
+        memory = torch.zeros(state.plan.memory, *shape, device=x.device)
+        return ImageState(torch.cat([x[None], memory]), generator, None if state.mask is None else noise)
 
     def _precise(self, model: str) -> LatentDiffusion:
         """The model in float32: itself if it is, else a copy."""
@@ -150,18 +152,18 @@ class TorchRunner:
         images = [state.images[key.index] for state, key in zip(states, keys, strict=True)]
         rows = sum(len(state.contexts) for state in states)
         size = next((size for size in self.buckets if size >= rows), rows)
-        x_next, use = self._advance(states, images, size)
-        finite = torch.isfinite(x_next).flatten(1).all(1).tolist()  # the one wait for the device in a step
-        for image, x in zip(images, x_next, strict=True):
-            image.x, image.done, image.noise = x, image.done + 1, None
+        nexts, use = self._advance(states, images, size)
+        finite = torch.isfinite(nexts).flatten(1).all(1).tolist()  # the one wait for the device in a step
+        for state, image, following in zip(states, images, nexts, strict=True):
+            image.state, image.done, image.noise = following[: 1 + state.plan.memory], image.done + 1, None
         broken = [key.job for key, fine in zip(keys, finite, strict=True) if not fine]
         return Call(size, tuple(dict.fromkeys(broken)), use)
 
     def _advance(
         self, states: list[JobState], images: list[ImageState], size: int
     ) -> tuple[Tensor, Use | None]:
-        """x_next, and the memory it took if that is news. One image that does not fit goes row by row, or
-        once more where bits matter; several are the engine's to split."""
+        """The next states, and the memory it took if that is news. One image that does not fit goes row by
+        row, or once more where bits matter; several are the engine's to split."""
         try:
             return self._measured(states, images, size)
         except OutOfMemory:
@@ -181,11 +183,11 @@ class TorchRunner:
         due = size > most or (size == most and self.calls % MEASURE_EVERY == 0)
         news = due and self.memory.begin()
         with out_of_memory_refused():
-            x_next = advance(states, images, size)
+            nexts = advance(states, images, size)
         if not news:
-            return x_next, None
+            return nexts, None
         self.measured[group] = size
-        return x_next, self.memory.end(size, self.room)
+        return nexts, self.memory.end(size, self.room)
 
     @torch.inference_mode()
     def preview(self, key: ImageKey) -> Preview:

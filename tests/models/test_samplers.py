@@ -1,9 +1,18 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
-from models.samplers import keep, plan, step
+from models.samplers import SAMPLERS, keep, most_steps, plan, step
 from models.schedule import Schedule
 from models.spec import ScheduleSpec
 
@@ -30,21 +39,110 @@ def test_ddim_follows_the_reference(spacing, steps, eta, final_alpha_one):
     table = plan(Schedule(spec), "ddim", steps, eta)
     assert table.timesteps.tolist() == reference.timesteps.tolist()
     generator = torch.Generator().manual_seed(0)
-    ours = theirs = torch.randn(SHAPE, generator=generator)
+    theirs = torch.randn(SHAPE, generator=generator)
+    ours = theirs[:, None]
     for line, t in zip(torch.from_numpy(table.lines), reference.timesteps, strict=True):
         noise = torch.randn(SHAPE, generator=generator)
-        ours = step(ours, eps_of(ours, t), line.expand(2, -1), noise)
+        ours = step(ours, eps_of(ours[:, 0], t), line.expand(2, -1), noise)
         theirs = reference.step(eps_of(theirs, t), t, theirs, eta=eta, variance_noise=noise).prev_sample
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+        assert (ours[:, 0] - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+FOLLOWED = {
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
+    "plms": (PNDMScheduler, {"skip_prk_steps": True}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "lcm": (LCMScheduler, {}),
+}
+ODDLY_SPACED = (("dpmpp_2m", "leading"), ("unipc", "leading"))  # their stride is that of one step more
+WITHOUT_SPACING = ("lcm", "plms")
+ON_RATIO = ("euler", "euler_karras", "euler_ancestral")  # published on x / alpha
+
+
+def test_every_sampler_is_followed():
+    assert {"ddim", *FOLLOWED} == set(SAMPLERS)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # theirs, with numpy 2
+@pytest.mark.parametrize("sampler", FOLLOWED)
+@pytest.mark.parametrize(("spacing", "steps"), [("leading", 10), ("trailing", 8), ("leading", 25)])
+def test_samplers_follow_their_references(sampler, spacing, steps, monkeypatch):
+    kind, options = FOLLOWED[sampler]
+    spec = ScheduleSpec(spacing="leading" if sampler in WITHOUT_SPACING else spacing, final_alpha_one=False)
+    spaced = {} if sampler == "lcm" else {"timestep_spacing": spec.spacing, "steps_offset": 1}
+    reference = kind(
+        beta_start=spec.beta_start, beta_end=spec.beta_end, beta_schedule=spec.beta_schedule,
+        **spaced, **options,
+    )  # fmt: skip
+    reference.set_timesteps(steps)
+    schedule = Schedule(spec)
+    if (sampler, spacing) in ODDLY_SPACED:
+        schedule.timesteps = lambda steps: reference.timesteps.numpy()
+    table = plan(schedule, sampler, steps)
+    torch.testing.assert_close(
+        torch.from_numpy(table.timesteps), reference.timesteps.double(), rtol=0, atol=2e-3
+    )
+    fresh = iter(torch.randn(steps + 2, *SHAPE, generator=torch.Generator().manual_seed(1)))
+    for module in ("ddpm", "lcm", "euler_ancestral_discrete"):
+        monkeypatch.setattr(
+            f"diffusers.schedulers.scheduling_{module}.randn_tensor", lambda *a, **k: next(fresh)
+        )
+    noises = torch.randn(steps + 2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    ours = torch.zeros(2, 1 + table.memory, *SHAPE[1:])
+    ours[:, 0] = x
+    alphas = [*table.lines[1:, 1], 1.0]
+    theirs = x / table.lines[0, 1] if sampler in ON_RATIO else x
+    for index, t in enumerate(reference.timesteps):
+        line = torch.from_numpy(table.lines[index])
+        if sampler in ON_RATIO:
+            reference.scale_model_input(theirs, t)  # which counts the steps
+        eps = eps_of(theirs * line[1].float() if sampler in ON_RATIO else theirs, t)
+        theirs = reference.step(eps, t, theirs).prev_sample
+        noise = noises[index] if table.needs_noise[index] else None
+        ours = step(ours, eps_of(ours[:, 0], t), line.expand(2, -1), noise)
+        expected = theirs * alphas[index] if sampler in ON_RATIO else theirs
+        assert (ours[:, 0] - expected).norm() <= 1e-4 * expected.norm(), index
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_leads_back_to_the_picture_by_its_true_noise(sampler):
+    schedule = Schedule(ScheduleSpec(final_alpha_one=True))
+    table = plan(schedule, sampler, 9)
+    z, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    state = torch.zeros(1, 1 + table.memory, 4, 8, 8)
+    state[:, 0] = table.start[0] * z + table.start[1] * noise
+    for row in table.lines:
+        line = torch.from_numpy(row)
+        eps = (state[:, 0] - line[1] * z) / line[2]  # what leads to z from wherever the fresh noise has led
+        fresh = torch.randn(z.shape) if line[3] else None
+        state = step(state, eps.float(), line[None], fresh)
+    torch.testing.assert_close(state[:, 0], z, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_takes_any_number_of_steps_and_any_share_of_them(sampler):
+    schedule = Schedule(ScheduleSpec())
+    for steps in (1, 2, 3, 7, 50, 333, 1000):
+        if steps <= most_steps(sampler, 1000):
+            for strength in (1.0, 0.4, 0.01):
+                assert np.isfinite(plan(schedule, sampler, steps, strength=strength).lines).all()
+    with pytest.raises(ValueError, match="steps"):
+        plan(schedule, sampler, most_steps(sampler, 1000) + 1)
 
 
 def test_every_row_has_a_line_of_its_own():
     lines = torch.from_numpy(plan(Schedule(ScheduleSpec()), "ddim", 5, eta=1.0).lines)
     x, eps, noise = torch.randn(3, 5, 4, 8, 8).unbind()
-    together = step(x, eps, lines, noise)
+    together = step(x[:, None], eps, lines, noise)
     for row in range(5):
         alone = slice(row, row + 1)
-        assert torch.equal(together[alone], step(x[alone], eps[alone], lines[alone], noise[alone]))
+        assert torch.equal(together[alone], step(x[alone, None], eps[alone], lines[alone], noise[alone]))
 
 
 def test_the_true_noise_leads_back_to_the_picture():
@@ -54,7 +152,7 @@ def test_the_true_noise_leads_back_to_the_picture():
     ab = schedule.alpha_bar[int(table.timesteps[0])]
     x = ab**0.5 * x_0 + (1 - ab) ** 0.5 * noise
     for line in torch.from_numpy(table.lines):
-        x = step(x, noise, line[None])
+        x = step(x[:, None], noise, line[None])[:, 0]
     torch.testing.assert_close(x, x_0, rtol=0, atol=1e-4)
 
 
@@ -70,11 +168,12 @@ def test_every_number_of_steps_has_finite_lines(eta):
 def test_low_precision_rows_step_in_float32():
     lines = torch.from_numpy(plan(Schedule(ScheduleSpec()), "ddim", 5).lines)[:1]
     x, eps = torch.randn(2, 1, 4, 8, 8).bfloat16().unbind()
-    assert step(x, eps, lines).dtype == torch.float32
+    assert step(x[:, None], eps, lines).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
-    ("sampler", "eta"), [("euler", 0.0), ("ddim", -0.1), ("ddim", 1.1), ("ddim", float("nan"))]
+    ("sampler", "eta"),
+    [("magic", 0.0), ("euler", 0.5), ("ddim", -0.1), ("ddim", 1.1), ("ddim", float("nan"))],
 )
 def test_what_cannot_be_planned_is_refused(sampler, eta):
     with pytest.raises(ValueError, match=r"sampler|eta"):
@@ -95,7 +194,7 @@ def test_a_run_from_a_picture_and_its_noise_leads_back_to_it():
     signal, sigma = table.start
     x = signal * z + sigma * noise
     for line in torch.from_numpy(table.lines):
-        x = step(x, noise, line[None])
+        x = step(x[:, None], noise, line[None])[:, 0]
     torch.testing.assert_close(x, z, rtol=0, atol=1e-4)
 
 

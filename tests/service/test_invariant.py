@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from models.checkpoint import load
+from models.samplers import SAMPLERS
 from service.device import even
 from service.engine import Engine
 from service.job import Done, Job
@@ -37,6 +38,8 @@ def random_job(name: str, draw: random.Random) -> Job:
         "seed": draw.randrange(1000),
         "n": draw.choice([1, 1, 2]),
     }
+    if draw.randrange(2):
+        fields |= {"sampler": draw.choice(SAMPLERS), "eta": 0.0}
     if (task := draw.randrange(3)) > 0:
         fields["image"] = blobs.integers(0, 256, (height, width, 3), np.uint8).tobytes()
         fields["strength"] = draw.choice([0.5, 1.0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.checkpoint import load
-from models.samplers import plan, step
+from models.samplers import SAMPLERS, plan, step
 from service import batch
 from service.engine import Engine
 from service.errors import NonFinite, OutOfMemory
@@ -95,11 +95,11 @@ def test_a_run_from_a_picture_starts_from_its_noised_latent_and_is_that_of_the_s
         x = torch.from_numpy(PICTURE).permute(2, 0, 1)[None] / 127.5 - 1
         line = plan(bundle.schedule, "ddim", 3, 0.0, 0.7)
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-        x = line.start[0] * bundle.encode(x) + line.start[1] * noise
+        x = (line.start[0] * bundle.encode(x) + line.start[1] * noise)[:, None]
         context = bundle.conditioner([job.prompt])
         for row in torch.from_numpy(line.lines):
-            x = step(x, bundle.denoiser(x, row[:1], context), row[None])
-        expected = (bundle.decode(x)[0].clamp(-1, 1) + 1) * 127.5
+            x = step(x, bundle.denoiser(x[:, 0], row[:1], context), row[None])
+        expected = (bundle.decode(x[:, 0])[0].clamp(-1, 1) + 1) * 127.5
     difference = pixels(runner, job) - expected.permute(1, 2, 0).numpy()
     assert len(line) == 2
     assert np.abs(difference).max() < 1
@@ -135,8 +135,9 @@ def test_a_picture_is_encoded_once_a_job(runner, monkeypatch):
     assert len(calls) == 1
 
 
-def test_all_tasks_share_one_call_and_none_changes_another(runner):
+def test_all_tasks_and_samplers_share_one_call_and_none_changes_another(runner):
     jobs = [
+        *(make_job(name, width=64, height=64, steps=4, sampler=name) for name in SAMPLERS),
         make_job("a", width=64, height=64, steps=3, eta=0.5),
         picture_job("b", strength=1.0, guidance_scale=1.0),
         picture_job("c", mask=MASK.tobytes(), steps=4, eta=1.0),
@@ -170,11 +171,11 @@ class Scarce:
     def __init__(self, denoiser, rows: int) -> None:
         self.denoiser, self.rows, self.calls = denoiser, rows, []
 
-    def __call__(self, x, t, context, beside):
+    def __call__(self, x, *others):
         self.calls.append(len(x))
         if len(x) > self.rows:
             raise torch.OutOfMemoryError("no memory")
-        return self.denoiser(x, t, context, beside)
+        return self.denoiser(x, *others)
 
 
 def test_a_guided_image_that_does_not_fit_goes_row_by_row(runner, monkeypatch):
@@ -219,7 +220,7 @@ def test_numbers_that_are_none_are_reported_of_their_job_alone(runner):
     jobs = [make_job(name, width=64, height=64, steps=3) for name in "ab"]
     for job in jobs:
         begin(runner, job)
-    runner.jobs["b"].images[0].x = torch.full((4, 8, 8), torch.nan)
+    runner.jobs["b"].images[0].state = torch.full((1, 4, 8, 8), torch.nan)
     assert runner.step([ImageKey(job.id, 0) for job in jobs]).broken == ("b",)
     assert torch.isfinite(runner.jobs["a"].images[0].x).all()
 
@@ -244,14 +245,14 @@ def test_a_picture_that_overflows_16_bits_is_decoded_again_in_float32(tiny):
     decoder.conv_in.bias.mul_(3e4)
     job = tiny_job()
     begin(runner, job)
-    runner.jobs["a"].images[0].x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    runner.jobs["a"].images[0].state = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert not torch.isfinite(runner.registry["m"].decode(runner.jobs["a"].images[0].x[None])).all()
     assert len(set(runner.finish(KEY))) > 10
 
 
 def test_a_picture_of_numbers_that_are_none_is_refused(runner):
     begin(runner, tiny_job())
-    runner.jobs["a"].images[0].x = torch.full((4, 8, 8), torch.inf)
+    runner.jobs["a"].images[0].state = torch.full((1, 4, 8, 8), torch.inf)
     with pytest.raises(NonFinite):
         runner.finish(KEY)
 

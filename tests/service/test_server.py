@@ -180,6 +180,8 @@ BAD = [
     ({"guidance_scale": 1e9}, 422, "guidance_scale"),
     ({"guidance_scale": float("nan")}, 422, "guidance_scale"),
     ({"eta": 2}, 422, "eta"),
+    ({"eta": 0.5, "sampler": "euler"}, 422, "eta"),
+    ({"steps": 51, "sampler": "lcm"}, 422, "steps"),
     ({"sampler": "magic"}, 422, "sampler"),
     ({"output_format": "bmp"}, 422, "output_format"),
     ({"no_such_field": "x"}, 422, "no_such_field"),
