@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ def living(start_server) -> Iterator[Callable[[], Server]]:
         servers = []
 
         def give() -> Server:
+            if servers and (code := servers[-1].process.poll()) is not None:
+                warnings.warn(f"the server that tests share has ended with exit code {code}", stacklevel=1)
             if not servers or servers[-1].process.poll() is not None:
                 servers.append(stack.enter_context(start_server()))
             return servers[-1]
