@@ -8,9 +8,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from models.spec import ALL_TASKS, AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, UNetSpec
+from models.spec import (
+    ALL_TASKS,
+    AutoencoderSpec,
+    Defaults,
+    ModelSpec,
+    ScheduleSpec,
+    Spacing,
+    TextSpec,
+    UNetSpec,
+)
 
 Config = dict[str, Any]
 
@@ -265,8 +274,8 @@ def schedule_spec(config: Config) -> ScheduleSpec:
     spacing = config.get("timestep_spacing", "leading")
     if spacing == "linspace" and not ddim:
         spacing = "leading"  # what other samplers prefer says nothing about DDIM
-    if spacing not in ("leading", "trailing"):
-        raise ValueError(f"timestep_spacing is {spacing!r}; supported are 'leading' and 'trailing'")
+    if spacing not in get_args(Spacing):
+        raise ValueError(f"timestep_spacing is {spacing!r}; supported are {', '.join(get_args(Spacing))}")
     return ScheduleSpec(
         beta_start=float(config.get("beta_start", 0.0001)),
         beta_end=float(config.get("beta_end", 0.02)),

@@ -28,8 +28,8 @@ class Schedule:
         """Exactly `steps` distinct timesteps of the table, descending: (steps,) int64.
 
         spacing: the spec's own unless given. "leading" is the reference's stride wherever steps divides T,
-        and drops as much of the offset as would leave the table; "trailing" starts at T - 1 (Lin et al.
-        2023, table 2). Raises ValueError for steps outside 1..T.
+        and drops as much of the offset as would leave the table; "trailing" starts at T - 1, and
+        "linspace" ends at 0 too (Lin et al. 2023, table 2). Raises ValueError for steps outside 1..T.
         """
         if not 1 <= steps <= len(self):
             raise ValueError(f"steps must be 1 to {len(self)}, not {steps}")
@@ -52,4 +52,8 @@ def trailing(steps: int, total: int, offset: int) -> np.ndarray:
     return np.round(total - np.arange(steps) * total / steps).astype(np.int64) - 1
 
 
-SPACINGS = {"leading": leading, "trailing": trailing}
+def linspace(steps: int, total: int, offset: int) -> np.ndarray:
+    return np.round(np.linspace(0, total - 1, steps)).astype(np.int64)[::-1].copy()
+
+
+SPACINGS = {"leading": leading, "trailing": trailing, "linspace": linspace}

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Prediction = Literal["epsilon", "v_prediction"]
-Spacing = Literal["leading", "trailing"]
+Spacing = Literal["leading", "trailing", "linspace"]
 BetaSchedule = Literal["scaled_linear", "linear"]
 
 ALL_TASKS = (

@@ -205,9 +205,12 @@ def label(text: str) -> int | str:
 
 
 def box(text: str) -> dict[str, Any]:
-    """LABEL,X,Y,W,H as requests carry it. Raises ValueError."""
+    """LABEL,X,Y,W,H as requests carry it."""
     name, *numbers = text.rsplit(",", 4)
-    x, y, w, h = map(float, numbers)
+    try:
+        x, y, w, h = map(float, numbers)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected LABEL,X,Y,W,H") from None
     return {"name": name, "x": x, "y": y, "w": w, "h": h}
 
 

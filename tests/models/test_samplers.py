@@ -27,7 +27,8 @@ def eps_of(x, t):
 @pytest.mark.parametrize("final_alpha_one", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
-    ("spacing", "steps"), [("leading", 10), ("leading", 50), ("trailing", 10), ("trailing", 25)]
+    ("spacing", "steps"),
+    [("leading", 10), ("leading", 50), ("trailing", 10), ("trailing", 25)],
 )
 def test_ddim_follows_the_reference(spacing, steps, eta, final_alpha_one):
     spec = ScheduleSpec(spacing=spacing, final_alpha_one=final_alpha_one)

@@ -46,3 +46,12 @@ def test_all_steps_drop_the_offset():
 def test_steps_outside_the_table_are_refused(steps):
     with pytest.raises(ValueError, match="1 to 1000"):
         Schedule(ScheduleSpec()).timesteps(steps)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 25, 1000])
+def test_linspace_is_that_of_the_reference_and_reaches_both_ends(steps):
+    reference = DDIMScheduler(timestep_spacing="linspace")
+    reference.set_timesteps(steps)
+    t = Schedule(ScheduleSpec()).timesteps(steps, "linspace")
+    assert t.tolist() == reference.timesteps.tolist()
+    assert (t[0], t[-1]) == (999, 0)
