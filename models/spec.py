@@ -25,7 +25,11 @@ ALL_TASKS = (
 
 @dataclass(frozen=True)
 class UNetSpec:
-    """Shape of a time-conditional UNet with cross-attention (Rombach et al. 2021, appendix E)."""
+    """Shape of a time-conditional UNet (Rombach et al. 2021, appendix E).
+
+    With a context every attention is a spatial transformer; without one (context_width 0) it is a plain block
+    of self-attention, and a depth says only whether it is there.
+    """
 
     in_channels: int
     out_channels: int
@@ -36,11 +40,13 @@ class UNetSpec:
     ]  # transformer blocks after each residual block of a level; 0: no attention
     middle_depth: int  # transformer blocks in the middle block
     heads: tuple[int, ...]  # attention heads of each level; the middle block uses the last
-    context_width: int
+    context_width: int  # 0: the UNet takes no context
     groups: int = 32  # of every GroupNorm
     linear_projection: bool = (
         False  # transformer in/out projections: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
     )
+    residual_resampling: bool = False  # residual blocks go down and up, not lone convolutions
+    scale_shift_norm: bool = False  # the timestep scales and shifts the second norm's output
 
     @property
     def factor(self) -> int:
