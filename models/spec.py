@@ -56,7 +56,7 @@ class UNetSpec:
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
-    """Shape of a KL autoencoder (section 3.1)."""
+    """Shape of an autoencoder, with a Gaussian latent (KL) or a codebook (VQ) (section 3.1)."""
 
     channels: tuple[int, ...]  # width of each level
     res_blocks: int  # residual blocks a level in E; one more in D
@@ -66,6 +66,15 @@ class AutoencoderSpec:
     groups: int = 32
     sample_size: int = 512  # picture side it was trained at
     patch_size: int = 1  # E folds squares of so many pixels a side into channels first, D unfolds them last
+    codes: int = 0  # in the codebook of a VQ autoencoder; 0: KL
+    inner_channels: int | None = None  # of what E's and D's own networks give and take; None: the latent's
+    attention_levels: tuple[int, ...] = ()  # levels with attention after each residual block, 0 the finest
+    middle_attention: bool = True
+
+    @property
+    def z_channels(self) -> int:
+        """Channels between E's own network and the latent (the reference's name for them)."""
+        return self.inner_channels or self.latent_channels
 
     @property
     def factor(self) -> int:
