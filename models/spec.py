@@ -113,6 +113,35 @@ class TextSpec:
 
 
 @dataclass(frozen=True)
+class TokenSpec:
+    """Shape of a transformer over tokens: BERT's words, or boxes (Rombach et al. 2021, appendix E.2)."""
+
+    vocabulary: int
+    width: int
+    layers: int  # attention and feed-forward each count for half of one
+    tokens: int
+    heads: int = 8
+    head_width: int = 64  # of every head, whatever the width
+
+
+@dataclass(frozen=True)
+class ClassSpec:
+    """One learned vector a class."""
+
+    classes: int  # the one that stands for none, if there is one, included
+    width: int
+
+
+@dataclass(frozen=True)
+class SegmentationSpec:
+    """A map of classes, as channels beside the latent."""
+
+    classes: int
+    channels: int
+    halvings: int = 2  # of the map's size, to the latent's
+
+
+@dataclass(frozen=True)
 class Defaults:
     """What a request gets when it does not say."""
 
