@@ -10,7 +10,7 @@ from torch.nn.functional import embedding, interpolate
 from transformers import BertTokenizer
 
 from models.configs import CheckpointError
-from models.spec import ClassSpec, SegmentationSpec, TokenSpec
+from models.spec import ClassSpec, Condition, SegmentationSpec, TokenSpec
 from models.text_encoder import TextEncoder, TokenTransformer
 
 GRAY = 128  # what a pixel under the mask is shown as to a UNet with mask channels
@@ -137,3 +137,15 @@ class SegmentationConditioner(nn.Module):
         for _ in range(self.spec.halvings):
             y = interpolate(y, scale_factor=0.5, mode="bilinear")
         return y
+
+
+Conditioner = TextConditioner | TokenConditioner | ClassConditioner | SegmentationConditioner
+
+
+def make_conditioner(condition: Condition | None) -> Conditioner | None:
+    """What a condition goes through; None where it has no weights of its own."""
+    if isinstance(condition, TokenSpec):
+        return TokenConditioner(condition)
+    if isinstance(condition, ClassSpec):
+        return ClassConditioner(condition)
+    return None if condition is None else SegmentationConditioner(condition)

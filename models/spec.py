@@ -141,6 +141,10 @@ class SegmentationSpec:
     halvings: int = 2  # of the map's size, to the latent's
 
 
+Condition = TokenSpec | ClassSpec | SegmentationSpec
+CONDITIONS = {kind.__name__: kind for kind in (TokenSpec, ClassSpec, SegmentationSpec)}
+
+
 @dataclass(frozen=True)
 class Defaults:
     """What a request gets when it does not say."""
@@ -163,15 +167,16 @@ class ModelSpec:
     """
 
     name: str
-    unet: UNetSpec
+    unet: UNetSpec | None  # None: a first stage alone
     autoencoder: AutoencoderSpec
     schedule: ScheduleSpec
-    text: TextSpec
+    text: TextSpec | None  # of CLIP
     defaults: Defaults = field(default_factory=Defaults)
     tasks: tuple[str, ...] = ALL_TASKS[:3]
     mask_channels: bool = False  # the UNet takes a mask and the latent of the masked picture after z
     layout_channels: int = 0  # that tell the UNet which label belongs where, after those
     labels: tuple[str, ...] = ()
+    condition: Condition | None = None  # any other conditioner with weights of its own
 
     @property
     def beside(self) -> int:
@@ -181,7 +186,7 @@ class ModelSpec:
     @property
     def size_multiple(self) -> int:
         """Picture sides must be a multiple of this: the autoencoder's factor times the UNet's."""
-        return self.autoencoder.factor * self.unet.factor
+        return self.autoencoder.factor * (self.unet.factor if self.unet else 1)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, rows, columns) of the latent of a width x height picture."""
@@ -190,14 +195,15 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain containers, for a message between processes."""
-        return asdict(self)
+        kind = {} if self.condition is None else {"kind": type(self.condition).__name__}
+        return asdict(self) | kind
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> ModelSpec:
         """The inverse of to_dict; lists become tuples again."""
 
-        def build(kind: type, values: dict[str, Any]) -> Any:
-            return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        def build(kind: type, values: dict[str, Any] | None) -> Any:
+            return values and kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
         return cls(
             name=d["name"],
@@ -210,4 +216,5 @@ class ModelSpec:
             mask_channels=d["mask_channels"],
             layout_channels=d["layout_channels"],
             labels=tuple(d["labels"]),
+            condition=build(CONDITIONS[d["kind"]], d["condition"]) if "kind" in d else None,
         )
