@@ -27,6 +27,25 @@ class CrossAttention(nn.Module):
         return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class AttentionBlock(nn.Module):
+    """Self-attention over the cells of a feature map, as a residual (Dhariwal and Nichol 2021, section 3)."""
+
+    def __init__(self, width: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, width)
+        self.qkv = nn.Conv1d(width, 3 * width, 1)
+        self.proj_out = nn.Conv1d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, h, w) -> (B, C, h, w)."""
+        y = self.qkv(self.norm(x).flatten(2))  # (B, 3 C, h*w)
+        # The published weights hold q, k and v of the first head, then those of the next.
+        y = y.unflatten(1, (self.heads, 3, -1)).transpose(-1, -2)  # (B, heads, 3, h*w, C / heads)
+        y = scaled_dot_product_attention(*y.unbind(2)).transpose(-1, -2).flatten(1, 2)  # (B, C, h*w)
+        return x + self.proj_out(y).unflatten(2, x.shape[-2:])
+
+
 class GEGLU(nn.Module):
     """Linear layer gated by the exact GELU of its other half (Shazeer 2020)."""
 

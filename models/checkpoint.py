@@ -1,7 +1,11 @@
-"""Checkpoints: a diffusers folder read safely and loaded strictly, and written again."""
+"""Checkpoints: a diffusers folder or a single CompVis file, read safely and loaded strictly.
+
+Folders are written again.
+"""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,14 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import BertTokenizer, CLIPTokenizer
 
-from models import keymaps
+from models import keymaps, zoo
 from models.autoencoder import Autoencoder
-from models.conditioner import LayoutProjection, TextConditioner
+from models.conditioner import LayoutProjection, TextConditioner, TokenConditioner, make_conditioner
 from models.configs import CheckpointError, read_spec, write_configs
 from models.latent_diffusion import LatentDiffusion
-from models.spec import ModelSpec, TextSpec
+from models.schedule import Schedule
+from models.spec import ModelSpec, TextSpec, TokenSpec
 from models.text_encoder import TextEncoder
 from models.unet import UNet
 
@@ -34,12 +39,15 @@ def load(
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
 ) -> LatentDiffusion:
-    """The model in a diffusers folder, ready to run.
+    """The model in a diffusers folder or in a single file, ready to run.
 
-    allow_pickle: read .bin files where there is no safetensors file; they never run code even then. Never
-    touches the network. Raises CheckpointError with what is missing, unexpected, misshaped or unreadable.
+    allow_pickle: read .bin files where there is no safetensors file, and .ckpt files; they never run code
+    even then. Never touches the network. Raises CheckpointError with what is missing, unexpected, misshaped
+    or unreadable.
     """
     path = Path(path)
+    if path.is_file():
+        return load_file(path, device, dtype, allow_pickle)
     spec = read_spec(path)
     tokenizer = read_tokenizer(path / "tokenizer", spec.text)
     with torch.device("meta"):  # no memory and no initial values: every parameter comes from the file
@@ -53,6 +61,99 @@ def load(
     for network in (unet, autoencoder, conditioner):
         network.requires_grad_(False).eval()
     return LatentDiffusion(spec, unet, autoencoder, conditioner).to(device)
+
+
+def load_file(
+    file: Path, device: torch.device | str, dtype: torch.dtype, allow_pickle: bool
+) -> LatentDiffusion:
+    """The model in a single file of the CompVis layout: one of the paper's, or a first stage alone."""
+    tensors = read_single(file, allow_pickle)
+    spec = recognise(tensors, file)
+    with torch.device("meta"):
+        unet = UNet(spec.unet) if spec.unet else None
+        autoencoder, conditioner = Autoencoder(spec.autoencoder), make_conditioner(spec.condition)
+    weights = {key: value for key, value in tensors.items() if not keymaps.is_ignored(key)}
+    if unet:
+        weights = with_averages(without_copy(weights), unet)
+    parts = ((zoo.UNET, unet), (zoo.CONDITION, conditioner), (zoo.FIRST_STAGE if unet else "", autoencoder))
+    for prefix, network in parts:
+        if network:
+            own = {key: weights.pop(key) for key in list(weights) if key.startswith(prefix)}
+            assign(network, {key: prefix + key for key in network.state_dict()}, own, dtype)
+            network.requires_grad_(False).eval()
+    if weights:
+        raise CheckpointError(f"{file}: {listed('unexpected', list(weights))}")
+    if isinstance(conditioner, TokenConditioner) and (file.parent / "vocab.txt").is_file():
+        conditioner.tokenizer = read_words(file.parent / "vocab.txt", spec.condition)
+    return LatentDiffusion(spec, unet, autoencoder, conditioner).to(device)
+
+
+def recognise(tensors: Mapping[str, Tensor], file: Path) -> ModelSpec:
+    """What the model in a single file is, with the betas and the factor of latents that it holds, if any."""
+    betas, scale = tensors.get("betas"), tensors.get("scale_factor")
+    spec = zoo.recognise(
+        {key: tuple(value.shape) for key, value in tensors.items()},
+        file.stem,
+        None if betas is None else ends_of(betas),
+        None if scale is None else float(scale),
+    )
+    expected = torch.from_numpy(Schedule(spec.schedule).betas)
+    if betas is not None and not (
+        betas.shape == expected.shape and torch.allclose(betas.double(), expected, rtol=1e-4)
+    ):
+        raise CheckpointError(f"{file}: its betas are not {len(expected)} whose roots are evenly spaced")
+    return spec
+
+
+def ends_of(betas: Tensor) -> tuple[float, float]:
+    """The first and last beta of a file, to seven digits: its numbers are float32."""
+    first, *_, last = betas.flatten().tolist()
+    return float(f"{first:.6e}"), float(f"{last:.6e}")
+
+
+def with_averages(tensors: dict[str, Tensor], unet: UNet) -> dict[str, Tensor]:
+    """The UNet's averaged weights in the place of the last ones, where the file has any: then all."""
+    names = {zoo.UNET + key: keymaps.averaged(zoo.UNET + key) for key in unet.state_dict()}
+    averages = {key: value for key, value in tensors.items() if key.startswith(keymaps.EMA)}
+    if not averages:
+        return tensors
+    refuse("missing", [name for name in names.values() if name not in averages], unet)
+    refuse("unexpected", list(averages.keys() - set(names.values())), unet)
+    rest = {key: value for key, value in tensors.items() if key not in averages}
+    return rest | {key: averages[name] for key, name in names.items()}
+
+
+def without_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the first stage's second copy, which models of masked pictures hold as their conditioner."""
+    copies = {
+        key: zoo.FIRST_STAGE + key.removeprefix(zoo.CONDITION)
+        for key in tensors
+        if key.startswith(zoo.CONDITION) and zoo.CONDITION + "encoder.conv_in.weight" in tensors
+    }
+    for copy, key in copies.items():
+        if key not in tensors or not torch.equal(tensors[copy], tensors[key]):
+            raise CheckpointError(f"{copy} differs from {key}: the conditioner is another first stage")
+    return {key: value for key, value in tensors.items() if key not in copies}
+
+
+def read_single(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    """Every tensor of a single file."""
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    if not allow_pickle:
+        raise CheckpointError(f"{file} is not a .safetensors file; pickled weights need allow_pickle")
+    return read_pickle(file)
+
+
+def read_words(file: Path, spec: TokenSpec) -> BertTokenizer:
+    """BERT's words, whose ids must all have a row in the embedding."""
+    try:
+        tokenizer = BertTokenizer.from_pretrained(file.parent, local_files_only=True)
+    except Exception as error:  # transformers raises whatever the bytes led it to
+        raise CheckpointError(f"{file} cannot be read as BERT's vocabulary: {error}") from error
+    if len(tokenizer) > spec.vocabulary:
+        raise CheckpointError(f"{file} has {len(tokenizer)} tokens, the text encoder {spec.vocabulary}")
+    return tokenizer
 
 
 def read_layout(
@@ -73,7 +174,13 @@ def save(bundle: LatentDiffusion, path: str | Path, dtype: torch.dtype = torch.f
 
     Raises CheckpointError for a value that dtype cannot hold, or a shape the layout has no words for.
     """
-    path = Path(path)
+    path, unet, autoencoder = Path(path), bundle.spec.unet, bundle.spec.autoencoder
+    if not isinstance(bundle.conditioner, TextConditioner) or not unet or not unet.context_width:
+        raise CheckpointError("this layout holds models with a UNet, a context and CLIP's text encoder only")
+    if unet.residual_resampling or unet.scale_shift_norm:
+        raise CheckpointError("this layout cannot say how the UNet resamples or norms")
+    if autoencoder.codes or autoencoder.attention_levels or not autoencoder.middle_attention:
+        raise CheckpointError("this layout holds KL autoencoders with attention in the middle only")
     write_configs(bundle.spec, path)
     text = bundle.conditioner.encoder
     text.tokenizer.save_pretrained(path / "tokenizer")
@@ -145,9 +252,12 @@ def assign(
 def refuse(what: str, keys: list[str], network: nn.Module) -> None:
     """Raise CheckpointError that names the first few keys and counts the rest, if there are any."""
     if keys:
-        more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-        listed = ", ".join(sorted(keys)[:SHOWN]) + more
-        raise CheckpointError(f"{type(network).__name__}: {len(keys)} {what} keys: {listed}")
+        raise CheckpointError(f"{type(network).__name__}: {listed(what, keys)}")
+
+
+def listed(what: str, keys: list[str]) -> str:
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return f"{len(keys)} {what} keys: " + ", ".join(sorted(keys)[:SHOWN]) + more
 
 
 def restore_positions(text: TextEncoder) -> None:
@@ -195,15 +305,38 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is corrupt or cut short: {error}") from error
 
 
+class Inert:
+    """Stands for every class a pickle names that is no tensor's: takes anything, does nothing."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """Tensors of a pickle, by a reader that knows tensors only and runs no code."""
+    """Tensors of a pickle, alone or under `state_dict`, by a reader that runs no code.
+
+    A trainer's other objects, which published files hold beside the weights, become inert.
+    """
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(Inert, name) for name in foreign(file)]):
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the bytes led it to
         raise CheckpointError(f"{file} is corrupt or holds more than tensors") from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{file} holds something else than named tensors")
     return tensors
+
+
+def foreign(file: Path) -> list[str]:
+    """Names in a .ckpt file that torch's own reader of weights does not know; none of the older form."""
+    if file.suffix != ".ckpt" or not zipfile.is_zipfile(file):
+        return []
+    return torch.serialization.get_unsafe_globals_in_checkpoint(file)
 
 
 def read_tokenizer(folder: Path, spec: TextSpec) -> CLIPTokenizer:

@@ -1,4 +1,4 @@
-"""Key-name tables between the diffusers folder layout and ours (the CompVis names). Tables only.
+"""Key-name tables between the published layouts and ours (the CompVis names). Tables only.
 
 A table maps a native module name to its name in the file; the rest of a key, below the longest module name
 that the table holds, is the same in both.
@@ -51,6 +51,35 @@ OLDER_ATTENTION = {
 # Buffers that older text encoders carry and that hold nothing learned.
 TEXT_IGNORED = frozenset({"embeddings.position_ids"})
 TEXT_PREFIX = "text_model."
+
+# What a single file holds beside weights that a served model uses: tables of the schedule, bookkeeping, the
+# text transformer's unused last layer, what a first stage was trained with.
+SCHEDULE_BUFFERS = frozenset(
+    {
+        "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
+        "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar", "scale_factor",
+    }
+)  # fmt: skip
+SINGLE_IGNORED = SCHEDULE_BUFFERS | {
+    "model_ema.decay",
+    "model_ema.num_updates",
+    "cond_stage_model.transformer.to_logits.weight",
+    "cond_stage_model.transformer.to_logits.bias",
+}
+SINGLE_IGNORED_PREFIXES = ("loss.", "first_stage_model.loss.", "cond_stage_model.loss.")
+EMA = "model_ema."
+
+
+def is_ignored(key: str) -> bool:
+    """Whether a single file's tensor is none that a served model uses."""
+    return key in SINGLE_IGNORED or key.startswith(SINGLE_IGNORED_PREFIXES)
+
+
+def averaged(key: str) -> str:
+    """A parameter of a single file's UNet -> its name among the averaged weights: no dots."""
+    return EMA + key.removeprefix("model.").replace(".", "")
 
 
 def rename(key: str, table: dict[str, str]) -> str:

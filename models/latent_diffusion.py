@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.autoencoder import Autoencoder
-from models.conditioner import LayoutProjection, TextConditioner
+from models.conditioner import Conditioner, LayoutProjection, TextConditioner, make_conditioner
 from models.denoiser import Denoiser, guide
 from models.samplers import plan, step
 from models.schedule import Schedule
@@ -32,14 +32,19 @@ class LatentDiffusion:
     """A loaded latent diffusion model (Rombach et al. 2021, figure 3)."""
 
     def __init__(
-        self, spec: ModelSpec, unet: UNet, autoencoder: Autoencoder, conditioner: TextConditioner
+        self,
+        spec: ModelSpec,
+        unet: UNet | None,
+        autoencoder: Autoencoder,
+        conditioner: Conditioner | None,
     ) -> None:
+        """Without a UNet: a first stage alone. Without a conditioner: one that has no weights of its own."""
         self.spec = spec
         self.unet = unet
         self.autoencoder = autoencoder
         self.conditioner = conditioner
         self.schedule = Schedule(spec.schedule)
-        self.denoiser = Denoiser(unet, self.schedule)
+        self.denoiser = Denoiser(unet, self.schedule) if unet else None
         self._gray: dict[tuple[int, int], Tensor] = {}
 
     def encode(self, x: Tensor) -> Tensor:
@@ -99,7 +104,10 @@ class LatentDiffusion:
 
     def copy(self, dtype: torch.dtype) -> LatentDiffusion:
         """The same model with weights in another type; the tokenizer, which has none, is shared."""
-        tokenizer = self.conditioner.encoder.tokenizer
+        holder = (
+            self.conditioner.encoder if isinstance(self.conditioner, TextConditioner) else self.conditioner
+        )
+        tokenizer = getattr(holder, "tokenizer", None)
         conditioner = deepcopy(self.conditioner, {id(tokenizer): tokenizer})
         return LatentDiffusion(self.spec, deepcopy(self.unet), deepcopy(self.autoencoder), conditioner).to(
             dtype=dtype
@@ -144,8 +152,9 @@ class LatentDiffusion:
     ) -> LatentDiffusion:
         """Move and convert every network in place; returns itself."""
         for network in (self.unet, self.autoencoder, self.conditioner):
-            network.to(device=device, dtype=dtype)
-        self.denoiser = Denoiser(self.unet, self.schedule)
+            if network is not None:
+                network.to(device=device, dtype=dtype)
+        self.denoiser = Denoiser(self.unet, self.schedule) if self.unet else None
         self._gray.clear()
         return self
 
@@ -170,7 +179,13 @@ def ramp(size: int, fade: int) -> Tensor:
 def weights_in(spec: ModelSpec) -> int:
     """How many numbers the networks of a model hold, without making them."""
     with torch.device("meta"):
-        networks = [UNet(spec.unet), Autoencoder(spec.autoencoder), TextEncoder(spec.text, None)]
+        networks = [Autoencoder(spec.autoencoder)]
+        if spec.unet:
+            networks.append(UNet(spec.unet))
+        if spec.text:
+            networks.append(TextEncoder(spec.text, None))
+        if spec.condition:
+            networks.append(make_conditioner(spec.condition))
         if spec.layout_channels:
             networks.append(LayoutProjection(spec.text.width, spec.layout_channels))
     return sum(weight.numel() for network in networks for weight in network.parameters())

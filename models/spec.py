@@ -25,7 +25,11 @@ ALL_TASKS = (
 
 @dataclass(frozen=True)
 class UNetSpec:
-    """Shape of a time-conditional UNet with cross-attention (Rombach et al. 2021, appendix E)."""
+    """Shape of a time-conditional UNet (Rombach et al. 2021, appendix E).
+
+    With a context every attention is a spatial transformer; without one (context_width 0) it is a plain block
+    of self-attention, and a depth says only whether it is there.
+    """
 
     in_channels: int
     out_channels: int
@@ -36,11 +40,13 @@ class UNetSpec:
     ]  # transformer blocks after each residual block of a level; 0: no attention
     middle_depth: int  # transformer blocks in the middle block
     heads: tuple[int, ...]  # attention heads of each level; the middle block uses the last
-    context_width: int
+    context_width: int  # 0: the UNet takes no context
     groups: int = 32  # of every GroupNorm
     linear_projection: bool = (
         False  # transformer in/out projections: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
     )
+    residual_resampling: bool = False  # residual blocks go down and up, not lone convolutions
+    scale_shift_norm: bool = False  # the timestep scales and shifts the second norm's output
 
     @property
     def factor(self) -> int:
@@ -50,7 +56,7 @@ class UNetSpec:
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
-    """Shape of a KL autoencoder (section 3.1)."""
+    """Shape of an autoencoder, with a Gaussian latent (KL) or a codebook (VQ) (section 3.1)."""
 
     channels: tuple[int, ...]  # width of each level
     res_blocks: int  # residual blocks a level in E; one more in D
@@ -60,6 +66,15 @@ class AutoencoderSpec:
     groups: int = 32
     sample_size: int = 512  # picture side it was trained at
     patch_size: int = 1  # E folds squares of so many pixels a side into channels first, D unfolds them last
+    codes: int = 0  # in the codebook of a VQ autoencoder; 0: KL
+    inner_channels: int | None = None  # of what E's and D's own networks give and take; None: the latent's
+    attention_levels: tuple[int, ...] = ()  # levels with attention after each residual block, 0 the finest
+    middle_attention: bool = True
+
+    @property
+    def z_channels(self) -> int:
+        """Channels between E's own network and the latent (the reference's name for them)."""
+        return self.inner_channels or self.latent_channels
 
     @property
     def factor(self) -> int:
@@ -98,6 +113,39 @@ class TextSpec:
 
 
 @dataclass(frozen=True)
+class TokenSpec:
+    """Shape of a transformer over tokens: BERT's words, or boxes (Rombach et al. 2021, appendix E.2)."""
+
+    vocabulary: int
+    width: int
+    layers: int  # attention and feed-forward each count for half of one
+    tokens: int
+    heads: int = 8
+    head_width: int = 64  # of every head, whatever the width
+
+
+@dataclass(frozen=True)
+class ClassSpec:
+    """One learned vector a class."""
+
+    classes: int  # the one that stands for none, if there is one, included
+    width: int
+
+
+@dataclass(frozen=True)
+class SegmentationSpec:
+    """A map of classes, as channels beside the latent."""
+
+    classes: int
+    channels: int
+    halvings: int = 2  # of the map's size, to the latent's
+
+
+Condition = TokenSpec | ClassSpec | SegmentationSpec
+CONDITIONS = {kind.__name__: kind for kind in (TokenSpec, ClassSpec, SegmentationSpec)}
+
+
+@dataclass(frozen=True)
 class Defaults:
     """What a request gets when it does not say."""
 
@@ -119,15 +167,16 @@ class ModelSpec:
     """
 
     name: str
-    unet: UNetSpec
+    unet: UNetSpec | None  # None: a first stage alone
     autoencoder: AutoencoderSpec
     schedule: ScheduleSpec
-    text: TextSpec
+    text: TextSpec | None  # of CLIP
     defaults: Defaults = field(default_factory=Defaults)
     tasks: tuple[str, ...] = ALL_TASKS[:3]
     mask_channels: bool = False  # the UNet takes a mask and the latent of the masked picture after z
     layout_channels: int = 0  # that tell the UNet which label belongs where, after those
     labels: tuple[str, ...] = ()
+    condition: Condition | None = None  # any other conditioner with weights of its own
 
     @property
     def beside(self) -> int:
@@ -137,7 +186,7 @@ class ModelSpec:
     @property
     def size_multiple(self) -> int:
         """Picture sides must be a multiple of this: the autoencoder's factor times the UNet's."""
-        return self.autoencoder.factor * self.unet.factor
+        return self.autoencoder.factor * (self.unet.factor if self.unet else 1)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, rows, columns) of the latent of a width x height picture."""
@@ -146,14 +195,15 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain containers, for a message between processes."""
-        return asdict(self)
+        kind = {} if self.condition is None else {"kind": type(self.condition).__name__}
+        return asdict(self) | kind
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> ModelSpec:
         """The inverse of to_dict; lists become tuples again."""
 
-        def build(kind: type, values: dict[str, Any]) -> Any:
-            return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        def build(kind: type, values: dict[str, Any] | None) -> Any:
+            return values and kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
         return cls(
             name=d["name"],
@@ -166,4 +216,5 @@ class ModelSpec:
             mask_channels=d["mask_channels"],
             layout_channels=d["layout_channels"],
             labels=tuple(d["labels"]),
+            condition=build(CONDITIONS[d["kind"]], d["condition"]) if "kind" in d else None,
         )

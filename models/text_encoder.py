@@ -1,4 +1,7 @@
-"""CLIP's text transformer and tokenizer, through `transformers`, behind two small calls."""
+"""Text transformers: CLIP's with its tokenizer, through `transformers`, and the paper's own over tokens.
+
+Module names of the latter equal the keys of the published CompVis checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from models.spec import TextSpec
+from models.spec import TextSpec, TokenSpec
 
 
 def text_config(spec: TextSpec) -> CLIPTextConfig:
@@ -47,3 +51,80 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L) -> (B, L, C), after the final LayerNorm."""
         return self.transformer(input_ids=ids).last_hidden_state
+
+
+class TokenAttention(nn.Module):
+    """Self-attention whose heads have a width of their own, not a share of the input's."""
+
+    def __init__(self, spec: TokenSpec) -> None:
+        super().__init__()
+        self.heads, inner = spec.heads, spec.heads * spec.head_width
+        self.to_q = nn.Linear(spec.width, inner, bias=False)
+        self.to_k = nn.Linear(spec.width, inner, bias=False)
+        self.to_v = nn.Linear(spec.width, inner, bias=False)
+        self.to_out = nn.Linear(inner, spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, C) -> (B, L, C)."""
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, head_width)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TokenFeedForward(nn.Module):
+    """Four times as wide inside, exact GELU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inner = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU())
+        # The middle entry is the reference's dropout: it keeps the published key `net.2`.
+        self.net = nn.Sequential(inner, nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TokenLayers(nn.Module):
+    """Attention and feed-forward in turn, each a layer of its own behind a LayerNorm and a residual."""
+
+    def __init__(self, spec: TokenSpec) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(spec.layers):
+            for layer in (TokenAttention(spec), TokenFeedForward(spec.width)):
+                self.layers.append(nn.ModuleList([nn.LayerNorm(spec.width), layer]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, layer in self.layers:
+            x = x + layer(norm(x))
+        return x
+
+
+class TokenPositions(nn.Module):
+    """One learned vector a position."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(tokens, width)
+
+    def forward(self, length: int) -> Tensor:
+        """(length, C), of the first positions."""
+        return self.emb.weight[:length]
+
+
+class TokenTransformer(nn.Module):
+    """Token ids -> one vector a token. Padding is attended to like anything else, as in training."""
+
+    def __init__(self, spec: TokenSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.token_emb = nn.Embedding(spec.vocabulary, spec.width)
+        self.pos_emb = TokenPositions(spec.tokens, spec.width)
+        self.attn_layers = TokenLayers(spec)
+        self.norm = nn.LayerNorm(spec.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> (B, L, C), after the final LayerNorm."""
+        return self.norm(self.attn_layers(self.token_emb(ids) + self.pos_emb(ids.shape[1])))

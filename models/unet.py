@@ -1,4 +1,4 @@
-"""The time-conditional UNet with cross-attention (Rombach et al. 2021, section 3.2 and figure 3).
+"""The time-conditional UNet (Rombach et al. 2021, section 3.2 and figure 3).
 
 Module names equal the keys of the published CompVis checkpoints.
 """
@@ -6,12 +6,13 @@ Module names equal the keys of the published CompVis checkpoints.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate, silu
 
-from models.attention import SpatialTransformer
+from models.attention import AttentionBlock, SpatialTransformer
 from models.spec import UNetSpec
 
 
@@ -25,15 +26,38 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class ResBlock(nn.Module):
-    """Two convolutions around an added timestep embedding, as a residual."""
+def same(x: Tensor) -> Tensor:
+    return x
 
-    def __init__(self, width_in: int, width_out: int, embedding_width: int, groups: int) -> None:
+
+def halve(x: Tensor) -> Tensor:
+    """Half the size: the mean of each 2x2 cells."""
+    return avg_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """Twice the size by nearest neighbour."""
+    return interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around the timestep embedding, as a residual; it may resample on the way.
+
+    resize acts before the first convolution and on the skip connection. scale_shift: the embedding scales and
+    shifts what the second norm gives; else it is added before it.
+    """
+
+    def __init__(
+        self, width_in: int, width_out: int, embedding_width: int, groups: int, scale_shift: bool = False,
+        resize: Callable[[Tensor], Tensor] = same,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.scale_shift, self.resize = scale_shift, resize
         self.in_layers = nn.Sequential(
             nn.GroupNorm(groups, width_in), nn.SiLU(), nn.Conv2d(width_in, width_out, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_width, width_out))
+        embedded = 2 * width_out if scale_shift else width_out
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_width, embedded))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(groups, width_out),
             nn.SiLU(),
@@ -43,9 +67,15 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, C_in, h, w), emb (B, E) -> (B, C_out, h, w)."""
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        """x (B, C_in, h, w), emb (B, E) -> (B, C_out, h', w')."""
+        h = self.in_layers[2](self.resize(silu(self.in_layers[0](x))))
+        emb = self.emb_layers(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[3](silu(self.out_layers[0](h) * (1 + scale) + shift))
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(self.resize(x)) + h
 
 
 class Downsample(nn.Module):
@@ -67,7 +97,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(double(x))
 
 
 class Stage(nn.Sequential):
@@ -84,8 +114,18 @@ class Stage(nn.Sequential):
         return x
 
 
+def attention(spec: UNetSpec, level: int, depth: int) -> list[nn.Module]:
+    """What attends after a residual block of a level: one module, or none where depth is 0."""
+    width, heads = spec.channels[level], spec.heads[level]
+    if not depth:
+        return []
+    if not spec.context_width:
+        return [AttentionBlock(width, heads, spec.groups)]
+    return [SpatialTransformer(width, spec.context_width, heads, depth, spec.groups, spec.linear_projection)]
+
+
 class UNet(nn.Module):
-    """eps (or v) of a noised latent, given its timestep and a context."""
+    """eps (or v) of a noised latent, given its timestep and, where it takes one, a context."""
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
@@ -93,16 +133,8 @@ class UNet(nn.Module):
         width, embedding = spec.channels[0], 4 * spec.channels[0]
         levels = range(len(spec.channels))
 
-        def res_block(width_in: int, width_out: int) -> ResBlock:
-            return ResBlock(width_in, width_out, embedding, spec.groups)
-
-        def transformer(level: int, depth: int) -> list[nn.Module]:
-            return [
-                SpatialTransformer(
-                    spec.channels[level], spec.context_width, spec.heads[level], depth,
-                    spec.groups, spec.linear_projection,
-                )
-            ] if depth else []  # fmt: skip
+        def res_block(width_in: int, width_out: int, resize: Callable[[Tensor], Tensor] = same) -> ResBlock:
+            return ResBlock(width_in, width_out, embedding, spec.groups, spec.scale_shift_norm, resize)
 
         self.time_embed = nn.Sequential(
             nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
@@ -111,28 +143,28 @@ class UNet(nn.Module):
         skips = [width]  # widths of what goes across to the upward path
         for level in levels:
             for _ in range(spec.res_blocks):
-                blocks = transformer(level, spec.transformer_depth[level])
+                blocks = attention(spec, level, spec.transformer_depth[level])
                 self.input_blocks.append(Stage(res_block(width, spec.channels[level]), *blocks))
                 width = spec.channels[level]
                 skips.append(width)
             if level != levels[-1]:
-                self.input_blocks.append(Stage(Downsample(width)))
+                down = res_block(width, width, halve) if spec.residual_resampling else Downsample(width)
+                self.input_blocks.append(Stage(down))
                 skips.append(width)
 
         self.middle_block = Stage(
-            res_block(width, width), *transformer(levels[-1], spec.middle_depth), res_block(width, width)
+            res_block(width, width), *attention(spec, levels[-1], spec.middle_depth), res_block(width, width)
         )
 
         self.output_blocks = nn.ModuleList()
         for level in reversed(levels):
             for index in range(spec.res_blocks + 1):
-                blocks = transformer(level, spec.transformer_depth[level])
+                blocks = attention(spec, level, spec.transformer_depth[level])
+                first, width = res_block(width + skips.pop(), spec.channels[level]), spec.channels[level]
                 if level and index == spec.res_blocks:
-                    blocks.append(Upsample(spec.channels[level]))
-                self.output_blocks.append(
-                    Stage(res_block(width + skips.pop(), spec.channels[level]), *blocks)
-                )
-                width = spec.channels[level]
+                    up = res_block(width, width, double) if spec.residual_resampling else Upsample(width)
+                    blocks.append(up)
+                self.output_blocks.append(Stage(first, *blocks))
 
         self.out = nn.Sequential(
             nn.GroupNorm(spec.groups, width), nn.SiLU(), nn.Conv2d(width, spec.out_channels, 3, padding=1)
