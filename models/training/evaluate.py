@@ -218,8 +218,13 @@ def related_objects(judge: Judge, paint: Painter, names: Sequence[str], count: i
     return right / count
 
 
-def boxed_objects(judge: Judge, paint: Painter, names: Sequence[str], count: int) -> tuple[float, float]:
-    """Shares of pictures from a box alone that show the right object, and that show it where the box is."""
+def boxed_objects(
+    judge: Judge, paint: Painter, names: Sequence[str], count: int, prompted: bool = False
+) -> tuple[float, float, float]:
+    """Shares of pictures that show what the label of a box says, that fill the box, and that do both.
+
+    prompted: the label is the prompt too.
+    """
     rng, f = np.random.default_rng(2), paint.bundle.spec.autoencoder.factor
     asked, maps, boxes = [], [], []
     for _ in range(count):
@@ -231,10 +236,11 @@ def boxed_objects(judge: Judge, paint: Painter, names: Sequence[str], count: int
         asked.append(names[number])
         maps.append(regions)
         boxes.append((left, top, left + side, top + side))
-    pictures = paint([""] * count, paint.regions(maps))
+    pictures = paint(asked if prompted else [""] * count, paint.regions(maps))
     named = [judge.rank(p)[0] == name for name, p in zip(asked, pictures, strict=True)]
     placed = [overlap(extent(p), box) > 0.5 for p, box in zip(pictures, boxes, strict=True)]
-    return float(np.mean(named)), float(np.mean([a and b for a, b in zip(named, placed, strict=True)]))
+    both = [a and b for a, b in zip(named, placed, strict=True)]
+    return float(np.mean(named)), float(np.mean(placed)), float(np.mean(both))
 
 
 def extent(picture: np.ndarray) -> tuple[int, int, int, int]:
@@ -290,7 +296,7 @@ def report(
     """One sentence for each figure, as it is known; reproducible on the same hardware."""
     atlas, part = Atlas(), max(count // 3, 1)
     judge = Judge(atlas)
-    paint = Painter(bundle, steps, guidance_scale, count + 5 * part)
+    paint = Painter(bundle, steps, guidance_scale, count + 6 * part)
     yield f"{len(names)} names, {steps} steps, guidance {guidance_scale:g}"
     yield f"D(E(x)) on held-out scenes: {fidelity(bundle, atlas):.2f} dB"
     accuracy = named_object_accuracy(judge, held_out_prompts(names, count), paint)
@@ -299,8 +305,12 @@ def report(
         f"top-1 {accuracy.top1:.1%}, top-5 {accuracy.top5:.1%}, background {accuracy.background:.1%}"
     )
     yield f"two objects in a relation, {part} prompts: {related_objects(judge, paint, names, part):.1%}"
-    named, placed = boxed_objects(judge, paint, names, part)
-    yield f"boxes, {part} without a prompt: the right object {named:.1%}, and IoU over 0.5 {placed:.1%}"
+    for prompted, how in ((False, "without a prompt"), (True, "with the name as the prompt")):
+        named, placed, both = boxed_objects(judge, paint, names, part, prompted)
+        yield (
+            f"boxes, {part} {how}: the right object {named:.1%}, IoU with the box over 0.5 {placed:.1%}, "
+            f"both {both:.1%}"
+        )
     scenes = held_out_scenes(Atlas(names), part)
     pictures = np.stack([scene.picture for scene in scenes])
     made = paint([s.caption for s in scenes], paint.around(pictures, object_holes(scenes)))

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models.latent_diffusion import LatentDiffusion
 from models.training.evaluate import Painter, Pictures, held_out_prompts, object_holes, to_pictures
-from models.training.scenes import COLOURS, SIZE, Atlas, caption_of, held_out_scenes
+from models.training.scenes import SIZE, Atlas, caption_of, held_out_scenes
 
 CAPTION = 46  # pixels below each picture, for three lines
 LINE = 22  # characters
@@ -41,31 +41,20 @@ def of_prompts(paint: Painter, names: Sequence[str]) -> Captioned:
 
 
 def of_layouts(paint: Painter, names: Sequence[str]) -> Captioned:
-    """Two boxes without a prompt, beside or above each other, and below them what came of them."""
+    """Boxes, what fills them with the label as the prompt too, and what fills them without."""
     rng, f = np.random.default_rng(4), paint.bundle.spec.autoencoder.factor
-    maps, shown, words = [], [], []
-    for index in range(COLUMNS):
-        numbers = rng.permutation(len(names))[:2] + 1
+    maps, words = [], []
+    for number in rng.permutation(len(names))[:COLUMNS] + 1:
         regions = np.zeros((SIZE // f, SIZE // f), np.int64)
-        beside = index % 2 == 0
-        for half, number in enumerate(numbers):
-            area = (
-                regions[4:12, 8 * half : 8 * half + 7] if beside else regions[8 * half : 8 * half + 7, 4:12]
-            )
-            area[:] = number
+        side = int(rng.integers(8, 13))
+        top, left = rng.integers(0, SIZE // f - side + 1, 2)
+        regions[top : top + side, left : left + side] = number
         maps.append(regions)
-        shown.append(coloured(regions, numbers, f))
-        words.append(", ".join(names[number - 1] for number in numbers))
-    made = paint([""] * COLUMNS, paint.regions(maps))
-    return np.concatenate([np.stack(shown), made]), [*words, *[""] * COLUMNS]
-
-
-def coloured(regions: np.ndarray, numbers: Sequence[int], factor: int) -> np.ndarray:
-    """Regions as a picture, uint8 (H, W, 3)."""
-    picture = np.full((*regions.shape, 3), 225, np.uint8)
-    for number, colour in zip(numbers, ("orange", "blue"), strict=True):
-        picture[regions == number] = COLOURS[colour]
-    return picture.repeat(factor, 0).repeat(factor, 1)
+        words.append(names[number - 1])
+    boxes = np.stack([np.where(regions > 0, 90, 225) for regions in maps]).astype(np.uint8)
+    shown = boxes.repeat(f, 1).repeat(f, 2)[..., None].repeat(3, -1)
+    rows = [paint(prompts, paint.regions(maps)) for prompts in (words, [""] * COLUMNS)]
+    return np.concatenate([shown, *rows]), [*words, *["with the prompt"] * COLUMNS, *["without"] * COLUMNS]
 
 
 def of_holes(paint: Painter, names: Sequence[str]) -> Captioned:

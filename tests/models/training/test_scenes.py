@@ -164,7 +164,7 @@ class Boxes:
 
 def test_the_measure_of_boxes_asks_for_the_object_and_its_place(atlas: Atlas) -> None:
     spec, judge = SimpleNamespace(autoencoder=presets.AUTOENCODER), Judge(atlas)
-    assert boxed_objects(judge, Boxes(atlas, spec=spec), NAMES, 12) == (1.0, 1.0)
+    assert boxed_objects(judge, Boxes(atlas, spec=spec), NAMES, 12) == (1.0, 1.0, 1.0)
     assert boxed_objects(judge, Boxes(atlas, 48, spec), NAMES, 12)[1] < 0.5
 
 
