@@ -44,7 +44,7 @@ def of_layouts(paint: Painter, names: Sequence[str]) -> Captioned:
     """Boxes, what fills them with the label as the prompt too, and what fills them without."""
     rng, f = np.random.default_rng(4), paint.bundle.spec.autoencoder.factor
     maps, words = [], []
-    for number in rng.permutation(len(names))[:COLUMNS] + 1:
+    for number in np.resize(rng.permutation(len(names)), COLUMNS) + 1:
         regions = np.zeros((SIZE // f, SIZE // f), np.int64)
         side = int(rng.integers(8, 13))
         top, left = rng.integers(0, SIZE // f - side + 1, 2)
