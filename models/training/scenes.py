@@ -280,7 +280,7 @@ def scene_of(atlas: Atlas, placed: Sequence[Placed], colour: str, words: str) ->
 
 
 def held_out_scenes(atlas: Atlas, count: int, seed: int = 0) -> list[Scene]:
-    """Scenes of one object, of held-out pairs only, for evaluation; pairs come again when they are too few."""
+    """Scenes of one object, of held-out pairs only, for evaluation; too few pairs come again."""
     rng = np.random.default_rng(seed)
     pairs = [(name, colour) for name in atlas.names for colour in COLOURS if held_out(name, colour)]
     chosen = [pairs[i] for i in np.resize(rng.permutation(len(pairs)), count if pairs else 0)]
