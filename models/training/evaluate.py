@@ -25,6 +25,7 @@ from models.training.scenes import (
     SIZE,
     Atlas,
     Scene,
+    bounds,
     caption_of,
     held_out,
     held_out_scenes,
@@ -67,10 +68,10 @@ def nearest_colour(colour: np.ndarray) -> str:
 def cut_out(picture: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """Crop what differs from the background, pad to a square, shrink: float (SIDE, SIDE, 3)."""
     apart = np.linalg.norm(picture.astype(np.float64) - colour, axis=-1) > DIFFERS
-    rows, columns = np.flatnonzero(apart.any(1)), np.flatnonzero(apart.any(0))
-    if not len(rows):
+    left, top, right, bottom = bounds(apart)
+    if not right:
         return np.broadcast_to(colour, (SIDE, SIDE, 3)).astype(np.float32)
-    crop = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    crop = picture[top:bottom, left:right]
     side = max(crop.shape[:2])
     square = Image.new("RGB", (side, side), tuple(int(c) for c in colour.round()))
     square.paste(Image.fromarray(crop), ((side - crop.shape[1]) // 2, (side - crop.shape[0]) // 2))
@@ -245,9 +246,7 @@ def boxed_objects(
 
 def extent(picture: np.ndarray) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of what differs from the background."""
-    apart = np.linalg.norm(picture.astype(np.float64) - background(picture), axis=-1) > DIFFERS
-    rows, columns = np.flatnonzero(apart.any(1)), np.flatnonzero(apart.any(0))
-    return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
+    return bounds(np.linalg.norm(picture.astype(np.float64) - background(picture), axis=-1) > DIFFERS)
 
 
 def overlap(a: Sequence[int], b: Sequence[int]) -> float:

@@ -51,11 +51,15 @@ class Scene:
 
     def boxes(self) -> list[tuple[int, int, int, int]]:
         """Left, top, right and bottom (past the end) of what is seen of each object, in pixels."""
-        found = []
-        for index in range(1, len(self.names) + 1):
-            rows, columns = (np.flatnonzero((self.regions == index).any(axis)) for axis in (1, 0))
-            found.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0))
-        return [tuple(int(side) for side in box) for box in found]
+        return [bounds(self.regions == index) for index in range(1, len(self.names) + 1)]
+
+
+def bounds(where: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom (past the end) of what is true in (H, W); all 0 where nothing is."""
+    rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
+    if not len(rows):
+        return (0, 0, 0, 0)
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 class GlyphError(RuntimeError):
