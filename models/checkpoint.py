@@ -6,7 +6,7 @@ Folders are written again.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from transformers import BertTokenizer, CLIPTokenizer
 from models import keymaps, zoo
 from models.autoencoder import Autoencoder
 from models.conditioner import LayoutProjection, TextConditioner, TokenConditioner, make_conditioner
-from models.configs import CheckpointError, read_spec, write_configs
+from models.configs import CheckpointError, autoencoder_folder, read_spec, write_configs
 from models.latent_diffusion import LatentDiffusion
 from models.schedule import Schedule
 from models.spec import ModelSpec, TextSpec, TokenSpec
@@ -49,18 +49,25 @@ def load(
     if path.is_file():
         return load_file(path, device, dtype, allow_pickle)
     spec = read_spec(path)
-    tokenizer = read_tokenizer(path / "tokenizer", spec.text)
     with torch.device("meta"):  # no memory and no initial values: every parameter comes from the file
         unet, autoencoder = UNet(spec.unet), Autoencoder(spec.autoencoder)
-        text = TextEncoder(spec.text, tokenizer)
     assign(unet, unet_names(unet), read_network(path / "unet", NETWORK_FILES, allow_pickle), dtype)
-    assign(autoencoder, autoencoder_names(autoencoder), read_autoencoder(path / "vae", allow_pickle), dtype)
-    assign(text.transformer, text_names(text), read_text(path / "text_encoder", allow_pickle), dtype)
-    restore_positions(text)
-    conditioner = TextConditioner(text, read_layout(spec, path, dtype, allow_pickle), spec.labels)
-    for network in (unet, autoencoder, conditioner):
+    tensors = read_autoencoder(autoencoder_folder(path), allow_pickle)
+    assign(autoencoder, autoencoder_names(autoencoder), tensors, dtype)
+    conditioner = read_conditioner(spec, path, dtype, allow_pickle) if spec.text else None
+    for network in filter(None, (unet, autoencoder, conditioner)):
         network.requires_grad_(False).eval()
     return LatentDiffusion(spec, unet, autoencoder, conditioner).to(device)
+
+
+def read_conditioner(spec: ModelSpec, path: Path, dtype: torch.dtype, allow_pickle: bool) -> TextConditioner:
+    """A folder's text encoder with its tokenizer, and what makes channels of labels."""
+    tokenizer = read_tokenizer(path / "tokenizer", spec.text)
+    with torch.device("meta"):
+        text = TextEncoder(spec.text, tokenizer)
+    assign(text.transformer, text_names(text), read_text(path / "text_encoder", allow_pickle), dtype)
+    restore_positions(text)
+    return TextConditioner(text, read_layout(spec, path, dtype, allow_pickle), spec.labels)
 
 
 def load_file(
@@ -174,28 +181,39 @@ def save(bundle: LatentDiffusion, path: str | Path, dtype: torch.dtype = torch.f
 
     Raises CheckpointError for a value that dtype cannot hold, or a shape the layout has no words for.
     """
-    path, unet, autoencoder = Path(path), bundle.spec.unet, bundle.spec.autoencoder
-    if not isinstance(bundle.conditioner, TextConditioner) or not unet or not unet.context_width:
-        raise CheckpointError("this layout holds models with a UNet, a context and CLIP's text encoder only")
+    path = Path(path)
+    check_writable(bundle)
+    write_configs(bundle.spec, path)
+    folder, conditioner = autoencoder_folder(path), bundle.conditioner
+    write_tensors(named(bundle.unet, unet_names), path / "unet" / NETWORK_FILES[0], dtype)
+    write_tensors(named(bundle.autoencoder, autoencoder_names), folder / NETWORK_FILES[0], dtype)
+    if not conditioner:
+        return
+    text = conditioner.encoder
+    text.tokenizer.save_pretrained(path / "tokenizer")
+    names = {key: keymaps.TEXT_PREFIX + name for key, name in text_names(text).items()}  # published with it
+    tensors = {names[key]: value for key, value in text.transformer.state_dict().items()}
+    write_tensors(tensors, path / "text_encoder" / TEXT_FILES[0], dtype)
+    if conditioner.layout:
+        write_tensors(conditioner.layout.state_dict(), path / "layout" / NETWORK_FILES[0], dtype)
+
+
+def check_writable(bundle: LatentDiffusion) -> None:
+    """Raise CheckpointError for a model that the layout has no words for."""
+    unet, autoencoder, conditioner = bundle.spec.unet, bundle.spec.autoencoder, bundle.conditioner
+    texts = isinstance(conditioner, TextConditioner) and unet and unet.context_width
+    if not texts and (conditioner or not bundle.spec.upscaling):
+        raise CheckpointError("this layout holds models with CLIP's text encoder, and upscalers without text")
     if unet.residual_resampling or unet.scale_shift_norm:
         raise CheckpointError("this layout cannot say how the UNet resamples or norms")
-    if autoencoder.codes or autoencoder.attention_levels or not autoencoder.middle_attention:
+    if autoencoder.codes or autoencoder.attention_levels:
         raise CheckpointError("this layout holds KL autoencoders with attention in the middle only")
-    write_configs(bundle.spec, path)
-    text = bundle.conditioner.encoder
-    text.tokenizer.save_pretrained(path / "tokenizer")
-    parts = (
-        (path / "unet" / NETWORK_FILES[0], bundle.unet, unet_names(bundle.unet)),
-        (path / "vae" / NETWORK_FILES[0], bundle.autoencoder, autoencoder_names(bundle.autoencoder)),
-        (path / "text_encoder" / TEXT_FILES[0], text.transformer, text_names(text)),
-    )
-    if layout := bundle.conditioner.layout:
-        tensors = layout.state_dict()
-        write_tensors(tensors, path / "layout" / NETWORK_FILES[0], dtype)
-    prefixes = ("", "", keymaps.TEXT_PREFIX)  # the published text encoders carry one
-    for (file, network, names), prefix in zip(parts, prefixes, strict=True):
-        tensors = {prefix + names[key]: value for key, value in network.state_dict().items()}
-        write_tensors(tensors, file, dtype)
+
+
+def named(network: nn.Module, names_of: Callable[[nn.Module], dict[str, str]]) -> dict[str, Tensor]:
+    """A network's tensors under their names in the file."""
+    names = names_of(network)
+    return {names[key]: value for key, value in network.state_dict().items()}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> None:

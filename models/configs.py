@@ -6,6 +6,7 @@ Free of torch, so that a process that only checks requests can read what a model
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +20,7 @@ from models.spec import (
     Spacing,
     TextSpec,
     UNetSpec,
+    UpscalingSpec,
 )
 
 Config = dict[str, Any]
@@ -28,19 +30,24 @@ class CheckpointError(Exception):
     """A model that cannot be loaded or saved; the message is one sentence for a person."""
 
 
-PLAIN, INPAINTING = "StableDiffusionPipeline", "StableDiffusionInpaintPipeline"
-COMPONENTS = {
+PLAIN, INPAINTING, SUPER_RESOLUTION = (
+    "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline",
+    "LDMSuperResolutionPipeline",
+)
+WITH_TEXT = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
     "tokenizer": "CLIPTokenizer",
 }
-CONFIG_FILES = {
-    "unet": "unet/config.json",
-    "vae": "vae/config.json",
-    "text_encoder": "text_encoder/config.json",
-    "scheduler": "scheduler/scheduler_config.json",
+PIPELINES = {  # -> the folder of each part, and its class
+    PLAIN: WITH_TEXT,
+    INPAINTING: WITH_TEXT,
+    SUPER_RESOLUTION: {"unet": "UNet2DModel", "vqvae": "AutoencoderKL"},
 }
+LIBRARIES = {"text_encoder": "transformers", "tokenizer": "transformers"}  # of the others: diffusers
+SCHEDULER, NOISE = "scheduler", "low_res_scheduler"  # NOISE: of what lies on low-resolution pictures
 OWN_FILE = "ldm.json"  # what the layout has no place for
 OWN_KEYS = ("name", "defaults", "tasks", "layout_channels", "labels")
 
@@ -86,7 +93,22 @@ VAE_FIXED = {
     "latents_std": (None,),
     "use_quant_conv": (True,),
     "use_post_quant_conv": (True,),
-    "mid_block_add_attention": (True,),
+    "mid_block_add_attention": (True, False),
+}
+PLAIN_UNET_FIXED = {
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_scale_factor": (1,),
+    "downsample_padding": (1,),
+    "downsample_type": ("conv",),
+    "upsample_type": ("conv",),
+    "act_fn": ("silu", "swish"),
+    "norm_eps": (1e-5,),
+    "resnet_time_scale_shift": ("default",),
+    "add_attention": (False,),
+    "class_embed_type": (None,),
 }
 TEXT_FIXED = {"layer_norm_eps": (1e-5,), "hidden_act": ("quick_gelu", "gelu")}
 SCHEDULER_FIXED = {
@@ -118,20 +140,40 @@ def read_spec(path: str | Path) -> ModelSpec:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
-    pipeline = check_components(path)
-    configs = {part: read_json(path / file) for part, file in CONFIG_FILES.items()}
-    specs = {part: translated(path / CONFIG_FILES[part], READERS[part], configs[part]) for part in READERS}
+    index = check_components(path)
+    pipeline, upscaling = index["_class_name"], None
+    config, unet = read_part(path, "unet", READERS[PIPELINES[pipeline]["unet"]])
+    _, autoencoder = read_part(path, autoencoder_folder(path).name, autoencoder_spec)
+    _, schedule = read_part(path, SCHEDULER, schedule_spec)
+    text = read_part(path, "text_encoder", text_spec)[1] if "text_encoder" in PIPELINES[pipeline] else None
+    if pipeline == SUPER_RESOLUTION:
+        upscaling = translated(path / "model_index.json", upscaling_spec, index, path)
     spec = ModelSpec(
-        name=path.resolve().name,
-        unet=specs["unet"],
-        autoencoder=specs["vae"],
-        schedule=specs["scheduler"],
-        text=specs["text_encoder"],
-    )
-    spec = with_own_inputs(replace(spec, mask_channels=pipeline == INPAINTING), path)
+        path.resolve().name, unet, autoencoder, schedule, text,
+        mask_channels=pipeline == INPAINTING, upscaling=upscaling,
+        tasks=("upscaling",) if upscaling else ALL_TASKS[:3],
+    )  # fmt: skip
+    spec = with_own_inputs(spec, path)
     check_fit(spec, path)
-    side = translated(path / CONFIG_FILES["unet"], sample_side, configs["unet"], spec)
-    return with_own_file(replace(spec, defaults=Defaults(width=side[0], height=side[1])), path)
+    side = translated(config_file(path, "unet"), sample_side, config, spec)
+    steps = {"guidance_scale": 1.0} if text is None else {}
+    return with_own_file(replace(spec, defaults=Defaults(*side, **steps)), path)
+
+
+def config_file(path: Path, part: str) -> Path:
+    """The configuration of a part of a folder."""
+    return path / part / ("scheduler_config.json" if part in (SCHEDULER, NOISE) else "config.json")
+
+
+def read_part(path: Path, part: str, reader: Callable[[Config], Any]) -> tuple[Config, Any]:
+    """The configuration of a part, and what the reader makes of it."""
+    config = read_json(config_file(path, part))
+    return config, translated(config_file(path, part), reader, config)
+
+
+def autoencoder_folder(path: Path) -> Path:
+    """Where a folder has its autoencoder."""
+    return path / ("vqvae" if (path / "vqvae").is_dir() else "vae")
 
 
 def translated(file: Path, reader: Any, *args: Any) -> Any:
@@ -144,19 +186,19 @@ def translated(file: Path, reader: Any, *args: Any) -> Any:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def check_components(path: Path) -> str:
-    """The pipeline that a folder is for. Refuses one whose index names parts that we do not have."""
+def check_components(path: Path) -> Config:
+    """The index of a folder. Refuses one that names a pipeline or parts that we do not have."""
     file = path / "model_index.json"
     index = read_json(file)
     pipeline = index.get("_class_name")
-    if pipeline not in (PLAIN, INPAINTING):
-        raise CheckpointError(f"{file}: pipeline {pipeline!r}; supported are {PLAIN} and {INPAINTING}")
-    for part, expected in COMPONENTS.items():
+    if pipeline not in PIPELINES:
+        raise CheckpointError(f"{file}: pipeline {pipeline!r}; supported are {', '.join(PIPELINES)}")
+    for part, expected in PIPELINES[pipeline].items():
         entry = index.get(part)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found not in (expected, expected + "Fast"):
             raise CheckpointError(f"{file}: {part} is {found!r}; supported is {expected}")
-    return pipeline
+    return index
 
 
 def check_fixed(config: Config, fixed: dict[str, tuple]) -> None:
@@ -231,6 +273,38 @@ def unet_spec(config: Config) -> UNetSpec:
     )
 
 
+def plain_unet_spec(config: Config) -> UNetSpec:
+    """Of a UNet without a context; attention is not read yet."""
+    check_fixed(config, PLAIN_UNET_FIXED)
+    channels = widths(config)
+    levels = range(len(channels))
+    for key, name in (("down_block_types", "DownBlock2D"), ("up_block_types", "UpBlock2D")):
+        if config[key] != [name for _ in levels]:
+            raise ValueError(f"{key} must be {name} at each of {len(levels)} levels, not {config[key]!r}")
+    return UNetSpec(
+        in_channels=only(config["in_channels"], "in_channels"),
+        out_channels=only(config["out_channels"], "out_channels"),
+        channels=channels,
+        res_blocks=only(config.get("layers_per_block", 2), "layers_per_block"),
+        transformer_depth=tuple(0 for _ in levels),
+        middle_depth=0,
+        heads=tuple(1 for _ in levels),
+        context_width=0,
+        groups=config.get("norm_num_groups", 32),
+        noise_levels=only(config["num_class_embeds"], "num_class_embeds")
+        if "num_class_embeds" in config
+        else 0,
+    )
+
+
+def upscaling_spec(index: Config, path: Path) -> UpscalingSpec:
+    """Of a folder whose index may name a schedule for the noise on low-resolution pictures."""
+    most = index.get("max_noise_level", 0)
+    if NOISE not in index or not most:
+        return UpscalingSpec()
+    return UpscalingSpec(read_part(path, NOISE, schedule_spec)[1], only(most, "max_noise_level"))
+
+
 def autoencoder_spec(config: Config) -> AutoencoderSpec:
     check_fixed(config, VAE_FIXED)
     channels = widths(config)
@@ -247,6 +321,7 @@ def autoencoder_spec(config: Config) -> AutoencoderSpec:
         groups=config.get("norm_num_groups", 32),
         sample_size=max(size) if isinstance(size, list) else size,
         patch_size=only(config.get("patch_size", 1), "patch_size"),
+        middle_attention=bool(config.get("mid_block_add_attention", True)),
     )
 
 
@@ -288,12 +363,7 @@ def schedule_spec(config: Config) -> ScheduleSpec:
     )
 
 
-READERS = {
-    "unet": unet_spec,
-    "vae": autoencoder_spec,
-    "text_encoder": text_spec,
-    "scheduler": schedule_spec,
-}
+READERS = {"UNet2DConditionModel": unet_spec, "UNet2DModel": plain_unet_spec}
 
 
 def sample_side(config: Config, spec: ModelSpec) -> tuple[int, int]:
@@ -312,7 +382,11 @@ def check_fit(spec: ModelSpec, path: Path) -> None:
             f"{path}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels where "
             f"{expected} and {latent} are expected: the autoencoder has {latent}"
         )
-    if unet.context_width != spec.text.width:
+    if spec.upscaling and unet.noise_levels != spec.upscaling.max_noise_level + bool(spec.upscaling.noise):
+        raise CheckpointError(
+            f"{path}: the UNet knows {unet.noise_levels} noise levels, not max_noise_level + 1"
+        )
+    if spec.text and unet.context_width != spec.text.width:
         raise CheckpointError(
             f"{path}: the UNet expects contexts {unet.context_width} wide, "
             f"the text encoder makes {spec.text.width}"
@@ -359,33 +433,60 @@ def with_own_file(spec: ModelSpec, path: Path) -> ModelSpec:
 
 def write_configs(spec: ModelSpec, path: Path) -> None:
     """Write every configuration file of the layout, in the form that diffusers reads."""
-    files = {
-        "model_index.json": index_config(INPAINTING if spec.mask_channels else PLAIN),
-        CONFIG_FILES["unet"]: unet_config(spec),
-        CONFIG_FILES["vae"]: autoencoder_config(spec.autoencoder),
-        CONFIG_FILES["text_encoder"]: text_config(spec.text),
-        CONFIG_FILES["scheduler"]: schedule_config(spec.schedule),
-        OWN_FILE: {key: asdict(spec)[key] for key in OWN_KEYS},
+    pipeline = SUPER_RESOLUTION if spec.upscaling else INPAINTING if spec.mask_channels else PLAIN
+    parts = {
+        "unet": unet_config(spec) if spec.text else plain_unet_config(spec),
+        "vqvae" if spec.upscaling else "vae": autoencoder_config(spec.autoencoder),
+        SCHEDULER: schedule_config(spec.schedule),
     }
-    for name, config in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if spec.text:
+        parts["text_encoder"] = text_config(spec.text)
+    if spec.upscaling and spec.upscaling.noise:
+        parts[NOISE] = schedule_config(spec.upscaling.noise)
+    files = {config_file(path, part): config for part, config in parts.items()} | {
+        path / "model_index.json": index_config(pipeline, spec.upscaling),
+        path / OWN_FILE: {key: asdict(spec)[key] for key in OWN_KEYS},
+    }
+    for file, config in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def index_config(pipeline: str) -> Config:
-    return {
+def index_config(pipeline: str, upscaling: UpscalingSpec | None) -> Config:
+    parts = {part: LIBRARIES.get(part, "diffusers") for part in PIPELINES[pipeline]}
+    index = {
         "_class_name": pipeline,
         "_diffusers_version": "0.36.0",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", COMPONENTS["text_encoder"]],
-        "tokenizer": ["transformers", COMPONENTS["tokenizer"]],
-        "unet": ["diffusers", COMPONENTS["unet"]],
-        "vae": ["diffusers", COMPONENTS["vae"]],
+        **{part: [library, PIPELINES[pipeline][part]] for part, library in parts.items()},
+        SCHEDULER: ["diffusers", "DDIMScheduler"],
     }
+    if upscaling and upscaling.noise:
+        index |= {NOISE: ["diffusers", "DDIMScheduler"], "max_noise_level": upscaling.max_noise_level}
+    if "text_encoder" in parts:
+        index |= {"requires_safety_checker": False}
+        index |= {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
+    return index
+
+
+def plain_unet_config(spec: ModelSpec) -> Config:
+    """Of a UNet without a context. Raises CheckpointError for one that attends."""
+    unet, f = spec.unet, spec.autoencoder.factor
+    if unet.middle_depth or any(unet.transformer_depth):
+        raise CheckpointError("a UNet with attention but no context cannot be written in this layout yet")
+    levels = len(unet.channels)
+    config = {option: accepted[0] for option, accepted in PLAIN_UNET_FIXED.items()} | {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": "0.36.0",
+        "sample_size": [spec.defaults.height // f, spec.defaults.width // f],
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "block_out_channels": list(unet.channels),
+        "down_block_types": ["DownBlock2D"] * levels,
+        "up_block_types": ["UpBlock2D"] * levels,
+        "layers_per_block": unet.res_blocks,
+        "norm_num_groups": unet.groups,
+    }
+    return config | ({"num_class_embeds": unet.noise_levels} if unet.noise_levels else {})
 
 
 def unet_config(spec: ModelSpec) -> Config:
@@ -399,7 +500,7 @@ def unet_config(spec: ModelSpec) -> Config:
     down = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in unet.transformer_depth]
     up = ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(unet.transformer_depth)]
     return {option: accepted[0] for option, accepted in UNET_FIXED.items()} | {
-        "_class_name": COMPONENTS["unet"],
+        "_class_name": WITH_TEXT["unet"],
         "_diffusers_version": "0.36.0",
         "sample_size": [spec.defaults.height // f, spec.defaults.width // f],
         "in_channels": unet.in_channels,
@@ -424,7 +525,7 @@ def autoencoder_config(spec: AutoencoderSpec) -> Config:
         {option: accepted[0] for option, accepted in VAE_FIXED.items()}
         | patches
         | {
-            "_class_name": COMPONENTS["vae"],
+            "_class_name": WITH_TEXT["vae"],
             "_diffusers_version": "0.36.0",
             "in_channels": spec.picture_channels,
             "out_channels": spec.picture_channels,
@@ -436,6 +537,7 @@ def autoencoder_config(spec: AutoencoderSpec) -> Config:
             "norm_num_groups": spec.groups,
             "sample_size": spec.sample_size,
             "scaling_factor": spec.scale_factor,
+            "mid_block_add_attention": spec.middle_attention,
         }
     )
 

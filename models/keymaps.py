@@ -12,6 +12,7 @@ UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
+    "label_emb": "class_embedding",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
@@ -110,12 +111,10 @@ def unet(spec: UNetSpec) -> dict[str, str]:
             table[f"output_blocks.{first + block}.1"] = f"{up}.attentions.{block}"
         upsample = 2 if spec.transformer_depth[level] else 1  # its place is after the attention, if any
         table[f"output_blocks.{first + spec.res_blocks}.{upsample}.conv"] = f"{up}.upsamplers.0.conv"
-    return (
-        table
-        | res_block("middle_block.0", "mid_block.resnets.0")
-        | {"middle_block.1": "mid_block.attentions.0"}
-        | res_block("middle_block.2", "mid_block.resnets.1")
-    )
+    if spec.middle_depth:
+        table["middle_block.1"] = "mid_block.attentions.0"
+    table |= res_block("middle_block.0", "mid_block.resnets.0")
+    return table | res_block(f"middle_block.{2 if spec.middle_depth else 1}", "mid_block.resnets.1")
 
 
 def autoencoder(spec: AutoencoderSpec) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from models.autoencoder import Autoencoder
 from models.conditioner import Conditioner, LayoutProjection, TextConditioner, make_conditioner
@@ -16,9 +18,11 @@ from models.samplers import plan, step
 from models.schedule import Schedule
 from models.spec import ModelSpec
 from models.text_encoder import TextEncoder
+from models.tiles import cut, merge
 from models.unet import UNet
 
 TILE = 32  # cells of a side: 256 pixels where a cell covers 8
+ROWS = 16  # tiles that are enlarged at once
 
 
 class Known(NamedTuple):
@@ -47,6 +51,11 @@ class LatentDiffusion:
         self.denoiser = Denoiser(unet, self.schedule) if unet else None
         self._gray: dict[tuple[int, int], Tensor] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.autoencoder.post_quant_conv.weight.device
+
     def encode(self, x: Tensor) -> Tensor:
         """Picture x (B, 3, H, W) in [-1, 1] -> scaled z (B, C, H/f, W/f), the mode, float32."""
         return self.spec.autoencoder.scale_factor * self.autoencoder.encode(x).float()
@@ -61,17 +70,11 @@ class LatentDiffusion:
         For a picture that does not fit in memory whole. It differs from decode(): D's norms and attention
         see a tile at a time. z (1, C, h, w) -> x (1, 3, f*h, f*w), on the CPU.
         """
-        f, (h, w) = self.spec.autoencoder.factor, z.shape[-2:]
-        total = torch.zeros(1, self.spec.autoencoder.picture_channels, f * h, f * w)
-        weight = torch.zeros(1, 1, f * h, f * w)
-        for top in starts(h, tile):
-            for left in starts(w, tile):
-                x = self.decode(z[:, :, top : top + tile, left : left + tile].contiguous()).cpu()
-                fade = ramp(x.shape[-2], f * tile // 4)[:, None] * ramp(x.shape[-1], f * tile // 4)
-                area = ..., slice(f * top, f * top + x.shape[-2]), slice(f * left, f * left + x.shape[-1])
-                total[area] += fade * x
-                weight[area] += fade
-        return total / weight
+        tiles = cut(*z.shape[-2:], tile)
+        areas = (tiles.slices(index) for index in range(len(tiles.corners)))
+        parts = (self.decode(z[..., rows, columns].contiguous()) for rows, columns in areas)
+        whole = merge((pixels_last(x[0]) for x in parts), tiles, self.spec.autoencoder.factor)
+        return torch.from_numpy(whole).movedim(-1, 0)[None]
 
     def beside(
         self, h: int, w: int, regions: Tensor | None = None, known: Known | None = None
@@ -81,7 +84,7 @@ class LatentDiffusion:
         regions (h, w): numbers of labels from 1, 0 for none. Without `known` everything is to be painted.
         -> (2, channels, h, w) float32, or None where it takes nothing.
         """
-        spec, device = self.spec, next(self.unet.parameters()).device
+        spec, device = self.spec, self.device
         parts = []
         if spec.mask_channels:
             z, mask = known or (self.encode_gray(h, w), torch.ones(1, h, w, device=device))
@@ -93,11 +96,23 @@ class LatentDiffusion:
             parts.append(layout)
         return torch.cat(parts, dim=1) if parts else None
 
+    def known(self, x: Tensor, hidden: Tensor) -> Known:
+        """What is there of a picture x (1, 3, H, W) where `hidden` (H, W), bool, is not true."""
+        mask = max_pool2d(hidden.float()[None], self.spec.autoencoder.factor)
+        return Known(self.encode(torch.where(hidden, 0.0, x))[0], mask)
+
+    def with_noise(self, low: Tensor, noise: Tensor, level: int) -> Tensor:
+        """A low-resolution picture and noise, both of any one shape -> as the UNet takes it at that level."""
+        if not self.spec.upscaling.noise:
+            return low
+        signal = Schedule(self.spec.upscaling.noise).alpha_bar[level]
+        return float(signal**0.5) * low + float((1 - signal) ** 0.5) * noise
+
     def encode_gray(self, h: int, w: int) -> Tensor:
         """Scaled latent (C, h, w) of a picture of which nothing is known; made once a size."""
         if (h, w) not in self._gray:
             autoencoder, f = self.spec.autoencoder, self.spec.autoencoder.factor
-            device = next(self.unet.parameters()).device
+            device = self.device
             x = torch.zeros(1, autoencoder.picture_channels, f * h, f * w, device=device)
             self._gray[h, w] = self.encode(x)[0]
         return self._gray[h, w]
@@ -139,13 +154,58 @@ class LatentDiffusion:
         pairs = None if beside is None else torch.stack(list(beside), dim=1).flatten(0, 1)  # (2 B, C', h, w)
         context = self.conditioner(["", *prompts])  # (1 + B, L, C)
         context = torch.cat([context[:1].expand(len(prompts), -1, -1), context[1:]])
-        x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        x = x.to(context.device)[:, None]  # (B, 1, C, h, w): DDIM remembers nothing
-        for line in torch.from_numpy(plan(self.schedule, "ddim", steps).lines):
-            t = line[0].to(x.device).expand(2 * len(x))
-            eps_uncond, eps_cond = self.denoiser(torch.cat([x[:, 0]] * 2), t, context, pairs).chunk(2)
-            x = step(x, guide(eps_uncond, eps_cond, guidance_scale), line.to(x.device).expand(len(x), -1))
-        return self.decode(x[:, 0])
+        noise = torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
+
+        def eps(x: Tensor, t: Tensor) -> Tensor:
+            both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), context, pairs)
+            return guide(*both.chunk(2), guidance_scale)
+
+        return self.decode(self.denoise(noise.to(context.device), steps, eps))
+
+    def denoise(self, x: Tensor, steps: int, eps: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """DDIM from noise x (B, C, h, w) to a latent of its shape; eps: x, t (B,) -> eps."""
+        x = x[:, None]  # DDIM remembers nothing
+        for line in torch.from_numpy(plan(self.schedule, "ddim", steps).lines).to(x.device):
+            lines = line.expand(len(x), -1)
+            x = step(x, eps(x[:, 0], lines[:, 0]), lines)
+        return x[:, 0]
+
+    def upscale(self, low: Tensor, seeds: Sequence[int], steps: int, noise_level: int = 0) -> Tensor:
+        """Pictures low (B, 3, h, w) -> x (B, 3, f*h, f*w), float32 on the CPU, by tiles and by DDIM.
+
+        The service's arithmetic without its queue. h and w must be multiples of the UNet's factor.
+        """
+        tiles = cut(*low.shape[-2:], self.spec.tile)
+        areas = [tiles.slices(index) for index in range(len(tiles.corners))]
+        x, beside = [], []
+        for picture, seed in zip(low, seeds, strict=True):
+            noise, noised = self.start_upscaling(picture, seed, noise_level)
+            x += [noise[:, rows, columns] for rows, columns in areas]
+            beside += [noised[:, rows, columns] for rows, columns in areas]
+        parts = []
+        for begin in range(0, len(x), ROWS):
+            z, given = (torch.stack(rows[begin : begin + ROWS]) for rows in (x, beside))
+            level = self.noise_levels([noise_level] * len(z))
+            z = self.denoise(z, steps, lambda x, t: self.denoiser(x, t, None, given, noise_level=level))  # noqa: B023
+            parts += map(pixels_last, self.decode(z))
+        f, n = self.spec.autoencoder.factor, len(areas)
+        wholes = [merge(parts[begin : begin + n], tiles, f) for begin in range(0, len(parts), n)]
+        return torch.from_numpy(np.stack(wholes)).movedim(-1, 1)
+
+    def start_upscaling(self, low: Tensor, seed: int, noise_level: int) -> tuple[Tensor, Tensor]:
+        """What a picture (3, h, w) is enlarged from: noise (C, h, w), and itself with noise (3, h, w)."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(self.spec.autoencoder.latent_channels, *low.shape[1:], generator=generator)
+        grain = torch.randn(low.shape, generator=generator)
+        return noise.to(low.device), self.with_noise(low, grain.to(low.device), noise_level)
+
+    def noise_levels(self, levels: Sequence[int]) -> Tensor | None:
+        """(B,) for the UNet; None for one that is told none."""
+        if not self.spec.unet.noise_levels:
+            return None
+        return torch.tensor(levels, device=self.device)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -159,21 +219,14 @@ class LatentDiffusion:
         return self
 
 
+def pixels_last(x: Tensor) -> np.ndarray:
+    """x (3, H, W) -> (H, W, 3), on the CPU."""
+    return x.movedim(0, -1).cpu().numpy()
+
+
 def to_uint8(x: Tensor) -> Tensor:
     """Pictures of about [-1, 1] as whole numbers from 0 to 255, uint8, of the same shape."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def starts(size: int, tile: int) -> list[int]:
-    """Where tiles begin along a side, overlapping by at least a quarter; the last ends with the side."""
-    stride = tile - tile // 4
-    return [*range(0, max(size - tile, 0), stride), max(size - tile, 0)]
-
-
-def ramp(size: int, fade: int) -> Tensor:
-    """(size,): weights of a tile along one side, rising and falling over `fade` pixels at its ends."""
-    distance = torch.arange(size) + 1
-    return torch.minimum(distance, distance.flip(0)).clamp(max=max(fade, 1)) / max(fade, 1)
 
 
 def weights_in(spec: ModelSpec) -> int:

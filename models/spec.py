@@ -20,6 +20,7 @@ ALL_TASKS = (
     "class-to-image",
     "layout-to-image",
     "unconditional",
+    "upscaling",
 )
 
 
@@ -47,6 +48,7 @@ class UNetSpec:
     )
     residual_resampling: bool = False  # residual blocks go down and up, not lone convolutions
     scale_shift_norm: bool = False  # the timestep scales and shifts the second norm's output
+    noise_levels: int = 0  # that it knows, each by an embedding added to the timestep's; 0: none
 
     @property
     def factor(self) -> int:
@@ -146,6 +148,17 @@ CONDITIONS = {kind.__name__: kind for kind in (TokenSpec, ClassSpec, Segmentatio
 
 
 @dataclass(frozen=True)
+class UpscalingSpec:
+    """How a low-resolution picture goes beside the latent: a pixel on each cell, with noise on it or not.
+
+    The noise level is a timestep of a schedule of its own; the UNet is told which (Ho et al. 2022).
+    """
+
+    noise: ScheduleSpec | None = None  # None: the picture is taken as it is
+    max_noise_level: int = 0
+
+
+@dataclass(frozen=True)
 class Defaults:
     """What a request gets when it does not say."""
 
@@ -155,6 +168,7 @@ class Defaults:
     guidance_scale: float = 7.5
     sampler: str = "ddim"
     eta: float = 0.0
+    noise_level: int = 0  # of upscaling
 
 
 @dataclass(frozen=True)
@@ -173,6 +187,7 @@ class ModelSpec:
     text: TextSpec | None  # of CLIP
     defaults: Defaults = field(default_factory=Defaults)
     tasks: tuple[str, ...] = ALL_TASKS[:3]
+    upscaling: UpscalingSpec | None = None  # it enlarges a picture by the autoencoder's factor
     mask_channels: bool = False  # the UNet takes a mask and the latent of the masked picture after z
     layout_channels: int = 0  # that tell the UNet which label belongs where, after those
     labels: tuple[str, ...] = ()
@@ -181,12 +196,28 @@ class ModelSpec:
     @property
     def beside(self) -> int:
         """Channels that the UNet takes beside z."""
-        return self.mask_channels * (1 + self.autoencoder.latent_channels) + self.layout_channels
+        masked = self.mask_channels * (1 + self.autoencoder.latent_channels)
+        return masked + self.layout_channels + (self.autoencoder.picture_channels if self.upscaling else 0)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether words tell it anything."""
+        return self.text is not None or "text-to-image" in self.tasks
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether there is anything that guidance can compare with nothing."""
+        return self.text is not None or self.condition is not None
 
     @property
     def size_multiple(self) -> int:
         """Picture sides must be a multiple of this: the autoencoder's factor times the UNet's."""
         return self.autoencoder.factor * (self.unet.factor if self.unet else 1)
+
+    @property
+    def tile(self) -> int:
+        """Cells of a side of the tiles in which pictures are enlarged."""
+        return self.defaults.width // self.autoencoder.factor
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, rows, columns) of the latent of a width x height picture."""
@@ -216,5 +247,7 @@ class ModelSpec:
             mask_channels=d["mask_channels"],
             layout_channels=d["layout_channels"],
             labels=tuple(d["labels"]),
+            upscaling=d["upscaling"]
+            and UpscalingSpec(**d["upscaling"] | {"noise": build(ScheduleSpec, d["upscaling"]["noise"])}),
             condition=build(CONDITIONS[d["kind"]], d["condition"]) if "kind" in d else None,
         )

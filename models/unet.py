@@ -139,6 +139,8 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
+        if spec.noise_levels:
+            self.label_emb = nn.Embedding(spec.noise_levels, embedding)
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(spec.in_channels, width, 3, padding=1))])
         skips = [width]  # widths of what goes across to the upward path
         for level in levels:
@@ -175,9 +177,13 @@ class UNet(nn.Module):
         """What the weights are held in."""
         return self.out[2].weight.dtype
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, C_in, h, w), t (B,), context (B, L, C_ctx) -> (B, C_out, h, w)."""
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor | None = None, noise_level: Tensor | None = None
+    ) -> Tensor:
+        """x (B, C_in, h, w), t (B,), context (B, L, C_ctx), noise_level (B,) -> (B, C_out, h, w)."""
         emb = self.time_embed(timestep_embedding(t, self.spec.channels[0]).to(self.dtype))
+        if noise_level is not None:
+            emb = emb + self.label_emb(noise_level)
         x = x.to(self.dtype)
         context = None if context is None else context.to(self.dtype)
         skips = []

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from starlette.responses import Response
 
+from models.tiles import merge
 from service import images
 from service.errors import NotAcceptable
 from service.images import MEDIA_TYPES, Format
@@ -31,6 +33,8 @@ HIDDEN = (
     "image",
     "mask",
     "regions",
+    "scale",
+    "noise_level",
 )  # of a job; no parameters of the picture
 
 
@@ -105,7 +109,10 @@ async def make(
     """Run an order's job and encode its pictures, off the event loop; begin: when its request came."""
     done = await supervisor.run(order.job, progress)
     files = tuple(
-        [await asyncio.to_thread(file_of, order, index, done.pictures[index]) for index in range(order.job.n)]
+        [
+            await asyncio.to_thread(file_of, order, index, parts)
+            for index, parts in enumerate(parts_of(order, done))
+        ]
     )
     seconds = timings(done, time.monotonic() - begin)
     supervisor.metrics.answered(order.job.n, seconds)
@@ -113,9 +120,15 @@ async def make(
     return Answer(order.without_pictures(), files, warnings, seconds, int(time.time()))
 
 
-def file_of(order: Order, index: int, pixels: bytes) -> bytes:
+def parts_of(order: Order, done: Done) -> list[tuple[bytes, ...]]:
+    """The picture of each image by itself, or its tiles."""
+    count = len(done.pictures) // order.job.n
+    return [done.pictures[index * count :][:count] for index in range(order.job.n)]
+
+
+def file_of(order: Order, index: int, parts: Sequence[bytes]) -> bytes:
     """The file of image `index`."""
-    shown = pixels_of(order, pixels)
+    shown = enlarged(order, parts) if order.tiles else pixels_of(order, parts[0])
     return images.encode(shown, order.width, order.height, order.format, parameters(order, index))
 
 
@@ -123,6 +136,18 @@ def pixels_of(order: Order, pixels: bytes) -> bytes:
     """The client's part of a job's canvas."""
     canvas = np.frombuffer(pixels, np.uint8).reshape(order.job.height, order.job.width, 3)
     return canvas[: order.height, : order.width].tobytes()
+
+
+def enlarged(order: Order, parts: Sequence[bytes]) -> bytes:
+    """The client's part of a canvas in tiles, at the scale that was asked for."""
+    scale, (rows, columns) = order.job.scale, order.tiles.size
+    tiles = (np.frombuffer(part, np.uint8).reshape(scale * rows, scale * columns, 3) for part in parts)
+    canvas = merge(tiles, order.tiles, scale).round().astype(np.uint8)
+    height, width = (side // order.scale * scale for side in (order.height, order.width))
+    picture = Image.fromarray(canvas[:height, :width])
+    if order.scale != scale:
+        picture = picture.resize((order.width, order.height), Image.Resampling.LANCZOS)
+    return picture.tobytes()
 
 
 def preview_of(order: Order, preview: Previewed) -> JobPreview:
@@ -145,8 +170,11 @@ def preview_of(order: Order, preview: Previewed) -> JobPreview:
 def parameters(order: Order, index: int) -> dict[str, Any]:
     """A request that makes image `index` again, apart from pictures that it starts from."""
     job = order.job
-    hidden = HIDDEN if job.image else (*HIDDEN, "strength")
+    hidden = HIDDEN if job.image and not job.scale else (*HIDDEN, "strength")
     own = {"width": order.width, "height": order.height, "seed": job.seed + index, "n": 1}
+    if job.scale:
+        hidden = (*hidden, "width", "height", "negative_prompt")
+        own = {"scale": order.scale, "noise_level": job.noise_level, "seed": job.seed + index, "n": 1}
     if order.boxes:
         own["boxes"] = [box.model_dump() for box in order.boxes]
     values = {key: value for key, value in asdict(job).items() if key not in hidden}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ class ImageState:
 
     state: Tensor  # (1 + memory, C, h, w) float32, on the device: x, and what its sampler remembers
     generator: torch.Generator  # on the CPU, so that a seed means the same everywhere
+    beside: Tensor | None  # (1 or 2, C', h, w): what the UNet takes beside x, as the contexts
     first: Tensor | None  # (C, h, w), the noise that it started from, where a mask keeps asking for it
     done: int = 0  # lines of the plan behind it
     noise: Tensor | None = None  # drawn for the next line; a call that fails and runs again draws no other
@@ -40,8 +42,7 @@ class JobState:
     job: Job
     bundle: LatentDiffusion
     plan: Plan
-    contexts: Tensor  # (1 or 2, L, C): null context first where guidance needs both
-    beside: Tensor | None  # (1 or 2, C', h, w): what the UNet takes beside x, as the contexts
+    contexts: Tensor | None  # (1 or 2, L, C): null context first where guidance needs both
     z: Tensor | None  # (C, h, w), the given picture's latent
     mask: Tensor | None  # (1, h, w), 1 where the run may paint; None where the UNet sees the mask itself
     images: list[ImageState]
@@ -53,8 +54,9 @@ class JobState:
 
 
 def pixels_of(job: Job) -> np.ndarray:
-    """The job's own picture: (H, W, 3) uint8."""
-    return np.frombuffer(job.image, np.uint8).reshape(job.height, job.width, 3)
+    """The job's own picture: (H, W, 3) uint8, smaller than what is made where it is to be enlarged."""
+    scale = job.scale or 1
+    return np.frombuffer(job.image, np.uint8).reshape(job.height // scale, job.width // scale, 3)
 
 
 def painted(job: Job) -> np.ndarray:
@@ -73,10 +75,9 @@ def picture_of(job: Job, device: torch.device) -> Tensor:
     return x[None].contiguous()
 
 
-def known_of(bundle: LatentDiffusion, job: Job, mask: Tensor) -> Known:
-    """What the mask (1, h, w) keeps of the job's own picture, for a UNet that takes that."""
-    hidden = torch.from_numpy(painted(job).copy()).to(mask.device)
-    return Known(bundle.encode(torch.where(hidden, 0.0, picture_of(job, mask.device)))[0], mask)
+def known_of(bundle: LatentDiffusion, job: Job, device: torch.device) -> Known:
+    """What the mask keeps of the job's own picture, for a UNet that takes that."""
+    return bundle.known(picture_of(job, device), torch.from_numpy(painted(job).copy()).to(device))
 
 
 def regions_of(job: Job, h: int, w: int) -> Tensor | None:
@@ -102,7 +103,7 @@ def advance(states: Sequence[JobState], images: Sequence[ImageState], size: int)
     taken = [state.plan.lines[image.done] for state, image in zip(states, images, strict=True)]
     table = torch.from_numpy(np.stack(taken))  # (I, ...) float64, as in Plan
     lines = table.to(x.device, torch.float32)
-    eps = predict(states, x, lines, size)
+    eps = predict(states, images, x, lines, size)
     state = step(state, eps, lines, draw(images, table))
     look_ahead(states, images, x, eps)
     state[:, 0] = keep_known(states, images, state[:, 0], lines)
@@ -115,16 +116,22 @@ def stacked(images: Sequence[ImageState]) -> Tensor:
     return torch.stack([pad(image.state, (0, 0) * 3 + (0, most - len(image.state))) for image in images])
 
 
-def predict(states: Sequence[JobState], x: Tensor, lines: Tensor, size: int) -> Tensor:
+def predict(
+    states: Sequence[JobState], images: Sequence[ImageState], x: Tensor, lines: Tensor, size: int
+) -> Tensor:
     """Guided eps (I, C, h, w), float32; x: (I, C, h, w)."""
-    rows = [index for index, state in enumerate(states) for _ in state.contexts]  # row -> image
+    rows = [index for index, state in enumerate(states) for _ in range(state.job.rows)]  # row -> image
     last = torch.tensor(rows).bincount().cumsum(0) - 1  # each image's conditional row
-    first = last - torch.tensor([len(state.contexts) - 1 for state in states])  # no guidance: the same
-    contexts = torch.cat([state.contexts for state in states])  # (R, L, C)
-    takes = states[0].beside is not None
-    beside = torch.cat([state.beside for state in states]) if takes else None  # (R, C', h, w)
+    first = last - torch.tensor([state.job.rows - 1 for state in states])  # no guidance: the same
+    bundle, device = states[0].bundle, x.device
+    told = Told(
+        together([state.contexts for state in states]),
+        together([image.beside for image in images]),
+        bundle.noise_levels([states[index].job.noise_level for index in rows]),
+    )
+    index = torch.tensor(rows, device=device)
     calls = [
-        call(states[0].bundle, x, lines, rows[part], contexts[part], beside[part] if takes else None, size)
+        call(bundle, x[index[part]], lines[index[part]], told.rows(part), size)
         for part in (slice(begin, begin + size) for begin in range(0, len(rows), size))
     ]
     eps = torch.cat(calls)  # (R, C, h, w)
@@ -132,17 +139,31 @@ def predict(states: Sequence[JobState], x: Tensor, lines: Tensor, size: int) -> 
     return guide(eps[first.to(x.device)], eps[last.to(x.device)], scale)
 
 
-def call(
-    bundle: LatentDiffusion, x: Tensor, lines: Tensor, rows: list[int], contexts: Tensor,
-    beside: Tensor | None, size: int,
-) -> Tensor:  # fmt: skip
-    """THE UNet call: eps of some rows, padded to `size` with copies of the first."""
-    padding = size - len(rows)
-    index = torch.tensor(rows + rows[:1] * padding, device=x.device)
-    x, lines = x[index], lines[index]  # (size, C, h, w), (size, ...)
-    contexts = padded(contexts, padding)
-    beside = None if beside is None else padded(beside, padding)
-    return bundle.denoiser(x, lines[:, 0], contexts, beside, lines[:, 1:3])[: len(rows)]
+class Told(NamedTuple):
+    """What the UNet is told of each row beside x and t; None: nothing of that kind."""
+
+    contexts: Tensor | None  # (R, L, C)
+    beside: Tensor | None  # (R, C', h, w)
+    noise_levels: Tensor | None  # (R,)
+
+    def rows(self, part: slice) -> Told:
+        return Told(*(None if told is None else told[part] for told in self))
+
+    def padded(self, count: int) -> Told:
+        return Told(*(None if told is None else padded(told, count) for told in self))
+
+
+def together(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The rows of all in one, where they have any: all do or none does."""
+    return None if parts[0] is None else torch.cat(list(parts))
+
+
+def call(bundle: LatentDiffusion, x: Tensor, lines: Tensor, told: Told, size: int) -> Tensor:
+    """THE UNet call: eps (R, C, h, w) of R rows, padded to `size` with copies of the first."""
+    count, padding = len(x), size - len(x)
+    x, lines, told = padded(x, padding), padded(lines, padding), told.padded(padding)
+    eps = bundle.denoiser(x, lines[:, 0], told.contexts, told.beside, lines[:, 1:3], told.noise_levels)
+    return eps[:count]
 
 
 def padded(rows: Tensor, padding: int) -> Tensor:

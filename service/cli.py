@@ -21,12 +21,12 @@ from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
 from service.job import Done, Event, Failed, Job, Started, Stepped
 from service.registry import ModelPathError, locate_all
-from service.schemas import GenerateRequest, InpaintRequest, PictureRequest
+from service.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
 from service.settings import SettingError, Settings, parse, read_settings
 
 ASKED = (
     "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seed", "n", "sampler", "eta",
-    "strength", "class_label", "boxes",
+    "strength", "class_label", "boxes", "scale", "noise_level",
 )  # fmt: skip
 SERVED = ("model", "host", "port", "device", "dtype", "invariant")  # settings that ldm serve has flags for
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add_serve(commands.add_parser("serve", help="answer requests over HTTP"))
     add_generate(commands.add_parser("generate", help="make pictures from a prompt, without a server"))
     add_inpaint(commands.add_parser("inpaint", help="paint a part of a picture anew, without a server"))
+    add_upscale(commands.add_parser("upscale", help="enlarge a picture, without a server"))
     listing = commands.add_parser("models", help="list the models that can be served")
     add_settings(listing, "model", several=True)
     listing.set_defaults(command=list_models)
@@ -85,7 +86,7 @@ def add_settings(command: argparse.ArgumentParser, *names: str, several: bool = 
     several: --model takes more than one; not beside positional arguments, which it would swallow.
     """
     helps = {
-        "model": "emoji, the model in the box, or the folder of a model",
+        "model": "a model in the box, emoji or emoji-upscale, or the folder of a model",
         "host": "address to listen at",
         "port": "port to listen at",
         "device": "auto, cpu, cuda or cuda:N",
@@ -168,7 +169,9 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def add_generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompt", metavar="PROMPT", nargs="?")
     add_making(command)
+    add_scene(command)
     command.add_argument("--init-image", metavar="FILE", help="a picture to start from")
     command.set_defaults(command=generate)
 
@@ -176,27 +179,44 @@ def add_generate(command: argparse.ArgumentParser) -> None:
 def add_inpaint(command: argparse.ArgumentParser) -> None:
     command.add_argument("image", metavar="IMAGE", help="a PNG, JPEG or WebP file")
     command.add_argument("mask", metavar="MASK", help="a picture of the same size; white: paint anew")
+    command.add_argument("prompt", metavar="PROMPT", nargs="?")
     add_making(command)
+    add_scene(command)
     command.set_defaults(command=inpaint)
+
+
+def add_upscale(command: argparse.ArgumentParser) -> None:
+    command.add_argument("image", metavar="IMAGE", help="a PNG, JPEG or WebP file")
+    add_making(command)
+    command.add_argument("--prompt", help="what it shows, for models that read prompts")
+    command.add_argument("--scale", type=int, metavar="N", help="default: the model's own")
+    command.add_argument("--noise-level", type=int, metavar="N", help="noise to hide its faults in")
+    command.set_defaults(command=upscale)
 
 
 def add_making(command: argparse.ArgumentParser) -> None:
     """What all commands that make pictures take."""
-    command.add_argument("prompt", metavar="PROMPT", nargs="?")
     command.add_argument("-o", "--output", metavar="FILE", required=True, help="its suffix says the format")
     command.add_argument("--negative-prompt", help="what the picture should not show")
-    for name in ("width", "height", "steps", "seed", "n"):
+    for name in ("steps", "seed", "n"):
         command.add_argument(f"--{name}", type=int, metavar="N")
-    for name in ("guidance-scale", "eta", "strength"):
+    for name in ("guidance-scale", "eta"):
         command.add_argument(f"--{name}", type=float, metavar="X")
     command.add_argument("--sampler")
+    add_settings(command, "model", "device", "dtype")
+
+
+def add_scene(command: argparse.ArgumentParser) -> None:
+    """What the commands take that make pictures of something."""
+    for name in ("width", "height"):
+        command.add_argument(f"--{name}", type=int, metavar="N")
+    command.add_argument("--strength", type=float, metavar="X")
     command.add_argument("--class-label", metavar="LABEL", type=label, help="name or number, for a prompt")
     command.add_argument(
         "--box", dest="boxes", metavar="LABEL,X,Y,W,H", type=box, action="append",
         help="put LABEL there, in parts of the sides from the upper left; may be given again",
     )  # fmt: skip
     command.add_argument("--segmentation", metavar="FILE", help="a picture of the colours of labels")
-    add_settings(command, "model", "device", "dtype")
 
 
 def label(text: str) -> int | str:
@@ -216,12 +236,18 @@ def box(text: str) -> dict[str, Any]:
 
 def generate(args: argparse.Namespace) -> int:
     """Make pictures in this process and write them."""
-    return make(args, GenerateRequest, {"init_image": args.init_image})
+    return make(args, GenerateRequest, {"init_image": args.init_image, "segmentation": args.segmentation})
 
 
 def inpaint(args: argparse.Namespace) -> int:
     """Paint a part of a picture anew in this process and write it."""
-    return make(args, InpaintRequest, {"image": args.image, "mask": args.mask})
+    pictures = {"image": args.image, "mask": args.mask, "segmentation": args.segmentation}
+    return make(args, InpaintRequest, pictures)
+
+
+def upscale(args: argparse.Namespace) -> int:
+    """Enlarge a picture in this process and write it."""
+    return make(args, UpscaleRequest, {"image": args.image})
 
 
 def make(args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping[str, str | None]) -> int:
@@ -230,13 +256,12 @@ def make(args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping
     suffix = checked(output)
     settings = settings_of(args, "model", "device", "dtype")
     specs = {name: read_spec(path) for name, path in locate_all(settings.model).items()}
-    files = {name: file for name, file in (*pictures.items(), ("segmentation", args.segmentation)) if file}
-    body = request_of(args, kind, files)
+    body = request_of(args, kind, {name: file for name, file in pictures.items() if file})
     order = replace(intake.to_order(body, specs, settings), format=images.SUFFIXES[suffix])
     done = run_alone(order.job, settings)
-    for index, pixels in enumerate(done.pictures):
+    for index, parts in enumerate(answers.parts_of(order, done)):
         file = numbered(output, index, order.job.n)
-        write(file, answers.file_of(order, index, pixels))
+        write(file, answers.file_of(order, index, parts))
         print(f"{file}  seed {order.job.seed + index}")
     for warning in order.warnings + done.warnings:
         print(f"ldm: {warning}", file=sys.stderr)
@@ -257,7 +282,7 @@ def request_of(
     args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping[str, str]
 ) -> PictureRequest:
     """The wire body of the arguments. Raises InvalidRequest; UsageError for files that cannot be read."""
-    fields = {name: getattr(args, name) for name in ASKED if getattr(args, name) is not None}
+    fields = {name: getattr(args, name) for name in ASKED if getattr(args, name, None) is not None}
     try:
         return kind(**fields, **{name: base64_of(Path(file)) for name, file in pictures.items()})
     except ValidationError as error:
@@ -292,7 +317,7 @@ def run_alone(job: Job, settings: Settings) -> Done:
     from service.engine import Engine
     from service.runner import build  # torch
 
-    runner = build(settings, locate_all(settings.model))
+    runner = build(settings, {job.model: locate_all(settings.model)[job.model]})
     ended: list[Event] = []
     with tqdm(total=job.n * job.steps, unit="step", leave=False) as bar:
 

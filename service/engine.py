@@ -97,6 +97,11 @@ class Progress:
     warnings: tuple[str, ...] = ()
     pictures: dict[int, bytes] = field(default_factory=dict)
 
+    @property
+    def units(self) -> int:
+        """What the scheduler has of the job: images, or the tiles that they are made of."""
+        return self.job.n * self.shape.parts
+
     def count(self, index: int) -> bool:
         """One more step of an image; returns whether it never had so many."""
         self.steps[index] = step = self.steps.get(index, 0) + 1
@@ -185,7 +190,7 @@ class Engine:
 
     def _enter(self, progress: Progress) -> None:
         job, shape = progress.job, progress.shape
-        self.scheduler.admit(job.id, shape, job.n, job.rows, job.priority)
+        self.scheduler.admit(job.id, shape, progress.units, job.rows, job.priority)
         self.door.pop(job.id, None)
         progress.entered = True
         self.models[job.model] = self.models.get(job.model, 0) + 1
@@ -218,7 +223,7 @@ class Engine:
         job, progress.started = progress.job, True
         if not progress.told:
             progress.told, progress.begun = True, self.clock()
-            self.emit(Started(job.id, job.n * progress.shape.evaluations))
+            self.emit(Started(job.id, progress.units * progress.shape.evaluations))
         try:
             progress.warnings = self.runner.start(job, progress.precise)
         except Exception as error:
@@ -239,7 +244,7 @@ class Engine:
         for job in self.door:
             progress = self.jobs[job]
             shape = progress.shape
-            work += progress.job.n * progress.job.rows * shape.evaluations * shape.row_cost
+            work += progress.units * progress.job.rows * shape.evaluations * shape.row_cost
             queued.append((job, work))
         return tuple((job, place, self._seconds(work)) for place, (job, work) in enumerate(queued, 1))
 
@@ -362,7 +367,7 @@ class Engine:
         except Exception as error:
             self._fail(key.job, error)
         else:
-            if len(progress.pictures) == progress.job.n:
+            if len(progress.pictures) == progress.units:
                 self._finish(progress)
 
     def _picture(self, key: ImageKey) -> bytes:
@@ -381,7 +386,7 @@ class Engine:
         self.emit(
             Done(
                 job.id,
-                pictures=tuple(progress.pictures[index] for index in range(job.n)),
+                pictures=tuple(progress.pictures[index] for index in range(progress.units)),
                 warnings=progress.warnings,
                 queue=progress.begun - progress.received,
                 denoise=progress.denoised - progress.begun,

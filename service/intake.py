@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 
 from models.samplers import SAMPLERS, WITH_ETA, most_steps
-from models.spec import ModelSpec
+from models.spec import ALL_TASKS, ModelSpec
+from models.tiles import Tiles, cut
 from service import images, layouts
 from service.errors import InvalidRequest, NotFound, UnreadableBody, UnsupportedMedia
 from service.images import Format
 from service.job import MAX_SEED, Job
 from service.registry import first_of
-from service.schemas import Box, GenerateRequest, InpaintRequest, PictureRequest
+from service.schemas import Box, GenerateRequest, InpaintRequest, PictureRequest, SceneRequest, UpscaleRequest
 from service.settings import Settings
 
 STRENGTH = 0.75  # of a run from a picture that names none
@@ -31,7 +32,12 @@ CONDITIONS = {  # field -> the task that takes it
 }
 SHOWN = 64  # characters of a client's own words that an error repeats
 
-TASKS = ("generate", "inpaint")
+TASKS = ("generate", "inpaint", "upscale")
+DOES = {  # one of which a model must do for a request to be its
+    GenerateRequest: tuple(task for task in ALL_TASKS if task not in ("inpainting", "upscaling")),
+    InpaintRequest: ("inpainting",),
+    UpscaleRequest: ("upscaling",),
+}
 NO_TASK = ("union_tag_invalid", "union_tag_not_found")
 WORDING = {
     **dict.fromkeys(NO_TASK, f"must be one of {', '.join(TASKS)}"),
@@ -47,7 +53,10 @@ PHRASES = {"Value error, ": "", "Input should be ": "must be ", "String should h
 
 @dataclass(frozen=True)
 class Order:
-    """A job, and what its pictures are for the client: width x height of the canvas that the job paints."""
+    """A job, and what its pictures are for the client: width x height of the canvas that the job paints.
+
+    An enlarged canvas comes in tiles, and is `scale` times as large as what it was made of once it is done.
+    """
 
     job: Job
     width: int
@@ -55,6 +64,8 @@ class Order:
     format: Format
     warnings: tuple[str, ...] = ()
     boxes: tuple[Box, ...] = ()  # as they were asked for
+    tiles: Tiles | None = None
+    scale: int = 1
 
     def without_pictures(self) -> Order:
         """What is left to keep once the job has them."""
@@ -66,16 +77,27 @@ def to_order(body: PictureRequest, specs: Mapping[str, ModelSpec], settings: Set
 
     Raises NotFound for the model, InvalidRequest for the rest.
     """
-    spec = find_model(body.model, specs)
-    check_conditions(body, spec)
+    tasks = DOES[type(body)]
+    spec = find_model(body.model, specs, tasks)
+    check_task(spec, tasks)
+    if isinstance(body, SceneRequest):
+        check_conditions(body, spec)
     order = draft(body, spec, settings)
-    task, does = order.job.task, ", ".join(spec.tasks)
-    refuse([("model", task in spec.tasks, f"must be one for {task}; this one is for {does}")])
+    check_task(spec, (order.job.task,))
+    if isinstance(body, UpscaleRequest):
+        return order
     regions = to_regions(body, spec, order, settings)
     return replace(order, job=replace(order.job, regions=regions), boxes=tuple(body.boxes or ()))
 
 
-def check_conditions(body: PictureRequest, spec: ModelSpec) -> None:
+def check_task(spec: ModelSpec, tasks: Collection[str]) -> None:
+    """Raise InvalidRequest for a model that does none of them."""
+    does = ", ".join(spec.tasks)
+    able = not {*tasks}.isdisjoint(spec.tasks)
+    refuse([("model", able, f"must be one for {next(iter(tasks))}; this one is for {does}")])
+
+
+def check_conditions(body: SceneRequest, spec: ModelSpec) -> None:
     """Raise InvalidRequest for conditions that the model does not take, or that exclude each other."""
     told = [name for name in CONDITIONS if getattr(body, name) is not None]
     for name in told:
@@ -94,7 +116,7 @@ def check_conditions(body: PictureRequest, spec: ModelSpec) -> None:
 
 def words_of(body: PictureRequest, spec: ModelSpec) -> str:
     """The prompt, or the name of the class. Raises InvalidRequest for a class that there is not."""
-    label = body.class_label
+    label = body.class_label if isinstance(body, SceneRequest) else None
     if label is None:
         return body.prompt or ""
     if isinstance(label, str):
@@ -103,7 +125,7 @@ def words_of(body: PictureRequest, spec: ModelSpec) -> str:
     return spec.labels[label]
 
 
-def to_regions(body: PictureRequest, spec: ModelSpec, order: Order, settings: Settings) -> bytes:
+def to_regions(body: SceneRequest, spec: ModelSpec, order: Order, settings: Settings) -> bytes:
     """The label of every cell of the job's latent, as in Job. Raises InvalidRequest.
 
     Boxes and colours are of the client's picture; the rest of a larger canvas has no label.
@@ -122,6 +144,8 @@ def to_regions(body: PictureRequest, spec: ModelSpec, order: Order, settings: Se
 
 def draft(body: PictureRequest, spec: ModelSpec, settings: Settings) -> Order:
     """By where the run starts."""
+    if isinstance(body, UpscaleRequest):
+        return from_small(body, spec, settings)
     if isinstance(body, InpaintRequest):
         return from_masked(body, spec, settings)
     if body.init_image is not None:
@@ -176,6 +200,25 @@ def from_masked(body: InpaintRequest, spec: ModelSpec, settings: Settings) -> Or
     return Order(replace(job, **canvas), *picture.size, format_of(body))
 
 
+def from_small(body: UpscaleRequest, spec: ModelSpec, settings: Settings) -> Order:
+    """A run that enlarges a picture, on a canvas grown to the next size that the UNet takes, by tiles."""
+    picture = images.read_picture(body.image, "image", settings.max_input_pixels)
+    scale, multiple = spec.autoencoder.factor, spec.unet.factor
+    w, h = (-(-side // multiple) * multiple for side in picture.size)
+    job = to_job(body, spec, scale * w, scale * h)
+    job = replace(job, scale=scale, noise_level=given(body.noise_level, spec.defaults.noise_level))
+    asked, most = given(body.scale, scale), spec.upscaling.max_noise_level
+    check(job, spec, settings, "image")
+    rules = (
+        ("scale", asked <= scale, f"must be at most {scale} for this model"),
+        ("noise_level", job.noise_level <= most, f"must be at most {most} for this model"),
+    )
+    refuse(rules)
+    size = asked * picture.width, asked * picture.height
+    job = replace(job, image=images.grow(picture, w, h))
+    return Order(job, *size, format_of(body), tiles=cut(h, w, spec.tile), scale=asked)
+
+
 def check_mask(body: InpaintRequest, picture: Image.Image, mask: Image.Image) -> None:
     """Raise InvalidRequest for a mask that does not fit, or for a size that is not the picture's."""
     width, height = picture.size
@@ -218,9 +261,10 @@ def given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def find_model(name: str | None, specs: Mapping[str, ModelSpec]) -> ModelSpec:
-    """Looked up, and nothing else: a name never becomes a path."""
-    name = given(name, first_of(specs))
+def find_model(name: str | None, specs: Mapping[str, ModelSpec], tasks: Collection[str]) -> ModelSpec:
+    """Looked up, and nothing else: a name never becomes a path. No name: the first that does a task."""
+    able = [key for key, spec in specs.items() if not {*tasks}.isdisjoint(spec.tasks)]
+    name = given(name, next(iter(able), first_of(specs)))
     if name not in specs:
         raise NotFound(f"model: there is no such model; expected one of {', '.join(specs)}", param="model")
     return specs[name]
@@ -233,17 +277,20 @@ def check(job: Job, spec: ModelSpec, settings: Settings, sized_by: str = "width"
     """
     multiple, samplers = spec.size_multiple, ", ".join(SAMPLERS)
     timesteps = most_steps(job.sampler, spec.schedule.timesteps)
-    pixels = job.width * job.height
-    most = settings.max_work
+    pixels, most = job.width * job.height, settings.max_work
+    largest = settings.max_input_pixels if job.scale else settings.max_pixels
     rules = (
         ("width", job.width % multiple == 0, f"must be a multiple of {multiple}"),
         ("height", job.height % multiple == 0, f"must be a multiple of {multiple}"),
-        (sized_by, pixels <= settings.max_pixels, too_large(job, sized_by, settings.max_pixels)),
+        (sized_by, pixels <= largest, too_large(job, sized_by, largest)),
         ("steps", job.steps <= timesteps, f"must be at most {timesteps}"),
         ("n", job.n <= settings.max_images, f"must be at most {settings.max_images}"),
         ("n", job.n * job.steps * pixels <= most, f"times steps, width and height must be at most {most}"),
         ("sampler", job.sampler in SAMPLERS, f"must be one of {samplers}"),
         ("eta", not job.eta or job.sampler in WITH_ETA, f"is for the sampler {', '.join(WITH_ETA)}"),
+        ("prompt", spec.reads_prompts or not job.prompt, "is for models that read one; this one does not"),
+        ("negative_prompt", spec.reads_prompts or not job.negative_prompt, "is for models that read prompts"),
+        ("guidance_scale", spec.conditioned or not job.needs_both, "must be 1: nothing guides this model"),
         ("seed", job.seed + job.n - 1 <= MAX_SEED, f"plus n must be at most {MAX_SEED + 1}"),
     )
     refuse(rules)

@@ -20,7 +20,8 @@ class ImageKey(NamedTuple):
 class Job:
     """Everything that decides the job's pictures, and its place in the queue. Image i has seed + i.
 
-    image: height x width x 3 bytes that the run starts from, none for a run from noise alone; mask: height x
+    image: height x width x 3 bytes that the run starts from, none for a run from noise alone; with a scale,
+    the picture to enlarge by it, height / scale x width / scale x 3 bytes; mask: height x
     width bytes, 255 where that picture is painted anew and 0 where it stays, none for everywhere; regions: of
     each cell of the latent, row by row, two bytes: the number of a label counted from 1, or 0; none for none.
     """
@@ -44,12 +45,16 @@ class Job:
     image: bytes = b""
     mask: bytes = b""
     regions: bytes = b""
+    scale: int = 0  # by which image is enlarged; 0: it is not
+    noise_level: int = 0  # of the noise that is put on image then
     preview_every: int = 0  # steps of an image between two previews of it; 0: none
     preview_decoded: bool = False  # previews through D, at full size, rather than by a projection
 
     @property
     def task(self) -> str:
         """As in ModelSpec.tasks."""
+        if self.scale:
+            return "upscaling"
         if self.mask:
             return "inpainting"
         return "image-to-image" if self.image else "text-to-image"
@@ -80,12 +85,14 @@ class Shape:
     """What the scheduler needs to know of a job.
 
     group: jobs with an equal one may share a UNet call; evaluations: UNet calls of each image;
-    row_cost: work of one row, in any unit that all groups share.
+    row_cost: work of one row, in any unit that all groups share; parts: tiles that each image is made of,
+    which are queued as images are.
     """
 
     group: Hashable
     evaluations: int
     row_cost: float
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Previewed:
 
 @dataclass(frozen=True)
 class Done:
-    """The job's pictures, each height x width x 3 bytes; seconds of each part."""
+    """The job's pictures, each height x width x 3 bytes, or the tiles of each in turn; seconds of parts."""
 
     job: str
     pictures: tuple[bytes, ...]

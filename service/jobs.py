@@ -15,7 +15,7 @@ from service.answers import Answer
 from service.errors import DeadlineExceeded, InvalidRequest, NotFound, ServiceError, code_of, to_body
 from service.intake import Order
 from service.progress import Progress, Stage, State
-from service.schemas import ErrorDetail, GenerateJob, InpaintJob, JobPreview, JobStatus
+from service.schemas import AnyJob, ErrorDetail, JobPreview, JobStatus
 from service.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Jobs:
             raise NotFound("there is no such job; it may have ended long ago")
         return self._records[job_id]
 
-    async def submit(self, body: GenerateJob | InpaintJob, key: str | None, request_id: str) -> Record:
+    async def submit(self, body: AnyJob, key: str | None, request_id: str) -> Record:
         """A new job, or the one that the key began. Raises as intake and Supervisor.place() do."""
         if key is None:
             return await self._begin(body, None, request_id)
@@ -141,7 +141,7 @@ class Jobs:
             )
         return await asyncio.shield(known.record)
 
-    async def _begin(self, body: GenerateJob | InpaintJob, key: str | None, request_id: str) -> Record:
+    async def _begin(self, body: AnyJob, key: str | None, request_id: str) -> Record:
         """Take a place, then the pictures, then begin; a request that is refused leaves nothing behind."""
         begin, service = time.monotonic(), self.supervisor
         try:
@@ -150,7 +150,7 @@ class Jobs:
                 order = await asyncio.to_thread(
                     intake.to_order, body.request, service.specs, service.settings
                 )
-                previews = {"preview_every": body.preview_every, "preview_decoded": body.preview_decoded}
+                previews = body.model_dump(include={"preview_every", "preview_decoded"})
                 order = replace(order, job=replace(order.job, **previews))
                 seconds = body.request.timeout or service.settings.timeout
                 progress = Progress()
@@ -190,6 +190,6 @@ class Jobs:
             self._keys.pop(self._ended.pop(job_id), None)
 
 
-def digest_of(body: GenerateJob | InpaintJob) -> bytes:
+def digest_of(body: AnyJob) -> bytes:
     """Equal for equal bodies, in whatever order their fields came."""
     return hashlib.sha256(body.model_dump_json(exclude_unset=True).encode()).digest()

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from models.configs import read_spec
 from models.spec import ModelSpec
 
-BOXED = "emoji"  # the model that comes with the package
+BOXED = ("emoji", "emoji-upscale")  # the models that come with the package
 
 Bundle = TypeVar("Bundle")
 
@@ -22,20 +22,21 @@ class ModelPathError(ValueError):
 
 
 def locate(name: str) -> tuple[str, Path]:
-    """Name and folder of a model named at start-up: the model in the box, or a folder, named as it is.
+    """Name and folder of a model named at start-up: one in the box, or a folder, named as it is.
 
     Raises ModelPathError. Never for names in requests: those are looked up in what was loaded.
     """
-    path = boxed() if name == BOXED else Path(name)
+    path = boxed(name) if name in BOXED else Path(name)
     if path is None or not (path / "model_index.json").is_file():
-        raise ModelPathError(f"no model at {name!r}: expected {BOXED!r} or a folder with a model_index.json")
+        ours = " or ".join(map(repr, BOXED))
+        raise ModelPathError(f"no model at {name!r}: expected {ours}, or a folder with a model_index.json")
     return path.resolve().name, path.resolve()
 
 
-def boxed() -> Path | None:
-    """The folder of the model in the box; None where the package came without."""
+def boxed(name: str) -> Path | None:
+    """The folder of a model in the box; None where the package came without."""
     try:
-        return Path(str(resources.files("weights") / BOXED))
+        return Path(str(resources.files("weights") / name))
     except ModuleNotFoundError:
         return None
 

@@ -15,6 +15,7 @@ from models.preview import Projection
 from models.samplers import Plan, plan
 from models.schedule import Schedule
 from models.spec import ModelSpec
+from models.tiles import cut
 from service.batch import (
     ImageState,
     JobState,
@@ -23,6 +24,7 @@ from service.batch import (
     known_of,
     latent_mask,
     painted,
+    picture_of,
     pixels_of,
     regions_of,
 )
@@ -42,6 +44,7 @@ from service.registry import Registry
 from service.settings import Settings
 
 MEASURE_EVERY = 64  # calls
+TILE_SEED = 2**53  # between the seeds of two tiles: more than there are seeds of jobs
 SHOWN = 80  # characters of a prompt's overflow that a warning repeats
 
 
@@ -81,11 +84,13 @@ class TorchRunner:
 
     def shape(self, job: Job, precise: bool = False) -> Shape:
         spec = self.specs[job.model]
-        latent = spec.latent_shape(job.width, job.height)
-        context = (spec.text.tokens, spec.unet.context_width)
+        channels, h, w = spec.latent_shape(job.width, job.height)
+        size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
+        latent = (channels, *size)
+        context = (spec.text.tokens, spec.unet.context_width) if spec.text else None
         line = plan(self.schedules[job.model], job.sampler, job.steps, job.eta, job.strength)
         group = (job.model, latent, context, precise)
-        self.plans[job.id] = line, Shape(group, len(line), latent[1] * latent[2])
+        self.plans[job.id] = line, Shape(group, len(line), size[0] * size[1], len(corners))
         return self.plans[job.id][1]
 
     def ready(self, job: Job, busy: Collection[str]) -> bool:
@@ -107,35 +112,51 @@ class TorchRunner:
     def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
         with out_of_memory_refused():
             bundle = self._precise(job.model) if precise else self.registry[job.model]
-            pair = bundle.conditioner([job.negative_prompt, job.prompt])  # (2, L, C)
             rows = {0.0: slice(1), 1.0: slice(1, 2)}.get(job.guidance_scale, slice(2))
-            z = encode(bundle, job, pair.device) if job.image else None
-            mask = latent_mask(job, bundle.spec.autoencoder.factor, pair.device) if job.mask else None
-            beside = self._beside(bundle, job, mask)
-            blended = None if bundle.spec.mask_channels else mask
-            used = None if beside is None else beside[rows]
-            state = JobState(job, bundle, self.plans[job.id][0], pair[rows], used, z, blended, [])
-            state.images = [self._first(state, job.seed + index) for index in range(job.n)]
+            contexts = None
+            if bundle.conditioner:
+                contexts = bundle.conditioner([job.negative_prompt, job.prompt])[rows]  # (1 or 2, L, C)
+            state = JobState(job, bundle, self.plans[job.id][0], contexts, None, None, [])
+            if job.scale:
+                self._start_upscaling(state)
+            else:
+                self._start_whole(state, rows)
         self.jobs[job.id] = state
         return tuple(warnings(bundle, job))
 
-    def _beside(self, bundle: LatentDiffusion, job: Job, mask: Tensor | None) -> Tensor | None:
-        """What the UNet takes beside the latents of a job: (2, C', h, w), or None."""
-        h, w = bundle.spec.latent_shape(job.width, job.height)[1:]
-        known = known_of(bundle, job, mask) if bundle.spec.mask_channels and mask is not None else None
-        return bundle.beside(h, w, regions_of(job, h, w), known)
+    def _start_whole(self, state: JobState, rows: slice) -> None:
+        """What images start from: noise, or the given picture with noise on it."""
+        job, bundle, spec = state.job, state.bundle, state.bundle.spec
+        device, shape = bundle.device, spec.latent_shape(job.width, job.height)
+        state.z = encode(bundle, job, device) if job.image else None
+        known = None
+        if job.mask and spec.mask_channels:
+            known = known_of(bundle, job, device)
+        elif job.mask:
+            state.mask = latent_mask(job, spec.autoencoder.factor, device)
+        beside = bundle.beside(*shape[1:], regions_of(job, *shape[1:]), known)
+        beside = None if beside is None else beside[rows]
+        signal, rest = state.plan.start if job.image else (0.0, 1.0)
+        for index in range(job.n):
+            generator = torch.Generator().manual_seed(job.seed + index)
+            noise = torch.randn(shape, generator=generator).to(device)
+            x = noise if state.z is None else signal * state.z + rest * noise
+            first = None if state.mask is None else noise
+            state.images.append(ImageState(remembering(x, state.plan), generator, beside, first))
 
-    def _first(self, state: JobState, seed: int) -> ImageState:
-        """What an image starts from: noise, or the given picture with noise on it."""
-        job, generator = state.job, torch.Generator("cpu").manual_seed(seed)
-        shape = state.bundle.spec.latent_shape(job.width, job.height)
-        noise = torch.randn(shape, generator=generator).to(state.contexts.device)
-        x = noise
-        if state.z is not None:
-            signal, rest = state.plan.start
-            x = signal * state.z + rest * noise
-        memory = torch.zeros(state.plan.memory, *shape, device=x.device)
-        return ImageState(torch.cat([x[None], memory]), generator, None if state.mask is None else noise)
+    def _start_upscaling(self, state: JobState) -> None:
+        """What tiles start from: each its part of one field of noise, and of the picture to enlarge."""
+        job, bundle = state.job, state.bundle
+        low = picture_of(job, bundle.device)[0]
+        tiles = cut(*low.shape[1:], bundle.spec.tile)
+        for index in range(job.n):
+            noise, noised = bundle.start_upscaling(low, job.seed + index, job.noise_level)
+            for tile in range(len(tiles.corners)):
+                rows, columns = tiles.slices(tile)
+                generator = torch.Generator().manual_seed((job.seed + index + tile * TILE_SEED) % 2**63)
+                beside = noised[None, :, rows, columns].expand(job.rows, -1, -1, -1)
+                x = remembering(noise[:, rows, columns], state.plan)
+                state.images.append(ImageState(x, generator, beside, None))
 
     def _precise(self, model: str) -> LatentDiffusion:
         """The model in float32: itself if it is, else a copy."""
@@ -150,7 +171,7 @@ class TorchRunner:
     def step(self, keys: Sequence[ImageKey]) -> Call:
         states = [self.jobs[key.job] for key in keys]
         images = [state.images[key.index] for state, key in zip(states, keys, strict=True)]
-        rows = sum(len(state.contexts) for state in states)
+        rows = sum(state.job.rows for state in states)
         size = next((size for size in self.buckets if size >= rows), rows)
         nexts, use = self._advance(states, images, size)
         finite = torch.isfinite(nexts).flatten(1).all(1).tolist()  # the one wait for the device in a step
@@ -236,6 +257,11 @@ class TorchRunner:
             self.precise = {m: bundle for m, bundle in self.precise.items() if id(bundle) in used}
 
 
+def remembering(x: Tensor, plan: Plan) -> Tensor:
+    """x (C, h, w), and room for what its sampler remembers: (1 + memory, C, h, w)."""
+    return torch.cat([x[None], torch.zeros(plan.memory, *x.shape, device=x.device)])
+
+
 def rows_of(x: Tensor) -> np.ndarray:
     """x (1, 3, H, W) -> uint8 (H, W, 3), on the CPU."""
     return to_uint8(x[0]).permute(1, 2, 0).contiguous().cpu().numpy()
@@ -248,6 +274,8 @@ def as_given(job: Job, pixels: np.ndarray) -> np.ndarray:
 
 def warnings(bundle: LatentDiffusion, job: Job):
     """What the client should know about its own words."""
+    if not bundle.conditioner:
+        return
     for name, text in (("prompt", job.prompt), ("negative_prompt", job.negative_prompt)):
         if cut := bundle.conditioner.overflow(text):
             shown = cut if len(cut) <= SHOWN else cut[:SHOWN] + "..."

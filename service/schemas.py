@@ -44,8 +44,6 @@ class PictureRequest(BaseModel):
 
     negative_prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     model: Annotated[str | None, Field(max_length=200, description="default: the first model loaded")] = None
-    width: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="pixels")] = None
-    height: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="pixels")] = None
     steps: Annotated[int | None, Field(ge=1, le=1000)] = None
     guidance_scale: Annotated[float | None, Field(ge=0, le=50, description="1: none")] = None
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="of image 0; drawn if missing")] = None
@@ -55,6 +53,13 @@ class PictureRequest(BaseModel):
     output_format: Format | None = None
     priority: Annotated[int, Field(ge=0, le=9, description="larger runs sooner")] = 0
     timeout: Annotated[float | None, Field(gt=0, le=86_400, description="seconds until a 504")] = None
+
+
+class SceneRequest(PictureRequest):
+    """What requests for pictures of something have in common."""
+
+    width: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="pixels")] = None
+    height: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="pixels")] = None
     strength: Annotated[
         float | None,
         Field(gt=0, le=1, description="of a run from a picture: the share of the steps it takes"),
@@ -73,7 +78,7 @@ class PictureRequest(BaseModel):
     ] = None
 
 
-class GenerateRequest(PictureRequest):
+class GenerateRequest(SceneRequest):
     """What to make, from noise or from a picture."""
 
     prompt: Annotated[
@@ -83,12 +88,31 @@ class GenerateRequest(PictureRequest):
     init_image: Annotated[str | None, Field(description=f"{PICTURE}, that the run starts from")] = None
 
 
-class InpaintRequest(PictureRequest):
+class InpaintRequest(SceneRequest):
     """What to paint anew. The answer has the picture's size, and is the picture where the mask is black."""
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     image: Annotated[str, Field(description=PICTURE)]
     mask: Annotated[str, Field(description=f"{PICTURE}, of the size of image; white: paint anew")]
+
+
+class UpscaleRequest(PictureRequest):
+    """What to enlarge."""
+
+    prompt: Annotated[
+        str, Field(max_length=MAX_TEXT, description="what it shows, for models that read prompts")
+    ] = ""
+    image: Annotated[str, Field(description=PICTURE)]
+    scale: Annotated[
+        int | None,
+        Field(ge=2, le=16, description="default: the model's own; for less, its picture is made smaller"),
+    ] = None
+    noise_level: Annotated[
+        int | None,
+        Field(
+            ge=0, le=1000, description="noise to hide the picture's faults in: more freedom, less fidelity"
+        ),
+    ] = None
 
 
 class ErrorDetail(BaseModel):
@@ -130,6 +154,10 @@ class JobBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+
+class SceneJob(JobBody):
+    """A job that can be watched."""
+
     preview_every: Annotated[
         int, Field(ge=0, le=1000, description="steps between two previews of a picture; 0: none")
     ] = 0
@@ -138,24 +166,30 @@ class JobBody(BaseModel):
     ] = False
 
 
-class GenerateJob(JobBody):
+class GenerateJob(SceneJob):
     task: Literal["generate"]
     request: GenerateRequest
 
 
-class InpaintJob(JobBody):
+class InpaintJob(SceneJob):
     task: Literal["inpaint"]
     request: InpaintRequest
 
 
-JobRequest = Annotated[GenerateJob | InpaintJob, Field(discriminator="task")]
+class UpscaleJob(JobBody):
+    task: Literal["upscale"]
+    request: UpscaleRequest
+
+
+AnyJob = GenerateJob | InpaintJob | UpscaleJob
+JobRequest = Annotated[AnyJob, Field(discriminator="task")]
 
 
 class JobStatus(BaseModel):
     """Where a job stands."""
 
     id: str
-    task: Literal["generate", "inpaint"]
+    task: Literal["generate", "inpaint", "upscale"]
     status: Stage
     created: Annotated[int, Field(description="seconds since 1970")]
     position: Annotated[int | None, Field(description="in the queue; 1 begins next")]
@@ -184,6 +218,7 @@ class ModelDefaults(BaseModel):
     guidance_scale: float
     sampler: str
     eta: float
+    noise_level: int
 
 
 class ModelLimits(BaseModel):
@@ -201,6 +236,11 @@ class Label(BaseModel):
     colour: Annotated[str, Field(description="of its regions in `segmentation`, as #rrggbb")]
 
 
+class Upscaling(BaseModel):
+    scale: int
+    max_noise_level: Annotated[int, Field(description="0: the model takes pictures as they are")]
+
+
 class Model(BaseModel):
     name: str
     tasks: list[str]
@@ -208,6 +248,7 @@ class Model(BaseModel):
         Literal["mask channels", "blending"] | None,
         Field(description="how: the network sees the mask, or what is known is put back after each step"),
     ]
+    upscaling: Annotated[Upscaling | None, Field(description="by how much, if it does")]
     labels: Annotated[list[Label], Field(description="class_label i is the i-th, counted from 0")]
     defaults: ModelDefaults
     limits: ModelLimits

@@ -99,7 +99,9 @@ def setting(default: Any, parser: Parser) -> Any:
 class Settings:
     """What an operator chooses. Field `x_y` is read from LDM_X_Y. Comments say what a wrong value costs."""
 
-    model: tuple[str, ...] = setting(("emoji",), Parser(read_models, "model names or folders, by commas"))
+    model: tuple[str, ...] = setting(
+        ("emoji", "emoji-upscale"), Parser(read_models, "model names or folders, by commas")
+    )
     host: str = setting("127.0.0.1", Parser(str, "an address to listen at"))
     port: int = setting(8000, number(int, 0, 65535))
     device: str = setting("auto", Parser(read_device, "auto, cpu, cuda or cuda:N"))

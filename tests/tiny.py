@@ -23,6 +23,7 @@ from models.spec import (
     ScheduleSpec,
     TextSpec,
     UNetSpec,
+    UpscalingSpec,
 )
 from models.text_encoder import TextEncoder
 from models.unet import UNet
@@ -59,7 +60,13 @@ def scene_spec() -> ModelSpec:
     unet = replace(spec.unet, in_channels=4 + 1 + 4 + 3)
     labels = ("cat", "dog", "bird")
     return replace(
-        spec, name="scene", unet=unet, tasks=ALL_TASKS, mask_channels=True, layout_channels=3, labels=labels
+        spec,
+        name="scene",
+        unet=unet,
+        tasks=ALL_TASKS[:-1],
+        mask_channels=True,
+        layout_channels=3,
+        labels=labels,
     )
 
 
@@ -85,6 +92,26 @@ def tiny_spec(prediction: Prediction = "epsilon", tokens: int = 77) -> ModelSpec
     )  # fmt: skip
 
 
+def upscaler_spec() -> ModelSpec:
+    """Four times the size, by tiles of 16x16 cells; no text, noise levels up to 9."""
+    return ModelSpec(
+        name="upscaler",
+        unet=UNetSpec(
+            in_channels=4 + 3, out_channels=4, channels=(32, 64), res_blocks=1, transformer_depth=(0, 0),
+            middle_depth=0, heads=(1, 1), context_width=0, groups=8, noise_levels=10,
+        ),
+        autoencoder=AutoencoderSpec(
+            channels=(16, 16, 16), res_blocks=1, latent_channels=4, scale_factor=0.5, groups=8,
+            sample_size=64, middle_attention=False,
+        ),
+        schedule=ScheduleSpec(prediction="v_prediction"),
+        text=None,
+        defaults=Defaults(width=64, height=64, steps=3, guidance_scale=1.0, noise_level=2),
+        tasks=("upscaling",),
+        upscaling=UpscalingSpec(ScheduleSpec(0.0001, 0.02, "linear"), 9),
+    )  # fmt: skip
+
+
 def tiny_model(seed: int = 0, prediction: Prediction = "epsilon") -> LatentDiffusion:
     """The model itself, float32 on the CPU."""
     return random_model(tiny_spec(prediction), seed)
@@ -92,14 +119,18 @@ def tiny_model(seed: int = 0, prediction: Prediction = "epsilon") -> LatentDiffu
 
 def random_model(spec: ModelSpec, seed: int = 0) -> LatentDiffusion:
     """A model of this shape."""
-    text = TextEncoder(spec.text, byte_tokenizer(spec.text.tokens))
-    layout = LayoutProjection(spec.text.width, spec.layout_channels) if spec.layout_channels else None
-    conditioner = TextConditioner(text, layout, spec.labels)
+    conditioner = random_conditioner(spec) if spec.text else None
     bundle = LatentDiffusion(spec, UNet(spec.unet), Autoencoder(spec.autoencoder), conditioner)
-    for index, network in enumerate((bundle.unet, bundle.autoencoder, conditioner)):
+    for index, network in enumerate(filter(None, (bundle.unet, bundle.autoencoder, conditioner))):
         fill_randomly(network, seed + index)
         network.requires_grad_(False).eval()
     return bundle
+
+
+def random_conditioner(spec: ModelSpec) -> TextConditioner:
+    text = TextEncoder(spec.text, byte_tokenizer(spec.text.tokens))
+    layout = LayoutProjection(spec.text.width, spec.layout_channels) if spec.layout_channels else None
+    return TextConditioner(text, layout, spec.labels)
 
 
 def write_tiny_model(path: Path, seed: int = 0, prediction: Prediction = "epsilon") -> Path:

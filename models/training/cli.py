@@ -1,4 +1,4 @@
-"""`ldm train`: the autoencoder, the diffusion model on its latents, the folder, and the measure."""
+"""`ldm train`: autoencoders, the diffusion models on their latents, the folders, and the measure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from models import checkpoint
 from models.autoencoder import Autoencoder
 from models.latent_diffusion import LatentDiffusion
-from models.training.presets import AUTOENCODER, DEFAULTS, TOKENS
+from models.spec import AutoencoderSpec
+from models.training.presets import AUTOENCODER, DEFAULTS, SHARP_AUTOENCODER, TOKENS
 from models.training.trainer import Budget
 from models.training.vocabulary import build_tokenizer
 
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     """All parts and their flags."""
     top = argparse.ArgumentParser(
         prog="ldm train",
-        description="Train the model in the box on drawn emoji scenes. A part that is stopped goes on "
+        description="Train the models in the box on drawn pictures. A part that is stopped goes on "
         "from its state when it is called again.",
     )
     parts = top.add_subparsers(required=True, metavar="PART")
@@ -45,6 +46,16 @@ def parser() -> argparse.ArgumentParser:
         "--scenes", type=int, default=20_480, help="latents to draw (default: %(default)s)"
     )
     diffusion.add_argument("--start", type=Path, metavar="FOLDER", help="a trained model to go on from")
+    sharp = add(parts, "upscaler-autoencoder", train_sharp_autoencoder, "E and D of the upscaler, on crops")
+    add_budget(sharp, minutes=15, learning_rate=1e-3, batch=32)
+    upscaler = add(parts, "upscaler", train_upscaler, "the upscaler's UNet on latents of that E")
+    add_budget(upscaler, minutes=40, learning_rate=1e-3, batch=16)
+    for part in (sharp, upscaler):
+        part.add_argument(
+            "--crops", type=int, default=10_240, help="pictures to draw, once for both (default: %(default)s)"
+        )
+    export_upscaler = add(parts, "export-upscaler", export_upscaling, "the upscaler as a folder in float16")
+    export_upscaler.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     export = add(parts, "export", export_model, "the trained weights as a folder in float16")
     export.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     add_names(export)
@@ -56,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     pictures = add(parts, "sheet", draw_sheets, "a sheet of captioned pictures for each task")
     add_model(pictures)
     pictures.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    for part in (first, diffusion, export):
+    for part in (first, diffusion, export, sharp, upscaler, export_upscaler):
         part.add_argument(
             "--state", type=Path, default=STATE, metavar="FOLDER", help="where a run's state is kept"
         )
@@ -113,7 +124,7 @@ def train_diffusion(args: argparse.Namespace) -> None:
     network = diffusion.SceneNetwork(UNET, text_spec(tokenizer), LAYOUT, tokenizer)
     if args.start:
         diffusion.start_from(network, checkpoint.load(args.start))
-    autoencoder = trained_autoencoder(args.state).to(device)
+    autoencoder = trained(AUTOENCODER, args.state / "autoencoder.pt").to(device)
     data = cached(
         args.state / "latents.pt",
         lambda: diffusion.draw_latents(
@@ -137,15 +148,57 @@ def export_model(args: argparse.Namespace) -> None:
     names = read_names(args.names)
     spec = model_spec(args.output.resolve().name, text, scale, names)
     conditioner = TextConditioner(network.text_encoder, network.layout, names)
-    bundle = LatentDiffusion(spec, network.unet, trained_autoencoder(args.state), conditioner)
+    bundle = LatentDiffusion(
+        spec, network.unet, trained(AUTOENCODER, args.state / "autoencoder.pt"), conditioner
+    )
     checkpoint.save(bundle, args.output)
     shutil.copyfile(args.names, args.output / "names.txt")
 
 
-def trained_autoencoder(state: Path) -> Autoencoder:
+def train_sharp_autoencoder(args: argparse.Namespace) -> None:
+    from models.training import upscaler
+
+    crops, state = drawn_crops(args), args.state / "sharp_autoencoder.pt"
+    upscaler.train_first_stage(SHARP_AUTOENCODER, crops, budget_of(args), state, torch.device(args.device))
+
+
+def drawn_crops(args: argparse.Namespace) -> Tensor:
+    """Of this run or an earlier one."""
+    from models.training.upscaler import draw_crops
+
+    return cached(args.state / "crops.pt", lambda: {"crops": draw_crops(args.crops, seed=1)})["crops"]
+
+
+def train_upscaler(args: argparse.Namespace) -> None:
+    from models.training import upscaler
+    from models.training.presets import SCHEDULE, UPSCALER, UPSCALING
+
+    device = torch.device(args.device)
+    autoencoder = trained(SHARP_AUTOENCODER, args.state / "sharp_autoencoder.pt").to(device)
+    data = cached(
+        args.state / "sharp_latents.pt",
+        lambda: upscaler.encode_crops(autoencoder, drawn_crops(args), seed=2, device=device),
+    )
+    scale, state = scale_factor(data["latents"]), args.state / "upscaler.pt"
+    upscaler.train(UPSCALER, UPSCALING, SCHEDULE, data, scale, budget_of(args), state, device)
+
+
+def export_upscaling(args: argparse.Namespace) -> None:
+    from models.training.presets import UPSCALER, upscaler_spec
+    from models.unet import UNet
+
+    unet = UNet(UPSCALER)
+    unet.load_state_dict(averaged(args.state / "upscaler.pt"))
+    scale = scale_factor(torch.load(args.state / "sharp_latents.pt", weights_only=True)["latents"])
+    autoencoder = trained(SHARP_AUTOENCODER, args.state / "sharp_autoencoder.pt")
+    spec = upscaler_spec(args.output.resolve().name, scale)
+    checkpoint.save(LatentDiffusion(spec, unet, autoencoder, None), args.output)
+
+
+def trained(spec: AutoencoderSpec, state: Path) -> Autoencoder:
     """E and D of a finished run."""
-    autoencoder = Autoencoder(AUTOENCODER).requires_grad_(False).eval()
-    autoencoder.load_state_dict(averaged(state / "autoencoder.pt"))
+    autoencoder = Autoencoder(spec).requires_grad_(False).eval()
+    autoencoder.load_state_dict(averaged(state))
     return autoencoder
 
 
@@ -162,6 +215,7 @@ def scale_factor(latents: Tensor) -> float:
 def cached(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What make() returned, now or in an earlier run."""
     if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(make(), file)
     return torch.load(file, weights_only=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,14 +175,18 @@ def timestep_density(alpha_bar: np.ndarray) -> Tensor:
     return torch.from_numpy(density / density.sum())
 
 
-def loss(network: SceneNetwork, alpha_bar: Tensor, density: Tensor, names: Tensor, batch: Batch) -> Tensor:
-    """Error of the predicted v (Salimans and Ho 2022) at random timesteps; alpha_bar, density (T,)."""
-    t, z = torch.multinomial(density, len(batch.z), replacement=True), batch.z
+def v_error(
+    predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, alpha_bar: Tensor, density: Tensor
+) -> Tensor:
+    """Error of the predicted v (Salimans and Ho 2022) at random timesteps.
+
+    predict: z_t (B, C, h, w), t (B,) -> v; alpha_bar, density (T,).
+    """
+    t = torch.multinomial(density, len(z), replacement=True)
     ab = alpha_bar[t][:, None, None, None]
     eps = torch.randn_like(z)
     v = ab.sqrt() * eps - (1 - ab).sqrt() * z
-    out = network(ab.sqrt() * z + (1 - ab).sqrt() * eps, t, batch, names).float()
-    return (out - v).square().mean()
+    return (predict(ab.sqrt() * z + (1 - ab).sqrt() * eps, t).float() - v).square().mean()
 
 
 def start_from(network: SceneNetwork, bundle: LatentDiffusion) -> None:
@@ -212,4 +216,8 @@ def train(
     alpha_bar = torch.from_numpy(alpha_bar).to(device, torch.float32)
     empty = network.text_encoder.tokenize([""]).to(device)
     stream = batches(data, scale, empty, budget.batch, seed=trainer.progress.updates)
-    trainer.run(stream, lambda batch: loss(network, alpha_bar, density, data["names"], batch), "diffusion")
+
+    def loss(batch: Batch) -> Tensor:
+        return v_error(lambda z_t, t: network(z_t, t, batch, data["names"]), batch.z, alpha_bar, density)
+
+    trainer.run(stream, loss, "diffusion")

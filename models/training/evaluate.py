@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 from tqdm import tqdm
 
-from models.latent_diffusion import Known, LatentDiffusion, to_uint8
+from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.training.diffusion import draw_hole
 from models.training.first_stage import to_x
 from models.training.scenes import (
@@ -143,7 +142,7 @@ def to_pictures(x: Tensor) -> Pictures:
 def fidelity(bundle: LatentDiffusion, atlas: Atlas, count: int = 128, batch: int = 32) -> float:
     """PSNR in dB of D(E(x)) over held-out scenes, of their mean squared error."""
     scenes = np.stack([scene.picture for scene in held_out_scenes(atlas, count)])
-    device = next(bundle.unet.parameters()).device
+    device = bundle.device
     again = [
         to_pictures(bundle.decode(bundle.encode(x.to(device))))
         for x in to_x(torch.from_numpy(scenes)).split(batch)
@@ -183,15 +182,11 @@ class Painter:
     @torch.inference_mode()
     def around(self, pictures: Pictures, holes: np.ndarray) -> list[Tensor]:
         """What stands beside the latent for pictures with holes, bool (B, H, W)."""
-        device, f = next(self.bundle.unet.parameters()).device, self.bundle.spec.autoencoder.factor
-        given = []
+        device, given = self.bundle.device, []
         for picture, hole in zip(pictures, holes, strict=True):
-            hidden = torch.from_numpy(hole).to(device)
-            z = self.bundle.encode(
-                torch.where(hidden, 0.0, to_x(torch.from_numpy(picture)[None]).to(device))
-            )[0]
-            mask = max_pool2d(hidden.float()[None], f)
-            given.append(self.bundle.beside(*z.shape[1:], known=Known(z, mask)))
+            x = to_x(torch.from_numpy(picture)[None]).to(device)
+            known = self.bundle.known(x, torch.from_numpy(hole).to(device))
+            given.append(self.bundle.beside(*known.z.shape[1:], known=known))
         return given
 
 

@@ -1,4 +1,4 @@
-"""The shape of the model in the box: the latent diffusion model that `ldm train` makes."""
+"""The shapes of the models in the box, which `ldm train` makes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from dataclasses import replace
 
 from transformers import CLIPTokenizer
 
-from models.spec import ALL_TASKS, AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, UNetSpec
+from models.spec import (
+    ALL_TASKS,
+    AutoencoderSpec,
+    Defaults,
+    ModelSpec,
+    ScheduleSpec,
+    TextSpec,
+    UNetSpec,
+    UpscalingSpec,
+)
 from models.training.scenes import SIZE
 
 TOKENS = 24  # the longest caption of two objects takes 22
@@ -70,8 +79,47 @@ def model_spec(name: str, text: TextSpec, scale_factor: float, labels: Sequence[
         SCHEDULE,
         text,
         DEFAULTS,
-        tasks=ALL_TASKS,
+        tasks=tuple(task for task in ALL_TASKS if task != "upscaling"),
         mask_channels=True,
         layout_channels=LAYOUT,
         labels=tuple(labels),
+    )
+
+
+# The upscaler. A cell of its latent is a pixel of the picture that it enlarges, which lies beside it.
+SHARP_AUTOENCODER = AutoencoderSpec(
+    channels=(64, 96),
+    res_blocks=1,
+    latent_channels=4,
+    scale_factor=1.0,  # set once the latents are known
+    sample_size=SIZE,
+    patch_size=2,
+    middle_attention=False,  # a tile must not look different for what else is in it
+)
+UPSCALING = UpscalingSpec(noise=ScheduleSpec(0.0001, 0.02, "linear"), max_noise_level=350)
+UPSCALER = UNetSpec(
+    in_channels=SHARP_AUTOENCODER.latent_channels + SHARP_AUTOENCODER.picture_channels,
+    out_channels=SHARP_AUTOENCODER.latent_channels,
+    channels=(64, 96),
+    res_blocks=1,
+    transformer_depth=(0, 0),
+    middle_depth=0,
+    heads=(1, 1),
+    context_width=0,
+    noise_levels=UPSCALING.max_noise_level + 1,
+)
+UPSCALER_DEFAULTS = Defaults(width=256, height=256, steps=10, guidance_scale=1.0)
+
+
+def upscaler_spec(name: str, scale_factor: float) -> ModelSpec:
+    """The whole upscaler; scale_factor makes its latents' standard deviation 1."""
+    return ModelSpec(
+        name,
+        UPSCALER,
+        replace(SHARP_AUTOENCODER, scale_factor=scale_factor),
+        SCHEDULE,
+        None,
+        UPSCALER_DEFAULTS,
+        tasks=("upscaling",),
+        upscaling=UPSCALING,
     )

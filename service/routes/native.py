@@ -1,4 +1,4 @@
-"""The native API: POST /generate, POST /inpaint, GET /models."""
+"""The native API: POST /generate, /inpaint and /upscale, GET /models."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from service.schemas import (
     ModelLimits,
     ModelList,
     PictureRequest,
+    UpscaleRequest,
+    Upscaling,
     error_responses,
 )
 from service.settings import Settings
@@ -68,6 +70,18 @@ async def inpaint(
 
     Where the mask is black, an 8-bit RGB picture comes back as it was sent, bit for bit in a PNG. What is
     transparent in it becomes white, of 16 bits the upper 8 stay, and it is turned as its EXIF data say.
+    """
+    return await answer(body, request, accept)
+
+
+@router.post("/upscale", **MAKES, summary="Enlarge a picture")
+async def upscale(
+    body: UpscaleRequest, request: Request, accept: Accept = None
+) -> GenerateResponse | Response:
+    """Wait for the picture, `scale` times the size of `image`; leaving early cancels it.
+
+    Of a large picture, tiles are made that overlap and fade into each other. What is transparent in it
+    becomes white, and it is turned as its EXIF data say.
     """
     return await answer(body, request, accept)
 
@@ -124,6 +138,8 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
         name=spec.name,
         tasks=list(spec.tasks),
         inpainting=inpainting_of(spec),
+        upscaling=spec.upscaling
+        and Upscaling(scale=spec.autoencoder.factor, max_noise_level=spec.upscaling.max_noise_level),
         labels=[
             Label(name=name, colour="#{:02x}{:02x}{:02x}".format(*layouts.colour_of(number)))
             for number, name in enumerate(spec.labels, 1)

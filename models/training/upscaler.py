@@ -1,0 +1,127 @@
+"""Training of the upscaler: a first stage on sharp crops, then latents from low-resolution pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.autoencoder import Autoencoder
+from models.schedule import Schedule
+from models.spec import AutoencoderSpec, ScheduleSpec, UNetSpec, UpscalingSpec
+from models.training import first_stage
+from models.training.crops import degrade, draw_crop
+from models.training.diffusion import timestep_density, v_error
+from models.training.first_stage import to_x
+from models.training.scenes import Atlas
+from models.training.trainer import Budget, Trainer
+from models.unet import UNet, timestep_embedding
+
+CHUNK = 64  # crops encoded at once
+PART = 64  # pixels of a side that the first stage learns from at once
+VARIANTS = 3  # bad pictures of each sharp one
+UNTOUCHED = 0.4  # share of them that no noise comes on top of
+
+
+def draw_crops(count: int, seed: int) -> Tensor:
+    """Sharp pictures, uint8 (N, 128, 128, 3)."""
+    atlas, rng = Atlas(), np.random.default_rng(seed)
+    drawn = (draw_crop(atlas, rng) for _ in tqdm(range(count), desc="crops"))
+    return torch.from_numpy(np.stack(list(drawn)))
+
+
+def parts(crops: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of parts of crops, x (B, 3, 64, 64)."""
+    rng, most = np.random.default_rng(seed), crops.shape[1] - PART + 1
+    while True:
+        index = rng.integers(len(crops), size=size).tolist()
+        corners = rng.integers(0, most, (size, 2)).tolist()
+        chosen = zip(index, corners, strict=True)
+        yield to_x(torch.stack([crops[i, y : y + PART, x : x + PART] for i, (y, x) in chosen]))
+
+
+def train_first_stage(
+    spec: AutoencoderSpec, crops: Tensor, budget: Budget, state: Path, device: torch.device
+) -> None:
+    """Train E and D on parts of crops; resumes from `state`."""
+    autoencoder = Autoencoder(spec)
+    trainer = Trainer(autoencoder, budget, state, device)
+    stream = parts(crops, budget.batch, trainer.progress.updates)
+    trainer.run(stream, lambda x: first_stage.loss(autoencoder, x.to(device)), "first stage")
+
+
+class Batch(NamedTuple):
+    """What an update learns from."""
+
+    z: Tensor  # (B, C, h, w), scaled
+    low: Tensor  # (B, 3, h, w), with noise on it
+    level: Tensor  # (B,), of that noise
+
+
+@torch.no_grad()
+def encode_crops(
+    autoencoder: Autoencoder, crops: Tensor, seed: int, device: torch.device
+) -> dict[str, Tensor]:
+    """latents (N, C, h, w) unscaled bfloat16; low (N, variants, 3, h, w), uint8."""
+    rng, latents, low = np.random.default_rng(seed), [], []
+    for chunk in tqdm(crops.split(CHUNK), desc="latents", unit_scale=CHUNK, unit="crop"):
+        with torch.autocast(device.type, torch.bfloat16):
+            latents.append(autoencoder.encode(to_x(chunk).to(device)).bfloat16())
+        small = [[degrade(crop, rng) for _ in range(VARIANTS)] for crop in chunk.numpy()]
+        low.append(torch.from_numpy(np.array(small)).movedim(-1, 2))
+    return {"latents": torch.cat(latents), "low": torch.cat(low).to(device)}
+
+
+def batches(
+    data: dict[str, Tensor], scale: float, spec: UpscalingSpec, size: int, seed: int
+) -> Iterator[Batch]:
+    """Endless random batches: a bad picture of each crop, with noise of a random level on it."""
+    generator, count, device = torch.Generator().manual_seed(seed), len(data["latents"]), data["low"].device
+    alpha_bar = torch.from_numpy(Schedule(spec.noise).alpha_bar).to(device, torch.float32)
+
+    def whole(limit: int, size: int) -> Tensor:
+        return torch.randint(limit, (size,), generator=generator).to(device)
+
+    while True:
+        index, variant = whole(count, size), whole(VARIANTS, size)
+        z, low = data["latents"][index].float() * scale, data["low"][index, variant].float() / 127.5 - 1
+        untouched = torch.rand(size, generator=generator).to(device) < UNTOUCHED
+        level = torch.where(untouched, 0, whole(spec.max_noise_level + 1, size))
+        signal = alpha_bar[level][:, None, None, None]
+        low = signal.sqrt() * low + (1 - signal).sqrt() * torch.randn_like(low)
+        yield Batch(z, low, level)
+
+
+def make_network(spec: UNetSpec) -> UNet:
+    """Its noise levels begin as sinusoids, so that those next to each other are alike from the start."""
+    network = UNet(spec)
+    levels = network.label_emb.weight
+    with torch.no_grad():
+        levels.copy_(timestep_embedding(torch.arange(len(levels)), levels.shape[1]))
+    return network
+
+
+def train(
+    spec: UNetSpec, upscaling: UpscalingSpec, schedule: ScheduleSpec, data: dict[str, Tensor], scale: float,
+    budget: Budget, state: Path, device: torch.device,
+) -> None:  # fmt: skip
+    """Train the UNet to predict v of cached latents, low-resolution pictures beside them; resumes from
+    `state`."""
+    network, alpha_bar = make_network(spec), Schedule(schedule).alpha_bar
+    trainer = Trainer(network, budget, state, device)
+    density = timestep_density(alpha_bar).to(device, torch.float32)
+    alpha_bar = torch.from_numpy(alpha_bar).to(device, torch.float32)
+
+    def loss(batch: Batch) -> Tensor:
+        def predict(z_t: Tensor, t: Tensor) -> Tensor:
+            return network(torch.cat([z_t, batch.low], dim=1), t, noise_level=batch.level)
+
+        return v_error(predict, batch.z, alpha_bar, density)
+
+    stream = batches(data, scale, upscaling, budget.batch, seed=trainer.progress.updates)
+    trainer.run(stream, loss, "upscaler")

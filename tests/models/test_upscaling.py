@@ -1,0 +1,93 @@
+"""Models that enlarge pictures: the folder, against `diffusers`, and what the UNet sees."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+
+from models.checkpoint import CheckpointError, load, save
+from models.latent_diffusion import LatentDiffusion
+from models.spec import ModelSpec
+from tests.models.test_parity import LIMIT, error
+from tests.tiny import random_model, upscaler_spec
+
+
+@pytest.fixture(scope="module")
+def upscaler() -> LatentDiffusion:
+    return random_model(upscaler_spec())
+
+
+@pytest.fixture(scope="module")
+def folder(upscaler, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "upscaler"
+    save(upscaler, path, torch.float32)
+    return path
+
+
+def test_what_is_saved_is_loaded(upscaler, folder):
+    assert load(folder).spec == upscaler.spec
+    assert ModelSpec.from_dict(upscaler.spec.to_dict()) == upscaler.spec
+
+
+@torch.inference_mode()
+def test_the_networks_are_those_that_diffusers_reads_in_the_folder(folder):
+    ours = load(folder)
+    unet, vae = UNet2DModel.from_pretrained(folder / "unet"), AutoencoderKL.from_pretrained(folder / "vqvae")
+    x, t, levels = torch.randn(3, 7, 8, 8), torch.tensor([1, 500, 999]), torch.tensor([0, 4, 9])
+    assert error(ours.unet(x, t, noise_level=levels), unet(x, t, class_labels=levels).sample) <= LIMIT
+    z, pictures = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 32, 32)
+    assert error(ours.autoencoder.decode(z), vae.decode(z).sample) <= LIMIT
+    assert error(ours.autoencoder.encode(pictures), vae.encode(pictures).latent_dist.mode()) <= LIMIT
+
+
+@torch.inference_mode()
+def test_a_whole_run_is_that_of_diffusers_scheduler(upscaler, folder):
+    """From the same noise, with the same noise on the picture."""
+    low, steps = torch.rand(1, 3, 16, 16) * 2 - 1, 4
+    x, beside = upscaler.start_upscaling(low[0], seed=3, noise_level=5)
+    unet, vae = UNet2DModel.from_pretrained(folder / "unet"), AutoencoderKL.from_pretrained(folder / "vqvae")
+    grain = (beside - low[0] * (1 - 0.0001) ** 0.5).std()
+    assert 0.03 < grain < 0.08  # sqrt(1 - alpha_bar[5]) of betas from 0.0001
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(steps)
+    z = x[None]
+    for t in scheduler.timesteps:
+        v = unet(torch.cat([z, beside[None]], dim=1), t, class_labels=torch.tensor([5])).sample
+        z = scheduler.step(v, t, z).prev_sample
+    expected = vae.decode(z / vae.config.scaling_factor).sample
+    assert error(upscaler.upscale(low, [3], steps, noise_level=5), expected) <= 1e-4
+
+
+@torch.inference_mode()
+def test_tiles_start_from_one_field_of_noise(upscaler):
+    """Where one tile alone decides, the picture is what it makes by itself of its part of the field."""
+    low = torch.rand(1, 3, 16, 28) * 2 - 1
+    whole = upscaler.upscale(low, [7], steps=2, noise_level=0)
+    noise, beside = upscaler.start_upscaling(low[0], 7, 0)
+    levels = upscaler.noise_levels([0])
+    z = upscaler.denoise(
+        noise[None, :, :, 12:],
+        2,
+        lambda x, t: upscaler.denoiser(x, t, None, beside[None, :, :, 12:], noise_level=levels),
+    )
+    assert torch.allclose(whole[..., 64:], upscaler.decode(z)[..., 16:], atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_picture_and_the_noise_level_change_what_is_made(upscaler):
+    low = torch.rand(2, 3, 8, 8) * 2 - 1
+    first, other = upscaler.upscale(low, [1, 1], 2), upscaler.upscale(low[:1], [1], 2, noise_level=9)
+    assert error(first[0], first[1]) > 0.01
+    assert error(first[0], other[0]) > 0.01
+
+
+def test_a_table_of_noise_levels_that_does_not_fit_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps(index | {"max_noise_level": 20}))
+    with pytest.raises(CheckpointError, match="noise levels"):
+        load(tmp_path / "other")

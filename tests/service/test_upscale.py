@@ -1,0 +1,174 @@
+"""POST /upscale: what is asked, how it runs in tiles among others, what comes back."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.checkpoint import load, save
+from models.latent_diffusion import to_uint8
+from service import answers
+from service.errors import InvalidRequest, NotFound
+from service.intake import to_order
+from service.schemas import GenerateRequest, UpscaleRequest
+from service.settings import Settings
+from tests.conftest import Server, wait_until
+from tests.service.test_images import base64_of, noise
+from tests.service.test_server import error_of, picture, psnr
+from tests.tiny import random_model, tiny_spec, upscaler_spec
+
+SIZE = (45, 30)  # of no multiple of anything, in two tiles of each direction
+SPECS = {"tiny": tiny_spec(), "upscaler": upscaler_spec()}
+
+
+def body_of(**changes) -> dict:
+    return {"image": base64_of(noise(*SIZE)), "seed": 1} | changes
+
+
+def order(**changes):
+    return to_order(UpscaleRequest(**body_of(**changes)), SPECS, Settings())
+
+
+def test_the_canvas_is_the_next_size_that_the_unet_takes_and_the_answer_four_times_the_pictures():
+    made = order()
+    assert (made.job.width, made.job.height) == (4 * 46, 4 * 30)
+    assert (made.width, made.height) == (180, 120)
+    assert len(made.job.image) == 46 * 30 * 3
+    assert (made.job.task, made.job.scale, made.job.noise_level) == ("upscaling", 4, 2)
+    assert len(made.tiles.corners) == 4 * 3
+
+
+def test_the_model_is_the_first_that_can_do_it():
+    assert order().job.model == "upscaler"
+    assert to_order(GenerateRequest(prompt="p"), SPECS, Settings()).job.model == "tiny"
+
+
+def test_parameters_are_those_of_the_request_without_its_picture():
+    parameters = answers.parameters(order(scale=2, noise_level=0), 1)
+    assert (parameters["scale"], parameters["noise_level"], parameters["seed"]) == (2, 0, 2)
+    assert set(parameters) <= set(UpscaleRequest.model_fields)
+    json.dumps(parameters)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"model": "tiny"}, "model"),
+        ({"scale": 5}, "scale"),
+        ({"noise_level": 10}, "noise_level"),
+        ({"prompt": "a cat"}, "prompt"),
+        ({"negative_prompt": "a cat"}, "negative_prompt"),
+        ({"guidance_scale": 3.0}, "guidance_scale"),
+        ({"image": "????"}, "image"),
+        ({"sampler": "?"}, "sampler"),
+        ({"steps": 1000, "n": 16, "image": base64_of(noise(1000, 800))}, "n"),
+        ({"image": base64_of(noise(2100, 2000))}, "image"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(changes, param):
+    with pytest.raises(InvalidRequest) as refused:
+        order(**changes)
+    assert refused.value.param == param
+
+
+def test_without_a_model_for_it_the_first_says_what_it_is_for():
+    with pytest.raises(InvalidRequest, match="must be one for upscaling"):
+        to_order(UpscaleRequest(**body_of()), {"tiny": tiny_spec()}, Settings())
+    with pytest.raises(NotFound):
+        order(model="?")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "upscaler"
+    save(random_model(upscaler_spec()), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def upscaler(start_server, folder) -> Iterator[Server]:
+    with start_server(folder) as server:
+        yield server
+
+
+def enlarged(server: Server, **changes) -> np.ndarray:
+    return picture(server.client.post("/upscale", json=body_of(**changes)))
+
+
+def test_any_size_comes_back_four_times_as_large_and_as_the_models_own_arithmetic_has_it(upscaler, folder):
+    pixels = enlarged(upscaler, steps=3)
+    assert pixels.shape == (120, 180, 3)
+    canvas = np.pad(np.asarray(noise(*SIZE)), ((0, 0), (0, 1), (0, 0)), mode="edge")
+    low = torch.from_numpy(canvas).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.inference_mode():
+        x = load(folder).upscale(low, [1], 3, noise_level=2)
+    expected = to_uint8(x[0]).permute(1, 2, 0).numpy()[:120, :180]
+    assert psnr(pixels, expected) > 40
+
+
+def test_a_smaller_scale_is_the_same_picture_made_smaller(upscaler):
+    whole, half = enlarged(upscaler), enlarged(upscaler, scale=2)
+    assert half.shape == (60, 90, 3)
+    assert (np.asarray(Image.fromarray(whole).resize((90, 60), Image.Resampling.LANCZOS)) == half).all()
+
+
+def test_every_image_has_a_seed_of_its_own_and_company_changes_nothing(upscaler):
+    response = upscaler.client.post("/upscale", json=body_of(n=2)).json()
+    assert [image["seed"] for image in response["images"]] == [1, 2]
+    assert (response["images"][0]["width"], response["images"][0]["height"]) == (180, 120)
+    alone = enlarged(upscaler, seed=2, sampler="euler_ancestral")
+    others = [{"seed": seed, "steps": 2 + seed, "noise_level": seed % 3} for seed in range(3, 8)]
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(enlarged, upscaler, **changes) for changes in others]
+        again = enlarged(upscaler, seed=2, sampler="euler_ancestral")
+        assert all(each.result().shape == (120, 180, 3) for each in asked)
+    assert psnr(alone, again) > 40
+    assert psnr(alone, enlarged(upscaler, seed=3, sampler="euler_ancestral")) < 40
+
+
+def test_a_picture_by_itself_says_how_to_make_it_again(upscaler):
+    body = body_of(noise_level=1)
+    response = upscaler.client.post("/upscale", json=body, headers={"Accept": "image/png"})
+    assert response.headers["content-type"] == "image/png"
+    file = Image.open(io.BytesIO(response.content))
+    again = body_of() | json.loads(file.text["parameters"])
+    assert (
+        upscaler.client.post("/upscale", json=again, headers={"Accept": "image/png"}).content
+        == response.content
+    )
+
+
+def test_a_job_counts_the_steps_of_every_tile(upscaler):
+    request = {"task": "upscale", "request": body_of(steps=3)}
+    path = upscaler.client.post("/jobs", json=request).headers["location"]
+    wait_until(lambda: upscaler.client.get(path).json()["status"] not in ("queued", "running"))
+    status = upscaler.client.get(path).json()
+    assert (status["status"], status["task"]) == ("done", "upscale")
+    assert status["step"] == status["steps"] == 3 * 12
+    assert status["result"]["images"][0]["width"] == 180
+    refused = upscaler.client.post("/jobs", json=request | {"preview_every": 1})
+    assert error_of(refused, 422)["param"] == "preview_every"
+
+
+def test_what_the_model_does_is_listed_and_nothing_else_is_done(upscaler):
+    (model,) = upscaler.client.get("/models").json()["models"]
+    assert model["upscaling"] == {"scale": 4, "max_noise_level": 9}
+    assert (model["tasks"], model["inpainting"], model["defaults"]["noise_level"]) == (["upscaling"], None, 2)
+    assert error_of(upscaler.client.post("/generate", json={"prompt": "p"}), 422)["param"] == "model"
+
+
+def test_a_worker_that_dies_makes_the_same_picture_again(upscaler):
+    expected = enlarged(upscaler, steps=30)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(enlarged, upscaler, steps=30)
+        before = upscaler.calls()
+        wait_until(lambda: upscaler.calls() > before)
+        upscaler.kill_worker()
+        assert psnr(asked.result(), expected) > 40
