@@ -61,8 +61,13 @@ def parser() -> argparse.ArgumentParser:
     add_names(export)
     measure = add(parts, "evaluate", evaluate, "the autoencoder's fidelity, and accuracy in every task")
     add_model(measure)
-    measure.add_argument("--count", type=int, default=600, help="prompts of one object; a third of it a task")
-    measure.add_argument("--steps", type=int, default=DEFAULTS.steps)
+    measure.add_argument(
+        "--count",
+        type=int,
+        default=600,
+        help="prompts of one object, a third of it a task; or pictures of an upscaler",
+    )
+    measure.add_argument("--steps", type=int, help="default: the model's")
     measure.add_argument("--guidance-scale", type=float, default=DEFAULTS.guidance_scale)
     pictures = add(parts, "sheet", draw_sheets, "a sheet of captioned pictures for each task")
     add_model(pictures)
@@ -221,24 +226,39 @@ def cached(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from models.training.evaluate import report
+    from models.training import evaluate, evaluate_upscaler
 
-    for line in report(*trained_model(args), args.count, args.steps, args.guidance_scale):
+    bundle = loaded(args)
+    if "upscaling" in bundle.spec.tasks:
+        lines = evaluate_upscaler.report(bundle, args.count, args.steps or bundle.spec.defaults.steps)
+    else:
+        steps, scale = args.steps or DEFAULTS.steps, args.guidance_scale
+        lines = evaluate.report(bundle, names_of(args), args.count, steps, scale)
+    for line in lines:
         print(line, flush=True)
 
 
 def draw_sheets(args: argparse.Namespace) -> None:
-    from models.training.sheet import sheets
+    from models.training import evaluate_upscaler, sheet
 
     args.output.mkdir(parents=True, exist_ok=True)
-    for task, sheet in sheets(*trained_model(args)):
-        sheet.save(args.output / f"{task}.png", optimize=True)
+    bundle = loaded(args)
+    if "upscaling" in bundle.spec.tasks:
+        made = evaluate_upscaler.sheets(bundle, bundle.spec.defaults.steps)
+    else:
+        made = sheet.sheets(bundle, names_of(args))
+    for task, picture in made:
+        picture.save(args.output / f"{task}.png", optimize=True)
 
 
-def trained_model(args: argparse.Namespace) -> tuple[LatentDiffusion, list[str]]:
-    """The model of the arguments, and the names that it claims."""
-    bundle = checkpoint.load(args.model, args.device, getattr(torch, args.dtype))
-    return bundle, read_names(args.names or args.model / "names.txt")
+def loaded(args: argparse.Namespace) -> LatentDiffusion:
+    """The model of the arguments."""
+    return checkpoint.load(args.model, args.device, getattr(torch, args.dtype))
+
+
+def names_of(args: argparse.Namespace) -> list[str]:
+    """What the model claims to draw."""
+    return read_names(args.names or args.model / "names.txt")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from models.unet import UNet
 
 CHUNK = 64  # scenes encoded at once
 SHORT, DROPPED = 0.1, 0.1  # shares of captions that leave the background out, and of empty ones
-HOLED = 0.25  # share of scenes that are also encoded with a hole
+HOLED = 0.4  # share of scenes that are also encoded with a hole
 KNOWN = 0.8  # how often such a scene is learned with what is around the hole
 LAID_OUT = 0.25  # how often the regions of a scene are told, by turns as boxes and as silhouettes
-ALONE = 0.4  # how often a hole or a layout comes without words
+ALONE = 0.5  # how often a hole or a layout comes without words
 
 
 class SceneNetwork(nn.Module):

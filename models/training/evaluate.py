@@ -139,15 +139,16 @@ def to_pictures(x: Tensor) -> Pictures:
 
 
 @torch.inference_mode()
-def fidelity(bundle: LatentDiffusion, atlas: Atlas, count: int = 128, batch: int = 32) -> float:
+def reconstructed(bundle: LatentDiffusion, pictures: Pictures) -> Pictures:
+    """D(E(x)) of each."""
+    batches = to_x(torch.from_numpy(pictures)).split(BATCH)
+    return np.concatenate([to_pictures(bundle.decode(bundle.encode(x.to(bundle.device)))) for x in batches])
+
+
+def fidelity(bundle: LatentDiffusion, atlas: Atlas, count: int = 128) -> float:
     """PSNR in dB of D(E(x)) over held-out scenes, of their mean squared error."""
     scenes = np.stack([scene.picture for scene in held_out_scenes(atlas, count)])
-    device = bundle.device
-    again = [
-        to_pictures(bundle.decode(bundle.encode(x.to(device))))
-        for x in to_x(torch.from_numpy(scenes)).split(batch)
-    ]
-    return psnr(scenes, np.concatenate(again))
+    return psnr(scenes, reconstructed(bundle, scenes))
 
 
 class Painter:

@@ -90,7 +90,7 @@ def model_spec(name: str, text: TextSpec, scale_factor: float, labels: Sequence[
 SHARP_AUTOENCODER = AutoencoderSpec(
     channels=(64, 96),
     res_blocks=1,
-    latent_channels=4,
+    latent_channels=12,
     scale_factor=1.0,  # set once the latents are known
     sample_size=SIZE,
     patch_size=2,

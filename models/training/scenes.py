@@ -220,8 +220,8 @@ def spread(rng: np.random.Generator, names: Sequence[str]) -> list[Placed]:
     return [Placed(name, size, int(x), int(y)) for name, (x, y) in zip(names, places, strict=True)]
 
 
-KINDS = {"one": 0.66, "small": 0.03, "large": 0.03, "upside down": 0.02, "tilted": 0.02,
-         "counted": 0.04, "related": 0.15, "three": 0.03, "fancy": 0.02}  # fmt: skip
+KINDS = {"one": 0.61, "small": 0.03, "large": 0.03, "upside down": 0.02, "tilted": 0.02,
+         "counted": 0.04, "related": 0.2, "three": 0.03, "fancy": 0.02}  # fmt: skip
 
 
 def draw_scene(

@@ -50,6 +50,31 @@ def test_every_part_in_turn_makes_a_model_that_is_measured(tmp_path: Path, capsy
     assert "shuffled" in out
 
 
+@needs_font
+def test_every_part_in_turn_makes_an_upscaler_that_is_measured(tmp_path: Path, capsys) -> None:
+    state, model = tmp_path / "state", tmp_path / "emoji-upscale"
+    shared = ["--state", str(state), "--device", "cpu"]
+    brief = ["--minutes", "0.001", "--batch", "2", "--crops", "4"]
+    main(["upscaler-autoencoder", *shared, *brief])
+    main(["upscaler", *shared, *brief])
+    main(["export-upscaler", *shared, "-o", str(model)])
+
+    spec = load(model).spec
+    assert (spec.name, spec.tasks) == ("emoji-upscale", ("upscaling",))
+    assert spec.autoencoder.scale_factor != 1.0
+    main(["evaluate", str(model), "--count", "2", "--steps", "1"])
+    main(["sheet", str(model), "-o", str(tmp_path / "sheets")])
+    assert {file.stem for file in (tmp_path / "sheets").iterdir()} == {
+        "held-out-scenes",
+        "dead-leaves",
+        "tiles",
+    }
+    out = capsys.readouterr().out
+    assert "32 -> 128 on 2 held-out scenes, 1 steps" in out
+    assert "96x64 by tiles" in out or "128x64 by tiles" in out
+    assert "shuffled" in out
+
+
 def test_most_updates_go_to_middle_noise() -> None:
     alpha_bar = Schedule(presets.SCHEDULE).alpha_bar
     density = timestep_density(alpha_bar)
