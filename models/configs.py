@@ -50,6 +50,7 @@ LIBRARIES = {"text_encoder": "transformers", "tokenizer": "transformers"}  # of 
 SCHEDULER, NOISE = "scheduler", "low_res_scheduler"  # NOISE: of what lies on low-resolution pictures
 OWN_FILE = "ldm.json"  # what the layout has no place for
 OWN_KEYS = ("name", "defaults", "tasks", "layout_channels", "labels")
+RESIDUAL = "residual"  # of an upscaler's latents
 
 # Options that change what a network computes and that ours has at one value only: the values accepted. What a
 # configuration leaves out has the first of them.
@@ -405,6 +406,11 @@ def with_own_inputs(spec: ModelSpec, path: Path) -> ModelSpec:
         raise CheckpointError(f"{file}: labels must be a list of texts")
     if not isinstance(tasks, list) or not all(task in ALL_TASKS for task in tasks):
         raise CheckpointError(f"{file}: tasks must be a list of {', '.join(ALL_TASKS)}")
+    residual = own.get(RESIDUAL, False)
+    if type(residual) is not bool or (residual and not spec.upscaling):
+        raise CheckpointError(f"{file}: {RESIDUAL} must be true or false, and is for upscalers")
+    if residual:
+        spec = replace(spec, upscaling=replace(spec.upscaling, residual=True))
     return replace(spec, layout_channels=channels, labels=tuple(labels), tasks=tuple(tasks))
 
 
@@ -418,7 +424,7 @@ def with_own_file(spec: ModelSpec, path: Path) -> ModelSpec:
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: defaults must be an object")
     known = {f.name: type(getattr(spec.defaults, f.name)) for f in fields(Defaults)}
-    for key in [k for k in own if k not in OWN_KEYS] + [k for k in values if k not in known]:
+    for key in [k for k in own if k not in (*OWN_KEYS, RESIDUAL)] + [k for k in values if k not in known]:
         raise CheckpointError(f"{file}: {key!r} is unknown; defaults may hold {', '.join(known)}")
     for key, value in values.items():
         accepted = (int, float) if known[key] is float else known[key]
@@ -443,9 +449,10 @@ def write_configs(spec: ModelSpec, path: Path) -> None:
         parts["text_encoder"] = text_config(spec.text)
     if spec.upscaling and spec.upscaling.noise:
         parts[NOISE] = schedule_config(spec.upscaling.noise)
+    residual = {RESIDUAL: True} if spec.upscaling and spec.upscaling.residual else {}
     files = {config_file(path, part): config for part, config in parts.items()} | {
         path / "model_index.json": index_config(pipeline, spec.upscaling),
-        path / OWN_FILE: {key: asdict(spec)[key] for key in OWN_KEYS},
+        path / OWN_FILE: {key: asdict(spec)[key] for key in OWN_KEYS} | residual,
     }
     for file, config in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)

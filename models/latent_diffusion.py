@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import interpolate, max_pool2d
 
 from models.autoencoder import Autoencoder
 from models.conditioner import Conditioner, LayoutProjection, TextConditioner, make_conditioner
@@ -183,13 +183,13 @@ class LatentDiffusion:
         for picture, seed in zip(low, seeds, strict=True):
             noise, noised = self.start_upscaling(picture, seed, noise_level)
             x += [noise[:, rows, columns] for rows, columns in areas]
-            beside += [noised[:, rows, columns] for rows, columns in areas]
+            beside += [self.beside_tile(noised[:, rows, columns]) for rows, columns in areas]
         parts = []
         for begin in range(0, len(x), ROWS):
             z, given = (torch.stack(rows[begin : begin + ROWS]) for rows in (x, beside))
             level = self.noise_levels([noise_level] * len(z))
             z = self.denoise(z, steps, lambda x, t: self.denoiser(x, t, None, given, noise_level=level))  # noqa: B023
-            parts += map(pixels_last, self.decode(z))
+            parts += map(pixels_last, self.decode(self.completed(z, given)))
         f, n = self.spec.autoencoder.factor, len(areas)
         wholes = [merge(parts[begin : begin + n], tiles, f) for begin in range(0, len(parts), n)]
         return torch.from_numpy(np.stack(wholes)).movedim(-1, 1)
@@ -200,6 +200,20 @@ class LatentDiffusion:
         noise = torch.randn(self.spec.autoencoder.latent_channels, *low.shape[1:], generator=generator)
         grain = torch.randn(low.shape, generator=generator)
         return noise.to(low.device), self.with_noise(low, grain.to(low.device), noise_level)
+
+    def beside_tile(self, noised: Tensor) -> Tensor:
+        """What the UNet takes beside a tile's latent: noised (3, h, w), and its own latent where it is a
+        residual's base -> (C', h, w)."""
+        if not self.spec.upscaling.residual:
+            return noised
+        base = self.encode(resample(noised[None].contiguous(), self.spec.autoencoder.factor))[0]
+        return torch.cat([noised, base])
+
+    def completed(self, z: Tensor, beside: Tensor | None) -> Tensor:
+        """What D takes: z (B, C, h, w), with its base where it is a residual; beside (B.., C', h, w)."""
+        if self.spec.upscaling and self.spec.upscaling.residual:
+            return z + beside[: len(z), self.spec.autoencoder.picture_channels :]
+        return z
 
     def noise_levels(self, levels: Sequence[int]) -> Tensor | None:
         """(B,) for the UNet; None for one that is told none."""
@@ -217,6 +231,11 @@ class LatentDiffusion:
         self.denoiser = Denoiser(self.unet, self.schedule) if self.unet else None
         self._gray.clear()
         return self
+
+
+def resample(low: Tensor, factor: int) -> Tensor:
+    """Pictures (B, 3, h, w) in about [-1, 1] -> (B, 3, f*h, f*w) in [-1, 1], by bicubic interpolation."""
+    return interpolate(low, scale_factor=factor, mode="bicubic").clamp(-1, 1)
 
 
 def pixels_last(x: Tensor) -> np.ndarray:

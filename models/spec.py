@@ -156,6 +156,9 @@ class UpscalingSpec:
 
     noise: ScheduleSpec | None = None  # None: the picture is taken as it is
     max_noise_level: int = 0
+    # The latent is what E sees in the large picture less what it sees in the small one resampled, which is
+    # told to the UNet too (Li et al. 2022 do so with pixels).
+    residual: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,9 @@ class ModelSpec:
     def beside(self) -> int:
         """Channels that the UNet takes beside z."""
         masked = self.mask_channels * (1 + self.autoencoder.latent_channels)
-        return masked + self.layout_channels + (self.autoencoder.picture_channels if self.upscaling else 0)
+        low = self.autoencoder.picture_channels if self.upscaling else 0
+        resampled = self.autoencoder.latent_channels if self.upscaling and self.upscaling.residual else 0
+        return masked + self.layout_channels + low + resampled
 
     @property
     def reads_prompts(self) -> bool:

@@ -154,7 +154,7 @@ class TorchRunner:
             for tile in range(len(tiles.corners)):
                 rows, columns = tiles.slices(tile)
                 generator = torch.Generator().manual_seed((job.seed + index + tile * TILE_SEED) % 2**63)
-                beside = noised[None, :, rows, columns].expand(job.rows, -1, -1, -1)
+                beside = bundle.beside_tile(noised[:, rows, columns]).expand(job.rows, -1, -1, -1)
                 x = remembering(noise[:, rows, columns], state.plan)
                 state.images.append(ImageState(x, generator, beside, None))
 
@@ -228,7 +228,8 @@ class TorchRunner:
     @torch.inference_mode()
     def finish(self, key: ImageKey) -> bytes:
         state = self.jobs[key.job]
-        z = state.images[key.index].x[None]  # (1, C, h, w)
+        image = state.images[key.index]
+        z = state.bundle.completed(image.x[None], image.beside)  # (1, C, h, w)
         x = self._decode(state.bundle, z)
         if not torch.isfinite(x).all() and state.bundle.autoencoder.dtype != torch.float32:
             with out_of_memory_refused():

@@ -96,9 +96,9 @@ SHARP_AUTOENCODER = AutoencoderSpec(
     patch_size=2,
     middle_attention=False,  # a tile must not look different for what else is in it
 )
-UPSCALING = UpscalingSpec(noise=ScheduleSpec(0.0001, 0.02, "linear"), max_noise_level=350)
+UPSCALING = UpscalingSpec(ScheduleSpec(0.0001, 0.02, "linear"), max_noise_level=100, residual=True)
 UPSCALER = UNetSpec(
-    in_channels=SHARP_AUTOENCODER.latent_channels + SHARP_AUTOENCODER.picture_channels,
+    in_channels=2 * SHARP_AUTOENCODER.latent_channels + SHARP_AUTOENCODER.picture_channels,
     out_channels=SHARP_AUTOENCODER.latent_channels,
     channels=(64, 96),
     res_blocks=1,

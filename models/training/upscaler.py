@@ -12,11 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.autoencoder import Autoencoder
+from models.latent_diffusion import resample
 from models.schedule import Schedule
 from models.spec import AutoencoderSpec, ScheduleSpec, UNetSpec, UpscalingSpec
 from models.training import first_stage
 from models.training.crops import degrade, draw_crop
-from models.training.diffusion import timestep_density, v_error
+from models.training.diffusion import v_error
 from models.training.first_stage import to_x
 from models.training.scenes import Atlas
 from models.training.trainer import Budget, Trainer
@@ -25,7 +26,7 @@ from models.unet import UNet, timestep_embedding
 CHUNK = 64  # crops encoded at once
 PART = 64  # pixels of a side that the first stage learns from at once
 VARIANTS = 3  # bad pictures of each sharp one
-UNTOUCHED = 0.4  # share of them that no noise comes on top of
+UNTOUCHED = 0.6  # share of them that no noise comes on top of
 
 
 def draw_crops(count: int, seed: int) -> Tensor:
@@ -58,8 +59,8 @@ def train_first_stage(
 class Batch(NamedTuple):
     """What an update learns from."""
 
-    z: Tensor  # (B, C, h, w), scaled
-    low: Tensor  # (B, 3, h, w), with noise on it
+    z: Tensor  # (B, C, h, w), scaled: what the resampled picture lacks
+    beside: Tensor  # (B, 3 + C, h, w): the low-resolution picture with noise on it, and it resampled, scaled
     level: Tensor  # (B,), of that noise
 
 
@@ -77,8 +78,22 @@ def encode_crops(
     return {"latents": torch.cat(latents), "low": torch.cat(low).to(device)}
 
 
+@torch.no_grad()
+def encode_resampled(autoencoder: Autoencoder, low: Tensor) -> Tensor:
+    """low (B, 3, h, w) -> unscaled latent (B, C, h, w) of it at the full size, float32."""
+    with torch.autocast(low.device.type, torch.bfloat16):
+        return autoencoder.encode(resample(low, autoencoder.spec.factor)).float()
+
+
+def residual_scale(autoencoder: Autoencoder, data: dict[str, Tensor], count: int = 512) -> float:
+    """What makes the standard deviation of what resampled pictures lack 1, to four digits."""
+    low = data["low"][:count, 0].float() / 127.5 - 1
+    base = torch.cat([encode_resampled(autoencoder, part) for part in low.split(CHUNK)])
+    return float(f"{1 / (data['latents'][:count].float() - base).std().item():.4g}")
+
+
 def batches(
-    data: dict[str, Tensor], scale: float, spec: UpscalingSpec, size: int, seed: int
+    data: dict[str, Tensor], autoencoder: Autoencoder, scale: float, spec: UpscalingSpec, size: int, seed: int
 ) -> Iterator[Batch]:
     """Endless random batches: a bad picture of each crop, with noise of a random level on it."""
     generator, count, device = torch.Generator().manual_seed(seed), len(data["latents"]), data["low"].device
@@ -89,12 +104,14 @@ def batches(
 
     while True:
         index, variant = whole(count, size), whole(VARIANTS, size)
-        z, low = data["latents"][index].float() * scale, data["low"][index, variant].float() / 127.5 - 1
+        low = data["low"][index, variant].float() / 127.5 - 1
         untouched = torch.rand(size, generator=generator).to(device) < UNTOUCHED
         level = torch.where(untouched, 0, whole(spec.max_noise_level + 1, size))
         signal = alpha_bar[level][:, None, None, None]
         low = signal.sqrt() * low + (1 - signal).sqrt() * torch.randn_like(low)
-        yield Batch(z, low, level)
+        base = encode_resampled(autoencoder, low)
+        z = data["latents"][index].float() - base
+        yield Batch(scale * z, torch.cat([low, scale * base], dim=1), level)
 
 
 def make_network(spec: UNetSpec) -> UNet:
@@ -107,21 +124,21 @@ def make_network(spec: UNetSpec) -> UNet:
 
 
 def train(
-    spec: UNetSpec, upscaling: UpscalingSpec, schedule: ScheduleSpec, data: dict[str, Tensor], scale: float,
-    budget: Budget, state: Path, device: torch.device,
+    spec: UNetSpec, upscaling: UpscalingSpec, schedule: ScheduleSpec, data: dict[str, Tensor],
+    autoencoder: Autoencoder, scale: float, budget: Budget, state: Path, device: torch.device,
 ) -> None:  # fmt: skip
-    """Train the UNet to predict v of cached latents, low-resolution pictures beside them; resumes from
-    `state`."""
+    """Train the UNet to predict v of what resampled pictures lack; resumes from `state`."""
     network, alpha_bar = make_network(spec), Schedule(schedule).alpha_bar
     trainer = Trainer(network, budget, state, device)
-    density = timestep_density(alpha_bar).to(device, torch.float32)
+    # Few steps are enough to follow a picture that is there: those at much noise count as all others do.
+    density = torch.from_numpy(np.gradient(np.arccos(np.sqrt(alpha_bar)))).to(device, torch.float32)
     alpha_bar = torch.from_numpy(alpha_bar).to(device, torch.float32)
 
     def loss(batch: Batch) -> Tensor:
         def predict(z_t: Tensor, t: Tensor) -> Tensor:
-            return network(torch.cat([z_t, batch.low], dim=1), t, noise_level=batch.level)
+            return network(torch.cat([z_t, batch.beside], dim=1), t, noise_level=batch.level)
 
         return v_error(predict, batch.z, alpha_bar, density)
 
-    stream = batches(data, scale, upscaling, budget.batch, seed=trainer.progress.updates)
+    stream = batches(data, autoencoder, scale, upscaling, budget.batch, seed=trainer.progress.updates)
     trainer.run(stream, loss, "upscaler")

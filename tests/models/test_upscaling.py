@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+from torch.nn.functional import interpolate
 
 from models.checkpoint import CheckpointError, load, save
-from models.latent_diffusion import LatentDiffusion
+from models.latent_diffusion import LatentDiffusion, resample
 from models.spec import ModelSpec
 from tests.models.test_parity import LIMIT, error
 from tests.tiny import random_model, upscaler_spec
@@ -75,6 +77,28 @@ def test_tiles_start_from_one_field_of_noise(upscaler):
         lambda x, t: upscaler.denoiser(x, t, None, beside[None, :, :, 12:], noise_level=levels),
     )
     assert torch.allclose(whole[..., 64:], upscaler.decode(z)[..., 16:], atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_residual_is_added_to_what_the_resampled_picture_has(tmp_path):
+    """With a UNet that predicts no change of anything, the picture is D(E(the resampled one)) and noise."""
+    plain = upscaler_spec()
+    spec = replace(
+        plain,
+        unet=replace(plain.unet, in_channels=4 + 3 + 4),
+        upscaling=replace(plain.upscaling, residual=True),
+    )
+    bundle = random_model(spec)
+    save(bundle, tmp_path / "residual", torch.float32)
+    assert load(tmp_path / "residual").spec == spec
+    low = torch.rand(1, 3, 16, 16) * 2 - 1
+    noised = bundle.start_upscaling(low[0], 0, 0)[1]
+    beside = bundle.beside_tile(noised)
+    base = bundle.encode(resample(noised[None], 4))
+    assert torch.equal(beside, torch.cat([noised, base[0]]))
+    assert torch.equal(bundle.completed(torch.zeros_like(base), beside[None]), base)
+    assert bundle.upscale(low, [0], 2).shape == (1, 3, 64, 64)
+    assert error(resample(low, 4), interpolate(low, scale_factor=4, mode="bicubic")) < 0.05
 
 
 @torch.inference_mode()

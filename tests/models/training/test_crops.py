@@ -13,7 +13,7 @@ from models.training.evaluate import psnr
 from models.training.evaluate_upscaler import seams
 from models.training.scenes import FONT, SIZE, Atlas
 from models.training.upscaler import batches, make_network, parts
-from tests.tiny import upscaler_spec
+from tests.tiny import random_model, upscaler_spec
 
 
 def test_dead_leaves_have_shapes_and_no_two_are_alike() -> None:
@@ -70,14 +70,15 @@ def test_parts_of_crops_are_pictures_of_64_pixels() -> None:
 
 
 def test_noise_of_the_level_that_the_network_is_told_lies_on_the_pictures() -> None:
+    autoencoder = random_model(upscaler_spec()).autoencoder
     data = {"latents": torch.zeros(4, 4, 8, 8), "low": torch.full((4, 3, 3, 8, 8), 255, dtype=torch.uint8)}
-    spec = UpscalingSpec(ScheduleSpec(0.0001, 0.02, "linear"), 350)
-    stream = batches(data, 1.0, spec, 64, seed=0)
-    batch = next(stream)
-    spread = batch.low.flatten(1).std(1)
+    spec = UpscalingSpec(ScheduleSpec(0.0001, 0.02, "linear"), 350, residual=True)
+    batch = next(batches(data, autoencoder, 2.0, spec, 64, seed=0))
+    assert torch.allclose(batch.beside[:, 3:], -batch.z)  # nothing but what the resampled picture has
+    spread = batch.beside[:, :3].flatten(1).std(1)
     assert (spread[batch.level == 0] < 0.02).all()
     assert (spread[batch.level > 200] > 0.3).all()
-    assert 0.2 < (batch.level == 0).float().mean() < 0.6
+    assert 0.4 < (batch.level == 0).float().mean() < 0.8
 
 
 def test_neighbouring_noise_levels_begin_alike() -> None:
