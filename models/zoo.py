@@ -16,11 +16,13 @@ from models.spec import (
     ClassSpec,
     Condition,
     Defaults,
+    Masking,
     ModelSpec,
     ScheduleSpec,
     SegmentationSpec,
     TokenSpec,
     UNetSpec,
+    UpscalingSpec,
 )
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,6 +42,8 @@ class Row:
     scale_factor: float = 1.0
     guidance_scale: float = 1.0
     tasks: tuple[str, ...] = ()
+    masking: Masking | None = None  # it is told a mask and the picture that the mask hides parts of
+    upscaling: UpscalingSpec | None = None
 
 
 ROWS = {
@@ -51,10 +55,16 @@ ROWS = {
     "text KL": Row(
         256, 0.012, heads=8, beta_start=0.00085, scale_factor=0.18215, guidance_scale=5.0, tasks=ALL_TASKS[:3]
     ),
-    "masked picture": Row(512, 0.0205, heads=8, tasks=("inpainting",)),
-    "low-resolution picture": Row(256, 0.0155),
-    "boxes": Row(256, 0.0205),
-    "segmentation": Row(256, 0.0205, heads=8),
+    "masked picture": Row(
+        512,
+        0.0205,
+        heads=8,
+        tasks=("inpainting",),
+        masking=Masking(mask_first=False, kept=-1.0, hidden=-1.0, nearest=True),
+    ),
+    "low-resolution picture": Row(256, 0.0155, tasks=("upscaling",), upscaling=UpscalingSpec()),
+    "boxes": Row(256, 0.0205, tasks=("layout-to-image",)),
+    "segmentation": Row(256, 0.0205, heads=8, tasks=("layout-to-image",)),
     "neighbours": Row(768, 0.015, scale_factor=0.22765929, guidance_scale=5.0),
 }
 
@@ -111,6 +121,10 @@ def whole_model(
         defaults=Defaults(row.side, row.side, steps=50, guidance_scale=row.guidance_scale),
         tasks=row.tasks,
         condition=condition,
+        mask_channels=row.masking is not None,
+        masking=row.masking or Masking(),
+        upscaling=row.upscaling,
+        layout_channels=condition.channels if isinstance(condition, SegmentationSpec) else 0,
     )
 
 
@@ -118,9 +132,9 @@ def kind(shapes: Shapes, condition: Condition | None) -> str:
     """The row of a model."""
     head = "VQ" if FIRST_STAGE + "quantize.embedding.weight" in shapes else "KL"
     if isinstance(condition, TokenSpec):
-        return f"text {head}" if condition.tokens == WORDS else "boxes"
+        return "boxes" if condition.objects else f"text {head}"
     if isinstance(condition, ClassSpec):
-        return "class or none" if condition.classes == 1001 else "class"
+        return "class" if condition.null is None else "class or none"
     if isinstance(condition, SegmentationSpec):
         return "segmentation"
     if CONDITION + "encoder.conv_in.weight" in shapes:
@@ -137,9 +151,12 @@ def condition_spec(shapes: Shapes) -> Condition | None:
     if "transformer.token_emb.weight" in shapes:
         vocabulary, width = shapes["transformer.token_emb.weight"]
         layers = count(shapes, "transformer.attn_layers.layers.{}.0.weight") // 2
-        return TokenSpec(vocabulary, width, layers, shapes["transformer.pos_emb.emb.weight"][0])
+        tokens = shapes["transformer.pos_emb.emb.weight"][0]
+        objects = 0 if tokens == WORDS else (tokens - 2) // 3  # three tokens each, and two for the crop
+        return TokenSpec(vocabulary, width, layers, tokens, objects=objects)
     if "embedding.weight" in shapes:
-        return ClassSpec(*shapes["embedding.weight"])
+        classes, width = shapes["embedding.weight"]
+        return ClassSpec(classes, width, null=classes - 1 if classes == 1001 else None)
     if "channel_mapper.weight" in shapes:
         channels, classes = shapes["channel_mapper.weight"][:2]
         return SegmentationSpec(classes, channels)

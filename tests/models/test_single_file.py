@@ -27,6 +27,7 @@ VQ = AutoencoderSpec(
 )
 KL = replace(VQ, codes=0, latent_channels=4, attention_levels=(1,), scale_factor=0.18215)
 WORDS = TokenSpec(vocabulary=40, width=16, layers=2, tokens=77)
+BOXES = replace(WORDS, tokens=92, objects=30)
 
 
 def unet(latent=3, beside=0, context=0, heads=(1, 2), depth=(0, 1), **options):
@@ -42,7 +43,7 @@ ROWS = {  # UNet, autoencoder, condition, last beta
     "celebahq": (unet(), VQ, None, 0.0195),
     "lsun_churches": (unet(4, **CHURCHES), replace(KL, scale_factor=0.25), None, 0.0155),
     "cin256": (unet(context=16, depth=(1, 1)), VQ, ClassSpec(1000, 16), 0.0195),
-    "cin256-v2": (unet(context=16, heads=(1, 1)), VQ, ClassSpec(1001, 16), 0.0195),
+    "cin256-v2": (unet(context=16, heads=(1, 1)), VQ, ClassSpec(1001, 16, null=1000), 0.0195),
     "text2img256": (unet(context=16), VQ, WORDS, 0.0195),
     "txt2img-1p4B": (unet(4, context=16, depth=(1, 0), **EIGHT), KL, WORDS, 0.012),
     "inpainting_big": (
@@ -50,7 +51,7 @@ ROWS = {  # UNet, autoencoder, condition, last beta
         sample_size=512), None, 0.0205,
     ),
     "bsr_sr": (unet(beside=3, depth=(0, 0)), VQ, None, 0.0155),
-    "layout2img": (unet(context=16, depth=(0, 3), middle=3), VQ, replace(WORDS, tokens=92), 0.0205),
+    "layout2img": (unet(context=16, depth=(0, 3), middle=3), VQ, BOXES, 0.0205),
     "semantic_synthesis": (unet(beside=3, depth=(0, 0), **EIGHT), VQ, SegmentationSpec(18, 3), 0.0205),
     "rdm768": (
         unet(16, context=16), replace(KL, latent_channels=16, scale_factor=0.22765929, sample_size=768),
