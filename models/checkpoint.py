@@ -42,6 +42,7 @@ TEXT_FILES = ("model.safetensors", "model.fp16.safetensors")
 PICKLES = {NETWORK_FILES: "diffusion_pytorch_model.bin", TEXT_FILES: "pytorch_model.bin"}
 SHOWN = 4  # keys named in an error, of however many
 MIXED = ("float16", "bfloat16")  # of one size: a network that has both has a damaged header
+ALIGNMENT = 64  # bytes; torch's own of memory and of .ckpt files, which safetensors files do not have
 
 
 class Weights(NamedTuple):
@@ -95,7 +96,7 @@ def load(
     """The model in a diffusers folder or in a single file, ready to run.
 
     Files are mapped: what no network takes is never read, and what one takes goes to its device tensor by
-    tensor. On the CPU, weights whose type is the file's stay in the file: replace it, do not write into it.
+    tensor. On the CPU, weights of the file's own type may stay in the file: replace it, do not write into it.
 
     allow_pickle: read .bin files where there is no safetensors file, and .ckpt files; they never run code
     even then. Never touches the network. Raises CheckpointError with what is missing, unexpected, misshaped,
@@ -103,9 +104,7 @@ def load(
     """
     path = Path(path)
     opened = open_model(path, device, allow_pickle)
-    if opened.rest:
-        raise CheckpointError(f"{path}: {listed('unexpected', list(opened.rest))}")
-    check_copies(opened)
+    check(opened, path)
     for part in opened.parts:
         assign(part, dtype)
     give_tokenizer(opened, path, device)
@@ -184,6 +183,17 @@ def copies_in(stored: Mapping[str, Stored]) -> dict[str, str]:
         for key in stored
         if key.startswith(zoo.CONDITION) and not keymaps.is_ignored(key)
     }
+
+
+def check(opened: Opened, path: Path) -> None:
+    """Raise CheckpointError unless every network has what it takes and nothing is left."""
+    for part in opened.parts:
+        for what, keys in faults(part).items():
+            if keys:
+                raise CheckpointError(f"{type(part.network).__name__}: {listed(what, keys)}")
+    if opened.rest:
+        raise CheckpointError(f"{path}: {listed('unexpected', list(opened.rest))}")
+    check_copies(opened)
 
 
 def check_copies(opened: Opened) -> None:
@@ -287,15 +297,18 @@ def save(bundle: LatentDiffusion, path: str | Path, dtype: torch.dtype = torch.f
         write_tensors(tensors, file, dtype)
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> None:
-    """Attention matrices of the autoencoder lose their two trailing axes of 1: the layout has them linear."""
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> None:
+    """dtype: None for each tensor's own.
+
+    Attention matrices of the autoencoder lose their two trailing axes of 1: the layout has them linear.
+    """
     out = {}
     for name, tensor in tensors.items():
         tensor = tensor.flatten(1) if is_linear(name) and tensor.dim() == 4 else tensor
         # Not even a view may share memory with another tensor in the file.
-        out[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        out[name] = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         if not torch.isfinite(out[name]).all():
-            raise CheckpointError(f"{name} has values that {dtype} cannot hold")
+            raise CheckpointError(f"{name} has values that {out[name].dtype} cannot hold")
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(out, file, metadata={"format": "pt"})
 
@@ -322,15 +335,17 @@ def text_names(text: TextEncoder) -> dict[str, str]:
 
 
 def assign(part: Part, dtype: torch.dtype) -> None:
-    """Give a network on the meta device its weights. Strict: raises CheckpointError."""
-    for what, keys in faults(part).items():
-        if keys:
-            raise CheckpointError(f"{type(part.network).__name__}: {listed(what, keys)}")
+    """Give a network on the meta device its weights, after check()."""
     state = {}
     for key, value in part.network.state_dict().items():
         tensor = part.weights.read(part.names[key])  # already on its device: the type changes there
-        state[key] = tensor.to(dtype).reshape(value.shape)
+        state[key] = aligned(tensor.to(dtype)).reshape(value.shape)
     part.network.load_state_dict(state, strict=True, assign=True)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """On the CPU, at an address that kernels like: else the last bits would depend on the file."""
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def faults(part: Part) -> dict[str, list[str]]:

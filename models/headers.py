@@ -52,9 +52,14 @@ class Stored:
     extent: int  # bytes from the first to the last, gaps included
 
     @property
+    def count(self) -> int:
+        """Numbers."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Without gaps."""
-        return math.prod(self.shape) * SIZES[self.dtype]
+        return self.count * SIZES[self.dtype]
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:

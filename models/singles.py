@@ -7,6 +7,7 @@ the table of the paper's models.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -79,6 +80,15 @@ def describe(file: Path, allow_pickle: bool) -> ModelSpec:
         raise CheckpointError(f"{file}: pictures of {spec.defaults.width} pixels are no multiple of "
                               f"{spec.size_multiple}")  # fmt: skip
     return spec
+
+
+def kind_of(file: Path, stored: Mapping[str, Stored], spec: ModelSpec) -> str | None:
+    """The row of the table that a single file's model is of; None for a first stage alone."""
+    if spec.unet is None:
+        return None
+    if own_folder(file) and (said := own_said(file.parent / OWN_FILE)).kind:
+        return said.kind
+    return zoo.kind({key: entry.shape for key, entry in stored.items()}, spec.condition)
 
 
 def near(a: float, b: float) -> bool:

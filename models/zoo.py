@@ -176,10 +176,10 @@ def heads_of(said: Said, row: Row) -> tuple[int | tuple[int, ...] | None, int]:
 
 def heads_at(width: int, heads: int, head_width: int | None) -> int:
     """Of a level. Raises ValueError where they do not divide it."""
-    count = heads if head_width is None else width // head_width
-    if count < 1 or width % count:
-        raise ValueError(f"{count} heads do not divide {width} channels")
-    return count
+    part = heads if head_width is None else head_width
+    if width % part:
+        raise ValueError(f"heads do not divide {width} channels: {part}{' wide' if head_width else ''}")
+    return heads if head_width is None else width // head_width
 
 
 def unet_spec(shapes: Shapes, heads: int | tuple[int, ...] | None, head_width: int = 32) -> UNetSpec:
