@@ -1,11 +1,13 @@
 """Single files of the paper's layout: what they are, which weights count, and what is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from models import checkpoint
 from models.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load, save
 from models.conditioner import make_conditioner
@@ -149,3 +151,75 @@ def test_a_vocabulary_beside_the_file_is_taken(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*words, *map(str, range(99))]) + "\n")
     with pytest.raises(CheckpointError, match="106 tokens"):
         load(file)
+
+
+def reads(monkeypatch):
+    """Which tensors of files are read from now on."""
+    seen, plain = [], checkpoint.open_weights
+
+    def opened(file, device, allow_pickle):
+        weights = plain(file, device, allow_pickle)
+        return weights._replace(read=lambda name: seen.append(name) or weights.read(name))
+
+    monkeypatch.setattr(checkpoint, "open_weights", opened)
+    return seen
+
+
+@pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+def test_only_what_a_network_takes_is_read(tmp_path, monkeypatch, form):
+    tensors, seen = published("text2img256"), reads(monkeypatch)
+    file = tmp_path / f"m.{form}"
+    torch.save(tensors, file) if form == "ckpt" else save_file(tensors, file)
+    model = load(file, allow_pickle=True)
+    networks = model.unet, model.autoencoder, model.conditioner
+    assert len(seen) == len(set(seen)) == sum(len(network.state_dict()) for network in networks)
+    assert not [name for name in seen if name.startswith("model.diffusion_model.") or "to_logits" in name]
+
+
+@pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+def test_weights_of_the_files_own_type_stay_in_the_file(tmp_path, form):
+    """Their memory is the file's, where they lie at an address that kernels like."""
+    tensors = {key: value.contiguous() for key, value in published("celebahq").items()}
+    file = tmp_path / f"m.{form}"
+    torch.save(tensors, file) if form == "ckpt" else save_file(tensors, file)
+    model = load(file, allow_pickle=True)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    maps = [line.split()[0].split("-") for line in lines if str(file) in line]
+    mapped = [range(int(first, 16), int(last, 16)) for first, last in maps]
+    places = [weight.data_ptr() for weight in model.unet.parameters()]
+    inside = [place for place in places if any(place in part for part in mapped)]
+    assert all(place % checkpoint.ALIGNMENT == 0 for place in places)
+    if form == "ckpt":  # whose tensors all begin at such addresses
+        assert len(inside) == len(places)
+    converted = load(file, dtype=torch.bfloat16, allow_pickle=True)
+    assert converted.unet.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda value: value.to(torch.int8), "first_stage_model.quant_conv.bias int8"),
+        (lambda value: value.int(), "first_stage_model.quant_conv.bias int32"),
+        (lambda value: value.to(torch.complex64), "first_stage_model.quant_conv.bias complex64"),
+    ],
+)
+def test_weights_that_are_no_floats_are_named(tmp_path, change, what):
+    key = "first_stage_model.quant_conv.bias"
+    file = write(tmp_path, "celebahq", lambda tensors: tensors.update({key: change(tensors[key])}))
+    with pytest.raises(CheckpointError, match=f"Autoencoder: 1 mistyped keys: {what}"):
+        load(file)
+
+
+def test_a_float_taken_for_another_of_its_size_is_noticed(tmp_path):
+    """float16 and bfloat16 in one network: the header is damaged. Larger and smaller floats may mix."""
+
+    def edit(tensors):
+        for key in tensors:
+            if key.startswith("first_stage_model.") and "norm" not in key:
+                tensors[key] = tensors[key].half()
+        tensors["first_stage_model.quant_conv.bias"] = tensors["first_stage_model.quant_conv.bias"].bfloat16()
+
+    with pytest.raises(CheckpointError, match=r"1 mistyped keys: first_stage_model.quant_conv.bias bfloat16"):
+        load(write(tmp_path, "celebahq", edit))
+    key = "first_stage_model.quant_conv.bias"
+    load(write(tmp_path, "celebahq", lambda tensors: edit(tensors) or tensors.update({key: torch.zeros(3)})))
