@@ -11,6 +11,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from models import singles
+from models.errors import CheckpointError
 from models.spec import (
     ALL_TASKS,
     AutoencoderSpec,
@@ -22,13 +24,7 @@ from models.spec import (
     UNetSpec,
     UpscalingSpec,
 )
-
-Config = dict[str, Any]
-
-
-class CheckpointError(Exception):
-    """A model that cannot be loaded or saved; the message is one sentence for a person."""
-
+from models.texts import OWN_FILE, Config, read_json
 
 PLAIN, INPAINTING, SUPER_RESOLUTION = (
     "StableDiffusionPipeline",
@@ -48,7 +44,6 @@ PIPELINES = {  # -> the folder of each part, and its class
 }
 LIBRARIES = {"text_encoder": "transformers", "tokenizer": "transformers"}  # of the others: diffusers
 SCHEDULER, NOISE = "scheduler", "low_res_scheduler"  # NOISE: of what lies on low-resolution pictures
-OWN_FILE = "ldm.json"  # what the layout has no place for
 OWN_KEYS = ("name", "defaults", "tasks", "layout_channels", "labels")
 
 # Options that change what a network computes and that ours has at one value only: the values accepted. What a
@@ -122,22 +117,17 @@ SCHEDULER_FIXED = {
 ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 
-def read_json(path: Path) -> Config:
-    """A JSON object from a file. Raises CheckpointError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return value
+def read_spec(path: str | Path, allow_pickle: bool = False) -> ModelSpec:
+    """What the model in a diffusers folder or in a single file is, without its weights.
 
-
-def read_spec(path: str | Path) -> ModelSpec:
-    """What the model in a diffusers folder is. Raises CheckpointError, naming the file and the option."""
+    allow_pickle: look at .ckpt files too; they never run code even then. Raises CheckpointError, naming the
+    file and the option.
+    """
     path = Path(path)
+    if file := singles.weights_of(path):
+        spec = singles.describe(file, allow_pickle)
+        own = singles.own_folder(file)
+        return with_own_file(with_own_inputs(spec, own), own) if own else spec
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
     index = check_components(path)
@@ -418,7 +408,8 @@ def with_own_file(spec: ModelSpec, path: Path) -> ModelSpec:
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: defaults must be an object")
     known = {f.name: type(getattr(spec.defaults, f.name)) for f in fields(Defaults)}
-    for key in [k for k in own if k not in OWN_KEYS] + [k for k in values if k not in known]:
+    accepted = (*OWN_KEYS, singles.OWN_KEY)
+    for key in [k for k in own if k not in accepted] + [k for k in values if k not in known]:
         raise CheckpointError(f"{file}: {key!r} is unknown; defaults may hold {', '.join(known)}")
     for key, value in values.items():
         accepted = (int, float) if known[key] is float else known[key]

@@ -7,9 +7,9 @@ no tensor shows (heads, betas, the factor of latents, the picture's size) stands
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from models.configs import CheckpointError
+from models.errors import CheckpointError
 from models.spec import (
     ALL_TASKS,
     AutoencoderSpec,
@@ -69,6 +69,18 @@ ROWS = {
 }
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a file beside the weights says; None: nothing. Tensors come before it, the table after it."""
+
+    kind: str | None = None  # a key of ROWS
+    side: int | None = None  # of pictures, in pixels
+    heads: int | tuple[int, ...] | None = None  # at every level, or at each
+    head_width: int | None = None  # in the place of heads
+    scale_factor: float | None = None
+    schedule: ScheduleSpec | None = None
+
+
 def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
     """Those under a prefix, without it."""
     return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
@@ -83,42 +95,51 @@ def count(shapes: Shapes, pattern: str) -> int:
 
 
 def recognise(
-    shapes: Shapes, name: str, betas: tuple[float, float] | None = None, scale_factor: float | None = None
+    shapes: Shapes,
+    name: str,
+    betas: tuple[float, float] | None = None,
+    scale_factor: float | None = None,
+    said: Said | None = None,
 ) -> ModelSpec:
     """What the model in a single file is; a first stage alone has no UNet.
 
     betas, scale_factor: the first and last beta, and the factor, where the file holds them. Raises
     CheckpointError for a file that is neither.
     """
+    said = said or Said()
     try:
         if "encoder.conv_in.weight" in shapes:
-            return first_stage_alone(shapes, name)
+            return first_stage_alone(shapes, name, said)
         if UNET + "out.2.weight" in shapes:
-            return whole_model(shapes, name, betas, scale_factor)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+            return whole_model(shapes, name, betas, scale_factor, said)
+    except (KeyError, IndexError, ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{name}: tensors of no known structure: {error}") from error
     raise CheckpointError(f"{name} holds neither a latent diffusion model nor a first stage")
 
 
-def first_stage_alone(shapes: Shapes, name: str) -> ModelSpec:
-    spec = autoencoder_spec(shapes, 256, 1.0)
-    return ModelSpec(name, None, spec, ScheduleSpec(), None, Defaults(width=256, height=256), tasks=())
+def first_stage_alone(shapes: Shapes, name: str, said: Said) -> ModelSpec:
+    side = said.side or 256
+    spec = autoencoder_spec(shapes, side, 1.0 if said.scale_factor is None else said.scale_factor)
+    return ModelSpec(name, None, spec, ScheduleSpec(), None, Defaults(width=side, height=side), tasks=())
 
 
 def whole_model(
-    shapes: Shapes, name: str, betas: tuple[float, float] | None, scale_factor: float | None
+    shapes: Shapes, name: str, betas: tuple[float, float] | None, scale_factor: float | None, said: Said
 ) -> ModelSpec:
     condition, unet = condition_spec(below(shapes, CONDITION)), below(shapes, UNET)
-    row = ROWS[kind(shapes, condition)]
-    scale = row.scale_factor if scale_factor is None else scale_factor
-    start, end = betas or (row.beta_start, row.beta_end)
+    row = ROWS[said.kind or kind(shapes, condition)]
+    side = said.side or row.side
+    scale = next(s for s in (scale_factor, said.scale_factor, row.scale_factor) if s is not None)
+    schedule = said.schedule or ScheduleSpec(beta_start=row.beta_start, beta_end=row.beta_end)
+    if betas:
+        schedule = replace(schedule, beta_start=betas[0], beta_end=betas[1])
     return ModelSpec(
         name=name,
-        unet=unet_spec(unet, row.heads),
-        autoencoder=autoencoder_spec(below(shapes, FIRST_STAGE), row.side, scale),
-        schedule=ScheduleSpec(beta_start=start, beta_end=end),
+        unet=unet_spec(unet, *heads_of(said, row)),
+        autoencoder=autoencoder_spec(below(shapes, FIRST_STAGE), side, scale),
+        schedule=schedule,
         text=None,
-        defaults=Defaults(row.side, row.side, steps=50, guidance_scale=row.guidance_scale),
+        defaults=Defaults(side, side, steps=50, guidance_scale=row.guidance_scale),
         tasks=row.tasks,
         condition=condition,
         mask_channels=row.masking is not None,
@@ -163,12 +184,28 @@ def condition_spec(shapes: Shapes) -> Condition | None:
     return None
 
 
-def unet_spec(shapes: Shapes, heads: int | None) -> UNetSpec:
-    """heads: at every level; None: as many as are 32 wide."""
+def heads_of(said: Said, row: Row) -> tuple[int | tuple[int, ...] | None, int]:
+    """Heads at every level or at each, or None and the width of one."""
+    if said.heads or said.head_width:
+        return said.heads, said.head_width or 32
+    return row.heads, 32
+
+
+def heads_at(width: int, heads: int, head_width: int | None) -> int:
+    """Of a level. Raises ValueError where they do not divide it."""
+    part = heads if head_width is None else head_width
+    if width % part:
+        raise ValueError(f"heads do not divide {width} channels: {part}{' wide' if head_width else ''}")
+    return heads if head_width is None else width // head_width
+
+
+def unet_spec(shapes: Shapes, heads: int | tuple[int, ...] | None, head_width: int = 32) -> UNetSpec:
+    """heads: at every level, or at each; None: as many as are head_width wide."""
     blocks = count(shapes, "output_blocks.{}.0.in_layers.2.weight")
     per_level = res_blocks_up(shapes, blocks)
     first = [1 + index * per_level for index in range(blocks // per_level)]  # of each level going down
     channels = tuple(shapes[f"input_blocks.{index}.0.in_layers.2.weight"][0] for index in first)
+    each = heads if isinstance(heads, tuple) else (heads or 1,) * len(channels)
     context = shapes.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
     embedded = shapes["middle_block.0.emb_layers.1.weight"][0]
     return UNetSpec(
@@ -178,7 +215,10 @@ def unet_spec(shapes: Shapes, heads: int | None) -> UNetSpec:
         res_blocks=per_level - 1,
         transformer_depth=tuple(depth(shapes, f"input_blocks.{index}.1") for index in first),
         middle_depth=depth(shapes, "middle_block.1"),
-        heads=tuple(heads or width // 32 for width in channels),
+        heads=tuple(
+            heads_at(width, count, None if heads else head_width)
+            for width, count in zip(channels, each, strict=True)
+        ),
         context_width=context,
         linear_projection=len(shapes.get("middle_block.1.proj_in.weight", ())) == 2,
         residual_resampling=len(channels) > 1 and f"input_blocks.{per_level}.0.op.weight" not in shapes,

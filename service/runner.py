@@ -291,9 +291,10 @@ def build(settings: Settings, paths: Mapping[str, Path]) -> TorchRunner:
     fix_arithmetic(settings.threads, settings.invariant)
     registry = Registry(
         paths,
-        lambda path: load(path, device, dtype),
+        lambda path: load(path, device, dtype, settings.allow_pickle),
         lambda spec: weights_in(spec) * dtype.itemsize,
         settings.model_memory,
+        settings.allow_pickle,
     )
     registry.load_all()
     return TorchRunner(registry, settings.buckets, settings.invariant, settings.step_memory, device)
