@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertTokenizer, CLIPTokenizer
 
-from models import keymaps, singles, zoo
+from models import keymaps, singles, words, zoo
 from models.autoencoder import Autoencoder
 from models.conditioner import (
     Conditioner,
@@ -40,6 +40,7 @@ __all__ = ["CheckpointError", "load", "read_spec", "save"]
 NETWORK_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 TEXT_FILES = ("model.safetensors", "model.fp16.safetensors")
 PICKLES = {NETWORK_FILES: "diffusion_pytorch_model.bin", TEXT_FILES: "pytorch_model.bin"}
+PROJECTION = "text_projection.weight"
 SHOWN = 4  # keys named in an error, of however many
 MIXED = ("float16", "bfloat16")  # of one size: a network that has both has a damaged header
 ALIGNMENT = 64  # bytes; torch's own of memory and of .ckpt files, which safetensors files do not have
@@ -92,6 +93,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
+    vocabulary: Path | None = None,
 ) -> LatentDiffusion:
     """The model in a diffusers folder or in a single file, ready to run.
 
@@ -99,15 +101,16 @@ def load(
     tensor. On the CPU, weights of the file's own type may stay in the file: replace it, do not write into it.
 
     allow_pickle: read .bin files where there is no safetensors file, and .ckpt files; they never run code
-    even then. Never touches the network. Raises CheckpointError with what is missing, unexpected, misshaped,
-    mistyped or unreadable.
+    even then. vocabulary: BERT's vocab.txt or its folder, for a model that reads these words; if None, it is
+    looked for beside the model and in the local Hugging Face cache. Never touches the network. Raises
+    CheckpointError with what is missing, unexpected, misshaped, mistyped or unreadable.
     """
     path = Path(path)
     opened = open_model(path, device, allow_pickle)
     check(opened, path)
     for part in opened.parts:
         assign(part, dtype)
-    give_tokenizer(opened, path, device)
+    give_tokenizer(opened, path, device, vocabulary)
     for network in filter(None, opened.networks):
         network.requires_grad_(False).eval()
     return LatentDiffusion(opened.spec, *opened.networks).to(device)
@@ -122,7 +125,8 @@ def open_model(path: Path, device: torch.device | str = "cpu", allow_pickle: boo
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path}: networks of no known structure: {error}") from error
     if file := singles.weights_of(path):
-        return open_single(spec, networks, open_weights(file, device, allow_pickle))
+        opened = open_single(spec, networks, open_weights(file, device, allow_pickle))
+        return with_text_parts(opened, file.parent, device, allow_pickle) if spec.text else opened
     return open_folder(spec, networks, path, device, allow_pickle)
 
 
@@ -169,13 +173,32 @@ def open_single(spec: ModelSpec, networks: Networks, weights: Weights) -> Opened
             names = {key: keymaps.averaged(name) for key, name in names.items()}
         found.append((networks.unet, names, averages | {key for key in left if key.startswith(zoo.UNET)}))
     stage = zoo.FIRST_STAGE if networks.unet else ""
-    for network, prefix in ((networks.conditioner, zoo.CONDITION), (networks.autoencoder, stage)):
+    own = networks.conditioner if spec.condition else None
+    for network, prefix in ((own, zoo.CONDITION), (networks.autoencoder, stage)):
         if network:
             names = {key: prefix + key for key in network.state_dict()}
             found.append((network, names, {key for key in left if key.startswith(prefix)}))
     parts = tuple(Part(n, names, weights.renamed({key: key for key in own})) for n, names, own in found)
     rest = left.difference(*(part.weights.stored for part in parts))
     return Opened(spec, networks, parts, tuple(sorted(rest)), bool(averages), copies, weights)
+
+
+def with_text_parts(opened: Opened, folder: Path, device: torch.device | str, allow_pickle: bool) -> Opened:
+    """A model in a single file with CLIP's text encoder and projection from the folder that it lies in."""
+    text, folder = opened.networks.conditioner.encoder, folder / "text_encoder"
+    weights = bare(open_network(folder, TEXT_FILES, device, allow_pickle))
+    # A whole CLIP has more than text.
+    ours = [key for key in weights.stored if not key.startswith(keymaps.CLIP_PICTURES)]
+    if PROJECTION not in ours:
+        raise CheckpointError(
+            f"{folder} has no {PROJECTION}; expected CLIP's text encoder with its projection"
+        )
+    rest = weights.renamed({key: key for key in ours if key != PROJECTION})
+    parts = (
+        Part(text.transformer, text_names(text), rest),
+        Part(text.text_projection, {"weight": PROJECTION}, weights.renamed({PROJECTION: PROJECTION})),
+    )
+    return replace(opened, parts=opened.parts + parts)
 
 
 def copies_in(stored: Mapping[str, Stored]) -> dict[str, str]:
@@ -246,14 +269,15 @@ def tensor_in(data: mmap.mmap, stored: Stored) -> Tensor:
     return flat.as_strided(stored.shape, stored.stride).contiguous()
 
 
-def give_tokenizer(opened: Opened, path: Path, device: torch.device | str) -> None:
+def give_tokenizer(opened: Opened, path: Path, device: torch.device | str, vocabulary: Path | None) -> None:
     """A text conditioner's tokenizer, and what else its files do not hold."""
     spec, conditioner = opened.spec, opened.networks.conditioner
     if spec.text:
-        conditioner.encoder.tokenizer = read_tokenizer(path / "tokenizer", spec.text)
+        folder = path if path.is_dir() else path.parent
+        conditioner.encoder.tokenizer = read_tokenizer(folder / "tokenizer", spec.text)
         restore_positions(conditioner.encoder, device)
-    elif isinstance(conditioner, TokenConditioner) and words_beside(path).is_file():
-        conditioner.tokenizer = read_words(words_beside(path), spec.condition)
+    elif isinstance(conditioner, TokenConditioner) and (file := words.find(path, vocabulary)):
+        conditioner.tokenizer = read_words(file, spec.condition)
 
 
 def words_beside(path: Path) -> Path:

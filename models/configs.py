@@ -125,7 +125,7 @@ def read_spec(path: str | Path, allow_pickle: bool = False) -> ModelSpec:
     """
     path = Path(path)
     if file := singles.weights_of(path):
-        spec = singles.describe(file, allow_pickle)
+        spec = with_text(singles.describe(file, allow_pickle), file.parent)
         own = singles.own_folder(file)
         return with_own_file(with_own_inputs(spec, own), own) if own else spec
     if not path.is_dir():
@@ -331,6 +331,28 @@ def text_spec(config: Config) -> TextSpec:
     if given["width"] % given["heads"]:
         raise ValueError(f"num_attention_heads {given['heads']} does not divide hidden_size {given['width']}")
     return TextSpec(**given, activation=config.get("hidden_act", "quick_gelu"))
+
+
+def pooled_text_spec(config: Config) -> TextSpec:
+    """Of a text encoder that gives one vector a text: its own configuration, or that of a whole CLIP."""
+    spec = text_spec(config | config.get("text_config", {}))
+    projection = only(config["projection_dim"], "projection_dim")
+    # Older files say 2, and `transformers` takes the largest id then, which is the end token's.
+    eos_id = spec.vocabulary - 1 if spec.eos_id == 2 else spec.eos_id
+    return replace(spec, projection=projection, eos_id=eos_id)
+
+
+def with_text(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """The spec of a single file with the text encoder beside it, where it needs one and one is there."""
+    if not spec.lacks_context or not (folder / "text_encoder").is_dir():
+        return spec
+    _, text = read_part(folder, "text_encoder", pooled_text_spec)
+    if text.projection != spec.unet.context_width:
+        raise CheckpointError(
+            f"{config_file(folder, 'text_encoder')}: projection_dim is {text.projection}, "
+            f"but the UNet expects contexts {spec.unet.context_width} wide"
+        )
+    return replace(spec, text=text, tasks=ALL_TASKS[:3])
 
 
 def schedule_spec(config: Config) -> ScheduleSpec:

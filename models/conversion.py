@@ -34,7 +34,7 @@ def convert(source: Path, target: Path, dtype: str | None = None, allow_pickle: 
     opened = open_model(source, "cpu", allow_pickle)
     check(opened, source)
     with whole(target) as folder:
-        if opened.spec.text:
+        if opened.weights is None:
             kind = getattr(torch, dtype or most_common(opened))
             save(load(source, "cpu", kind, allow_pickle), folder, kind)
         else:
@@ -56,6 +56,9 @@ def write_single(opened: Opened, source: Path, folder: Path, dtype: str | None) 
     (folder / OWN_FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
     if isinstance(spec.condition, TokenSpec) and words_beside(source).is_file():
         shutil.copyfile(words_beside(source), folder / "vocab.txt")
+    if spec.text:
+        for part in ("text_encoder", "tokenizer"):
+            shutil.copytree(singles.weights_of(source).parent / part, folder / part)
 
 
 def published(opened: Opened) -> dict[str, Tensor]:
@@ -65,6 +68,7 @@ def published(opened: Opened) -> dict[str, Tensor]:
     return {
         prefixes[part.network] + key: part.weights.read(name)
         for part in opened.parts
+        if part.network in prefixes  # not what a text encoder beside the file has
         for key, name in part.names.items()
     }
 

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from models import singles
-from models.checkpoint import Opened, Part, faults, listed, open_model, words_beside
+from models import singles, words
+from models.checkpoint import Opened, Part, faults, listed, open_model
 from models.spec import ClassSpec, ModelSpec, SegmentationSpec, TokenSpec
-from models.zoo import WORDS
 
 FAMILIES = {  # rows of models.zoo -> what they are, and the published models
     "unconditional VQ": "unconditional (celebahq, ffhq, lsun_beds)",
@@ -103,7 +102,7 @@ def conditioner(spec: ModelSpec) -> str:
     if spec.text:
         return f"CLIP's text transformer, {spec.text.layers}x{spec.text.width}, {spec.text.tokens} tokens"
     if isinstance(condition, TokenSpec):
-        what = "BERT's words" if condition.tokens == WORDS else "boxes"
+        what = "BERT's words" if not condition.objects else "boxes"
         return f"transformer over {what}, {condition.layers}x{condition.width}, {condition.tokens} tokens"
     if isinstance(condition, ClassSpec):
         return f"{condition.classes} classes, {condition.width} wide"
@@ -123,11 +122,12 @@ def network(part: Part) -> Network:
 
 def notes(opened: Opened, path: Path) -> Iterator[str]:
     """What is worth knowing and no fault."""
-    condition = opened.spec.condition
     if opened.copies:
         yield f"the first stage is there twice: {len(opened.copies)} tensors more than needed"
-    if isinstance(condition, TokenSpec) and condition.tokens == WORDS and not words_beside(path).is_file():
-        yield "prompts need vocab.txt of bert-base-uncased beside the checkpoint"
+    if opened.spec.reads_words and words.find(path) is None:
+        yield words.WANTED
+    if opened.spec.lacks_context:
+        yield words.TEXT_WANTED
 
 
 def problems(opened: Opened, path: Path) -> Iterator[str]:
@@ -138,7 +138,7 @@ def problems(opened: Opened, path: Path) -> Iterator[str]:
                 yield f"{type(part.network).__name__}: {listed(what, keys)}"
     if opened.rest:
         yield listed("unexpected", list(opened.rest))
-    tokenizer = path / "tokenizer"
+    tokenizer = (path if path.is_dir() else path.parent) / "tokenizer"
     if opened.spec.text and not any((tokenizer / n).is_file() for n in ("vocab.json", "tokenizer.json")):
         yield "tokenizer/vocab.json is missing"
 

@@ -226,9 +226,19 @@ class ModelSpec:
         return (1, self.condition.width) if isinstance(self.condition, ClassSpec) else None
 
     @property
+    def lacks_context(self) -> bool:
+        """Whether its UNet expects a context and nothing makes one: its text encoder lies elsewhere."""
+        return bool(self.unet and self.unet.context_width and not (self.text or self.condition))
+
+    @property
     def reads_prompts(self) -> bool:
         """Whether words tell it anything."""
-        return self.text is not None or (isinstance(self.condition, TokenSpec) and not self.condition.objects)
+        return self.text is not None or self.reads_words
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether prompts are told in BERT's words, which its file does not hold."""
+        return isinstance(self.condition, TokenSpec) and not self.condition.objects
 
     @property
     def guided(self) -> bool:

@@ -1,4 +1,4 @@
-"""Where BERT's words are: the vocabulary of the paper's text models, which no checkpoint carries.
+"""What the paper's text models need and no single file carries: BERT's words, CLIP's text encoder.
 
 Free of torch.
 """
@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from models.configs import CheckpointError
+from models.errors import CheckpointError
 
 NAME = "vocab.txt"
 PUBLISHED = ("google-bert/bert-base-uncased", "bert-base-uncased")  # its names at Hugging Face
 WANTED = (
     f"prompts need {NAME} of bert-base-uncased: beside the checkpoint, in the local Hugging Face cache, "
     "or named by LDM_VOCABULARY"
+)
+
+
+TEXT_WANTED = (
+    "prompts need CLIP ViT-L/14's text encoder beside the checkpoint, which holds none: "
+    "text_encoder/config.json, text_encoder/model.safetensors with text_projection.weight, and tokenizer/"
 )
 
 

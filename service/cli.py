@@ -20,7 +20,7 @@ from service import answers, images, intake
 from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
 from service.job import Done, Event, Failed, Job, Started, Stepped
-from service.registry import ModelPathError, locate_all
+from service.registry import ModelPathError, locate_all, read_specs
 from service.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
 from service.settings import DTYPES, SettingError, Settings, parse, read_settings
 
@@ -29,8 +29,8 @@ ASKED = (
     "strength", "class_label", "boxes", "scale", "noise_level",
 )  # fmt: skip
 # Settings that ldm serve has flags for, and those that the commands without a server have.
-SERVED = ("model", "host", "port", "device", "dtype", "allow_pickle", "invariant")
-ALONE = ("model", "device", "dtype", "allow_pickle")
+SERVED = ("model", "host", "port", "device", "dtype", "allow_pickle", "vocabulary", "invariant")
+ALONE = ("model", "device", "dtype", "allow_pickle", "vocabulary")
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
 
 
@@ -96,6 +96,7 @@ def add_settings(command: argparse.ArgumentParser, *names: str, several: bool = 
         "device": "auto, cpu, cuda or cuda:N",
         "dtype": "auto, float16, bfloat16 or float32",
         "allow_pickle": "read .ckpt and .bin files too, which never run code even then",
+        "vocabulary": "vocab.txt of bert-base-uncased, or its folder, for models that read its words",
         "invariant": "the same bytes for a request in any company, and a lower throughput",
     }
     for name in names:
@@ -262,7 +263,7 @@ def make(args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping
     suffix = checked(output)
     settings = settings_of(args, *ALONE)
     places = locate_all(settings.model, settings.allow_pickle)
-    specs = {name: read_spec(path, settings.allow_pickle) for name, path in places.items()}
+    specs = read_specs(places, settings.allow_pickle)
     body = request_of(args, kind, {name: file for name, file in pictures.items() if file})
     order = replace(intake.to_order(body, specs, settings), format=images.SUFFIXES[suffix])
     done = run_alone(order.job, settings)

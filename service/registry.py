@@ -9,8 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from models import singles
+from models import singles, words
 from models.configs import read_spec
+from models.errors import CheckpointError
 from models.spec import ModelSpec
 
 BOXED = ("emoji", "emoji-upscale")  # the models that come with the package
@@ -59,6 +60,17 @@ def locate_all(names: tuple[str, ...], allow_pickle: bool = False) -> dict[str, 
     return found
 
 
+def read_specs(paths: Mapping[str, Path], allow_pickle: bool = False) -> dict[str, ModelSpec]:
+    """What the models are, each called as here. Raises CheckpointError, also for one that makes nothing."""
+    specs = {name: replace(read_spec(path, allow_pickle), name=name) for name, path in paths.items()}
+    for name, spec in specs.items():
+        if spec.unet is None:
+            raise CheckpointError(f"{name} is a first stage alone, E and D: there is nothing to generate")
+        if spec.lacks_context:
+            raise CheckpointError(f"{name}: {words.TEXT_WANTED}")
+    return specs
+
+
 class Registry(Generic[Bundle]):
     """Models by name: what they are, always; their bundles, as many as the memory allows.
 
@@ -75,7 +87,7 @@ class Registry(Generic[Bundle]):
         memory: int = 0,
         allow_pickle: bool = False,
     ) -> None:
-        self.specs = {name: replace(read_spec(path, allow_pickle), name=name) for name, path in paths.items()}
+        self.specs = read_specs(paths, allow_pickle)
         self._paths = dict(paths)
         self._load = load
         self._sizes = {name: size(spec) for name, spec in self.specs.items()} if memory else {}

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models import words
 from models.checkpoint import load
 from models.conditioner import Asked
+from models.errors import CheckpointError
 from models.latent_diffusion import LatentDiffusion, to_uint8, told_rows, weights_in
 from models.preview import Projection
 from models.samplers import Plan, plan
@@ -289,12 +291,16 @@ def build(settings: Settings, paths: Mapping[str, Path]) -> TorchRunner:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     fix_arithmetic(settings.threads, settings.invariant)
+    vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
     registry = Registry(
         paths,
-        lambda path: load(path, device, dtype, settings.allow_pickle),
+        lambda path: load(path, device, dtype, settings.allow_pickle, vocabulary),
         lambda spec: weights_in(spec) * dtype.itemsize,
         settings.model_memory,
         settings.allow_pickle,
     )
+    for name, spec in registry.specs.items():
+        if spec.reads_words and words.find(paths[name], vocabulary) is None:
+            raise CheckpointError(f"{name}: {words.WANTED}")
     registry.load_all()
     return TorchRunner(registry, settings.buckets, settings.invariant, settings.step_memory, device)

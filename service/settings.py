@@ -110,6 +110,9 @@ class Settings:
     # Whether models named at start-up may be pickles (.ckpt, .bin). They never run code.
     allow_pickle: bool = setting(False, switch())
 
+    # BERT's vocab.txt or its folder, for the paper's text models; none: beside each, or in the local cache.
+    vocabulary: str = setting("", Parser(str, "a file vocab.txt, or its folder"))
+
     # Row counts that a UNet call is padded to; the last is the most rows of a call. Kernels are chosen by
     # row count, so a picture's last bits depend on the bucket: fewer buckets, fewer differences, more pad.
     # Never one row alone: that is where kernels differ most.
