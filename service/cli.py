@@ -106,7 +106,7 @@ def add_settings(command: argparse.ArgumentParser, *names: str, several: bool = 
             how = {"action": "store_const", "const": "true"}
         elif name == "model" and several:
             how |= {"nargs": "+", "action": "extend"}
-        shown = ", ".join(default) if name == "model" else default
+        shown = ", ".join(default) if name == "model" else default if default != "" else "none"
         about = f"{helps[name]} (LDM_{name.upper()}; default: {shown})"
         command.add_argument(f"--{name.replace('_', '-')}", help=about, **how)
 

@@ -110,9 +110,9 @@ def check_conditions(body: SceneRequest, spec: ModelSpec) -> None:
     needed = spec.inputs[0] if spec.inputs else "prompt"
     refuse(
         (
+            ("prompt", spec.reads_prompts or not body.prompt, NO_PROMPT),
             ("class_label", not worded, "must not come with a prompt, which says the same"),
             ("segmentation", len({"boxes", "segmentation"} & {*told}) < 2, "must not come with boxes"),
-            ("prompt", spec.reads_prompts or not body.prompt, NO_PROMPT),
             (needed, not untold or "unconditional" in spec.tasks, "is required"),
         )
     )

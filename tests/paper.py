@@ -57,9 +57,9 @@ def random(network, seed):
     return network.requires_grad_(False).eval()
 
 
-def published(name):
+def published(name, row=None):
     """The tensors of a model as its file has them: the last weights, the averages if any, tables."""
-    unet, first_stage, condition, end = ROWS[name]
+    unet, first_stage, condition, end = row or ROWS[name]
     start = 0.00085 if name == "txt2img-1p4B" else 0.0015
     schedule = ScheduleSpec(beta_start=start, beta_end=end)
     out = {"betas": torch.from_numpy(Schedule(schedule).betas).float(), "logvar": torch.zeros(1000)}
@@ -76,7 +76,9 @@ def published(name):
         c = random(make_conditioner(condition), 4).state_dict()
         out |= {f"cond_stage_model.{key}": value for key, value in c.items()}
     if isinstance(condition, TokenSpec):
-        out["cond_stage_model.transformer.to_logits.weight"] = torch.zeros(condition.vocabulary, 16)
+        out["cond_stage_model.transformer.to_logits.weight"] = torch.zeros(
+            condition.vocabulary, condition.width
+        )
     if name == "lsun_churches":
         out["scale_factor"] = torch.tensor(0.25)
     return out
