@@ -310,7 +310,10 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype 
         if not torch.isfinite(out[name]).all():
             raise CheckpointError(f"{name} has values that {out[name].dtype} cannot hold")
     file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    mode = file.stat().st_mode
     save_file(out, file, metadata={"format": "pt"})
+    file.chmod(mode)  # the library's is for its owner only
 
 
 def is_linear(name: str) -> bool:
