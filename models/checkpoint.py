@@ -139,14 +139,16 @@ def open_folder(
     spec: ModelSpec, networks: Networks, path: Path, device: torch.device | str, allow_pickle: bool
 ) -> Opened:
     """A model in a diffusers folder."""
-    unet, autoencoder, text = networks.unet, networks.autoencoder, networks.conditioner.encoder
+    unet, autoencoder, conditioner = networks
     read = partial(open_network, device=device, allow_pickle=allow_pickle)
     parts = [
         Part(unet, unet_names(unet), read(path / "unet", NETWORK_FILES)),
         Part(autoencoder, autoencoder_names(autoencoder), newer(read(path / "vae", NETWORK_FILES))),
-        Part(text.transformer, text_names(text), bare(read(path / "text_encoder", TEXT_FILES))),
     ]
-    if layout := networks.conditioner.layout:
+    if conditioner:
+        text = conditioner.encoder
+        parts.append(Part(text.transformer, text_names(text), bare(read(path / "text_encoder", TEXT_FILES))))
+    if layout := conditioner and conditioner.layout:
         names = {key: key for key in layout.state_dict()}
         parts.append(Part(layout, names, read(path / "layout", NETWORK_FILES)))
     return Opened(spec, networks, tuple(parts))
