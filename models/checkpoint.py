@@ -154,9 +154,9 @@ def open_folder(
     if conditioner:
         text = conditioner.encoder
         parts.append(Part(text.transformer, text_names(text), bare(read(path / "text_encoder", TEXT_FILES))))
-        if layout := conditioner.layout:
-            names = {key: key for key in layout.state_dict()}
-            parts.append(Part(layout, names, read(path / "layout", NETWORK_FILES)))
+    if layout := conditioner and conditioner.layout:
+        names = {key: key for key in layout.state_dict()}
+        parts.append(Part(layout, names, read(path / "layout", NETWORK_FILES)))
     return Opened(spec, networks, tuple(parts))
 
 
@@ -349,7 +349,10 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype 
         if not torch.isfinite(out[name]).all():
             raise CheckpointError(f"{name} has values that {out[name].dtype} cannot hold")
     file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    mode = file.stat().st_mode
     save_file(out, file, metadata={"format": "pt"})
+    file.chmod(mode)  # the library's is for its owner only
 
 
 def is_linear(name: str) -> bool:

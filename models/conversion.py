@@ -34,7 +34,7 @@ def convert(source: Path, target: Path, dtype: str | None = None, allow_pickle: 
     opened = open_model(source, "cpu", allow_pickle)
     check(opened, source)
     with whole(target) as folder:
-        if opened.weights is None:
+        if singles.weights_of(source) is None:  # a diffusers folder
             kind = getattr(torch, dtype or most_common(opened))
             save(load(source, "cpu", kind, allow_pickle), folder, kind)
         else:

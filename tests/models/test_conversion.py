@@ -62,6 +62,8 @@ def test_weights_are_in_the_type_asked_for_or_as_they_are(tmp_path, dtype):
         tensors.update({key: value.double() for key, value in tensors.items() if "first_stage" in key})
 
     convert(write(tmp_path, "celebahq", edit), tmp_path / "out", dtype)
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # the weights are for the same readers as the rest
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         types = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (not a dict)
     short = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
