@@ -5,9 +5,13 @@ Folders are written again.
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Mapping
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,12 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertTokenizer, CLIPTokenizer
 
-from models import keymaps, zoo
+from models import keymaps, singles, words, zoo
 from models.autoencoder import Autoencoder
-from models.conditioner import LayoutProjection, TextConditioner, TokenConditioner, make_conditioner
+from models.conditioner import (
+    Conditioner,
+    LayoutProjection,
+    TextConditioner,
+    TokenConditioner,
+    make_conditioner,
+)
 from models.configs import CheckpointError, autoencoder_folder, read_spec, write_configs
+from models.headers import FLOATS, Stored
 from models.latent_diffusion import LatentDiffusion
-from models.schedule import Schedule
 from models.spec import ModelSpec, TextSpec, TokenSpec
 from models.text_encoder import TextEncoder
 from models.unet import UNet
@@ -30,7 +40,52 @@ __all__ = ["CheckpointError", "load", "read_spec", "save"]
 NETWORK_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 TEXT_FILES = ("model.safetensors", "model.fp16.safetensors")
 PICKLES = {NETWORK_FILES: "diffusion_pytorch_model.bin", TEXT_FILES: "pytorch_model.bin"}
+PROJECTION = "text_projection.weight"
 SHOWN = 4  # keys named in an error, of however many
+MIXED = ("float16", "bfloat16")  # of one size: a network that has both has a damaged header
+ALIGNMENT = 64  # bytes; torch's own of memory and of .ckpt files, which safetensors files do not have
+
+
+class Weights(NamedTuple):
+    """A file's tensors: what they are is known, and each is read when it is asked for."""
+
+    stored: Mapping[str, Stored]
+    read: Callable[[str], Tensor]  # to the device, in the type that the file has
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """Under other names, or some of them only; names: new -> old."""
+        return Weights(
+            {new: self.stored[old] for new, old in names.items()}, lambda new: self.read(names[new])
+        )
+
+
+class Part(NamedTuple):
+    """A network on the meta device, and what its file holds for it."""
+
+    network: nn.Module
+    names: Mapping[str, str]  # native parameter -> name in the file
+    weights: Weights
+
+
+class Networks(NamedTuple):
+    """Of a model; the tokenizer is missing."""
+
+    unet: UNet | None
+    autoencoder: Autoencoder
+    conditioner: Conditioner | None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model on the meta device, and where its weights are: none is read yet."""
+
+    spec: ModelSpec
+    networks: Networks
+    parts: tuple[Part, ...]
+    rest: tuple[str, ...] = ()  # tensors of no network
+    averaged: bool = False  # the UNet's weights are averages over its training
+    copies: Mapping[str, str] | None = None  # a second first stage's tensors -> the first's
+    weights: Weights | None = None  # of a single file, all
 
 
 def load(
@@ -38,118 +93,196 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
+    vocabulary: Path | None = None,
 ) -> LatentDiffusion:
     """The model in a diffusers folder or in a single file, ready to run.
 
+    Files are mapped: what no network takes is never read, and what one takes goes to its device tensor by
+    tensor. On the CPU, weights of the file's own type may stay in the file: replace it, do not write into it.
+
     allow_pickle: read .bin files where there is no safetensors file, and .ckpt files; they never run code
-    even then. Never touches the network. Raises CheckpointError with what is missing, unexpected, misshaped
-    or unreadable.
+    even then. vocabulary: BERT's vocab.txt or its folder, for a model that reads these words; if None, it is
+    looked for beside the model and in the local Hugging Face cache. Never touches the network. Raises
+    CheckpointError with what is missing, unexpected, misshaped, mistyped or unreadable.
     """
     path = Path(path)
-    if path.is_file():
-        return load_file(path, device, dtype, allow_pickle)
-    spec = read_spec(path)
-    with torch.device("meta"):  # no memory and no initial values: every parameter comes from the file
-        unet, autoencoder = UNet(spec.unet), Autoencoder(spec.autoencoder)
-    assign(unet, unet_names(unet), read_network(path / "unet", NETWORK_FILES, allow_pickle), dtype)
-    tensors = read_autoencoder(autoencoder_folder(path), allow_pickle)
-    assign(autoencoder, autoencoder_names(autoencoder), tensors, dtype)
-    conditioner = read_conditioner(spec, path, dtype, allow_pickle) if spec.text else None
-    for network in filter(None, (unet, autoencoder, conditioner)):
+    opened = open_model(path, device, allow_pickle)
+    check(opened, path)
+    for part in opened.parts:
+        assign(part, dtype)
+    give_tokenizer(opened, path, device, vocabulary)
+    for network in filter(None, opened.networks):
         network.requires_grad_(False).eval()
-    return LatentDiffusion(spec, unet, autoencoder, conditioner).to(device)
+    return LatentDiffusion(opened.spec, *opened.networks).to(device)
 
 
-def read_conditioner(spec: ModelSpec, path: Path, dtype: torch.dtype, allow_pickle: bool) -> TextConditioner:
-    """A folder's text encoder with its tokenizer, and what makes channels of labels."""
-    tokenizer = read_tokenizer(path / "tokenizer", spec.text)
-    with torch.device("meta"):
-        text = TextEncoder(spec.text, tokenizer)
-    assign(text.transformer, text_names(text), read_text(path / "text_encoder", allow_pickle), dtype)
-    restore_positions(text)
-    return TextConditioner(text, read_layout(spec, path, dtype, allow_pickle), spec.labels)
+def open_model(path: Path, device: torch.device | str = "cpu", allow_pickle: bool = False) -> Opened:
+    """A model without its weights, which would go to that device. Raises CheckpointError."""
+    spec = read_spec(path, allow_pickle)
+    try:
+        with torch.device("meta"):  # no memory and no initial values: every parameter comes from the file
+            networks = networks_of(spec)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: networks of no known structure: {error}") from error
+    if file := singles.weights_of(path):
+        opened = open_single(spec, networks, open_weights(file, device, allow_pickle))
+        return with_text_parts(opened, file.parent, device, allow_pickle) if spec.text else opened
+    return open_folder(spec, networks, path, device, allow_pickle)
 
 
-def load_file(
-    file: Path, device: torch.device | str, dtype: torch.dtype, allow_pickle: bool
-) -> LatentDiffusion:
-    """The model in a single file of the CompVis layout: one of the paper's, or a first stage alone."""
-    tensors = read_single(file, allow_pickle)
-    spec = recognise(tensors, file)
-    with torch.device("meta"):
-        unet = UNet(spec.unet) if spec.unet else None
-        autoencoder, conditioner = Autoencoder(spec.autoencoder), make_conditioner(spec.condition)
-    weights = {key: value for key, value in tensors.items() if not keymaps.is_ignored(key)}
-    if unet:
-        weights = with_averages(without_copy(weights), unet)
-    parts = ((zoo.UNET, unet), (zoo.CONDITION, conditioner), (zoo.FIRST_STAGE if unet else "", autoencoder))
-    for prefix, network in parts:
+def networks_of(spec: ModelSpec) -> Networks:
+    """As they are made, with initial values."""
+    conditioner = make_conditioner(spec.condition)
+    if spec.text:
+        layout = LayoutProjection(spec.text.width, spec.layout_channels) if spec.layout_channels else None
+        conditioner = TextConditioner(TextEncoder(spec.text, None), layout, spec.labels)
+    return Networks(UNet(spec.unet) if spec.unet else None, Autoencoder(spec.autoencoder), conditioner)
+
+
+def open_folder(
+    spec: ModelSpec, networks: Networks, path: Path, device: torch.device | str, allow_pickle: bool
+) -> Opened:
+    """A model in a diffusers folder."""
+    unet, autoencoder, conditioner = networks
+    read = partial(open_network, device=device, allow_pickle=allow_pickle)
+    parts = [
+        Part(unet, unet_names(unet), read(path / "unet", NETWORK_FILES)),
+        Part(
+            autoencoder, autoencoder_names(autoencoder), newer(read(autoencoder_folder(path), NETWORK_FILES))
+        ),
+    ]
+    if conditioner:
+        text = conditioner.encoder
+        parts.append(Part(text.transformer, text_names(text), bare(read(path / "text_encoder", TEXT_FILES))))
+    if layout := conditioner and conditioner.layout:
+        names = {key: key for key in layout.state_dict()}
+        parts.append(Part(layout, names, read(path / "layout", NETWORK_FILES)))
+    return Opened(spec, networks, tuple(parts))
+
+
+def open_single(spec: ModelSpec, networks: Networks, weights: Weights) -> Opened:
+    """A model in a single file of the CompVis layout: one of the paper's, or a first stage alone."""
+    copies = copies_in(weights.stored)
+    left = {key for key in weights.stored if not keymaps.is_ignored(key)} - copies.keys()
+    found, averages = [], set()  # network, its names, the file's tensors for it
+    if networks.unet:
+        names = {key: zoo.UNET + key for key in networks.unet.state_dict()}
+        averages = {key for key in left if key.startswith(keymaps.EMA)}
+        if averages:  # then all, in the place of the last ones
+            left -= set(names.values())
+            names = {key: keymaps.averaged(name) for key, name in names.items()}
+        found.append((networks.unet, names, averages | {key for key in left if key.startswith(zoo.UNET)}))
+    stage = zoo.FIRST_STAGE if networks.unet else ""
+    own = networks.conditioner if spec.condition else None
+    for network, prefix in ((own, zoo.CONDITION), (networks.autoencoder, stage)):
         if network:
-            own = {key: weights.pop(key) for key in list(weights) if key.startswith(prefix)}
-            assign(network, {key: prefix + key for key in network.state_dict()}, own, dtype)
-            network.requires_grad_(False).eval()
-    if weights:
-        raise CheckpointError(f"{file}: {listed('unexpected', list(weights))}")
-    if isinstance(conditioner, TokenConditioner) and (file.parent / "vocab.txt").is_file():
-        conditioner.tokenizer = read_words(file.parent / "vocab.txt", spec.condition)
-    return LatentDiffusion(spec, unet, autoencoder, conditioner).to(device)
+            names = {key: prefix + key for key in network.state_dict()}
+            found.append((network, names, {key for key in left if key.startswith(prefix)}))
+    parts = tuple(Part(n, names, weights.renamed({key: key for key in own})) for n, names, own in found)
+    rest = left.difference(*(part.weights.stored for part in parts))
+    return Opened(spec, networks, parts, tuple(sorted(rest)), bool(averages), copies, weights)
 
 
-def recognise(tensors: Mapping[str, Tensor], file: Path) -> ModelSpec:
-    """What the model in a single file is, with the betas and the factor of latents that it holds, if any."""
-    betas, scale = tensors.get("betas"), tensors.get("scale_factor")
-    spec = zoo.recognise(
-        {key: tuple(value.shape) for key, value in tensors.items()},
-        file.stem,
-        None if betas is None else ends_of(betas),
-        None if scale is None else float(scale),
+def with_text_parts(opened: Opened, folder: Path, device: torch.device | str, allow_pickle: bool) -> Opened:
+    """A model in a single file with CLIP's text encoder and projection from the folder that it lies in."""
+    text, folder = opened.networks.conditioner.encoder, folder / "text_encoder"
+    weights = bare(open_network(folder, TEXT_FILES, device, allow_pickle))
+    # A whole CLIP has more than text.
+    ours = [key for key in weights.stored if not key.startswith(keymaps.CLIP_PICTURES)]
+    if PROJECTION not in ours:
+        raise CheckpointError(
+            f"{folder} has no {PROJECTION}; expected CLIP's text encoder with its projection"
+        )
+    rest = weights.renamed({key: key for key in ours if key != PROJECTION})
+    parts = (
+        Part(text.transformer, text_names(text), rest),
+        Part(text.text_projection, {"weight": PROJECTION}, weights.renamed({PROJECTION: PROJECTION})),
     )
-    expected = torch.from_numpy(Schedule(spec.schedule).betas)
-    if betas is not None and not (
-        betas.shape == expected.shape and torch.allclose(betas.double(), expected, rtol=1e-4)
-    ):
-        raise CheckpointError(f"{file}: its betas are not {len(expected)} whose roots are evenly spaced")
-    return spec
+    return replace(opened, parts=opened.parts + parts)
 
 
-def ends_of(betas: Tensor) -> tuple[float, float]:
-    """The first and last beta of a file, to seven digits: its numbers are float32."""
-    first, *_, last = betas.flatten().tolist()
-    return float(f"{first:.6e}"), float(f"{last:.6e}")
-
-
-def with_averages(tensors: dict[str, Tensor], unet: UNet) -> dict[str, Tensor]:
-    """The UNet's averaged weights in the place of the last ones, where the file has any: then all."""
-    names = {zoo.UNET + key: keymaps.averaged(zoo.UNET + key) for key in unet.state_dict()}
-    averages = {key: value for key, value in tensors.items() if key.startswith(keymaps.EMA)}
-    if not averages:
-        return tensors
-    refuse("missing", [name for name in names.values() if name not in averages], unet)
-    refuse("unexpected", list(averages.keys() - set(names.values())), unet)
-    rest = {key: value for key, value in tensors.items() if key not in averages}
-    return rest | {key: averages[name] for key, name in names.items()}
-
-
-def without_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the first stage's second copy, which models of masked pictures hold as their conditioner."""
-    copies = {
+def copies_in(stored: Mapping[str, Stored]) -> dict[str, str]:
+    """The first stage's second copy, which models of masked pictures hold as their conditioner."""
+    if zoo.CONDITION + "encoder.conv_in.weight" not in stored:
+        return {}
+    return {
         key: zoo.FIRST_STAGE + key.removeprefix(zoo.CONDITION)
-        for key in tensors
-        if key.startswith(zoo.CONDITION) and zoo.CONDITION + "encoder.conv_in.weight" in tensors
+        for key in stored
+        if key.startswith(zoo.CONDITION) and not keymaps.is_ignored(key)
     }
-    for copy, key in copies.items():
-        if key not in tensors or not torch.equal(tensors[copy], tensors[key]):
+
+
+def check(opened: Opened, path: Path) -> None:
+    """Raise CheckpointError unless every network has what it takes and nothing is left."""
+    for part in opened.parts:
+        for what, keys in faults(part).items():
+            if keys:
+                raise CheckpointError(f"{type(part.network).__name__}: {listed(what, keys)}")
+    if opened.rest:
+        raise CheckpointError(f"{path}: {listed('unexpected', list(opened.rest))}")
+    check_copies(opened)
+
+
+def check_copies(opened: Opened) -> None:
+    """Raise CheckpointError where what should be a copy is another first stage."""
+    for copy, key in (opened.copies or {}).items():
+        weights = opened.weights
+        if key not in weights.stored or not torch.equal(weights.read(copy), weights.read(key)):
             raise CheckpointError(f"{copy} differs from {key}: the conditioner is another first stage")
-    return {key: value for key, value in tensors.items() if key not in copies}
 
 
-def read_single(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    """Every tensor of a single file."""
+def open_weights(file: Path, device: torch.device | str, allow_pickle: bool) -> Weights:
+    """The tensors of one file. Raises CheckpointError, also for a pickled one that is not allowed."""
+    stored = singles.read_header(file, allow_pickle)
     if file.suffix == ".safetensors":
-        return read_safetensors(file)
-    if not allow_pickle:
-        raise CheckpointError(f"{file} is not a .safetensors file; pickled weights need allow_pickle")
-    return read_pickle(file)
+        with translated(file):
+            tensors = safe_open(file, framework="pt", device=str(device))
+        return Weights(stored, partial(read_mapped, file, tensors))
+    with translated(file), file.open("rb") as stream:
+        # Private: what is written to a tensor does not reach the file.
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    return Weights(stored, lambda name: tensor_in(data, stored[name]).to(device))
+
+
+@contextmanager
+def translated(file: Path) -> Iterator[None]:
+    """What goes wrong with a file, as CheckpointError."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is corrupt or cut short: {error}") from error
+
+
+def read_mapped(file: Path, tensors: safe_open, name: str) -> Tensor:
+    with translated(file):
+        return tensors.get_tensor(name)
+
+
+def tensor_in(data: mmap.mmap, stored: Stored) -> Tensor:
+    """A view of a mapped file; a copy where the tensor has gaps or lies between two numbers."""
+    dtype, start = getattr(torch, stored.dtype), stored.start
+    if not stored.extent:
+        return torch.empty(stored.shape, dtype=dtype)
+    if start % dtype.itemsize:
+        data, start = bytearray(data[start : start + stored.extent]), 0
+    flat = torch.frombuffer(data, dtype=dtype, count=stored.extent // dtype.itemsize, offset=start)
+    return flat.as_strided(stored.shape, stored.stride).contiguous()
+
+
+def give_tokenizer(opened: Opened, path: Path, device: torch.device | str, vocabulary: Path | None) -> None:
+    """A text conditioner's tokenizer, and what else its files do not hold."""
+    spec, conditioner = opened.spec, opened.networks.conditioner
+    if spec.text:
+        folder = path if path.is_dir() else path.parent
+        conditioner.encoder.tokenizer = read_tokenizer(folder / "tokenizer", spec.text)
+        restore_positions(conditioner.encoder, device)
+    elif isinstance(conditioner, TokenConditioner) and (file := words.find(path, vocabulary)):
+        conditioner.tokenizer = read_words(file, spec.condition)
+
+
+def words_beside(path: Path) -> Path:
+    """Where BERT's words would be."""
+    return (path if path.is_dir() else path.parent) / "vocab.txt"
 
 
 def read_words(file: Path, spec: TokenSpec) -> BertTokenizer:
@@ -161,19 +294,6 @@ def read_words(file: Path, spec: TokenSpec) -> BertTokenizer:
     if len(tokenizer) > spec.vocabulary:
         raise CheckpointError(f"{file} has {len(tokenizer)} tokens, the text encoder {spec.vocabulary}")
     return tokenizer
-
-
-def read_layout(
-    spec: ModelSpec, path: Path, dtype: torch.dtype, allow_pickle: bool
-) -> LayoutProjection | None:
-    """What makes channels of labels, where the UNet takes them."""
-    if not spec.layout_channels:
-        return None
-    with torch.device("meta"):
-        layout = LayoutProjection(spec.text.width, spec.layout_channels)
-    tensors = read_network(path / "layout", NETWORK_FILES, allow_pickle)
-    assign(layout, {key: key for key in layout.state_dict()}, tensors, dtype)
-    return layout
 
 
 def save(bundle: LatentDiffusion, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
@@ -216,17 +336,23 @@ def named(network: nn.Module, names_of: Callable[[nn.Module], dict[str, str]]) -
     return {names[key]: value for key, value in network.state_dict().items()}
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> None:
-    """Attention matrices of the autoencoder lose their two trailing axes of 1: the layout has them linear."""
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> None:
+    """dtype: None for each tensor's own.
+
+    Attention matrices of the autoencoder lose their two trailing axes of 1: the layout has them linear.
+    """
     out = {}
     for name, tensor in tensors.items():
         tensor = tensor.flatten(1) if is_linear(name) and tensor.dim() == 4 else tensor
         # Not even a view may share memory with another tensor in the file.
-        out[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        out[name] = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         if not torch.isfinite(out[name]).all():
-            raise CheckpointError(f"{name} has values that {dtype} cannot hold")
+            raise CheckpointError(f"{name} has values that {out[name].dtype} cannot hold")
     file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    mode = file.stat().st_mode
     save_file(out, file, metadata={"format": "pt"})
+    file.chmod(mode)  # the library's is for its owner only
 
 
 def is_linear(name: str) -> bool:
@@ -250,27 +376,35 @@ def text_names(text: TextEncoder) -> dict[str, str]:
     return {key: key.removeprefix(keymaps.TEXT_PREFIX) for key in text.transformer.state_dict()}
 
 
-def assign(
-    network: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> None:
-    """Give a network on the meta device its weights; names: native -> file. Strict."""
-    shapes = {names[key]: value.shape for key, value in network.state_dict().items()}
-    refuse("missing", [key for key in shapes if key not in tensors], network)
-    refuse("unexpected", [key for key in tensors if key not in shapes], network)
-    misshaped = [
-        f"{key} {tuple(tensors[key].shape)} (expected {tuple(shape)})"
-        for key, shape in shapes.items()
-        if tensors[key].shape != shape
-    ]
-    refuse("misshaped", misshaped, network)
-    state = {key: tensors[name].to(dtype) for key, name in names.items()}
-    network.load_state_dict(state, strict=True, assign=True)
+def assign(part: Part, dtype: torch.dtype) -> None:
+    """Give a network on the meta device its weights, after check()."""
+    state = {}
+    for key, value in part.network.state_dict().items():
+        tensor = part.weights.read(part.names[key])  # already on its device: the type changes there
+        state[key] = aligned(tensor.to(dtype)).reshape(value.shape)
+    part.network.load_state_dict(state, strict=True, assign=True)
 
 
-def refuse(what: str, keys: list[str], network: nn.Module) -> None:
-    """Raise CheckpointError that names the first few keys and counts the rest, if there are any."""
-    if keys:
-        raise CheckpointError(f"{type(network).__name__}: {listed(what, keys)}")
+def aligned(tensor: Tensor) -> Tensor:
+    """On the CPU, at an address that kernels like: else the last bits would depend on the file."""
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def faults(part: Part) -> dict[str, list[str]]:
+    """What is wrong with a network's tensors in its file: kind of fault -> names."""
+    stored = part.weights.stored
+    shapes = {part.names[key]: tuple(value.shape) for key, value in part.network.state_dict().items()}
+    there = {key: stored[key] for key in shapes if key in stored}
+    counts = [sum(entry.dtype == name for entry in there.values()) for name in MIXED]
+    odd = MIXED[counts.index(min(counts))] if min(counts) else None
+    accepted = [name for name in FLOATS if name != odd]
+    misshaped = {key: entry.shape for key, entry in there.items() if entry.shape != shapes[key]}
+    return {
+        "missing": [key for key in shapes if key not in stored],
+        "unexpected": [key for key in stored if key not in shapes],
+        "misshaped": [f"{key} {shape} (expected {shapes[key]})" for key, shape in misshaped.items()],
+        "mistyped": [f"{key} {entry.dtype}" for key, entry in there.items() if entry.dtype not in accepted],
+    }
 
 
 def listed(what: str, keys: list[str]) -> str:
@@ -278,83 +412,42 @@ def listed(what: str, keys: list[str]) -> str:
     return f"{len(keys)} {what} keys: " + ", ".join(sorted(keys)[:SHOWN]) + more
 
 
-def restore_positions(text: TextEncoder) -> None:
+def restore_positions(text: TextEncoder, device: torch.device | str) -> None:
     """Make again the one buffer that files do not hold, and that the meta device left empty."""
     for module in text.modules():
         if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(text.spec.tokens)[None]
+            module.position_ids = torch.arange(text.spec.tokens, device=device)[None]
 
 
-def read_autoencoder(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+def newer(weights: Weights) -> Weights:
     """Newer names, and the attention's linear matrices (C, C) as 1x1 convolutions (C, C, 1, 1)."""
-    tensors = read_network(folder, NETWORK_FILES, allow_pickle)
-    renamed = {keymaps.OLDER_ATTENTION.get(key, key): value for key, value in tensors.items()}
-    return {
-        key: value[:, :, None, None] if is_linear(key) and value.dim() == 2 else value
-        for key, value in renamed.items()
+    named = weights.renamed({keymaps.OLDER_ATTENTION.get(key, key): key for key in weights.stored})
+    shaped = {
+        key: replace(entry, shape=(*entry.shape, 1, 1)) if is_linear(key) and len(entry.shape) == 2 else entry
+        for key, entry in named.stored.items()
     }
+    return Weights(shaped, named.read)
 
 
-def read_text(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+def bare(weights: Weights) -> Weights:
     """Keys without the prefix, and without what holds nothing learned."""
-    tensors = read_network(folder, TEXT_FILES, allow_pickle)
-    bare = {key.removeprefix(keymaps.TEXT_PREFIX): value for key, value in tensors.items()}
-    return {key: value for key, value in bare.items() if key not in keymaps.TEXT_IGNORED}
+    names = {key.removeprefix(keymaps.TEXT_PREFIX): key for key in weights.stored}
+    return weights.renamed({new: old for new, old in names.items() if new not in keymaps.TEXT_IGNORED})
 
 
-def read_network(folder: Path, names: tuple[str, ...], allow_pickle: bool) -> dict[str, Tensor]:
-    """Every tensor of the first of these files that is there."""
+def open_network(
+    folder: Path, names: tuple[str, ...], device: torch.device | str, allow_pickle: bool
+) -> Weights:
+    """The first of these files that is there."""
     for name in names:
         if (folder / name).is_file():
-            return read_safetensors(folder / name)
+            return open_weights(folder / name, device, allow_pickle)
     pickled = folder / PICKLES[names]
     if not pickled.is_file():
         raise CheckpointError(f"{folder / names[0]} is missing")
     if not allow_pickle:
         raise CheckpointError(f"{folder} holds pickled weights only ({pickled.name}); they need allow_pickle")
-    return read_pickle(pickled)
-
-
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is corrupt or cut short: {error}") from error
-
-
-class Inert:
-    """Stands for every class a pickle names that is no tensor's: takes anything, does nothing."""
-
-    def __init__(self, *args: object, **options: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def read_pickle(file: Path) -> dict[str, Tensor]:
-    """Tensors of a pickle, alone or under `state_dict`, by a reader that runs no code.
-
-    A trainer's other objects, which published files hold beside the weights, become inert.
-    """
-    try:
-        with torch.serialization.safe_globals([(Inert, name) for name in foreign(file)]):
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the bytes led it to
-        raise CheckpointError(f"{file} is corrupt or holds more than tensors") from error
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{file} holds something else than named tensors")
-    return tensors
-
-
-def foreign(file: Path) -> list[str]:
-    """Names in a .ckpt file that torch's own reader of weights does not know; none of the older form."""
-    if file.suffix != ".ckpt" or not zipfile.is_zipfile(file):
-        return []
-    return torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    return open_weights(pickled, device, allow_pickle)
 
 
 def read_tokenizer(folder: Path, spec: TextSpec) -> CLIPTokenizer:

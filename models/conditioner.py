@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, interpolate
+from torch.nn.functional import embedding, interpolate, pad
 from transformers import BertTokenizer
 
+from models.boxes import Box, tokens
 from models.configs import CheckpointError
 from models.spec import ClassSpec, Condition, SegmentationSpec, TokenSpec
-from models.text_encoder import TextEncoder, TokenTransformer
+from models.text_encoder import TextEncoder, TokenTransformer, overflow
+from models.words import WANTED
 
 GRAY = 128  # what a pixel under the mask is shown as to a UNet with mask channels
+
+
+class Asked(NamedTuple):
+    """What a picture is to show. Each conditioner hears what it is for."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    class_label: int | None = None  # None: of no class
+    boxes: Sequence[Box] = ()
+    regions: Tensor | None = None  # (rows, columns) of labels counted from 1, or 0 for none
 
 
 class LayoutProjection(nn.Module):
@@ -44,12 +57,19 @@ class TextConditioner(nn.Module):
         self.layout = layout
         self.labels = tuple(labels)
 
+    def contexts(self, asked: Asked) -> Tensor:
+        """Without guidance's condition and with it: (2, L, C)."""
+        both = self([asked.negative_prompt, asked.prompt])
+        # Where a text is one vector, guidance was published with 0 for no text (Blattmann et al. 2022).
+        silent = self.encoder.spec.projection and not asked.negative_prompt
+        return torch.stack([torch.zeros_like(both[0]), both[1]]) if silent else both
+
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, L, C), cut to the context length."""
         return self.from_ids(self.encoder.tokenize(prompts))
 
     def from_ids(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) -> (B, L, C)."""
+        """Token ids (B, n) -> (B, L, C): a vector a token, or one of the whole text."""
         device = next(self.encoder.parameters()).device
         return self.encoder(ids.to(device=device, dtype=torch.long))
 
@@ -63,19 +83,11 @@ class TextConditioner(nn.Module):
 
     def overflow(self, prompt: str) -> str:
         """The end of the prompt that the context length leaves out; '' if it fits."""
-        # The tokenizer calls a long text a mistake where it is not cut; here that is what is asked.
-        encoded = self.encoder.tokenizer(
-            prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        offsets, kept = encoded["offset_mapping"], self.encoder.spec.tokens - 2  # begin and end take two
-        return prompt[offsets[kept][0] :].strip() if len(offsets) > kept else ""
+        return overflow(self.encoder.tokenizer, self.encoder.spec.tokens, prompt)
 
 
 class TokenConditioner(nn.Module):
-    """Prompts in BERT's words, or token ids of any kind such as boxes' -> context.
-
-    The null context of a text model is that of the empty prompt.
-    """
+    """Prompts in BERT's words -> context. The null context is that of the empty prompt."""
 
     def __init__(self, spec: TokenSpec, tokenizer: BertTokenizer | None = None) -> None:
         super().__init__()
@@ -88,11 +100,15 @@ class TokenConditioner(nn.Module):
         Raises CheckpointError where there is no tokenizer: single files carry none.
         """
         if self.tokenizer is None:
-            raise CheckpointError("prompts need vocab.txt of bert-base-uncased beside the checkpoint")
+            raise CheckpointError(WANTED)
         ids = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.transformer.spec.tokens, truncation=True
         )["input_ids"]
         return torch.tensor(ids, dtype=torch.long)
+
+    def contexts(self, asked: Asked) -> Tensor:
+        """Without guidance's condition and with it: (2, L, C)."""
+        return self([asked.negative_prompt, asked.prompt])
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, L, C)."""
@@ -100,16 +116,45 @@ class TokenConditioner(nn.Module):
 
     def from_ids(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, L, C)."""
-        device = self.transformer.token_emb.weight.device
-        return self.transformer(ids.to(device=device, dtype=torch.long))
+        return self.transformer(ids.to(device=self.transformer.device, dtype=torch.long))
+
+    def overflow(self, prompt: str) -> str:
+        """The end of the prompt that the context length leaves out; '' if it fits."""
+        return overflow(self.tokenizer, self.transformer.spec.tokens, prompt)
+
+
+class BoxConditioner(nn.Module):
+    """Scenes of boxes -> context. There is no null context."""
+
+    def __init__(self, spec: TokenSpec) -> None:
+        super().__init__()
+        self.transformer = TokenTransformer(spec)
+
+    def contexts(self, asked: Asked) -> Tensor:
+        """The same twice, for nothing guides: (2, L, C)."""
+        return self([asked.boxes]).expand(2, -1, -1)
+
+    def forward(self, scenes: Sequence[Sequence[Box]]) -> Tensor:
+        """Boxes of each picture -> (B, L, C)."""
+        return self.from_ids(torch.tensor([tokens(boxes, self.transformer.spec) for boxes in scenes]))
+
+    def from_ids(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) -> (B, L, C)."""
+        return self.transformer(ids.to(device=self.transformer.device, dtype=torch.long))
 
 
 class ClassConditioner(nn.Module):
-    """Numbers of classes -> a context of one vector."""
+    """Numbers of classes -> a context of one vector. The null context is that of the null class, if any."""
 
     def __init__(self, spec: ClassSpec) -> None:
         super().__init__()
+        self.spec = spec
         self.embedding = nn.Embedding(spec.classes, spec.width)
+
+    def contexts(self, asked: Asked) -> Tensor:
+        """Without guidance's condition and with it: (2, 1, C); the same twice where nothing guides."""
+        told = self.spec.null if asked.class_label is None else asked.class_label
+        return self([told if self.spec.null is None else self.spec.null, told])
 
     def forward(self, labels: Sequence[int] | Tensor) -> Tensor:
         """B numbers from 0 -> (B, 1, C)."""
@@ -125,27 +170,38 @@ class SegmentationConditioner(nn.Module):
         self.spec = spec
         self.channel_mapper = nn.Conv2d(spec.classes, spec.channels, 1, bias=False)
 
+    def contexts(self, asked: Asked) -> None:
+        """It makes channels alone."""
+
     def forward(self, maps: Tensor) -> Tensor:
-        """Numbers of classes from 0, (B, H, W) -> (B, C, H / 2^n, W / 2^n).
+        """Numbers of classes from 0, (B, H, W) -> (B, C, H / 2^n, W / 2^n)."""
+        return self.mixed(maps + 1)
+
+    def from_regions(self, regions: Tensor) -> Tensor:
+        """Numbers of classes from 1, 0 for none, (H, W) -> (C, H / 2^n, W / 2^n)."""
+        return self.mixed(regions[None])[0]
+
+    def mixed(self, maps: Tensor) -> Tensor:
+        """As from_regions, of (B, H, W).
 
         The reference halves a channel a class and mixes them then; both are linear, so to look the colour up
         first is the same with far less memory.
         """
         weight = self.channel_mapper.weight
-        colours = weight.flatten(1).T  # (classes, C)
+        colours = pad(weight.flatten(1).T, (0, 0, 1, 0))  # (1 + classes, C), none first
         y = embedding(maps.to(device=weight.device, dtype=torch.long), colours).movedim(-1, 1)
         for _ in range(self.spec.halvings):
             y = interpolate(y, scale_factor=0.5, mode="bilinear")
         return y
 
 
-Conditioner = TextConditioner | TokenConditioner | ClassConditioner | SegmentationConditioner
+Conditioner = TextConditioner | TokenConditioner | BoxConditioner | ClassConditioner | SegmentationConditioner
 
 
 def make_conditioner(condition: Condition | None) -> Conditioner | None:
     """What a condition goes through; None where it has no weights of its own."""
     if isinstance(condition, TokenSpec):
-        return TokenConditioner(condition)
+        return BoxConditioner(condition) if condition.objects else TokenConditioner(condition)
     if isinstance(condition, ClassSpec):
         return ClassConditioner(condition)
     return None if condition is None else SegmentationConditioner(condition)

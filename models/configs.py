@@ -11,6 +11,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from models import singles
+from models.errors import CheckpointError
 from models.spec import (
     ALL_TASKS,
     AutoencoderSpec,
@@ -22,13 +24,7 @@ from models.spec import (
     UNetSpec,
     UpscalingSpec,
 )
-
-Config = dict[str, Any]
-
-
-class CheckpointError(Exception):
-    """A model that cannot be loaded or saved; the message is one sentence for a person."""
-
+from models.texts import OWN_FILE, Config, read_json
 
 PLAIN, INPAINTING, SUPER_RESOLUTION = (
     "StableDiffusionPipeline",
@@ -48,7 +44,6 @@ PIPELINES = {  # -> the folder of each part, and its class
 }
 LIBRARIES = {"text_encoder": "transformers", "tokenizer": "transformers"}  # of the others: diffusers
 SCHEDULER, NOISE = "scheduler", "low_res_scheduler"  # NOISE: of what lies on low-resolution pictures
-OWN_FILE = "ldm.json"  # what the layout has no place for
 OWN_KEYS = ("name", "defaults", "tasks", "layout_channels", "labels")
 RESIDUAL = "residual"  # of an upscaler's latents
 
@@ -123,22 +118,17 @@ SCHEDULER_FIXED = {
 ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 
-def read_json(path: Path) -> Config:
-    """A JSON object from a file. Raises CheckpointError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return value
+def read_spec(path: str | Path, allow_pickle: bool = False) -> ModelSpec:
+    """What the model in a diffusers folder or in a single file is, without its weights.
 
-
-def read_spec(path: str | Path) -> ModelSpec:
-    """What the model in a diffusers folder is. Raises CheckpointError, naming the file and the option."""
+    allow_pickle: look at .ckpt files too; they never run code even then. Raises CheckpointError, naming the
+    file and the option.
+    """
     path = Path(path)
+    if file := singles.weights_of(path):
+        spec = with_text(singles.describe(file, allow_pickle), file.parent)
+        own = singles.own_folder(file)
+        return with_own_file(with_own_inputs(spec, own), own) if own else spec
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
     index = check_components(path)
@@ -344,6 +334,28 @@ def text_spec(config: Config) -> TextSpec:
     return TextSpec(**given, activation=config.get("hidden_act", "quick_gelu"))
 
 
+def pooled_text_spec(config: Config) -> TextSpec:
+    """Of a text encoder that gives one vector a text: its own configuration, or that of a whole CLIP."""
+    spec = text_spec(config | config.get("text_config", {}))
+    projection = only(config["projection_dim"], "projection_dim")
+    # Older files say 2, and `transformers` takes the largest id then, which is the end token's.
+    eos_id = spec.vocabulary - 1 if spec.eos_id == 2 else spec.eos_id
+    return replace(spec, projection=projection, eos_id=eos_id)
+
+
+def with_text(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """The spec of a single file with the text encoder beside it, where it needs one and one is there."""
+    if not spec.lacks_context or not (folder / "text_encoder").is_dir():
+        return spec
+    _, text = read_part(folder, "text_encoder", pooled_text_spec)
+    if text.projection != spec.unet.context_width:
+        raise CheckpointError(
+            f"{config_file(folder, 'text_encoder')}: projection_dim is {text.projection}, "
+            f"but the UNet expects contexts {spec.unet.context_width} wide"
+        )
+    return replace(spec, text=text, tasks=ALL_TASKS[:3])
+
+
 def schedule_spec(config: Config) -> ScheduleSpec:
     ddim = config.get("_class_name") == "DDIMScheduler"
     check_fixed(config, SCHEDULER_FIXED)
@@ -424,7 +436,8 @@ def with_own_file(spec: ModelSpec, path: Path) -> ModelSpec:
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: defaults must be an object")
     known = {f.name: type(getattr(spec.defaults, f.name)) for f in fields(Defaults)}
-    for key in [k for k in own if k not in (*OWN_KEYS, RESIDUAL)] + [k for k in values if k not in known]:
+    accepted = (*OWN_KEYS, RESIDUAL, singles.OWN_KEY)
+    for key in [k for k in own if k not in accepted] + [k for k in values if k not in known]:
         raise CheckpointError(f"{file}: {key!r} is unknown; defaults may hold {', '.join(known)}")
     for key, value in values.items():
         accepted = (int, float) if known[key] is float else known[key]

@@ -83,6 +83,9 @@ def averaged(key: str) -> str:
     return EMA + key.removeprefix("model.").replace(".", "")
 
 
+CLIP_PICTURES = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIP, beside its text
+
+
 def rename(key: str, table: dict[str, str]) -> str:
     """A native parameter's name in the file. Raises KeyError where the table has no module above it."""
     module = key

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from models.autoencoder import Autoencoder
-from models.conditioner import Conditioner, LayoutProjection, TextConditioner, make_conditioner
+from models.conditioner import Asked, Conditioner, LayoutProjection, TextConditioner, make_conditioner
 from models.denoiser import Denoiser, guide
 from models.samplers import plan, step
 from models.schedule import Schedule
@@ -26,7 +26,8 @@ ROWS = 16  # tiles that are enlarged at once
 
 
 class Known(NamedTuple):
-    """Scaled latent (C, h, w) of a picture that is 0 where the mask (1, h, w) is 1: what is there already."""
+    """What is there already: the scaled latent (C, h, w) of a picture without what is hidden, and the mask
+    (1, h, w), both as the UNet takes them."""
 
     z: Tensor
     mask: Tensor
@@ -49,7 +50,7 @@ class LatentDiffusion:
         self.conditioner = conditioner
         self.schedule = Schedule(spec.schedule)
         self.denoiser = Denoiser(unet, self.schedule) if unet else None
-        self._gray: dict[tuple[int, int], Tensor] = {}
+        self._hidden: dict[tuple[int, int], Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -76,19 +77,25 @@ class LatentDiffusion:
         whole = merge((pixels_last(x[0]) for x in parts), tiles, self.spec.autoencoder.factor)
         return torch.from_numpy(whole).movedim(-1, 0)[None]
 
+    def contexts(self, asked: Asked) -> Tensor | None:
+        """What the UNet attends to, without guidance's condition and with it: (2, L, C), or None where it
+        attends to nothing. The same twice where nothing guides."""
+        return self.conditioner.contexts(asked) if self.conditioner else None
+
     def beside(
         self, h: int, w: int, regions: Tensor | None = None, known: Known | None = None
     ) -> Tensor | None:
         """What the UNet takes beside a latent of h x w cells, without guidance's condition and with it.
 
-        regions (h, w): numbers of labels from 1, 0 for none. Without `known` everything is to be painted.
-        -> (2, channels, h, w) float32, or None where it takes nothing.
+        regions: numbers of labels from 1, 0 for none, one of every spec.label_cell pixels. Without `known`
+        everything is to be painted. -> (2, channels, h, w) float32, or None where it takes nothing.
         """
         spec, device = self.spec, self.device
         parts = []
         if spec.mask_channels:
-            z, mask = known or (self.encode_gray(h, w), torch.ones(1, h, w, device=device))
-            parts.append(torch.cat([mask, z]).expand(2, -1, -1, -1))
+            z, mask = known or (self.encode_hidden(h, w), torch.ones(1, h, w, device=device))
+            both = [mask, z] if spec.masking.mask_first else [z, mask]
+            parts.append(torch.cat(both).expand(2, -1, -1, -1))
         if spec.layout_channels:
             layout = torch.zeros(2, spec.layout_channels, h, w, device=device)
             if regions is not None:
@@ -98,8 +105,14 @@ class LatentDiffusion:
 
     def known(self, x: Tensor, hidden: Tensor) -> Known:
         """What is there of a picture x (1, 3, H, W) where `hidden` (H, W), bool, is not true."""
-        mask = max_pool2d(hidden.float()[None], self.spec.autoencoder.factor)
-        return Known(self.encode(torch.where(hidden, 0.0, x))[0], mask)
+        masking, factor = self.spec.masking, self.spec.autoencoder.factor
+        mask = hidden.float()[None]  # (1, H, W)
+        if masking.nearest:
+            mask = interpolate(mask[None], scale_factor=1 / factor, mode="nearest")[0]
+        else:
+            mask = max_pool2d(mask, factor)
+        z = self.encode(torch.where(hidden, masking.hidden, x))[0]
+        return Known(z, masking.kept + (1 - masking.kept) * mask)
 
     def with_noise(self, low: Tensor, noise: Tensor, level: int) -> Tensor:
         """A low-resolution picture and noise, both of any one shape -> as the UNet takes it at that level."""
@@ -108,14 +121,13 @@ class LatentDiffusion:
         signal = Schedule(self.spec.upscaling.noise).alpha_bar[level]
         return float(signal**0.5) * low + float((1 - signal) ** 0.5) * noise
 
-    def encode_gray(self, h: int, w: int) -> Tensor:
+    def encode_hidden(self, h: int, w: int) -> Tensor:
         """Scaled latent (C, h, w) of a picture of which nothing is known; made once a size."""
-        if (h, w) not in self._gray:
+        if (h, w) not in self._hidden:
             autoencoder, f = self.spec.autoencoder, self.spec.autoencoder.factor
-            device = self.device
-            x = torch.zeros(1, autoencoder.picture_channels, f * h, f * w, device=device)
-            self._gray[h, w] = self.encode(x)[0]
-        return self._gray[h, w]
+            x = torch.zeros(1, autoencoder.picture_channels, f * h, f * w, device=self.device)
+            self._hidden[h, w] = self.encode(x + self.spec.masking.hidden)[0]
+        return self._hidden[h, w]
 
     def copy(self, dtype: torch.dtype) -> LatentDiffusion:
         """The same model with weights in another type; the tokenizer, which has none, is shared."""
@@ -135,34 +147,38 @@ class LatentDiffusion:
 
     def sample(
         self,
-        prompts: Sequence[str],
+        asked: Sequence[str | Asked],
         seeds: Sequence[int],
         steps: int,
         guidance_scale: float,
         beside: Sequence[Tensor] | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """One picture a prompt by guided DDIM, all in one batch: the service's arithmetic without its queue.
+        """One picture of each that is asked for, by DDIM, all in one batch: the service's arithmetic without
+        its queue.
 
-        beside: of each picture, as self.beside() makes it; size: width and height, the default's if missing.
-        -> x (B, 3, H, W), float32.
+        asked: a prompt by itself asks for no more. guidance_scale: 1 where the model is not guided. beside:
+        of each picture, as self.beside() makes it, for one to inpaint; size: width and height, the default's
+        if missing. -> x (B, 3, H, W), float32.
         """
-        defaults = self.spec.defaults
+        asked = [Asked(prompt=one) if isinstance(one, str) else one for one in asked]
+        defaults, rows = self.spec.defaults, told_rows(guidance_scale)
         shape = self.spec.latent_shape(*(size or (defaults.width, defaults.height)))
         if beside is None and self.spec.beside:
-            beside = [self.beside(*shape[1:])] * len(prompts)
-        pairs = None if beside is None else torch.stack(list(beside), dim=1).flatten(0, 1)  # (2 B, C', h, w)
-        context = self.conditioner(["", *prompts])  # (1 + B, L, C)
-        context = torch.cat([context[:1].expand(len(prompts), -1, -1), context[1:]])
+            beside = [self.beside(*shape[1:], one.regions) for one in asked]
+        pairs = None if beside is None else by_row(beside, rows)  # (R B, C', h, w), R 1 or 2
+        contexts = by_row([self.contexts(one) for one in asked], rows) if self.spec.context_shape else None
         noise = torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         )
 
         def eps(x: Tensor, t: Tensor) -> Tensor:
-            both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), context, pairs)
-            return guide(*both.chunk(2), guidance_scale)
+            count = rows.stop - rows.start
+            out = self.denoiser(torch.cat([x] * count), torch.cat([t] * count), contexts, pairs)
+            without, told = out[: len(x)], out[-len(x) :]
+            return guide(without, told, guidance_scale)
 
-        return self.decode(self.denoise(noise.to(context.device), steps, eps))
+        return self.decode(self.denoise(noise.to(self.device), steps, eps))
 
     def denoise(self, x: Tensor, steps: int, eps: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """DDIM from noise x (B, C, h, w) to a latent of its shape; eps: x, t (B,) -> eps."""
@@ -229,13 +245,23 @@ class LatentDiffusion:
             if network is not None:
                 network.to(device=device, dtype=dtype)
         self.denoiser = Denoiser(self.unet, self.schedule) if self.unet else None
-        self._gray.clear()
+        self._hidden.clear()
         return self
 
 
 def resample(low: Tensor, factor: int) -> Tensor:
     """Pictures (B, 3, h, w) in about [-1, 1] -> (B, 3, f*h, f*w) in [-1, 1], by bicubic interpolation."""
     return interpolate(low, scale_factor=factor, mode="bicubic").clamp(-1, 1)
+
+
+def told_rows(guidance_scale: float) -> slice:
+    """Which rows of (without guidance's condition, with it) an image needs: at 0 and 1 one says it all."""
+    return {0.0: slice(0, 1), 1.0: slice(1, 2)}.get(guidance_scale, slice(0, 2))
+
+
+def by_row(parts: Sequence[Tensor], rows: slice) -> Tensor:
+    """These rows of each (2, ...): all first rows, then all second ones."""
+    return torch.stack([part[rows] for part in parts], dim=1).flatten(0, 1)
 
 
 def pixels_last(x: Tensor) -> np.ndarray:
@@ -258,6 +284,6 @@ def weights_in(spec: ModelSpec) -> int:
             networks.append(TextEncoder(spec.text, None))
         if spec.condition:
             networks.append(make_conditioner(spec.condition))
-        if spec.layout_channels:
+        if spec.layout_channels and spec.text:
             networks.append(LayoutProjection(spec.text.width, spec.layout_channels))
     return sum(weight.numel() for network in networks for weight in network.parameters())

@@ -271,11 +271,9 @@ ADAMS = ([1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 
 
 def plms(path: Path, eta: float) -> Plan:
     """Pseudo linear multistep (Liu et al. 2022) as the LDM code has it: Adams-Bashforth in eps, begun by one
-    step of Heun's, which asks the UNet once more."""
+    step of Heun's, which asks the UNet once more, at the next timestep or, if there is none, at the same."""
     a = path.alpha[1:] / path.alpha[:-1]
     b = path.sigma[1:] - a * path.sigma[:-1]
-    if len(path) == 1:
-        return lines_of(path, [a[0] * X + b[0] * EPS], 0.0)
     x_before = REMEMBERED[0]
     first = (X - a[0] * x_before) / b[0]  # the eps that led from there to here
     forms = [a[0] * X + b[0] * EPS, a[0] * x_before + b[0] * (first + EPS) / 2]
@@ -285,7 +283,8 @@ def plms(path: Path, eta: float) -> Plan:
         forms.append(a[i] * X + b[i] * sum(factor * form for factor, form in terms))
         memory.append([EPS, *REMEMBERED[:-1]])
     twice = np.insert(np.arange(len(path) + 1), 1, 1)  # the second point is asked at the first step too
-    twice = Path(path.t[twice[:-1]], path.alpha[twice], path.sigma[twice])
+    t = path.t[np.minimum(twice[:-1], len(path) - 1)]
+    twice = Path(t, path.alpha[twice], path.sigma[twice])
     return lines_of(twice, forms, 0.0, memory)
 
 

@@ -112,6 +112,7 @@ class TextSpec:
     eos_id: int = 49407
     bos_id: int = 49406
     pad_id: int = 49407
+    projection: int = 0  # width of the one vector that a text comes to; 0: one vector a token
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,16 @@ class TokenSpec:
     tokens: int
     heads: int = 8
     head_width: int = 64  # of every head, whatever the width
+    objects: int = 0  # boxes that its tokens can tell (models.boxes); 0: they are words
 
 
 @dataclass(frozen=True)
 class ClassSpec:
     """One learned vector a class."""
 
-    classes: int  # the one that stands for none, if there is one, included
+    classes: int  # the null class, if there is one, included
     width: int
+    null: int | None = None  # the class that stands for none, the last; guidance compares with it
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,19 @@ class SegmentationSpec:
 
 Condition = TokenSpec | ClassSpec | SegmentationSpec
 CONDITIONS = {kind.__name__: kind for kind in (TokenSpec, ClassSpec, SegmentationSpec)}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How a mask, and the picture that it hides parts of, are told to a UNet that takes both beside z.
+
+    The defaults are those of Stable Diffusion's inpainting.
+    """
+
+    mask_first: bool = True  # before E(masked picture), else after it
+    kept: float = 0.0  # what the mask is where the picture stays; 1 where it is painted anew
+    hidden: float = 0.0  # what hidden pixels are shown as, of [-1, 1]
+    nearest: bool = False  # a cell has the mask of one of its pixels; else it is painted where any of them is
 
 
 @dataclass(frozen=True)
@@ -192,6 +208,7 @@ class ModelSpec:
     tasks: tuple[str, ...] = ALL_TASKS[:3]
     upscaling: UpscalingSpec | None = None  # it enlarges a picture by the autoencoder's factor
     mask_channels: bool = False  # the UNet takes a mask and the latent of the masked picture after z
+    masking: Masking = Masking()  # how, if it does
     layout_channels: int = 0  # that tell the UNet which label belongs where, after those
     labels: tuple[str, ...] = ()
     condition: Condition | None = None  # any other conditioner with weights of its own
@@ -205,14 +222,70 @@ class ModelSpec:
         return masked + self.layout_channels + low + resampled
 
     @property
-    def reads_prompts(self) -> bool:
-        """Whether words tell it anything."""
-        return self.text is not None or "text-to-image" in self.tasks
+    def context_shape(self) -> tuple[int, int] | None:
+        """(L, C) of the context that the UNet is given; None where it is given none."""
+        if self.text:
+            return (1 if self.text.projection else self.text.tokens), self.unet.context_width
+        if isinstance(self.condition, TokenSpec):
+            return self.condition.tokens, self.condition.width
+        return (1, self.condition.width) if isinstance(self.condition, ClassSpec) else None
 
     @property
-    def conditioned(self) -> bool:
-        """Whether there is anything that guidance can compare with nothing."""
-        return self.text is not None or self.condition is not None
+    def lacks_context(self) -> bool:
+        """Whether its UNet expects a context and nothing makes one: its text encoder lies elsewhere."""
+        return bool(self.unet and self.unet.context_width and not (self.text or self.condition))
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether words tell it anything."""
+        return self.text is not None or self.reads_words
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether prompts are told in BERT's words, which its file does not hold."""
+        return isinstance(self.condition, TokenSpec) and not self.condition.objects
+
+    @property
+    def guided(self) -> bool:
+        """Whether it knows a null condition, which guidance compares with."""
+        return self.reads_prompts or (
+            isinstance(self.condition, ClassSpec) and self.condition.null is not None
+        )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What tells it what to make, by the names of a request's fields."""
+        if isinstance(self.condition, ClassSpec):
+            return ("class_label",)
+        if self.labels_pixels:
+            return ("segmentation",)
+        if isinstance(self.condition, TokenSpec) and self.condition.objects:
+            return ("boxes",)
+        named = ("class_label",) if "class-to-image" in self.tasks and self.labels else ()
+        placed = ("boxes", "segmentation") if self.layout_channels else ()
+        return ("prompt",) * self.reads_prompts + named + placed
+
+    @property
+    def label_count(self) -> int:
+        """Labels that there are, whether they have names or are numbers alone."""
+        if isinstance(self.condition, ClassSpec):
+            return self.condition.classes - (self.condition.null is not None)
+        if isinstance(self.condition, SegmentationSpec):
+            return self.condition.classes
+        if isinstance(self.condition, TokenSpec) and self.condition.objects:
+            return self.condition.vocabulary - 1  # the last token stands for no object
+        return len(self.labels)
+
+    @property
+    def labels_pixels(self) -> bool:
+        """Whether maps of labels are of the picture's own size, and leave no pixel without a label."""
+        return isinstance(self.condition, SegmentationSpec)
+
+    @property
+    def label_cell(self) -> int:
+        """Pixels along a side of what has one label in a map of labels."""
+        halvings = self.condition.halvings if self.labels_pixels else 0
+        return self.autoencoder.factor // 2**halvings
 
     @property
     def size_multiple(self) -> int:
@@ -250,6 +323,7 @@ class ModelSpec:
             defaults=build(Defaults, d["defaults"]),
             tasks=tuple(d["tasks"]),
             mask_channels=d["mask_channels"],
+            masking=build(Masking, d["masking"]),
             layout_channels=d["layout_channels"],
             labels=tuple(d["labels"]),
             upscaling=d["upscaling"]

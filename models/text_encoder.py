@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch.nn.functional import normalize, scaled_dot_product_attention
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from models.spec import TextSpec, TokenSpec
 
@@ -32,14 +32,24 @@ def text_config(spec: TextSpec) -> CLIPTextConfig:
     )
 
 
+def overflow(tokenizer: PreTrainedTokenizerBase, tokens: int, prompt: str) -> str:
+    """The end of the prompt that a context length of so many tokens leaves out; '' if it fits."""
+    # The tokenizer calls a long text a mistake where it is not cut; here that is what is asked.
+    encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets, kept = encoded["offset_mapping"], tokens - 2  # begin and end take two
+    return prompt[offsets[kept][0] :].strip() if len(offsets) > kept else ""
+
+
 class TextEncoder(nn.Module):
-    """Prompts -> token ids -> one vector a token."""
+    """Prompts -> token ids -> one vector a token, or one of the whole text."""
 
     def __init__(self, spec: TextSpec, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.spec = spec
         self.tokenizer = tokenizer
         self.transformer = CLIPTextModel(text_config(spec))
+        if spec.projection:
+            self.text_projection = nn.Linear(spec.width, spec.projection, bias=False)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Padded and cut to the context length: (B, L) integers."""
@@ -49,8 +59,14 @@ class TextEncoder(nn.Module):
         return torch.tensor(ids, dtype=torch.long)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, L) -> (B, L, C), after the final LayerNorm."""
-        return self.transformer(input_ids=ids).last_hidden_state
+        """ids (B, n) -> (B, n, C), after the final LayerNorm; with a projection (B, 1, C), the end token's,
+        projected and of length 1 (Radford et al. 2021, figure 3)."""
+        states = self.transformer(input_ids=ids).last_hidden_state
+        if not self.spec.projection:
+            return states
+        end = (ids == self.spec.eos_id).int().argmax(dim=1)  # the first: CLIP pads with the same token
+        text = self.text_projection(states[torch.arange(len(ids), device=ids.device), end])
+        return normalize(text, dim=-1)[:, None]
 
 
 class TokenAttention(nn.Module):
@@ -124,6 +140,11 @@ class TokenTransformer(nn.Module):
         self.pos_emb = TokenPositions(spec.tokens, spec.width)
         self.attn_layers = TokenLayers(spec)
         self.norm = nn.LayerNorm(spec.width)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.norm.weight.device
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L) -> (B, L, C), after the final LayerNorm."""

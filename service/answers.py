@@ -35,6 +35,7 @@ HIDDEN = (
     "regions",
     "scale",
     "noise_level",
+    "boxes",
 )  # of a job; no parameters of the picture
 
 
@@ -178,8 +179,10 @@ def parameters(order: Order, index: int) -> dict[str, Any]:
     if order.boxes:
         own["boxes"] = [box.model_dump() for box in order.boxes]
     values = {key: value for key, value in asdict(job).items() if key not in hidden}
-    if not values["prompt"]:
+    if not values["prompt"] or job.class_label is not None:  # a class that has a name is its prompt too
         del values["prompt"]
+    if job.class_label is None:
+        del values["class_label"]
     return values | own
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
+from models.conditioner import Asked
 from models.denoiser import guide
 from models.latent_diffusion import Known, LatentDiffusion
 from models.samplers import Plan, keep, step
@@ -80,11 +81,13 @@ def known_of(bundle: LatentDiffusion, job: Job, device: torch.device) -> Known:
     return bundle.known(picture_of(job, device), torch.from_numpy(painted(job).copy()).to(device))
 
 
-def regions_of(job: Job, h: int, w: int) -> Tensor | None:
-    """(h, w) numbers of labels, or None where the job tells none."""
-    if not job.regions:
-        return None
-    return torch.from_numpy(np.frombuffer(job.regions, np.uint16).reshape(h, w).astype(np.int64))
+def asked_of(job: Job, cell: int) -> Asked:
+    """What the job's pictures are to show; a label of its regions covers cell x cell pixels."""
+    regions = None
+    if job.regions:
+        numbers = np.frombuffer(job.regions, np.uint16).astype(np.int64)
+        regions = torch.from_numpy(numbers.reshape(job.height // cell, job.width // cell))
+    return Asked(job.prompt, job.negative_prompt, job.class_label, job.boxes, regions)
 
 
 def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:

@@ -20,15 +20,17 @@ from service import answers, images, intake
 from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
 from service.job import Done, Event, Failed, Job, Started, Stepped
-from service.registry import ModelPathError, locate_all
+from service.registry import ModelPathError, locate_all, read_specs
 from service.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
-from service.settings import SettingError, Settings, parse, read_settings
+from service.settings import DTYPES, SettingError, Settings, parse, read_settings
 
 ASKED = (
     "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seed", "n", "sampler", "eta",
     "strength", "class_label", "boxes", "scale", "noise_level",
 )  # fmt: skip
-SERVED = ("model", "host", "port", "device", "dtype", "invariant")  # settings that ldm serve has flags for
+# Settings that ldm serve has flags for, and those that the commands without a server have.
+SERVED = ("model", "host", "port", "device", "dtype", "allow_pickle", "vocabulary", "invariant")
+ALONE = ("model", "device", "dtype", "allow_pickle", "vocabulary")
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
 
 
@@ -73,8 +75,10 @@ def parser() -> argparse.ArgumentParser:
     add_inpaint(commands.add_parser("inpaint", help="paint a part of a picture anew, without a server"))
     add_upscale(commands.add_parser("upscale", help="enlarge a picture, without a server"))
     listing = commands.add_parser("models", help="list the models that can be served")
-    add_settings(listing, "model", several=True)
+    add_settings(listing, "model", "allow_pickle", several=True)
     listing.set_defaults(command=list_models)
+    add_inspect(commands.add_parser("inspect", help="say what a checkpoint is, without loading it"))
+    add_convert(commands.add_parser("convert", help="write a checkpoint as a folder in safetensors"))
     add_bench(commands.add_parser("bench", help="measure a server under load"))
     commands.add_parser("train", help="train and evaluate models; has its own --help", add_help=False)
     return top
@@ -86,11 +90,13 @@ def add_settings(command: argparse.ArgumentParser, *names: str, several: bool = 
     several: --model takes more than one; not beside positional arguments, which it would swallow.
     """
     helps = {
-        "model": "a model in the box, emoji or emoji-upscale, or the folder of a model",
+        "model": "a model in the box, emoji or emoji-upscale, or the folder or the file of a model",
         "host": "address to listen at",
         "port": "port to listen at",
         "device": "auto, cpu, cuda or cuda:N",
         "dtype": "auto, float16, bfloat16 or float32",
+        "allow_pickle": "read .ckpt and .bin files too, which never run code even then",
+        "vocabulary": "vocab.txt of bert-base-uncased, or its folder, for models that read its words",
         "invariant": "the same bytes for a request in any company, and a lower throughput",
     }
     for name in names:
@@ -100,8 +106,9 @@ def add_settings(command: argparse.ArgumentParser, *names: str, several: bool = 
             how = {"action": "store_const", "const": "true"}
         elif name == "model" and several:
             how |= {"nargs": "+", "action": "extend"}
-        shown = ", ".join(default) if name == "model" else default
-        command.add_argument(f"--{name}", help=f"{helps[name]} (LDM_{name.upper()}; default: {shown})", **how)
+        shown = ", ".join(default) if name == "model" else default if default != "" else "none"
+        about = f"{helps[name]} (LDM_{name.upper()}; default: {shown})"
+        command.add_argument(f"--{name.replace('_', '-')}", help=about, **how)
 
 
 def settings_of(args: argparse.Namespace, *names: str) -> Settings:
@@ -123,7 +130,7 @@ def serve(args: argparse.Namespace) -> int:
     from service.app import create_app
 
     settings = settings_of(args, *SERVED)
-    locate_all(settings.model)  # a name that is wrong now stays wrong
+    locate_all(settings.model, settings.allow_pickle)  # a name that is wrong now stays wrong
     logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
     app = create_app(settings)
     supervisor = app.state.supervisor
@@ -203,7 +210,7 @@ def add_making(command: argparse.ArgumentParser) -> None:
     for name in ("guidance-scale", "eta"):
         command.add_argument(f"--{name}", type=float, metavar="X")
     command.add_argument("--sampler")
-    add_settings(command, "model", "device", "dtype")
+    add_settings(command, *ALONE)
 
 
 def add_scene(command: argparse.ArgumentParser) -> None:
@@ -254,8 +261,9 @@ def make(args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping
     """Make what a request of this kind asks for; pictures: field -> file, if there is one."""
     output = Path(args.output)
     suffix = checked(output)
-    settings = settings_of(args, "model", "device", "dtype")
-    specs = {name: read_spec(path) for name, path in locate_all(settings.model).items()}
+    settings = settings_of(args, *ALONE)
+    places = locate_all(settings.model, settings.allow_pickle)
+    specs = read_specs(places, settings.allow_pickle)
     body = request_of(args, kind, {name: file for name, file in pictures.items() if file})
     order = replace(intake.to_order(body, specs, settings), format=images.SUFFIXES[suffix])
     done = run_alone(order.job, settings)
@@ -317,7 +325,8 @@ def run_alone(job: Job, settings: Settings) -> Done:
     from service.engine import Engine
     from service.runner import build  # torch
 
-    runner = build(settings, {job.model: locate_all(settings.model)[job.model]})
+    places = locate_all(settings.model, settings.allow_pickle)
+    runner = build(settings, {job.model: places[job.model]})
     ended: list[Event] = []
     with tqdm(total=job.n * job.steps, unit="step", leave=False) as bar:
 
@@ -340,7 +349,7 @@ def run_alone(job: Job, settings: Settings) -> Done:
 
 def add_bench(command: argparse.ArgumentParser) -> None:
     add_arguments(command)
-    add_settings(command, "model", "device", "dtype", "invariant")
+    add_settings(command, *ALONE, "invariant")
     command.set_defaults(command=run_bench)
 
 
@@ -348,16 +357,50 @@ def run_bench(args: argparse.Namespace) -> int:
     """Send many requests and say how it went."""
     from service.bench.command import bench
 
-    return bench(args, settings_of(args, "model", "device", "dtype", "invariant"))
+    return bench(args, settings_of(args, *ALONE, "invariant"))
 
 
 def list_models(args: argparse.Namespace) -> int:
     """One line a model."""
-    for name, path in locate_all(settings_of(args, "model").model).items():
-        spec = read_spec(path)
+    settings = settings_of(args, "model", "allow_pickle")
+    for name, path in locate_all(settings.model, settings.allow_pickle).items():
+        spec = read_spec(path, settings.allow_pickle)
         d = spec.defaults
         made = f"{d.width}x{d.height}, {d.steps} steps, guidance {d.guidance_scale:g}"
         print(f"{name}  {made}, {', '.join(spec.tasks)}")
+    return 0
+
+
+def add_inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("path", metavar="PATH", type=Path, help="a folder, or a .safetensors or .ckpt file")
+    command.add_argument("--json", action="store_true", help="for machines")
+    add_settings(command, "allow_pickle")
+    command.set_defaults(command=run_inspect)
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Say what a checkpoint is; 1 where something is missing or unexpected in it."""
+    from models.inspection import as_json, as_text, inspect  # torch
+
+    report = inspect(args.path, settings_of(args, "allow_pickle").allow_pickle)
+    print(as_json(report) if args.json else as_text(report))
+    return 1 if report.problems else 0
+
+
+def add_convert(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="IN", type=Path, help="a folder, or a .safetensors or .ckpt file")
+    command.add_argument("target", metavar="OUT", type=Path, help="a folder that is empty or not there")
+    command.add_argument("--dtype", choices=DTYPES[1:], help="of the weights (default: as they are)")
+    add_settings(command, "allow_pickle")
+    command.set_defaults(command=run_convert)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Write a checkpoint as a folder in safetensors, whole or not at all."""
+    from models.conversion import convert  # torch
+
+    convert(args.source, args.target, args.dtype, settings_of(args, "allow_pickle").allow_pickle)
+    print(args.target)
     return 0
 
 

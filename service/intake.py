@@ -30,6 +30,7 @@ CONDITIONS = {  # field -> the task that takes it
     "boxes": "layout-to-image",
     "segmentation": "layout-to-image",
 }
+NO_PROMPT = "is for models that read one; this one does not"
 SHOWN = 64  # characters of a client's own words that an error repeats
 
 TASKS = ("generate", "inpaint", "upscale")
@@ -83,11 +84,10 @@ def to_order(body: PictureRequest, specs: Mapping[str, ModelSpec], settings: Set
     if isinstance(body, SceneRequest):
         check_conditions(body, spec)
     order = draft(body, spec, settings)
+    if isinstance(body, SceneRequest):
+        order = replace(order, job=placed(body, spec, order, settings), boxes=tuple(body.boxes or ()))
     check_task(spec, (order.job.task,))
-    if isinstance(body, UpscaleRequest):
-        return order
-    regions = to_regions(body, spec, order, settings)
-    return replace(order, job=replace(order.job, regions=regions), boxes=tuple(body.boxes or ()))
+    return order
 
 
 def check_task(spec: ModelSpec, tasks: Collection[str]) -> None:
@@ -101,45 +101,53 @@ def check_conditions(body: SceneRequest, spec: ModelSpec) -> None:
     """Raise InvalidRequest for conditions that the model does not take, or that exclude each other."""
     told = [name for name in CONDITIONS if getattr(body, name) is not None]
     for name in told:
-        task, does = CONDITIONS[name], ", ".join(spec.tasks)
+        task, does, inputs = CONDITIONS[name], ", ".join(spec.tasks), " or ".join(spec.inputs)
         refuse([(name, task in spec.tasks, f"is for {task}; this model is for {does}")])
+        refuse([(name, name in spec.inputs, f"tells this model nothing; it takes {inputs}")])
     worded = "class_label" in told and bool(body.prompt)
-    unworded = isinstance(body, GenerateRequest) and body.prompt is None and not told
+    unworded = isinstance(body, GenerateRequest) and body.prompt is None and spec.reads_prompts
+    untold = not told and bool(spec.inputs) and (unworded or not spec.reads_prompts)
+    needed = spec.inputs[0] if spec.inputs else "prompt"
     refuse(
         (
+            ("prompt", spec.reads_prompts or not body.prompt, NO_PROMPT),
             ("class_label", not worded, "must not come with a prompt, which says the same"),
             ("segmentation", len({"boxes", "segmentation"} & {*told}) < 2, "must not come with boxes"),
-            ("prompt", not unworded or "unconditional" in spec.tasks, "is required"),
+            (needed, not untold or "unconditional" in spec.tasks, "is required"),
         )
     )
 
 
-def words_of(body: PictureRequest, spec: ModelSpec) -> str:
-    """The prompt, or the name of the class. Raises InvalidRequest for a class that there is not."""
+def label_of(body: PictureRequest, spec: ModelSpec) -> int | None:
+    """The number of the class, if one is asked for. Raises InvalidRequest for one that there is not."""
     label = body.class_label if isinstance(body, SceneRequest) else None
-    if label is None:
-        return body.prompt or ""
-    if isinstance(label, str):
-        label = layouts.number_of(label, spec.labels, "class_label") - 1
-    refuse([("class_label", label < len(spec.labels), f"must be less than {len(spec.labels)}")])
-    return spec.labels[label]
+    return None if label is None else layouts.number_of(label, spec, "class_label")
 
 
-def to_regions(body: SceneRequest, spec: ModelSpec, order: Order, settings: Settings) -> bytes:
-    """The label of every cell of the job's latent, as in Job. Raises InvalidRequest.
+def placed(body: SceneRequest, spec: ModelSpec, order: Order, settings: Settings) -> Job:
+    """The job, told what goes where. Raises InvalidRequest.
 
     Boxes and colours are of the client's picture; the rest of a larger canvas has no label.
     """
-    f, (_, h, w) = spec.autoencoder.factor, spec.latent_shape(order.job.width, order.job.height)
-    shown = -(-order.height // f), -(-order.width // f)
+    if body.boxes is not None and not spec.layout_channels:
+        return replace(order.job, boxes=layouts.as_objects(body.boxes, spec))
+    cell = spec.label_cell
+    shown, whole = (
+        (-(-height // cell), -(-width // cell))
+        for height, width in ((order.height, order.width), (order.job.height, order.job.width))
+    )
     if body.boxes is not None:
-        regions = layouts.from_boxes(body.boxes, spec.labels, *shown)
+        regions = layouts.from_boxes(body.boxes, spec, *shown)
     elif body.segmentation is not None:
         picture = images.read_picture(body.segmentation, "segmentation", settings.max_input_pixels)
-        regions = layouts.from_colours(picture, spec.labels, *shown, "segmentation")
+        fits = not spec.labels_pixels or picture.size == (order.width, order.height)
+        expected = f"must have the size of the picture to make, {order.width}x{order.height}"
+        refuse([("segmentation", fits, expected)])
+        regions = layouts.from_colours(picture, spec, *shown, "segmentation")
     else:
-        return b""
-    return np.pad(regions, ((0, h - shown[0]), (0, w - shown[1]))).tobytes()
+        return order.job
+    margins = [(0, all_of - part) for all_of, part in zip(whole, shown, strict=True)]
+    return replace(order.job, regions=np.pad(regions, margins).tobytes())
 
 
 def draft(body: PictureRequest, spec: ModelSpec, settings: Settings) -> Order:
@@ -236,12 +244,13 @@ def format_of(body: PictureRequest) -> Format:
 
 
 def to_job(body: PictureRequest, spec: ModelSpec, width: int, height: int, strength: float = 1.0) -> Job:
-    """The job of a body, without its pictures."""
-    defaults = spec.defaults
+    """The job of a body, without its pictures and what goes where."""
+    defaults, label = spec.defaults, label_of(body, spec)
+    named = label is not None and spec.reads_prompts
     return Job(
         id=uuid.uuid4().hex,
         model=spec.name,
-        prompt=words_of(body, spec),
+        prompt=spec.labels[label] if named else body.prompt or "",
         negative_prompt=body.negative_prompt,
         width=width,
         height=height,
@@ -253,6 +262,7 @@ def to_job(body: PictureRequest, spec: ModelSpec, width: int, height: int, stren
         eta=given(body.eta, defaults.eta),
         priority=body.priority,
         strength=strength,
+        class_label=label,
     )
 
 
@@ -288,9 +298,9 @@ def check(job: Job, spec: ModelSpec, settings: Settings, sized_by: str = "width"
         ("n", job.n * job.steps * pixels <= most, f"times steps, width and height must be at most {most}"),
         ("sampler", job.sampler in SAMPLERS, f"must be one of {samplers}"),
         ("eta", not job.eta or job.sampler in WITH_ETA, f"is for the sampler {', '.join(WITH_ETA)}"),
-        ("prompt", spec.reads_prompts or not job.prompt, "is for models that read one; this one does not"),
+        ("prompt", spec.reads_prompts or not job.prompt, NO_PROMPT),
         ("negative_prompt", spec.reads_prompts or not job.negative_prompt, "is for models that read prompts"),
-        ("guidance_scale", spec.conditioned or not job.needs_both, "must be 1: nothing guides this model"),
+        ("guidance_scale", spec.guided or job.guidance_scale == 1.0, "must be 1: nothing guides this model"),
         ("seed", job.seed + job.n - 1 <= MAX_SEED, f"plus n must be at most {MAX_SEED + 1}"),
     )
     refuse(rules)

@@ -6,6 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
+from models.boxes import Box
+
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON client can hold
 
 
@@ -23,7 +25,8 @@ class Job:
     image: height x width x 3 bytes that the run starts from, none for a run from noise alone; with a scale,
     the picture to enlarge by it, height / scale x width / scale x 3 bytes; mask: height x
     width bytes, 255 where that picture is painted anew and 0 where it stays, none for everywhere; regions: of
-    each cell of the latent, row by row, two bytes: the number of a label counted from 1, or 0; none for none.
+    every ModelSpec.label_cell pixels, row by row, two bytes: the number of a label counted from 1, or 0; none
+    for none. boxes: as in models.boxes, for a model that reads them.
     """
 
     BLOBS: ClassVar[tuple[str, ...]] = ("image", "mask", "regions")  # go beside a message's header, not in it
@@ -49,6 +52,8 @@ class Job:
     noise_level: int = 0  # of the noise that is put on image then
     preview_every: int = 0  # steps of an image between two previews of it; 0: none
     preview_decoded: bool = False  # previews through D, at full size, rather than by a projection
+    class_label: int | None = None  # counted from 0; for a model that reads prompts, prompt is its name
+    boxes: tuple[Box, ...] = ()
 
     @property
     def task(self) -> str:
@@ -57,7 +62,13 @@ class Job:
             return "upscaling"
         if self.mask:
             return "inpainting"
-        return "image-to-image" if self.image else "text-to-image"
+        if self.image:
+            return "image-to-image"
+        if self.regions or self.boxes:
+            return "layout-to-image"
+        if self.class_label is not None:
+            return "class-to-image"
+        return "text-to-image" if self.prompt else "unconditional"
 
     @property
     def needs_both(self) -> bool:
@@ -77,6 +88,7 @@ class Job:
     @classmethod
     def from_message(cls, plain: dict[str, Any], blobs: tuple[bytes, ...]) -> Job:
         """The inverse of to_message."""
+        plain = plain | {"boxes": tuple(Box(*box) for box in plain["boxes"])}
         return cls(**plain, **dict(zip(cls.BLOBS, blobs, strict=True)))
 
 

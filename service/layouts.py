@@ -1,4 +1,4 @@
-"""What goes where: boxes and label colours -> the label of every cell of the latent."""
+"""What goes where: boxes and label colours -> the label of every cell of a picture, or boxes by number."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from models import boxes as boxes_of
+from models.spec import ModelSpec
 from service.errors import InvalidRequest
 from service.schemas import Box
 
@@ -23,23 +25,41 @@ def colour_of(number: int) -> tuple[int, int, int]:
     return tuple(channels)
 
 
-def number_of(name: str, labels: Sequence[str], param: str) -> int:
-    """The number of a label, counted from 1. Raises InvalidRequest."""
-    try:
-        return labels.index(name) + 1
-    except ValueError:
-        raise InvalidRequest(
-            f"{param} must be a label of the model; GET /models lists them", param=param
-        ) from None
+def number_of(label: int | str, spec: ModelSpec, param: str) -> int:
+    """The number of a label, counted from 0; where labels have no names, their numbers are names too.
+
+    Raises InvalidRequest.
+    """
+    if isinstance(label, str) and label in spec.labels:
+        return spec.labels.index(label)
+    if isinstance(label, str) and not spec.labels and label.isdecimal():
+        label = int(label)
+    if isinstance(label, str):
+        expected = "label of the model; GET /models lists them" if spec.labels else "number: none has a name"
+        raise InvalidRequest(f"{param} must be a {expected}", param=param)
+    if label >= spec.label_count:
+        raise InvalidRequest(f"{param} must be less than {spec.label_count}", param=param)
+    return label
 
 
-def from_boxes(boxes: Sequence[Box], labels: Sequence[str], h: int, w: int) -> np.ndarray:
+def from_boxes(boxes: Sequence[Box], spec: ModelSpec, h: int, w: int) -> np.ndarray:
     """Each box fills the cells whose middle it covers, and the nearest one at least: uint16 (h, w)."""
     regions = np.zeros((h, w), np.uint16)
     for index, box in enumerate(boxes):
         rows, columns = cells(box.y, box.h, h), cells(box.x, box.w, w)
-        regions[rows, columns] = number_of(box.name, labels, f"boxes.{index}.name")
+        regions[rows, columns] = 1 + number_of(box.name, spec, f"boxes.{index}.name")
     return regions
+
+
+def as_objects(boxes: Sequence[Box], spec: ModelSpec) -> tuple[boxes_of.Box, ...]:
+    """For a model that reads boxes. Raises InvalidRequest."""
+    most = spec.condition.objects
+    if len(boxes) > most:
+        raise InvalidRequest(f"boxes must be at most {most} for this model", param="boxes")
+    numbers = [number_of(box.name, spec, f"boxes.{index}.name") for index, box in enumerate(boxes)]
+    return tuple(
+        boxes_of.Box(number, box.x, box.y, box.w, box.h) for number, box in zip(numbers, boxes, strict=True)
+    )
 
 
 def cells(start: float, extent: float, count: int) -> slice:
@@ -48,9 +68,10 @@ def cells(start: float, extent: float, count: int) -> slice:
     return slice(first, max(round(min(start + extent, 1.0) * count), first + 1))
 
 
-def from_colours(picture: Image.Image, labels: Sequence[str], h: int, w: int, param: str) -> np.ndarray:
-    """The label whose colour the middle of each cell has: uint16 (h, w). Raises InvalidRequest for others."""
-    known = {colour_of(number): number for number in range(len(labels) + 1)}
+def from_colours(picture: Image.Image, spec: ModelSpec, h: int, w: int, param: str) -> np.ndarray:
+    """The label whose colour the middle of each cell has: uint16 (h, w). Raises InvalidRequest for others,
+    and for black where the model wants a label everywhere."""
+    known = {colour_of(number): number for number in range(spec.label_count + 1)}
     pixels = np.asarray(picture.resize((w, h), Image.Resampling.NEAREST))
     colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
     numbers = [known.get(tuple(int(part) for part in colour)) for colour in colours]
@@ -59,4 +80,6 @@ def from_colours(picture: Image.Image, labels: Sequence[str], h: int, w: int, pa
         raise InvalidRequest(
             f"{param} has {strange}, the colour of no label; GET /models lists them", param=param
         )
+    if 0 in numbers and spec.labels_pixels:
+        raise InvalidRequest(f"{param} has black pixels; this model needs a label everywhere", param=param)
     return np.array(numbers, np.uint16)[index].reshape(h, w)

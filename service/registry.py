@@ -9,7 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from models import singles, words
 from models.configs import read_spec
+from models.errors import CheckpointError
 from models.spec import ModelSpec
 
 BOXED = ("emoji", "emoji-upscale")  # the models that come with the package
@@ -21,15 +23,23 @@ class ModelPathError(ValueError):
     """A model named at start-up that is not there."""
 
 
-def locate(name: str) -> tuple[str, Path]:
-    """Name and folder of a model named at start-up: one in the box, or a folder, named as it is.
+def locate(name: str, allow_pickle: bool = False) -> tuple[str, Path]:
+    """Name and place of a model named at start-up: one in the box, a folder, or a single file.
 
-    Raises ModelPathError. Never for names in requests: those are looked up in what was loaded.
+    A folder is called as it is named, a file by its stem. Raises ModelPathError, also for a pickled file that
+    is not allowed. Never for names in requests: those are looked up in what was loaded.
     """
     path = boxed(name) if name in BOXED else Path(name)
-    if path is None or not (path / "model_index.json").is_file():
+    if path is not None and path.is_file():
+        if path.suffix != ".safetensors" and not allow_pickle:
+            raise ModelPathError(f"{name!r} is not a .safetensors file; pickled weights need --allow-pickle")
+        return singles.name_of(path), path.resolve()
+    if path is None or not ((path / "model_index.json").is_file() or singles.weights_of(path)):
         ours = " or ".join(map(repr, BOXED))
-        raise ModelPathError(f"no model at {name!r}: expected {ours}, or a folder with a model_index.json")
+        raise ModelPathError(
+            f"no model at {name!r}: expected {ours}, a folder with a model_index.json, "
+            "a .safetensors file or a .ckpt file"
+        )
     return path.resolve().name, path.resolve()
 
 
@@ -41,21 +51,32 @@ def boxed(name: str) -> Path | None:
         return None
 
 
-def locate_all(names: tuple[str, ...]) -> dict[str, Path]:
+def locate_all(names: tuple[str, ...], allow_pickle: bool = False) -> dict[str, Path]:
     """locate() for each; raises ModelPathError also for two of the same name."""
     found: dict[str, Path] = {}
-    for name, path in map(locate, names):
+    for name, path in (locate(name, allow_pickle) for name in names):
         if found.setdefault(name, path) != path:
-            raise ModelPathError(f"two models are called {name!r}; rename one of the folders")
+            raise ModelPathError(f"two models are called {name!r}; rename one of them")
     return found
+
+
+def read_specs(paths: Mapping[str, Path], allow_pickle: bool = False) -> dict[str, ModelSpec]:
+    """What the models are, each called as here. Raises CheckpointError, also for one that makes nothing."""
+    specs = {name: replace(read_spec(path, allow_pickle), name=name) for name, path in paths.items()}
+    for name, spec in specs.items():
+        if spec.unet is None:
+            raise CheckpointError(f"{name} is a first stage alone, E and D: there is nothing to generate")
+        if spec.lacks_context:
+            raise CheckpointError(f"{name}: {words.TEXT_WANTED}")
+    return specs
 
 
 class Registry(Generic[Bundle]):
     """Models by name: what they are, always; their bundles, as many as the memory allows.
 
-    load: folder -> bundle; size: spec -> bytes of its weights; memory: bytes for all weights together, 0 for
-    no limit. Of what must go, the least recently used goes first. Raises CheckpointError for a folder that
-    cannot be read.
+    load: place -> bundle; size: spec -> bytes of its weights; memory: bytes for all weights together, 0 for
+    no limit. Of what must go, the least recently used goes first. Raises CheckpointError for a model
+    that cannot be read.
     """
 
     def __init__(
@@ -64,8 +85,9 @@ class Registry(Generic[Bundle]):
         load: Callable[[Path], Bundle],
         size: Callable[[ModelSpec], int] = lambda spec: 0,
         memory: int = 0,
+        allow_pickle: bool = False,
     ) -> None:
-        self.specs = {name: replace(read_spec(path), name=name) for name, path in paths.items()}
+        self.specs = read_specs(paths, allow_pickle)
         self._paths = dict(paths)
         self._load = load
         self._sizes = {name: size(spec) for name, spec in self.specs.items()} if memory else {}

@@ -9,8 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models import words
 from models.checkpoint import load
-from models.latent_diffusion import LatentDiffusion, to_uint8, weights_in
+from models.conditioner import Asked
+from models.errors import CheckpointError
+from models.latent_diffusion import LatentDiffusion, to_uint8, told_rows, weights_in
 from models.preview import Projection
 from models.samplers import Plan, plan
 from models.schedule import Schedule
@@ -20,13 +23,13 @@ from service.batch import (
     ImageState,
     JobState,
     advance,
+    asked_of,
     encode,
     known_of,
     latent_mask,
     painted,
     picture_of,
     pixels_of,
-    regions_of,
 )
 from service.device import (
     choose_device,
@@ -87,9 +90,8 @@ class TorchRunner:
         channels, h, w = spec.latent_shape(job.width, job.height)
         size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
         latent = (channels, *size)
-        context = (spec.text.tokens, spec.unet.context_width) if spec.text else None
         line = plan(self.schedules[job.model], job.sampler, job.steps, job.eta, job.strength)
-        group = (job.model, latent, context, precise)
+        group = (job.model, latent, spec.context_shape, precise)
         self.plans[job.id] = line, Shape(group, len(line), size[0] * size[1], len(corners))
         return self.plans[job.id][1]
 
@@ -112,31 +114,30 @@ class TorchRunner:
     def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
         with out_of_memory_refused():
             bundle = self._precise(job.model) if precise else self.registry[job.model]
-            rows = {0.0: slice(1), 1.0: slice(1, 2)}.get(job.guidance_scale, slice(2))
-            contexts = None
-            if bundle.conditioner:
-                contexts = bundle.conditioner([job.negative_prompt, job.prompt])[rows]  # (1 or 2, L, C)
+            rows, asked = told_rows(job.guidance_scale), asked_of(job, bundle.spec.label_cell)
+            contexts = bundle.contexts(asked)
+            contexts = None if contexts is None else contexts[rows]  # (1 or 2, L, C)
             state = JobState(job, bundle, self.plans[job.id][0], contexts, None, None, [])
             if job.scale:
                 self._start_upscaling(state)
             else:
-                self._start_whole(state, rows)
+                self._start_whole(state, asked, rows)
         self.jobs[job.id] = state
         return tuple(warnings(bundle, job))
 
-    def _start_whole(self, state: JobState, rows: slice) -> None:
+    def _start_whole(self, state: JobState, asked: Asked, rows: slice) -> None:
         """What images start from: noise, or the given picture with noise on it."""
         job, bundle, spec = state.job, state.bundle, state.bundle.spec
         device, shape = bundle.device, spec.latent_shape(job.width, job.height)
-        state.z = encode(bundle, job, device) if job.image else None
-        known = None
-        if job.mask and spec.mask_channels:
-            known = known_of(bundle, job, device)
-        elif job.mask:
+        known = known_of(bundle, job, device) if job.mask and spec.mask_channels else None
+        # A UNet that sees what is known makes the rest out of noise alone, as it was trained to.
+        if job.image and not (known and job.strength == 1.0):
+            state.z = encode(bundle, job, device)
+        if job.mask and not known:
             state.mask = latent_mask(job, spec.autoencoder.factor, device)
-        beside = bundle.beside(*shape[1:], regions_of(job, *shape[1:]), known)
+        beside = bundle.beside(*shape[1:], asked.regions, known)
         beside = None if beside is None else beside[rows]
-        signal, rest = state.plan.start if job.image else (0.0, 1.0)
+        signal, rest = state.plan.start
         for index in range(job.n):
             generator = torch.Generator().manual_seed(job.seed + index)
             noise = torch.randn(shape, generator=generator).to(device)
@@ -275,7 +276,7 @@ def as_given(job: Job, pixels: np.ndarray) -> np.ndarray:
 
 def warnings(bundle: LatentDiffusion, job: Job):
     """What the client should know about its own words."""
-    if not bundle.conditioner:
+    if not bundle.spec.reads_prompts:
         return
     for name, text in (("prompt", job.prompt), ("negative_prompt", job.negative_prompt)):
         if cut := bundle.conditioner.overflow(text):
@@ -291,11 +292,16 @@ def build(settings: Settings, paths: Mapping[str, Path]) -> TorchRunner:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     fix_arithmetic(settings.threads, settings.invariant)
+    vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
     registry = Registry(
         paths,
-        lambda path: load(path, device, dtype),
+        lambda path: load(path, device, dtype, settings.allow_pickle, vocabulary),
         lambda spec: weights_in(spec) * dtype.itemsize,
         settings.model_memory,
+        settings.allow_pickle,
     )
+    for name, spec in registry.specs.items():
+        if spec.reads_words and words.find(paths[name], vocabulary) is None:
+            raise CheckpointError(f"{name}: {words.WANTED}")
     registry.load_all()
     return TorchRunner(registry, settings.buckets, settings.invariant, settings.step_memory, device)

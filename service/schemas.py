@@ -30,7 +30,10 @@ class Box(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    name: Annotated[str, Field(max_length=200, description="a label of the model")]
+    name: Annotated[
+        Annotated[int, Field(ge=0)] | Annotated[str, Field(max_length=200)],
+        Field(description="a label of the model, by its name or its number"),
+    ]
     x: Annotated[float, Field(ge=0, le=1)]
     y: Annotated[float, Field(ge=0, le=1)]
     w: Annotated[float, Field(gt=0, le=1)]
@@ -230,7 +233,7 @@ class ModelLimits(BaseModel):
 
 
 class Label(BaseModel):
-    """What class_label, boxes and segmentation can name."""
+    """What class_label, boxes and segmentation can name; one without a name is called by its number."""
 
     name: str
     colour: Annotated[str, Field(description="of its regions in `segmentation`, as #rrggbb")]
@@ -249,7 +252,16 @@ class Model(BaseModel):
         Field(description="how: the network sees the mask, or what is known is put back after each step"),
     ]
     upscaling: Annotated[Upscaling | None, Field(description="by how much, if it does")]
-    labels: Annotated[list[Label], Field(description="class_label i is the i-th, counted from 0")]
+    inputs: Annotated[
+        list[str],
+        Field(description="prompt, class_label, boxes, segmentation: those that it heeds"),
+    ]
+    guided: Annotated[bool, Field(description="whether guidance_scale may be anything but 1")]
+    label_count: Annotated[int, Field(description="numbers below it are labels")]
+    labels: Annotated[
+        list[Label],
+        Field(description="label i is the i-th, counted from 0; none are listed that are numbers alone"),
+    ]
     defaults: ModelDefaults
     limits: ModelLimits
     samplers: list[str]

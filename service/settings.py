@@ -107,6 +107,11 @@ class Settings:
     device: str = setting("auto", Parser(read_device, "auto, cpu, cuda or cuda:N"))
     dtype: str = setting("auto", choice(*DTYPES))
     log_level: str = setting("info", choice(*LOG_LEVELS))
+    # Whether models named at start-up may be pickles (.ckpt, .bin). They never run code.
+    allow_pickle: bool = setting(False, switch())
+
+    # BERT's vocab.txt or its folder, for the paper's text models; none: beside each, or in the local cache.
+    vocabulary: str = setting("", Parser(str, "a file vocab.txt, or its folder"))
 
     # Row counts that a UNet call is padded to; the last is the most rows of a call. Kernels are chosen by
     # row count, so a picture's last bits depend on the bucket: fewer buckets, fewer differences, more pad.

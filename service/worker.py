@@ -103,7 +103,7 @@ def load(settings: Settings, link: Link, beat: Beat) -> Engine:
     """
     from service.runner import build  # torch: seconds, during which the beat goes on
 
-    runner = build(settings, locate_all(settings.model))
+    runner = build(settings, locate_all(settings.model, settings.allow_pickle))
     registry = runner.registry
     beat.loading = lambda: registry.loading
     if settings.faults:

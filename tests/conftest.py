@@ -99,7 +99,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
-    """start_server(model, LDM_X=...) as a context: a ready server of a model, tiny if missing.
+    """start_server(model, ..., LDM_X=...) as a context: a ready server of models, tiny if there are none.
 
     It is started where folders called like our packages lie, none of which it may import.
     """
@@ -107,14 +107,15 @@ def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     set_trap(trap)
 
     @contextmanager
-    def start(model: Path = tiny, **settings: str) -> Iterator[Server]:
+    def start(*models: Path, **settings: str) -> Iterator[Server]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         defaults = {"OMP_NUM_THREADS": "1", "LDM_DTYPE": "float32", "LDM_QUEUE_SIZE": str(QUEUE_SIZE)}
         defaults["LDM_MAX_BODY_BYTES"] = str(2**20)
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | defaults | settings
-        command = [sys.executable, "-P", "-m", "service.cli", "serve", "--model", model, "--port", str(port)]
+        serve = [sys.executable, "-P", "-m", "service.cli", "serve"]
+        command = [*serve, "--model", *(models or (tiny,)), "--port", str(port)]
         process = subprocess.Popen(command, env=environment, cwd=trap)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:

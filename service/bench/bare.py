@@ -22,7 +22,7 @@ class Bare:
     """A model in this process, and the pictures that it made."""
 
     def __init__(self, settings: Settings) -> None:
-        runner = build(settings, locate_all(settings.model))
+        runner = build(settings, locate_all(settings.model, settings.allow_pickle))
         self.settings, self.specs = settings, runner.specs
         self.engine = Engine(runner, self.emit, settings.max_rows, settings.decode_chunk)
         self.images = 0

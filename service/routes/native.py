@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -140,9 +140,12 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
         inpainting=inpainting_of(spec),
         upscaling=spec.upscaling
         and Upscaling(scale=spec.autoencoder.factor, max_noise_level=spec.upscaling.max_noise_level),
+        inputs=list(spec.inputs),
+        guided=spec.guided,
+        label_count=spec.label_count,
         labels=[
             Label(name=name, colour="#{:02x}{:02x}{:02x}".format(*layouts.colour_of(number)))
-            for number, name in enumerate(spec.labels, 1)
+            for number, name in enumerate(names_of(spec), 1)
         ],
         defaults=ModelDefaults(**asdict(spec.defaults)),
         limits=ModelLimits(
@@ -154,6 +157,13 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
         ),
         samplers=list(SAMPLERS),
     )
+
+
+def names_of(spec: ModelSpec) -> Sequence[str]:
+    """Of labels; numbers where a segmentation needs their colours, else none where they have none."""
+    if not spec.labels and "segmentation" in spec.inputs:
+        return [str(number) for number in range(spec.label_count)]
+    return spec.labels
 
 
 def inpainting_of(spec: ModelSpec) -> Literal["mask channels", "blending"] | None:

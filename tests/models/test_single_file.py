@@ -1,99 +1,21 @@
 """Single files of the paper's layout: what they are, which weights count, and what is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from models import checkpoint
 from models.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load, save
 from models.conditioner import make_conditioner
 from models.schedule import Schedule
-from models.spec import (
-    AutoencoderSpec,
-    ClassSpec,
-    ModelSpec,
-    ScheduleSpec,
-    SegmentationSpec,
-    TokenSpec,
-    UNetSpec,
-)
+from models.spec import ModelSpec, ScheduleSpec
 from models.unet import UNet
-from tests.tiny import fill_randomly, tiny_model
-
-VQ = AutoencoderSpec(
-    channels=(32, 64), res_blocks=2, latent_channels=3, scale_factor=1.0, sample_size=256, codes=64
-)
-KL = replace(VQ, codes=0, latent_channels=4, attention_levels=(1,), scale_factor=0.18215)
-WORDS = TokenSpec(vocabulary=40, width=16, layers=2, tokens=77)
-
-
-def unet(latent=3, beside=0, context=0, heads=(1, 2), depth=(0, 1), **options):
-    return UNetSpec(
-        in_channels=latent + beside, out_channels=latent, channels=(32, 64), res_blocks=2, heads=heads,
-        transformer_depth=depth, middle_depth=options.pop("middle", 1), context_width=context, **options,
-    )  # fmt: skip
-
-
-EIGHT = {"heads": (8, 8)}
-CHURCHES = EIGHT | {"depth": (1, 0), "residual_resampling": True, "scale_shift_norm": True}
-ROWS = {  # UNet, autoencoder, condition, last beta
-    "celebahq": (unet(), VQ, None, 0.0195),
-    "lsun_churches": (unet(4, **CHURCHES), replace(KL, scale_factor=0.25), None, 0.0155),
-    "cin256": (unet(context=16, depth=(1, 1)), VQ, ClassSpec(1000, 16), 0.0195),
-    "cin256-v2": (unet(context=16, heads=(1, 1)), VQ, ClassSpec(1001, 16), 0.0195),
-    "text2img256": (unet(context=16), VQ, WORDS, 0.0195),
-    "txt2img-1p4B": (unet(4, context=16, depth=(1, 0), **EIGHT), KL, WORDS, 0.012),
-    "inpainting_big": (
-        unet(beside=4, residual_resampling=True, **EIGHT), replace(VQ, middle_attention=False,
-        sample_size=512), None, 0.0205,
-    ),
-    "bsr_sr": (unet(beside=3, depth=(0, 0)), VQ, None, 0.0155),
-    "layout2img": (unet(context=16, depth=(0, 3), middle=3), VQ, replace(WORDS, tokens=92), 0.0205),
-    "semantic_synthesis": (unet(beside=3, depth=(0, 0), **EIGHT), VQ, SegmentationSpec(18, 3), 0.0205),
-    "rdm768": (
-        unet(16, context=16), replace(KL, latent_channels=16, scale_factor=0.22765929, sample_size=768),
-        None, 0.015,
-    ),
-}  # fmt: skip
-
-
-def random(network, seed):
-    fill_randomly(network, seed)
-    return network.requires_grad_(False).eval()
-
-
-def published(name):
-    """The tensors of a model as its file has them: the last weights, the averages if any, tables."""
-    unet, first_stage, condition, end = ROWS[name]
-    start = 0.00085 if name == "txt2img-1p4B" else 0.0015
-    schedule = ScheduleSpec(beta_start=start, beta_end=end)
-    out = {"betas": torch.from_numpy(Schedule(schedule).betas).float(), "logvar": torch.zeros(1000)}
-    last, averaged = random(UNet(unet), 1).state_dict(), random(UNet(unet), 2).state_dict()
-    out |= {f"model.diffusion_model.{key}": value for key, value in last.items()}
-    if name not in ("cin256-v2", "txt2img-1p4B"):
-        out |= {"model_ema.diffusion_model" + key.replace(".", ""): v for key, v in averaged.items()}
-        out |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(9)}
-    e = random(Autoencoder(first_stage), 3).state_dict()
-    out |= {f"first_stage_model.{key}": value for key, value in e.items()}
-    if name == "inpainting_big":
-        out |= {f"cond_stage_model.{key}": value.clone() for key, value in e.items()}
-    if condition:
-        c = random(make_conditioner(condition), 4).state_dict()
-        out |= {f"cond_stage_model.{key}": value for key, value in c.items()}
-    if isinstance(condition, TokenSpec):
-        out["cond_stage_model.transformer.to_logits.weight"] = torch.zeros(condition.vocabulary, 16)
-    if name == "lsun_churches":
-        out["scale_factor"] = torch.tensor(0.25)
-    return out
-
-
-def write(tmp_path, name, edit=lambda tensors: None):
-    tensors = published(name)
-    edit(tensors)
-    save_file(tensors, tmp_path / f"{name}.safetensors")
-    return tmp_path / f"{name}.safetensors"
+from tests.paper import ROWS, VQ, published, random, write
+from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -229,3 +151,75 @@ def test_a_vocabulary_beside_the_file_is_taken(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*words, *map(str, range(99))]) + "\n")
     with pytest.raises(CheckpointError, match="106 tokens"):
         load(file)
+
+
+def reads(monkeypatch):
+    """Which tensors of files are read from now on."""
+    seen, plain = [], checkpoint.open_weights
+
+    def opened(file, device, allow_pickle):
+        weights = plain(file, device, allow_pickle)
+        return weights._replace(read=lambda name: seen.append(name) or weights.read(name))
+
+    monkeypatch.setattr(checkpoint, "open_weights", opened)
+    return seen
+
+
+@pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+def test_only_what_a_network_takes_is_read(tmp_path, monkeypatch, form):
+    tensors, seen = published("text2img256"), reads(monkeypatch)
+    file = tmp_path / f"m.{form}"
+    torch.save(tensors, file) if form == "ckpt" else save_file(tensors, file)
+    model = load(file, allow_pickle=True)
+    networks = model.unet, model.autoencoder, model.conditioner
+    assert len(seen) == len(set(seen)) == sum(len(network.state_dict()) for network in networks)
+    assert not [name for name in seen if name.startswith("model.diffusion_model.") or "to_logits" in name]
+
+
+@pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+def test_weights_of_the_files_own_type_stay_in_the_file(tmp_path, form):
+    """Their memory is the file's, where they lie at an address that kernels like."""
+    tensors = {key: value.contiguous() for key, value in published("celebahq").items()}
+    file = tmp_path / f"m.{form}"
+    torch.save(tensors, file) if form == "ckpt" else save_file(tensors, file)
+    model = load(file, allow_pickle=True)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    maps = [line.split()[0].split("-") for line in lines if str(file) in line]
+    mapped = [range(int(first, 16), int(last, 16)) for first, last in maps]
+    places = [weight.data_ptr() for weight in model.unet.parameters()]
+    inside = [place for place in places if any(place in part for part in mapped)]
+    assert all(place % checkpoint.ALIGNMENT == 0 for place in places)
+    if form == "ckpt":  # whose tensors all begin at such addresses
+        assert len(inside) == len(places)
+    converted = load(file, dtype=torch.bfloat16, allow_pickle=True)
+    assert converted.unet.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda value: value.to(torch.int8), "first_stage_model.quant_conv.bias int8"),
+        (lambda value: value.int(), "first_stage_model.quant_conv.bias int32"),
+        (lambda value: value.to(torch.complex64), "first_stage_model.quant_conv.bias complex64"),
+    ],
+)
+def test_weights_that_are_no_floats_are_named(tmp_path, change, what):
+    key = "first_stage_model.quant_conv.bias"
+    file = write(tmp_path, "celebahq", lambda tensors: tensors.update({key: change(tensors[key])}))
+    with pytest.raises(CheckpointError, match=f"Autoencoder: 1 mistyped keys: {what}"):
+        load(file)
+
+
+def test_a_float_taken_for_another_of_its_size_is_noticed(tmp_path):
+    """float16 and bfloat16 in one network: the header is damaged. Larger and smaller floats may mix."""
+
+    def edit(tensors):
+        for key in tensors:
+            if key.startswith("first_stage_model.") and "norm" not in key:
+                tensors[key] = tensors[key].half()
+        tensors["first_stage_model.quant_conv.bias"] = tensors["first_stage_model.quant_conv.bias"].bfloat16()
+
+    with pytest.raises(CheckpointError, match=r"1 mistyped keys: first_stage_model.quant_conv.bias bfloat16"):
+        load(write(tmp_path, "celebahq", edit))
+    key = "first_stage_model.quant_conv.bias"
+    load(write(tmp_path, "celebahq", lambda tensors: edit(tensors) or tensors.update({key: torch.zeros(3)})))

@@ -6,9 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.configs import CheckpointError
+from models.conversion import convert
 from models.latent_diffusion import weights_in
-from service.registry import Registry
+from service.registry import ModelPathError, Registry, locate, locate_all
+from tests.paper import published, write
 from tests.tiny import tiny_model, tiny_spec
 
 NAMES = ("a", "b", "c")
@@ -69,3 +73,32 @@ def test_the_weights_of_a_model_are_counted_without_making_them():
     bundle = tiny_model()
     networks = (bundle.unet, bundle.autoencoder, bundle.conditioner)
     assert weights_in(bundle.spec) == sum(p.numel() for network in networks for p in network.parameters())
+
+
+def test_single_files_are_called_by_their_stem_or_their_folder(tmp_path):
+    for name in ("celeb.safetensors", "faces/model.ckpt", "faces/b.ckpt"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    assert locate(str(tmp_path / "celeb.safetensors")) == ("celeb", tmp_path / "celeb.safetensors")
+    for stem, name in (("model", "faces"), ("b", "b")):
+        file = tmp_path / "faces" / f"{stem}.ckpt"
+        assert locate(str(file), allow_pickle=True) == (name, file)
+        with pytest.raises(ModelPathError, match="--allow-pickle"):
+            locate(str(file))
+    with pytest.raises(ModelPathError, match="no model at"):
+        locate(str(tmp_path / "faces"), allow_pickle=True)
+
+
+def test_what_a_pickle_is_is_known_when_it_is_allowed(tmp_path):
+    torch.save({"state_dict": published("celebahq")}, tmp_path / "celeb.ckpt")
+    paths = locate_all((str(tmp_path / "celeb.ckpt"),), allow_pickle=True)
+    registry = Registry(paths, lambda path: pytest.fail("loaded"), allow_pickle=True)
+    assert registry.specs["celeb"].tasks == ("unconditional",)
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        Registry(paths, lambda path: pytest.fail("loaded"))
+
+
+def test_a_converted_folder_is_a_model(tmp_path):
+    convert(write(tmp_path, "celebahq"), tmp_path / "faces")
+    assert locate(str(tmp_path / "faces")) == ("faces", tmp_path / "faces")

@@ -69,7 +69,7 @@ def test_no_memory_for_the_text_or_the_picture_is_an_error_of_its_own(runner, mo
     monkeypatch.setattr(runner.registry["m"], "decode", out_of_memory)
     with pytest.raises(OutOfMemory):
         runner.finish(KEY)
-    monkeypatch.setattr(runner.registry["m"], "conditioner", out_of_memory)
+    monkeypatch.setattr(runner.registry["m"], "contexts", out_of_memory)
     with pytest.raises(OutOfMemory):
         runner.start(job)
 

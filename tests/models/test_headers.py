@@ -1,0 +1,161 @@
+"""Headers of safetensors files: what is believed, and what is refused at once."""
+
+import json
+import os
+import random
+import resource
+import struct
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.errors import CheckpointError
+from models.headers import HEADER_LIMIT, Stored, safetensors_header, values
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.float16)}
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(TENSORS, tmp_path / "m.safetensors", metadata={"format": "pt"})
+    return tmp_path / "m.safetensors"
+
+
+def write(file, header, data=b"\0" * 24, length=None):
+    """A file with this header, which may be no JSON."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return file
+
+
+def entry(shape=(6,), offsets=(0, 24), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def test_names_types_shapes_and_places(file):
+    header = safetensors_header(file)
+    assert {name: (stored.dtype, stored.shape) for name, stored in header.items()} == {
+        "a": ("float32", (2, 3)),
+        "b": ("float16", (4,)),
+    }
+    assert np.array_equal(values(file, header["a"]), TENSORS["a"].numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_of_every_float_are_read(tmp_path, dtype):
+    save_file({"x": torch.tensor([0.5, -2.0]).to(dtype)}, tmp_path / "m.safetensors")
+    stored = safetensors_header(tmp_path / "m.safetensors")["x"]
+    assert values(tmp_path / "m.safetensors", stored).tolist() == [0.5, -2.0]
+
+
+def test_only_few_numbers_are_read_here_and_floats_only(file):
+    for stored in (Stored("int32", (1,), (1,), 8, 4), Stored("float32", (2**20,), (1,), 8, 2**22)):
+        with pytest.raises(CheckpointError, match="a few floats are expected"):
+            values(file, stored)
+
+
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        ({"a": entry(offsets=(0, 20))}, "takes 20 bytes"),
+        ({"a": entry(offsets=(4, 28))}, "gap"),
+        ({"a": entry(offsets=(24, 0))}, "takes -24 bytes"),
+        ({"a": entry(), "b": entry((1,), (20, 24))}, "overlaps"),
+        ({"a": entry((3,), (0, 12))}, "end at byte"),
+        ({"a": entry((2**40,), (0, 2**42))}, "end at byte"),
+        ({"a": entry((2**32, 2**32), (0, 24))}, "takes 24 bytes"),
+        ({"a": entry((-6,))}, "whole numbers"),
+        ({"a": entry((6.0,))}, "whole numbers"),
+        ({"a": entry((True,) * 6)}, "whole numbers"),
+        ({"a": entry(offsets=(0, 24, 24))}, "3 numbers where 2"),
+        ({"a": entry(dtype="F33")}, "unknown type"),
+        ({"a": entry(dtype=32)}, "unknown type"),
+        ({"a": entry() | {"more": 1}}, "no dtype, shape"),
+        ({"a": []}, "no dtype, shape"),
+        ({"__metadata__": {"format": 1}, "a": entry()}, "__metadata__"),
+        ([1], "no object"),
+        (b'{"a": 1, "a": 2}', "stands twice"),
+        (b"{", "corrupt"),
+        (b"[" * 100_000, "corrupt"),
+        (b"\xff" * 9, "corrupt"),
+    ],
+)
+def test_a_header_that_cannot_be_is_one_sentence(tmp_path, header, what):
+    with pytest.raises(CheckpointError, match=what) as caught:
+        safetensors_header(write(tmp_path / "m.safetensors", header))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [100, 2**31, 2**40, 2**64 - 1])
+def test_a_header_longer_than_the_file_takes_neither_time_nor_memory(tmp_path, length):
+    file, begin = write(tmp_path / "m.safetensors", {"a": entry()}, length=length), time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=f"would have {length} bytes"):
+        safetensors_header(file)
+    assert time.monotonic() - begin < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+def test_a_header_as_large_as_a_model_is_refused_unread(tmp_path):
+    file = write(tmp_path / "m.safetensors", b"{}", length=HEADER_LIMIT + 1)
+    os.truncate(file, 2 * HEADER_LIMIT)
+    with pytest.raises(CheckpointError, match="more than"):
+        safetensors_header(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "it is empty"),
+        (b"\1\2\3", "would have"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html></html>", "web page"),
+        (b"PK\3\4" + bytes(99), "pickled checkpoint by its contents"),
+        (b"\x80\x02}q\0." + bytes(99), "pickled checkpoint by its contents"),
+        (b"Entry not found, sorry", "corrupt"),
+    ],
+)
+def test_what_only_has_the_name_of_a_safetensors_file(tmp_path, content, what):
+    (tmp_path / "m.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=what):
+        safetensors_header(tmp_path / "m.safetensors")
+
+
+def test_folders_and_pipes_are_refused_and_never_waited_for(tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for name in ("folder", "pipe", "missing"):
+        with pytest.raises(CheckpointError, match=r"directory|plain file|No such file"):
+            safetensors_header(tmp_path / f"{name}.safetensors")
+
+
+def test_every_cut_is_noticed(file):
+    whole = file.read_bytes()
+    for end in range(len(whole)):
+        file.write_bytes(whole[:end])
+        with pytest.raises(CheckpointError, match="corrupt"):
+            safetensors_header(file)
+
+
+def test_a_flipped_byte_in_a_header_is_refused_or_changes_no_tensor_unseen(file):
+    """What is not refused has another name, which strict loading tells; or the byte says nothing."""
+    whole, before = file.read_bytes(), safetensors_header(file)
+    length, dice = struct.unpack("<Q", whole[:8])[0], random.Random(1)
+    for place in range(8 + length):
+        for mask in (1, 2, 4, 8, 16, 32, 64, 128, dice.randrange(1, 256)):
+            damaged = bytearray(whole)
+            damaged[place] ^= mask
+            file.write_bytes(damaged)
+            try:
+                after = safetensors_header(file)
+            except CheckpointError:
+                continue
+            same = {name: stored for name, stored in after.items() if name in before}
+            for name, stored in same.items():
+                assert (stored.shape, stored.start) == (before[name].shape, before[name].start)
+                assert (
+                    stored.dtype == before[name].dtype or stored.dtype[0] in "iu"
+                )  # no float: refused later

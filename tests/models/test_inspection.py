@@ -1,0 +1,98 @@
+"""ldm inspect: what a checkpoint is and what is wrong with it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.checkpoint import CheckpointError, Weights, load
+from models.conversion import convert
+from models.inspection import FAMILIES, as_json, as_text, inspect
+from models.zoo import ROWS as KINDS
+from tests.paper import ROWS, published, write
+from tests.tiny import write_tiny_model
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_model_is_named_in_either_form(tmp_path, name):
+    torch.save({"state_dict": published(name)}, tmp_path / f"{name}.ckpt")
+    convert(tmp_path / f"{name}.ckpt", tmp_path / "out", allow_pickle=True)
+    model = load(tmp_path / "out")
+    reports = inspect(tmp_path / f"{name}.ckpt", allow_pickle=True), inspect(tmp_path / "out")
+    for report in reports:
+        assert name in report.family
+        assert report.problems == ()
+        assert report.networks[0].name == "UNet"
+        assert report.networks[0].parameters == sum(p.numel() for p in model.unet.parameters())
+        assert report.networks[0].dtypes == {"float32": report.networks[0].parameters}
+    assert [report.averaged for report in reports] == [name not in ("cin256-v2", "txt2img-1p4B"), False]
+    assert [report.layout for report in reports] == ["single file (ckpt)", "folder of a single file"]
+
+
+def test_every_row_has_a_name():
+    assert FAMILIES.keys() == KINDS.keys()
+
+
+def test_lines_for_people_and_for_machines(tmp_path):
+    report = inspect(write(tmp_path, "celebahq"))
+    text = as_text(report)
+    for line in (
+        "celebahq",
+        "family       unconditional (celebahq, ffhq, lsun_beds)",
+        "pictures     256x256, of latents 3x128x128",
+        "parameters, float32, averaged (EMA)",
+        "schedule     1000 steps, betas 0.0015 to 0.0195 (scaled_linear), predicts epsilon",
+        "conditioner  none of its own",
+    ):
+        assert line in text
+    assert json.loads(as_json(report))["latent"] == [3, 128, 128]
+
+
+def test_what_is_missing_and_what_is_too_much(tmp_path):
+    def edit(tensors):
+        del tensors["first_stage_model.quant_conv.bias"]
+        tensors |= {f"optimizer.{i}": torch.zeros(1) for i in range(6)}
+        tensors["cond_stage_model.embedding.weight"] = torch.zeros(1000, 16, dtype=torch.int8)
+
+    report = inspect(write(tmp_path, "cin256", edit))
+    assert report.problems == (
+        "ClassConditioner: 1 mistyped keys: cond_stage_model.embedding.weight int8",
+        "Autoencoder: 1 missing keys: first_stage_model.quant_conv.bias",
+        "6 unexpected keys: optimizer.0, optimizer.1, optimizer.2, optimizer.3 and 2 more",
+    )
+    assert "PROBLEM" in as_text(report)
+
+
+def test_folders_and_first_stages(tmp_path):
+    write_tiny_model(tmp_path / "tiny")
+    report = inspect(tmp_path / "tiny")
+    assert (report.layout, report.problems) == ("diffusers folder", ())
+    assert [network.dtypes.keys() for network in report.networks] == [{"float16"}] * 3
+    (tmp_path / "tiny/tokenizer/tokenizer.json").unlink()
+    (tmp_path / "tiny/tokenizer/vocab.json").unlink(missing_ok=True)
+    assert inspect(tmp_path / "tiny").problems == ("tokenizer/vocab.json is missing",)
+
+    save_file(load(write(tmp_path, "celebahq")).autoencoder.state_dict(), tmp_path / "vq.safetensors")
+    report = inspect(tmp_path / "vq.safetensors")
+    assert (report.family, report.schedule) == ("first stage alone (VQ-f2)", None)
+
+
+def test_no_weight_is_read(tmp_path, monkeypatch):
+    file = write(tmp_path, "inpainting_big")
+    from models import checkpoint
+
+    def unread(file, device, allow_pickle):
+        weights = checkpoint.singles.read_header(file, allow_pickle)
+        return Weights(weights, lambda name: pytest.fail(f"{name} was read"))
+
+    monkeypatch.setattr(checkpoint, "open_weights", unread)
+    assert inspect(file).notes[0].startswith("the first stage is there twice")
+    with pytest.raises(pytest.fail.Exception, match="was read"):
+        load(file)
+
+
+def test_what_is_no_model_is_an_error(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="neither"):
+        inspect(tmp_path / "x.safetensors")

@@ -1,0 +1,426 @@
+"""Every model of the latent diffusion paper, narrow, through the engine, against runs put together here.
+
+The networks themselves are compared with other implementations in tests/models; what is told to them, by
+whom, in which channels, and what becomes of their answers, is done again in this file.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from transformers import CLIPTextModelWithProjection
+
+from models import words as words_of
+from models.autoencoder import Autoencoder
+from models.checkpoint import CheckpointError, load
+from models.conditioner import Asked
+from models.latent_diffusion import LatentDiffusion
+from service import answers
+from service.engine import Engine
+from service.errors import InvalidRequest
+from service.intake import Order, to_order
+from service.job import Job, Stepped
+from service.layouts import colour_of
+from service.registry import Registry
+from service.routes.native import describe
+from service.runner import TorchRunner, build
+from service.schemas import GenerateRequest, InpaintRequest, UpscaleRequest
+from service.settings import Settings
+from tests.family import FIRST_STAGES, ROWS, thin, write
+from tests.models.test_trajectories import their_timesteps
+from tests.service.test_engine import outcomes
+from tests.tiny import byte_tokenizer, fill_randomly
+
+STEPS = 4
+GUIDED = 3.0
+rng = np.random.default_rng(0)
+PICTURE = rng.integers(0, 256, (64, 64, 3), np.uint8)
+SMALL = rng.integers(0, 256, (16, 24, 3), np.uint8)
+MASK = np.zeros((64, 64), np.uint8)
+MASK[20:41, 30:50] = 255
+CLASSES = rng.integers(0, 182, (32, 32)).repeat(2, 0).repeat(2, 1)  # of each pixel
+BOXES = [
+    {"name": 7, "x": 0.1, "y": 0.2, "w": 0.5, "h": 0.3},
+    {"name": "599", "x": 0.75, "y": 0.5, "w": 0.9, "h": 0.25},
+]
+
+
+def png(pixels: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def painted(classes: np.ndarray) -> str:
+    """A segmentation: class i has the colour of label i + 1."""
+    table = np.array([colour_of(number) for number in range(1, 183)], np.uint8)
+    return png(table[classes])
+
+
+SIDES = {"lsun_churches": 128, "rdm768": 128}  # the smallest that its factors allow
+BODIES = {
+    "celebahq": {},
+    "lsun_churches": {},
+    "cin256": {"class_label": 999},
+    "cin256-v2": {"class_label": "17", "guidance_scale": GUIDED},
+    "text2img256": {"prompt": "red apple", "negative_prompt": "blue", "guidance_scale": GUIDED},
+    "txt2img-1p4B": {"prompt": "blue apple", "guidance_scale": GUIDED},
+    "inpainting_big": {"image": png(PICTURE), "mask": png(MASK)},
+    "bsr_sr": {"image": png(SMALL)},
+    "layout2img": {"boxes": BOXES},
+    "semantic_synthesis": {"segmentation": painted(CLASSES)},
+    "rdm768": {"prompt": "red apple", "guidance_scale": GUIDED},
+}
+OTHERS = {  # that run beside it
+    "cin256": {"class_label": 0},
+    "cin256-v2": {"class_label": 5, "guidance_scale": 1.0},
+    "layout2img": {"boxes": BOXES[:1]},
+    "semantic_synthesis": {"segmentation": painted(CLASSES.T)},
+    "text2img256": {"prompt": "apple", "guidance_scale": 1.0},
+    "txt2img-1p4B": {"prompt": "apple", "guidance_scale": 1.0},
+    "rdm768": {"prompt": "apple", "negative_prompt": "red", "guidance_scale": 2.0},
+}
+
+
+def kind(name: str):
+    return {"inpainting_big": InpaintRequest, "bsr_sr": UpscaleRequest}.get(name, GenerateRequest)
+
+
+def order_of(runner: TorchRunner, name: str, **body) -> Order:
+    if kind(name) is GenerateRequest:
+        body = {"width": SIDES.get(name, 64), "height": SIDES.get(name, 64)} | body
+    return to_order(kind(name).model_validate(body), runner.specs, Settings())
+
+
+def run(runner: TorchRunner, *jobs: Job) -> tuple[list[list[bytes]], list[Stepped]]:
+    """The pictures of jobs that run together, and the UNet calls."""
+    events: list = []
+    engine = Engine(runner, events.append, max_rows=8, decode_chunk=4)
+    for job in jobs:
+        engine.submit(job)
+    while engine.busy:
+        engine.tick()
+    assert set(outcomes(events).values()) == {"done"}
+    done = {event.job: event.pictures for event in events if type(event).__name__ == "Done"}
+    return [done[job.id] for job in jobs], [event for event in events if isinstance(event, Stepped)]
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def loaded(request, tmp_path_factory) -> tuple[str, Path, TorchRunner]:
+    folder = tmp_path_factory.mktemp("models")
+    file = write(folder, request.param)
+    return request.param, folder, TorchRunner(Registry({"m": file}, load), buckets=(2, 4, 8))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
+
+
+# What each model is told, from its weights: (null context, context, channels beside z).
+
+
+def told(name: str, bundle: LatentDiffusion, folder: Path):
+    weights = {} if bundle.conditioner is None else bundle.conditioner.state_dict()
+    return TOLD[name](bundle, weights, folder)
+
+
+def nothing(bundle, weights, folder):
+    return None, None, None
+
+
+def a_class(number, null):
+    def tell(bundle, weights, folder):
+        table = weights["embedding.weight"]
+        return None if null is None else table[null][None, None], table[number][None, None], None
+
+    return tell
+
+
+def words(negative, positive):
+    """[CLS] is 2, [SEP] 3 and [PAD] 0 in the vocabulary; its words begin at 5."""
+
+    def tell(bundle, weights, folder):
+        ids = torch.zeros(2, 77, dtype=torch.long)
+        for row, text in enumerate((negative, positive)):
+            tokens = [2, *text, 3]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        null, context = bundle.conditioner.from_ids(ids)
+        return null[None], context[None], None
+
+    return tell
+
+
+def clip(bundle, weights, folder):
+    """The end token's projection, of length 1; zeros for no text."""
+    network = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder").eval()
+    ids = byte_tokenizer()(["red apple"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    text = network(input_ids=ids).text_embeds
+    context = (text / text.norm())[:, None]
+    return torch.zeros_like(context), context, None
+
+
+def boxes(bundle, weights, folder):
+    """A grid of 90 x 90, for 8192 tokens; the last of these is nothing; 8099 is the lower right corner."""
+    ids = [7, 18 * 90 + 9, 44 * 90 + 53]  # 0.1 and 0.2 of 89 are 8.9 and 17.8; 0.6 and 0.5: 53.4 and 44.5
+    ids += [599, 44 * 90 + 67, 67 * 90 + 89]  # 0.75 and 0.5: 66.75 and 44.5; the edge and 0.75
+    ids += [8191] * (90 - 6) + [0, 8099]
+    return None, bundle.conditioner.from_ids(torch.tensor([ids])), None
+
+
+def segmentation(bundle, weights, folder):
+    x = F.one_hot(torch.from_numpy(CLASSES), 182).movedim(-1, 0)[None].float()
+    for _ in range(2):
+        x = F.interpolate(x, scale_factor=0.5, mode="bilinear")
+    return None, None, F.conv2d(x, weights["channel_mapper.weight"])
+
+
+def masked(bundle, weights, folder):
+    """As the published script has it: all from 0 to 1 first, then twice that minus one."""
+    picture = torch.from_numpy(PICTURE).movedim(-1, 0)[None] / 255
+    mask = (torch.from_numpy(MASK)[None, None] / 255 >= 0.5).float()
+    z = bundle.autoencoder.encode((1 - mask) * picture * 2 - 1)
+    return None, None, torch.cat([z, F.interpolate(mask * 2 - 1, size=z.shape[-2:])], dim=1)
+
+
+def small(bundle, weights, folder):
+    return None, None, torch.from_numpy(SMALL).movedim(-1, 0)[None] / 127.5 - 1
+
+
+TOLD = {
+    "celebahq": nothing,
+    "lsun_churches": nothing,
+    "cin256": a_class(999, None),
+    "cin256-v2": a_class(17, 1000),
+    "text2img256": words([7], [5, 6]),
+    "txt2img-1p4B": words([], [7, 6]),
+    "inpainting_big": masked,
+    "bsr_sr": small,
+    "layout2img": boxes,
+    "semantic_synthesis": segmentation,
+    "rdm768": clip,
+}
+
+
+def expected(name: str, bundle: LatentDiffusion, folder: Path, seed: int, scale: float) -> np.ndarray:
+    """The picture that the reference's DDIM makes, from the networks alone: (H, W, 3) of [0, 255]."""
+    null, context, beside = told(name, bundle, folder)
+    spec, f = bundle.spec, bundle.spec.autoencoder.factor
+    side = SIDES.get(name, 64) // f
+    cells = (side, side) if beside is None else beside.shape[-2:]
+    start, end = spec.schedule.beta_start, spec.schedule.beta_end
+    alpha_bar = np.cumprod(1 - np.linspace(start**0.5, end**0.5, 1000) ** 2)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, spec.autoencoder.latent_channels, *cells, generator=generator)
+    t = their_timesteps(STEPS)
+    before = np.append(alpha_bar[0], alpha_bar[t[:-1]])
+    for index in reversed(range(STEPS)):
+        given = x if beside is None else torch.cat([x, beside], dim=1)
+        when = torch.tensor([t[index]])
+        eps = bundle.unet(given, when, context)
+        if scale != 1:
+            without = bundle.unet(given, when, null)
+            eps = without + scale * (eps - without)
+        here, there = alpha_bar[t[index]], before[index]
+        x = there**0.5 * (x - (1 - here) ** 0.5 * eps) / here**0.5 + (1 - there) ** 0.5 * eps
+    pixels = (bundle.autoencoder.decode(x / spec.autoencoder.scale_factor)[0].clamp(-1, 1) + 1) * 127.5
+    return pixels.movedim(0, -1).numpy()
+
+
+@torch.inference_mode()
+def test_pictures_are_those_of_the_networks_alone_whatever_runs_beside(loaded):
+    name, folder, runner = loaded
+    order = order_of(runner, name, **BODIES[name], steps=STEPS, seed=11)
+    scale = BODIES[name].get("guidance_scale", 1.0)
+    assert order.job.guidance_scale == scale
+    beside = BODIES[name] | OTHERS.get(name, {})
+    others = [order_of(runner, name, **beside, steps=2 + seed, seed=seed, sampler=sampler).job
+              for seed, sampler in ((1, "ddim"), (2, "plms"), (3, "euler_ancestral"))]  # fmt: skip
+    (pictures, *_), calls = run(runner, order.job, *others)
+    assert any(call.images == 4 for call in calls)
+    (alone,), _ = run(runner, order.job)
+
+    bundle = runner.registry["m"]
+    picture = expected(name, bundle, folder, 11, scale)
+    ours = np.frombuffer(pictures[0], np.uint8).reshape(picture.shape)
+    if name == "inpainting_big":
+        assert (ours[MASK == 0] == PICTURE[MASK == 0]).all()
+        picture = np.where(MASK[:, :, None] > 0, picture, PICTURE)
+    assert ours.std() > 10
+    assert psnr(ours, picture) > 45
+    assert psnr(ours, np.frombuffer(alone[0], np.uint8).reshape(picture.shape)) > 40
+
+
+@torch.inference_mode()
+def test_python_makes_what_the_service_makes(loaded):
+    name, _, runner = loaded
+    order = order_of(runner, name, **BODIES[name], steps=2, seed=3)
+    ((pictures,), _), bundle, job = run(runner, order.job), runner.registry["m"], order.job
+    if name == "bsr_sr":
+        x = bundle.upscale(torch.from_numpy(SMALL).movedim(-1, 0)[None] / 127.5 - 1, [3], 2)
+    else:
+        regions = torch.from_numpy(CLASSES + 1) if "segmentation" in BODIES[name] else None
+        asked = Asked(job.prompt, job.negative_prompt, job.class_label, job.boxes, regions)
+        beside = None
+        if name == "inpainting_big":
+            picture = torch.from_numpy(PICTURE).movedim(-1, 0)[None] / 127.5 - 1
+            known = bundle.known(picture, torch.from_numpy(MASK >= 128))
+            beside = [bundle.beside(16, 16, known=known)]
+        size = (job.width, job.height)
+        x = bundle.sample([asked], [3], 2, job.guidance_scale, beside, size)
+    picture = ((x[0].clamp(-1, 1) + 1) * 127.5).movedim(0, -1).numpy()
+    ours = np.frombuffer(pictures[0], np.uint8).reshape(picture.shape)
+    where = MASK > 0 if name == "inpainting_big" else slice(None)
+    assert psnr(ours[where], picture[where]) > 45
+
+
+TASKS = {
+    "celebahq": (["unconditional"], [], False, 0),
+    "lsun_churches": (["unconditional"], [], False, 0),
+    "cin256": (["class-to-image"], ["class_label"], False, 1000),
+    "cin256-v2": (["class-to-image"], ["class_label"], True, 1000),
+    "text2img256": (["text-to-image", "image-to-image", "inpainting"], ["prompt"], True, 0),
+    "txt2img-1p4B": (["text-to-image", "image-to-image", "inpainting"], ["prompt"], True, 0),
+    "inpainting_big": (["inpainting"], [], False, 0),
+    "bsr_sr": (["upscaling"], [], False, 0),
+    "layout2img": (["layout-to-image"], ["boxes"], False, 8191),
+    "semantic_synthesis": (["layout-to-image"], ["segmentation"], False, 182),
+    "rdm768": (["text-to-image", "image-to-image", "inpainting"], ["prompt"], True, 0),
+}
+
+
+def test_what_is_listed_is_so(loaded):
+    name, _, runner = loaded
+    spec = runner.specs["m"]
+    listed = describe(spec, Settings())
+    assert (listed.tasks, listed.inputs, listed.guided, listed.label_count) == TASKS[name]
+    assert listed.defaults.width == listed.defaults.height == ROWS[name].side
+    assert (listed.defaults.guidance_scale > 1) == listed.guided
+    assert spec.unet.in_channels == spec.autoencoder.latent_channels + spec.beside
+    assert len(listed.labels) == (182 if name == "semantic_synthesis" else 0)  # whose colours are needed
+    if name == "inpainting_big":
+        assert listed.inpainting == "mask channels"
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_guidance_is_refused_where_there_is_no_null_condition(loaded, scale):
+    name, _, runner = loaded
+    body = BODIES[name] | {"guidance_scale": scale}
+    if runner.specs["m"].guided:
+        assert order_of(runner, name, **body).job.guidance_scale == scale
+        return
+    with pytest.raises(InvalidRequest, match="must be 1") as refused:
+        order_of(runner, name, **body)
+    assert refused.value.param == "guidance_scale"
+
+
+def test_what_a_model_needs_is_required_and_what_it_cannot_hear_is_refused(loaded):
+    name, _, runner = loaded
+    inputs = TASKS[name][1]
+    if inputs:
+        with pytest.raises(InvalidRequest, match="is required") as refused:
+            order_of(runner, name)
+        assert refused.value.param == inputs[0]
+    elif kind(name) is GenerateRequest:
+        assert order_of(runner, name).job.task == "unconditional"
+    deaf = {"prompt": "red", "class_label": 1, "boxes": BOXES, "segmentation": painted(CLASSES)}
+    if kind(name) is UpscaleRequest:
+        deaf = {"prompt": "red"}
+    for field, value in deaf.items():
+        if field not in inputs:
+            with pytest.raises(InvalidRequest) as refused:
+                order_of(runner, name, **(BODIES[name] | {field: value}))
+            assert refused.value.param == field
+
+
+def test_the_task_of_a_request_is_one_of_the_models(loaded):
+    name, _, runner = loaded
+    order = order_of(runner, name, **BODIES[name])
+    assert order.job.task == TASKS[name][0][0]
+    assert Job.from_message(*order.job.to_message()) == order.job
+    again = kind(name).model_validate(
+        BODIES[name] | answers.parameters(order, 0) | {"model": "m"}
+    )  # parameters are a request, apart from its pictures
+    assert to_order(again, runner.specs, Settings()).job.prompt == order.job.prompt
+
+
+BLACK = np.zeros((64, 64, 3), np.uint8)
+REFUSED = {  # body, and the field that is to blame
+    "celebahq": [({"width": 48}, "width")],
+    "cin256": [({"class_label": 1000}, "class_label"), ({"class_label": "cat"}, "class_label")],
+    "cin256-v2": [({"class_label": 1000}, "class_label")],  # the null class is none to ask for
+    "layout2img": [
+        ({"boxes": BOXES * 16}, "boxes"),
+        ({"boxes": [BOXES[0] | {"name": 8191}]}, "boxes.0.name"),
+        ({"boxes": [BOXES[0], BOXES[0] | {"name": "cat"}]}, "boxes.1.name"),
+    ],
+    "semantic_synthesis": [
+        ({"segmentation": painted(CLASSES[:, :48])}, "segmentation"),
+        ({"segmentation": png(BLACK)}, "segmentation"),
+        ({"segmentation": png(BLACK + 1)}, "segmentation"),
+    ],
+}
+
+
+def test_what_is_no_label_or_does_not_fit_is_refused(loaded):
+    name, _, runner = loaded
+    for body, param in REFUSED.get(name, []):
+        with pytest.raises(InvalidRequest) as refused:
+            order_of(runner, name, **body)
+        assert refused.value.param == param
+
+
+def test_a_long_prompt_is_said_to_be_cut(loaded):
+    name, _, runner = loaded
+    body = BODIES[name] | ({"prompt": "red " * 75 + "apple"} if "prompt" in BODIES[name] else {})
+    job = order_of(runner, name, **body, steps=1).job
+    runner.shape(job)
+    said = list(runner.start(job))
+    assert bool(said) == runner.specs["m"].reads_prompts
+    if runner.specs["m"].reads_words:  # 77 less a begin and an end token
+        assert said == ["prompt is longer than the model reads; left out: apple"]
+
+
+def test_without_a_text_encoder_the_model_that_needs_one_says_which(tmp_path):
+    file = write(tmp_path, "rdm768")
+    (tmp_path / "text_encoder").rename(tmp_path / "elsewhere")
+    assert load(file).spec.tasks == ()
+    with pytest.raises(CheckpointError, match=r"text_encoder/model\.safetensors with text_projection"):
+        Registry({"m": file}, load)
+
+
+def test_a_first_stage_alone_has_nothing_to_generate(tmp_path):
+    stage = Autoencoder(thin(FIRST_STAGES["vq-f16"]))
+    fill_randomly(stage, 0)
+    save_file(stage.state_dict(), tmp_path / "stage.safetensors")
+    with pytest.raises(CheckpointError, match="nothing to generate"):
+        Registry({"m": tmp_path / "stage.safetensors"}, load)
+
+
+def test_words_that_are_nowhere_are_asked_for_by_name_and_taken_from_where_they_are_given(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(words_of, "cached", lambda: None)
+    file = write(tmp_path, "text2img256")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "vocab.txt").rename(elsewhere / "vocab.txt")
+    settings = Settings(device="cpu", dtype="float32", threads=1)
+    with pytest.raises(CheckpointError, match=r"vocab\.txt of bert-base-uncased.*LDM_VOCABULARY"):
+        build(settings, {"m": file})
+    for given in (elsewhere, elsewhere / "vocab.txt"):
+        runner = build(replace(settings, vocabulary=str(given)), {"m": file})
+        assert runner.registry["m"].conditioner.tokenize(["red"])[0, :3].tolist() == [2, 5, 3]
+    with pytest.raises(CheckpointError, match="no vocab"):
+        load(file, vocabulary=tmp_path)
+    monkeypatch.setattr(words_of, "cached", lambda: elsewhere / "vocab.txt")
+    assert load(file).conditioner.tokenizer is not None

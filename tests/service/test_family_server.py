@@ -1,0 +1,127 @@
+"""Models of the latent diffusion paper over HTTP: one server of six single files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from models.autoencoder import Autoencoder
+from models.checkpoint import load
+from service.answers import enlarged as enlarged_of
+from service.answers import parts_of, pixels_of
+from service.cli import main
+from service.intake import to_order
+from service.job import Done
+from service.registry import Registry
+from service.runner import TorchRunner
+from service.settings import Settings
+from tests.conftest import Server, wait_until
+from tests.family import FIRST_STAGES, thin, write
+from tests.service.test_family import BODIES, MASK, PICTURE, TASKS, kind, psnr, run
+from tests.service.test_server import error_of, picture
+
+SERVED = ("celebahq", "cin256-v2", "layout2img", "semantic_synthesis", "inpainting_big", "bsr_sr")
+PATHS = {"inpainting_big": "/inpaint", "bsr_sr": "/upscale"}
+SIZED = ("celebahq", "cin256-v2", "layout2img", "semantic_synthesis")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: write(folder, name) for name in SERVED}
+
+
+@pytest.fixture(scope="module")
+def family(start_server, files) -> Iterator[Server]:
+    with start_server(*files.values()) as server:
+        yield server
+
+
+def body_of(name: str, **changes) -> dict:
+    size = {"width": 64, "height": 64} if name in SIZED else {}
+    return {"model": name, "seed": 5, "steps": 3} | size | BODIES[name] | changes
+
+
+def ask(server: Server, name: str, **changes):
+    return server.client.post(PATHS.get(name, "/generate"), json=body_of(name, **changes))
+
+
+def here(files: dict[str, Path], name: str) -> np.ndarray:
+    """The same request on an engine in this process."""
+    runner = TorchRunner(Registry({name: files[name]}, load), buckets=(2, 4, 8))
+    order = to_order(kind(name).model_validate(body_of(name)), runner.specs, Settings())
+    (pictures,), _ = run(runner, order.job)
+    (parts,) = parts_of(order, Done(order.job.id, tuple(pictures), (), 0, 0, 0))
+    raw = enlarged_of(order, parts) if order.tiles else pixels_of(order, parts[0])
+    return np.frombuffer(raw, np.uint8).reshape(order.height, order.width, 3)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_picture_comes_back_as_the_engine_makes_it(family, files, name):
+    pixels = picture(ask(family, name))
+    assert psnr(pixels, here(files, name)) > 40
+    if name == "inpainting_big":
+        assert (pixels[MASK == 0] == PICTURE[MASK == 0]).all()
+        assert (pixels[MASK > 0] != PICTURE[MASK > 0]).any()
+    if name == "bsr_sr":
+        assert pixels.shape == (4 * 16, 4 * 24, 3)
+
+
+def test_all_models_are_asked_at_once(family):
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(ask, family, name, n=2) for name in (*SERVED, *SERVED)]
+        assert [each.result().status_code for each in asked] == [200] * 12
+
+
+def test_each_model_says_what_it_takes(family):
+    listed = {model["name"]: model for model in family.client.get("/models").json()["models"]}
+    for name in SERVED:
+        model = listed[name]
+        found = (model["tasks"], model["inputs"], model["guided"], model["label_count"])
+        assert found == TASKS[name]
+    assert [label["name"] for label in listed["semantic_synthesis"]["labels"][:2]] == ["0", "1"]
+    assert listed["cin256-v2"]["labels"] == []
+    assert listed["bsr_sr"]["upscaling"] == {"scale": 4, "max_noise_level": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "param"),
+    [
+        ("celebahq", {"prompt": "a face"}, "prompt"),
+        ("celebahq", {"guidance_scale": 2.0}, "guidance_scale"),
+        ("celebahq", {"class_label": 1}, "class_label"),
+        ("cin256-v2", {"class_label": 1000}, "class_label"),
+        ("cin256-v2", {"class_label": None}, "class_label"),
+        ("layout2img", {"boxes": []}, "boxes"),
+        ("semantic_synthesis", {"width": 128}, "segmentation"),
+        ("bsr_sr", {"noise_level": 1}, "noise_level"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_by_name(family, name, changes, param):
+    assert error_of(ask(family, name, **changes), 422)["param"] == param
+
+
+def test_the_model_of_a_request_that_names_none_is_the_first_that_does_the_task(family):
+    for name in ("celebahq", "inpainting_big", "bsr_sr"):
+        response = ask(family, name, model=None)
+        assert response.json()["model"] == name
+
+
+def test_a_job_of_a_class_is_watched_and_says_how_to_make_it_again(family):
+    request = {"task": "generate", "request": body_of("cin256-v2"), "preview_every": 1}
+    path = family.client.post("/jobs", json=request).headers["location"]
+    wait_until(lambda: family.client.get(path).json()["status"] not in ("queued", "running"))
+    status = family.client.get(path).json()
+    assert (status["status"], status["step"]) == ("done", 3)
+
+
+def test_a_first_stage_alone_is_refused_with_what_it_is(tmp_path, capsys):
+    file = tmp_path / "vq-f4.safetensors"
+    save_file(Autoencoder(thin(FIRST_STAGES["vq-f4"])).state_dict(), file)
+    assert main(["generate", "--model", str(file), "-o", str(tmp_path / "x.png")]) == 2
+    assert "vq-f4 is a first stage alone" in capsys.readouterr().err
