@@ -1,4 +1,4 @@
-"""The model in the box, as someone meets it who has just cloned the repository."""
+"""The models in the box, as someone meets it who has just cloned the repository."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 from models.checkpoint import load
 from models.spec import ALL_TASKS
+from models.training.crops import larger, smaller
 from models.training.evaluate import (
     Judge,
     background,
@@ -23,15 +24,16 @@ from models.training.evaluate import (
     named_object_accuracy,
     nearest_colour,
     overlap,
+    psnr,
     to_pictures,
 )
-from models.training.scenes import COLOURS, FONT, Atlas
+from models.training.scenes import COLOURS, FONT, Atlas, held_out_scenes
 from service.layouts import colour_of
 from tests.conftest import ROOT, Server
 from tests.service.test_conditions import png
 from tests.service.test_server import picture
 
-BOX = ROOT / "weights" / "emoji"
+BOX, UPSCALER = ROOT / "weights" / "emoji", ROOT / "weights" / "emoji-upscale"
 NAMES = (BOX / "names.txt").read_text().splitlines()
 
 
@@ -69,8 +71,8 @@ def test_most_held_out_prompts_are_recognised_and_shuffled_ones_are_not() -> Non
 
 @pytest.fixture(scope="module")
 def box(start_server) -> Iterator[Server]:
-    """A server of it, as it comes."""
-    with start_server(BOX, LDM_DTYPE="auto") as server:
+    """A server of both, as it comes."""
+    with start_server(BOX, UPSCALER, LDM_DTYPE="auto") as server:
         yield server
 
 
@@ -80,8 +82,9 @@ def made(server: Server, path: str = "/generate", **body) -> np.ndarray:
 
 
 def test_it_says_what_it_can_do(box: Server) -> None:
-    (model,) = box.client.get("/models").json()["models"]
-    assert set(model["tasks"]) == set(ALL_TASKS)
+    model, upscaler = box.client.get("/models").json()["models"]
+    assert {*model["tasks"], *upscaler["tasks"]} == set(ALL_TASKS)
+    assert upscaler["upscaling"]["scale"] == 4
     assert model["inpainting"] == "mask channels"
     assert [label["name"] for label in model["labels"]] == NAMES
 
@@ -122,8 +125,29 @@ def test_it_needs_no_condition_and_no_particular_size(box: Server) -> None:
     assert nearest_colour(background(wide)) == "green"
 
 
-def test_it_is_small_and_says_what_it_claims() -> None:
-    size = sum(file.stat().st_size for file in BOX.rglob("*") if file.is_file())
-    assert size < 40 * 2**20
+@pytest.mark.skipif(
+    not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"),
+    reason="fonts-noto-color-emoji is not installed",
+)
+def test_small_pictures_come_back_larger_and_nearer_to_the_original_than_by_resampling(box: Server) -> None:
+    scenes = np.stack([scene.picture for scene in held_out_scenes(Atlas(), 8, seed=9)])
+    low = smaller(scenes)
+    made_larger = np.stack([made(box, "/upscale", image=png(picture)) for picture in low])
+    assert psnr(made_larger, scenes) > psnr(larger(low), scenes) + 1.0  # its card has the figure over more
+
+
+def test_a_large_picture_is_enlarged_without_seams_and_keeps_its_colours(box: Server) -> None:
+    row, column = np.mgrid[:90, :150]
+    sent = np.stack([row * 2, column, 255 - row - column // 2], axis=-1).clip(0, 255).astype(np.uint8)
+    pixels = made(box, "/upscale", image=png(sent))
+    assert pixels.shape == (360, 600, 3)
+    assert psnr(pixels, larger(sent[None])[0]) > 34
+    jumps = np.abs(np.diff(pixels.astype(int), axis=1)).mean(axis=(0, 2))
+    assert jumps.max() < 4  # a smooth picture has no place where it jumps
+
+
+def test_they_are_small_and_say_what_they_claim() -> None:
+    files = [file for file in BOX.parent.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert sum(file.stat().st_size for file in files) < 40 * 2**20
     assert len(NAMES) >= 150
-    assert (BOX / "README.md").is_file()
+    assert all((folder / "README.md").is_file() for folder in (BOX, UPSCALER))
