@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from models.autoencoder import Autoencoder
 from models.spec import AutoencoderSpec, ClassSpec, Condition, SegmentationSpec, TokenSpec, UNetSpec
 from tests.paper import published
 from tests.tiny import byte_tokenizer, fill_randomly
@@ -135,22 +136,30 @@ def slim(condition: Condition | None) -> Condition | None:
 def write(folder: Path, name: str, narrow: bool = True) -> Path:
     """The single file of a row, every parameter random, and what else it needs beside it."""
     file = folder / f"{name}.safetensors"
-    save_file(published(name, shapes(name, narrow)), file)
+    if name in FIRST_STAGES:
+        stage = Autoencoder(thin(FIRST_STAGES[name]) if narrow else FIRST_STAGES[name])
+        fill_randomly(stage, 3)
+        save_file(stage.state_dict(), file)
+        return file
+    save_file(published(name, shapes(name, narrow), narrow), file)
     if isinstance(ROWS[name].condition, TokenSpec) and not ROWS[name].condition.objects:
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "apple", "blue"]
         (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     if name == "rdm768":
-        write_text_encoder(folder, CONTEXT if narrow else ROWS[name].context)
+        write_text_encoder(folder, narrow)
     return file
 
 
-def write_text_encoder(folder: Path, projection: int) -> None:
-    """A small CLIP text encoder with its projection, as `transformers` writes one."""
+def write_text_encoder(folder: Path, narrow: bool) -> None:
+    """CLIP's text encoder with its projection, as `transformers` writes it, with a vocabulary of bytes."""
     tokenizer = byte_tokenizer()
+    tall = {"vocab_size": 49408, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "intermediate_size": 3072, "projection_dim": 768}  # fmt: skip
+    small = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "intermediate_size": 64, "projection_dim": CONTEXT}  # fmt: skip
     network = CLIPTextModelWithProjection(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=64, projection_dim=projection, bos_token_id=tokenizer.bos_token_id,
+            **(small if narrow else tall), bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip

@@ -57,15 +57,25 @@ def random(network, seed):
     return network.requires_grad_(False).eval()
 
 
-def published(name, row=None):
-    """The tensors of a model as its file has them: the last weights, the averages if any, tables."""
+def published(name, row=None, twice=True):
+    """The tensors of a model as its file has them: the last weights, the averages if any, tables.
+
+    twice: else the last weights are zeros of fewer bits where there are averages, to save memory.
+    """
     unet, first_stage, condition, end = row or ROWS[name]
     start = 0.00085 if name == "txt2img-1p4B" else 0.0015
     schedule = ScheduleSpec(beta_start=start, beta_end=end)
     out = {"betas": torch.from_numpy(Schedule(schedule).betas).float(), "logvar": torch.zeros(1000)}
-    last, averaged = random(UNet(unet), 1).state_dict(), random(UNet(unet), 2).state_dict()
+    averages = name not in ("cin256-v2", "txt2img-1p4B")
+    if twice or not averages:
+        last = random(UNet(unet), 1).state_dict()
+    else:
+        with torch.device("meta"):
+            last = UNet(unet).state_dict()
+        last = {key: torch.zeros(value.shape, dtype=torch.float16) for key, value in last.items()}
     out |= {f"model.diffusion_model.{key}": value for key, value in last.items()}
-    if name not in ("cin256-v2", "txt2img-1p4B"):
+    if averages:
+        averaged = random(UNet(unet), 2).state_dict()
         out |= {"model_ema.diffusion_model" + key.replace(".", ""): v for key, v in averaged.items()}
         out |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(9)}
     e = random(Autoencoder(first_stage), 3).state_dict()

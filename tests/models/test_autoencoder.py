@@ -45,9 +45,8 @@ def table(spec):
     return out
 
 
-def reference(ours):
-    """The network of `diffusers` of the same shape and weights."""
-    spec = ours.spec
+def reference(spec, tensors):
+    """The network of `diffusers` of a shape, with weights of published names."""
     attends = [level in spec.attention_levels for level in range(len(spec.channels))]
     options = {
         "block_out_channels": spec.channels,
@@ -62,9 +61,9 @@ def reference(ours):
         network = VQModel(num_vq_embeddings=spec.codes, vq_embed_dim=spec.latent_channels, **options)
     else:
         network = AutoencoderKL(**options)
-    names = {key: keymaps.rename(key, table(spec)) for key in ours.state_dict()}
+    names = {key: keymaps.rename(key, table(spec)) for key in tensors}
     shapes = {key: value.shape for key, value in network.state_dict().items()}
-    weights = {names[key]: value for key, value in ours.state_dict().items()}
+    weights = {names[key]: value for key, value in tensors.items()}
     network.load_state_dict({key: value.reshape(shapes[key]) for key, value in weights.items()})
     return network.eval()
 
@@ -74,7 +73,7 @@ def pair(request):
     ours = Autoencoder(ROWS[request.param])
     fill_randomly(ours, 1)
     ours.requires_grad_(False).eval()
-    return ours, reference(ours)
+    return ours, reference(ours.spec, ours.state_dict())
 
 
 def error(ours, theirs):

@@ -32,9 +32,8 @@ def random(network, seed=1):
     return network.requires_grad_(False).eval()
 
 
-def reference(transformer):
-    """The text transformer of `diffusers` of the same shape and weights."""
-    spec, weights = transformer.spec, transformer.state_dict()
+def reference(spec, weights):
+    """The text transformer of `diffusers` of a shape, with weights of published names."""
     config = LDMBertConfig(
         vocab_size=spec.vocabulary, max_position_embeddings=spec.tokens, encoder_layers=spec.layers,
         encoder_ffn_dim=4 * spec.width, d_model=spec.width,
@@ -63,7 +62,7 @@ def error(ours, theirs):
 def test_context_of_tokens(spec):
     ours = random(TokenConditioner(spec))
     ids = torch.randint(spec.vocabulary, (2, spec.tokens), generator=torch.Generator().manual_seed(0))
-    theirs = reference(ours.transformer)(
+    theirs = reference(spec, ours.transformer.state_dict())(
         input_ids=ids, output_attentions=False, output_hidden_states=False, return_dict=True
     ).last_hidden_state
     assert theirs.shape == (2, spec.tokens, spec.width)

@@ -68,7 +68,7 @@ class Reference:
         return F.conv2d(x, weight, self.w[f"{name}.bias"], padding=weight.shape[-1] // 2, **options)
 
     def norm(self, x, name, eps):
-        y = x.unflatten(1, (GROUPS, -1)).flatten(2)
+        y = x.unflatten(1, (self.spec.groups, -1)).flatten(2)
         y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
         return y.view_as(x) * self.w[f"{name}.weight"][:, None, None] + self.w[f"{name}.bias"][:, None, None]
 
@@ -209,11 +209,11 @@ def test_published_keys(name, key):
         assert key in UNet(ROWS[name]).state_dict()
 
 
-def as_diffusers(unet):
+def as_diffusers(weights, spec):
     """Weights under the names of `diffusers`' unconditional UNet, attention's q, k and v apart."""
-    spec, out = unet.spec, {}
+    out = {}
     heads = dict(zip(spec.channels, spec.heads, strict=True))
-    for key, value in unet.state_dict().items():
+    for key, value in weights.items():
         name = keymaps.rename(key, keymaps.unet(spec))
         if name.endswith(("qkv.weight", "qkv.bias")):
             parts = value.reshape(heads[len(value) // 3], 3, -1, *value.shape[1:2]).unbind(1)
@@ -234,7 +234,7 @@ def test_eps_against_diffusers():
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    reference.load_state_dict(as_diffusers(ours))
+    reference.load_state_dict(as_diffusers(ours.state_dict(), ours.spec))
     x, t, _ = inputs(ours.spec)
     theirs = reference(x, t).sample
     assert error(ours(x, t), theirs) <= LIMIT

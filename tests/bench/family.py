@@ -1,0 +1,225 @@
+"""Every model of the latent diffusion paper at its full published shape, random, against other code.
+
+    python -m tests.bench.family [ROW ...] [--folder DIR] [--cells N] [--narrow]
+
+Each is written as a single file as it was published, loaded, and compared on small inputs; the references
+read the same file by themselves. It takes as much memory as the model and half as much again, and as much
+disk. Errors are |a - b| / |b|. UNets are compared with `diffusers` where it has their structure, the others
+(heads of one number and many widths, residual blocks that resample) with tests/models/test_unet.py's;
+autoencoders and transformers with `diffusers`, CLIP with `transformers`, tables and maps with a line of
+their own. In float64 narrow D's of kl-f16 and kl-f32 agree to 3e-14; in float32 `diffusers` is off from that
+by 1e-5 and 6e-5, ours by 1e-6: with --narrow these two lines say more about the reference than about us.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPTextModelWithProjection
+
+from models import keymaps
+from models.checkpoint import load
+from models.conditioner import Asked
+from models.latent_diffusion import LatentDiffusion
+from models.spec import AutoencoderSpec, ClassSpec, Condition, TokenSpec, UNetSpec
+from tests.family import FIRST_STAGES, ROWS, shapes, thin, write
+from tests.models import test_autoencoder, test_conditioner, test_unet
+from tests.tiny import byte_tokenizer
+
+LIMIT = 3e-5
+UNET, STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+WIDE = (9, 15, 9, 9, 9, 9, 9)
+COLUMNS = ("row", "tensors", "parameters", "eps", "D", "E", "context", "load s", "against")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"of {', '.join((*FIRST_STAGES, *ROWS))}")
+    parser.add_argument("--folder", type=Path, help="where files are written, one at a time")
+    parser.add_argument("--cells", type=int, default=16, help="along a side of latents (default: 16)")
+    parser.add_argument("--narrow", action="store_true", help="few channels, to try it out")
+    args = parser.parse_args()
+    rows = args.rows or (*FIRST_STAGES, *ROWS)
+    if unknown := {*rows} - {*FIRST_STAGES, *ROWS}:
+        parser.error(f"no row is called {', '.join(sorted(unknown))}")
+    print(form(COLUMNS), flush=True)
+    within = True
+    for name in rows:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder, torch.inference_mode():
+            cells, fine = measure(name, Path(folder), args.cells, args.narrow)
+        print(form(cells), flush=True)
+        within = within and fine
+        gc.collect()
+    raise SystemExit(0 if within else 1)
+
+
+def form(cells: tuple) -> str:
+    first, *others, last = map(text_of, cells)
+    return (
+        f"{first:<20}" + "".join(f"{text:>{w}}" for text, w in zip(others, WIDE, strict=True)) + "  " + last
+    )
+
+
+def text_of(cell: float | str) -> str:
+    return f"{cell:.1e}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, bool]:
+    """A line of the table, and whether all its errors are within the limit."""
+    file = write(folder, name, narrow)
+    unet, stage, condition, _ = (
+        shapes(name, narrow) if name in ROWS else (None, stage_of(name, narrow), None, 0)
+    )
+    gc.collect()
+    begin = time.monotonic()
+    model = load(file)
+    seconds = f"{time.monotonic() - begin:.1f}"
+    tensors = safe_open(file, framework="pt")
+    eps, against = unet_error(unet, model, tensors, cells) if unet else ("-", "diffusers")
+    d, e = stage_errors(stage, model, below(tensors, STAGE if unet else ""), cells)
+    context = context_error(condition, model, tensors, folder)
+    errors = [error for error in (eps, d, e, context) if isinstance(error, float)]
+    parts = filter(None, (model.unet, model.autoencoder, model.conditioner))
+    count = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    line = (name, len(tensors.keys()), count, eps, d, e, context, seconds, against)
+    return line, max(errors) <= LIMIT
+
+
+def stage_of(name: str, narrow: bool) -> AutoencoderSpec:
+    return thin(FIRST_STAGES[name]) if narrow else FIRST_STAGES[name]
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """Infinite where the reference is all but constant, which anything would agree with."""
+    return ((ours - theirs).norm() / theirs.norm()).item() if theirs.std() > 0.1 else float("inf")
+
+
+def below(tensors: safe_open, prefix: str) -> dict[str, Tensor]:
+    keys = [key for key in tensors.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
+    return {key.removeprefix(prefix): tensors.get_tensor(key) for key in keys}
+
+
+def unet_weights(tensors: safe_open) -> dict[str, Tensor]:
+    """The averages under the last weights' names, or those where there are none."""
+    keys = [key.removeprefix(UNET) for key in tensors.keys() if key.startswith(UNET)]  # noqa: SIM118
+    averaged = {key: "model_ema.diffusion_model" + key.replace(".", "") for key in keys}
+    held = {*tensors.keys()}
+    return {key: tensors.get_tensor(a if a in held else UNET + key) for key, a in averaged.items()}
+
+
+def unet_error(spec: UNetSpec, model: LatentDiffusion, tensors: safe_open, cells: int) -> tuple[float, str]:
+    """eps at two timesteps, of pictures that are not square."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(2, spec.in_channels, cells, 2 * cells, generator=generator)
+    t, context = torch.tensor([1, 801]), None
+    if spec.context_width:
+        context = torch.randn(2, 5, spec.context_width, generator=generator)
+    weights = unet_weights(tensors)
+    reference = of_diffusers(weights, spec)
+    if reference is None:
+        theirs, against = test_unet.Reference(weights, spec)(x, t, context), "tests/models/test_unet.py"
+    elif context is None:
+        theirs, against = reference(x, t).sample, "diffusers"
+    else:
+        theirs, against = reference(x, t, context).sample, "diffusers"
+    return error(model.unet(x, t, context), theirs), against
+
+
+def of_diffusers(weights: Mapping[str, Tensor], spec: UNetSpec) -> torch.nn.Module | None:
+    """The UNet of `diffusers` with these weights; None for a structure that it does not have."""
+    if spec.residual_resampling or spec.scale_shift_norm:
+        return None
+    attends, options = [bool(depth) for depth in spec.transformer_depth], {}
+    if spec.context_width:
+        kind, blocks = UNet2DConditionModel, ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D")
+        options = {
+            "cross_attention_dim": spec.context_width,
+            "attention_head_dim": spec.heads,  # which are numbers of heads, by a published mistake
+            "transformer_layers_per_block": spec.middle_depth,
+        }
+        named = {keymaps.rename(key, keymaps.unet(spec)): value for key, value in weights.items()}
+    else:
+        kind, blocks = UNet2DModel, ("AttnDownBlock2D", "DownBlock2D", "AttnUpBlock2D")
+        widths = {width // heads for width, heads, attend in
+                  zip(spec.channels, spec.heads, (*attends[:-1], True), strict=True) if attend}  # fmt: skip
+        if len(widths) != 1:
+            return None
+        options = {"attention_head_dim": widths.pop()}
+        named = test_unet.as_diffusers(weights, spec)
+    with torch.device("meta"):
+        network = kind(
+            in_channels=spec.in_channels, out_channels=spec.out_channels, block_out_channels=spec.channels,
+            layers_per_block=spec.res_blocks, norm_num_groups=spec.groups,
+            down_block_types=[blocks[0] if attend else blocks[1] for attend in attends],
+            up_block_types=[blocks[2] if attend else "UpBlock2D" for attend in attends[::-1]], **options,
+        )  # fmt: skip
+    network.load_state_dict(named, strict=True, assign=True)
+    return network.eval()
+
+
+def stage_errors(
+    spec: AutoencoderSpec, model: LatentDiffusion, weights: dict[str, Tensor], cells: int
+) -> tuple[float, float]:
+    """Of D and of E."""
+    reference = test_autoencoder.reference(spec, weights)
+    generator = torch.Generator().manual_seed(8)
+    z = torch.randn(1, spec.latent_channels, cells, cells, generator=generator)
+    x = torch.rand(1, 3, spec.factor * cells, spec.factor * cells, generator=generator) * 2 - 1
+    encoded = reference.encode(x)
+    theirs = encoded.latents if spec.codes else encoded.latent_dist.mode()
+    d = error(model.autoencoder.decode(z), reference.decode(z).sample)
+    return d, error(model.autoencoder.encode(x), theirs)
+
+
+def context_error(
+    condition: Condition | None, model: LatentDiffusion, tensors: safe_open, folder: Path
+) -> float | str:
+    """Of what the conditioner makes; "-" where it has nothing learned."""
+    generator = torch.Generator().manual_seed(9)
+    if model.spec.text:
+        return clip_error(model, folder)
+    if condition is None:
+        return "-"
+    if isinstance(condition, TokenSpec):
+        weights = below(tensors, CONDITION)
+        weights.pop("to_logits.weight", None)
+        ids = torch.randint(condition.vocabulary, (2, condition.tokens), generator=generator)
+        network = test_conditioner.reference(condition, weights)
+        out = network(input_ids=ids, output_attentions=False, output_hidden_states=False, return_dict=True)
+        return error(model.conditioner.from_ids(ids), out.last_hidden_state)
+    if isinstance(condition, ClassSpec):
+        numbers = torch.randint(condition.classes, (8,), generator=generator)
+        table = tensors.get_tensor("cond_stage_model.embedding.weight")
+        return error(model.conditioner(numbers), table[numbers][:, None])
+    maps = torch.randint(condition.classes, (1, 16, 16), generator=generator)
+    maps = maps.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    x = F.one_hot(maps, condition.classes).movedim(-1, 1).float()
+    for _ in range(condition.halvings):
+        x = F.interpolate(x, scale_factor=0.5, mode="bilinear")
+    mapper = tensors.get_tensor("cond_stage_model.channel_mapper.weight")
+    scale = mapper.std()  # so that entries are about 1: one colour of many is small
+    return error(model.conditioner(maps) / scale, F.conv2d(x, mapper) / scale)
+
+
+def clip_error(model: LatentDiffusion, folder: Path) -> float:
+    """Of one vector a text, of length 1; times the root of its width, so that its entries are about 1."""
+    network = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder").eval()
+    prompts = ["red apple", "a sunset behind a mountain range"]
+    ids = byte_tokenizer()(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    theirs = F.normalize(network(input_ids=ids).text_embeds, dim=-1)
+    ours = torch.cat([model.contexts(Asked(prompt=prompt))[1] for prompt in prompts])
+    return error(ours * theirs.shape[-1] ** 0.5, theirs * theirs.shape[-1] ** 0.5)
+
+
+if __name__ == "__main__":
+    main()
