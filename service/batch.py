@@ -28,6 +28,7 @@ class ImageState:
     first: Tensor | None  # (C, h, w), the noise that it started from, where a mask keeps asking for it
     done: int = 0  # lines of the plan behind it
     noise: Tensor | None = None  # drawn for the next line; a call that fails and runs again draws no other
+    low: Tensor | None = None  # (3, h, w), of a tile that has not begun: beside will be made of it
     x_0: Tensor | None = None  # (C, h, w), what the last step took x for without its noise; for previews
 
     @property

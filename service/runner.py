@@ -155,9 +155,16 @@ class TorchRunner:
             for tile in range(len(tiles.corners)):
                 rows, columns = tiles.slices(tile)
                 generator = torch.Generator().manual_seed((job.seed + index + tile * TILE_SEED) % 2**63)
-                beside = bundle.beside_tile(noised[:, rows, columns]).expand(job.rows, -1, -1, -1)
                 x = remembering(noise[:, rows, columns], state.plan)
-                state.images.append(ImageState(x, generator, beside, None))
+                state.images.append(ImageState(x, generator, None, None, low=noised[:, rows, columns]))
+
+    def _begin_tiles(self, states: Sequence[JobState], images: Sequence[ImageState]) -> None:
+        """What the UNet takes beside tiles in their first step. E for all at once would make others wait."""
+        for state, image in zip(states, images, strict=True):
+            if image.low is not None:
+                with out_of_memory_refused():
+                    beside = state.bundle.beside_tile(image.low)
+                image.beside, image.low = beside.expand(state.job.rows, -1, -1, -1), None
 
     def _precise(self, model: str) -> LatentDiffusion:
         """The model in float32: itself if it is, else a copy."""
@@ -174,6 +181,7 @@ class TorchRunner:
         images = [state.images[key.index] for state, key in zip(states, keys, strict=True)]
         rows = sum(state.job.rows for state in states)
         size = next((size for size in self.buckets if size >= rows), rows)
+        self._begin_tiles(states, images)
         nexts, use = self._advance(states, images, size)
         finite = torch.isfinite(nexts).flatten(1).all(1).tolist()  # the one wait for the device in a step
         for state, image, following in zip(states, images, nexts, strict=True):
