@@ -92,6 +92,9 @@ def family(opened: Opened, file: Path | None) -> str:
         return f"first stage alone ({'VQ' if spec.autoencoder.codes else 'KL'}-f{spec.autoencoder.factor})"
     if file:
         return FAMILIES[singles.kind_of(file, opened.weights.stored, spec)]
+    if spec.upscaling:
+        told = ", told the noise on the picture" if spec.upscaling.noise else ""
+        return f"super-resolution, {spec.autoencoder.factor}x{told}"
     known = STABLE.get(spec.unet.context_width, "text (Stable Diffusion's structure)")
     return known + (" inpainting" if spec.mask_channels else "")
 

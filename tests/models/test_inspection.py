@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoint import CheckpointError, Weights, load
+from models.checkpoint import CheckpointError, Weights, load, save
 from models.conversion import convert
 from models.inspection import FAMILIES, as_json, as_text, inspect
 from models.zoo import ROWS as KINDS
 from tests.paper import ROWS, published, write
-from tests.tiny import write_tiny_model
+from tests.tiny import random_model, upscaler_spec, write_tiny_model
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -96,3 +96,11 @@ def test_what_is_no_model_is_an_error(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="neither"):
         inspect(tmp_path / "x.safetensors")
+
+
+def test_an_upscaler_is_called_one(tmp_path):
+    save(random_model(upscaler_spec()), tmp_path / "up")
+    report = inspect(tmp_path / "up")
+    assert report.family == "super-resolution, 4x, told the noise on the picture"
+    assert report.tasks == ("upscaling",)
+    assert not report.problems
