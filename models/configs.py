@@ -130,7 +130,7 @@ def read_spec(path: str | Path, allow_pickle: bool = False) -> ModelSpec:
         own = singles.own_folder(file)
         return with_own_file(with_own_inputs(spec, own), own) if own else spec
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder")
+        raise CheckpointError(f"{path} is neither a folder nor a .safetensors or .ckpt file")
     index = check_components(path)
     pipeline, upscaling = index["_class_name"], None
     config, unet = read_part(path, "unet", READERS[PIPELINES[pipeline]["unet"]])

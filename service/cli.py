@@ -9,7 +9,6 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +264,7 @@ def make(args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping
     places = locate_all(settings.model, settings.allow_pickle)
     specs = read_specs(places, settings.allow_pickle)
     body = request_of(args, kind, {name: file for name, file in pictures.items() if file})
-    order = replace(intake.to_order(body, specs, settings), format=images.SUFFIXES[suffix])
+    order = intake.with_format(intake.to_order(body, specs, settings), images.SUFFIXES[suffix], "output")
     done = run_alone(order.job, settings)
     for index, parts in enumerate(answers.parts_of(order, done)):
         file = numbered(output, index, order.job.n)

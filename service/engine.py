@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 TELL_SECONDS = 0.5  # between two reports of where the waiting jobs stand
 DOOR_PATIENCE = 10.0  # seconds after which a job whose model has no room lets no later one pass
+CALL_SECONDS = 1.0  # that a call of more than the fewest rows may take: a job that comes waits for its end
 MEMORY = 0.2  # share of the newest call in the running average of speed
 
 
@@ -134,6 +135,8 @@ class Engine:
         self.latents: deque[ImageKey] = deque()  # through the UNet, not yet through D
         self.owed = 0.0  # seconds that D has had less than the UNet
         self.pace: float | None = None  # seconds for one unit of work
+        self.row_seconds: dict[Hashable, float] = {}  # of a row of a call, by group
+        self.decoded = 0  # pictures so far
         self.next_report = 0.0
 
     @property
@@ -195,7 +198,14 @@ class Engine:
         progress.entered = True
         self.models[job.model] = self.models.get(job.model, 0) + 1
         self.limits.cautious(shape.group)
-        self.scheduler.limit(shape.group, self.limits.rows(shape.group))
+        self._limit(shape.group)
+
+    def _limit(self, group: Hashable) -> None:
+        """Calls of so many rows as memory holds, and as end soon enough."""
+        seconds = self.row_seconds.get(group, 0.0)
+        soon = [size for size in self.runner.buckets if size * seconds <= CALL_SECONDS]
+        rows = max(soon, default=self.runner.buckets[0])
+        self.scheduler.limit(group, min(self.limits.rows(group), rows))
 
     def _leave(self, progress: Progress) -> None:
         """The inverse of _enter; one that is not in is left alone."""
@@ -275,7 +285,7 @@ class Engine:
             return [keys]
         group = self.jobs[keys[0].job].shape.group
         self.limits.failed(group, self._rows(keys))
-        self.scheduler.limit(group, self.limits.rows(group))
+        self._limit(group)
         middle = len(keys) // 2
         return [keys[:middle], keys[middle:]]
 
@@ -305,7 +315,15 @@ class Engine:
         pace = seconds / (self._rows(keys) * shape.row_cost)
         self.pace = pace if self.pace is None else self.pace + MEMORY * (pace - self.pace)
         self.limits.passed(shape.group, call.use)
-        self.scheduler.limit(shape.group, self.limits.rows(shape.group))
+        self._time(shape.group, seconds / call.rows)
+        self._limit(shape.group)
+
+    def _time(self, group: Hashable, seconds: float) -> None:
+        """What a row took; a group's first call, which may prepare things, does not count."""
+        before = self.row_seconds.get(group)
+        if before:
+            seconds = before + MEMORY * (seconds - before)
+        self.row_seconds[group] = 0.0 if before is None else seconds
 
     def _count(self, key: ImageKey) -> bool:
         """Count a step of an image; returns whether it is to be shown now."""
@@ -356,9 +374,18 @@ class Engine:
         for count in range(self.decode_chunk):
             if not self.latents or (self.owed <= 0 and (stepped is not None or count)):
                 break
-            self._decode(self.latents.popleft())
+            self._decode(self._next_latent())
         if not self.latents or stepped is None:
             self.owed = 0.0
+
+    def _next_latent(self) -> ImageKey:
+        """By turns the one that has waited longest, and one of the smallest job."""
+        self.decoded += 1
+        if self.decoded % 2:
+            key = min(self.latents, key=lambda key: self.jobs[key.job].units)
+            self.latents.remove(key)
+            return key
+        return self.latents.popleft()
 
     def _decode(self, key: ImageKey) -> None:
         progress = self.jobs[key.job]

@@ -19,6 +19,7 @@ Format = Literal["png", "jpeg", "webp"]
 
 MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 SUFFIXES: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+MOST_SIDE: dict[Format, int] = {"jpeg": 65_500, "webp": 16_383}  # pixels that a side may have
 OPTIONS: dict[Format, dict[str, Any]] = {
     "png": {"compress_level": 1},  # 6 takes five times as long for a tenth of the size
     "jpeg": {"quality": 95, "subsampling": 0},

@@ -87,7 +87,15 @@ def to_order(body: PictureRequest, specs: Mapping[str, ModelSpec], settings: Set
     if isinstance(body, SceneRequest):
         order = replace(order, job=placed(body, spec, order, settings), boxes=tuple(body.boxes or ()))
     check_task(spec, (order.job.task,))
-    return order
+    return with_format(order, order.format)
+
+
+def with_format(order: Order, kind: Format, param: str = "output_format") -> Order:
+    """The order in another format. Raises InvalidRequest, naming `param`, where it is too large."""
+    largest, most = max(order.width, order.height), images.MOST_SIDE.get(kind)
+    fits = most is None or largest <= most
+    refuse([(param, fits, f"must be one for sides of {largest} pixels; {kind} ends at {most}")])
+    return replace(order, format=kind)
 
 
 def check_task(spec: ModelSpec, tasks: Collection[str]) -> None:

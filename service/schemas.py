@@ -46,7 +46,9 @@ class PictureRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     negative_prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
-    model: Annotated[str | None, Field(max_length=200, description="default: the first model loaded")] = None
+    model: Annotated[str | None, Field(max_length=200, description="default: the first that does this")] = (
+        None
+    )
     steps: Annotated[int | None, Field(ge=1, le=1000)] = None
     guidance_scale: Annotated[float | None, Field(ge=0, le=50, description="1: none")] = None
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="of image 0; drawn if missing")] = None

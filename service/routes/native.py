@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Header, Request, Response
@@ -102,7 +102,8 @@ async def make(
 ) -> answers.Answer:
     """The answer to a body, in the format of `bare` if it says one."""
     order = await asyncio.to_thread(intake.to_order, body, supervisor.specs, supervisor.settings)
-    return await answers.make(replace(order, format=bare or order.format), supervisor, begin)
+    order = intake.with_format(order, bare, "Accept") if bare else order
+    return await answers.make(order, supervisor, begin)
 
 
 async def while_waited_for(request: Request, work: Coroutine[Any, Any, Result], seconds: float) -> Result:
@@ -150,7 +151,7 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
         defaults=ModelDefaults(**asdict(spec.defaults)),
         limits=ModelLimits(
             size_multiple=spec.size_multiple,
-            max_pixels=settings.max_pixels,
+            max_pixels=settings.max_input_pixels if spec.upscaling else settings.max_pixels,
             max_steps=spec.schedule.timesteps,
             max_n=settings.max_images,
             max_work=settings.max_work,

@@ -412,3 +412,34 @@ def test_every_job_ends_exactly_once(moves, buckets, holds, rooms, measures):
     assert not any(map(len, (*left, runner.held, runner.shaped)))
     most = max(buckets[-1], 2)
     assert all(event.rows <= most for event in history.events if isinstance(event, Stepped))
+
+
+class SlowRunner(CountingRunner):
+    """Each row of a call takes a fifth of a second."""
+
+    def step(self, keys: Sequence[ImageKey]) -> Call:
+        call = super().step(keys)
+        self.clock.now += 0.2 * call.rows
+        return call
+
+
+def test_calls_that_would_last_long_have_fewer_rows():
+    runner = SlowRunner((2, 4, 8, 16))
+    engine, events = engine_on(runner)
+    engine.submit(make_job("a", n=16, steps=6))
+    while engine.busy:
+        engine.tick()
+    rows = [event.padded for event in of(events, Stepped)]
+    assert max(rows[2:]) == 4  # the first tells nothing, the second is what is learned from
+    assert outcomes(events) == {"a": "done"}
+
+
+def test_a_small_jobs_picture_does_not_wait_for_all_of_a_large_one():
+    engine, events = engine_on(CountingRunner((32,)), decode_chunk=1)
+    engine.submit(make_job("large", n=14, steps=1, guidance_scale=1.0))
+    engine.submit(make_job("small", n=1, steps=1, guidance_scale=1.0))
+    while engine.busy:
+        engine.tick()
+    ends = [event for event in events if isinstance(event, Decoded | Done)]
+    assert [event.job for event in ends if isinstance(event, Done)] == ["small", "large"]
+    assert next(index for index, event in enumerate(ends) if isinstance(event, Done)) <= 2

@@ -70,6 +70,8 @@ def test_parameters_are_those_of_the_request_without_its_picture():
         ({"sampler": "?"}, "sampler"),
         ({"steps": 1000, "n": 16, "image": base64_of(noise(1000, 800))}, "n"),
         ({"image": base64_of(noise(2100, 2000))}, "image"),
+        ({"image": base64_of(noise(4100, 1)), "output_format": "webp"}, "output_format"),
+        ({"image": base64_of(noise(16_380, 1)), "output_format": "jpeg"}, "output_format"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(changes, param):
