@@ -228,7 +228,7 @@ def test_networks_that_do_not_fit_are_refused(folder):
 
 
 def test_no_folder_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match="not a folder"):
+    with pytest.raises(CheckpointError, match="neither a folder nor"):
         load(tmp_path / "nothing")
 
 
