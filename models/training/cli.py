@@ -184,19 +184,20 @@ def train_upscaler(args: argparse.Namespace) -> None:
         args.state / "sharp_latents.pt",
         lambda: upscaler.encode_crops(autoencoder, drawn_crops(args), seed=2, device=device),
     )
-    scale, state = upscaler.residual_scale(autoencoder, data), args.state / "upscaler.pt"
+    scale, state = scale_factor(upscaler.residuals(autoencoder, data)), args.state / "upscaler.pt"
     upscaler.train(UPSCALER, UPSCALING, SCHEDULE, data, autoencoder, scale, budget_of(args), state, device)
 
 
 def export_upscaling(args: argparse.Namespace) -> None:
     from models.training.presets import UPSCALER, upscaler_spec
-    from models.training.upscaler import residual_scale
+    from models.training.upscaler import residuals
     from models.unet import UNet
 
     unet = UNet(UPSCALER)
     unet.load_state_dict(averaged(args.state / "upscaler.pt"))
     autoencoder = trained(SHARP_AUTOENCODER, args.state / "sharp_autoencoder.pt")
-    scale = residual_scale(autoencoder, torch.load(args.state / "sharp_latents.pt", weights_only=True))
+    data = torch.load(args.state / "sharp_latents.pt", weights_only=True)
+    scale = scale_factor(residuals(autoencoder, data))
     spec = upscaler_spec(args.output.resolve().name, scale)
     checkpoint.save(LatentDiffusion(spec, unet, autoencoder, None), args.output)
 
