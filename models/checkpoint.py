@@ -110,7 +110,7 @@ def load(
     check(opened, path)
     for part in opened.parts:
         assign(part, dtype)
-    give_tokenizer(opened, path, device, vocabulary)
+    give_tokenizer(opened, path, vocabulary)
     for network in filter(None, opened.networks):
         network.requires_grad_(False).eval()
     return LatentDiffusion(opened.spec, *opened.networks).to(device)
@@ -269,13 +269,12 @@ def tensor_in(data: mmap.mmap, stored: Stored) -> Tensor:
     return flat.as_strided(stored.shape, stored.stride).contiguous()
 
 
-def give_tokenizer(opened: Opened, path: Path, device: torch.device | str, vocabulary: Path | None) -> None:
-    """A text conditioner's tokenizer, and what else its files do not hold."""
+def give_tokenizer(opened: Opened, path: Path, vocabulary: Path | None) -> None:
+    """A text conditioner's tokenizer, which is in no file of weights."""
     spec, conditioner = opened.spec, opened.networks.conditioner
     if spec.text:
         folder = path if path.is_dir() else path.parent
         conditioner.encoder.tokenizer = read_tokenizer(folder / "tokenizer", spec.text)
-        restore_positions(conditioner.encoder, device)
     elif isinstance(conditioner, TokenConditioner) and (file := words.find(path, vocabulary)):
         conditioner.tokenizer = read_words(file, spec.condition)
 
@@ -372,8 +371,8 @@ def autoencoder_names(autoencoder: Autoencoder) -> dict[str, str]:
 
 
 def text_names(text: TextEncoder) -> dict[str, str]:
-    """Parameter of `transformers`' class -> name in the file, without the prefix that some versions add."""
-    return {key: key.removeprefix(keymaps.TEXT_PREFIX) for key in text.transformer.state_dict()}
+    """Native parameter -> name in the file, without the prefix that published ones have."""
+    return {key: key for key in text.transformer.state_dict()}
 
 
 def assign(part: Part, dtype: torch.dtype) -> None:
@@ -410,13 +409,6 @@ def faults(part: Part) -> dict[str, list[str]]:
 def listed(what: str, keys: list[str]) -> str:
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return f"{len(keys)} {what} keys: " + ", ".join(sorted(keys)[:SHOWN]) + more
-
-
-def restore_positions(text: TextEncoder, device: torch.device | str) -> None:
-    """Make again the one buffer that files do not hold, and that the meta device left empty."""
-    for module in text.modules():
-        if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(text.spec.tokens, device=device)[None]
 
 
 def newer(weights: Weights) -> Weights:

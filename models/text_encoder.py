@@ -1,4 +1,4 @@
-"""Text transformers: CLIP's with its tokenizer, through `transformers`, and the paper's own over tokens.
+"""Text encoders: CLIP's with its tokenizer, and the paper's own transformer over tokens.
 
 Module names of the latter equal the keys of the published CompVis checkpoints.
 """
@@ -10,26 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
+from models.clip import TextTransformer
 from models.spec import TextSpec, TokenSpec
-
-
-def text_config(spec: TextSpec) -> CLIPTextConfig:
-    """The `transformers` configuration of a text transformer of this shape."""
-    return CLIPTextConfig(
-        vocab_size=spec.vocabulary,
-        hidden_size=spec.width,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        intermediate_size=spec.intermediate,
-        max_position_embeddings=spec.tokens,
-        hidden_act=spec.activation,
-        bos_token_id=spec.bos_id,
-        eos_token_id=spec.eos_id,
-        pad_token_id=spec.pad_id,
-        projection_dim=spec.width,
-    )
 
 
 def overflow(tokenizer: PreTrainedTokenizerBase, tokens: int, prompt: str) -> str:
@@ -47,7 +31,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.tokenizer = tokenizer
-        self.transformer = CLIPTextModel(text_config(spec))
+        self.transformer = TextTransformer(spec)
         if spec.projection:
             self.text_projection = nn.Linear(spec.width, spec.projection, bias=False)
 
@@ -61,7 +45,7 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, n) -> (B, n, C), after the final LayerNorm; with a projection (B, 1, C), the end token's,
         projected and of length 1 (Radford et al. 2021, figure 3)."""
-        states = self.transformer(input_ids=ids).last_hidden_state
+        states = self.transformer.final_layer_norm(self.transformer(ids)[-1])
         if not self.spec.projection:
             return states
         end = (ids == self.spec.eos_id).int().argmax(dim=1)  # the first: CLIP pads with the same token

@@ -1,0 +1,108 @@
+"""CLIP's text transformer (Radford et al. 2021, section 2.4), every layer's output within reach.
+
+Module names equal the keys of the published `text_encoder/` folders without their prefix. Importing the same
+network from `transformers` takes three seconds, which loading the model in the box does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+from models.spec import TextSpec
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), the approximation of GELU that CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+class Embeddings(nn.Module):
+    """A vector for each token plus one for its place."""
+
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(spec.vocabulary, spec.width)
+        self.position_embedding = nn.Embedding(spec.tokens, spec.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, n) -> (B, n, C)."""
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class Attention(nn.Module):
+    """Self-attention in which a token sees itself and what stands before it."""
+
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.heads = spec.heads
+        self.k_proj = nn.Linear(spec.width, spec.width)
+        self.v_proj = nn.Linear(spec.width, spec.width)
+        self.q_proj = nn.Linear(spec.width, spec.width)
+        self.out_proj = nn.Linear(spec.width, spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, n, C) -> (B, n, C)."""
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, n, C / heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[spec.activation]
+        self.fc1 = nn.Linear(spec.width, spec.intermediate)
+        self.fc2 = nn.Linear(spec.intermediate, spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a LayerNorm and beside a residual."""
+
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.self_attn = Attention(spec)
+        self.layer_norm1 = nn.LayerNorm(spec.width)
+        self.mlp = FeedForward(spec)
+        self.layer_norm2 = nn.LayerNorm(spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Layers(nn.Module):
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x (B, n, C) -> itself and the output of every layer, each (B, n, C)."""
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return states
+
+
+class TextTransformer(nn.Module):
+    """Token ids -> the states between its layers. The final norm is the caller's to apply."""
+
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(spec)
+        self.encoder = Layers(spec)
+        self.final_layer_norm = nn.LayerNorm(spec.width)
+
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        """ids (B, n) -> the embeddings and the output of every layer, each (B, n, C)."""
+        return self.encoder(self.embeddings(ids))
