@@ -126,16 +126,18 @@ def open_model(path: Path, device: torch.device | str = "cpu", allow_pickle: boo
         raise CheckpointError(f"{path}: networks of no known structure: {error}") from error
     if file := singles.weights_of(path):
         opened = open_single(spec, networks, open_weights(file, device, allow_pickle))
-        return with_text_parts(opened, file.parent, device, allow_pickle) if spec.text else opened
+        return with_text_parts(opened, file.parent, device, allow_pickle) if spec.texts else opened
     return open_folder(spec, networks, path, device, allow_pickle)
 
 
 def networks_of(spec: ModelSpec) -> Networks:
     """As they are made, with initial values."""
     conditioner = make_conditioner(spec.condition)
-    if spec.text:
-        layout = LayoutProjection(spec.text.width, spec.layout_channels) if spec.layout_channels else None
-        conditioner = TextConditioner(TextEncoder(spec.text, None), layout, spec.labels)
+    if spec.texts:
+        channels = spec.layout_channels
+        layout = LayoutProjection(spec.texts[0].width, channels) if channels else None
+        encoders = [TextEncoder(text, None) for text in spec.texts]
+        conditioner = TextConditioner(encoders, layout, spec.labels, spec.zero_null)
     return Networks(UNet(spec.unet) if spec.unet else None, Autoencoder(spec.autoencoder), conditioner)
 
 
@@ -152,7 +154,7 @@ def open_folder(
         ),
     ]
     if conditioner:
-        text = conditioner.encoder
+        text = conditioner.encoders[0]
         parts.append(Part(text.transformer, text_names(text), bare(read(path / "text_encoder", TEXT_FILES))))
     if layout := conditioner and conditioner.layout:
         names = {key: key for key in layout.state_dict()}
@@ -185,7 +187,7 @@ def open_single(spec: ModelSpec, networks: Networks, weights: Weights) -> Opened
 
 def with_text_parts(opened: Opened, folder: Path, device: torch.device | str, allow_pickle: bool) -> Opened:
     """A model in a single file with CLIP's text encoder and projection from the folder that it lies in."""
-    text, folder = opened.networks.conditioner.encoder, folder / "text_encoder"
+    text, folder = opened.networks.conditioner.encoders[0], folder / "text_encoder"
     weights = bare(open_network(folder, TEXT_FILES, device, allow_pickle))
     # A whole CLIP has more than text.
     ours = [key for key in weights.stored if not key.startswith(keymaps.CLIP_PICTURES)]
@@ -272,9 +274,9 @@ def tensor_in(data: mmap.mmap, stored: Stored) -> Tensor:
 def give_tokenizer(opened: Opened, path: Path, vocabulary: Path | None) -> None:
     """A text conditioner's tokenizer, which is in no file of weights."""
     spec, conditioner = opened.spec, opened.networks.conditioner
-    if spec.text:
-        folder = path if path.is_dir() else path.parent
-        conditioner.encoder.tokenizer = read_tokenizer(folder / "tokenizer", spec.text)
+    if spec.texts:
+        folder, encoder = path if path.is_dir() else path.parent, conditioner.encoders[0]
+        encoder.tokenizer = read_tokenizer(folder / "tokenizer", encoder.spec)
     elif isinstance(conditioner, TokenConditioner) and (file := words.find(path, vocabulary)):
         conditioner.tokenizer = read_words(file, spec.condition)
 
@@ -308,7 +310,7 @@ def save(bundle: LatentDiffusion, path: str | Path, dtype: torch.dtype = torch.f
     write_tensors(named(bundle.autoencoder, autoencoder_names), folder / NETWORK_FILES[0], dtype)
     if not conditioner:
         return
-    text = conditioner.encoder
+    text = conditioner.encoders[0]
     text.tokenizer.save_pretrained(path / "tokenizer")
     names = {key: keymaps.TEXT_PREFIX + name for key, name in text_names(text).items()}  # published with it
     tensors = {names[key]: value for key, value in text.transformer.state_dict().items()}

@@ -13,7 +13,7 @@ from transformers import BertTokenizer
 from models.boxes import Box, tokens
 from models.configs import CheckpointError
 from models.spec import ClassSpec, Condition, SegmentationSpec, TokenSpec
-from models.text_encoder import TextEncoder, TokenTransformer, overflow
+from models.text_encoder import Context, TextEncoder, TokenTransformer, overflow
 from models.words import WANTED
 
 GRAY = 128  # what a pixel under the mask is shown as to a UNet with mask channels
@@ -27,6 +27,7 @@ class Asked(NamedTuple):
     class_label: int | None = None  # None: of no class
     boxes: Sequence[Box] = ()
     regions: Tensor | None = None  # (rows, columns) of labels counted from 1, or 0 for none
+    size: tuple[int, int] | None = None  # (width, height) of the picture; None: the model's own
 
 
 class LayoutProjection(nn.Module):
@@ -38,7 +39,7 @@ class LayoutProjection(nn.Module):
 
     def forward(self, encoder: TextEncoder, ids: Tensor) -> Tensor:
         """ids (K, L) of names -> (K, channels): their text's last token, projected."""
-        states = encoder(ids)
+        states = encoder(ids).tokens
         last = (ids == encoder.spec.eos_id).int().argmax(dim=1)
         return self.projection(states[torch.arange(len(ids), device=ids.device), last])
 
@@ -46,44 +47,73 @@ class LayoutProjection(nn.Module):
 class TextConditioner(nn.Module):
     """Prompts -> context, and where the model knows regions, labels -> channels beside the latent.
 
-    The null context is that of the empty prompt; where there is no region, its channels are 0.
+    Every encoder reads the whole prompt, with its own tokenizer; their vectors of a token stand side by side.
+    The null context is that of the empty prompt, or zeros; where there is no region, its channels are 0.
     """
 
     def __init__(
-        self, encoder: TextEncoder, layout: LayoutProjection | None = None, labels: Sequence[str] = ()
+        self,
+        encoders: Sequence[TextEncoder],
+        layout: LayoutProjection | None = None,
+        labels: Sequence[str] = (),
+        zero_null: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoders = nn.ModuleList(encoders)
         self.layout = layout
         self.labels = tuple(labels)
+        self.zero_null = zero_null
 
-    def contexts(self, asked: Asked) -> Tensor:
-        """Without guidance's condition and with it: (2, L, C)."""
-        both = self([asked.negative_prompt, asked.prompt])
-        # Where a text is one vector, guidance was published with 0 for no text (Blattmann et al. 2022).
-        silent = self.encoder.spec.projection and not asked.negative_prompt
-        return torch.stack([torch.zeros_like(both[0]), both[1]]) if silent else both
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def contexts(self, asked: Asked) -> Context:
+        """Without guidance's condition and with it: tokens (2, L, C), pooled (2, P) where there is such."""
+        both = self.encode(self.tokenize([asked.negative_prompt, asked.prompt]))
+        if not self.zero_null or asked.negative_prompt:
+            return both
+        return Context(*(None if told is None else without_first(told) for told in both))
+
+    def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Token ids (B, n) of each encoder, padded and cut to the context length."""
+        return [encoder.tokenize(prompts) for encoder in self.encoders]
+
+    def encode(self, ids: Sequence[Tensor]) -> Context:
+        """Token ids (B, n) of each encoder -> tokens (B, L, C), pooled (B, P) where there is such."""
+        told = [
+            encoder(each.to(device=self.device, dtype=torch.long))
+            for encoder, each in zip(self.encoders, ids, strict=True)
+        ]
+        pooled = [one.pooled for one in told if one.pooled is not None]
+        tokens = torch.cat([one.tokens for one in told], dim=-1)
+        return Context(tokens, torch.cat(pooled, dim=-1) if pooled else None)
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, L, C), cut to the context length."""
-        return self.from_ids(self.encoder.tokenize(prompts))
+        return self.encode(self.tokenize(prompts)).tokens
 
-    def from_ids(self, ids: Tensor) -> Tensor:
-        """Token ids (B, n) -> (B, L, C): a vector a token, or one of the whole text."""
-        device = next(self.encoder.parameters()).device
-        return self.encoder(ids.to(device=device, dtype=torch.long))
+    def from_ids(self, *ids: Tensor) -> Tensor:
+        """Token ids (B, n) of each encoder, or of all -> (B, L, C): a vector a token, or one of the text."""
+        return self.encode(ids * len(self.encoders) if len(ids) == 1 else ids).tokens
 
     def from_regions(self, regions: Tensor) -> Tensor:
         """regions (h, w), the number of a label counted from 1, or 0 for none -> (channels, h, w)."""
-        device = next(self.parameters()).device
-        present, index = regions.to(device).unique(return_inverse=True)
-        ids = self.encoder.tokenize([self.labels[max(number - 1, 0)] for number in present.tolist()])
-        table = self.layout(self.encoder, ids.to(device)) * (present > 0)[:, None]
+        encoder = self.encoders[0]
+        present, index = regions.to(self.device).unique(return_inverse=True)
+        ids = encoder.tokenize([self.labels[max(number - 1, 0)] for number in present.tolist()])
+        table = self.layout(encoder, ids.to(self.device)) * (present > 0)[:, None]
         return table[index].movedim(-1, 0)
 
     def overflow(self, prompt: str) -> str:
         """The end of the prompt that the context length leaves out; '' if it fits."""
-        return overflow(self.encoder.tokenizer, self.encoder.spec.tokens, prompt)
+        return overflow(self.encoders[0].tokenizer, self.encoders[0].spec.tokens, prompt)
+
+
+def without_first(told: Tensor) -> Tensor:
+    """(2, ...) with zeros for the first."""
+    return torch.stack([torch.zeros_like(told[0]), told[1]])
 
 
 class TokenConditioner(nn.Module):
@@ -106,9 +136,9 @@ class TokenConditioner(nn.Module):
         )["input_ids"]
         return torch.tensor(ids, dtype=torch.long)
 
-    def contexts(self, asked: Asked) -> Tensor:
+    def contexts(self, asked: Asked) -> Context:
         """Without guidance's condition and with it: (2, L, C)."""
-        return self([asked.negative_prompt, asked.prompt])
+        return Context(self([asked.negative_prompt, asked.prompt]))
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, L, C)."""
@@ -130,9 +160,9 @@ class BoxConditioner(nn.Module):
         super().__init__()
         self.transformer = TokenTransformer(spec)
 
-    def contexts(self, asked: Asked) -> Tensor:
+    def contexts(self, asked: Asked) -> Context:
         """The same twice, for nothing guides: (2, L, C)."""
-        return self([asked.boxes]).expand(2, -1, -1)
+        return Context(self([asked.boxes]).expand(2, -1, -1))
 
     def forward(self, scenes: Sequence[Sequence[Box]]) -> Tensor:
         """Boxes of each picture -> (B, L, C)."""
@@ -151,10 +181,10 @@ class ClassConditioner(nn.Module):
         self.spec = spec
         self.embedding = nn.Embedding(spec.classes, spec.width)
 
-    def contexts(self, asked: Asked) -> Tensor:
+    def contexts(self, asked: Asked) -> Context:
         """Without guidance's condition and with it: (2, 1, C); the same twice where nothing guides."""
         told = self.spec.null if asked.class_label is None else asked.class_label
-        return self([told if self.spec.null is None else self.spec.null, told])
+        return Context(self([told if self.spec.null is None else self.spec.null, told]))
 
     def forward(self, labels: Sequence[int] | Tensor) -> Tensor:
         """B numbers from 0 -> (B, 1, C)."""

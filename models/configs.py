@@ -136,18 +136,18 @@ def read_spec(path: str | Path, allow_pickle: bool = False) -> ModelSpec:
     config, unet = read_part(path, "unet", READERS[PIPELINES[pipeline]["unet"]])
     _, autoencoder = read_part(path, autoencoder_folder(path).name, autoencoder_spec)
     _, schedule = read_part(path, SCHEDULER, schedule_spec)
-    text = read_part(path, "text_encoder", text_spec)[1] if "text_encoder" in PIPELINES[pipeline] else None
+    texts = (read_part(path, "text_encoder", text_spec)[1],) if "text_encoder" in PIPELINES[pipeline] else ()
     if pipeline == SUPER_RESOLUTION:
         upscaling = translated(path / "model_index.json", upscaling_spec, index, path)
     spec = ModelSpec(
-        path.resolve().name, unet, autoencoder, schedule, text,
+        path.resolve().name, unet, autoencoder, schedule, texts,
         mask_channels=pipeline == INPAINTING, upscaling=upscaling,
         tasks=("upscaling",) if upscaling else ALL_TASKS[:3],
     )  # fmt: skip
     spec = with_own_inputs(spec, path)
     check_fit(spec, path)
     side = translated(config_file(path, "unet"), sample_side, config, spec)
-    steps = {"guidance_scale": 1.0} if text is None else {}
+    steps = {"guidance_scale": 1.0} if not texts else {}
     return with_own_file(replace(spec, defaults=Defaults(*side, **steps)), path)
 
 
@@ -353,7 +353,8 @@ def with_text(spec: ModelSpec, folder: Path) -> ModelSpec:
             f"{config_file(folder, 'text_encoder')}: projection_dim is {text.projection}, "
             f"but the UNet expects contexts {spec.unet.context_width} wide"
         )
-    return replace(spec, text=text, tasks=ALL_TASKS[:3])
+    # Guidance was published with 0 for no text (Blattmann et al. 2022).
+    return replace(spec, texts=(text,), tasks=ALL_TASKS[:3], zero_null=True)
 
 
 def schedule_spec(config: Config) -> ScheduleSpec:
@@ -399,10 +400,9 @@ def check_fit(spec: ModelSpec, path: Path) -> None:
         raise CheckpointError(
             f"{path}: the UNet knows {unet.noise_levels} noise levels, not max_noise_level + 1"
         )
-    if spec.text and unet.context_width != spec.text.width:
+    if spec.texts and unet.context_width != (width := sum(text.width for text in spec.texts)):
         raise CheckpointError(
-            f"{path}: the UNet expects contexts {unet.context_width} wide, "
-            f"the text encoder makes {spec.text.width}"
+            f"{path}: the UNet expects contexts {unet.context_width} wide, the text encoders make {width}"
         )
 
 
@@ -454,12 +454,12 @@ def write_configs(spec: ModelSpec, path: Path) -> None:
     """Write every configuration file of the layout, in the form that diffusers reads."""
     pipeline = SUPER_RESOLUTION if spec.upscaling else INPAINTING if spec.mask_channels else PLAIN
     parts = {
-        "unet": unet_config(spec) if spec.text else plain_unet_config(spec),
+        "unet": unet_config(spec) if spec.texts else plain_unet_config(spec),
         "vqvae" if spec.upscaling else "vae": autoencoder_config(spec.autoencoder),
         SCHEDULER: schedule_config(spec.schedule),
     }
-    if spec.text:
-        parts["text_encoder"] = text_config(spec.text)
+    if spec.texts:
+        parts["text_encoder"] = text_config(spec.texts[0])
     if spec.upscaling and spec.upscaling.noise:
         parts[NOISE] = schedule_config(spec.upscaling.noise)
     residual = {RESIDUAL: True} if spec.upscaling and spec.upscaling.residual else {}

@@ -56,7 +56,7 @@ def write_single(opened: Opened, source: Path, folder: Path, dtype: str | None) 
     (folder / OWN_FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
     if isinstance(spec.condition, TokenSpec) and words_beside(source).is_file():
         shutil.copyfile(words_beside(source), folder / "vocab.txt")
-    if spec.text:
+    if spec.texts:
         for part in ("text_encoder", "tokenizer"):
             shutil.copytree(singles.weights_of(source).parent / part, folder / part)
 

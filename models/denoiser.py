@@ -25,16 +25,18 @@ class Denoiser:
         x: Tensor,
         t: Tensor,
         context: Tensor | None = None,
+        pooled: Tensor | None = None,
         beside: Tensor | None = None,
         level: Tensor | None = None,
         noise_level: Tensor | None = None,
     ) -> Tensor:
-        """x (B, C, h, w); t (B,); context (B, L, C_ctx); beside (B, C', h, w), channels that the UNet takes
-        after those of x; level (B, 2), the alpha and sigma of x, needed where t is not whole; noise_level
-        (B,), of what is beside x. -> eps (B, C, h, w), float32.
+        """x (B, C, h, w); t (B,); context (B, L, C_ctx); pooled (B, P), what it is told beside the timestep;
+        beside (B, C', h, w), channels that the UNet takes after those of x; level (B, 2), the alpha and sigma
+        of x, needed where t is not whole; noise_level (B,), of what is beside x.
+        -> eps (B, C, h, w), float32.
         """
         x_in = x if beside is None else torch.cat([x, beside.to(x.dtype)], dim=1)
-        out = self.unet(x_in, t, context, noise_level).float()
+        out = self.unet(x_in, t, context, pooled, noise_level).float()
         return self.eps_from_v(out, x, t, level) if self.schedule.spec.prediction == "v_prediction" else out
 
     def eps_from_v(self, v: Tensor, x: Tensor, t: Tensor, level: Tensor | None = None) -> Tensor:

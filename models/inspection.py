@@ -102,8 +102,9 @@ def family(opened: Opened, file: Path | None) -> str:
 def conditioner(spec: ModelSpec) -> str:
     """What a request's wishes go through."""
     condition = spec.condition
-    if spec.text:
-        return f"CLIP's text transformer, {spec.text.layers}x{spec.text.width}, {spec.text.tokens} tokens"
+    if spec.texts:
+        shapes = " and ".join(f"{text.layers}x{text.width}" for text in spec.texts)
+        return f"CLIP's text transformer, {shapes}, {spec.texts[0].tokens} tokens"
     if isinstance(condition, TokenSpec):
         what = "BERT's words" if not condition.objects else "boxes"
         return f"transformer over {what}, {condition.layers}x{condition.width}, {condition.tokens} tokens"
@@ -142,7 +143,7 @@ def problems(opened: Opened, path: Path) -> Iterator[str]:
     if opened.rest:
         yield listed("unexpected", list(opened.rest))
     tokenizer = (path if path.is_dir() else path.parent) / "tokenizer"
-    if opened.spec.text and not any((tokenizer / n).is_file() for n in ("vocab.json", "tokenizer.json")):
+    if opened.spec.texts and not any((tokenizer / n).is_file() for n in ("vocab.json", "tokenizer.json")):
         yield "tokenizer/vocab.json is missing"
 
 

@@ -17,9 +17,9 @@ from models.denoiser import Denoiser, guide
 from models.samplers import plan, step
 from models.schedule import Schedule
 from models.spec import ModelSpec
-from models.text_encoder import TextEncoder
+from models.text_encoder import Context, TextEncoder
 from models.tiles import cut, merge
-from models.unet import UNet
+from models.unet import UNet, timestep_embedding
 
 TILE = 32  # cells of a side: 256 pixels where a cell covers 8
 ROWS = 16  # tiles that are enlarged at once
@@ -77,10 +77,21 @@ class LatentDiffusion:
         whole = merge((pixels_last(x[0]) for x in parts), tiles, self.spec.autoencoder.factor)
         return torch.from_numpy(whole).movedim(-1, 0)[None]
 
-    def contexts(self, asked: Asked) -> Tensor | None:
-        """What the UNet attends to, without guidance's condition and with it: (2, L, C), or None where it
-        attends to nothing. The same twice where nothing guides."""
-        return self.conditioner.contexts(asked) if self.conditioner else None
+    def contexts(self, asked: Asked) -> Context | None:
+        """What the UNet is told, without guidance's condition and with it: tokens (2, L, C) that it attends
+        to, and pooled (2, P) where it takes that. The same twice where nothing guides; None where it is told
+        nothing."""
+        context = self.conditioner.contexts(asked) if self.conditioner else None
+        if context is None or not self.spec.unet.size_width:
+            return context
+        sizes = self.sizes(*(asked.size or (self.spec.defaults.width, self.spec.defaults.height)))
+        return context._replace(pooled=torch.cat([context.pooled.float(), sizes.expand(2, -1)], dim=-1))
+
+    def sizes(self, width: int, height: int) -> Tensor:
+        """What a UNet that knows sizes is told of a picture: as large before it was cut, cut nowhere, and as
+        large now (Podell et al. 2023, section 2.2), each number embedded like a timestep: (P,)."""
+        numbers = torch.tensor([height, width, 0, 0, height, width], device=self.device)
+        return timestep_embedding(numbers, self.spec.unet.size_width).flatten()
 
     def beside(
         self, h: int, w: int, regions: Tensor | None = None, known: Known | None = None
@@ -131,11 +142,10 @@ class LatentDiffusion:
 
     def copy(self, dtype: torch.dtype) -> LatentDiffusion:
         """The same model with weights in another type; the tokenizer, which has none, is shared."""
-        holder = (
-            self.conditioner.encoder if isinstance(self.conditioner, TextConditioner) else self.conditioner
-        )
-        tokenizer = getattr(holder, "tokenizer", None)
-        conditioner = deepcopy(self.conditioner, {id(tokenizer): tokenizer})
+        texts = isinstance(self.conditioner, TextConditioner)
+        holders = self.conditioner.encoders if texts else [self.conditioner]
+        tokenizers = [getattr(holder, "tokenizer", None) for holder in holders]
+        conditioner = deepcopy(self.conditioner, {id(tokenizer): tokenizer for tokenizer in tokenizers})
         return LatentDiffusion(self.spec, deepcopy(self.unet), deepcopy(self.autoencoder), conditioner).to(
             dtype=dtype
         )
@@ -167,14 +177,17 @@ class LatentDiffusion:
         if beside is None and self.spec.beside:
             beside = [self.beside(*shape[1:], one.regions) for one in asked]
         pairs = None if beside is None else by_row(beside, rows)  # (R B, C', h, w), R 1 or 2
-        contexts = by_row([self.contexts(one) for one in asked], rows) if self.spec.context_shape else None
+        asked = [one if one.size else one._replace(size=size) for one in asked]
+        told = [self.contexts(one) for one in asked] if self.spec.context_shape else []
+        tokens = by_row([one.tokens for one in told], rows) if told else None
+        pooled = by_row([one.pooled for one in told], rows) if told and told[0].pooled is not None else None
         noise = torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         )
 
         def eps(x: Tensor, t: Tensor) -> Tensor:
             count = rows.stop - rows.start
-            out = self.denoiser(torch.cat([x] * count), torch.cat([t] * count), contexts, pairs)
+            out = self.denoiser(torch.cat([x] * count), torch.cat([t] * count), tokens, pooled, pairs)
             without, told = out[: len(x)], out[-len(x) :]
             return guide(without, told, guidance_scale)
 
@@ -204,7 +217,7 @@ class LatentDiffusion:
         for begin in range(0, len(x), ROWS):
             z, given = (torch.stack(rows[begin : begin + ROWS]) for rows in (x, beside))
             level = self.noise_levels([noise_level] * len(z))
-            z = self.denoise(z, steps, lambda x, t: self.denoiser(x, t, None, given, noise_level=level))  # noqa: B023
+            z = self.denoise(z, steps, lambda x, t: self.denoiser(x, t, beside=given, noise_level=level))  # noqa: B023
             parts += map(pixels_last, self.decode(self.completed(z, given)))
         f, n = self.spec.autoencoder.factor, len(areas)
         wholes = [merge(parts[begin : begin + n], tiles, f) for begin in range(0, len(parts), n)]
@@ -280,10 +293,9 @@ def weights_in(spec: ModelSpec) -> int:
         networks = [Autoencoder(spec.autoencoder)]
         if spec.unet:
             networks.append(UNet(spec.unet))
-        if spec.text:
-            networks.append(TextEncoder(spec.text, None))
+        networks += [TextEncoder(text, None) for text in spec.texts]
         if spec.condition:
             networks.append(make_conditioner(spec.condition))
-        if spec.layout_channels and spec.text:
-            networks.append(LayoutProjection(spec.text.width, spec.layout_channels))
+        if spec.layout_channels and spec.texts:
+            networks.append(LayoutProjection(spec.texts[0].width, spec.layout_channels))
     return sum(weight.numel() for network in networks for weight in network.parameters())

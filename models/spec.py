@@ -49,6 +49,8 @@ class UNetSpec:
     residual_resampling: bool = False  # residual blocks go down and up, not lone convolutions
     scale_shift_norm: bool = False  # the timestep scales and shifts the second norm's output
     noise_levels: int = 0  # that it knows, each by an embedding added to the timestep's; 0: none
+    added_width: int = 0  # of one vector that is told beside the timestep: pooled text, then sizes; 0: none
+    size_width: int = 0  # that each of six numbers of sizes takes up in it (Podell et al. 2023, section 2.2)
 
     @property
     def factor(self) -> int:
@@ -113,6 +115,9 @@ class TextSpec:
     bos_id: int = 49406
     pad_id: int = 49407
     projection: int = 0  # width of the one vector that a text comes to; 0: one vector a token
+    skipped: int = 0  # layers at the end that the vectors of the tokens do not go through
+    final_norm: bool = True  # the vectors of the tokens go through the last norm
+    pooled: int = 0  # width of one vector of the whole text beside those of its tokens; 0: none
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ class ModelSpec:
     unet: UNetSpec | None  # None: a first stage alone
     autoencoder: AutoencoderSpec
     schedule: ScheduleSpec
-    text: TextSpec | None  # of CLIP
+    texts: tuple[TextSpec, ...]  # of CLIP; the widths of several add up to the context's
     defaults: Defaults = field(default_factory=Defaults)
     tasks: tuple[str, ...] = ALL_TASKS[:3]
     upscaling: UpscalingSpec | None = None  # it enlarges a picture by the autoencoder's factor
@@ -212,6 +217,7 @@ class ModelSpec:
     layout_channels: int = 0  # that tell the UNet which label belongs where, after those
     labels: tuple[str, ...] = ()
     condition: Condition | None = None  # any other conditioner with weights of its own
+    zero_null: bool = False  # guidance compares with a context of zeros where nothing is unwanted
 
     @property
     def beside(self) -> int:
@@ -224,8 +230,8 @@ class ModelSpec:
     @property
     def context_shape(self) -> tuple[int, int] | None:
         """(L, C) of the context that the UNet is given; None where it is given none."""
-        if self.text:
-            return (1 if self.text.projection else self.text.tokens), self.unet.context_width
+        if self.texts:
+            return (1 if self.texts[0].projection else self.texts[0].tokens), self.unet.context_width
         if isinstance(self.condition, TokenSpec):
             return self.condition.tokens, self.condition.width
         return (1, self.condition.width) if isinstance(self.condition, ClassSpec) else None
@@ -233,12 +239,12 @@ class ModelSpec:
     @property
     def lacks_context(self) -> bool:
         """Whether its UNet expects a context and nothing makes one: its text encoder lies elsewhere."""
-        return bool(self.unet and self.unet.context_width and not (self.text or self.condition))
+        return bool(self.unet and self.unet.context_width and not (self.texts or self.condition))
 
     @property
     def reads_prompts(self) -> bool:
         """Whether words tell it anything."""
-        return self.text is not None or self.reads_words
+        return bool(self.texts) or self.reads_words
 
     @property
     def reads_words(self) -> bool:
@@ -319,7 +325,7 @@ class ModelSpec:
             unet=build(UNetSpec, d["unet"]),
             autoencoder=build(AutoencoderSpec, d["autoencoder"]),
             schedule=build(ScheduleSpec, d["schedule"]),
-            text=build(TextSpec, d["text"]),
+            texts=tuple(build(TextSpec, text) for text in d["texts"]),
             defaults=build(Defaults, d["defaults"]),
             tasks=tuple(d["tasks"]),
             mask_channels=d["mask_channels"],
@@ -329,4 +335,5 @@ class ModelSpec:
             upscaling=d["upscaling"]
             and UpscalingSpec(**d["upscaling"] | {"noise": build(ScheduleSpec, d["upscaling"]["noise"])}),
             condition=build(CONDITIONS[d["kind"]], d["condition"]) if "kind" in d else None,
+            zero_null=d["zero_null"],
         )

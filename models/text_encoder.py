@@ -6,6 +6,7 @@ Module names of the latter equal the keys of the published CompVis checkpoints.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from models.clip import TextTransformer
 from models.spec import TextSpec, TokenSpec
+
+
+class Context(NamedTuple):
+    """What the UNet is told by a conditioner."""
+
+    tokens: Tensor  # (B, L, C): what it attends to
+    pooled: Tensor | None = None  # (B, P): what it is told beside the timestep
+
+    def rows(self, part: slice) -> Context:
+        return Context(self.tokens[part], None if self.pooled is None else self.pooled[part])
 
 
 def overflow(tokenizer: PreTrainedTokenizerBase, tokens: int, prompt: str) -> str:
@@ -25,15 +36,15 @@ def overflow(tokenizer: PreTrainedTokenizerBase, tokens: int, prompt: str) -> st
 
 
 class TextEncoder(nn.Module):
-    """Prompts -> token ids -> one vector a token, or one of the whole text."""
+    """Prompts -> token ids -> one vector a token, one of the whole text, or both."""
 
     def __init__(self, spec: TextSpec, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.spec = spec
         self.tokenizer = tokenizer
         self.transformer = TextTransformer(spec)
-        if spec.projection:
-            self.text_projection = nn.Linear(spec.width, spec.projection, bias=False)
+        if width := spec.projection or spec.pooled:
+            self.text_projection = nn.Linear(spec.width, width, bias=False)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Padded and cut to the context length: (B, L) integers."""
@@ -42,15 +53,23 @@ class TextEncoder(nn.Module):
         )["input_ids"]
         return torch.tensor(ids, dtype=torch.long)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, n) -> (B, n, C), after the final LayerNorm; with a projection (B, 1, C), the end token's,
-        projected and of length 1 (Radford et al. 2021, figure 3)."""
-        states = self.transformer.final_layer_norm(self.transformer(ids)[-1])
-        if not self.spec.projection:
-            return states
+    def forward(self, ids: Tensor) -> Context:
+        """ids (B, n) -> tokens (B, n, C), of the layer and with the norm that the spec says.
+
+        With a projection the tokens are one, (B, 1, C): the whole text's, of length 1 (Radford et al. 2021,
+        figure 3). pooled (B, P): the whole text's where the spec has both, of any length.
+        """
+        spec, norm, states = self.spec, self.transformer.final_layer_norm, self.transformer(ids)
+        if spec.projection:
+            return Context(normalize(self.whole(ids, norm(states[-1])), dim=-1)[:, None])
+        tokens = states[-1 - spec.skipped]
+        pooled = self.whole(ids, norm(states[-1])) if spec.pooled else None
+        return Context(norm(tokens) if spec.final_norm else tokens, pooled)
+
+    def whole(self, ids: Tensor, states: Tensor) -> Tensor:
+        """The end token's vector, projected: ids (B, n), states (B, n, C) after the norm -> (B, P)."""
         end = (ids == self.spec.eos_id).int().argmax(dim=1)  # the first: CLIP pads with the same token
-        text = self.text_projection(states[torch.arange(len(ids), device=ids.device), end])
-        return normalize(text, dim=-1)[:, None]
+        return self.text_projection(states[torch.arange(len(ids), device=ids.device), end])
 
 
 class TokenAttention(nn.Module):

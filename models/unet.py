@@ -141,6 +141,9 @@ class UNet(nn.Module):
         )
         if spec.noise_levels:
             self.label_emb = nn.Embedding(spec.noise_levels, embedding)
+        if spec.added_width:
+            embed = (nn.Linear(spec.added_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+            self.label_emb = nn.Sequential(nn.Sequential(*embed))
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(spec.in_channels, width, 3, padding=1))])
         skips = [width]  # widths of what goes across to the upward path
         for level in levels:
@@ -178,10 +181,18 @@ class UNet(nn.Module):
         return self.out[2].weight.dtype
 
     def forward(
-        self, x: Tensor, t: Tensor, context: Tensor | None = None, noise_level: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        pooled: Tensor | None = None,
+        noise_level: Tensor | None = None,
     ) -> Tensor:
-        """x (B, C_in, h, w), t (B,), context (B, L, C_ctx), noise_level (B,) -> (B, C_out, h, w)."""
+        """x (B, C_in, h, w), t (B,), context (B, L, C_ctx), pooled (B, P), noise_level (B,)
+        -> (B, C_out, h, w). pooled: the whole vector, of spec.added_width."""
         emb = self.time_embed(timestep_embedding(t, self.spec.channels[0]).to(self.dtype))
+        if pooled is not None:
+            emb = emb + self.label_emb(pooled.to(self.dtype))
         if noise_level is not None:
             emb = emb + self.label_emb(noise_level)
         x = x.to(self.dtype)

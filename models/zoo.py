@@ -120,7 +120,7 @@ def recognise(
 def first_stage_alone(shapes: Shapes, name: str, said: Said) -> ModelSpec:
     side = said.side or 256
     spec = autoencoder_spec(shapes, side, 1.0 if said.scale_factor is None else said.scale_factor)
-    return ModelSpec(name, None, spec, ScheduleSpec(), None, Defaults(width=side, height=side), tasks=())
+    return ModelSpec(name, None, spec, ScheduleSpec(), (), Defaults(width=side, height=side), tasks=())
 
 
 def whole_model(
@@ -138,7 +138,7 @@ def whole_model(
         unet=unet_spec(unet, *heads_of(said, row)),
         autoencoder=autoencoder_spec(below(shapes, FIRST_STAGE), side, scale),
         schedule=schedule,
-        text=None,
+        texts=(),
         defaults=Defaults(side, side, steps=50, guidance_scale=row.guidance_scale),
         tasks=row.tasks,
         condition=condition,

@@ -15,6 +15,7 @@ from models.conditioner import Asked
 from models.denoiser import guide
 from models.latent_diffusion import Known, LatentDiffusion
 from models.samplers import Plan, keep, step
+from models.text_encoder import Context
 from service.job import Job
 
 
@@ -44,7 +45,7 @@ class JobState:
     job: Job
     bundle: LatentDiffusion
     plan: Plan
-    contexts: Tensor | None  # (1 or 2, L, C): null context first where guidance needs both
+    contexts: Context | None  # of 1 or 2 rows: null context first where guidance needs both
     z: Tensor | None  # (C, h, w), the given picture's latent
     mask: Tensor | None  # (1, h, w), 1 where the run may paint; None where the UNet sees the mask itself
     images: list[ImageState]
@@ -88,7 +89,9 @@ def asked_of(job: Job, cell: int) -> Asked:
     if job.regions:
         numbers = np.frombuffer(job.regions, np.uint16).astype(np.int64)
         regions = torch.from_numpy(numbers.reshape(job.height // cell, job.width // cell))
-    return Asked(job.prompt, job.negative_prompt, job.class_label, job.boxes, regions)
+    return Asked(
+        job.prompt, job.negative_prompt, job.class_label, job.boxes, regions, (job.width, job.height)
+    )
 
 
 def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:
@@ -128,8 +131,10 @@ def predict(
     last = torch.tensor(rows).bincount().cumsum(0) - 1  # each image's conditional row
     first = last - torch.tensor([state.job.rows - 1 for state in states])  # no guidance: the same
     bundle, device = states[0].bundle, x.device
+    contexts = [state.contexts or Context(None) for state in states]
     told = Told(
-        together([state.contexts for state in states]),
+        together([context.tokens for context in contexts]),
+        together([context.pooled for context in contexts]),
         together([image.beside for image in images]),
         bundle.noise_levels([states[index].job.noise_level for index in rows]),
     )
@@ -146,7 +151,8 @@ def predict(
 class Told(NamedTuple):
     """What the UNet is told of each row beside x and t; None: nothing of that kind."""
 
-    contexts: Tensor | None  # (R, L, C)
+    tokens: Tensor | None  # (R, L, C)
+    pooled: Tensor | None  # (R, P)
     beside: Tensor | None  # (R, C', h, w)
     noise_levels: Tensor | None  # (R,)
 
@@ -166,7 +172,9 @@ def call(bundle: LatentDiffusion, x: Tensor, lines: Tensor, told: Told, size: in
     """THE UNet call: eps (R, C, h, w) of R rows, padded to `size` with copies of the first."""
     count, padding = len(x), size - len(x)
     x, lines, told = padded(x, padding), padded(lines, padding), told.padded(padding)
-    eps = bundle.denoiser(x, lines[:, 0], told.contexts, told.beside, lines[:, 1:3], told.noise_levels)
+    eps = bundle.denoiser(
+        x, lines[:, 0], told.tokens, told.pooled, told.beside, lines[:, 1:3], told.noise_levels
+    )
     return eps[:count]
 
 

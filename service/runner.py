@@ -116,7 +116,7 @@ class TorchRunner:
             bundle = self._precise(job.model) if precise else self.registry[job.model]
             rows, asked = told_rows(job.guidance_scale), asked_of(job, bundle.spec.label_cell)
             contexts = bundle.contexts(asked)
-            contexts = None if contexts is None else contexts[rows]  # (1 or 2, L, C)
+            contexts = None if contexts is None else contexts.rows(rows)
             state = JobState(job, bundle, self.plans[job.id][0], contexts, None, None, [])
             if job.scale:
                 self._start_upscaling(state)

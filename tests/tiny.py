@@ -84,12 +84,24 @@ def tiny_spec(prediction: Prediction = "epsilon", tokens: int = 77) -> ModelSpec
             sample_size=64,
         ),
         schedule=ScheduleSpec(prediction=prediction),
-        text=TextSpec(
+        texts=(TextSpec(
             vocabulary=len(tokenizer), width=32, layers=2, heads=4, intermediate=64, tokens=tokens,
             eos_id=tokenizer.eos_token_id, bos_id=tokenizer.bos_token_id, pad_id=tokenizer.pad_token_id,
-        ),
+        ),),
         defaults=Defaults(width=64, height=64, steps=5, guidance_scale=3.0),
     )  # fmt: skip
+
+
+def xl_spec() -> ModelSpec:
+    """tiny_spec() in SDXL's structure: two text encoders, pooled text, sizes, transformers of two depths."""
+    spec = tiny_spec()
+    unet = replace(
+        spec.unet, transformer_depth=(0, 1), middle_depth=2, context_width=32 + 48, linear_projection=True,
+        added_width=24 + 6 * 8, size_width=8,
+    )  # fmt: skip
+    first = replace(spec.texts[0], skipped=1, final_norm=False)
+    second = replace(first, width=48, layers=3, activation="gelu", pooled=24)
+    return replace(spec, name="xl", unet=unet, texts=(first, second), zero_null=True)
 
 
 def upscaler_spec() -> ModelSpec:
@@ -105,7 +117,7 @@ def upscaler_spec() -> ModelSpec:
             sample_size=64, middle_attention=False,
         ),
         schedule=ScheduleSpec(prediction="v_prediction"),
-        text=None,
+        texts=(),
         defaults=Defaults(width=64, height=64, steps=3, guidance_scale=1.0, noise_level=2),
         tasks=("upscaling",),
         upscaling=UpscalingSpec(ScheduleSpec(0.0001, 0.02, "linear"), 9),
@@ -119,7 +131,7 @@ def tiny_model(seed: int = 0, prediction: Prediction = "epsilon") -> LatentDiffu
 
 def random_model(spec: ModelSpec, seed: int = 0) -> LatentDiffusion:
     """A model of this shape."""
-    conditioner = random_conditioner(spec) if spec.text else None
+    conditioner = random_conditioner(spec) if spec.texts else None
     bundle = LatentDiffusion(spec, UNet(spec.unet), Autoencoder(spec.autoencoder), conditioner)
     for index, network in enumerate(filter(None, (bundle.unet, bundle.autoencoder, conditioner))):
         fill_randomly(network, seed + index)
@@ -128,9 +140,9 @@ def random_model(spec: ModelSpec, seed: int = 0) -> LatentDiffusion:
 
 
 def random_conditioner(spec: ModelSpec) -> TextConditioner:
-    text = TextEncoder(spec.text, byte_tokenizer(spec.text.tokens))
-    layout = LayoutProjection(spec.text.width, spec.layout_channels) if spec.layout_channels else None
-    return TextConditioner(text, layout, spec.labels)
+    encoders = [TextEncoder(text, byte_tokenizer(text.tokens)) for text in spec.texts]
+    layout = LayoutProjection(spec.texts[0].width, spec.layout_channels) if spec.layout_channels else None
+    return TextConditioner(encoders, layout, spec.labels, spec.zero_null)
 
 
 def write_tiny_model(path: Path, seed: int = 0, prediction: Prediction = "epsilon") -> Path:

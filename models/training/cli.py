@@ -152,7 +152,7 @@ def export_model(args: argparse.Namespace) -> None:
     scale = scale_factor(torch.load(args.state / "latents.pt", weights_only=True)["latents"])
     names = read_names(args.names)
     spec = model_spec(args.output.resolve().name, text, scale, names)
-    conditioner = TextConditioner(network.text_encoder, network.layout, names)
+    conditioner = TextConditioner([network.text_encoder], network.layout, names)
     bundle = LatentDiffusion(
         spec, network.unet, trained(AUTOENCODER, args.state / "autoencoder.pt"), conditioner
     )

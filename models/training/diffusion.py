@@ -49,7 +49,7 @@ class SceneNetwork(nn.Module):
         table = told * (present > 0)[:, None]  # 0: no name
         layout = table[regions].movedim(-1, 1)  # (B, channels, h, w)
         x = torch.cat([z_t, batch.mask, batch.masked, layout.to(z_t.dtype)], dim=1)
-        return self.unet(x, t, self.text_encoder(batch.ids))
+        return self.unet(x, t, self.text_encoder(batch.ids).tokens)
 
 
 class Batch(NamedTuple):
@@ -194,8 +194,11 @@ def start_from(network: SceneNetwork, bundle: LatentDiffusion) -> None:
 
     Tokens are matched by their text; of a layer that has grown, what is new starts at zero.
     """
-    old, new = bundle.conditioner.encoder.tokenizer.get_vocab(), network.text_encoder.tokenizer.get_vocab()
-    text, shared = bundle.conditioner.encoder.state_dict(), sorted(new.keys() & old.keys())
+    old, new = (
+        bundle.conditioner.encoders[0].tokenizer.get_vocab(),
+        network.text_encoder.tokenizer.get_vocab(),
+    )
+    text, shared = bundle.conditioner.encoders[0].state_dict(), sorted(new.keys() & old.keys())
     rows = network.text_encoder.state_dict()
     key = next(key for key in text if key.endswith("token_embedding.weight"))
     rows[key][[new[token] for token in shared]] = text[key][[old[token] for token in shared]]

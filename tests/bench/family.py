@@ -186,7 +186,7 @@ def context_error(
 ) -> float | str:
     """Of what the conditioner makes; "-" where it has nothing learned."""
     generator = torch.Generator().manual_seed(9)
-    if model.spec.text:
+    if model.spec.texts:
         return clip_error(model, folder)
     if condition is None:
         return "-"
@@ -217,7 +217,7 @@ def clip_error(model: LatentDiffusion, folder: Path) -> float:
     prompts = ["red apple", "a sunset behind a mountain range"]
     ids = byte_tokenizer()(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
     theirs = F.normalize(network(input_ids=ids).text_embeds, dim=-1)
-    ours = torch.cat([model.contexts(Asked(prompt=prompt))[1] for prompt in prompts])
+    ours = torch.cat([model.contexts(Asked(prompt=prompt)).tokens[1] for prompt in prompts])
     return error(ours * theirs.shape[-1] ** 0.5, theirs * theirs.shape[-1] ** 0.5)
 
 

@@ -74,7 +74,7 @@ def test_tiles_start_from_one_field_of_noise(upscaler):
     z = upscaler.denoise(
         noise[None, :, :, 12:],
         2,
-        lambda x, t: upscaler.denoiser(x, t, None, beside[None, :, :, 12:], noise_level=levels),
+        lambda x, t: upscaler.denoiser(x, t, beside=beside[None, :, :, 12:], noise_level=levels),
     )
     assert torch.allclose(whole[..., 64:], upscaler.decode(z)[..., 16:], atol=1e-4)
 

@@ -1,0 +1,90 @@
+"""Several text encoders side by side, their pooled text, and what a UNet is told of sizes."""
+
+import json
+
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from models.conditioner import Asked
+from models.latent_diffusion import weights_in
+from models.spec import ModelSpec
+from models.unet import timestep_embedding
+from tests.tiny import random_model, xl_spec
+
+LIMIT = 3e-5
+PROMPT = "red apple on a blue background"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(xl_spec())
+
+
+def error(ours, theirs):
+    assert theirs.std() > 0.1  # a constant would agree with anything
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def reference(encoder):
+    """The text transformer of `transformers` with an encoder's weights."""
+    spec = encoder.spec
+    network = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=spec.vocabulary, hidden_size=spec.width, num_hidden_layers=spec.layers,
+            num_attention_heads=spec.heads, intermediate_size=spec.intermediate, hidden_act=spec.activation,
+            projection_dim=spec.pooled or 1, eos_token_id=spec.eos_id,
+        )
+    )  # fmt: skip
+    network.text_model.load_state_dict(encoder.transformer.state_dict())
+    if spec.pooled:
+        network.text_projection.load_state_dict(encoder.text_projection.state_dict())
+    return network.eval()
+
+
+@torch.inference_mode()
+def test_tokens_of_all_encoders_and_the_pooled_text_of_the_last(model):
+    context = model.contexts(Asked(PROMPT, "blue pear"))
+    assert (context.tokens.shape, context.pooled.shape) == ((2, 77, 32 + 48), (2, 24 + 6 * 8))
+    ids = model.conditioner.tokenize(["blue pear", PROMPT])
+    first, second = (
+        reference(encoder)(each, output_hidden_states=True)
+        for encoder, each in zip(model.conditioner.encoders, ids, strict=True)
+    )
+    tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    assert error(context.tokens, tokens) <= LIMIT
+    assert error(context.pooled[:, :24], second.text_embeds) <= LIMIT
+
+
+@torch.inference_mode()
+def test_sizes_are_told_after_the_pooled_text(model):
+    told = model.contexts(Asked(PROMPT, size=(96, 64))).pooled[:, 24:]
+    numbers = torch.tensor([64, 96, 0, 0, 64, 96])  # height first: original, crop, target
+    assert torch.equal(told, timestep_embedding(numbers, 8).flatten().expand(2, -1))
+    assert torch.equal(model.contexts(Asked(PROMPT)).pooled[1, 24:32], timestep_embedding(numbers[:1], 8)[0])
+
+
+@torch.inference_mode()
+def test_nothing_unwanted_is_a_context_of_zeros(model):
+    context, unwanted = model.contexts(Asked(PROMPT)), model.contexts(Asked(PROMPT, "blue pear"))
+    assert not context.tokens[0].any()
+    assert not context.pooled[0, :24].any()
+    assert torch.equal(context.pooled[0, 24:], context.pooled[1, 24:])  # sizes are told all the same
+    assert torch.equal(context.tokens[1], unwanted.tokens[1])
+    assert unwanted.tokens[0].any()
+
+
+@torch.inference_mode()
+def test_what_is_pooled_reaches_the_unet(model):
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), model.contexts(Asked(PROMPT, "pear"))
+    eps = model.unet(x, t, context.tokens, context.pooled)
+    assert error(model.unet(x, t, context.tokens, context.pooled.flip(0)), eps) > 0.01
+    pictures = [model.sample([Asked(PROMPT, size=size)], [1], 2, 3.0) for size in ((64, 64), (128, 64))]
+    assert error(*pictures) > 0.001
+
+
+def test_a_spec_with_several_encoders_survives_a_message(model):
+    spec = xl_spec()
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    networks = (model.unet, model.autoencoder, model.conditioner)
+    assert weights_in(spec) == sum(p.numel() for network in networks for p in network.parameters())
