@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -17,6 +16,7 @@ from service.errors import (
     MethodNotAllowed,
     NotFound,
     ServiceError,
+    Unauthorized,
     UnreadableBody,
     code_of,
     status_of,
@@ -24,20 +24,27 @@ from service.errors import (
 )
 from service.intake import explain
 from service.jobs import Jobs
+from service.keys import keys_of, require_key
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.routes import health, jobs, native
+from service.schemas import error_responses
 from service.settings import Settings
 from service.supervisor import Supervisor
 
-log = logging.getLogger(__name__)
-
 # The framework's own errors, by status.
-FRAMEWORK = {404: NotFound, 405: MethodNotAllowed, 400: UnreadableBody}
+FRAMEWORK = {401: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 400: UnreadableBody}
+
+# Who may ask: those who have a key, where there are keys; and everybody, of what says nothing about anyone's
+# requests. The description of the API and its page are public too. /metrics holds counts alone, and
+# Prometheus often asks without a key.
+KEYED = (native.router, jobs.router)
+PUBLIC = (health.router,)
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application; its lifespan holds the worker."""
+    """The application; its lifespan holds the worker. Raises SettingError for keys that cannot be read."""
+    keys = keys_of(settings)
     metrics = Metrics()
     supervisor = Supervisor(settings, metrics)
     metrics.jobs_running.set_function(lambda: supervisor.running)
@@ -48,19 +55,30 @@ def create_app(settings: Settings) -> FastAPI:
         async with supervisor.supervise():
             yield
 
-    app = FastAPI(title="Latent diffusion", lifespan=lifespan, generate_unique_id_function=operation_id)
-    app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
-    app.state.jobs = Jobs(supervisor)
-    app.add_middleware(
-        BodyLimit, limit=settings.max_body_bytes, room=settings.max_bodies_bytes, metrics=metrics
+    app = FastAPI(
+        title="Latent diffusion",
+        lifespan=lifespan,
+        generate_unique_id_function=operation_id,
+        redirect_slashes=False,  # to an address of the Host header's making
     )
-    app.add_middleware(RequestContext, metrics=metrics)  # added last: outermost
+    app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
+    app.state.jobs, app.state.keys = Jobs(supervisor), keys
+    app.add_middleware(
+        BodyLimit,
+        limit=settings.max_body_bytes,
+        room=settings.max_bodies_bytes,
+        metrics=metrics,
+        admits=keys.admits,
+    )
+    # Added last: outermost.
+    app.add_middleware(RequestContext, metrics=metrics, leaving=lambda: supervisor.draining)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_framework_error)
-    app.include_router(native.router)
-    app.include_router(jobs.router)
-    app.include_router(health.router)
+    for router in KEYED:
+        app.include_router(router, dependencies=[Depends(require_key)], responses=error_responses(401))
+    for router in PUBLIC:
+        app.include_router(router)
     return app
 
 
@@ -72,7 +90,10 @@ def respond(request: Request, error: ServiceError, headers: Mapping[str, str] | 
     """The error's answer, counted."""
     if request.method == "POST":
         request.app.state.metrics.rejected.labels(code_of(error)).inc()
+    request.state.error_code = code_of(error)
     headers = dict(headers or {})
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     return JSONResponse(to_body(error, request.state.request_id), status_of(error), headers)
@@ -80,7 +101,6 @@ def respond(request: Request, error: ServiceError, headers: Mapping[str, str] | 
 
 async def on_service_error(request: Request, error: ServiceError) -> JSONResponse:
     """Ours."""
-    log.info("request %s: %d %s", request.state.request_id, status_of(error), code_of(error))
     return respond(request, error)
 
 

@@ -6,35 +6,50 @@ import argparse
 import asyncio
 import base64
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from models.configs import CheckpointError, read_spec
-from service import answers, images, intake
+from service import answers, images, intake, logs
 from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
 from service.job import Done, Event, Failed, Job, Started, Stepped
 from service.registry import ModelPathError, locate_all, read_specs
 from service.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
-from service.settings import DTYPES, SettingError, Settings, parse, read_settings
+from service.settings import DTYPES, SettingError, Settings, as_text, misspelt, read_settings, variable
 
 ASKED = (
     "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seed", "n", "sampler", "eta",
     "strength", "class_label", "boxes", "scale", "noise_level",
 )  # fmt: skip
-# Settings that ldm serve has flags for, and those that the commands without a server have.
-SERVED = ("model", "host", "port", "device", "dtype", "allow_pickle", "vocabulary", "invariant")
+# Settings that ldm serve has flags for: all but what nobody should read off a list of processes, and faults.
+# The first are told first.
+SERVED = (
+    "model",
+    "host",
+    "port",
+    "device",
+    "dtype",
+    "allow_pickle",
+    "vocabulary",
+    "invariant",
+    "api_key_file",
+)
+OTHERS = tuple(f.name for f in fields(Settings) if f.name not in (*SERVED, "api_keys", "faults"))
 ALONE = ("model", "device", "dtype", "allow_pickle", "vocabulary")
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
 
-
 GRACE_SECONDS = 10  # after the drain, for answers that are on their way and requests that never end
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+log = logging.getLogger(__name__)
 
 
 class UsageError(ValueError):
@@ -83,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def add_settings(command: argparse.ArgumentParser, *names: str, several: bool = False) -> None:
+def add_settings(
+    command: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str, several: bool = False
+) -> None:
     """Flags for settings; the environment's LDM_* fill in for those that are left out.
 
     several: --model takes more than one; not beside positional arguments, which it would swallow.
@@ -97,28 +114,35 @@ def add_settings(command: argparse.ArgumentParser, *names: str, several: bool = 
         "allow_pickle": "read .ckpt and .bin files too, which never run code even then",
         "vocabulary": "vocab.txt of bert-base-uncased, or its folder, for models that read its words",
         "invariant": "the same bytes for a request in any company, and a lower throughput",
+        "api_key_file": "a file of API keys, one a line; who has none of them gets a 401",
     }
     for name in names:
-        default = Settings.__dataclass_fields__[name].default
+        setting = Settings.__dataclass_fields__[name]
+        default = setting.default
         how: dict[str, Any] = {"metavar": name.upper()}
         if isinstance(default, bool):
             how = {"action": "store_const", "const": "true"}
         elif name == "model" and several:
             how |= {"nargs": "+", "action": "extend"}
-        shown = ", ".join(default) if name == "model" else default if default != "" else "none"
-        about = f"{helps[name]} (LDM_{name.upper()}; default: {shown})"
+        shown = as_text(default) or "none"
+        about = (
+            f"{helps.get(name) or setting.metadata['parser'].expected} ({variable(name)}; default: {shown})"
+        )
         command.add_argument(f"--{name.replace('_', '-')}", help=about, **how)
 
 
 def settings_of(args: argparse.Namespace, *names: str) -> Settings:
-    """Settings from flags, then the environment, then defaults. Raises SettingError."""
+    """Settings from flags, then the environment, then the file, then defaults. Raises SettingError."""
     texts = {name: getattr(args, name) for name in names}
-    texts = {name: ",".join(t) if isinstance(t, list) else t for name, t in texts.items() if t is not None}
-    return read_settings(**{name: parse(f"--{name}", name, text) for name, text in texts.items()})
+    texts = {name: as_text(text) for name, text in texts.items() if text is not None}
+    return read_settings(flags=texts, config=getattr(args, "config", None))
 
 
 def add_serve(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", metavar="FILE", help="settings, in TOML (LDM_CONFIG; default: none)")
     add_settings(command, *SERVED, several=True)
+    rest = command.add_argument_group("for operators", "service/settings.py tells what a wrong value costs")
+    add_settings(rest, *OTHERS)
     command.set_defaults(command=serve)
 
 
@@ -128,9 +152,11 @@ def serve(args: argparse.Namespace) -> int:
 
     from service.app import create_app
 
-    settings = settings_of(args, *SERVED)
+    settings = settings_of(args, *SERVED, *OTHERS)
     locate_all(settings.model, settings.allow_pickle)  # a name that is wrong now stays wrong
-    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+    logs.set_up(settings)
+    for sentence in misspelt(os.environ):
+        log.warning("%s", sentence)
     app = create_app(settings)
     supervisor = app.state.supervisor
     config = uvicorn.Config(

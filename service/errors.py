@@ -4,6 +4,7 @@ ServiceError
 ├── InvalidRequest          the body says something that cannot be done
 │   ├── UnreadableBody      ... is no JSON at all
 │   └── UnsupportedMedia    ... is sent as something else than JSON
+├── Unauthorized            the request has no API key, or none of ours
 ├── NotAcceptable           no answer the client accepts fits the request
 ├── NotFound                no such model, page or job
 ├── MethodNotAllowed
@@ -43,6 +44,13 @@ class ServiceError(Exception):
     def message(self) -> str:
         return str(self.args[0])
 
+    def within(self, field: str) -> ServiceError:
+        """The same of a request that came as a field of another; one that names no field stays as it is."""
+        if self.param is None:
+            return self
+        named = f"{field}.{self.message}" if self.message.startswith(self.param) else self.message
+        return type(self)(named, param=f"{field}.{self.param}", retry_after=self.retry_after)
+
 
 class InvalidRequest(ServiceError):
     default = "the request is invalid"
@@ -54,6 +62,10 @@ class UnreadableBody(InvalidRequest):
 
 class UnsupportedMedia(InvalidRequest):
     default = "the body must be sent with content-type application/json"
+
+
+class Unauthorized(ServiceError):
+    default = "an API key is needed: Authorization: Bearer KEY, or X-API-Key: KEY"
 
 
 class NotAcceptable(ServiceError):
@@ -117,6 +129,7 @@ TABLE: dict[type[ServiceError], tuple[int, str, str]] = {
     InvalidRequest: (422, "invalid_request_error", "invalid_value"),
     UnreadableBody: (400, "invalid_request_error", "unreadable_body"),
     UnsupportedMedia: (415, "invalid_request_error", "unsupported_media_type"),
+    Unauthorized: (401, "authentication_error", "invalid_api_key"),
     NotAcceptable: (406, "invalid_request_error", "not_acceptable"),
     NotFound: (404, "not_found_error", "not_found"),
     MethodNotAllowed: (405, "invalid_request_error", "method_not_allowed"),

@@ -147,9 +147,7 @@ class Jobs:
         try:
             with ExitStack() as place:
                 place.enter_context(service.place())
-                order = await asyncio.to_thread(
-                    intake.to_order, body.request, service.specs, service.settings
-                )
+                order = await asyncio.to_thread(to_order, body, service)
                 previews = body.model_dump(include={"preview_every", "preview_decoded"})
                 order = replace(order, job=replace(order.job, **previews))
                 seconds = body.request.timeout or service.settings.timeout
@@ -188,6 +186,14 @@ class Jobs:
         if job_id in self._ended:
             del self._records[job_id]
             self._keys.pop(self._ended.pop(job_id), None)
+
+
+def to_order(body: AnyJob, service: Supervisor) -> Order:
+    """As intake.to_order, with fields named as they are in this body."""
+    try:
+        return intake.to_order(body.request, service.specs, service.settings)
+    except ServiceError as error:
+        raise error.within("request") from None
 
 
 def digest_of(body: AnyJob) -> bytes:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from service.job import Stepped
 
@@ -14,9 +21,12 @@ class Metrics:
     """What the service counts; names and units are those of the Prometheus text."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a line more for each, that no chart shows
         self.registry = CollectorRegistry()
         r = self.registry
-        self.requests = Counter("ldm_requests", "Answers, by status", ["status"], registry=r)
+        self.requests = Counter(
+            "ldm_requests", "Answers, by route", ["method", "route", "status"], registry=r
+        )
         self.rejected = Counter("ldm_rejected", "Requests refused, by reason", ["reason"], registry=r)
         self.cancelled = Counter("ldm_cancelled", "Jobs given up, by stage", ["stage"], registry=r)
         self.images = Counter("ldm_images", "Pictures answered", registry=r)

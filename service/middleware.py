@@ -1,21 +1,29 @@
-"""What every request passes through: its id, the body limit, and the last resort for errors."""
+"""What every request passes through: its id and its line in the log, the body limit, the last resort."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
+import time
 import uuid
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import QueueFull, ServiceError, TooLarge, code_of, status_of, to_body
+from service.logs import request_id as id_of_now
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 SMALL = 2**16  # bytes of a body that hardly counts
 RETRY_SECONDS = 5
+GONE = 499  # the status of an answer that nobody waited for
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # the others may say anything
+OF_BODIES = (b"content-type", b"content-length", b"transfer-encoding")
+CLOSE = (b"connection", b"close")
+WATCHED = ("/health", "/health/live", "/health/ready", "/metrics")  # asked so often that they fill a log
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -35,11 +43,15 @@ async def send_error(send: Send, error: ServiceError, request_id: str) -> None:
 
 
 class RequestContext:
-    """Gives each request an id, counts its answer, and makes a plain 500 of what nobody caught."""
+    """Gives each request an id, counts and logs its answer, and makes a plain 500 of what nobody caught.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    leaving: whether the service is about to stop, and so each connection ends with its answer.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, leaving: Callable[[], bool]) -> None:
         self.app = app
         self.metrics = metrics
+        self.leaving = leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,23 +59,38 @@ class RequestContext:
         theirs = header(scope, b"x-request-id")
         request_id = theirs if SAFE_ID.fullmatch(theirs) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        token, begin, status = id_of_now.set(request_id), time.perf_counter(), 0
 
         async def tagged(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
-                self.metrics.requests.labels(str(message["status"])).inc()
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                status = message["status"]
+                own = [(b"x-request-id", request_id.encode())]
+                message["headers"] = [*message["headers"], *own, *([CLOSE] if self.leaving() else [])]
             await send(message)
 
         try:
             await self.app(scope, receive, tagged)
         except Exception:
-            log.exception("request %s failed", request_id)
-            if started:
+            log.exception("a request failed")
+            if status:
                 raise
             await send_error(tagged, ServiceError(), request_id)
+        finally:
+            self.note(scope, status, time.perf_counter() - begin)
+            id_of_now.reset(token)
+
+    def note(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count and log an answer; status 0: the client left before there was one."""
+        route = getattr(scope.get("route"), "path", None)  # never the path itself, which may say anything
+        method = scope["method"] if scope["method"] in METHODS else "OTHER"
+        self.metrics.requests.labels(method, route or "none", str(status or GONE)).inc()
+        facts = {"method": method, "route": route, "status": status or GONE}
+        facts["seconds"] = round(seconds, 4)
+        if code := scope["state"].get("error_code"):
+            facts["code"] = code
+        level = logging.DEBUG if route in WATCHED else logging.INFO
+        log.log(level, "%s %s %d %.3f s", method, route, status or GONE, seconds, extra=facts)
 
 
 class BodyLimit:
@@ -71,10 +98,14 @@ class BodyLimit:
 
     limit: bytes of one body; room: bytes of all large ones together, since a body comes before there is a
     place in the queue for it. The small ones always find room, lest those who send slowly shut out the rest.
+    admits: whose body is taken at all; for the app, the others have sent none, and it refuses them by itself.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, room: int, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, limit: int, room: int, metrics: Metrics, admits: Callable[[Scope], bool]
+    ) -> None:
         self.app = app
+        self.admits = admits
         self.limit = limit
         self.room = room
         self.metrics = metrics
@@ -83,10 +114,14 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if not self.admits(scope):
+            scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in OF_BODIES]
+            return await self._pass_on(scope, receive, send, b"")
         body = bytearray()
         try:
             whole = await self._read(scope, receive, body)
         except ServiceError as error:
+            scope["state"]["error_code"] = code_of(error)
             self.metrics.rejected.labels(code_of(error)).inc()
             return await send_error(send, error, scope["state"]["request_id"])
         else:

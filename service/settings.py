@@ -1,35 +1,53 @@
-"""Settings: the one place that reads the environment."""
+"""Settings: the one place that reads the environment, and the file of settings."""
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from service.faults import Fault, read_faults
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("auto", "json", "text")
+
+PREFIX = "LDM_"
+CONFIG = "LDM_CONFIG"  # names the file of settings; no setting itself
 
 SWITCHES = {"1": True, "true": True, "0": False, "false": False}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+KEY = re.compile(r"[!-+\--~]{8,}")  # an API key: visible ASCII without a comma
 
 
 class SettingError(ValueError):
-    """A setting that names its key, its value and what was expected."""
-
-    def __init__(self, key: str, value: str, expected: str) -> None:
-        super().__init__(f"{key} is {value!r}; expected {expected}")
+    """A setting that cannot be: its key, its value, where it came from and what was expected."""
 
 
 @dataclass(frozen=True)
 class Parser:
-    """How text becomes a setting's value; read() raises ValueError for what is not `expected`."""
+    """How text becomes a setting's value; read() raises ValueError for what is not `expected`.
+
+    secret: its value is never shown.
+    """
 
     read: Callable[[str], Any]
     expected: str
+    secret: bool = False
+
+
+class Given(NamedTuple):
+    """The text of a setting, what it is called there, and where it came from."""
+
+    text: str
+    key: str
+    source: str
 
 
 def number(kind: type[int] | type[float], low: float, high: float) -> Parser:
@@ -40,7 +58,7 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Parser:
         return value
 
     noun = "a whole number" if kind is int else "a number"
-    return Parser(read, f"{noun} from {low:g} to {high:g}")
+    return Parser(read, f"{noun} from {low} to {high}")
 
 
 def choice(*options: str) -> Parser:
@@ -91,13 +109,29 @@ def read_bytes(text: str) -> int:
     return int(value)
 
 
+def read_name(text: str) -> str:
+    if not text.strip():
+        raise ValueError(text)
+    return text
+
+
+def read_keys(text: str) -> tuple[str, ...]:
+    keys = tuple(part.strip() for part in text.split(","))
+    if not all(KEY.fullmatch(key) for key in keys):
+        raise ValueError(text)
+    return keys
+
+
 def setting(default: Any, parser: Parser) -> Any:
-    return field(default=default, metadata={"parser": parser})
+    return field(default=default, metadata={"parser": parser}, repr=not parser.secret)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator chooses. Field `x_y` is read from LDM_X_Y. Comments say what a wrong value costs."""
+    """What an operator chooses. Field `x_y` is read from LDM_X_Y and from `x_y` of a file.
+
+    Comments say what a wrong value costs.
+    """
 
     model: tuple[str, ...] = setting(
         ("emoji", "emoji-upscale"), Parser(read_models, "model names or folders, by commas")
@@ -106,7 +140,14 @@ class Settings:
     port: int = setting(8000, number(int, 0, 65535))
     device: str = setting("auto", Parser(read_device, "auto, cpu, cuda or cuda:N"))
     dtype: str = setting("auto", choice(*DTYPES))
+    # debug shows prompts, which no other level does.
     log_level: str = setting("info", choice(*LOG_LEVELS))
+    log_format: str = setting("auto", choice(*LOG_FORMATS))  # auto: text for a terminal, else JSON
+    # Who has none of these keys gets a 401; neither setting: everybody may ask. The file has one a line.
+    api_keys: tuple[str, ...] = setting(
+        (), Parser(read_keys, "keys of at least 8 visible characters, by commas", secret=True)
+    )
+    api_key_file: str = setting("", Parser(read_name, "a file of keys, one a line"))
     # Whether models named at start-up may be pickles (.ckpt, .bin). They never run code.
     allow_pickle: bool = setting(False, switch())
 
@@ -159,30 +200,83 @@ class Settings:
         return self.buckets[-1]
 
 
-def parse(key: str, name: str, text: str) -> Any:
-    """The value of setting `name`; `key` is what an error calls it. Raises SettingError."""
+def parse(name: str, given: Given) -> Any:
+    """The value of setting `name`. Raises SettingError."""
     parser: Parser = next(f for f in fields(Settings) if f.name == name).metadata["parser"]
     try:
-        return parser.read(text)
+        return parser.read(given.text)
     except ValueError:
-        raise SettingError(key, text, parser.expected) from None
+        shown = "one that is not shown" if parser.secret else repr(given.text)
+        message = f"{given.key} is {shown} (from {given.source}); expected {parser.expected}"
+        raise SettingError(message) from None
 
 
-def read_settings(environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
-    """Settings from LDM_* variables; `given` values that are not None come first.
+def read_settings(
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
+    config: str | None = None,
+) -> Settings:
+    """Settings from flags, then LDM_* variables, then the file `config` or LDM_CONFIG, then the defaults.
 
-    Raises SettingError for a value that does not parse or an LDM_ name that is no setting's.
+    flags: setting -> text. Raises SettingError.
     """
     environ = os.environ if environ is None else environ
-    names = {f"LDM_{f.name.upper()}": f.name for f in fields(Settings) if f.default is not MISSING}
-    values = {names[key]: parse(key, names[key], environ[key]) for key in names if key in environ}
-    return Settings(**(values | {key: value for key, value in given.items() if value is not None}))
+    names = [f.name for f in fields(Settings)]
+    file = config or environ.get(CONFIG)
+    given = dict(in_file(Path(file))) if file else {}
+    for name in names:
+        if (key := variable(name)) in environ:
+            given[name] = Given(environ[key], key, "the environment")
+    for name, text in (flags or {}).items():
+        given[name] = Given(text, "--" + name.replace("_", "-"), "the command line")
+    return Settings(**{name: parse(name, one) for name, one in given.items()})
 
 
-def to_environment(settings: Settings) -> dict[str, str]:
-    """The inverse of read_settings, for a child process."""
+def in_file(file: Path) -> Iterator[tuple[str, Given]]:
+    """The settings of a TOML file. Raises SettingError for what is no setting, or cannot be read."""
+    try:
+        values = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise SettingError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # no TOML, or no UTF-8
+        raise SettingError(f"{file} is no TOML file: {error}") from None
+    names = [f.name for f in fields(Settings)]
+    for key, value in values.items():
+        if key not in names:
+            raise SettingError(f"{key} in {file} is no setting{instead(key, names)}")
+        if isinstance(value, dict):
+            raise SettingError(f"{key} in {file} is a table; settings have no tables")
+        yield key, Given(as_text(value), key, str(file))
 
-    def text(value: Any) -> str:
-        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-    return {f"LDM_{f.name.upper()}": text(getattr(settings, f.name)) for f in fields(Settings)}
+def instead(key: str, names: list[str]) -> str:
+    """What may have been meant."""
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(names)}"
+
+
+def as_text(value: Any) -> str:
+    """A setting's value, or one of TOML, as a variable would have it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(as_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def misspelt(environ: Mapping[str, str]) -> list[str]:
+    """A sentence for each variable that looks as if it were meant to be a setting, and is none."""
+    known = [CONFIG, *(variable(f.name) for f in fields(Settings))]
+    strange = (key for key in environ if key.startswith(PREFIX) and key not in known)
+    near = ((key, difflib.get_close_matches(key, known, n=1, cutoff=0.8)) for key in strange)
+    return [f"{key} is no setting; did you mean {match[0]}?" for key, match in near if match]
+
+
+def variable(name: str) -> str:
+    """The environment's name of a setting."""
+    return PREFIX + name.upper()
+
+
+def to_environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment whose settings are these, for a child process. Keys of the API are not its business."""
+    private = {CONFIG, variable("api_keys"), variable("api_key_file")}
+    ours = {variable(f.name): as_text(getattr(settings, f.name)) for f in fields(Settings)}
+    return {key: value for key, value in (environ | ours).items() if key not in private}

@@ -192,6 +192,7 @@ class Supervisor:
         """
         if self._ended:
             raise self._refusal(self._ended)
+        log.debug("job %s: %r", job.id, job.prompt, extra={"job": job.id})
         ticket = Ticket(job, asyncio.get_running_loop().create_future(), progress or Progress())
         self._tickets[job.id] = ticket
         self._dispatch()
@@ -401,7 +402,7 @@ def environment(settings: Settings) -> dict[str, str]:
     installed = map(os.path.realpath, (*site.getsitepackages(), site.getusersitepackages()))
     if home not in installed:
         path = home + (os.pathsep + path if path else "")
-    return os.environ | to_environment(settings) | {"PYTHONPATH": path}
+    return to_environment(settings, os.environ) | {"PYTHONPATH": path}
 
 
 async def bury(life: Life) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from models.configs import CheckpointError
-from service import messages
+from service import logs, messages
 from service.engine import Engine
 from service.faults import FaultyRunner
 from service.job import Done, Event, Job, Previewed
@@ -131,7 +131,7 @@ def main() -> None:
     ):  # a terminal and some init systems send them to every process
         signal.signal(wish, signal.SIG_IGN)  # the API process drains, and its end is ours
     settings = read_settings()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logs.set_up(settings)
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     beat = Beat(link)

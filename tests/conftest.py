@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 import pytest
@@ -107,7 +108,7 @@ def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     set_trap(trap)
 
     @contextmanager
-    def start(*models: Path, **settings: str) -> Iterator[Server]:
+    def start(*models: Path, stderr: IO[str] | None = None, **settings: str) -> Iterator[Server]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -116,7 +117,7 @@ def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | defaults | settings
         serve = [sys.executable, "-P", "-m", "service.cli", "serve"]
         command = [*serve, "--model", *(models or (tiny,)), "--port", str(port)]
-        process = subprocess.Popen(command, env=environment, cwd=trap)
+        process = subprocess.Popen(command, env=environment, cwd=trap, stderr=stderr)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
                 server = Server(process, client)

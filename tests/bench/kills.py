@@ -31,7 +31,7 @@ NAMES = ("red apple", "ghost", "rocket", "cactus", "key", "snowman", "fire", "be
 def main() -> None:
     args = parse()
     draw = random.Random(args.seed)
-    settings = read_settings(model=(args.model,), invariant=True, queue_size=1000)
+    settings = read_settings(flags={"model": args.model, "invariant": "true", "queue_size": "1000"})
     with server(None, settings) as url, httpx.Client(base_url=url, timeout=None) as client:
         bodies = [body(draw, index) for index in range(args.different)]
         expected = [client.post("/generate", json=b).content for b in bodies]

@@ -275,7 +275,7 @@ def test_a_job_that_inpaints(server):
     [
         ({"task": "generate", "request": {"prompt": "p", "steps": 0}}, "request.steps"),
         ({"task": "generate", "request": {"prompt": "p", "generate": 1}}, "request.generate"),
-        ({"task": "generate", "request": {"prompt": "p", "init_image": "?"}}, "init_image"),
+        ({"task": "generate", "request": {"prompt": "p", "init_image": "?"}}, "request.init_image"),
         ({"task": "inpaint", "request": {"prompt": "p", "mask": "?"}}, "request.image"),
         ({"task": "paint", "request": {}}, "task"),
         ({"request": {}}, "task"),

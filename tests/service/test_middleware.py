@@ -37,7 +37,7 @@ async def accept(scope, receive, send) -> None:
 
 def test_large_bodies_share_a_room_that_is_given_back_and_small_ones_always_fit():
     async def scenario():
-        app = BodyLimit(accept, limit=2 * LARGE, room=3 * LARGE, metrics=Metrics())
+        app = BodyLimit(accept, limit=2 * LARGE, room=3 * LARGE, metrics=Metrics(), admits=lambda scope: True)
         first, second, third, small, too_large = (Client(app) for _ in range(5))
         await first.send(LARGE, more=False)
         await second.send(2 * LARGE)
