@@ -10,12 +10,13 @@ Free of torch at import, so that a process that only checks requests can know th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from models.schedule import Schedule
+from models.spec import Spacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,7 @@ class Path:
     t: np.ndarray  # (n,)
     alpha: np.ndarray  # (n + 1,)
     sigma: np.ndarray  # (n + 1,)
+    predicts_v: bool = False  # the UNet, which PLMS minds
 
     def __len__(self) -> int:
         return len(self.t)
@@ -79,13 +81,20 @@ class Path:
             return np.log(self.alpha) - np.log(self.sigma)
 
 
-def plan(schedule: Schedule, sampler: str, steps: int, eta: float = 0.0, strength: float = 1.0) -> Plan:
+def plan(
+    schedule: Schedule,
+    sampler: str,
+    steps: int,
+    eta: float = 0.0,
+    strength: float = 1.0,
+    spacing: Spacing | None = None,
+) -> Plan:
     """The table of a whole run of a sampler.
 
     eta: of DDIM, 0 is deterministic, 1 adds as much noise as DDPM. strength: a run from a picture takes this
-    share of the steps, the last ones, and at least one (Meng et al. 2022, algorithm 1). Raises ValueError for
-    an unknown sampler, steps outside the schedule, eta outside [0, 1] or not of DDIM, and strength outside
-    (0, 1].
+    share of the steps, the last ones, and at least one (Meng et al. 2022, algorithm 1). spacing: the
+    schedule's own unless given. Raises ValueError for an unknown sampler, steps outside the schedule, eta
+    outside [0, 1] or not of DDIM, strength outside (0, 1], and a spacing of a sampler that has its own.
     """
     if sampler not in BUILDERS:
         raise ValueError(f"unknown sampler {sampler!r}; there is {', '.join(SAMPLERS)}")
@@ -95,56 +104,88 @@ def plan(schedule: Schedule, sampler: str, steps: int, eta: float = 0.0, strengt
         raise ValueError(f"eta is for {', '.join(WITH_ETA)}; {sampler} has none")
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
+    if spacing and sampler in SPACED:
+        raise ValueError(f"{sampler} has a spacing of its own")
     visit, build = BUILDERS[sampler]
-    path = visit(schedule, steps)
+    path = visit(schedule, steps, spacing)
     taken = max(1, int(len(path) * strength + 1e-9))  # 0.58 of 50 is 29, though rounding says 28.999
     first = len(path) - taken
-    path = Path(path.t[first:], path.alpha[first:], path.sigma[first:])
+    path = replace(path, t=path.t[first:], alpha=path.alpha[first:], sigma=path.sigma[first:])
     return build(path, eta)
 
 
 # Where the run passes.
 
 
-def along(schedule: Schedule, steps: int) -> Path:
+def along(schedule: Schedule, steps: int, spacing: Spacing | None) -> Path:
     """The spacing's timesteps, and the schedule's own end."""
-    t = schedule.timesteps(steps)
+    t = schedule.timesteps(steps, spacing)
     ab = np.append(schedule.alpha_bar[t], schedule.final_alpha_bar)
+    predicts_v = schedule.spec.prediction == "v_prediction"
+    return Path(t.astype(np.float64), np.sqrt(ab), np.sqrt(1 - ab), predicts_v)
+
+
+def to_clean(schedule: Schedule, steps: int, spacing: Spacing | None) -> Path:
+    """The spacing's timesteps, and an end without noise."""
+    return ended_clean(schedule, schedule.timesteps(steps, spacing))
+
+
+def short_of_clean(schedule: Schedule, steps: int, spacing: Spacing | None) -> Path:
+    """An end without noise in the place of the last of one timestep more, where the spacing ends so low that
+    to ask there would be lost; as these samplers were published."""
+    lower = (spacing or schedule.spec.spacing) != "trailing" and 1 <= steps < len(schedule)
+    t = schedule.timesteps(steps + 1, spacing)[:-1] if lower else schedule.timesteps(steps, spacing)
+    return ended_clean(schedule, t)
+
+
+def ended_clean(schedule: Schedule, t: np.ndarray) -> Path:
+    ab = np.append(schedule.alpha_bar[t], 1.0)
     return Path(t.astype(np.float64), np.sqrt(ab), np.sqrt(1 - ab))
 
 
-def to_clean(schedule: Schedule, steps: int) -> Path:
-    """The spacing's timesteps, and an end without noise."""
-    path = along(schedule, steps)
-    return Path(path.t, np.append(path.alpha[:-1], 1.0), np.append(path.sigma[:-1], 0.0))
+def in_between(schedule: Schedule, steps: int, spacing: Spacing | None) -> Path:
+    """As to_clean(), but the even points of linspace are where they are, not at whole timesteps."""
+    if (spacing or schedule.spec.spacing) != "linspace":
+        return to_clean(schedule, steps, spacing)
+    t = np.linspace(0, len(schedule) - 1, len(schedule.timesteps(steps, spacing)))[::-1]
+    table = ratios(schedule)
+    return on_ratio(t, np.interp(t, np.arange(len(table)), table))
 
 
-def karras(whole: bool) -> Callable[[Schedule, int], Path]:
+def ratios(schedule: Schedule) -> np.ndarray:
+    """(T,), rising: sigma / alpha of every timestep."""
+    return np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar)
+
+
+def on_ratio(t: np.ndarray, ratio: np.ndarray) -> Path:
+    """A path by its noise of x / alpha, and an end without noise."""
+    alpha = 1 / np.sqrt(1 + ratio**2)
+    return Path(t, np.append(alpha, 1.0), np.append(ratio * alpha, 0.0))
+
+
+def karras(whole: bool) -> Callable[[Schedule, int, Spacing | None], Path]:
     """Points even in ratio^(1/7) (Karras et al. 2022, equation 5): over the whole schedule, the UNet asked at
     whole timesteps, or between the spacing's first and last timestep, the UNet asked in between too."""
 
-    def visit(schedule: Schedule, steps: int) -> Path:
-        table = np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar)  # (T,), rising
-        t = schedule.timesteps(steps)
+    def visit(schedule: Schedule, steps: int, spacing: Spacing | None) -> Path:
+        table, t = ratios(schedule), schedule.timesteps(steps, spacing)
         high, low = (table[-1], table[0]) if whole else (table[t[0]], table[t[-1]])
         ramp = np.linspace(0, 1, steps)
         ratio = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
         t = np.interp(np.log(ratio), np.log(table), np.arange(len(table)))
-        alpha = 1 / np.sqrt(1 + ratio**2)
-        return Path(np.round(t) if whole else t, np.append(alpha, 1.0), np.append(ratio * alpha, 0.0))
+        return on_ratio(np.round(t) if whole else t, ratio)
 
     return visit
 
 
-def distilled(schedule: Schedule, steps: int) -> Path:
+def distilled(schedule: Schedule, steps: int, spacing: Spacing | None) -> Path:
     """Timesteps among the LCM_STEPS that a consistency model knows. Raises ValueError for more."""
     known = min(LCM_STEPS, len(schedule))
     if not 1 <= steps <= known:
         raise ValueError(f"steps must be 1 to {known} for lcm, not {steps}")
     origin = (np.arange(1, known + 1) * (len(schedule) // known) - 1)[::-1]
     t = origin[np.floor(np.linspace(0, known, steps, endpoint=False)).astype(np.int64)]
-    ab = np.append(schedule.alpha_bar[t], 1.0)
-    return Path(t.astype(np.float64), np.sqrt(ab), np.sqrt(1 - ab))
+    return ended_clean(schedule, t)
 
 
 # What is combined into what comes next. A form is (TERMS,): factors of x, of what is remembered, and of eps.
@@ -270,18 +311,27 @@ ADAMS = ([1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 
 
 
 def plms(path: Path, eta: float) -> Plan:
-    """Pseudo linear multistep (Liu et al. 2022) as the LDM code has it: Adams-Bashforth in eps, begun by one
-    step of Heun's, which asks the UNet once more, at the next timestep or, if there is none, at the same."""
+    """Pseudo linear multistep (Liu et al. 2022) as the LDM code has it: Adams-Bashforth in what the UNet
+    predicts, eps or v, begun by one step of Heun's, which asks the UNet once more, at the next timestep or,
+    if there is none, at the same."""
     a = path.alpha[1:] / path.alpha[:-1]
     b = path.sigma[1:] - a * path.sigma[:-1]
     x_before = REMEMBERED[0]
-    first = (X - a[0] * x_before) / b[0]  # the eps that led from there to here
-    forms = [a[0] * X + b[0] * EPS, a[0] * x_before + b[0] * (first + EPS) / 2]
-    memory = [[X], [first]]
+
+    def predicted(i: int, x: np.ndarray, eps: np.ndarray) -> np.ndarray:
+        return (eps - path.sigma[i] * x) / path.alpha[i] if path.predicts_v else eps
+
+    def eps_of(i: int, x: np.ndarray, combined: np.ndarray) -> np.ndarray:
+        return path.alpha[i] * combined + path.sigma[i] * x if path.predicts_v else combined
+
+    first = predicted(0, x_before, (X - a[0] * x_before) / b[0])  # by the eps that led from there to here
+    both = eps_of(0, x_before, (first + predicted(1, X, EPS)) / 2)
+    forms, memory = [a[0] * X + b[0] * EPS, a[0] * x_before + b[0] * both], [[X], [first]]
     for i in range(1, len(path)):
-        terms = zip(ADAMS[min(i, 3)], [EPS, *REMEMBERED], strict=False)
-        forms.append(a[i] * X + b[i] * sum(factor * form for factor, form in terms))
-        memory.append([EPS, *REMEMBERED[:-1]])
+        newest = predicted(i, X, EPS)
+        terms = zip(ADAMS[min(i, 3)], [newest, *REMEMBERED], strict=False)
+        forms.append(a[i] * X + b[i] * eps_of(i, X, sum(factor * form for factor, form in terms)))
+        memory.append([newest, *REMEMBERED[:-1]])
     twice = np.insert(np.arange(len(path) + 1), 1, 1)  # the second point is asked at the first step too
     t = path.t[np.minimum(twice[:-1], len(path) - 1)]
     twice = Path(t, path.alpha[twice], path.sigma[twice])
@@ -298,16 +348,17 @@ def lcm(path: Path, eta: float) -> Plan:
     return lines_of(path, forms, path.sigma[1:])
 
 
-BUILDERS: dict[str, tuple[Callable[[Schedule, int], Path], Callable[[Path, float], Plan]]] = {
+Visit = Callable[[Schedule, int, Spacing | None], Path]
+BUILDERS: dict[str, tuple[Visit, Callable[[Path, float], Plan]]] = {
     "ddim": (along, ddim),
     "ddpm": (to_clean, ddpm),
     "plms": (along, plms),
-    "euler": (to_clean, euler),
+    "euler": (in_between, euler),
     "euler_karras": (karras(whole=False), euler),
-    "euler_ancestral": (to_clean, euler_ancestral),
-    "dpmpp_2m": (to_clean, dpmpp_2m),
+    "euler_ancestral": (in_between, euler_ancestral),
+    "dpmpp_2m": (short_of_clean, dpmpp_2m),
     "dpmpp_2m_karras": (karras(whole=True), dpmpp_2m),
-    "unipc": (to_clean, unipc),
+    "unipc": (short_of_clean, unipc),
     "lcm": (distilled, lcm),
 }
 SAMPLERS = tuple(BUILDERS)
@@ -319,6 +370,7 @@ def most_steps(sampler: str, timesteps: int) -> int:
 
 
 WITH_ETA = ("ddim",)
+SPACED = ("dpmpp_2m_karras", "lcm")  # by themselves: over the whole schedule, as distilled
 
 
 def step(state: Tensor, eps: Tensor, lines: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -27,9 +27,10 @@ class Schedule:
     def timesteps(self, steps: int, spacing: Spacing | None = None) -> np.ndarray:
         """Exactly `steps` distinct timesteps of the table, descending: (steps,) int64.
 
-        spacing: the spec's own unless given. "leading" is the reference's stride wherever steps divides T,
-        and drops as much of the offset as would leave the table; "trailing" starts at T - 1, and
-        "linspace" ends at 0 too (Lin et al. 2023, table 2). Raises ValueError for steps outside 1..T.
+        spacing: the spec's own unless given. "leading" has the reference's whole stride, T // steps, unless
+        that would leave out more than a tenth of the table, and drops as much of the offset as would leave
+        the table; "trailing" starts at T - 1, and "linspace" ends at 0 too (Lin et al. 2023, table 2).
+        Raises ValueError for steps outside 1..T.
         """
         if not 1 <= steps <= len(self):
             raise ValueError(f"steps must be 1 to {len(self)}, not {steps}")
@@ -44,7 +45,9 @@ def betas(spec: ScheduleSpec) -> np.ndarray:
 
 
 def leading(steps: int, total: int, offset: int) -> np.ndarray:
-    t = np.arange(steps, dtype=np.int64) * total // steps  # integers: no rounding to go wrong
+    even = total % steps > total // 10  # at the latest from a tenth of T on, the stride itself is rough
+    t = np.arange(steps, dtype=np.int64)  # integers: no rounding to go wrong
+    t = t * total // steps if even else t * (total // steps)
     return (t + min(offset, total - 1 - int(t[-1])))[::-1].copy()
 
 

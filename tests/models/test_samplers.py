@@ -12,7 +12,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from models.samplers import SAMPLERS, keep, most_steps, plan, step
+from models.denoiser import Denoiser
+from models.samplers import SAMPLERS, SPACED, keep, most_steps, plan, step
 from models.schedule import Schedule
 from models.spec import ScheduleSpec
 
@@ -50,8 +51,9 @@ def test_ddim_follows_the_reference(spacing, steps, eta, final_alpha_one):
 
 
 FOLLOWED = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
-    "plms": (PNDMScheduler, {"skip_prk_steps": True}),
+    "plms": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": True}),
     "euler": (EulerDiscreteScheduler, {}),
     "euler_karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
     "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
@@ -60,34 +62,59 @@ FOLLOWED = {
     "unipc": (UniPCMultistepScheduler, {}),
     "lcm": (LCMScheduler, {}),
 }
-ODDLY_SPACED = (("dpmpp_2m", "leading"), ("unipc", "leading"))  # their stride is that of one step more
-WITHOUT_SPACING = ("lcm", "plms")
+# Theirs go down by 1000 // steps from wherever they are, which with other points between is not where they
+# ask next. There, what they compute is compared on a schedule that has our points and no others.
+STRIDING = ("ddim", "plms")
 ON_RATIO = ("euler", "euler_karras", "euler_ancestral")  # published on x / alpha
+SPACINGS = [("leading", 10), ("leading", 30), ("trailing", 8), ("trailing", 30), ("linspace", 10)]
 
 
 def test_every_sampler_is_followed():
-    assert {"ddim", *FOLLOWED} == set(SAMPLERS)
+    assert {*FOLLOWED} == set(SAMPLERS)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation")  # theirs, with numpy 2
-@pytest.mark.parametrize("sampler", FOLLOWED)
-@pytest.mark.parametrize(("spacing", "steps"), [("leading", 10), ("trailing", 8), ("leading", 25)])
-def test_samplers_follow_their_references(sampler, spacing, steps, monkeypatch):
+class Network(torch.nn.Module):
+    """Any smooth function, for eps and for v."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, t, context=None, *others):
+        return eps_of(x, t[:, None, None, None])
+
+
+def reference_of(sampler, spec, spacing, steps):
+    """Their scheduler, and the timesteps that the network is asked at."""
     kind, options = FOLLOWED[sampler]
-    spec = ScheduleSpec(spacing="leading" if sampler in WITHOUT_SPACING else spacing, final_alpha_one=False)
-    spaced = {} if sampler == "lcm" else {"timestep_spacing": spec.spacing, "steps_offset": 1}
+    options = options | {"prediction_type": spec.prediction}
+    if sampler in STRIDING and (spacing == "linspace" or (spacing == "trailing" and 1000 % steps)):
+        t = Schedule(spec).timesteps(steps, spacing)
+        alpha_bar = Schedule(spec).alpha_bar[t[::-1]]
+        betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+        reference = kind(num_train_timesteps=steps, trained_betas=betas, **options)
+        reference.set_timesteps(steps)
+        return reference, [float(t[::-1][index]) for index in reference.timesteps]
+    spaced = {} if sampler == "lcm" else {"timestep_spacing": spacing, "steps_offset": 1}
     reference = kind(
         beta_start=spec.beta_start, beta_end=spec.beta_end, beta_schedule=spec.beta_schedule,
         **spaced, **options,
     )  # fmt: skip
     reference.set_timesteps(steps)
-    schedule = Schedule(spec)
-    if (sampler, spacing) in ODDLY_SPACED:
-        schedule.timesteps = lambda steps: reference.timesteps.numpy()
-    table = plan(schedule, sampler, steps)
-    torch.testing.assert_close(
-        torch.from_numpy(table.timesteps), reference.timesteps.double(), rtol=0, atol=2e-3
-    )
+    return reference, reference.timesteps.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # theirs, with numpy 2
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", FOLLOWED)
+@pytest.mark.parametrize(("spacing", "steps"), SPACINGS)
+@torch.no_grad()
+def test_samplers_follow_their_references(sampler, spacing, steps, prediction, monkeypatch):
+    spec = ScheduleSpec(final_alpha_one=True, prediction=prediction)
+    reference, asked = reference_of(sampler, spec, spacing, steps)
+    schedule, network = Schedule(spec), Network()
+    table = plan(schedule, sampler, steps, spacing=None if sampler in SPACED else spacing)
+    np.testing.assert_allclose(table.timesteps, asked, rtol=0, atol=2e-3)
     fresh = iter(torch.randn(steps + 2, *SHAPE, generator=torch.Generator().manual_seed(1)))
     for module in ("ddpm", "lcm", "euler_ancestral_discrete"):
         monkeypatch.setattr(
@@ -100,15 +127,32 @@ def test_samplers_follow_their_references(sampler, spacing, steps, monkeypatch):
     alphas = [*table.lines[1:, 1], 1.0]
     theirs = x / table.lines[0, 1] if sampler in ON_RATIO else x
     for index, t in enumerate(reference.timesteps):
-        line = torch.from_numpy(table.lines[index])
-        if sampler in ON_RATIO:
-            reference.scale_model_input(theirs, t)  # which counts the steps
-        eps = eps_of(theirs * line[1].float() if sampler in ON_RATIO else theirs, t)
-        theirs = reference.step(eps, t, theirs).prev_sample
+        lines = torch.from_numpy(table.lines[index]).float().expand(2, -1)
+        told = torch.full((2,), asked[index])
+        scaled = reference.scale_model_input(theirs, t)
+        theirs = reference.step(network(scaled, told), t, theirs).prev_sample
         noise = noises[index] if table.needs_noise[index] else None
-        ours = step(ours, eps_of(ours[:, 0], t), line.expand(2, -1), noise)
+        eps = Denoiser(network, schedule)(ours[:, 0], lines[:, 0], level=lines[:, 1:3])
+        ours = step(ours, eps, lines, noise)
         expected = theirs * alphas[index] if sampler in ON_RATIO else theirs
         assert (ours[:, 0] - expected).norm() <= 1e-4 * expected.norm(), index
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in SPACED])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_spacing_may_be_the_schedules_or_the_runs(sampler, spacing):
+    own, given = Schedule(ScheduleSpec(spacing=spacing)), Schedule(ScheduleSpec())
+    lines = plan(own, sampler, 12).lines
+    assert np.array_equal(lines, plan(given, sampler, 12, spacing=spacing).lines)
+    assert np.array_equal(lines, plan(given, sampler, 12).lines) == (spacing == "leading")
+    for steps in (2, 3, 333, 999, 1000):
+        assert np.isfinite(plan(given, sampler, steps, spacing=spacing).lines).all()
+
+
+@pytest.mark.parametrize("sampler", SPACED)
+def test_a_sampler_with_a_spacing_of_its_own_takes_no_other(sampler):
+    with pytest.raises(ValueError, match="spacing"):
+        plan(Schedule(ScheduleSpec()), sampler, 10, spacing="trailing")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -18,14 +18,15 @@ def test_alpha_bar_is_the_references(kind):
 def test_every_number_of_steps_is_exact(spacing):
     schedule = Schedule(ScheduleSpec(spacing=spacing))
     for steps in range(1, 1001):
+        assert len(schedule) - schedule.timesteps(steps)[0] <= 1000 / steps + 100
         t = schedule.timesteps(steps)
         assert len(t) == steps
         assert (np.diff(t) < 0).all()  # descending and distinct
         assert 0 <= t[-1] <= t[0] < 1000
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500])
-def test_leading_is_the_references_stride_where_steps_divide(steps):
+@pytest.mark.parametrize("steps", [*range(1, 101), 125, 200, 250, 333, 500])
+def test_leading_is_the_references_stride_where_that_leaves_out_little(steps):
     reference = DDIMScheduler(steps_offset=1, timestep_spacing="leading")
     reference.set_timesteps(steps)
     assert Schedule(ScheduleSpec()).timesteps(steps).tolist() == reference.timesteps.tolist()
