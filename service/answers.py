@@ -181,8 +181,9 @@ def parameters(order: Order, index: int) -> dict[str, Any]:
     values = {key: value for key, value in asdict(job).items() if key not in hidden}
     if not values["prompt"] or job.class_label is not None:  # a class that has a name is its prompt too
         del values["prompt"]
-    if job.class_label is None:
-        del values["class_label"]
+    for name in ("class_label", "spacing"):
+        if values[name] is None:
+            del values[name]
     return values | own
 
 

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from models.configs import CheckpointError, read_spec
+from models.spec import Spacing
 from service import answers, images, intake, logs
 from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
@@ -27,7 +28,7 @@ from service.settings import DTYPES, SettingError, Settings, as_text, misspelt, 
 
 ASKED = (
     "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seed", "n", "sampler", "eta",
-    "strength", "class_label", "boxes", "scale", "noise_level",
+    "spacing", "strength", "class_label", "boxes", "scale", "noise_level",
 )  # fmt: skip
 # Settings that ldm serve has flags for: all but what nobody should read off a list of processes, and faults.
 # The first are told first.
@@ -235,6 +236,7 @@ def add_making(command: argparse.ArgumentParser) -> None:
     for name in ("guidance-scale", "eta"):
         command.add_argument(f"--{name}", type=float, metavar="X")
     command.add_argument("--sampler")
+    command.add_argument("--spacing", help=f"of the timesteps: {', '.join(get_args(Spacing))}")
     add_settings(command, *ALONE)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from models.samplers import SAMPLERS, WITH_ETA, most_steps
+from models.samplers import SAMPLERS, SPACED, WITH_ETA, most_steps
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import Tiles, cut
 from service import images, layouts
@@ -254,6 +254,7 @@ def format_of(body: PictureRequest) -> Format:
 def to_job(body: PictureRequest, spec: ModelSpec, width: int, height: int, strength: float = 1.0) -> Job:
     """The job of a body, without its pictures and what goes where."""
     defaults, label = spec.defaults, label_of(body, spec)
+    sampler = given(body.sampler, defaults.sampler)
     named = label is not None and spec.reads_prompts
     return Job(
         id=uuid.uuid4().hex,
@@ -266,11 +267,12 @@ def to_job(body: PictureRequest, spec: ModelSpec, width: int, height: int, stren
         guidance_scale=given(body.guidance_scale, defaults.guidance_scale),
         seed=given(body.seed, secrets.randbelow(MAX_SEED - body.n)),
         n=body.n,
-        sampler=given(body.sampler, defaults.sampler),
+        sampler=sampler,
         eta=given(body.eta, defaults.eta),
         priority=body.priority,
         strength=strength,
         class_label=label,
+        spacing=given(body.spacing, None if sampler in SPACED else spec.schedule.spacing),
     )
 
 
@@ -306,6 +308,7 @@ def check(job: Job, spec: ModelSpec, settings: Settings, sized_by: str = "width"
         ("n", job.n * job.steps * pixels <= most, f"times steps, width and height must be at most {most}"),
         ("sampler", job.sampler in SAMPLERS, f"must be one of {samplers}"),
         ("eta", not job.eta or job.sampler in WITH_ETA, f"is for the sampler {', '.join(WITH_ETA)}"),
+        ("spacing", not job.spacing or job.sampler not in SPACED, f"is not for {' and '.join(SPACED)}"),
         ("prompt", spec.reads_prompts or not job.prompt, NO_PROMPT),
         ("negative_prompt", spec.reads_prompts or not job.negative_prompt, "is for models that read prompts"),
         ("guidance_scale", spec.guided or job.guidance_scale == 1.0, "must be 1: nothing guides this model"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 from models.boxes import Box
+from models.spec import Spacing
 
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON client can hold
 
@@ -54,6 +55,7 @@ class Job:
     preview_decoded: bool = False  # previews through D, at full size, rather than by a projection
     class_label: int | None = None  # counted from 0; for a model that reads prompts, prompt is its name
     boxes: tuple[Box, ...] = ()
+    spacing: Spacing | None = None  # of the timesteps; None: the sampler's own
 
     @property
     def task(self) -> str:

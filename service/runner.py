@@ -90,7 +90,7 @@ class TorchRunner:
         channels, h, w = spec.latent_shape(job.width, job.height)
         size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
         latent = (channels, *size)
-        line = plan(self.schedules[job.model], job.sampler, job.steps, job.eta, job.strength)
+        line = plan(self.schedules[job.model], job.sampler, job.steps, job.eta, job.strength, job.spacing)
         group = (job.model, latent, spec.context_shape, precise)
         self.plans[job.id] = line, Shape(group, len(line), size[0] * size[1], len(corners))
         return self.plans[job.id][1]

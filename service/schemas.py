@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from models.spec import Spacing
 from service.images import Format
 from service.job import MAX_SEED
 from service.progress import Stage
@@ -54,6 +55,10 @@ class PictureRequest(BaseModel):
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="of image 0; drawn if missing")] = None
     n: Annotated[int, Field(ge=1, le=MAX_N, description="pictures")] = 1
     sampler: Annotated[str | None, Field(max_length=50)] = None
+    spacing: Annotated[
+        Spacing | None,
+        Field(description="of the timesteps; lcm and dpmpp_2m_karras have their own"),
+    ] = None
     eta: Annotated[float | None, Field(ge=0, le=1, description="0: DDIM; 1: DDPM")] = None
     output_format: Format | None = None
     priority: Annotated[int, Field(ge=0, le=9, description="larger runs sooner")] = 0
@@ -222,6 +227,7 @@ class ModelDefaults(BaseModel):
     steps: int
     guidance_scale: float
     sampler: str
+    spacing: Spacing
     eta: float
     noise_level: int
 
@@ -267,6 +273,7 @@ class Model(BaseModel):
     defaults: ModelDefaults
     limits: ModelLimits
     samplers: list[str]
+    spacings: Annotated[list[Spacing], Field(description="for all samplers but lcm and dpmpp_2m_karras")]
 
 
 class ModelList(BaseModel):

@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from fastapi import APIRouter, Header, Request, Response
 
 from models.samplers import SAMPLERS
-from models.spec import ModelSpec
+from models.spec import ModelSpec, Spacing
 from service import answers, intake, layouts
 from service.errors import ClientGone, DeadlineExceeded
 from service.images import MEDIA_TYPES, Format
@@ -148,7 +148,7 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
             Label(name=name, colour="#{:02x}{:02x}{:02x}".format(*layouts.colour_of(number)))
             for number, name in enumerate(names_of(spec), 1)
         ],
-        defaults=ModelDefaults(**asdict(spec.defaults)),
+        defaults=ModelDefaults(**asdict(spec.defaults), spacing=spec.schedule.spacing),
         limits=ModelLimits(
             size_multiple=spec.size_multiple,
             max_pixels=settings.max_input_pixels if spec.upscaling else settings.max_pixels,
@@ -157,6 +157,7 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
             max_work=settings.max_work,
         ),
         samplers=list(SAMPLERS),
+        spacings=list(get_args(Spacing)),
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models.checkpoint import load
-from models.samplers import SAMPLERS
+from models.samplers import SAMPLERS, SPACED
 from service.device import even
 from service.engine import Engine
 from service.job import Done, Job
@@ -22,7 +22,7 @@ from service.runner import TorchRunner
 from tests.conftest import wait_until
 from tests.service.test_engine import make_job
 from tests.service.test_runner import psnr
-from tests.service.test_server import post, together
+from tests.service.test_server import EIGHT, post, together
 
 SIZES = ((64, 64), (96, 64))  # two groups
 
@@ -40,6 +40,8 @@ def random_job(name: str, draw: random.Random) -> Job:
     }
     if draw.randrange(2):
         fields |= {"sampler": draw.choice(SAMPLERS), "eta": 0.0}
+    if fields.get("sampler") not in SPACED:
+        fields["spacing"] = draw.choice([None, "leading", "trailing", "linspace"])
     if (task := draw.randrange(3)) > 0:
         fields["image"] = blobs.integers(0, 256, (height, width, 3), np.uint8).tobytes()
         fields["strength"] = draw.choice([0.5, 1.0])
@@ -94,7 +96,10 @@ def test_random_traffic_gives_the_pictures_of_solo_runs(tiny: Path, dtype, invar
 
 
 def test_the_same_bytes_from_a_server_started_again_and_a_worker_killed(start_server):
-    bodies = [{"prompt": f"picture {i}", "steps": 30 + 10 * i, "seed": i, "n": 1 + i % 2} for i in range(4)]
+    bodies = [
+        {"prompt": f"picture {i}", "steps": 15 + 5 * i, "seed": i, "n": 1 + i % 2, "sampler": sampler}
+        for i, sampler in enumerate(EIGHT)
+    ]
     with start_server(LDM_INVARIANT="1") as server:
         expected = [files(post(server, body)) for body in bodies]
     with start_server(LDM_INVARIANT="1") as server, ThreadPoolExecutor(len(bodies)) as pool:

@@ -29,14 +29,20 @@ MIXED = [
     {"prompt": f"picture {i}", "steps": steps, "guidance_scale": 1.0 + i, "seed": 100 + i}
     for i, steps in enumerate((10, 14, 18, 22, 27, 31, 36, 40))
 ]
+EIGHT = ("ddim", "ddpm", "plms", "euler", "euler_ancestral", "dpmpp_2m_karras", "unipc", "lcm")
 LONG = {"prompt": "long", "steps": 1000, "width": 128, "height": 128}  # ten seconds on an idle core
 SLOW = {"prompt": "slow", "steps": 1000, "width": 256, "height": 256}  # a tenth of a second a step
 
 
 def picture(answer: httpx.Response, index: int = 0) -> np.ndarray:
     """(H, W, 3) uint8."""
+    return np.asarray(opened(answer, index))
+
+
+def opened(answer: httpx.Response, index: int = 0) -> Image.Image:
+    """One picture of an answer."""
     assert answer.status_code == 200, answer.text
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][index]["data"]))))
+    return Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][index]["data"])))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -99,8 +105,8 @@ def test_the_answer_says_what_was_made(server):
     for index, image in enumerate(answer["images"]):
         assert set(image) == {"data", "media_type", "seed", "width", "height"}
         assert (image["media_type"], image["seed"]) == ("image/png", index)
-        opened = Image.open(io.BytesIO(base64.b64decode(image["data"])))
-        assert (opened.format, opened.size) == ("PNG", (64, 64)) == ("PNG", (image["width"], image["height"]))
+        made = Image.open(io.BytesIO(base64.b64decode(image["data"])))
+        assert (made.format, made.size) == ("PNG", (64, 64)) == ("PNG", (image["width"], image["height"]))
 
 
 def test_the_same_seed_makes_the_same_picture_and_another_seed_another(server):
@@ -160,6 +166,27 @@ def test_eight_requests_at_once_share_calls_and_change_no_picture(server):
     assert server.calls(over=4) > before
 
 
+def test_eight_samplers_at_once_share_calls_and_change_no_picture(server):
+    bodies = [
+        {"prompt": f"picture {i}", "steps": 40, "seed": i, "sampler": sampler}
+        for i, sampler in enumerate(EIGHT)
+    ]
+    expected = alone(server, bodies)
+    before = server.calls(over=8)
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        assert worst_psnr(expected, together(server, pool, bodies)) >= 40
+    assert server.calls(over=8) > before
+
+
+def test_a_spacing_is_heeded_and_told(server):
+    spacings = ("leading", "trailing", "linspace")
+    answers = [post(server, {"prompt": "p", "seed": 1, "spacing": spacing}) for spacing in spacings]
+    default = picture(post(server, {"prompt": "p", "seed": 1}))
+    assert [bool((picture(answer) == default).all()) for answer in answers] == [True, False, False]
+    texts = [opened(answer).text["parameters"] for answer in answers]
+    assert tuple(json.loads(text)["spacing"] for text in texts) == spacings
+
+
 BAD = [
     ({"prompt": ""}, 422, "prompt"),
     ({"prompt": "  "}, 422, "prompt"),
@@ -182,6 +209,8 @@ BAD = [
     ({"eta": 2}, 422, "eta"),
     ({"eta": 0.5, "sampler": "euler"}, 422, "eta"),
     ({"steps": 51, "sampler": "lcm"}, 422, "steps"),
+    ({"spacing": "even"}, 422, "spacing"),
+    ({"spacing": "trailing", "sampler": "lcm"}, 422, "spacing"),
     ({"sampler": "magic"}, 422, "sampler"),
     ({"output_format": "bmp"}, 422, "output_format"),
     ({"no_such_field": "x"}, 422, "no_such_field"),
@@ -279,6 +308,8 @@ def test_models_tells_tasks_defaults_limits_and_samplers(server):
     assert (model["defaults"]["width"], model["defaults"]["steps"]) == (64, 5)
     assert (model["limits"]["size_multiple"], model["limits"]["max_steps"]) == (16, 1000)
     assert model["defaults"]["sampler"] in model["samplers"]
+    assert model["spacings"] == ["leading", "trailing", "linspace"]
+    assert model["defaults"]["spacing"] == "leading"
 
 
 def test_health_and_metrics_of_an_idle_service(server):
