@@ -1,8 +1,8 @@
 """Low-rank changes of weights (LoRA, Hu et al. 2021): read strictly, merged into networks beside the base.
 
 A file names modules in kohya's style (lora_unet_..., lora_te_...) or in that of PEFT and diffusers (unet...,
-text_encoder..., base_model.model...), each by diffusers' names or by CompVis's. What it changes is copied with
-the change added once, in float32; all else is shared with the base, which is never touched.
+text_encoder..., base_model.model...), each by diffusers' names or by CompVis's. What it changes is copied
+with the change added once, in float32; all else is shared with the base, which is never touched.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """scale * up @ down, or with `mid` between them (LyCORIS's convolutions), for one weight; names in a file."""
+    """scale * up @ down for one weight, or with `mid` in between (LyCORIS, convolutions). Names in a file."""
 
     target: Target
     down: str
@@ -140,7 +140,9 @@ def apply(bundle: LatentDiffusion, loras: Sequence[tuple[Lora, float]]) -> Laten
 def changed(base: nn.Parameter, changes: Sequence[tuple[Lora, Change, float]]) -> nn.Parameter:
     """A weight with its changes, rounded once: in its type, and laid out in memory as it is."""
     total = sum(weight * lora.delta(change) for lora, change, weight in changes)
-    return nn.Parameter(torch.empty_like(base).copy_(base.float() + total.to(base.device)), requires_grad=False)
+    return nn.Parameter(
+        torch.empty_like(base).copy_(base.float() + total.to(base.device)), requires_grad=False
+    )
 
 
 def sharing(network: nn.Module | None, merged: Mapping[int, nn.Parameter]) -> nn.Module | None:
@@ -153,10 +155,10 @@ def sharing(network: nn.Module | None, merged: Mapping[int, nn.Parameter]) -> nn
     return deepcopy(network, kept | dict(merged))
 
 
-def changed_numbers(loras: Sequence[Lora]) -> int:
-    """How many numbers of a model are copied when these are merged."""
+def changed_bytes(loras: Sequence[Lora], dtype: torch.dtype) -> int:
+    """What these take when they are merged: the weights of a model that they change."""
     targets = {change.target for lora in loras for change in lora.changes}
-    return sum(math.prod(target.shape) for target in targets)
+    return dtype.itemsize * sum(math.prod(target.shape) for target in targets)
 
 
 def open_loras(
@@ -192,7 +194,9 @@ def refuse_others(name: str, file: Path, weights: Weights) -> None:
         raise CheckpointError(f"LoRA {name} ({file}) holds no tensors")
     for mark, kind in OTHERS.items():
         if keys := [key for key in weights.stored if mark in key]:
-            raise CheckpointError(f"LoRA {name} ({file}) is of a kind that cannot be applied, {kind}: {keys[0]}")
+            raise CheckpointError(
+                f"LoRA {name} ({file}) is of a kind that cannot be applied, {kind}: {keys[0]}"
+            )
 
 
 def fit(weights: Weights, told: Mapping[str, Told], targets: Mapping[str, Target]) -> tuple[Lora, dict]:
@@ -239,7 +243,9 @@ def faults_of(keys: Mapping[str, str], target: Target, weights: Weights) -> dict
     if mistyped:
         return {"mistyped": mistyped}
     shapes = {part: bare(entry.shape) for part, entry in entries.items()}
-    rank, outer = (shapes[part][axis] if len(shapes[part]) > axis else 0 for part, axis in ((DOWN, 0), (UP, 1)))
+    rank, outer = (
+        shapes[part][axis] if len(shapes[part]) > axis else 0 for part, axis in ((DOWN, 0), (UP, 1))
+    )
     out, into, *kernel = bare(target.shape)
     expected = {DOWN: (rank, into, *kernel), UP: (out, outer)}
     if MID in keys:
@@ -250,7 +256,9 @@ def faults_of(keys: Mapping[str, str], target: Target, weights: Weights) -> dict
         expected[ALPHA] = ()
         shapes[ALPHA] = () if entries[ALPHA].count == 1 else shapes[ALPHA]
     odd = [part for part in keys if shapes[part] != expected[part] or not entries[part].count]
-    return {"misshaped": [f"{keys[p]} {entries[p].shape} (expected {expected[p]})" for p in odd]} if odd else {}
+    return (
+        {"misshaped": [f"{keys[p]} {entries[p].shape} (expected {expected[p]})" for p in odd]} if odd else {}
+    )
 
 
 def bare(shape: Sequence[int]) -> tuple[int, ...]:
@@ -262,13 +270,15 @@ def bare(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def scale_of(module: str, keys: Mapping[str, str], weights: Weights, told: Mapping[str, Told]) -> float:
-    """alpha / rank of a module's change; 1 where nothing says alpha. Raises CheckpointError for one of none."""
+    """alpha / rank of a module's change; 1 where nothing says alpha. Raises CheckpointError if not finite."""
     rank = weights.stored[keys[DOWN]].shape[0]
     if ALPHA in keys:
         scale = weights.read(keys[ALPHA]).float().item() / rank
     else:
         network, _, rest = module.partition(".")
-        scale = told[network].scale(rest, rank) if network in told else told.get("", Told()).scale(module, rank)
+        scale = (
+            told[network].scale(rest, rank) if network in told else told.get("", Told()).scale(module, rank)
+        )
     if not math.isfinite(scale):
         raise CheckpointError(f"{keys.get(ALPHA, module)}: the alpha of a LoRA must be finite")
     return scale

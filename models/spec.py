@@ -218,6 +218,7 @@ class ModelSpec:
     labels: tuple[str, ...] = ()
     condition: Condition | None = None  # any other conditioner with weights of its own
     zero_null: bool = False  # guidance compares with a context of zeros where nothing is unwanted
+    loras: tuple[str, ...] = ()  # names of the changes of its weights that requests can ask for
 
     @property
     def beside(self) -> int:
@@ -332,6 +333,7 @@ class ModelSpec:
             masking=build(Masking, d["masking"]),
             layout_channels=d["layout_channels"],
             labels=tuple(d["labels"]),
+            loras=tuple(d["loras"]),
             upscaling=d["upscaling"]
             and UpscalingSpec(**d["upscaling"] | {"noise": build(ScheduleSpec, d["upscaling"]["noise"])}),
             condition=build(CONDITIONS[d["kind"]], d["condition"]) if "kind" in d else None,

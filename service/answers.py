@@ -36,6 +36,7 @@ HIDDEN = (
     "scale",
     "noise_level",
     "boxes",
+    "loras",
 )  # of a job; no parameters of the picture
 
 
@@ -184,6 +185,8 @@ def parameters(order: Order, index: int) -> dict[str, Any]:
     for name in ("class_label", "spacing"):
         if values[name] is None:
             del values[name]
+    if job.loras:
+        own["loras"] = dict(job.loras)
     return values | own
 
 

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +22,7 @@ from service import answers, images, intake, logs
 from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
 from service.job import Done, Event, Failed, Job, Started, Stepped
-from service.registry import ModelPathError, locate_all, read_specs
+from service.registry import ModelPathError, locate_all, locate_loras, read_specs
 from service.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
 from service.settings import DTYPES, SettingError, Settings, as_text, misspelt, read_settings, variable
 
@@ -40,6 +40,7 @@ SERVED = (
     "dtype",
     "allow_pickle",
     "vocabulary",
+    "lora",
     "invariant",
     "api_key_file",
 )
@@ -114,6 +115,7 @@ def add_settings(
         "dtype": "auto, float16, bfloat16 or float32",
         "allow_pickle": "read .ckpt and .bin files too, which never run code even then",
         "vocabulary": "vocab.txt of bert-base-uncased, or its folder, for models that read its words",
+        "lora": "a LoRA that requests can ask for, NAME=PATH; may be given again",
         "invariant": "the same bytes for a request in any company, and a lower throughput",
         "api_key_file": "a file of API keys, one a line; who has none of them gets a 401",
     }
@@ -125,6 +127,8 @@ def add_settings(
             how = {"action": "store_const", "const": "true"}
         elif name == "model" and several:
             how |= {"nargs": "+", "action": "extend"}
+        elif name == "lora":
+            how |= {"action": "append"}
         shown = as_text(default) or "none"
         about = (
             f"{helps.get(name) or setting.metadata['parser'].expected} ({variable(name)}; default: {shown})"
@@ -155,6 +159,7 @@ def serve(args: argparse.Namespace) -> int:
 
     settings = settings_of(args, *SERVED, *OTHERS)
     locate_all(settings.model, settings.allow_pickle)  # a name that is wrong now stays wrong
+    locate_loras(settings.lora)
     logs.set_up(settings)
     for sentence in misspelt(os.environ):
         log.warning("%s", sentence)
@@ -237,6 +242,10 @@ def add_making(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}", type=float, metavar="X")
     command.add_argument("--sampler")
     command.add_argument("--spacing", help=f"of the timesteps: {', '.join(get_args(Spacing))}")
+    command.add_argument(
+        "--lora", metavar="NAME=PATH[:WEIGHT]", type=lora, action="append", default=[],
+        help="a LoRA to use, at weight 1 if it has none; may be given again",
+    )  # fmt: skip
     add_settings(command, *ALONE)
 
 
@@ -256,6 +265,20 @@ def add_scene(command: argparse.ArgumentParser) -> None:
 def label(text: str) -> int | str:
     """A class by its number or its name."""
     return int(text) if text.isdecimal() else text
+
+
+def lora(text: str) -> tuple[str, float]:
+    """NAME=PATH, as settings have it, and the weight that came after it."""
+    path, _, end = text.rpartition(":")
+    try:
+        named, weight = path, float(end)
+    except ValueError:
+        named, weight = text, 1.0
+    try:
+        (one,) = parse("--lora", "lora", named)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=PATH or NAME=PATH:WEIGHT") from None
+    return one, weight
 
 
 def box(text: str) -> dict[str, Any]:
@@ -288,9 +311,10 @@ def make(args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping
     """Make what a request of this kind asks for; pictures: field -> file, if there is one."""
     output = Path(args.output)
     suffix = checked(output)
-    settings = settings_of(args, *ALONE)
-    places = locate_all(settings.model, settings.allow_pickle)
+    settings = replace(settings_of(args, *ALONE), lora=tuple(named for named, _ in args.lora))
+    places, loras = locate_all(settings.model, settings.allow_pickle), locate_loras(settings.lora)
     specs = read_specs(places, settings.allow_pickle)
+    specs = {name: replace(spec, loras=tuple(loras)) for name, spec in specs.items()}  # what fits shows later
     body = request_of(args, kind, {name: file for name, file in pictures.items() if file})
     order = intake.with_format(intake.to_order(body, specs, settings), images.SUFFIXES[suffix], "output")
     done = run_alone(order.job, settings)
@@ -318,6 +342,7 @@ def request_of(
 ) -> PictureRequest:
     """The wire body of the arguments. Raises InvalidRequest; UsageError for files that cannot be read."""
     fields = {name: getattr(args, name) for name in ASKED if getattr(args, name, None) is not None}
+    fields["loras"] = {named.partition("=")[0]: weight for named, weight in args.lora}
     try:
         return kind(**fields, **{name: base64_of(Path(file)) for name, file in pictures.items()})
     except ValidationError as error:

@@ -18,6 +18,7 @@ from service.job import (
     Failed,
     ImageKey,
     Job,
+    Network,
     Previewed,
     Shape,
     Started,
@@ -30,7 +31,7 @@ from service.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 TELL_SECONDS = 0.5  # between two reports of where the waiting jobs stand
-DOOR_PATIENCE = 10.0  # seconds after which a job whose model has no room lets no later one pass
+DOOR_PATIENCE = 10.0  # seconds after which a job whose network has no room lets no later one pass
 CALL_SECONDS = 1.0  # that a call of more than the fewest rows may take: a job that comes waits for its end
 MEMORY = 0.2  # share of the newest call in the running average of speed
 
@@ -61,8 +62,8 @@ class Runner(Protocol):
     def shape(self, job: Job, precise: bool = False) -> Shape:
         """What the scheduler must know of a job; precise: of its run in float32."""
 
-    def ready(self, job: Job, busy: Collection[str]) -> bool:
-        """Load the job's model if it is not; False where it does not fit beside the busy models."""
+    def ready(self, job: Job, busy: Collection[Network]) -> bool:
+        """Load or merge the job's network if it is not; False where it does not fit beside the busy ones."""
 
     def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
         """Make what the job's images start from; returns warnings for the client."""
@@ -130,8 +131,8 @@ class Engine:
         self.decode_chunk = decode_chunk
         self.clock = clock
         self.jobs: dict[str, Progress] = {}
-        self.door: dict[str, None] = {}  # jobs whose model is not known to be there, by arrival
-        self.models: dict[str, int] = {}  # jobs past the door, by model
+        self.door: dict[str, None] = {}  # jobs whose network is not known to be there, by arrival
+        self.networks: dict[Network, int] = {}  # jobs past the door, by what they run on
         self.latents: deque[ImageKey] = deque()  # through the UNet, not yet through D
         self.owed = 0.0  # seconds that D has had less than the UNet
         self.pace: float | None = None  # seconds for one unit of work
@@ -178,11 +179,11 @@ class Engine:
         self._decode_some(self.clock() - begin if picked else None)
 
     def _open_door(self) -> None:
-        """Let in whose model is there or can be; nobody passes one who has waited too long."""
+        """Let in whose network is there or can be; nobody passes one who has waited too long."""
         for job in list(self.door):
             progress = self.jobs[job]
             try:
-                enters = self.runner.ready(progress.job, tuple(self.models))
+                enters = self.runner.ready(progress.job, tuple(self.networks))
                 if enters:
                     self._enter(progress)
             except Exception as error:
@@ -196,7 +197,7 @@ class Engine:
         self.scheduler.admit(job.id, shape, progress.units, job.rows, job.priority)
         self.door.pop(job.id, None)
         progress.entered = True
-        self.models[job.model] = self.models.get(job.model, 0) + 1
+        self.networks[job.network] = self.networks.get(job.network, 0) + 1
         self.limits.cautious(shape.group)
         self._limit(shape.group)
 
@@ -214,9 +215,9 @@ class Engine:
             return
         progress.entered = False
         self.scheduler.remove(job.id)
-        self.models[job.model] -= 1
-        if not self.models[job.model]:
-            del self.models[job.model]
+        self.networks[job.network] -= 1
+        if not self.networks[job.network]:
+            del self.networks[job.network]
 
     def _started(self, keys: list[ImageKey]) -> list[ImageKey]:
         """The picked images of jobs that have begun, or that begin now without failing."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from service.errors import NonFinite, OutOfMemory
-from service.job import ImageKey, Job, Shape
+from service.job import ImageKey, Job, Network, Shape
 
 STAGES = ("load", "start", "step", "decode")
 KINDS = ("error", "oom", "nan", "kill", "stall")
@@ -69,7 +69,7 @@ class FaultyRunner:
         self.prompts[job.id] = job.prompt
         return self.inner.shape(job, precise)
 
-    def ready(self, job: Job, busy: Collection[str]) -> bool:
+    def ready(self, job: Job, busy: Collection[Network]) -> bool:
         self._break("load", [job.id])
         return self.inner.ready(job, busy)
 

@@ -273,7 +273,17 @@ def to_job(body: PictureRequest, spec: ModelSpec, width: int, height: int, stren
         strength=strength,
         class_label=label,
         spacing=given(body.spacing, None if sampler in SPACED else spec.schedule.spacing),
+        loras=loras_of(body, spec),
     )
+
+
+def loras_of(body: PictureRequest, spec: ModelSpec) -> tuple[tuple[str, float], ...]:
+    """Names and weights, sorted, without those that change nothing. Raises InvalidRequest."""
+    for name in body.loras:
+        shown = name.encode("utf-8", "replace").decode()[:SHOWN]
+        known = ", ".join(spec.loras) or "there are none"
+        refuse([("loras", name in spec.loras, f"names {shown!r}; expected some of this model's: {known}")])
+    return tuple(sorted((name, weight) for name, weight in body.loras.items() if weight))
 
 
 def given(value: Any, default: Any) -> Any:

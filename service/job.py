@@ -12,6 +12,13 @@ from models.spec import Spacing
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON client can hold
 
 
+class Network(NamedTuple):
+    """What a job runs on: a model, and the LoRAs merged into it, sorted, each at a weight that is not 0."""
+
+    model: str
+    loras: tuple[tuple[str, float], ...] = ()
+
+
 class ImageKey(NamedTuple):
     """Image `index` of a job."""
 
@@ -56,6 +63,12 @@ class Job:
     class_label: int | None = None  # counted from 0; for a model that reads prompts, prompt is its name
     boxes: tuple[Box, ...] = ()
     spacing: Spacing | None = None  # of the timesteps; None: the sampler's own
+    loras: tuple[tuple[str, float], ...] = ()  # as in Network
+
+    @property
+    def network(self) -> Network:
+        """Jobs with another may not share its UNet calls."""
+        return Network(self.model, self.loras)
 
     @property
     def task(self) -> str:
@@ -90,7 +103,8 @@ class Job:
     @classmethod
     def from_message(cls, plain: dict[str, Any], blobs: tuple[bytes, ...]) -> Job:
         """The inverse of to_message."""
-        plain = plain | {"boxes": tuple(Box(*box) for box in plain["boxes"])}
+        boxes, loras = (tuple(Box(*box) for box in plain["boxes"]), tuple(map(tuple, plain["loras"])))
+        plain = plain | {"boxes": boxes, "loras": loras}
         return cls(**plain, **dict(zip(cls.BLOBS, blobs, strict=True)))
 
 

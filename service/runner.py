@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models import words
+from models import lora, words
 from models.checkpoint import load
 from models.conditioner import Asked
 from models.errors import CheckpointError
@@ -41,9 +42,9 @@ from service.device import (
 )
 from service.engine import Call, Preview
 from service.errors import NonFinite, OutOfMemory
-from service.job import ImageKey, Job, Shape
+from service.job import ImageKey, Job, Network, Shape
 from service.memory import Use
-from service.registry import Registry
+from service.registry import Registry, locate_loras
 from service.settings import Settings
 
 MEASURE_EVERY = 64  # calls
@@ -74,7 +75,7 @@ class TorchRunner:
         self.jobs: dict[str, JobState] = {}
         self.plans: dict[str, tuple[Plan, Shape]] = {}
         self.schedules = {name: Schedule(spec.schedule) for name, spec in registry.specs.items()}
-        self.precise: dict[str, LatentDiffusion] = {}  # float32 copies, for as long as a job needs them
+        self.precise: dict[Network, LatentDiffusion] = {}  # float32 copies, for as long as a job needs them
         self.projections: dict[str, Projection] = {}
         self.memory = memory_of(device or torch.device("cpu"))
         self.calls = 0
@@ -91,15 +92,15 @@ class TorchRunner:
         size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
         latent = (channels, *size)
         line = plan(self.schedules[job.model], job.sampler, job.steps, job.eta, job.strength, job.spacing)
-        group = (job.model, latent, spec.context_shape, precise)
+        group = (job.network, latent, spec.context_shape, precise)
         self.plans[job.id] = line, Shape(group, len(line), size[0] * size[1], len(corners))
         return self.plans[job.id][1]
 
-    def ready(self, job: Job, busy: Collection[str]) -> bool:
-        if self.registry.holds(job.model):
+    def ready(self, job: Job, busy: Collection[Network]) -> bool:
+        if self.registry.has(job.network):
             return True
         with out_of_memory_refused():
-            room = self.registry.load(job.model, busy)
+            room = self.registry.ready(job.network, busy)
         if room:
             self._after_swap()
         return room
@@ -113,7 +114,7 @@ class TorchRunner:
     @torch.inference_mode()
     def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
         with out_of_memory_refused():
-            bundle = self._precise(job.model) if precise else self.registry[job.model]
+            bundle = self._precise(job.network) if precise else self.registry.bundle(job.network)
             rows, asked = told_rows(job.guidance_scale), asked_of(job, bundle.spec.label_cell)
             contexts = bundle.contexts(asked)
             contexts = None if contexts is None else contexts.rows(rows)
@@ -166,14 +167,14 @@ class TorchRunner:
                     beside = state.bundle.beside_tile(image.low)
                 image.beside, image.low = beside.expand(state.job.rows, -1, -1, -1), None
 
-    def _precise(self, model: str) -> LatentDiffusion:
-        """The model in float32: itself if it is, else a copy."""
-        bundle = self.registry[model]
-        if bundle.unet.dtype == torch.float32:
-            return bundle
-        if model not in self.precise:
-            self.precise[model] = bundle.copy(torch.float32)
-        return self.precise[model]
+    def _precise(self, network: Network) -> LatentDiffusion:
+        """The network in float32: itself if it is, else a copy."""
+        model = self.registry[network.model]
+        if model.unet.dtype == torch.float32:
+            return self.registry.bundle(network)
+        if network not in self.precise:
+            self.precise[network] = self.registry.changed(model.copy(torch.float32), network)
+        return self.precise[network]
 
     @torch.inference_mode()
     def step(self, keys: Sequence[ImageKey]) -> Call:
@@ -311,5 +312,8 @@ def build(settings: Settings, paths: Mapping[str, Path]) -> TorchRunner:
     for name, spec in registry.specs.items():
         if spec.reads_words and words.find(paths[name], vocabulary) is None:
             raise CheckpointError(f"{name}: {words.WANTED}")
+    if files := locate_loras(settings.lora):
+        loras = lora.open_loras(files, registry.specs, device, settings.allow_pickle)
+        registry.offer(loras, lora.apply, partial(lora.changed_bytes, dtype=dtype), settings.lora_sets)
     registry.load_all()
     return TorchRunner(registry, settings.buckets, settings.invariant, settings.step_memory, device)

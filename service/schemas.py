@@ -15,6 +15,7 @@ MAX_SIDE = 8192
 MAX_N = 1024  # the operator's own limit comes on top
 MAX_TEXT = 4000
 MAX_BOXES = 64
+MAX_WEIGHT = 10.0  # of a LoRA
 
 
 def not_blank(text: str) -> str:
@@ -60,6 +61,10 @@ class PictureRequest(BaseModel):
         Field(description="of the timesteps; lcm and dpmpp_2m_karras have their own"),
     ] = None
     eta: Annotated[float | None, Field(ge=0, le=1, description="0: DDIM; 1: DDPM")] = None
+    loras: Annotated[
+        dict[str, Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]],
+        Field(default_factory=dict, description="name -> weight, of the model's LoRAs (GET /models)"),
+    ]
     output_format: Format | None = None
     priority: Annotated[int, Field(ge=0, le=9, description="larger runs sooner")] = 0
     timeout: Annotated[float | None, Field(gt=0, le=86_400, description="seconds until a 504")] = None
@@ -270,6 +275,7 @@ class Model(BaseModel):
         list[Label],
         Field(description="label i is the i-th, counted from 0; none are listed that are numbers alone"),
     ]
+    loras: Annotated[list[str], Field(description="that `loras` can name")]
     defaults: ModelDefaults
     limits: ModelLimits
     samplers: list[str]

@@ -22,6 +22,7 @@ PREFIX = "LDM_"
 CONFIG = "LDM_CONFIG"  # names the file of settings; no setting itself
 
 SWITCHES = {"1": True, "true": True, "0": False, "false": False}
+NAMED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}=.")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 KEY = re.compile(r"[!-+\--~]{8,}")  # an API key: visible ASCII without a comma
 
@@ -82,6 +83,13 @@ def read_models(text: str) -> tuple[str, ...]:
     if not names:
         raise ValueError(text)
     return names
+
+
+def read_loras(text: str) -> tuple[str, ...]:
+    named = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not all(NAMED.match(part) for part in named):
+        raise ValueError(text)
+    return named
 
 
 def read_buckets(text: str) -> tuple[int, ...]:
@@ -153,6 +161,12 @@ class Settings:
 
     # BERT's vocab.txt or its folder, for the paper's text models; none: beside each, or in the local cache.
     vocabulary: str = setting("", Parser(str, "a file vocab.txt, or its folder"))
+
+    # LoRAs that requests can ask for, by name. Each must fit a model.
+    lora: tuple[str, ...] = setting((), Parser(read_loras, "NAME=PATH, by commas"))
+    # Sets of them (names and weights) that are merged at a time, each as large as the weights it changes. Too
+    # few: jobs with another set wait until the jobs of one of these are done. Too many: out of memory.
+    lora_sets: int = setting(4, number(int, 1, 1024))
 
     # Row counts that a UNet call is padded to; the last is the most rows of a call. Kernels are chosen by
     # row count, so a picture's last bits depend on the bucket: fewer buckets, fewer differences, more pad.

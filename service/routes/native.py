@@ -148,6 +148,7 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
             Label(name=name, colour="#{:02x}{:02x}{:02x}".format(*layouts.colour_of(number)))
             for number, name in enumerate(names_of(spec), 1)
         ],
+        loras=list(spec.loras),
         defaults=ModelDefaults(**asdict(spec.defaults), spacing=spec.schedule.spacing),
         limits=ModelLimits(
             size_multiple=spec.size_multiple,

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig, get_peft_model
-from torch import nn
 
 from models import lora
-from models.checkpoint import CheckpointError, load
+from models.checkpoint import load
 from models.conditioner import Asked
-from tests.loras import ATTENTION, CONVOLUTIONS, TEXT, as_kohya, as_peft, random_lora, shapes_of, write_lora
+from tests.loras import ATTENTION, TEXT, as_kohya, as_peft, random_lora, shapes_of, write_lora
 
 LIMIT = 1e-5
 ASKED = Asked("red apple", "blue")
@@ -46,7 +42,9 @@ def outputs(bundle):
 
 def reference(folder, tensors, weight=1.0):
     """The same of diffusers, with the changes fused."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, low_cpu_mem_usage=False, torch_dtype=torch.float32
+    )
     pipeline.load_lora_weights(dict(tensors))
     pipeline.fuse_lora(lora_scale=weight)
     generator = torch.Generator().manual_seed(0)

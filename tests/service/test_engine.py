@@ -19,6 +19,7 @@ from service.job import (
     Failed,
     ImageKey,
     Job,
+    Network,
     Previewed,
     Shape,
     Started,
@@ -67,10 +68,10 @@ class CountingRunner:
         self.shaped[job.id] = precise
         return Shape((job.model, job.width, precise), job.steps, 1.0)
 
-    def ready(self, job: Job, busy: Collection[str]) -> bool:
+    def ready(self, job: Job, busy: Collection[Network]) -> bool:
         self.break_at("load", job)
         if job.model not in self.loaded:
-            kept = [model for model in self.loaded if model in busy]
+            kept = [model for model in self.loaded if Network(model) in busy]
             if len(kept) >= self.rooms:
                 return False
             self.loaded = [*kept, job.model]
