@@ -409,7 +409,7 @@ def test_every_job_ends_exactly_once(moves, buckets, holds, rooms, measures):
     history.check()
     assert all(history.ends[job] == 1 for job in history.jobs)
     engine, runner = history.engine, history.runner
-    left = (engine.jobs, engine.door, engine.models, engine.latents, engine.scheduler)
+    left = (engine.jobs, engine.door, engine.networks, engine.latents, engine.scheduler)
     assert not any(map(len, (*left, runner.held, runner.shaped)))
     most = max(buckets[-1], 2)
     assert all(event.rows <= most for event in history.events if isinstance(event, Stepped))
