@@ -337,14 +337,14 @@ def text_targets(conditioner: Conditioner | None) -> Iterator[tuple[set[str], Ta
     """Names of each weight of CLIP's text encoders, and the weight."""
     if not isinstance(conditioner, TextConditioner):
         return
-    for index, encoder in enumerate([conditioner.encoder]):
-        for native, shape in leaves(encoder.transformer):
-            inner = native.removeprefix(keymaps.TEXT_PREFIX)
+    for index, encoder in enumerate(conditioner.encoders):
+        for native, shape in leaves(encoder):
+            inner = native.removeprefix("transformer.")
             names = {inner, keymaps.TEXT_PREFIX + inner}
             both = {f"{NETWORKS[1 + index]}.{name}" for name in names}
             both |= {kohya(prefix, name) for prefix in KOHYA_TEXTS[index] for name in names}
             own = names if index == 0 else set()
-            yield both | own, Target("conditioner", f"encoder.transformer.{native}.weight", shape)
+            yield both | own, Target("conditioner", f"encoders.{index}.{native}.weight", shape)
 
 
 def leaves(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -24,7 +24,17 @@ from service.errors import ServiceError, from_code
 from service.job import Done, Event, Failed, Job, Started, Stepped
 from service.registry import ModelPathError, locate_all, locate_loras, read_specs
 from service.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
-from service.settings import DTYPES, SettingError, Settings, as_text, misspelt, read_settings, variable
+from service.settings import (
+    DTYPES,
+    Given,
+    SettingError,
+    Settings,
+    as_text,
+    misspelt,
+    parse,
+    read_settings,
+    variable,
+)
 
 ASKED = (
     "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seed", "n", "sampler", "eta",
@@ -275,7 +285,7 @@ def lora(text: str) -> tuple[str, float]:
     except ValueError:
         named, weight = text, 1.0
     try:
-        (one,) = parse("--lora", "lora", named)
+        (one,) = parse("lora", Given(named, "--lora", "the command line"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=PATH or NAME=PATH:WEIGHT") from None
     return one, weight

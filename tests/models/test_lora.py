@@ -42,9 +42,7 @@ def outputs(bundle):
 
 def reference(folder, tensors, weight=1.0):
     """The same of diffusers, with the changes fused."""
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, low_cpu_mem_usage=False, dtype=torch.float32
-    )
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False, dtype=torch.float32)
     pipeline.load_lora_weights(dict(tensors))
     pipeline.fuse_lora(lora_scale=weight)
     generator = torch.Generator().manual_seed(0)
