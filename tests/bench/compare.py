@@ -1,0 +1,212 @@
+"""Ours beside `diffusers`: the same weights, the same machine, turn by turn.
+
+    python -m tests.bench.compare [SHAPE ...] [--parts PART ...] [--batches N ...] [--compiled] [--tiny]
+
+Parts: unet (a call of so many rows), D, E, text (so many pictures or prompts), pictures (whole ones, with
+text and D, ours through the engine that serves). Weights are random, the same tensors on both sides.
+What does not agree is not timed. In every round each side runs once, and a matrix product between them: the
+ceiling, of the type and at the time of what it is held against. Numbers are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import Tensor
+
+from service.device import choose_device, choose_dtype
+from tests.bench.shapes import SHAPES, TINY, Pair, Setting, Shape, networks, pictures
+
+PARTS = ("unet", "D", "E", "text", "pictures")
+CEILING = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices of the ceiling
+# The largest relative error of a network; of whole pictures, which add up many calls, the least PSNR.
+LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+PICTURES_DB = {torch.float32: 50.0, torch.float16: 35.0, torch.bfloat16: 25.0}
+COLUMNS = ("shape", "part", "batch", "ours s", "theirs s", "ratio", "TFLOP/s", "of ceiling", "apart")
+WIDTHS = (10, 9, 6, 10, 10, 8, 9, 11, 9)
+
+
+class DisagreementError(Exception):
+    """Two networks of the same weights that do not give the same: neither is worth timing."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What was measured of one part."""
+
+    shape: str
+    part: str
+    batch: int
+    ours: float  # seconds
+    theirs: float
+    flops: int
+    ceiling: float  # FLOP/s
+    apart: float  # relative error, or dB of pictures
+
+    def cells(self) -> tuple[str, ...]:
+        rate = self.flops / self.ours
+        apart = f"{self.apart:.0f} dB" if self.part == "pictures" else f"{self.apart:.0e}"
+        return (
+            self.shape, self.part, str(self.batch), f"{self.ours:.3f}", f"{self.theirs:.3f}",
+            f"{self.theirs / self.ours:.2f}", f"{rate / 1e12:.2f}", f"{rate / self.ceiling:.0%}", apart,
+        )  # fmt: skip
+
+
+def main() -> None:
+    args = parser().parse_args()
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shapes = TINY if args.tiny else SHAPES
+    print(machine(device, dtype, "compiled" if args.compiled else "as it comes"), flush=True)
+    print(form(COLUMNS), flush=True)
+    setting = Setting(device, dtype, args.compiled, args.steps)
+    lines, fine = [], True
+    for name in args.shapes or shapes:
+        for part in args.parts:
+            for batch in args.batches or batches(shapes[name], part):
+                try:
+                    line = measured(shapes[name], part, batch, setting, args.rounds)
+                except DisagreementError as error:
+                    fine = False
+                    print(f"{name} {part} {batch}: not timed, {error}", flush=True)
+                except (torch.OutOfMemoryError, MemoryError):
+                    print(f"{name} {part} {batch}: does not fit", flush=True)
+                else:
+                    lines.append(line)
+                    print(form(line.cells()), flush=True)
+                release(device)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(line) for line in lines], indent=1), encoding="utf-8")
+    raise SystemExit(0 if fine else 1)
+
+
+def batches(shape: Shape, part: str) -> tuple[int, ...]:
+    return shape.rows if part == "unet" else shape.pictures
+
+
+@torch.inference_mode()
+def measured(shape: Shape, part: str, batch: int, setting: Setting, rounds: int) -> Line:
+    """A part of a shape, made and measured. Raises DisagreementError."""
+    if part == "pictures":
+        pair = pictures(shape.spec, batch, setting)
+    else:
+        pair = networks(shape.spec, part, batch, setting)
+    return measure(pair, shape.spec.name, part, batch, setting, rounds)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    top.add_argument("shapes", metavar="SHAPE", nargs="*", choices=[*SHAPES, []], help=", ".join(SHAPES))
+    top.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    top.add_argument("--batches", nargs="+", type=int, help="rows of the UNet, pictures of the rest")
+    top.add_argument("--steps", type=int, default=0, help="of pictures (default: the model's)")
+    top.add_argument("--rounds", type=int, default=5)
+    top.add_argument("--device", default="auto")
+    top.add_argument("--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto")
+    top.add_argument("--threads", type=int, default=0, help="0: as many as torch likes")
+    top.add_argument(
+        "--compiled", action="store_true", help="theirs with torch.compile, its fastest documented way"
+    )
+    top.add_argument("--tiny", action="store_true", help="networks of few channels, to try it out")
+    top.add_argument("--json", type=Path, metavar="FILE", help="the lines as numbers")
+    return top
+
+
+def machine(device: torch.device, dtype: torch.dtype, theirs: str) -> str:
+    """What a table's figures are of."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {name}, {torch.get_num_threads()} threads, {dtype}, "
+        f"torch {torch.__version__}, diffusers {diffusers.__version__} {theirs}"
+    )
+
+
+def processor() -> str:
+    """The CPU's name, and whether it has matrix units."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
+    known = [kind for kind in ("amx_bf16", "avx512_bf16") if kind in fields.get("flags", "").split()]
+    return f"{fields.get('model name', platform.machine())} ({', '.join(known) or 'no bfloat16'})"
+
+
+def form(cells: tuple[str, ...]) -> str:
+    first, *others = (f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+    return first.strip().ljust(WIDTHS[0]) + "".join(others)
+
+
+def measure(pair: Pair, shape: str, part: str, batch: int, setting: Setting, rounds: int) -> Line:
+    """Both sides in turn, after they have agreed; the first call of each is not counted."""
+    device = setting.device
+    apart = agreement(pair, part, setting.dtype)
+    product, flops = ceiling(device, setting.dtype)
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "ceiling": []}
+    for _ in range(rounds):
+        for name, call in (("ours", pair.ours), ("ceiling", product), ("theirs", pair.theirs)):
+            seconds[name].append(timed(call, device))
+    ours, theirs, top = (statistics.median(seconds[name]) for name in ("ours", "theirs", "ceiling"))
+    return Line(shape, part, batch, ours, theirs, pair.flops, flops / top, apart)
+
+
+def agreement(pair: Pair, part: str, dtype: torch.dtype) -> float:
+    """How far apart the two are. Raises DisagreementError."""
+    ours, theirs = pair.ours().float(), pair.theirs().float()
+    if ours.shape != theirs.shape:
+        raise DisagreementError(f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}")
+    if theirs.std() < 0.05:
+        raise DisagreementError("the reference is all but constant")
+    if part == "pictures":
+        apart = (10 * torch.log10(1 / (ours - theirs).square().mean())).item()
+        fine = apart >= PICTURES_DB[dtype]
+    else:
+        apart = ((ours - theirs).norm() / theirs.norm()).item()
+        fine = apart <= LIMITS[dtype]
+    if not fine:
+        raise DisagreementError(f"{apart:.2g} apart")
+    return apart
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
+    """A matrix product of that type, and its FLOP."""
+    side = CEILING[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return (lambda: a @ b), 2 * side**3
+
+
+def timed(call: Callable[[], Tensor], device: torch.device) -> float:
+    """Seconds until the device is done."""
+    synchronise(device)
+    begin = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - begin
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """What a part held is gone before the next one is made."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Published shapes with random weights: networks and whole pictures, ours and those of `diffusers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertTokenizer
+
+from models import tokenizers
+from models.autoencoder import Autoencoder
+from models.conditioner import TextConditioner, TokenConditioner
+from models.latent_diffusion import LatentDiffusion
+from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, TokenSpec, UNetSpec
+from models.text_encoder import TextEncoder
+from models.unet import UNet, timestep_embedding
+from service.engine import Engine
+from service.job import Done, Job, Network
+from service.runner import TorchRunner
+from tests.bench import rivals
+
+PROMPT = "a red apple on a wooden table in the evening"
+GUIDANCE = 5.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, and what a benchmark asks of it."""
+
+    spec: ModelSpec
+    rows: tuple[int, ...]  # of UNet calls: 2 are one guided picture
+    pictures: tuple[int, ...]  # at once, of everything else
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same work twice; both return what can be compared."""
+
+    ours: Callable[[], Tensor]
+    theirs: Callable[[], Tensor]
+    flops: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how a pair runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compiled: bool = False  # theirs
+    steps: int = 0  # of pictures; 0: the model's
+
+
+CLIP = TextSpec(vocabulary=49408, width=768, layers=12, heads=12, intermediate=3072, tokens=77)
+BIG_CLIP = replace(
+    CLIP, width=1280, layers=32, heads=20, intermediate=5120, activation="gelu", pad_id=0, skipped=1,
+    final_norm=False, pooled=1280,
+)  # fmt: skip
+SD15 = ModelSpec(
+    name="sd15",
+    unet=UNetSpec(
+        in_channels=4, out_channels=4, channels=(320, 640, 1280, 1280), res_blocks=2,
+        transformer_depth=(1, 1, 1, 0), middle_depth=1, heads=(8, 8, 8, 8), context_width=768,
+    ),
+    autoencoder=AutoencoderSpec((128, 256, 512, 512), 2, latent_channels=4, scale_factor=0.18215),
+    schedule=ScheduleSpec(),
+    texts=(CLIP,),
+    defaults=Defaults(512, 512, steps=50),
+)  # fmt: skip
+LDM_TEXT = replace(
+    SD15,
+    name="ldm-text",
+    unet=replace(SD15.unet, context_width=1280),
+    texts=(),
+    condition=TokenSpec(vocabulary=30522, width=1280, layers=32, tokens=77),
+    defaults=Defaults(256, 256, steps=50),
+)
+SDXL = replace(
+    SD15,
+    name="sdxl",
+    unet=replace(
+        SD15.unet, channels=(320, 640, 1280), transformer_depth=(0, 2, 10), middle_depth=10,
+        heads=(5, 10, 20), context_width=2048, linear_projection=True, added_width=2816, size_width=256,
+    ),
+    autoencoder=replace(SD15.autoencoder, scale_factor=0.13025),
+    texts=(replace(CLIP, skipped=1, final_norm=False), BIG_CLIP),
+    defaults=Defaults(1024, 1024, steps=20),
+    zero_null=True,
+)  # fmt: skip
+SHAPES = {
+    "sd15": Shape(SD15, rows=(2, 8, 32), pictures=(1, 4)),
+    "ldm-text": Shape(LDM_TEXT, rows=(2, 8, 32), pictures=(1, 4)),
+    "sdxl": Shape(SDXL, rows=(2, 8), pictures=(1, 2)),
+}
+
+
+def narrow(shape: Shape) -> Shape:
+    """The same structure in few channels and small pictures."""
+    spec = shape.spec
+    unet = replace(
+        spec.unet,
+        channels=tuple(32 * width // spec.unet.channels[0] for width in spec.unet.channels),
+        heads=tuple(min(heads, 4) for heads in spec.unet.heads),
+        transformer_depth=tuple(min(depth, 2) for depth in spec.unet.transformer_depth),
+        middle_depth=min(spec.unet.middle_depth, 2),
+    )
+    thin = replace(
+        spec,
+        unet=unet,
+        autoencoder=replace(
+            spec.autoencoder, channels=tuple(width // 4 for width in spec.autoencoder.channels)
+        ),
+        texts=tuple(replace(text, layers=2) for text in spec.texts),
+        condition=spec.condition and replace(spec.condition, layers=2),
+        defaults=replace(spec.defaults, width=64, height=64, steps=5),
+    )
+    return replace(shape, spec=thin, rows=(2,), pictures=(1,))
+
+
+TINY = {name: narrow(shape) for name, shape in SHAPES.items()}
+
+
+def made(kind: Callable[[], nn.Module], setting: Setting, seed: int = 0) -> nn.Module:
+    """A network with every parameter random: matrices keep the size of what they are given, norms are near
+    1."""
+    with torch.device("meta"):
+        network = kind().to(setting.dtype)
+    network = network.to_empty(device=setting.device).requires_grad_(False).eval()
+    generator = torch.Generator(setting.device).manual_seed(seed)
+    norms = {part.weight for part in network.modules() if isinstance(part, nn.GroupNorm | nn.LayerNorm)}
+    tables = {part.weight for part in network.modules() if isinstance(part, nn.Embedding)}
+    for parameter in network.parameters():
+        fan_in = 1 if parameter in tables or parameter.dim() < 2 else parameter[0].numel()
+        size = 0.1 if parameter.dim() < 2 else fan_in**-0.5
+        parameter.normal_(1.0 if parameter in norms else 0.0, size, generator=generator)
+    return network
+
+
+class Method(nn.Module):
+    """A network's method as its forward()."""
+
+    def __init__(self, network: nn.Module, method: str) -> None:
+        super().__init__()
+        self.network, self.method = network, method
+
+    def forward(self, *inputs: Tensor) -> object:
+        return getattr(self.network, self.method)(*inputs)
+
+
+def flops_of(network: nn.Module, *inputs: Tensor | None, method: str = "forward") -> int:
+    """Of one call, counted on the meta device without making it."""
+    copy = {f"network.{key}": value.to("meta") for key, value in network.state_dict().items()}
+    meta = tuple(x if x is None else x.to("meta") for x in inputs)
+    with FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(Method(network, method), copy, meta)
+    return counter.get_total_flops()
+
+
+def networks(spec: ModelSpec, part: str, batch: int, setting: Setting) -> Pair:
+    """A network by itself; batch: rows of the UNet, pictures or prompts of the others."""
+    return {"unet": unets, "D": decoders, "E": encoders, "text": texts}[part](spec, batch, setting)
+
+
+def noise(setting: Setting, *sizes: int) -> Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(1)).to(setting.device, setting.dtype)
+
+
+def latents(spec: ModelSpec, batch: int, setting: Setting) -> Tensor:
+    return noise(setting, batch, *spec.latent_shape(spec.defaults.width, spec.defaults.height))
+
+
+def unet_inputs(spec: ModelSpec, rows: int, setting: Setting) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, t, context, and what is told beside the timestep."""
+    t = torch.linspace(1, 981, rows, device=setting.device).round()
+    context = noise(setting, rows, *spec.context_shape)
+    if not spec.unet.added_width:
+        return latents(spec, rows, setting), t, context, None
+    pooled = noise(setting, rows, spec.unet.added_width - 6 * spec.unet.size_width)
+    numbers = torch.tensor(sizes(spec), device=setting.device)
+    told = timestep_embedding(numbers, spec.unet.size_width).flatten().to(setting.dtype).expand(rows, -1)
+    return latents(spec, rows, setting), t, context, torch.cat([pooled, told], dim=1)
+
+
+def sizes(spec: ModelSpec) -> list[int]:
+    """Height and width before it was cut, where it was cut, height and width now."""
+    width, height = spec.defaults.width, spec.defaults.height
+    return [height, width, 0, 0, height, width]
+
+
+def unets(spec: ModelSpec, rows: int, setting: Setting) -> Pair:
+    ours = made(lambda: UNet(spec.unet), setting)
+    theirs = rivals.fast(rivals.unet(ours), setting.device, setting.compiled)
+    x, t, context, pooled = unet_inputs(spec, rows, setting)
+    added = None
+    if pooled is not None:
+        told = torch.tensor([sizes(spec)] * rows, device=setting.device)
+        text = pooled[:, : spec.unet.added_width - 6 * spec.unet.size_width]
+        added = {"text_embeds": text, "time_ids": told}
+    return Pair(
+        lambda: ours(x, t, context, pooled),
+        lambda: theirs(x, t, context, added_cond_kwargs=added).sample,
+        flops_of(ours, x, t, context, pooled),
+    )
+
+
+def autoencoders(spec: ModelSpec, setting: Setting) -> tuple[Autoencoder, nn.Module]:
+    ours = made(lambda: Autoencoder(spec.autoencoder), setting)
+    theirs = rivals.autoencoder(ours)
+    for name in ("encoder", "decoder"):
+        setattr(theirs, name, rivals.fast(getattr(theirs, name), setting.device, setting.compiled))
+    return ours, theirs
+
+
+def decoders(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
+    ours, theirs = autoencoders(spec, setting)
+    z = latents(spec, batch, setting)
+    flops = flops_of(ours, z, method="decode")
+    return Pair(lambda: ours.decode(z), lambda: theirs.decode(z).sample, flops)
+
+
+def encoders(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
+    ours, theirs = autoencoders(spec, setting)
+    x = noise(setting, batch, 3, spec.defaults.height, spec.defaults.width)
+    flops = flops_of(ours, x, method="encode")
+    return Pair(lambda: ours.encode(x), lambda: theirs.encode(x).latent_dist.mode(), flops)
+
+
+def texts(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
+    """Of several text encoders the last, and the states that its tokens are taken from."""
+    whole = conditioner(spec, [None] * max(1, len(spec.texts)), setting)
+    ours = whole.encoders[-1] if spec.texts else whole
+    network = ours if spec.texts else ours.transformer
+    theirs = rivals.fast(rivals.text(ours, setting.device, setting.dtype), setting.device, setting.compiled)
+    shape = (batch, network.spec.tokens)
+    ids = torch.randint(network.spec.vocabulary, shape, generator=torch.Generator().manual_seed(1))
+    ids = ids.to(setting.device)
+    hidden = bool(spec.texts and network.spec.skipped)
+    return Pair(
+        (lambda: ours(ids).tokens) if spec.texts else (lambda: ours.from_ids(ids)),
+        lambda: states_of(theirs(input_ids=ids, output_hidden_states=hidden), hidden),
+        flops_of(network, ids),
+    )
+
+
+def states_of(out, hidden: bool) -> Tensor:
+    """Those before the last layer, or the last ones after the norm."""
+    return out.hidden_states[-2] if hidden else out[0]
+
+
+def conditioner(spec: ModelSpec, words: list, setting: Setting) -> TextConditioner | TokenConditioner:
+    """words: a tokenizer of each encoder."""
+    if not spec.texts:
+        return made(lambda: TokenConditioner(spec.condition, words[0]), setting)
+    pairs = list(zip(spec.texts, words, strict=True))
+    return made(
+        lambda: TextConditioner([TextEncoder(*pair) for pair in pairs], zero_null=spec.zero_null), setting
+    )
+
+
+class Held:
+    """The part of a registry that the runner asks, around one model that is there."""
+
+    def __init__(self, bundle: LatentDiffusion) -> None:
+        self.model, self.specs = bundle, {bundle.spec.name: bundle.spec}
+
+    def bundle(self, network: Network) -> LatentDiffusion:
+        return self.model
+
+    def has(self, network: Network) -> bool:
+        return True
+
+    def holds(self, name: str) -> bool:
+        return True
+
+
+def pictures(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
+    """Whole guided pictures from a prompt, numbers of files over 255, (B, H, W, 3): ours through the engine
+    that serves, theirs through the pipeline of `diffusers`."""
+    steps = setting.steps or spec.defaults.steps
+    words = [tokenizers.clip(text.pad_id) for text in spec.texts] or [bert_words()]
+    unet, autoencoder = (
+        made(lambda: UNet(spec.unet), setting),
+        made(lambda: Autoencoder(spec.autoencoder), setting),
+    )
+    bundle = LatentDiffusion(spec, unet, autoencoder, conditioner(spec, words, setting))
+    pipeline = rivals.pipeline(bundle, words, setting.compiled)
+    size = {"width": spec.defaults.width, "height": spec.defaults.height}
+    generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
+    starts = [torch.randn(spec.latent_shape(*size.values()), generator=g) for g in generators]
+    x_T = torch.stack(starts).to(setting.device, setting.dtype)  # noqa: N806
+
+    def theirs() -> Tensor:
+        out = pipeline(
+            [PROMPT] * batch, num_inference_steps=steps, guidance_scale=GUIDANCE, latents=x_T,
+            output_type="np", **size,
+        )  # fmt: skip
+        return torch.from_numpy(out.images).mul(255).round() / 255
+
+    ids = torch.zeros(2, spec.context_shape[0], dtype=torch.long, device=setting.device)
+    readers = bundle.conditioner.encoders if spec.texts else [bundle.conditioner.transformer]
+    flops = steps * flops_of(unet, *unet_inputs(spec, 2 * batch, setting))
+    flops += flops_of(autoencoder, latents(spec, batch, setting), method="decode")
+    flops += sum(flops_of(reader, ids) for reader in readers)
+    return Pair(lambda: engine_pictures(bundle, batch, steps), theirs, flops)
+
+
+def bert_words() -> BertTokenizer:
+    """BERT's tokenizer with the prompt's words alone."""
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(PROMPT.split())]
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.txt").write_text("\n".join(entries) + "\n", encoding="utf-8")
+        return BertTokenizer.from_pretrained(folder)
+
+
+def engine_pictures(bundle: LatentDiffusion, batch: int, steps: int) -> Tensor:
+    """One job of so many pictures, through the engine."""
+    name, answers = bundle.spec.name, []
+    width, height = bundle.spec.defaults.width, bundle.spec.defaults.height
+    buckets = tuple(2**power for power in range(1, 7))
+    engine = Engine(TorchRunner(Held(bundle), buckets, device=bundle.device), answers.append, 2 * batch, 1)
+    engine.submit(Job("one", name, PROMPT, "", width, height, steps, GUIDANCE, 0, batch, "ddim", eta=0.0))
+    while engine.busy:
+        engine.tick()
+    if not isinstance(answers[-1], Done):
+        raise RuntimeError(f"the engine ended with {answers[-1]}")
+    pixels = [torch.frombuffer(bytearray(picture), dtype=torch.uint8) for picture in answers[-1].pictures]
+    return torch.stack(pixels).view(batch, height, width, 3) / 255

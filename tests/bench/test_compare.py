@@ -1,0 +1,49 @@
+"""The measure of speed: what it compares is the same work, and what disagrees is never timed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.bench.compare import DisagreementError, agreement
+from tests.bench.shapes import SHAPES, Pair, flops_of
+
+
+def test_a_table_of_small_networks(tmp_path):
+    command = [sys.executable, "-m", "tests.bench.compare", "sdxl", "--tiny", "--device", "cpu"]
+    options = ["--dtype", "float32", "--rounds", "1", "--parts", "unet", "D", "pictures"]
+    run = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = [line.split() for line in run.stdout.splitlines() if line.startswith("sdxl")]
+    assert [line[1] for line in lines] == ["unet", "D", "pictures"]
+    for line in lines:
+        ours, theirs, ratio = map(float, line[3:6])
+        assert ratio == pytest.approx(theirs / ours, rel=0.2)
+
+
+def test_what_disagrees_is_not_timed():
+    x = torch.randn(1, 4, 8, 8)
+    same = Pair(lambda: x, lambda: x.clone(), 1)
+    assert agreement(same, "unet", torch.float32) == 0
+    for other, what in ((x + 0.01, "apart"), (x[:, :2], "shapes")):
+        with pytest.raises(DisagreementError, match=what):
+            agreement(Pair(lambda: x, lambda other=other: other, 1), "unet", torch.float32)
+    with pytest.raises(DisagreementError, match="constant"):
+        agreement(Pair(lambda: 0 * x, lambda: 0 * x, 1), "unet", torch.float32)
+
+
+def test_counted_work():
+    linear = torch.nn.Linear(8, 16)
+    assert flops_of(linear, torch.randn(4, 8)) == 2 * 4 * 8 * 16
+
+
+def test_shapes_are_the_published_ones():
+    """Parameters of the published UNets, to a tenth of a million."""
+    from models.unet import UNet
+
+    sizes = {}
+    for name in ("sd15", "ldm-text", "sdxl"):
+        with torch.device("meta"):
+            sizes[name] = sum(p.numel() for p in UNet(SHAPES[name].spec.unet).parameters())
+    assert [round(size / 1e6, 1) for size in sizes.values()] == [859.5, 872.3, 2567.5]
