@@ -158,12 +158,13 @@ def preview_of(order: Order, preview: Previewed) -> JobPreview:
     whole = np.frombuffer(preview.pixels, np.uint8).reshape(preview.height, preview.width, 3)
     width = max(1, round(preview.width * order.width / job.width))
     height = max(1, round(preview.height * order.height / job.height))
-    file = images.encode(whole[:height, :width].tobytes(), width, height, "jpeg", {})
+    kind = order.preview_format
+    file = images.encode(whole[:height, :width].tobytes(), width, height, kind, {})
     return JobPreview(
         index=preview.index,
         step=preview.step,
         data=base64.b64encode(file).decode(),
-        media_type=MEDIA_TYPES["jpeg"],
+        media_type=MEDIA_TYPES[kind],
         width=width,
         height=height,
     )

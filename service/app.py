@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -27,7 +28,7 @@ from service.jobs import Jobs
 from service.keys import keys_of, require_key
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
-from service.routes import health, jobs, native
+from service.routes import health, jobs, native, openai
 from service.schemas import error_responses
 from service.settings import Settings
 from service.supervisor import Supervisor
@@ -38,7 +39,7 @@ FRAMEWORK = {401: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 400: Unrea
 # Who may ask: those who have a key, where there are keys; and everybody, of what says nothing about anyone's
 # requests. The description of the API and its page are public too. /metrics holds counts alone, and
 # Prometheus often asks without a key.
-KEYED = (native.router, jobs.router)
+KEYED = (native.router, jobs.router, openai.router)
 PUBLIC = (health.router,)
 
 
@@ -63,6 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
     app.state.jobs, app.state.keys = Jobs(supervisor), keys
+    app.state.started = int(time.time())
     app.add_middleware(
         BodyLimit,
         limit=settings.max_body_bytes,

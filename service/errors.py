@@ -2,6 +2,7 @@
 
 ServiceError
 ├── InvalidRequest          the body says something that cannot be done
+│   ├── BadRequest          ... to an API that calls that a 400
 │   ├── UnreadableBody      ... is no JSON at all
 │   └── UnsupportedMedia    ... is sent as something else than JSON
 ├── Unauthorized            the request has no API key, or none of ours
@@ -54,6 +55,10 @@ class ServiceError(Exception):
 
 class InvalidRequest(ServiceError):
     default = "the request is invalid"
+
+
+class BadRequest(InvalidRequest):
+    pass
 
 
 class UnreadableBody(InvalidRequest):
@@ -127,6 +132,7 @@ class WorkerLost(JobFailed):
 # Exception -> (HTTP status, "type" of the error body, "code" of the error body).
 TABLE: dict[type[ServiceError], tuple[int, str, str]] = {
     InvalidRequest: (422, "invalid_request_error", "invalid_value"),
+    BadRequest: (400, "invalid_request_error", "invalid_request"),
     UnreadableBody: (400, "invalid_request_error", "unreadable_body"),
     UnsupportedMedia: (415, "invalid_request_error", "unsupported_media_type"),
     Unauthorized: (401, "authentication_error", "invalid_api_key"),

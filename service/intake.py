@@ -46,6 +46,7 @@ WORDING = {
     "extra_forbidden": "is not a field of this request",
     "string_unicode": "must be text that UTF-8 can hold",
     "int_parsing_size": "is too large",
+    "none_required": "is not supported here",
 }
 
 
@@ -67,6 +68,7 @@ class Order:
     boxes: tuple[Box, ...] = ()  # as they were asked for
     tiles: Tiles | None = None
     scale: int = 1
+    preview_format: Format = "jpeg"
 
     def without_pictures(self) -> Order:
         """What is left to keep once the job has them."""

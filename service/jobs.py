@@ -15,7 +15,7 @@ from service.answers import Answer
 from service.errors import DeadlineExceeded, InvalidRequest, NotFound, ServiceError, code_of, to_body
 from service.intake import Order
 from service.progress import Progress, Stage, State
-from service.schemas import AnyJob, ErrorDetail, JobPreview, JobStatus
+from service.schemas import AnyJob, ErrorDetail, JobPreview, JobStatus, SceneJob
 from service.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -126,6 +126,10 @@ class Jobs:
             raise NotFound("there is no such job; it may have ended long ago")
         return self._records[job_id]
 
+    async def follow(self, body: AnyJob, request_id: str) -> Record:
+        """A new job that nobody asks for by its id: forgotten as soon as it ends. Raises as submit()."""
+        return await self._begin(body, None, request_id, kept=False)
+
     async def submit(self, body: AnyJob, key: str | None, request_id: str) -> Record:
         """A new job, or the one that the key began. Raises as intake and Supervisor.place() do."""
         if key is None:
@@ -141,22 +145,24 @@ class Jobs:
             )
         return await asyncio.shield(known.record)
 
-    async def _begin(self, body: AnyJob, key: str | None, request_id: str) -> Record:
+    async def _begin(self, body: AnyJob, key: str | None, request_id: str, kept: bool = True) -> Record:
         """Take a place, then the pictures, then begin; a request that is refused leaves nothing behind."""
         begin, service = time.monotonic(), self.supervisor
         try:
             with ExitStack() as place:
                 place.enter_context(service.place())
-                order = await asyncio.to_thread(to_order, body, service)
+                order = await asyncio.to_thread(to_order, body, service, kept)
                 previews = body.model_dump(include={"preview_every", "preview_decoded"})
                 order = replace(order, job=replace(order.job, **previews))
+                if isinstance(body, SceneJob):
+                    order = replace(order, preview_format=body.preview_format)
                 seconds = body.request.timeout or service.settings.timeout
                 progress = Progress()
                 work = asyncio.create_task(self._work(order, progress, begin, seconds))
                 record = Record(order.without_pictures(), body.task, request_id, progress, work)
                 self._records[record.id] = record
                 held = place.pop_all()  # not in the task itself: one cancelled at once never begins
-                work.add_done_callback(lambda _: self._end(record, key, held))
+                work.add_done_callback(lambda _: self._end(record, key, held, kept))
                 return record
         except BaseException:
             self._keys.pop(key, None)
@@ -169,13 +175,16 @@ class Jobs:
         except TimeoutError:
             raise DeadlineExceeded from None
 
-    def _end(self, record: Record, key: str | None, place: ExitStack) -> None:
-        """Give the place back, and keep the record for a while."""
+    def _end(self, record: Record, key: str | None, place: ExitStack, kept: bool) -> None:
+        """Give the place back, and keep the record for a while if it is to be kept."""
         place.close()
         record.progress.end(record.status)
         if record.error:
             self.supervisor.metrics.rejected.labels(code_of(record.error)).inc()
             log.info("job %s failed", record.id, exc_info=record.work.exception())
+        if not kept:
+            del self._records[record.id]
+            return
         self._ended[record.id] = key
         while len(self._ended) > self.supervisor.settings.jobs_kept:
             self._forget(next(iter(self._ended)))
@@ -188,12 +197,12 @@ class Jobs:
             self._keys.pop(self._ended.pop(job_id), None)
 
 
-def to_order(body: AnyJob, service: Supervisor) -> Order:
-    """As intake.to_order, with fields named as they are in this body."""
+def to_order(body: AnyJob, service: Supervisor, kept: bool) -> Order:
+    """As intake.to_order, with fields named as in the body that a job to be kept came in."""
     try:
         return intake.to_order(body.request, service.specs, service.settings)
     except ServiceError as error:
-        raise error.within("request") from None
+        raise (error.within("request") if kept else error) from None
 
 
 def digest_of(body: AnyJob) -> bytes:

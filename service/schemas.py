@@ -179,6 +179,7 @@ class SceneJob(JobBody):
     preview_decoded: Annotated[
         bool, Field(description="previews at full size through the decoder, which takes its time")
     ] = False
+    preview_format: Format = "jpeg"
 
 
 class GenerateJob(SceneJob):

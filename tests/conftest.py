@@ -146,6 +146,13 @@ def living(start_server) -> Iterator[Callable[[], Server]]:
         yield give
 
 
+@pytest.fixture(scope="session")
+def box(start_server) -> Iterator[Server]:
+    """A server of the models in the box."""
+    with start_server(Path("emoji"), Path("emoji-upscale")) as server:
+        yield server
+
+
 @pytest.fixture
 def server(living) -> Iterator[Server]:
     """A server that tests share, and leave as it was."""

@@ -1,0 +1,219 @@
+"""Between the OpenAI Images API and ours: bodies to requests, answers and events to its own."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, TypeVar
+
+from fastapi import UploadFile
+from pydantic import ValidationError
+
+from models.spec import ModelSpec
+from service import images
+from service.errors import InvalidRequest
+from service.images import MEDIA_TYPES
+from service.intake import DOES, STRENGTH, explain, find_model, given, refuse
+from service.jobs import Record
+from service.openai_schemas import (
+    CompletedImage,
+    Image,
+    ImageEdit,
+    ImageEvent,
+    ImageGeneration,
+    ImageRequest,
+    ImagesResponse,
+    ImageVariation,
+    PartialImage,
+    PromptedRequest,
+)
+from service.schemas import (
+    GenerateJob,
+    GenerateRequest,
+    GenerateResponse,
+    InpaintJob,
+    InpaintRequest,
+    JobPreview,
+    JobStatus,
+    PictureRequest,
+)
+
+Wanted = TypeVar("Wanted", bound=PictureRequest)
+
+FORMATS = {media_type: kind for kind, media_type in MEDIA_TYPES.items()}
+
+
+def shared(body: ImageRequest) -> dict[str, Any]:
+    """The fields of any request of ours, for the checks of its model."""
+    check(body)
+    asked = {
+        "model": body.model,
+        "n": body.n,
+        "seed": body.seed,
+        "steps": given(body.steps, body.num_inference_steps),
+        "guidance_scale": body.guidance_scale,
+        "negative_prompt": body.negative_prompt,
+        "sampler": body.sampler,
+    }
+    if isinstance(body, PromptedRequest):
+        asked |= {"prompt": body.prompt, "output_format": body.output_format}
+    if body.size not in (None, "auto"):
+        width, height = body.size.split("x")
+        asked |= {"width": int(width), "height": int(height)}
+    return asked
+
+
+def request_of(kind: type[Wanted], asked: Mapping[str, Any]) -> Wanted:
+    """The request of those values that are not None. Raises InvalidRequest as the native API does."""
+    try:
+        return kind.model_validate({name: value for name, value in asked.items() if value is not None})
+    except ValidationError as error:
+        raise explain(error.errors()) from None
+
+
+def check(body: ImageRequest) -> None:
+    """Raise InvalidRequest for fields that do not go together."""
+    rules = [
+        (
+            "num_inference_steps",
+            body.steps is None or body.num_inference_steps in (None, body.steps),
+            "must agree with steps",
+        )
+    ]
+    if isinstance(body, PromptedRequest):
+        rules += [
+            ("n", not body.stream or body.n in (None, 1), "must be 1 with stream: events name no picture"),
+            ("partial_images", bool(body.stream) or not body.partial_images, "must come with stream"),
+        ]
+    refuse(rules)
+
+
+def from_generation(body: ImageGeneration) -> GenerateRequest:
+    """A picture of a prompt."""
+    return request_of(GenerateRequest, shared(body))
+
+
+async def from_edit(body: ImageEdit, max_pixels: int) -> GenerateRequest | InpaintRequest:
+    """With a mask what is transparent in it is painted anew, without one the run starts from the picture."""
+    pictures = [*body.image, *body.images]
+    refuse(
+        (
+            ("image", bool(pictures), "is required"),
+            ("image", len(pictures) == 1, "must be one picture: these models start from one"),
+        )
+    )
+    picture = await text_of(pictures[0])
+    asked = shared(body) | {"strength": body.strength}
+    if body.mask is None:
+        return request_of(GenerateRequest, asked | {"init_image": picture})
+    file = await body.mask.read()
+    mask = await asyncio.to_thread(hole_of, file, max_pixels)
+    return request_of(InpaintRequest, asked | {"image": picture, "mask": mask})
+
+
+async def from_variation(body: ImageVariation) -> GenerateRequest:
+    """A run from the picture that is told nothing else."""
+    picture = await text_of(body.image)
+    return request_of(GenerateRequest, shared(body) | {"strength": body.strength, "init_image": picture})
+
+
+async def text_of(file: UploadFile) -> str:
+    """An uploaded file in base64."""
+    return base64.b64encode(await file.read()).decode()
+
+
+def hole_of(file: bytes, max_pixels: int) -> str:
+    """A mask of ours, white where theirs is fully transparent: a PNG in base64. Raises InvalidRequest."""
+    picture = images.decode(file, "mask", max_pixels)
+    if not picture.has_transparency_data:
+        raise InvalidRequest("mask must be transparent where to paint anew; it has no alpha", param="mask")
+    alpha = picture.convert("RGBA").getchannel("A")
+    out = io.BytesIO()
+    alpha.point([255] + [0] * 255).save(out, "png", compress_level=1)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def able(spec: ModelSpec) -> bool:
+    """Whether the model can be asked for anything here."""
+    return bool({*DOES[GenerateRequest], *DOES[InpaintRequest]} & {*spec.tasks})
+
+
+def to_answer(made: GenerateResponse) -> ImagesResponse:
+    """The pictures in its words."""
+    first = made.images[0]
+    return ImagesResponse(
+        created=made.created,
+        data=[Image(b64_json=picture.data) for picture in made.images],
+        output_format=FORMATS[first.media_type],
+        size=f"{first.width}x{first.height}",
+    )
+
+
+def to_job(
+    body: PromptedRequest, wanted: GenerateRequest | InpaintRequest, specs: Mapping[str, ModelSpec]
+) -> GenerateJob | InpaintJob:
+    """A job that shows as many pictures on the way as asked for, evenly. Raises NotFound for the model."""
+    spec = find_model(wanted.model, specs, DOES[type(wanted)])
+    from_picture = isinstance(wanted, GenerateRequest) and wanted.init_image is not None
+    share = given(wanted.strength, STRENGTH if from_picture else 1.0)
+    steps, partial = given(wanted.steps, spec.defaults.steps) * share, body.partial_images or 0
+    kind, task = (InpaintJob, "inpaint") if isinstance(wanted, InpaintRequest) else (GenerateJob, "generate")
+    return kind(
+        task=task,
+        request=wanted,
+        preview_every=max(1, int(steps / (partial + 1))) if partial else 0,
+        preview_decoded=True,
+        preview_format=wanted.output_format or "png",
+    )
+
+
+async def events(record: Record, prefix: str, partial_images: int) -> AsyncIterator[str]:
+    """A job's events as text/event-stream, to the picture or the error that ends it."""
+    shown = 0
+    async for event in record.events():
+        if event is None:
+            yield ": still here\n\n"
+            continue
+        name, data = event
+        if isinstance(data, JobPreview) and shown < partial_images:
+            yield sent(partial_of(data, prefix, shown, int(record.created)))
+            shown += 1
+        elif name == "done":
+            yield sent(completed_of(data.result, prefix))
+        elif name in ("failed", "cancelled"):
+            yield failure_of(data)
+
+
+def sent(event: ImageEvent) -> str:
+    return f"event: {event.type}\ndata: {event.model_dump_json()}\n\n"
+
+
+def partial_of(preview: JobPreview, prefix: str, index: int, created: int) -> PartialImage:
+    return PartialImage(
+        type=f"{prefix}.partial_image",
+        b64_json=preview.data,
+        created_at=created,
+        output_format=FORMATS[preview.media_type],
+        size=f"{preview.width}x{preview.height}",
+        partial_image_index=index,
+    )
+
+
+def completed_of(made: GenerateResponse, prefix: str) -> CompletedImage:
+    picture = made.images[0]
+    return CompletedImage(
+        type=f"{prefix}.completed",
+        b64_json=picture.data,
+        created_at=made.created,
+        output_format=FORMATS[picture.media_type],
+        size=f"{picture.width}x{picture.height}",
+    )
+
+
+def failure_of(status: JobStatus) -> str:
+    """The end of a job that has no picture; clients raise it."""
+    error = status.error.model_dump() if status.error else {"message": "the job was cancelled"}
+    return f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n"
