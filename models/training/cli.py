@@ -39,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
     parts = top.add_subparsers(required=True, metavar="PART")
     first = add(parts, "autoencoder", train_autoencoder, "E and D on drawn scenes of every glyph")
     add_budget(first, minutes=25, learning_rate=1e-3, batch=8)
+    first.add_argument("--start", type=Path, metavar="FOLDER", help="a trained model to go on from")
+    first.add_argument(
+        "--only-decoder", action="store_true", help="leave E, and with it what a UNet has learned, as it is"
+    )
     diffusion = add(parts, "diffusion", train_diffusion, "the UNet and the text encoder on latents of E")
     add_budget(diffusion, minutes=90, learning_rate=6e-4, batch=24)
     add_names(diffusion)
@@ -58,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
     export_upscaler.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     export = add(parts, "export", export_model, "the trained weights as a folder in float16")
     export.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    export.add_argument(
+        "--start", type=Path, metavar="FOLDER", help="a trained model of which D alone is another now"
+    )
     add_names(export)
     measure = add(parts, "evaluate", evaluate, "the autoencoder's fidelity, and accuracy in every task")
     add_model(measure)
@@ -117,7 +124,11 @@ def read_names(file: Path) -> list[str]:
 def train_autoencoder(args: argparse.Namespace) -> None:
     from models.training import first_stage
 
-    first_stage.train(AUTOENCODER, budget_of(args), args.state / "autoencoder.pt", torch.device(args.device))
+    autoencoder = Autoencoder(AUTOENCODER)
+    if args.start:
+        autoencoder.load_state_dict(checkpoint.load(args.start).autoencoder.state_dict())
+    state, device = args.state / "autoencoder.pt", torch.device(args.device)
+    first_stage.train(autoencoder, budget_of(args), state, device, args.only_decoder)
 
 
 def train_diffusion(args: argparse.Namespace) -> None:
@@ -141,6 +152,20 @@ def train_diffusion(args: argparse.Namespace) -> None:
 
 
 def export_model(args: argparse.Namespace) -> None:
+    bundle = with_decoder(args) if args.start else trained_model(args)
+    checkpoint.save(bundle, args.output)
+    shutil.copyfile(args.names, args.output / "names.txt")
+
+
+def with_decoder(args: argparse.Namespace) -> LatentDiffusion:
+    """A model that was there, with E and D of `autoencoder --only-decoder`."""
+    bundle = checkpoint.load(args.start)
+    bundle.autoencoder.load_state_dict(averaged(args.state / "autoencoder.pt"))
+    return bundle
+
+
+def trained_model(args: argparse.Namespace) -> LatentDiffusion:
+    """All networks of finished runs."""
     from models.conditioner import TextConditioner
     from models.training.diffusion import SceneNetwork
     from models.training.presets import LAYOUT, UNET, model_spec, text_spec
@@ -153,11 +178,8 @@ def export_model(args: argparse.Namespace) -> None:
     names = read_names(args.names)
     spec = model_spec(args.output.resolve().name, text, scale, names)
     conditioner = TextConditioner([network.text_encoder], network.layout, names)
-    bundle = LatentDiffusion(
-        spec, network.unet, trained(AUTOENCODER, args.state / "autoencoder.pt"), conditioner
-    )
-    checkpoint.save(bundle, args.output)
-    shutil.copyfile(args.names, args.output / "names.txt")
+    autoencoder = trained(AUTOENCODER, args.state / "autoencoder.pt")
+    return LatentDiffusion(spec, network.unet, autoencoder, conditioner)
 
 
 def train_sharp_autoencoder(args: argparse.Namespace) -> None:

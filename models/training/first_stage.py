@@ -12,7 +12,6 @@ from torch.nn.functional import l1_loss, mse_loss
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from models.autoencoder import Autoencoder
-from models.spec import AutoencoderSpec
 from models.training.scenes import Atlas, draw_scene
 from models.training.trainer import Budget, Trainer
 
@@ -37,18 +36,30 @@ def to_x(pictures: Tensor) -> Tensor:
     return pictures.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
-def loss(autoencoder: Autoencoder, x: Tensor) -> Tensor:
-    """Reconstruction error plus KL divergence of q(z | x) from a unit Gaussian (section 3.1)."""
-    mean, logvar = (m.float() for m in autoencoder.moments(x))
+def loss(autoencoder: Autoencoder, x: Tensor, only_decoder: bool = False) -> Tensor:
+    """Reconstruction error plus KL divergence of q(z | x) from a unit Gaussian (section 3.1).
+
+    only_decoder: E is taken as it is, and learns nothing.
+    """
+    with torch.set_grad_enabled(not only_decoder):
+        mean, logvar = (m.float() for m in autoencoder.moments(x))
     z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
     out = autoencoder.decode(z).float()
-    divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-    return mse_loss(out, x) + 0.25 * l1_loss(out, x) + KL_WEIGHT * divergence
+    error = mse_loss(out, x) + 0.25 * l1_loss(out, x)
+    if only_decoder:
+        return error
+    return error + KL_WEIGHT * 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
 
 
-def train(spec: AutoencoderSpec, budget: Budget, state: Path, device: torch.device, workers: int = 1) -> None:
-    """Train E and D on drawn scenes; resumes from `state`."""
-    autoencoder = Autoencoder(spec)
+def train(
+    autoencoder: Autoencoder, budget: Budget, state: Path, device: torch.device, only_decoder: bool = False,
+    workers: int = 1,
+) -> None:  # fmt: skip
+    """Train E and D, or D alone, on drawn scenes; resumes from `state`."""
+    if only_decoder:
+        for part in (autoencoder.encoder, autoencoder.quant_conv):
+            part.requires_grad_(False)
     trainer = Trainer(autoencoder, budget, state, device)
     data = DataLoader(Scenes(trainer.progress.updates), batch_size=budget.batch, num_workers=workers)
-    trainer.run(iter(data), lambda batch: loss(autoencoder, to_x(batch.to(device))), "autoencoder")
+    batches = (to_x(batch.to(device)) for batch in data)
+    trainer.run(batches, lambda x: loss(autoencoder, x, only_decoder), "autoencoder")

@@ -51,6 +51,21 @@ def test_every_part_in_turn_makes_a_model_that_is_measured(tmp_path: Path, capsy
 
 
 @needs_font
+def test_a_better_decoder_leaves_the_rest_of_a_model_as_it_was(tmp_path: Path) -> None:
+    old, new, names = Path("weights/emoji"), tmp_path / "emoji", Path("weights/emoji/names.txt")
+    shared = ["--state", str(tmp_path / "state"), "--device", "cpu", "--start", str(old)]
+    main(["autoencoder", *shared, "--minutes", "0.001", "--batch", "2", "--only-decoder"])
+    main(["export", *shared[:2], *shared[4:], "--names", str(names), "-o", str(new)])
+    before, after = load(old), load(new)
+    assert after.spec == before.spec
+    networks = (before.unet, after.unet), (before.autoencoder.encoder, after.autoencoder.encoder)
+    for ours, theirs in networks:
+        assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    ours, theirs = before.autoencoder.decoder.conv_out.weight, after.autoencoder.decoder.conv_out.weight
+    assert not torch.equal(ours, theirs)
+
+
+@needs_font
 def test_every_part_in_turn_makes_an_upscaler_that_is_measured(tmp_path: Path, capsys) -> None:
     state, model = tmp_path / "state", tmp_path / "emoji-upscale"
     shared = ["--state", str(state), "--device", "cpu"]
