@@ -31,6 +31,7 @@ from models.conditioner import (
 from models.configs import CheckpointError, autoencoder_folder, read_spec, write_configs
 from models.headers import FLOATS, Stored
 from models.latent_diffusion import LatentDiffusion
+from models.meta import shapes_only
 from models.spec import ModelSpec, TextSpec, TokenSpec
 from models.text_encoder import TextEncoder
 from models.unet import UNet
@@ -120,7 +121,7 @@ def open_model(path: Path, device: torch.device | str = "cpu", allow_pickle: boo
     """A model without its weights, which would go to that device. Raises CheckpointError."""
     spec = read_spec(path, allow_pickle)
     try:
-        with torch.device("meta"):  # no memory and no initial values: every parameter comes from the file
+        with shapes_only():
             networks = networks_of(spec)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path}: networks of no known structure: {error}") from error

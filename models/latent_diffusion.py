@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate, max_pool2d
 from models.autoencoder import Autoencoder
 from models.conditioner import Asked, Conditioner, LayoutProjection, TextConditioner, make_conditioner
 from models.denoiser import Denoiser, guide
+from models.meta import shapes_only
 from models.samplers import plan, step
 from models.schedule import Schedule
 from models.spec import ModelSpec
@@ -289,7 +290,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def weights_in(spec: ModelSpec) -> int:
     """How many numbers the networks of a model hold, without making them."""
-    with torch.device("meta"):
+    with shapes_only():
         networks = [Autoencoder(spec.autoencoder)]
         if spec.unet:
             networks.append(UNet(spec.unet))

@@ -27,6 +27,7 @@ from models.conditioner import Conditioner, TextConditioner
 from models.errors import CheckpointError
 from models.headers import FLOATS
 from models.latent_diffusion import LatentDiffusion
+from models.meta import shapes_only
 from models.spec import ModelSpec
 from models.texts import read_json
 from models.unet import UNet
@@ -314,7 +315,7 @@ def told(config: Mapping[str, Any], file: Path) -> Told:
 
 def targets_of(spec: ModelSpec) -> dict[str, Target]:
     """Every name that files call a model's weights by -> the weight."""
-    with torch.device("meta"):
+    with shapes_only():
         networks = networks_of(spec)
     targets = {}
     for names, target in (*unet_targets(networks.unet), *text_targets(networks.conditioner)):

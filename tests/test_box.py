@@ -151,3 +151,18 @@ def test_they_are_small_and_say_what_they_claim() -> None:
     assert sum(file.stat().st_size for file in files) < 40 * 2**20
     assert len(NAMES) >= 150
     assert all((folder / "README.md").is_file() for folder in (BOX, UPSCALER))
+
+
+def test_a_start_imports_nothing_that_takes_seconds() -> None:
+    """torch's compiler and the networks of transformers: a worker that loads and draws needs neither."""
+    code = (
+        "import sys, torch\n"
+        "import service.runner\n"
+        "from models import checkpoint\n"
+        "bundle = checkpoint.load('weights/emoji')\n"
+        "with torch.inference_mode():\n"
+        "    bundle.sample(['red apple'], seeds=[1], steps=1, guidance_scale=3.0)\n"
+        "print(*sorted({'torch._dynamo', 'transformers.modeling_utils'} & {*sys.modules}))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == ""
