@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from service.a1111 import Desk
 from service.errors import (
     InvalidRequest,
     MethodNotAllowed,
@@ -28,7 +29,7 @@ from service.jobs import Jobs
 from service.keys import keys_of, require_key
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
-from service.routes import health, jobs, native, openai
+from service.routes import a1111, health, jobs, native, openai
 from service.schemas import error_responses
 from service.settings import Settings
 from service.supervisor import Supervisor
@@ -39,7 +40,7 @@ FRAMEWORK = {401: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 400: Unrea
 # Who may ask: those who have a key, where there are keys; and everybody, of what says nothing about anyone's
 # requests. The description of the API and its page are public too. /metrics holds counts alone, and
 # Prometheus often asks without a key.
-KEYED = (native.router, jobs.router, openai.router)
+KEYED = (native.router, jobs.router, openai.router, a1111.router)
 PUBLIC = (health.router,)
 
 
@@ -64,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
     app.state.jobs, app.state.keys = Jobs(supervisor), keys
-    app.state.started = int(time.time())
+    app.state.desk, app.state.started = Desk(app.state.jobs), int(time.time())
     app.add_middleware(
         BodyLimit,
         limit=settings.max_body_bytes,

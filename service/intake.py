@@ -6,10 +6,11 @@ import secrets
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
+from pydantic import ValidationError
 
 from models.samplers import SAMPLERS, SPACED, WITH_ETA, most_steps
 from models.spec import ALL_TASKS, ModelSpec
@@ -21,6 +22,8 @@ from service.job import MAX_SEED, Job
 from service.registry import first_of
 from service.schemas import Box, GenerateRequest, InpaintRequest, PictureRequest, SceneRequest, UpscaleRequest
 from service.settings import Settings
+
+Wanted = TypeVar("Wanted", bound=PictureRequest)
 
 STRENGTH = 0.75  # of a run from a picture that names none
 RESIZED = "init_image is {}x{} and was resized to {}x{}, the nearest that the model takes"
@@ -340,6 +343,14 @@ def refuse(rules: Iterable[tuple[str, bool, str]]) -> None:
     for param, holds, expected in rules:
         if not holds:
             raise InvalidRequest(f"{param} {expected}", param=param)
+
+
+def request_of(kind: type[Wanted], asked: Mapping[str, Any]) -> Wanted:
+    """The request of those values that are not None. Raises InvalidRequest as the native API does."""
+    try:
+        return kind.model_validate({name: value for name, value in asked.items() if value is not None})
+    except ValidationError as error:
+        raise explain(error.errors()) from None
 
 
 def explain(errors: Sequence[Mapping[str, Any]], content_type: str = "application/json") -> InvalidRequest:

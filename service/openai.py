@@ -7,16 +7,15 @@ import base64
 import io
 import json
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import UploadFile
-from pydantic import ValidationError
 
 from models.spec import ModelSpec
 from service import images
 from service.errors import InvalidRequest
 from service.images import MEDIA_TYPES
-from service.intake import DOES, STRENGTH, explain, find_model, given, refuse
+from service.intake import DOES, STRENGTH, find_model, given, refuse, request_of
 from service.jobs import Record
 from service.openai_schemas import (
     CompletedImage,
@@ -38,10 +37,7 @@ from service.schemas import (
     InpaintRequest,
     JobPreview,
     JobStatus,
-    PictureRequest,
 )
-
-Wanted = TypeVar("Wanted", bound=PictureRequest)
 
 FORMATS = {media_type: kind for kind, media_type in MEDIA_TYPES.items()}
 
@@ -64,14 +60,6 @@ def shared(body: ImageRequest) -> dict[str, Any]:
         width, height = body.size.split("x")
         asked |= {"width": int(width), "height": int(height)}
     return asked
-
-
-def request_of(kind: type[Wanted], asked: Mapping[str, Any]) -> Wanted:
-    """The request of those values that are not None. Raises InvalidRequest as the native API does."""
-    try:
-        return kind.model_validate({name: value for name, value in asked.items() if value is not None})
-    except ValidationError as error:
-        raise explain(error.errors()) from None
 
 
 def check(body: ImageRequest) -> None:

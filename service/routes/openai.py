@@ -111,7 +111,7 @@ async def list_openai_models(request: Request) -> OpenAIModelList:
 
 
 @router.get(
-    "/models/{model:path}", responses=error_responses(404, 500, 503) | OTHER, summary="OpenAI: one of them"
+    "/models/{model}", responses=error_responses(404, 500, 503) | OTHER, summary="OpenAI: one of them"
 )
 async def read_openai_model(model: str, request: Request) -> OpenAIModel:
     """404 for what is not in the list."""
