@@ -33,6 +33,7 @@ from models.headers import FLOATS, Stored
 from models.latent_diffusion import LatentDiffusion
 from models.meta import shapes_only
 from models.spec import ModelSpec, TextSpec, TokenSpec
+from models.stopwatch import Stopwatch
 from models.text_encoder import TextEncoder
 from models.unet import UNet
 
@@ -95,6 +96,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
     vocabulary: Path | None = None,
+    watch: Stopwatch | None = None,
 ) -> LatentDiffusion:
     """The model in a diffusers folder or in a single file, ready to run.
 
@@ -103,18 +105,24 @@ def load(
 
     allow_pickle: read .bin files where there is no safetensors file, and .ckpt files; they never run code
     even then. vocabulary: BERT's vocab.txt or its folder, for a model that reads these words; if None, it is
-    looked for beside the model and in the local Hugging Face cache. Never touches the network. Raises
-    CheckpointError with what is missing, unexpected, misshaped, mistyped or unreadable.
+    looked for beside the model and in the local Hugging Face cache. watch: takes the time of each part.
+    Never touches the network. Raises CheckpointError with what is missing, unexpected, misshaped, mistyped or
+    unreadable.
     """
-    path = Path(path)
+    path, watch = Path(path), watch or Stopwatch()
     opened = open_model(path, device, allow_pickle)
     check(opened, path)
+    watch.lap("headers")
     for part in opened.parts:
         assign(part, dtype)
+        watch.lap(f"weights of {type(part.network).__name__}")
     give_tokenizer(opened, path, vocabulary)
+    watch.lap("tokenizers")
     for network in filter(None, opened.networks):
         network.requires_grad_(False).eval()
-    return LatentDiffusion(opened.spec, *opened.networks).to(device)
+    bundle = LatentDiffusion(opened.spec, *opened.networks).to(device)
+    watch.lap("to the device")
+    return bundle
 
 
 def open_model(path: Path, device: torch.device | str = "cpu", allow_pickle: bool = False) -> Opened:

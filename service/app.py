@@ -49,6 +49,8 @@ def create_app(settings: Settings) -> FastAPI:
     keys = keys_of(settings)
     metrics = Metrics()
     supervisor = Supervisor(settings, metrics)
+    metrics.queue_size.set(settings.queue_size)
+    metrics.ready.set_function(lambda: supervisor.ready)
     metrics.jobs_running.set_function(lambda: supervisor.running)
     metrics.jobs_waiting.set_function(lambda: supervisor.places - supervisor.running)
 

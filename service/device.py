@@ -47,6 +47,14 @@ class CudaMemory:
         self.device = device
         self._before = 0
 
+    def used(self) -> int:
+        """Bytes that this process holds of it. Asks the allocator alone: the driver may be capturing."""
+        return torch.cuda.memory_reserved(self.device)
+
+    def total(self) -> int:
+        """Bytes that it has."""
+        return torch.cuda.get_device_properties(self.device).total_memory
+
     def reset(self) -> None:
         """Models have come or gone: give back what they leave."""
         torch.cuda.empty_cache()

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from service.errors import NonFinite, OutOfMemory, code_of
 from service.job import (
@@ -23,6 +23,7 @@ from service.job import (
     Shape,
     Started,
     Stepped,
+    Trouble,
     Waiting,
 )
 from service.memory import Limits, Use
@@ -187,6 +188,7 @@ class Engine:
                 if enters:
                     self._enter(progress)
             except Exception as error:
+                self._note(error, "load")
                 self._fail(job, error)
                 continue
             if not enters and self.clock() - progress.received >= DOOR_PATIENCE:
@@ -238,6 +240,7 @@ class Engine:
         try:
             progress.warnings = self.runner.start(job, progress.precise)
         except Exception as error:
+            self._note(error, "start")
             self._fail(job.id, error)
 
     def _report(self) -> None:
@@ -268,6 +271,7 @@ class Engine:
             self._call(keys)
             return
         except OutOfMemory as error:
+            self._note(error, "step")
             parts, failure = self._halves(keys), error
         except Exception as error:
             parts, failure = list(by_job(keys).values()), error
@@ -306,6 +310,7 @@ class Engine:
         running = len(self.jobs) - self.waiting
         self.emit(Stepped(self._rows(keys), call.rows, len(keys), seconds, running, self.waiting, jobs))
         for job in call.broken:
+            self.emit(Trouble("non_finite", "step"))
             self._again(self.jobs[job])
         for key in shown:
             self._preview(key)
@@ -393,6 +398,7 @@ class Engine:
         try:
             progress.pictures[key.index] = self._picture(key)
         except Exception as error:
+            self._note(error, "decode")
             self._fail(key.job, error)
         else:
             if len(progress.pictures) == progress.units:
@@ -421,6 +427,11 @@ class Engine:
                 decode=self.clock() - progress.denoised,
             )
         )
+
+    def _note(self, error: Exception, stage: Literal["load", "start", "step", "decode"]) -> None:
+        """Tell of an error that operators count."""
+        if isinstance(error, OutOfMemory | NonFinite):
+            self.emit(Trouble(code_of(error), stage))
 
     def _fail(self, job: str, error: Exception) -> None:
         log.error("job %s failed", job, exc_info=error)

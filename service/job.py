@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from models.boxes import Box
 from models.spec import Spacing
@@ -162,6 +162,14 @@ class Decoded:
 
 
 @dataclass(frozen=True)
+class Trouble:
+    """Something went wrong, and was mended or not: memory ran out, or numbers were none."""
+
+    kind: Literal["out_of_memory", "non_finite"]
+    stage: Literal["load", "start", "step", "decode"]
+
+
+@dataclass(frozen=True)
 class Previewed:
     """What image `index` looks like after `step` steps: height x width x 3 bytes, maybe at a smaller size."""
 
@@ -200,4 +208,4 @@ class Cancelled:
     job: str
 
 
-Event = Waiting | Started | Stepped | Decoded | Previewed | Done | Failed | Cancelled
+Event = Waiting | Started | Stepped | Decoded | Trouble | Previewed | Done | Failed | Cancelled

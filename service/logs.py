@@ -16,7 +16,7 @@ from service.settings import Settings
 # Of the request that is being answered; what it starts (tasks, threads) inherits it.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-FIELDS = ("method", "route", "status", "seconds", "code", "job", "parts")  # of records that have them
+FIELDS = ("method", "route", "status", "seconds", "code", "job", "rows", "parts")  # of records that have them
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 

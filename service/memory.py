@@ -85,6 +85,20 @@ class HostMemory:
     def __init__(self) -> None:
         self._rest: int | None = None
 
+    def used(self) -> int:
+        """Bytes that this process has; 0 where nobody tells."""
+        try:
+            return read_kilobytes("/proc/self/status", "VmRSS")
+        except OSError:
+            return 0
+
+    def total(self) -> int:
+        """Bytes that the machine, or the process's control group, has; 0 where nobody tells."""
+        try:
+            return min(read_kilobytes("/proc/meminfo", "MemTotal"), group_limit())
+        except OSError:
+            return 0
+
     def reset(self) -> None:
         """Call it when models come or go."""
         self._rest = None
@@ -121,3 +135,11 @@ def available() -> int:
     except (OSError, ValueError):
         return free
     return free if limit == "max" else min(free, max(int(limit) - used, 0))
+
+
+def group_limit() -> float:
+    """Bytes that the control group may have; infinite without a limit."""
+    try:
+        return float(Path("/sys/fs/cgroup/memory.max").read_text().strip().replace("max", "inf"))
+    except (OSError, ValueError):
+        return float("inf")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from models.preview import Projection
 from models.samplers import Plan, plan
 from models.schedule import Schedule
 from models.spec import ModelSpec
+from models.stopwatch import Stopwatch
 from models.tiles import cut
 from service.batch import (
     ImageState,
@@ -42,7 +43,7 @@ from service.device import (
 )
 from service.engine import Call, Preview
 from service.errors import NonFinite, OutOfMemory
-from service.job import ImageKey, Job, Network, Shape
+from service.job import ImageKey, Job, Network, Shape, Trouble
 from service.memory import Use
 from service.registry import Registry, locate_loras
 from service.settings import Settings
@@ -77,6 +78,7 @@ class TorchRunner:
         self.schedules = {name: Schedule(spec.schedule) for name, spec in registry.specs.items()}
         self.precise: dict[Network, LatentDiffusion] = {}  # float32 copies, for as long as a job needs them
         self.projections: dict[str, Projection] = {}
+        self.note: Callable[[Trouble], None] = lambda trouble: None  # hears of what is mended here
         self.memory = memory_of(device or torch.device("cpu"))
         self.calls = 0
         self.measured: dict[Hashable, int] = {}  # the most rows of a call that was measured, by group
@@ -200,6 +202,7 @@ class TorchRunner:
         except OutOfMemory:
             if len(images) > 1:
                 raise
+            self.note(Trouble("out_of_memory", "step"))
         free_cache()
         with out_of_memory_refused():
             return advance(states, images, size if self.invariant else 1), None
@@ -242,6 +245,7 @@ class TorchRunner:
         z = state.bundle.completed(image.x[None], image.beside)  # (1, C, h, w)
         x = self._decode(state.bundle, z)
         if not torch.isfinite(x).all() and state.bundle.autoencoder.dtype != torch.float32:
+            self.note(Trouble("non_finite", "decode"))
             with out_of_memory_refused():
                 x = self._decode(state.bundle.with_autoencoder(torch.float32), z)
         if not torch.isfinite(x).all():
@@ -255,7 +259,7 @@ class TorchRunner:
             with out_of_memory_refused():
                 return bundle.decode(z.clone())
         except OutOfMemory:
-            pass
+            self.note(Trouble("out_of_memory", "decode"))
         free_cache()  # here, not above: until there, the exception holds what the call had
         with out_of_memory_refused():
             return bundle.decode(z.clone()) if self.invariant else bundle.decode_tiles(z.clone())
@@ -293,8 +297,8 @@ def warnings(bundle: LatentDiffusion, job: Job):
             yield f"{name} is longer than the model reads; left out: {shown}"
 
 
-def build(settings: Settings, paths: Mapping[str, Path]) -> TorchRunner:
-    """A runner with as many models loaded as fit, the first at least.
+def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None = None) -> TorchRunner:
+    """A runner with as many models loaded as fit, the first at least; watch: takes the time of each part.
 
     Raises CheckpointError, or ValueError for a device that is not there.
     """
@@ -304,7 +308,7 @@ def build(settings: Settings, paths: Mapping[str, Path]) -> TorchRunner:
     vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
     registry = Registry(
         paths,
-        lambda path: load(path, device, dtype, settings.allow_pickle, vocabulary),
+        lambda path: load(path, device, dtype, settings.allow_pickle, vocabulary, watch),
         lambda spec: weights_in(spec) * dtype.itemsize,
         settings.model_memory,
         settings.allow_pickle,
@@ -315,5 +319,7 @@ def build(settings: Settings, paths: Mapping[str, Path]) -> TorchRunner:
     if files := locate_loras(settings.lora):
         loras = lora.open_loras(files, registry.specs, device, settings.allow_pickle)
         registry.offer(loras, lora.apply, partial(lora.changed_bytes, dtype=dtype), settings.lora_sets)
+    if watch:
+        watch.lap("device")
     registry.load_all()
     return TorchRunner(registry, settings.buckets, settings.invariant, settings.step_memory, device)

@@ -29,7 +29,7 @@ from service.errors import (
     WorkerLost,
     from_code,
 )
-from service.job import Done, Job, Previewed, Stepped
+from service.job import Done, Job, Previewed, Stepped, Trouble
 from service.metrics import Metrics
 from service.progress import Progress, State
 from service.settings import Settings, to_environment
@@ -99,6 +99,8 @@ class Life:
     stalled: bool = False
     loading: bool = True
     turns: int = -1
+    begun: float = field(default_factory=time.monotonic)
+    stepped: bool = False
     heard: float = field(default_factory=time.monotonic)
     moved: float = field(default_factory=time.monotonic)
 
@@ -330,9 +332,12 @@ class Supervisor:
         elif kind == "Ready":
             self.specs = {spec.name: spec for spec in map(ModelSpec.from_dict, header["specs"])}
             life.ready, life.loading, life.moved = True, False, time.monotonic()
+            self._tell_start(life, header["memory"], header["parts"])
             self._dispatch()
         elif kind == "Stepped":
-            self._stepped(Stepped(**header))
+            self._stepped(life, Stepped(**header))
+        elif kind == "Trouble":
+            self.metrics.troubled(Trouble(**header))
         elif kind == "Decoded":
             self.metrics.decode_seconds.observe(header["seconds"])
         elif kind == "Waiting":
@@ -342,12 +347,26 @@ class Supervisor:
         elif ticket := self._tickets.get(header["job"]):  # else its client has left
             self._take_of(ticket, kind, header, blobs)
 
-    def _beat(self, life: Life, turns: int, busy: bool, loading: bool) -> None:
+    def _tell_start(self, life: Life, memory: int, parts: dict[str, float]) -> None:
+        """Where the time of a start went, in one line."""
+        total = life.moved - life.begun
+        parts = {"Python": total - sum(parts.values())} | parts
+        self.metrics.started(total, parts, memory)
+        told = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items() if seconds >= 0.005)
+        rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
+        log.info("ready in %.2f s: %s", total, told, extra={"seconds": round(total, 3), "parts": rounded})
+
+    def _beat(self, life: Life, turns: int, busy: bool, loading: bool, memory: int) -> None:
+        self.metrics.device_memory.labels("used").set(memory)
         if turns != life.turns or not busy or life.loading != loading:
             life.turns, life.moved, life.loading = turns, time.monotonic(), loading
 
-    def _stepped(self, event: Stepped) -> None:
+    def _stepped(self, life: Life, event: Stepped) -> None:
         self.metrics.stepped(event)
+        if not life.stepped:
+            life.stepped = True
+            seconds = {"rows": event.padded, "seconds": round(event.seconds, 3)}
+            log.info("the first UNet call took %.2f s", event.seconds, extra=seconds)
         for job, step in event.jobs:
             if ticket := self._tickets.get(job):
                 ticket.step = step

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from models.configs import CheckpointError
+from models.stopwatch import Stopwatch
 from service import logs, messages
 from service.engine import Engine
 from service.faults import FaultyRunner
@@ -65,11 +66,13 @@ class Beat(threading.Thread):
         self.turns = 0
         self.busy = True
         self.loading: Callable[[], bool] = lambda: True  # a model, for which a stall has more time
+        self.memory: Callable[[], int] = lambda: 0  # bytes of the device that are in use
 
     def run(self) -> None:
         pause = threading.Event()
         while not pause.wait(BEAT_SECONDS):
             beat = {"turns": self.turns, "busy": self.busy, "loading": self.loading()}
+            beat["memory"] = self.memory()
             self.link.send({"kind": "Beat"} | beat)
 
 
@@ -101,15 +104,25 @@ def load(settings: Settings, link: Link, beat: Beat) -> Engine:
 
     Raises CheckpointError or ValueError for a checkpoint, device or setting that another try does not change.
     """
+    watch = Stopwatch()
     from service.runner import build  # torch: seconds, during which the beat goes on
 
-    runner = build(settings, locate_all(settings.model, settings.allow_pickle))
-    registry = runner.registry
-    beat.loading = lambda: registry.loading
+    watch.lap("imports")
+    runner = build(settings, locate_all(settings.model, settings.allow_pickle), watch)
+    runner.note = link.emit
+    registry, memory = runner.registry, runner.memory
+    beat.loading, beat.memory = (lambda: registry.loading), memory.used
     if settings.faults:
         log.warning("this worker breaks on request: %s", ",".join(map(str, settings.faults)))
         runner = FaultyRunner(runner, settings.faults)
-    link.send({"kind": "Ready", "specs": [spec.to_dict() for spec in runner.specs.values()]})
+    link.send(
+        {
+            "kind": "Ready",
+            "specs": [spec.to_dict() for spec in runner.specs.values()],
+            "memory": memory.total(),
+            "parts": watch.parts,
+        }
+    )
     return Engine(runner, link.emit, settings.max_rows, settings.decode_chunk)
 
 

@@ -10,7 +10,7 @@ import pytest
 from models.checkpoint import load
 from service.engine import Engine
 from service.faults import Fault, FaultyRunner, read_faults
-from service.job import Done, Event, Job
+from service.job import Done, Event, Job, Trouble
 from service.registry import Registry
 from service.runner import TorchRunner
 from tests.service.test_engine import CountingRunner, make_job, outcomes
@@ -64,6 +64,10 @@ def test_a_fault_is_its_jobs_alone(faults, code):
     jobs = [make_job(str(i), n=i) for i in range(1, 4)] + [make_job("bad", prompt="some poison", n=2)]
     events = run(FaultyRunner(CountingRunner((4, 8, 16)), read_faults(faults)), jobs)
     assert outcomes(events) == {"1": "done", "2": "done", "3": "done", "bad": code}
+    stage, kind, _ = faults.split(":", 2)
+    told = {(event.kind, event.stage) for event in events if isinstance(event, Trouble)}
+    expected = {"oom": "out_of_memory", "nan": "non_finite"}.get(kind)
+    assert told == ({(expected, stage)} if expected else set())
 
 
 @pytest.mark.parametrize("faults", ["step:nan:poison:1", "step:oom:poison", "step:error:poison"])

@@ -312,6 +312,13 @@ def test_models_tells_tasks_defaults_limits_and_samplers(server):
     assert model["defaults"]["spacing"] == "leading"
 
 
+COUNTED = (
+    "jobs_running", "jobs_waiting", "queue_size", "ready", "requests_total", "rejected_total", "cancelled_total",
+    "images_total", "unet_rows", "unet_padded_rows_total", "step_seconds", "decode_seconds", "request_seconds",
+    "out_of_memory_total", "non_finite_total", "worker_restarts_total", "device_memory_bytes", "start_seconds",
+)  # fmt: skip
+
+
 def test_health_and_metrics_of_an_idle_service(server):
     for path in ("/health", "/health/live", "/health/ready"):
         answer = server.client.get(path)
@@ -322,6 +329,16 @@ def test_health_and_metrics_of_an_idle_service(server):
     samples = [line for line in answer.text.splitlines() if not line.startswith("#")]
     assert samples
     assert all(line.startswith("ldm_") for line in samples)
+    kinds = {line.split()[2] for line in answer.text.splitlines() if line.startswith("# TYPE")}
+    assert kinds >= {f"ldm_{name}" for name in COUNTED}
+    assert server.metric("ldm_ready") == 1
+    assert server.metric("ldm_queue_size") == QUEUE_SIZE
+    wait_until(lambda: server.metric('ldm_device_memory_bytes{kind="used"}') > 2**20)
+    total = server.metric('ldm_device_memory_bytes{kind="total"}')
+    assert server.metric('ldm_device_memory_bytes{kind="used"}') < total
+    parts = ("imports", "weights of UNet", "weights of Autoencoder", "to the device")
+    seconds = [server.metric(f'ldm_start_seconds{{part="{part}"}}') for part in (*parts, "total")]
+    assert 0 < sum(seconds[:-1]) <= seconds[-1]
 
 
 def test_a_deadline_that_passes_stops_the_work(server):

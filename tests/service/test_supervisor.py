@@ -228,13 +228,16 @@ def test_a_worker_that_loads_another_model_has_more_time_and_one_that_only_works
     def beat_at(seconds: float, **header) -> bool:
         """Whether the worker is overdue at a limit of 10 s, when it has said so."""
         now[0] = life.heard = seconds
-        service._take(life, "Beat", {"turns": 3, "busy": True} | header, ())
+        service._take(life, "Beat", {"turns": 3, "busy": True, "memory": 5} | header, ())
         return life.overdue(10)
 
-    service._take(life, "Ready", {"specs": []}, ())
+    service._take(life, "Ready", {"specs": [], "memory": 9, "parts": {"imports": 0.5}}, ())
     assert not beat_at(1, loading=False)
     assert beat_at(12, loading=False)
     assert not beat_at(13, loading=True)  # a request for a model that is not there
     assert not beat_at(100, loading=True)
     assert not beat_at(101, loading=False)
     assert beat_at(112, loading=False)
+    told = service.metrics.registry.get_sample_value
+    assert [told("ldm_device_memory_bytes", {"kind": kind}) for kind in ("used", "total")] == [5, 9]
+    assert told("ldm_start_seconds", {"part": "imports"}) == 0.5
