@@ -24,6 +24,7 @@ from service.job import (
     Shape,
     Started,
     Stepped,
+    Trouble,
     Waiting,
 )
 from service.memory import Use
@@ -374,7 +375,7 @@ class History:
 
 
 def concerns(event, job: str) -> bool:
-    if isinstance(event, Decoded):
+    if isinstance(event, Decoded | Trouble):
         return False
     if isinstance(event, Waiting):
         return any(name == job for name, _, _ in event.places)

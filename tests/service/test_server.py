@@ -313,9 +313,10 @@ def test_models_tells_tasks_defaults_limits_and_samplers(server):
 
 
 COUNTED = (
-    "jobs_running", "jobs_waiting", "queue_size", "ready", "requests_total", "rejected_total", "cancelled_total",
-    "images_total", "unet_rows", "unet_padded_rows_total", "step_seconds", "decode_seconds", "request_seconds",
-    "out_of_memory_total", "non_finite_total", "worker_restarts_total", "device_memory_bytes", "start_seconds",
+    "jobs_running", "jobs_waiting", "queue_size", "ready", "requests_total", "rejected_total",
+    "cancelled_total", "images_total", "unet_rows", "unet_padded_rows_total", "step_seconds",
+    "decode_seconds", "request_seconds", "out_of_memory_total", "non_finite_total",
+    "worker_restarts_total", "device_memory_bytes", "start_seconds",
 )  # fmt: skip
 
 
