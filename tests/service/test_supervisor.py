@@ -100,10 +100,11 @@ class Worker:
 
     def __init__(self, service: Supervisor, job: str = "a") -> None:
         self.service = service
+        self.life = Life(None, None, None)
         self.job = job
 
     def say(self, kind: str, blobs: tuple[bytes, ...] = (), **header) -> None:
-        self.service._take(None, kind, header, blobs)
+        self.service._take(self.life, kind, header, blobs)
 
     def step(self, done: int) -> None:
         counts = {"rows": 2, "padded": 2, "images": 1, "seconds": 0.1, "running": 1, "waiting": 0}
