@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from models.kernels import geglu, group_norm
 
 
 class CrossAttention(nn.Module):
@@ -39,7 +41,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, h, w) -> (B, C, h, w)."""
-        y = self.qkv(self.norm(x).flatten(2))  # (B, 3 C, h*w)
+        y = self.qkv(group_norm(x, self.norm).flatten(2))  # (B, 3 C, h*w)
         # The published weights hold q, k and v of the first head, then those of the next.
         y = y.unflatten(1, (self.heads, 3, -1)).transpose(-1, -2)  # (B, heads, 3, h*w, C / heads)
         y = scaled_dot_product_attention(*y.unbind(2)).transpose(-1, -2).flatten(1, 2)  # (B, C, h*w)
@@ -54,8 +56,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -106,7 +107,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (B, C, h, w), context (B, L, C_ctx) -> (B, C, h, w)."""
         size = x.shape[-2:]
-        y = self.norm(x)
+        y = group_norm(x, self.norm)
         y = y if self.linear else self.proj_in(y)
         y = y.flatten(2).transpose(1, 2)  # (B, h*w, C)
         y = self.proj_in(y) if self.linear else y

@@ -15,9 +15,9 @@ from torch.nn.functional import (
     pixel_shuffle,
     pixel_unshuffle,
     scaled_dot_product_attention,
-    silu,
 )
 
+from models.kernels import group_norm
 from models.spec import AutoencoderSpec
 
 CELLS = 4096  # whose distances to all codes are taken at once
@@ -40,8 +40,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(silu(self.norm1(x)))
-        h = self.conv2(silu(self.norm2(h)))
+        h = self.conv1(group_norm(x, self.norm1, activate=True))
+        h = self.conv2(group_norm(h, self.norm2, activate=True))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -58,7 +58,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, h, w) -> (B, C, h, w)."""
-        y = self.norm(x)
+        y = group_norm(x, self.norm)
         q, k, v = (conv(y).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
         y = scaled_dot_product_attention(q, k, v)  # (B, 1, h*w, C)
         return x + self.proj_out(y[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
@@ -140,7 +140,7 @@ class Encoder(nn.Module):
         h = self.conv_in(pixel_unshuffle(x, self.patch_size))
         for level in self.down:
             h = level(h)
-        return self.conv_out(silu(self.norm_out(self.mid(h))))
+        return self.conv_out(group_norm(self.mid(h), self.norm_out, activate=True))
 
 
 class Decoder(nn.Module):
@@ -166,7 +166,8 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return pixel_shuffle(self.conv_out(silu(self.norm_out(h))), self.patch_size)
+        h = self.conv_out(group_norm(h, self.norm_out, activate=True))
+        return pixel_shuffle(h, self.patch_size)
 
 
 class Codebook(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, silu
 
 from models.attention import AttentionBlock, SpatialTransformer
+from models.kernels import group_norm
 from models.spec import UNetSpec
 
 
@@ -68,14 +69,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, C_in, h, w), emb (B, E) -> (B, C_out, h', w')."""
-        h = self.in_layers[2](self.resize(silu(self.in_layers[0](x))))
+        h = self.in_layers[2](self.resize(group_norm(x, self.in_layers[0], activate=True)))
         emb = self.emb_layers(emb)[:, :, None, None]
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers[3](silu(self.out_layers[0](h) * (1 + scale) + shift))
+            h = silu(group_norm(h, self.out_layers[0]) * (1 + scale) + shift)
         else:
-            h = self.out_layers(h + emb)
-        return self.skip_connection(self.resize(x)) + h
+            h = group_norm(h + emb, self.out_layers[0], activate=True)
+        return self.skip_connection(self.resize(x)) + self.out_layers[3](h)
 
 
 class Downsample(nn.Module):
@@ -204,4 +205,4 @@ class UNet(nn.Module):
         x = self.middle_block(x, emb, context)
         for stage in self.output_blocks:
             x = stage(torch.cat([x, skips.pop()], dim=1), emb, context)
-        return self.out(x)
+        return self.out[2](group_norm(x, self.out[0], activate=True))
