@@ -72,11 +72,15 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward; each behind a LayerNorm and a residual."""
+    """Self-attention, cross-attention, feed-forward; each behind a LayerNorm and a residual.
 
-    def __init__(self, width: int, context_width: int, heads: int) -> None:
+    cross_only: the first attention is to the context too.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int, cross_only: bool = False) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(width, width, heads)
+        self.cross_only = cross_only
+        self.attn1 = CrossAttention(width, context_width if cross_only else width, heads)
         self.ff = FeedForward(width)
         self.attn2 = CrossAttention(width, context_width, heads)
         self.norm1 = nn.LayerNorm(width)
@@ -84,7 +88,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), context if self.cross_only else None)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -93,14 +97,21 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the cells of a feature map, as a residual."""
 
     def __init__(
-        self, width: int, context_width: int, heads: int, depth: int, groups: int, linear: bool
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        depth: int,
+        groups: int,
+        linear: bool,
+        cross_only: bool = False,
     ) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(width, context_width, heads) for _ in range(depth)
+            TransformerBlock(width, context_width, heads, cross_only) for _ in range(depth)
         )
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 

@@ -5,6 +5,7 @@ Folders are written again.
 
 from __future__ import annotations
 
+import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,21 +29,43 @@ from models.conditioner import (
     TokenConditioner,
     make_conditioner,
 )
-from models.configs import CheckpointError, autoencoder_folder, read_spec, write_configs
+from models.configs import (
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    CheckpointError,
+    autoencoder_folder,
+    read_spec,
+    write_configs,
+)
 from models.headers import FLOATS, Stored
-from models.latent_diffusion import LatentDiffusion
+from models.latent_diffusion import LatentDiffusion, stage_dtype
 from models.meta import shapes_only
 from models.spec import ModelSpec, TextSpec, TokenSpec
 from models.stopwatch import Stopwatch
 from models.text_encoder import TextEncoder
+from models.texts import read_json
 from models.unet import UNet
 
 __all__ = ["CheckpointError", "load", "read_spec", "save"]
 
-NETWORK_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
-TEXT_FILES = ("model.safetensors", "model.fp16.safetensors")
-PICKLES = {NETWORK_FILES: "diffusion_pytorch_model.bin", TEXT_FILES: "pytorch_model.bin"}
+
+class Names(NamedTuple):
+    """What the files of a network are called, in safetensors and pickled."""
+
+    safe: str
+    pickled: str
+
+    @property
+    def whole(self) -> str:
+        """The one file that we write."""
+        return f"{self.safe}.safetensors"
+
+
+NETWORK_FILES = Names("diffusion_pytorch_model", "diffusion_pytorch_model")
+TEXT_FILES = Names("model", "pytorch_model")
+VARIANTS = ("", ".fp16")
 PROJECTION = "text_projection.weight"
+INDEX = ".index.json"
 SHOWN = 4  # keys named in an error, of however many
 MIXED = ("float16", "bfloat16")  # of one size: a network that has both has a damaged header
 ALIGNMENT = 64  # bytes; torch's own of memory and of .ckpt files, which safetensors files do not have
@@ -113,8 +136,9 @@ def load(
     opened = open_model(path, device, allow_pickle)
     check(opened, path)
     watch.lap("headers")
+    stage = stage_dtype(opened.spec.autoencoder, dtype, device)
     for part in opened.parts:
-        assign(part, dtype)
+        assign(part, stage if part.network is opened.networks.autoencoder else dtype)
         watch.lap(f"weights of {type(part.network).__name__}")
     give_tokenizer(opened, path, vocabulary)
     watch.lap("tokenizers")
@@ -162,9 +186,8 @@ def open_folder(
             autoencoder, autoencoder_names(autoencoder), newer(read(autoencoder_folder(path), NETWORK_FILES))
         ),
     ]
-    if conditioner:
-        text = conditioner.encoders[0]
-        parts.append(Part(text.transformer, text_names(text), bare(read(path / "text_encoder", TEXT_FILES))))
+    for encoder, folder in zip(conditioner.encoders if conditioner else (), TEXT_ENCODERS, strict=False):
+        parts.append(Part(encoder, text_names(encoder), bare(read(path / folder, TEXT_FILES))))
     if layout := conditioner and conditioner.layout:
         names = {key: key for key in layout.state_dict()}
         parts.append(Part(layout, names, read(path / "layout", NETWORK_FILES)))
@@ -204,12 +227,8 @@ def with_text_parts(opened: Opened, folder: Path, device: torch.device | str, al
         raise CheckpointError(
             f"{folder} has no {PROJECTION}; expected CLIP's text encoder with its projection"
         )
-    rest = weights.renamed({key: key for key in ours if key != PROJECTION})
-    parts = (
-        Part(text.transformer, text_names(text), rest),
-        Part(text.text_projection, {"weight": PROJECTION}, weights.renamed({PROJECTION: PROJECTION})),
-    )
-    return replace(opened, parts=opened.parts + parts)
+    part = Part(text, text_names(text), weights.renamed({key: key for key in ours}))
+    return replace(opened, parts=(*opened.parts, part))
 
 
 def copies_in(stored: Mapping[str, Stored]) -> dict[str, str]:
@@ -284,8 +303,9 @@ def give_tokenizer(opened: Opened, path: Path, vocabulary: Path | None) -> None:
     """A text conditioner's tokenizer, which is in no file of weights."""
     spec, conditioner = opened.spec, opened.networks.conditioner
     if spec.texts:
-        folder, encoder = path if path.is_dir() else path.parent, conditioner.encoders[0]
-        encoder.tokenizer = read_tokenizer(folder / "tokenizer", encoder.spec)
+        folder = path if path.is_dir() else path.parent
+        for encoder, name in zip(conditioner.encoders, TOKENIZERS, strict=False):
+            encoder.tokenizer = read_tokenizer(folder / name, encoder.spec)
     elif isinstance(conditioner, TokenConditioner) and (file := words.find(path, vocabulary)):
         conditioner.tokenizer = read_words(file, spec.condition)
 
@@ -306,26 +326,60 @@ def read_words(file: Path, spec: TokenSpec) -> BertTokenizer:
     return tokenizer
 
 
-def save(bundle: LatentDiffusion, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+def save(
+    bundle: LatentDiffusion, path: str | Path, dtype: torch.dtype = torch.float16, shard: int | None = None
+) -> None:
     """Write a bundle as a diffusers folder that diffusers itself can load, weights in `dtype`.
 
-    Raises CheckpointError for a value that dtype cannot hold, or a shape the layout has no words for.
+    shard: the most bytes of a file; a network that takes more gets several, and an index. Raises
+    CheckpointError for a value that dtype cannot hold, or a shape the layout has no words for.
     """
     path = Path(path)
     check_writable(bundle)
     write_configs(bundle.spec, path)
     folder, conditioner = autoencoder_folder(path), bundle.conditioner
-    write_tensors(named(bundle.unet, unet_names), path / "unet" / NETWORK_FILES[0], dtype)
-    write_tensors(named(bundle.autoencoder, autoencoder_names), folder / NETWORK_FILES[0], dtype)
+    write = partial(write_network, dtype=dtype, shard=shard)
+    write(named(bundle.unet, unet_names), path / "unet", NETWORK_FILES)
+    write(named(bundle.autoencoder, autoencoder_names), folder, NETWORK_FILES)
     if not conditioner:
         return
-    text = conditioner.encoders[0]
-    text.tokenizer.save_pretrained(path / "tokenizer")
-    names = {key: keymaps.TEXT_PREFIX + name for key, name in text_names(text).items()}  # published with it
-    tensors = {names[key]: value for key, value in text.transformer.state_dict().items()}
-    write_tensors(tensors, path / "text_encoder" / TEXT_FILES[0], dtype)
+    for encoder, text, tokenizer in zip(conditioner.encoders, TEXT_ENCODERS, TOKENIZERS, strict=False):
+        encoder.tokenizer.save_pretrained(path / tokenizer)
+        write(named(encoder, published_text_names), path / text, TEXT_FILES)
     if conditioner.layout:
-        write_tensors(conditioner.layout.state_dict(), path / "layout" / NETWORK_FILES[0], dtype)
+        write(conditioner.layout.state_dict(), path / "layout", NETWORK_FILES)
+
+
+def write_network(
+    tensors: Mapping[str, Tensor], folder: Path, names: Names, dtype: torch.dtype, shard: int | None
+) -> None:
+    """One file, or several with an index where one would have more than `shard` bytes."""
+    parts = split(tensors, dtype, shard)
+    if len(parts) == 1:
+        write_tensors(tensors, folder / names.whole, dtype)
+        return
+    (folder / names.whole).unlink(missing_ok=True)  # of another time: it would be read in their place
+    files = {}  # tensor -> its file
+    for number, part in enumerate(parts, 1):
+        name = f"{names.safe}-{number:05}-of-{len(parts):05}.safetensors"
+        write_tensors({key: tensors[key] for key in part}, folder / name, dtype)
+        files |= dict.fromkeys(part, name)
+    total = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (folder / (names.whole + INDEX)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def split(tensors: Mapping[str, Tensor], dtype: torch.dtype, most: int | None) -> list[list[str]]:
+    """Names in files of at most so many bytes, in their order; a larger tensor has a file of its own."""
+    parts, left = [[]], most
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if most and size > left and parts[-1]:
+            parts.append([])
+            left = most
+        parts[-1].append(name)
+        left = left and left - size
+    return parts
 
 
 def check_writable(bundle: LatentDiffusion) -> None:
@@ -334,10 +388,24 @@ def check_writable(bundle: LatentDiffusion) -> None:
     texts = isinstance(conditioner, TextConditioner) and unet and unet.context_width
     if not texts and (conditioner or not bundle.spec.upscaling):
         raise CheckpointError("this layout holds models with CLIP's text encoder, and upscalers without text")
+    check_texts(bundle.spec)
     if unet.residual_resampling or unet.scale_shift_norm:
         raise CheckpointError("this layout cannot say how the UNet resamples or norms")
     if autoencoder.codes or autoencoder.attention_levels:
         raise CheckpointError("this layout holds KL autoencoders with attention in the middle only")
+
+
+def check_texts(spec: ModelSpec) -> None:
+    """Raise CheckpointError for text encoders that are not used as in any of the layout's pipelines."""
+    several = len(spec.texts) > 1
+    for index, text in enumerate(spec.texts):
+        inner = text.skipped == 1 and not text.final_norm
+        whole = not text.skipped and text.final_norm
+        pooled = bool(text.pooled) == (several and index == 1)
+        if index > 1 or text.projection or not pooled or not (inner if several else whole):
+            raise CheckpointError("this layout cannot say how the text encoders' vectors are used")
+    if spec.zero_null and spec.texts and not several:
+        raise CheckpointError("this layout cannot say that guidance compares with zeros")
 
 
 def named(network: nn.Module, names_of: Callable[[nn.Module], dict[str, str]]) -> dict[str, Tensor]:
@@ -383,7 +451,15 @@ def autoencoder_names(autoencoder: Autoencoder) -> dict[str, str]:
 
 def text_names(text: TextEncoder) -> dict[str, str]:
     """Native parameter -> name in the file, without the prefix that published ones have."""
-    return {key: key for key in text.transformer.state_dict()}
+    return {key: key.removeprefix("transformer.") for key in text.state_dict()}
+
+
+def published_text_names(text: TextEncoder) -> dict[str, str]:
+    """Native parameter -> name in the file."""
+    return {
+        key: name if name == PROJECTION else keymaps.TEXT_PREFIX + name
+        for key, name in text_names(text).items()
+    }
 
 
 def assign(part: Part, dtype: torch.dtype) -> None:
@@ -438,19 +514,44 @@ def bare(weights: Weights) -> Weights:
     return weights.renamed({new: old for new, old in names.items() if new not in keymaps.TEXT_IGNORED})
 
 
-def open_network(
-    folder: Path, names: tuple[str, ...], device: torch.device | str, allow_pickle: bool
-) -> Weights:
-    """The first of these files that is there."""
+def open_network(folder: Path, names: Names, device: torch.device | str, allow_pickle: bool) -> Weights:
+    """The first of a network's files, or of the indexes of several, that is there; pickled ones last."""
+    for stem, suffix in ((names.safe, ".safetensors"), (names.pickled, ".bin")):
+        for variant in VARIANTS:
+            file = folder / f"{stem}{variant}{suffix}"
+            # Older files have the variant at the end.
+            indexes = [folder / f"{stem}{suffix}.index{variant}.json", file.with_name(file.name + INDEX)]
+            index = next((index for index in indexes if index.is_file()), None)
+            if not file.is_file() and index is None:
+                continue
+            if suffix == ".bin" and not allow_pickle:
+                found = (index or file).name
+                raise CheckpointError(
+                    f"{folder} holds pickled weights only ({found}); they need allow_pickle"
+                )
+            if file.is_file():
+                return open_weights(file, device, allow_pickle)
+            return open_shards(index, suffix, device, allow_pickle)
+    raise CheckpointError(f"{folder / names.whole} is missing")
+
+
+def open_shards(index: Path, suffix: str, device: torch.device | str, allow_pickle: bool) -> Weights:
+    """The tensors of a network in several files, beside an index that says which is where."""
+    files = read_json(index).get("weight_map")
+    names = set(files.values()) if isinstance(files, dict) and files else {None}
     for name in names:
-        if (folder / name).is_file():
-            return open_weights(folder / name, device, allow_pickle)
-    pickled = folder / PICKLES[names]
-    if not pickled.is_file():
-        raise CheckpointError(f"{folder / names[0]} is missing")
-    if not allow_pickle:
-        raise CheckpointError(f"{folder} holds pickled weights only ({pickled.name}); they need allow_pickle")
-    return open_weights(pickled, device, allow_pickle)
+        # A name with a folder in it could lead anywhere.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
+            raise CheckpointError(f"{index}: weight_map must name {suffix} files beside it, not {name!r}")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent / name} is missing; {index.name} names it")
+    shards = {name: open_weights(index.parent / name, device, allow_pickle) for name in sorted(names)}
+    where = {key: name for name, shard in shards.items() for key in shard.stored}
+    if where != files:
+        wrong = [key for key in {**files, **where} if where.get(key) != files.get(key)]
+        raise CheckpointError(f"{index} does not say what its files hold: {listed('other', wrong)}")
+    stored = {key: shards[name].stored[key] for key, name in where.items()}
+    return Weights(stored, lambda key: shards[where[key]].read(key))
 
 
 def read_tokenizer(folder: Path, spec: TextSpec) -> CLIPTokenizer:

@@ -26,9 +26,12 @@ from models.spec import (
 )
 from models.texts import OWN_FILE, Config, read_json
 
-PLAIN, INPAINTING, SUPER_RESOLUTION = (
+PLAIN, INPAINTING, UPSCALING, XL, XL_INPAINTING, SUPER_RESOLUTION = (
     "StableDiffusionPipeline",
     "StableDiffusionInpaintPipeline",
+    "StableDiffusionUpscalePipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLInpaintPipeline",
     "LDMSuperResolutionPipeline",
 )
 WITH_TEXT = {
@@ -37,12 +40,26 @@ WITH_TEXT = {
     "text_encoder": "CLIPTextModel",
     "tokenizer": "CLIPTokenizer",
 }
+WITH_TEXTS = WITH_TEXT | {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
 PIPELINES = {  # -> the folder of each part, and its class
     PLAIN: WITH_TEXT,
     INPAINTING: WITH_TEXT,
+    UPSCALING: WITH_TEXT,
+    XL: WITH_TEXTS,
+    XL_INPAINTING: WITH_TEXTS,
     SUPER_RESOLUTION: {"unet": "UNet2DModel", "vqvae": "AutoencoderKL"},
 }
-LIBRARIES = {"text_encoder": "transformers", "tokenizer": "transformers"}  # of the others: diffusers
+TEXT_ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+LIBRARIES = dict.fromkeys((*TEXT_ENCODERS, *TOKENIZERS), "transformers")  # of the others: diffusers
+EMPTY = {  # parts that a pipeline may have and that we write none of
+    PLAIN: ("feature_extractor", "image_encoder", "safety_checker"),
+    INPAINTING: ("feature_extractor", "image_encoder", "safety_checker"),
+    UPSCALING: ("feature_extractor", "safety_checker", "watermarker"),
+    XL: ("feature_extractor", "image_encoder"),
+    XL_INPAINTING: ("feature_extractor", "image_encoder"),
+    SUPER_RESOLUTION: (),
+}
+XL_SIZES = 6  # numbers of sizes that its UNets are told; other ones are told of beauty too
 SCHEDULER, NOISE = "scheduler", "low_res_scheduler"  # NOISE: of what lies on low-resolution pictures
 OWN_KEYS = ("name", "defaults", "tasks", "layout_channels", "labels")
 RESIDUAL = "residual"  # of an upscaler's latents
@@ -54,7 +71,6 @@ UNET_FIXED = {
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "only_cross_attention": (False,),
     "mid_block_only_cross_attention": (None, False),
     "downsample_padding": (1,),
     "mid_block_scale_factor": (1,),
@@ -66,8 +82,7 @@ UNET_FIXED = {
     "reverse_transformer_layers_per_block": (None,),
     "dual_cross_attention": (False,),
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "addition_embed_type": (None,),
+    "addition_embed_type": (None, "text_time"),
     "resnet_time_scale_shift": ("default",),
     "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1,),
@@ -134,21 +149,44 @@ def read_spec(path: str | Path, allow_pickle: bool = False) -> ModelSpec:
     index = check_components(path)
     pipeline, upscaling = index["_class_name"], None
     config, unet = read_part(path, "unet", READERS[PIPELINES[pipeline]["unet"]])
-    _, autoencoder = read_part(path, autoencoder_folder(path).name, autoencoder_spec)
+    _, autoencoder = read_part(
+        path, autoencoder_folder(path).name, AUTOENCODERS.get(pipeline, autoencoder_spec)
+    )
     _, schedule = read_part(path, SCHEDULER, schedule_spec)
-    texts = (read_part(path, "text_encoder", text_spec)[1],) if "text_encoder" in PIPELINES[pipeline] else ()
-    if pipeline == SUPER_RESOLUTION:
+    if pipeline in (SUPER_RESOLUTION, UPSCALING):
         upscaling = translated(path / "model_index.json", upscaling_spec, index, path)
+    latents = autoencoder.latent_channels
     spec = ModelSpec(
-        path.resolve().name, unet, autoencoder, schedule, texts,
-        mask_channels=pipeline == INPAINTING, upscaling=upscaling,
+        path.resolve().name, unet, autoencoder, schedule, text_specs(path, pipeline), upscaling=upscaling,
+        # These pipelines take a UNet without channels for a mask too.
+        mask_channels=pipeline in (INPAINTING, XL_INPAINTING) and unet.in_channels != latents,
         tasks=("upscaling",) if upscaling else ALL_TASKS[:3],
+        zero_null="text_encoder_2" in PIPELINES[pipeline] and index.get("force_zeros_for_empty_prompt", True),
     )  # fmt: skip
     spec = with_own_inputs(spec, path)
     check_fit(spec, path)
     side = translated(config_file(path, "unet"), sample_side, config, spec)
-    steps = {"guidance_scale": 1.0} if not texts else {}
-    return with_own_file(replace(spec, defaults=Defaults(*side, **steps)), path)
+    return with_own_file(replace(spec, defaults=defaults_of(spec, *side)), path)
+
+
+def text_specs(path: Path, pipeline: str) -> tuple[TextSpec, ...]:
+    """Of the text encoders in a folder."""
+    if pipeline in (XL, XL_INPAINTING):
+        readers = dict(zip(TEXT_ENCODERS, (inner_text_spec, inner_pooled_text_spec), strict=True))
+    else:
+        readers = {"text_encoder": text_spec} if "text_encoder" in PIPELINES[pipeline] else {}
+    return tuple(read_part(path, part, reader)[1] for part, reader in readers.items())
+
+
+def defaults_of(spec: ModelSpec, width: int, height: int) -> Defaults:
+    """Of a folder whose own file does not say."""
+    if not spec.texts:
+        return Defaults(width, height, guidance_scale=1.0)
+    if spec.upscaling:
+        return Defaults(
+            width, height, guidance_scale=9.0, noise_level=min(20, spec.upscaling.max_noise_level)
+        )
+    return Defaults(width, height)
 
 
 def config_file(path: Path, part: str) -> Path:
@@ -189,6 +227,8 @@ def check_components(path: Path) -> Config:
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found not in (expected, expected + "Fast"):
             raise CheckpointError(f"{file}: {part} is {found!r}; supported is {expected}")
+    if index.get("requires_aesthetics_score"):
+        raise CheckpointError(f"{file}: requires_aesthetics_score is true, which is not supported")
     return index
 
 
@@ -250,18 +290,36 @@ def unet_spec(config: Config) -> UNetSpec:
         if width % count:
             raise ValueError(f"attention_head_dim {count} (heads) does not divide {width} channels")
     depth = per_level(config.get("transformer_layers_per_block", 1), levels, "transformer_layers_per_block")
+    depths = tuple(d if attend else 0 for d, attend in zip(depth, down, strict=True))
+    classes, added = config.get("num_class_embeds"), config.get("addition_embed_type") is not None
     return UNetSpec(
         in_channels=only(config["in_channels"], "in_channels"),
         out_channels=only(config["out_channels"], "out_channels"),
         channels=channels,
         res_blocks=only(config.get("layers_per_block", 2), "layers_per_block"),
-        transformer_depth=tuple(d if attend else 0 for d, attend in zip(depth, down, strict=True)),
+        transformer_depth=depths,
         middle_depth=depth[-1],
         heads=heads,
         context_width=only(config["cross_attention_dim"], "cross_attention_dim"),
         groups=config.get("norm_num_groups", 32),
         linear_projection=bool(config.get("use_linear_projection", False)),
+        noise_levels=only(classes, "num_class_embeds") if classes else 0,
+        cross_only=cross_only(config.get("only_cross_attention", False), depths),
+        added_width=only(config[ADDED_KEY], ADDED_KEY) if added else 0,
+        size_width=only(config[SIZE_KEY], SIZE_KEY) if added else 0,
     )
+
+
+def cross_only(value: Any, depths: tuple[int, ...]) -> tuple[bool, ...]:
+    """Levels whose transformers attend to the context alone; () where none does."""
+    flags = value if isinstance(value, list) else [value] * len(depths)
+    # One true for all would go for the middle block too.
+    if value is True or len(flags) != len(depths) or not all(type(flag) is bool for flag in flags):
+        raise ValueError(
+            f"only_cross_attention must be false, or {len(depths)} of true and false, not {value!r}"
+        )
+    both = tuple(bool(depth and flag) for depth, flag in zip(depths, flags, strict=True))
+    return both if any(both) else ()
 
 
 def plain_unet_spec(config: Config) -> UNetSpec:
@@ -290,10 +348,15 @@ def plain_unet_spec(config: Config) -> UNetSpec:
 
 def upscaling_spec(index: Config, path: Path) -> UpscalingSpec:
     """Of a folder whose index may name a schedule for the noise on low-resolution pictures."""
-    most = index.get("max_noise_level", 0)
+    most = index.get("max_noise_level", MAX_NOISE_LEVEL if index["_class_name"] == UPSCALING else 0)
     if NOISE not in index or not most:
         return UpscalingSpec()
-    return UpscalingSpec(read_part(path, NOISE, schedule_spec)[1], only(most, "max_noise_level"))
+    return UpscalingSpec(read_part(path, NOISE, noise_spec)[1], only(most, "max_noise_level"))
+
+
+def noise_spec(config: Config) -> ScheduleSpec:
+    """Of noise that is put on pictures: what a sampler would cut off does not matter."""
+    return schedule_spec(config | {"clip_sample": False, "thresholding": False})
 
 
 def autoencoder_spec(config: Config) -> AutoencoderSpec:
@@ -316,6 +379,14 @@ def autoencoder_spec(config: Config) -> AutoencoderSpec:
     )
 
 
+def careful_autoencoder_spec(config: Config) -> AutoencoderSpec:
+    """Of pipelines that do not run D in float16 unless its configuration allows it."""
+    return replace(autoencoder_spec(config), upcast=bool(config.get("force_upcast", True)))
+
+
+AUTOENCODERS = dict.fromkeys((UPSCALING, XL, XL_INPAINTING), careful_autoencoder_spec)
+
+
 def text_spec(config: Config) -> TextSpec:
     check_fixed(config, TEXT_FIXED)
     numbers = {
@@ -331,16 +402,27 @@ def text_spec(config: Config) -> TextSpec:
     given |= {field: config[key] for field, key in ids.items() if config.get(key) is not None}
     if given["width"] % given["heads"]:
         raise ValueError(f"num_attention_heads {given['heads']} does not divide hidden_size {given['width']}")
+    if (
+        given.get("eos_id") == 2
+    ):  # in older files, and `transformers` takes the largest id then: the end token's
+        given["eos_id"] = given["vocabulary"] - 1
     return TextSpec(**given, activation=config.get("hidden_act", "quick_gelu"))
+
+
+def inner_text_spec(config: Config) -> TextSpec:
+    """Of a text encoder whose last layer and norm the vectors of the tokens do not go through."""
+    return replace(text_spec(config), skipped=1, final_norm=False)
+
+
+def inner_pooled_text_spec(config: Config) -> TextSpec:
+    """Of one that gives a vector of the whole text too."""
+    return replace(inner_text_spec(config), pooled=only(config["projection_dim"], "projection_dim"))
 
 
 def pooled_text_spec(config: Config) -> TextSpec:
     """Of a text encoder that gives one vector a text: its own configuration, or that of a whole CLIP."""
     spec = text_spec(config | config.get("text_config", {}))
-    projection = only(config["projection_dim"], "projection_dim")
-    # Older files say 2, and `transformers` takes the largest id then, which is the end token's.
-    eos_id = spec.vocabulary - 1 if spec.eos_id == 2 else spec.eos_id
-    return replace(spec, projection=projection, eos_id=eos_id)
+    return replace(spec, projection=only(config["projection_dim"], "projection_dim"))
 
 
 def with_text(spec: ModelSpec, folder: Path) -> ModelSpec:
@@ -377,6 +459,8 @@ def schedule_spec(config: Config) -> ScheduleSpec:
     )
 
 
+ADDED_KEY, SIZE_KEY = "projection_class_embeddings_input_dim", "addition_time_embed_dim"
+MAX_NOISE_LEVEL = 350  # of the published upscaler, whose index does not always say
 READERS = {"UNet2DConditionModel": unet_spec, "UNet2DModel": plain_unet_spec}
 
 
@@ -396,11 +480,21 @@ def check_fit(spec: ModelSpec, path: Path) -> None:
             f"{path}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels where "
             f"{expected} and {latent} are expected: the autoencoder has {latent}"
         )
-    if spec.upscaling and unet.noise_levels != spec.upscaling.max_noise_level + bool(spec.upscaling.noise):
+    noise = spec.upscaling and spec.upscaling.noise
+    most = spec.upscaling.max_noise_level if noise else 0
+    if bool(unet.noise_levels) != bool(noise) or most > max(unet.noise_levels - 1, 0):
         raise CheckpointError(
-            f"{path}: the UNet knows {unet.noise_levels} noise levels, not max_noise_level + 1"
+            f"{path}: the UNet knows {unet.noise_levels} noise levels; max_noise_level is {most}"
         )
-    if spec.texts and unet.context_width != (width := sum(text.width for text in spec.texts)):
+    pooled = sum(text.pooled for text in spec.texts)
+    if unet.added_width != (expected := pooled + XL_SIZES * unet.size_width):
+        raise CheckpointError(
+            f"{path}: the UNet takes {unet.added_width} numbers beside the timestep, which "
+            f"projection_class_embeddings_input_dim says; from text and sizes there are {expected}"
+        )
+    if spec.texts and unet.context_width != (
+        width := sum(text.projection or text.width for text in spec.texts)
+    ):
         raise CheckpointError(
             f"{path}: the UNet expects contexts {unet.context_width} wide, the text encoders make {width}"
         )
@@ -452,19 +546,18 @@ def with_own_file(spec: ModelSpec, path: Path) -> ModelSpec:
 
 def write_configs(spec: ModelSpec, path: Path) -> None:
     """Write every configuration file of the layout, in the form that diffusers reads."""
-    pipeline = SUPER_RESOLUTION if spec.upscaling else INPAINTING if spec.mask_channels else PLAIN
+    pipeline = pipeline_of(spec)
     parts = {
         "unet": unet_config(spec) if spec.texts else plain_unet_config(spec),
-        "vqvae" if spec.upscaling else "vae": autoencoder_config(spec.autoencoder),
+        "vqvae" if "vqvae" in PIPELINES[pipeline] else "vae": autoencoder_config(spec.autoencoder),
         SCHEDULER: schedule_config(spec.schedule),
     }
-    if spec.texts:
-        parts["text_encoder"] = text_config(spec.texts[0])
+    parts |= {part: text_config(text) for part, text in zip(TEXT_ENCODERS, spec.texts, strict=False)}
     if spec.upscaling and spec.upscaling.noise:
-        parts[NOISE] = schedule_config(spec.upscaling.noise)
+        parts[NOISE] = schedule_config(spec.upscaling.noise) | {"_class_name": noise_class(pipeline)}
     residual = {RESIDUAL: True} if spec.upscaling and spec.upscaling.residual else {}
     files = {config_file(path, part): config for part, config in parts.items()} | {
-        path / "model_index.json": index_config(pipeline, spec.upscaling),
+        path / "model_index.json": index_config(pipeline, spec),
         path / OWN_FILE: {key: asdict(spec)[key] for key in OWN_KEYS} | residual,
     }
     for file, config in files.items():
@@ -472,7 +565,22 @@ def write_configs(spec: ModelSpec, path: Path) -> None:
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def index_config(pipeline: str, upscaling: UpscalingSpec | None) -> Config:
+def pipeline_of(spec: ModelSpec) -> str:
+    """The diffusers pipeline that runs such a model."""
+    if spec.upscaling:
+        return UPSCALING if spec.texts else SUPER_RESOLUTION
+    if len(spec.texts) > 1:
+        return XL_INPAINTING if spec.mask_channels else XL
+    return INPAINTING if spec.mask_channels else PLAIN
+
+
+def noise_class(pipeline: str) -> str:
+    """The scheduler of the noise on low-resolution pictures."""
+    return "DDPMScheduler" if pipeline == UPSCALING else "DDIMScheduler"
+
+
+def index_config(pipeline: str, spec: ModelSpec) -> Config:
+    upscaling = spec.upscaling
     parts = {part: LIBRARIES.get(part, "diffusers") for part in PIPELINES[pipeline]}
     index = {
         "_class_name": pipeline,
@@ -481,23 +589,33 @@ def index_config(pipeline: str, upscaling: UpscalingSpec | None) -> Config:
         SCHEDULER: ["diffusers", "DDIMScheduler"],
     }
     if upscaling and upscaling.noise:
-        index |= {NOISE: ["diffusers", "DDIMScheduler"], "max_noise_level": upscaling.max_noise_level}
-    if "text_encoder" in parts:
+        index |= {
+            NOISE: ["diffusers", noise_class(pipeline)], "max_noise_level": upscaling.max_noise_level
+        }  # fmt: skip
+    if pipeline in (PLAIN, INPAINTING):
         index |= {"requires_safety_checker": False}
-        index |= {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
-    return index
+    if pipeline in (XL, XL_INPAINTING):
+        index |= {"force_zeros_for_empty_prompt": spec.zero_null}
+    return index | {part: [None, None] for part in EMPTY[pipeline]}
+
+
+def sample_size(spec: ModelSpec) -> int | list[int]:
+    """Cells of a side of what the UNet was trained on: one number where they are equal, which some pipelines
+    compare with another."""
+    sides = [side // spec.autoencoder.factor for side in (spec.defaults.height, spec.defaults.width)]
+    return sides[0] if sides[0] == sides[1] else sides
 
 
 def plain_unet_config(spec: ModelSpec) -> Config:
     """Of a UNet without a context. Raises CheckpointError for one that attends."""
-    unet, f = spec.unet, spec.autoencoder.factor
+    unet = spec.unet
     if unet.middle_depth or any(unet.transformer_depth):
         raise CheckpointError("a UNet with attention but no context cannot be written in this layout yet")
     levels = len(unet.channels)
     config = {option: accepted[0] for option, accepted in PLAIN_UNET_FIXED.items()} | {
         "_class_name": "UNet2DModel",
         "_diffusers_version": "0.36.0",
-        "sample_size": [spec.defaults.height // f, spec.defaults.width // f],
+        "sample_size": sample_size(spec),
         "in_channels": unet.in_channels,
         "out_channels": unet.out_channels,
         "block_out_channels": list(unet.channels),
@@ -511,7 +629,7 @@ def plain_unet_config(spec: ModelSpec) -> Config:
 
 def unet_config(spec: ModelSpec) -> Config:
     """Raises CheckpointError for a middle block that the layout has no words for."""
-    unet, f = spec.unet, spec.autoencoder.factor
+    unet = spec.unet
     if not unet.middle_depth or unet.transformer_depth[-1] not in (0, unet.middle_depth):
         raise CheckpointError(
             "this layout cannot say that the middle block's transformer is not as deep as the last level's"
@@ -519,22 +637,32 @@ def unet_config(spec: ModelSpec) -> Config:
     depth = [d or unet.middle_depth for d in unet.transformer_depth]
     down = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in unet.transformer_depth]
     up = ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(unet.transformer_depth)]
-    return {option: accepted[0] for option, accepted in UNET_FIXED.items()} | {
-        "_class_name": WITH_TEXT["unet"],
-        "_diffusers_version": "0.36.0",
-        "sample_size": [spec.defaults.height // f, spec.defaults.width // f],
-        "in_channels": unet.in_channels,
-        "out_channels": unet.out_channels,
-        "block_out_channels": list(unet.channels),
-        "down_block_types": down,
-        "up_block_types": up,
-        "layers_per_block": unet.res_blocks,
-        "transformer_layers_per_block": depth,
-        "attention_head_dim": list(unet.heads),
-        "cross_attention_dim": unet.context_width,
-        "norm_num_groups": unet.groups,
-        "use_linear_projection": unet.linear_projection,
-    }
+    return (
+        {option: accepted[0] for option, accepted in UNET_FIXED.items()}
+        | {
+            "_class_name": WITH_TEXT["unet"],
+            "_diffusers_version": "0.36.0",
+            "sample_size": sample_size(spec),
+            "in_channels": unet.in_channels,
+            "out_channels": unet.out_channels,
+            "block_out_channels": list(unet.channels),
+            "down_block_types": down,
+            "up_block_types": up,
+            "layers_per_block": unet.res_blocks,
+            "transformer_layers_per_block": depth,
+            "attention_head_dim": list(unet.heads),
+            "cross_attention_dim": unet.context_width,
+            "norm_num_groups": unet.groups,
+            "use_linear_projection": unet.linear_projection,
+            "only_cross_attention": list(unet.cross_only) or False,
+            "num_class_embeds": unet.noise_levels or None,
+        }
+        | (
+            {"addition_embed_type": "text_time", ADDED_KEY: unet.added_width, SIZE_KEY: unet.size_width}
+            if unet.added_width
+            else {}
+        )
+    )
 
 
 def autoencoder_config(spec: AutoencoderSpec) -> Config:
@@ -558,13 +686,14 @@ def autoencoder_config(spec: AutoencoderSpec) -> Config:
             "sample_size": spec.sample_size,
             "scaling_factor": spec.scale_factor,
             "mid_block_add_attention": spec.middle_attention,
+            "force_upcast": spec.upcast,
         }
     )
 
 
 def text_config(spec: TextSpec) -> Config:
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if spec.pooled else "CLIPTextModel"],
         "model_type": "clip_text_model",
         "vocab_size": spec.vocabulary,
         "hidden_size": spec.width,
@@ -572,7 +701,7 @@ def text_config(spec: TextSpec) -> Config:
         "num_attention_heads": spec.heads,
         "intermediate_size": spec.intermediate,
         "max_position_embeddings": spec.tokens,
-        "projection_dim": spec.width,
+        "projection_dim": spec.pooled or spec.width,
         "hidden_act": spec.activation,
         "layer_norm_eps": TEXT_FIXED["layer_norm_eps"][0],
         "bos_token_id": spec.bos_id,

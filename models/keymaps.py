@@ -16,6 +16,7 @@ UNET_ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+ADDED = {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
 RES_BLOCK = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -101,6 +102,7 @@ def res_block(native: str, file: str) -> dict[str, str]:
 def unet(spec: UNetSpec) -> dict[str, str]:
     """Native module -> file module of a UNet of this shape."""
     table, last = dict(UNET_ENDS), len(spec.channels) - 1
+    table |= ADDED if spec.added_width else {}
     for level in range(last + 1):
         down, first = f"down_blocks.{level}", 1 + level * (spec.res_blocks + 1)
         for block in range(spec.res_blocks):

@@ -17,11 +17,12 @@ from models.denoiser import Denoiser, guide
 from models.meta import shapes_only
 from models.samplers import plan, step
 from models.schedule import Schedule
-from models.spec import ModelSpec
+from models.spec import AutoencoderSpec, ModelSpec
 from models.text_encoder import Context, TextEncoder
 from models.tiles import cut, merge
 from models.unet import UNet, timestep_embedding
 
+OVERFLOWING = torch.float16  # what a first stage that its spec says so of does not run in
 TILE = 32  # cells of a side: 256 pixels where a cell covers 8
 ROWS = 16  # tiles that are enlarged at once
 
@@ -178,21 +179,39 @@ class LatentDiffusion:
         if beside is None and self.spec.beside:
             beside = [self.beside(*shape[1:], one.regions) for one in asked]
         pairs = None if beside is None else by_row(beside, rows)  # (R B, C', h, w), R 1 or 2
-        asked = [one if one.size else one._replace(size=size) for one in asked]
-        told = [self.contexts(one) for one in asked] if self.spec.context_shape else []
-        tokens = by_row([one.tokens for one in told], rows) if told else None
-        pooled = by_row([one.pooled for one in told], rows) if told and told[0].pooled is not None else None
+        told = [self.contexts(one if one.size else one._replace(size=size)) for one in asked]
         noise = torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         )
+        eps = self.predictor(told, pairs, guidance_scale)
+        return self.decode(self.denoise(noise.to(self.device), steps, eps))
+
+    def predictor(
+        self,
+        contexts: Sequence[Context | None],
+        beside: Tensor | None,
+        guidance_scale: float,
+        noise_level: Tensor | None = None,
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """x (B, C, h, w), t (B,) -> guided eps, of B images.
+
+        contexts: of each, as self.contexts() makes them; beside (R B, C', h, w) and noise_level (R B,): of
+        every row, R 1 or 2, all without guidance's condition first.
+        """
+        rows, first = told_rows(guidance_scale), contexts[0]
+        count = rows.stop - rows.start
+        tokens = by_row([one.tokens for one in contexts], rows) if first else None
+        pooled = (
+            by_row([one.pooled for one in contexts], rows) if first and first.pooled is not None else None
+        )
 
         def eps(x: Tensor, t: Tensor) -> Tensor:
-            count = rows.stop - rows.start
-            out = self.denoiser(torch.cat([x] * count), torch.cat([t] * count), tokens, pooled, pairs)
-            without, told = out[: len(x)], out[-len(x) :]
-            return guide(without, told, guidance_scale)
+            x, t = torch.cat([x] * count), torch.cat([t] * count)
+            out = self.denoiser(x, t, tokens, pooled, beside, noise_level=noise_level)
+            half = len(out) // count
+            return guide(out[:half], out[-half:], guidance_scale)
 
-        return self.decode(self.denoise(noise.to(self.device), steps, eps))
+        return eps
 
     def denoise(self, x: Tensor, steps: int, eps: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """DDIM from noise x (B, C, h, w) to a latent of its shape; eps: x, t (B,) -> eps."""
@@ -202,23 +221,38 @@ class LatentDiffusion:
             x = step(x, eps(x[:, 0], lines[:, 0]), lines)
         return x[:, 0]
 
-    def upscale(self, low: Tensor, seeds: Sequence[int], steps: int, noise_level: int = 0) -> Tensor:
+    def upscale(
+        self,
+        low: Tensor,
+        seeds: Sequence[int],
+        steps: int,
+        noise_level: int = 0,
+        asked: Sequence[str | Asked] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
         """Pictures low (B, 3, h, w) -> x (B, 3, f*h, f*w), float32 on the CPU, by tiles and by DDIM.
 
-        The service's arithmetic without its queue. h and w must be multiples of the UNet's factor.
+        The service's arithmetic without its queue. h and w must be multiples of the UNet's factor. asked: of
+        each picture, for a model that reads prompts; an empty one if missing.
         """
+        asked = [Asked(one) if isinstance(one, str) else one for one in asked or [""] * len(low)]
+        count = 2 if told_rows(guidance_scale) == slice(0, 2) else 1
+        told, contexts = [self.contexts(one) for one in asked], []
         tiles = cut(*low.shape[-2:], self.spec.tile)
         areas = [tiles.slices(index) for index in range(len(tiles.corners))]
         x, beside = [], []
-        for picture, seed in zip(low, seeds, strict=True):
+        for picture, seed, context in zip(low, seeds, told, strict=True):
+            contexts += [context] * len(areas)
             noise, noised = self.start_upscaling(picture, seed, noise_level)
             x += [noise[:, rows, columns] for rows, columns in areas]
             beside += [self.beside_tile(noised[:, rows, columns]) for rows, columns in areas]
         parts = []
         for begin in range(0, len(x), ROWS):
-            z, given = (torch.stack(rows[begin : begin + ROWS]) for rows in (x, beside))
-            level = self.noise_levels([noise_level] * len(z))
-            z = self.denoise(z, steps, lambda x, t: self.denoiser(x, t, beside=given, noise_level=level))  # noqa: B023
+            part = slice(begin, begin + ROWS)
+            z, given = torch.stack(x[part]), torch.stack(beside[part])
+            level = self.noise_levels([noise_level] * count * len(z))
+            eps = self.predictor(contexts[part], torch.cat([given] * count), guidance_scale, level)
+            z = self.denoise(z, steps, eps)
             parts += map(pixels_last, self.decode(self.completed(z, given)))
         f, n = self.spec.autoencoder.factor, len(areas)
         wholes = [merge(parts[begin : begin + n], tiles, f) for begin in range(0, len(parts), n)]
@@ -254,13 +288,25 @@ class LatentDiffusion:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LatentDiffusion:
-        """Move and convert every network in place; returns itself."""
-        for network in (self.unet, self.autoencoder, self.conditioner):
-            if network is not None:
-                network.to(device=device, dtype=dtype)
+        """Move and convert every network in place, E and D to what their spec allows; returns itself."""
+        for network in filter(None, (self.unet, self.conditioner)):
+            network.to(device=device, dtype=dtype)
+        stage = stage_dtype(self.spec.autoencoder, dtype, device or self.device)
+        self.autoencoder.to(device=device, dtype=stage)
         self.denoiser = Denoiser(self.unet, self.schedule) if self.unet else None
         self._hidden.clear()
         return self
+
+
+def stage_dtype(
+    spec: AutoencoderSpec, dtype: torch.dtype | None, device: torch.device | str | None
+) -> torch.dtype | None:
+    """The type of E and D where all else has `dtype`: another where that overflows, bfloat16 where the device
+    has arithmetic for it. None stays None."""
+    if not spec.upcast or dtype != OVERFLOWING:
+        return dtype
+    cuda = torch.device(device or "cpu").type == "cuda"
+    return torch.bfloat16 if not cuda or torch.cuda.is_bf16_supported(False) else torch.float32
 
 
 def resample(low: Tensor, factor: int) -> Tensor:

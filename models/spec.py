@@ -49,6 +49,8 @@ class UNetSpec:
     residual_resampling: bool = False  # residual blocks go down and up, not lone convolutions
     scale_shift_norm: bool = False  # the timestep scales and shifts the second norm's output
     noise_levels: int = 0  # that it knows, each by an embedding added to the timestep's; 0: none
+    # Levels whose transformers attend to the context twice, and not to themselves; () where none does.
+    cross_only: tuple[bool, ...] = ()
     added_width: int = 0  # of one vector that is told beside the timestep: pooled text, then sizes; 0: none
     size_width: int = 0  # that each of six numbers of sizes takes up in it (Podell et al. 2023, section 2.2)
 
@@ -74,6 +76,7 @@ class AutoencoderSpec:
     inner_channels: int | None = None  # of what E's and D's own networks give and take; None: the latent's
     attention_levels: tuple[int, ...] = ()  # levels with attention after each residual block, 0 the finest
     middle_attention: bool = True
+    upcast: bool = False  # float16 cannot hold what is inside D: it runs in bfloat16 or float32 instead
 
     @property
     def z_channels(self) -> int:

@@ -115,14 +115,18 @@ class Stage(nn.Sequential):
         return x
 
 
-def attention(spec: UNetSpec, level: int, depth: int) -> list[nn.Module]:
+def attention(spec: UNetSpec, level: int, depth: int, cross_only: bool = False) -> list[nn.Module]:
     """What attends after a residual block of a level: one module, or none where depth is 0."""
     width, heads = spec.channels[level], spec.heads[level]
     if not depth:
         return []
     if not spec.context_width:
         return [AttentionBlock(width, heads, spec.groups)]
-    return [SpatialTransformer(width, spec.context_width, heads, depth, spec.groups, spec.linear_projection)]
+    return [
+        SpatialTransformer(
+            width, spec.context_width, heads, depth, spec.groups, spec.linear_projection, cross_only
+        )
+    ]
 
 
 class UNet(nn.Module):
@@ -133,6 +137,7 @@ class UNet(nn.Module):
         self.spec = spec
         width, embedding = spec.channels[0], 4 * spec.channels[0]
         levels = range(len(spec.channels))
+        cross_only = spec.cross_only or (False,) * len(levels)
 
         def res_block(width_in: int, width_out: int, resize: Callable[[Tensor], Tensor] = same) -> ResBlock:
             return ResBlock(width_in, width_out, embedding, spec.groups, spec.scale_shift_norm, resize)
@@ -149,7 +154,7 @@ class UNet(nn.Module):
         skips = [width]  # widths of what goes across to the upward path
         for level in levels:
             for _ in range(spec.res_blocks):
-                blocks = attention(spec, level, spec.transformer_depth[level])
+                blocks = attention(spec, level, spec.transformer_depth[level], cross_only[level])
                 self.input_blocks.append(Stage(res_block(width, spec.channels[level]), *blocks))
                 width = spec.channels[level]
                 skips.append(width)
@@ -165,7 +170,7 @@ class UNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level in reversed(levels):
             for index in range(spec.res_blocks + 1):
-                blocks = attention(spec, level, spec.transformer_depth[level])
+                blocks = attention(spec, level, spec.transformer_depth[level], cross_only[level])
                 first, width = res_block(width + skips.pop(), spec.channels[level]), spec.channels[level]
                 if level and index == spec.res_blocks:
                     up = res_block(width, width, double) if spec.residual_resampling else Upsample(width)

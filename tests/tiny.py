@@ -31,12 +31,12 @@ from models.unet import UNet
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def byte_tokenizer(tokens: int = 77) -> CLIPTokenizer:
+def byte_tokenizer(tokens: int = 77, pad: str = END) -> CLIPTokenizer:
     """CLIP's tokenizer without a single merge: each byte a token, one of its own at a word's end."""
     alphabet = sorted(ByteLevel.alphabet())
     entries = [*alphabet, *(c + "</w>" for c in alphabet), BEGIN, END]
     vocabulary = {token: index for index, token in enumerate(entries)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=tokens)
+    return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=pad, model_max_length=tokens)
 
 
 def fill_randomly(module: nn.Module, seed: int) -> None:

@@ -190,7 +190,7 @@ def test_a_broken_tokenizer_is_named(folder, damage):
     ("file", "change"),
     [
         ("unet/config.json", {"class_embed_type": "timestep"}),
-        ("unet/config.json", {"addition_embed_type": "text_time"}),
+        ("unet/config.json", {"addition_embed_type": "image"}),
         ("unet/config.json", {"act_fn": "mish"}),
         ("unet/config.json", {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}),
         ("unet/config.json", {"up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}),
@@ -206,7 +206,7 @@ def test_a_broken_tokenizer_is_named(folder, damage):
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}),
         ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}),
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}),
         ("model_index.json", {"unet": ["diffusers", "UNet3DConditionModel"]}),
         ("ldm.json", {"defaults": {"width": 65}}),
         ("ldm.json", {"defaults": {"colour": "red"}}),

@@ -44,6 +44,14 @@ def test_names_types_shapes_and_places(file):
     assert np.array_equal(values(file, header["a"]), TENSORS["a"].numpy())
 
 
+def test_a_header_of_640_bytes_begins_like_a_pickle(tmp_path):
+    file = tmp_path / "m.safetensors"
+    text = json.dumps({"x": entry()}).encode()
+    write(file, text + b" " * (640 - len(text)))
+    assert file.read_bytes().startswith(b"\x80\x02")
+    assert safetensors_header(file)["x"].shape == (6,)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_numbers_of_every_float_are_read(tmp_path, dtype):
     save_file({"x": torch.tensor([0.5, -2.0]).to(dtype)}, tmp_path / "m.safetensors")

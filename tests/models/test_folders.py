@@ -1,0 +1,238 @@
+"""Every row of Stable Diffusion and its kin against `diffusers`, from folders that it wrote."""
+
+import json
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors import safe_open
+
+from models.checkpoint import CheckpointError, load, read_spec, save
+from models.conditioner import Asked
+from models.latent_diffusion import stage_dtype
+from models.spec import ModelSpec
+from tests import folders
+
+LIMIT = 3e-5  # of networks; a whole run may differ by 1e-4
+PROMPT, UNWANTED = "red apple on a blue background!", "blue pear"
+
+
+@pytest.fixture(scope="module", params=folders.ROWS)
+def pair(request, tmp_path_factory):
+    """(a row's pipeline, what we load from the folder that it saved)."""
+    reference = folders.pipeline(request.param)
+    folder = tmp_path_factory.mktemp("reference") / request.param
+    reference.save_pretrained(folder)
+    return reference, load(folder)
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    return folders.write(tmp_path_factory.mktemp("reference"), "xl")
+
+
+def error(ours, theirs):
+    assert theirs.std() > 0.1  # a constant would agree with anything
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def texts_of(reference):
+    """Their contexts of (UNWANTED, PROMPT), tokens and pooled."""
+    if hasattr(reference, "text_encoder_2"):
+        told, null, pooled, null_pooled = reference.encode_prompt(PROMPT, negative_prompt=UNWANTED)
+        return torch.cat([null, told]), torch.cat([null_pooled, pooled])
+    told, null = reference.encode_prompt(PROMPT, "cpu", 1, True, UNWANTED)
+    return torch.cat([null, told]), None
+
+
+@torch.inference_mode()
+def test_context(pair):
+    reference, ours = pair
+    context, (tokens, pooled) = ours.contexts(Asked(PROMPT, UNWANTED)), texts_of(reference)
+    assert error(context.tokens, tokens) <= LIMIT
+    if pooled is not None:
+        assert error(context.pooled[:, : pooled.shape[1]], pooled) <= LIMIT
+
+
+@torch.inference_mode()
+def test_eps(pair):
+    reference, ours = pair
+    spec, config = ours.spec.unet, reference.unet.config
+    x, t = noise(2, spec.in_channels, 8, 16), torch.tensor([1, 801])
+    context, given = noise(2, 77, spec.context_width, seed=1), {}
+    pooled = level = None
+    if spec.noise_levels:
+        level = torch.tensor([0, 350])
+        given = {"class_labels": level}
+    if spec.added_width:
+        sizes = torch.tensor([64, 128, 0, 0, 64, 128])
+        text = noise(2, spec.added_width - 6 * spec.size_width, seed=2)
+        given = {"added_cond_kwargs": {"text_embeds": text, "time_ids": sizes.expand(2, -1)}}
+        pooled = torch.cat([text, ours.sizes(128, 64).expand(2, -1)], dim=1)
+    assert config.cross_attention_dim == spec.context_width
+    theirs = reference.unet(x, t, context, **given).sample
+    assert error(ours.unet(x, t, context, pooled, level), theirs) <= LIMIT
+
+
+@torch.inference_mode()
+def test_first_stage(pair):
+    reference, ours = pair
+    z, x = noise(1, 4, 8, 4), torch.rand(1, 3, 64, 32) * 2 - 1
+    assert error(ours.autoencoder.decode(z), reference.vae.decode(z).sample) <= LIMIT
+    assert error(ours.autoencoder.encode(x), reference.vae.encode(x).latent_dist.mode()) <= LIMIT
+
+
+@torch.inference_mode()
+def test_a_guided_run(pair, monkeypatch):
+    """From the same noise to the picture, with the pipeline's own way to the null context."""
+    reference, ours = pair
+    start = {
+        "latents": noise(1, 4, 8, 8),
+        "num_inference_steps": 4,
+        "guidance_scale": 5.0,
+        "output_type": "pt",
+    }
+    # Their pipelines draw the masked picture's latent from the distribution whose mode ours takes.
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    if ours.spec.upscaling:
+        low, generator = x[:, :, :8, :8], torch.Generator().manual_seed(0)
+        torch.randn(4, 8, 8, generator=generator)  # what ours starts from is drawn before what lies on low
+        theirs = reference(PROMPT, low, noise_level=20, generator=generator, **start).images
+        picture = ours.upscale(2 * low - 1, [0], 4, 20, [PROMPT], 5.0)
+    elif ours.spec.mask_channels:
+        mask = torch.zeros(1, 1, 64, 64)
+        mask[:, :, 8:40, 16:56] = 1
+        theirs = reference(PROMPT, image=x, mask_image=mask, strength=1.0, **start).images
+        known = ours.known(2 * x - 1, mask[0, 0] > 0.5)
+        picture = ours.sample([PROMPT], [0], 4, 5.0, beside=[ours.beside(8, 8, known=known)])
+    else:
+        theirs = reference(PROMPT, **start).images
+        picture = ours.sample([PROMPT], [0], 4, 5.0)
+    assert error((picture / 2 + 0.5).clamp(0, 1), theirs) <= 1e-4
+
+
+@torch.inference_mode()
+def test_diffusers_reads_what_is_written(pair, tmp_path):
+    reference, ours = pair
+    save(ours, tmp_path / "m", torch.float32, shard=2_000_000)
+    assert len([*(tmp_path / "m/unet").glob("*-of-*.safetensors")]) > 2
+    again = type(reference).from_pretrained(tmp_path / "m", local_files_only=True)
+    networks = [name for name, part in reference.components.items() if isinstance(part, torch.nn.Module)]
+    for name in networks:
+        theirs, written = (getattr(pipeline, name).state_dict() for pipeline in (reference, again))
+        assert theirs.keys() == written.keys()
+        assert all(torch.equal(value, written[key]) for key, value in theirs.items())
+    x, t, context = noise(1, ours.spec.unet.in_channels, 8, 8), torch.tensor([801]), noise(1, 77, 96)
+    context, given = context[..., : ours.spec.unet.context_width], {}
+    if ours.spec.unet.noise_levels:
+        given = {"class_labels": torch.tensor([20])}
+    if ours.spec.unet.added_width:
+        given = {"added_cond_kwargs": {"text_embeds": noise(1, 24), "time_ids": torch.ones(1, 6)}}
+    one, other = (pipeline.unet(x, t, context, **given).sample for pipeline in (reference, again))
+    assert error(other, one) <= LIMIT
+    loaded = load(tmp_path / "m")
+    assert (loaded.spec.unet, loaded.spec.zero_null) == (ours.spec.unet, ours.spec.zero_null)
+    assert ModelSpec.from_dict(json.loads(json.dumps(loaded.spec.to_dict()))) == loaded.spec
+    told = [model.contexts(Asked(PROMPT, UNWANTED)) for model in (ours, loaded)]
+    assert torch.equal(told[0].tokens, told[1].tokens)
+
+
+@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"variant": "fp16", "max_shard_size": "2MB"},
+                                     {"max_shard_size": "2MB"}])  # fmt: skip
+def test_variants_and_shards(options, tmp_path):
+    reference = folders.pipeline("xl")
+    if "variant" in options:
+        reference.to(torch.float16)
+    reference.save_pretrained(tmp_path, **options)
+    loaded, state = load(tmp_path), reference.unet.state_dict()
+    assert torch.equal(loaded.unet.state_dict()["out.2.weight"], state["conv_out.weight"].float())
+    files = {file.name for file in (tmp_path / "unet").iterdir()}
+    assert "diffusion_pytorch_model.safetensors" not in files or "variant" in options
+
+
+def test_shards_are_read_strictly(xl, tmp_path):
+    folder = tmp_path / "m"
+    save(load(xl), folder, shard=2_000_000)
+    file = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    first = index["weight_map"]["conv_in.weight"]
+    for name, expected in (
+        ("../x.safetensors", "beside it"),
+        ("no.safetensors", "is missing"),
+        (3, "beside it"),
+    ):
+        file.write_text(json.dumps({"weight_map": index["weight_map"] | {"conv_in.weight": name}}))
+        with pytest.raises(CheckpointError, match=expected):
+            load(folder)
+    file.write_text(json.dumps({"weight_map": index["weight_map"] | {"conv_in.weight": sorted(
+        set(index["weight_map"].values()) - {first})[0]}}))  # fmt: skip
+    with pytest.raises(
+        CheckpointError, match=r"does not say what its files hold: 1 other keys: conv_in\.weight"
+    ):
+        load(folder)
+    file.write_text(json.dumps(index))
+    with safe_open(file.parent / first, "pt") as held:
+        assert "conv_in.weight" in held.keys()  # noqa: SIM118 (not a dict)
+    (file.parent / first).unlink()
+    with pytest.raises(CheckpointError, match=f"{first} is missing"):
+        load(folder)
+
+
+def test_pickled_shards_need_to_be_allowed(tmp_path):
+    reference = folders.pipeline("sd2-v")
+    reference.save_pretrained(tmp_path, safe_serialization=False)
+    state = reference.unet.state_dict()
+    names, folder = [*state], tmp_path / "unet"
+    (folder / "diffusion_pytorch_model.bin").unlink()
+    halves = {"diffusion_pytorch_model-00001-of-00002.bin": names[:50],
+              "diffusion_pytorch_model-00002-of-00002.bin": names[50:]}  # fmt: skip
+    for file, keys in halves.items():
+        torch.save({key: state[key].clone() for key in keys}, folder / file)
+    where = {key: file for file, keys in halves.items() for key in keys}
+    (folder / "diffusion_pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(
+        CheckpointError, match=r"pickled weights only \(diffusion_pytorch_model\.bin\.index\.json"
+    ):
+        load(tmp_path)
+    unet = load(tmp_path, allow_pickle=True).unet.state_dict()
+    assert torch.equal(unet["out.2.weight"], state["conv_out.weight"])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        ("model_index.json", {"requires_aesthetics_score": True}, "requires_aesthetics_score"),
+        ("model_index.json", {"text_encoder": [None, None]}, "text_encoder"),
+        ("unet/config.json", {"projection_class_embeddings_input_dim": 2560}, "2560 numbers beside"),
+        ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type"),
+        ("unet/config.json", {"only_cross_attention": True}, "only_cross_attention"),
+        ("text_encoder_2/config.json", {"hidden_size": 64}, "the text encoders make 96"),
+        ("unet/config.json", {"num_class_embeds": 10}, "noise levels"),
+    ],
+)
+def test_what_does_not_fit_is_named(xl, file, change, named):
+    before = (xl / file).read_text()
+    try:
+        (xl / file).write_text(json.dumps(json.loads(before) | change))
+        with pytest.raises(CheckpointError, match=named):
+            read_spec(xl)
+    finally:
+        (xl / file).write_text(before)
+
+
+@torch.inference_mode()
+def test_a_first_stage_that_overflows_has_another_type(xl):
+    model = load(xl, dtype=torch.float16)
+    assert model.spec.autoencoder.upcast
+    assert (model.unet.dtype, model.autoencoder.dtype) == (torch.float16, torch.bfloat16)
+    assert model.to(dtype=torch.float16).autoencoder.dtype == torch.bfloat16
+    assert model.to(dtype=torch.float32).autoencoder.dtype == torch.float32
+    assert stage_dtype(model.spec.autoencoder, None, "cpu") is None
+    assert load(xl, dtype=torch.bfloat16).autoencoder.dtype == torch.bfloat16
+    z = torch.randn(1, 4, 8, 8)
+    assert model.to(dtype=torch.float16).decode(z).isfinite().all()
