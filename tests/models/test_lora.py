@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import conv2d
 
-from models import lora
-from models.checkpoint import load
+from models import keymaps, lora
+from models.checkpoint import CheckpointError, load
 from models.conditioner import Asked
-from tests.loras import ATTENTION, TEXT, as_kohya, as_peft, random_lora, shapes_of, write_lora
+from tests.loras import ATTENTION, CONVOLUTIONS, TEXT, as_kohya, as_peft, random_lora, shapes_of, write_lora
+from tests.tiny import upscaler_spec
 
 LIMIT = 1e-5
 ASKED = Asked("red apple", "blue")
@@ -35,24 +40,31 @@ def outputs(bundle):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 8, 8, generator=generator)
     with torch.inference_mode():
-        context = bundle.contexts(ASKED)
-        context = getattr(context, "tokens", context)
+        context = bundle.contexts(ASKED).tokens
         return bundle.unet(x, torch.tensor([5, 700]), context), context
 
 
-def reference(folder, tensors, weight=1.0):
-    """The same of diffusers, with the changes fused."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False, dtype=torch.float32)
-    pipeline.load_lora_weights(dict(tensors))
-    pipeline.fuse_lora(lora_scale=weight)
+def pipeline_of(folder):
+    return StableDiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False, dtype=torch.float32)
+
+
+def outputs_of(pipeline):
+    """eps and the context, of diffusers."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 8, 8, generator=generator)
     with torch.inference_mode():
-        ids = pipeline.tokenizer(
-            [ASKED.negative_prompt, ASKED.prompt], padding="max_length", return_tensors="pt"
-        ).input_ids
+        texts = [ASKED.negative_prompt, ASKED.prompt]
+        ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
         context = pipeline.text_encoder(ids).last_hidden_state
         return pipeline.unet(x, torch.tensor([5, 700]), context).sample, context
+
+
+def reference(folder, tensors, weight=1.0):
+    """The same, with the changes fused."""
+    pipeline = pipeline_of(folder)
+    pipeline.load_lora_weights(dict(tensors))
+    pipeline.fuse_lora(lora_scale=weight)
+    return outputs_of(pipeline)
 
 
 def difference(ours, theirs):
@@ -65,3 +77,162 @@ def test_a_file_changes_the_model_as_diffusers_fuses_it(tiny, base, changes, sty
     theirs = reference(tiny, style(changes), 0.7)
     assert difference(outputs(lora.apply(base, [(ours, 0.7)])), theirs) <= LIMIT
     assert difference(outputs(base), theirs) > 0.1
+
+
+def test_convolutions_change_as_diffusers_fuses_them(tiny, base, tmp_path):
+    tensors = as_kohya(random_lora(shapes_of(tiny, *CONVOLUTIONS), seed=1))
+    (ours,) = opened(base, write_lora(tmp_path / "c.safetensors", tensors))
+    assert {len(change.target.shape) for change in ours.changes} == {2, 4}
+    theirs = reference(tiny, tensors)
+    assert difference(outputs(lora.apply(base, [(ours, 1.0)])), theirs) <= LIMIT
+
+
+def test_both_styles_and_both_names_of_modules_say_the_same(base, changes, tmp_path):
+    kohya, peft = as_kohya(changes), as_peft(changes)
+    compvis = {native_of(key, base.spec): tensor for key, tensor in kohya.items()}
+    assert len(compvis.keys() - kohya.keys()) > 20
+    wrapped = {f"base_model.model.{key}": tensor for key, tensor in peft.items()}
+    files = [
+        write_lora(tmp_path / f"{index}.safetensors", tensors)
+        for index, tensors in enumerate((kohya, compvis, peft, wrapped))
+    ]
+    first, *others = (outputs(lora.apply(base, [(each, 1.0)])) for each in opened(base, *files))
+    assert all(difference(other, first) <= 1e-6 for other in others)
+
+
+def native_of(key: str, spec) -> str:
+    """A key of kohya's by CompVis's name of its module, as files of SDXL have it."""
+    module, dot, rest = key.partition(".")
+    for native, file in keymaps.unet(spec.unet).items():
+        theirs = "lora_unet_" + file.replace(".", "_")
+        if module.startswith(theirs + "_"):
+            return "lora_unet_" + native.replace(".", "_") + module.removeprefix(theirs) + dot + rest
+    return key
+
+
+def test_several_are_added_and_their_order_is_nothing(tiny, base, changes, tmp_path):
+    other = random_lora(shapes_of(tiny, "attn1.to_q", "conv1", "mlp.fc2"), seed=2)
+    two = {"a": as_peft(changes), "b": as_kohya(other)}
+    ours = opened(base, *(write_lora(tmp_path / f"{name}.safetensors", two[name]) for name in two))
+    pipeline = pipeline_of(tiny)
+    for name, tensors in two.items():
+        pipeline.load_lora_weights(dict(tensors), adapter_name=name)
+    pipeline.set_adapters([*two], [0.8, -0.5])
+    pipeline.fuse_lora(adapter_names=[*two])
+    pairs = [*zip(ours, (0.8, -0.5), strict=True)]
+    mine = outputs(lora.apply(base, pairs))
+    assert difference(mine, outputs_of(pipeline)) <= LIMIT
+    assert difference(outputs(lora.apply(base, pairs[::-1])), mine) <= 1e-6
+
+
+def test_peft_itself_merges_to_the_same_from_its_own_folder(tiny, base, tmp_path):
+    unet = pipeline_of(tiny).unet
+    config = LoraConfig(
+        r=3, lora_alpha=7, target_modules=["to_q", "conv2"], alpha_pattern={"attn2.to_q": 2}, use_rslora=True
+    )
+    wrapped = get_peft_model(unet, config)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    wrapped.save_pretrained(tmp_path)
+    (ours,) = opened(base, tmp_path / "adapter_model.safetensors")
+    merged = wrapped.merge_and_unload()
+    x, t, context = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([5, 700]), outputs(base)[1]
+    with torch.inference_mode():
+        theirs = merged(x, t, context).sample
+        assert difference([lora.apply(base, [(ours, 1.0)]).unet(x, t, context)], [theirs]) <= LIMIT
+
+
+def test_the_alpha_in_a_file_of_diffusers_counts(base, changes, tmp_path):
+    own = json.dumps({"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.lora_alpha": 8})
+    tensors = as_peft(changes)
+    plain, told = (
+        write_lora(tmp_path / "plain.safetensors", tensors),
+        write_lora(tmp_path / "told.safetensors", tensors, {lora.METADATA: own}),
+    )
+    one, other = opened(base, plain, told)
+    twice = lora.apply(base, [(one, 2.0)])
+    assert difference(outputs(lora.apply(base, [(other, 1.0)])), outputs(twice)) <= 1e-6
+
+
+def test_what_is_not_changed_is_shared_and_the_base_stays_as_it_was(tiny, base, changes, tmp_path):
+    before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
+    (ours,) = opened(base, write_lora(tmp_path / "a.safetensors", as_peft(changes)))
+    changed = lora.apply(base, [(ours, 1.0)])
+    targets = {change.target for change in ours.changes}
+    for network in ("unet", "conditioner"):
+        mine = dict(getattr(changed, network).named_parameters())
+        for name, parameter in getattr(base, network).named_parameters():
+            changes_it = any((network, name) == target[:2] for target in targets)
+            assert (mine[name] is parameter) == (not changes_it)
+    assert changed.autoencoder is base.autoencoder
+    assert all(torch.equal(before[key], tensor) for key, tensor in base.unet.state_dict().items())
+    copied = sum(torch.Size(target.shape).numel() for target in targets)
+    assert lora.changed_bytes([ours], torch.float16) == 2 * copied
+
+
+def test_a_convolution_in_the_middle_is_one_after_the_other(base, tmp_path):
+    generator = torch.Generator().manual_seed(4)
+    module, weight = (
+        "lora_unet_down_blocks_0_resnets_0_conv1",
+        base.unet.input_blocks[1][0].in_layers[2].weight,
+    )
+    down, mid, up = (
+        torch.randn(shape, generator=generator) for shape in ((3, 32, 1, 1), (3, 3, 3, 3), (32, 3, 1, 1))
+    )
+    tensors = {f"{module}.lora_{name}.weight": w for name, w in (("down", down), ("mid", mid), ("up", up))}
+    (ours,) = opened(
+        base, write_lora(tmp_path / "m.safetensors", tensors | {f"{module}.alpha": torch.tensor(6.0)})
+    )
+    changed = lora.apply(base, [(ours, 1.0)]).unet.input_blocks[1][0].in_layers[2].weight
+    x = torch.randn(1, 32, 8, 8, generator=generator)
+    apart = conv2d(conv2d(conv2d(x, down), mid, padding=1), up)
+    error = conv2d(x, changed - weight, padding=1) - 2 * apart
+    assert (error.norm() / apart.norm()).item() <= 1e-5
+
+
+TARGET = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+PAIR = {f"{TARGET}.lora_down.weight": (2, 64), f"{TARGET}.lora_up.weight": (64, 2)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "named"),
+    [
+        (PAIR | {"lora_unet_nowhere.lora_up.weight": (1, 1)}, r"1 unknown keys: lora_unet_nowhere.lora_up"),
+        (PAIR | {f"{TARGET}.lora_other": (1,)}, rf"1 unknown keys: {TARGET}.lora_other"),
+        (
+            PAIR | {f"{TARGET}.lora_up.weight": (32, 2)},
+            rf"1 misshaped keys: {TARGET}.lora_up.weight \(32, 2\)",
+        ),
+        (PAIR | {f"{TARGET}.lora_down.weight": (3, 64)}, rf"1 misshaped keys: {TARGET}.lora_up.weight"),
+        ({f"{TARGET}.lora_up.weight": (64, 2)}, rf"1 incomplete keys: {TARGET}.lora_up.weight"),
+        (PAIR | {f"{TARGET}.alpha": (2,)}, rf"1 misshaped keys: {TARGET}.alpha"),
+        (PAIR | {f"{TARGET}.lora_A.weight": (2, 64)}, rf"1 repeated keys: {TARGET}.lora_A.weight|lora_down"),
+        ({f"{TARGET}.hada_w1_a": (2, 64)}, "LoHa"),
+        ({f"{TARGET}.lokr_w1": (2, 64)}, "LoKr"),
+        (PAIR | {f"{TARGET}.dora_scale": (64, 1)}, "DoRA"),
+        ({}, "no tensors"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(base, tmp_path, shapes, named):
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    with pytest.raises(CheckpointError, match=named):
+        opened(base, write_lora(tmp_path / "bad.safetensors", tensors))
+
+
+def test_an_alpha_that_is_no_number_is_refused(base, tmp_path):
+    tensors = {name: torch.ones(shape) for name, shape in PAIR.items()}
+    file = write_lora(tmp_path / "bad.safetensors", tensors | {f"{TARGET}.alpha": torch.tensor(float("nan"))})
+    with pytest.raises(CheckpointError, match="finite"):
+        opened(base, file)
+
+
+def test_a_file_belongs_to_every_model_that_it_fits(base, changes, tmp_path):
+    file = write_lora(tmp_path / "a.safetensors", as_kohya(changes))
+    specs = {"tiny": base.spec, "twin": base.spec, "upscaler": upscaler_spec()}
+    assert {model: [*loras] for model, loras in lora.open_loras({"a": file}, specs).items()} == {
+        "tiny": ["a"], "twin": ["a"], "upscaler": [],
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"does not fit upscaler: \d+ unknown keys"):
+        lora.open_loras({"a": file}, {"upscaler": upscaler_spec()})
