@@ -11,11 +11,12 @@ FROM python:${PYTHON} AS base
 RUN python3 -m venv --without-pip /opt/ldm
 ENV PATH=/opt/ldm/bin:$PATH
 
-FROM base AS wheel
+# The package alone, of which the last stage takes what came into the environment.
+FROM base AS package
 WORKDIR /src
 COPY . .
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+    pip --python /opt/ldm/bin/python install --no-cache-dir --no-deps .
 
 FROM base
 ARG VARIANT=cpu
@@ -40,18 +41,16 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && pip --python /opt/ldm/bin/python install --no-cache-dir --no-deps \
       --index-url "${TORCH_INDEX:-$index}" "torch==$TORCH"
 # Dependencies, torch's too, change less often than the code: a layer of their own.
+COPY pyproject.toml docker/constraints.txt /build/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    --mount=type=bind,source=pyproject.toml,target=/tmp/pyproject.toml \
-    --mount=type=bind,source=docker/constraints.txt,target=/tmp/constraints.txt \
-    python -c "import tomllib; print(*tomllib.load(open('/tmp/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-      > /tmp/requirements.txt \
-    && pip --python /opt/ldm/bin/python install --no-cache-dir -r /tmp/requirements.txt -c /tmp/constraints.txt \
-    && rm /tmp/requirements.txt
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    pip --python /opt/ldm/bin/python install --no-cache-dir --no-deps --no-index /wheel/*.whl
-
-# A number, so that a cluster can see that it is not root; group 0, so that any other number can write there too.
-RUN useradd --uid 10001 --gid 0 --home-dir /cache --no-create-home ldm \
+    python -c "import tomllib; print(*tomllib.load(open('/build/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+      > /build/requirements.txt \
+    && pip --python /opt/ldm/bin/python install --no-cache-dir -r /build/requirements.txt -c /build/constraints.txt \
+    && rm -r /build
+COPY --from=package /opt/ldm /opt/ldm
+# A user by number, so that a cluster can see that it is not root; group 0, so that any other number can write too.
+RUN pip --python /opt/ldm/bin/python check \
+    && useradd --uid 10001 --gid 0 --home-dir /cache --no-create-home ldm \
     && install -d -o 10001 -g 0 -m 0775 /cache
 # The only place that is written to, beside /tmp: the rest may be read-only.
 ENV HOME=/cache \

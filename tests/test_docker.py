@@ -20,6 +20,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
 from service.cli import GRACE_SECONDS
@@ -236,6 +237,15 @@ def test_the_dashboard_names_only_metrics_that_there_are():
     named = [set(re.findall(r"ldm_\w+", t["expr"])) for panel in panels for t in panel["targets"]]
     assert all(named)  # each asks for something of ours
     assert set().union(*named) <= known
+
+
+def test_the_dashboard_names_only_labels_that_there_are():
+    metrics = [m for m in vars(Metrics()).values() if isinstance(m, MetricWrapperBase)]
+    known = {"le"}.union(*(m._labelnames for m in metrics))
+    text = (DOCKER / "grafana/dashboards/ldm.json").read_text()
+    grouped = [name.strip() for names in re.findall(r"by \(([^)]+)\)", text) for name in names.split(",")]
+    named = {*grouped, *re.findall(r"\{(\w+)=", text), *re.findall(r"\{\{(\w+)\}\}", text)}
+    assert {"le", "part", "status"} <= named <= known
 
 
 def test_the_dashboard_asks_the_source_that_is_provided():
