@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertTokenizer, CLIPTokenizer
 
-from models import keymaps, singles, words, zoo
+from models import keymaps, singles, stable, text_tensors, tokenizers, words, zoo
 from models.autoencoder import Autoencoder
 from models.conditioner import (
     Conditioner,
@@ -40,7 +40,7 @@ from models.configs import (
 from models.headers import FLOATS, Stored
 from models.latent_diffusion import LatentDiffusion, stage_dtype
 from models.meta import shapes_only
-from models.spec import ModelSpec, TextSpec, TokenSpec
+from models.spec import ModelSpec, Prediction, TextSpec, TokenSpec
 from models.stopwatch import Stopwatch
 from models.text_encoder import TextEncoder
 from models.texts import read_json
@@ -120,6 +120,7 @@ def load(
     allow_pickle: bool = False,
     vocabulary: Path | None = None,
     watch: Stopwatch | None = None,
+    prediction: Prediction | None = None,
 ) -> LatentDiffusion:
     """The model in a diffusers folder or in a single file, ready to run.
 
@@ -129,11 +130,11 @@ def load(
     allow_pickle: read .bin files where there is no safetensors file, and .ckpt files; they never run code
     even then. vocabulary: BERT's vocab.txt or its folder, for a model that reads these words; if None, it is
     looked for beside the model and in the local Hugging Face cache. watch: takes the time of each part.
-    Never touches the network. Raises CheckpointError with what is missing, unexpected, misshaped, mistyped or
-    unreadable.
+    prediction: as of read_spec(). Never touches the network. Raises CheckpointError with what is missing,
+    unexpected, misshaped, mistyped or unreadable.
     """
     path, watch = Path(path), watch or Stopwatch()
-    opened = open_model(path, device, allow_pickle)
+    opened = open_model(path, device, allow_pickle, prediction)
     check(opened, path)
     watch.lap("headers")
     stage = stage_dtype(opened.spec.autoencoder, dtype, device)
@@ -149,9 +150,14 @@ def load(
     return bundle
 
 
-def open_model(path: Path, device: torch.device | str = "cpu", allow_pickle: bool = False) -> Opened:
+def open_model(
+    path: Path,
+    device: torch.device | str = "cpu",
+    allow_pickle: bool = False,
+    prediction: Prediction | None = None,
+) -> Opened:
     """A model without its weights, which would go to that device. Raises CheckpointError."""
-    spec = read_spec(path, allow_pickle)
+    spec = read_spec(path, allow_pickle, prediction)
     try:
         with shapes_only():
             networks = networks_of(spec)
@@ -159,7 +165,8 @@ def open_model(path: Path, device: torch.device | str = "cpu", allow_pickle: boo
         raise CheckpointError(f"{path}: networks of no known structure: {error}") from error
     if file := singles.weights_of(path):
         opened = open_single(spec, networks, open_weights(file, device, allow_pickle))
-        return with_text_parts(opened, file.parent, device, allow_pickle) if spec.texts else opened
+        elsewhere = spec.texts and not stable.places(opened.weights.stored)
+        return with_text_parts(opened, file.parent, device, allow_pickle) if elsewhere else opened
     return open_folder(spec, networks, path, device, allow_pickle)
 
 
@@ -195,9 +202,10 @@ def open_folder(
 
 
 def open_single(spec: ModelSpec, networks: Networks, weights: Weights) -> Opened:
-    """A model in a single file of the CompVis layout: one of the paper's, or a first stage alone."""
+    """A model in a single file of the CompVis layout, or a first stage alone."""
     copies = copies_in(weights.stored)
     left = {key for key in weights.stored if not keymaps.is_ignored(key)} - copies.keys()
+    texts = text_parts(spec, networks, weights, left)
     found, averages = [], set()  # network, its names, the file's tensors for it
     if networks.unet:
         names = {key: zoo.UNET + key for key in networks.unet.state_dict()}
@@ -213,8 +221,24 @@ def open_single(spec: ModelSpec, networks: Networks, weights: Weights) -> Opened
             names = {key: prefix + key for key in network.state_dict()}
             found.append((network, names, {key for key in left if key.startswith(prefix)}))
     parts = tuple(Part(n, names, weights.renamed({key: key for key in own})) for n, names, own in found)
+    parts += texts
     rest = left.difference(*(part.weights.stored for part in parts))
     return Opened(spec, networks, parts, tuple(sorted(rest)), bool(averages), copies, weights)
+
+
+def text_parts(spec: ModelSpec, networks: Networks, weights: Weights, left: set[str]) -> tuple[Part, ...]:
+    """The text encoders in a file; their tensors are taken out of what is left."""
+    parts = []
+    for place, encoder in zip(
+        stable.places(left), networks.conditioner.encoders if spec.texts else (), strict=False
+    ):
+        own = {key for key in left if key.startswith(place.prefix)}
+        left -= own
+        own = {key: key for key in own if not text_tensors.unused(key, encoder, place)}
+        held = weights.renamed(own)
+        held = Weights(*text_tensors.in_pieces(held.stored, held.read)) if place.open_clip else held
+        parts.append(Part(encoder, text_tensors.names_of(encoder, place, own), held))
+    return tuple(parts)
 
 
 def with_text_parts(opened: Opened, folder: Path, device: torch.device | str, allow_pickle: bool) -> Opened:
@@ -302,7 +326,11 @@ def tensor_in(data: mmap.mmap, stored: Stored) -> Tensor:
 def give_tokenizer(opened: Opened, path: Path, vocabulary: Path | None) -> None:
     """A text conditioner's tokenizer, which is in no file of weights."""
     spec, conditioner = opened.spec, opened.networks.conditioner
-    if spec.texts:
+    if spec.texts and opened.weights and stable.places(opened.weights.stored):
+        for encoder in conditioner.encoders:
+            text = encoder.spec
+            encoder.tokenizer = tokenizers.clip(None if text.pad_id == text.eos_id else text.pad_id)
+    elif spec.texts:
         folder = path if path.is_dir() else path.parent
         for encoder, name in zip(conditioner.encoders, TOKENIZERS, strict=False):
             encoder.tokenizer = read_tokenizer(folder / name, encoder.spec)

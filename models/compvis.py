@@ -7,12 +7,21 @@ tensors show too, it must agree with them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from models.errors import CheckpointError
-from models.spec import AutoencoderSpec, ClassSpec, Condition, ModelSpec, ScheduleSpec, TokenSpec, UNetSpec
+from models.spec import (
+    AutoencoderSpec,
+    ClassSpec,
+    Condition,
+    ModelSpec,
+    Prediction,
+    ScheduleSpec,
+    TokenSpec,
+    UNetSpec,
+)
 from models.texts import Config, read_yaml
 from models.zoo import Said
 
@@ -20,6 +29,7 @@ SUFFIXES = (".yaml", ".yml")
 WEIGHTS = (".ckpt", ".safetensors", ".pt", ".pth")
 SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}  # CompVis's words -> ours
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
+SCALINGS = {"EpsScaling": "eps", "VScaling": "v"}  # what SDXL's code calls them -> CompVis's words
 START, END = 0.0001, 0.02  # betas where a file has only one of them
 
 
@@ -55,7 +65,7 @@ def model_params(config: Config, file: Path) -> Config:
 def said(config: Config, file: Path) -> Said:
     """What it says that no tensor does. Raises CheckpointError, naming the option."""
     model = model_params(config, file)
-    unet = params(model, file, "unet_config", "params")
+    unet = unet_params(model, file)
     stage = params(model, file, "first_stage_config", "params", "ddconfig")
     width, mult = unet.get("num_head_channels", -1), stage.get("ch_mult")
     scale = None if model.get("scale_by_std") else model.get("scale_factor")
@@ -71,19 +81,42 @@ def said(config: Config, file: Path) -> Said:
         head_width=None if by_heads else whole(width, "num_head_channels", file),
         scale_factor=None if scale is None else positive(scale, "scale_factor", file),
         schedule=None if alone else schedule(model, file),
+        prediction=None if alone else prediction(model, file),
     )
+
+
+def unet_params(model: Config, file: Path) -> Config:
+    """Of the UNet, which SDXL's files call the network."""
+    return params(model, file, "unet_config" if "unet_config" in model else "network_config", "params")
+
+
+def prediction(model: Config, file: Path) -> Prediction | None:
+    """What the UNet predicts: CompVis's code takes eps where a whole configuration does not say.
+
+    None where it describes no UNet and does not say.
+    """
+    scaling = params(model, file, "denoiser_config", "params", "scaling_config").get("target")
+    told = SCALINGS.get(str(scaling).rpartition(".")[2], "eps")
+    if (
+        "parameterization" not in model
+        and not {"linear_start", "unet_config", "network_config"} & model.keys()
+    ):
+        return None
+    return PREDICTIONS[known("parameterization", model.get("parameterization", told), PREDICTIONS, file)]
+
+
+def known(option: str, value: Any, words: Mapping[str, str], file: Path) -> str:
+    """The value, if it is one of these words."""
+    if not isinstance(value, str) or value not in words:
+        raise CheckpointError(f"{file}: {option} is {value!r}; supported are {', '.join(words)}")
+    return value
 
 
 def schedule(model: Config, file: Path) -> ScheduleSpec | None:
     """None where there is not a word about it."""
     if not {"linear_start", "linear_end"} & model.keys():
         return None
-    kind, prediction = model.get("beta_schedule", "linear"), model.get("parameterization", "eps")
-    for option, value, known in (
-        ("beta_schedule", kind, SCHEDULES), ("parameterization", prediction, PREDICTIONS),
-    ):  # fmt: skip
-        if not isinstance(value, str) or value not in known:
-            raise CheckpointError(f"{file}: {option} is {value!r}; supported are {', '.join(known)}")
+    kind = known("beta_schedule", model.get("beta_schedule", "linear"), SCHEDULES, file)
     start, end = (
         positive(model.get(option, default), option, file)
         for option, default in (("linear_start", START), ("linear_end", END))
@@ -95,7 +128,6 @@ def schedule(model: Config, file: Path) -> ScheduleSpec | None:
         beta_end=end,
         beta_schedule=SCHEDULES[kind],
         timesteps=whole(model.get("timesteps", 1000), "timesteps", file),
-        prediction=PREDICTIONS[prediction],
     )
 
 
@@ -134,7 +166,7 @@ def claims(config: Config, spec: ModelSpec, file: Path) -> Iterator[tuple[str, A
     stage = params(model, file, "first_stage_config", "params")
     condition = params(model, file, "cond_stage_config", "params") if spec.condition else {}
     yield from given({"channels": spec.autoencoder.latent_channels}, model)
-    yield from unet_claims(params(model, file, "unet_config", "params"), spec.unet)
+    yield from unet_claims(unet_params(model, file), spec.unet)
     yield from stage_claims(stage, spec.autoencoder, file)
     yield from given(condition_facts(spec.condition), condition)
 
@@ -153,8 +185,13 @@ def unet_claims(options: Config, unet: UNetSpec) -> Iterator[tuple[str, Any, Any
         "resblock_updown": unet.residual_resampling,
         "use_spatial_transformer": unet.context_width > 0,
     }
+    if unet.added_width:
+        facts["adm_in_channels"] = unet.added_width
+    if unet.noise_levels:
+        facts["num_classes"] = unet.noise_levels
     if unet.context_width:
-        facts |= {"context_dim": unet.context_width, "transformer_depth": unet.middle_depth}
+        facts |= {"context_dim": unet.context_width, "use_linear_in_transformer": unet.linear_projection}
+        yield from depth_claims(options.get("transformer_depth"), unet)
     yield from given(facts, options)
     yield from levels("channel_mult", options.get("channel_mult"), unet.channels)
     factors = options.get("attention_resolutions")
@@ -162,6 +199,15 @@ def unet_claims(options: Config, unet: UNetSpec) -> Iterator[tuple[str, Any, Any
         attends = [2**level for level, depth in enumerate(unet.transformer_depth) if depth]
         there = sorted({f for f in factors if type(f) is int and f <= unet.factor})
         yield "attention_resolutions", there, tuple(attends)
+
+
+def depth_claims(claimed: Any, unet: UNetSpec) -> Iterator[tuple[str, Any, Any]]:
+    """Of all levels at once, or of each; a level without attention has none, whatever is said."""
+    if isinstance(claimed, list) and len(claimed) == len(unet.transformer_depth):
+        actual = [depth or said for depth, said in zip(unet.transformer_depth, claimed, strict=True)]
+        yield "transformer_depth", claimed, tuple(actual)
+    elif claimed is not None:
+        yield "transformer_depth", claimed, unet.middle_depth
 
 
 def stage_claims(options: Config, spec: AutoencoderSpec, file: Path) -> Iterator[tuple[str, Any, Any]]:

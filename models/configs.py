@@ -18,6 +18,7 @@ from models.spec import (
     AutoencoderSpec,
     Defaults,
     ModelSpec,
+    Prediction,
     ScheduleSpec,
     Spacing,
     TextSpec,
@@ -133,15 +134,20 @@ SCHEDULER_FIXED = {
 ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 
-def read_spec(path: str | Path, allow_pickle: bool = False) -> ModelSpec:
+def read_spec(
+    path: str | Path, allow_pickle: bool = False, prediction: Prediction | None = None
+) -> ModelSpec:
     """What the model in a diffusers folder or in a single file is, without its weights.
 
-    allow_pickle: look at .ckpt files too; they never run code even then. Raises CheckpointError, naming the
-    file and the option.
+    allow_pickle: look at .ckpt files too; they never run code even then. prediction: of a single file of
+    Stable Diffusion 2, where neither it nor a YAML file beside it says; if None, v. Raises CheckpointError,
+    naming the file and the option.
     """
     path = Path(path)
     if file := singles.weights_of(path):
-        spec = with_text(singles.describe(file, allow_pickle), file.parent)
+        spec = with_text(singles.describe(file, allow_pickle, prediction), file.parent)
+        if spec.texts:
+            check_fit(spec, path)
         own = singles.own_folder(file)
         return with_own_file(with_own_inputs(spec, own), own) if own else spec
     if not path.is_dir():

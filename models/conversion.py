@@ -15,28 +15,34 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from models import singles, zoo
+from models import singles, stable, zoo
 from models.checkpoint import Opened, check, load, open_model, save, words_beside, write_tensors
 from models.configs import OWN_KEYS
 from models.errors import CheckpointError
-from models.spec import TokenSpec
+from models.spec import Prediction, TokenSpec
 from models.texts import OWN_FILE
 
 
-def convert(source: Path, target: Path, dtype: str | None = None, allow_pickle: bool = False) -> None:
+def convert(
+    source: Path,
+    target: Path,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    prediction: Prediction | None = None,
+) -> None:
     """Write a model as a folder that load() reads back the same, whole or not at all.
 
-    A diffusers folder becomes one. A single file's weights keep their published names: averages are in the
-    place of the last ones, copies and what no network takes are left out, and ldm.json says what no tensor
-    does. dtype: of the weights; as they are if None. Raises CheckpointError, also for a target that is there
-    and not an empty folder.
+    A diffusers folder becomes one, and so does a single file of Stable Diffusion. The weights of other single
+    files keep their published names: averages are in the place of the last ones, copies and what no network
+    takes are left out, and ldm.json says what no tensor does. dtype: of the weights; as they are if None.
+    prediction: as of load(). Raises CheckpointError, also for a target that is there and not an empty folder.
     """
-    opened = open_model(source, "cpu", allow_pickle)
+    opened = open_model(source, "cpu", allow_pickle, prediction)
     check(opened, source)
     with whole(target) as folder:
-        if singles.weights_of(source) is None:  # a diffusers folder
+        if opened.weights is None or stable.is_one(opened.weights.stored):
             kind = getattr(torch, dtype or most_common(opened))
-            save(load(source, "cpu", kind, allow_pickle), folder, kind)
+            save(load(source, "cpu", kind, allow_pickle, prediction=prediction), folder, kind)
         else:
             write_single(opened, source, folder, dtype)
 

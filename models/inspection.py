@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from models import singles, words
+from models import singles, stable, words
 from models.checkpoint import Opened, Part, faults, listed, open_model
 from models.spec import ClassSpec, ModelSpec, SegmentationSpec, TokenSpec
 
@@ -91,7 +91,8 @@ def family(opened: Opened, file: Path | None) -> str:
     if spec.unet is None:
         return f"first stage alone ({'VQ' if spec.autoencoder.codes else 'KL'}-f{spec.autoencoder.factor})"
     if file:
-        return FAMILIES[singles.kind_of(file, opened.weights.stored, spec)]
+        kind = singles.kind_of(file, opened.weights.stored, spec)
+        return FAMILIES.get(kind, kind)  # those of Stable Diffusion are called as they are
     if spec.upscaling:
         told = ", told the noise on the picture" if spec.upscaling.noise else ""
         return f"super-resolution, {spec.autoencoder.factor}x{told}"
@@ -128,6 +129,8 @@ def notes(opened: Opened, path: Path) -> Iterator[str]:
     """What is worth knowing and no fault."""
     if opened.copies:
         yield f"the first stage is there twice: {len(opened.copies)} tensors more than needed"
+    if (file := singles.weights_of(path)) and singles.is_guessed(file, opened.weights.stored):
+        yield "eps or v, no tensor shows: taken for v, unless a YAML file beside it or --prediction says else"
     if opened.spec.reads_words and words.find(path) is None:
         yield words.WANTED
     if opened.spec.lacks_context:
@@ -142,6 +145,8 @@ def problems(opened: Opened, path: Path) -> Iterator[str]:
                 yield f"{type(part.network).__name__}: {listed(what, keys)}"
     if opened.rest:
         yield listed("unexpected", list(opened.rest))
+    if opened.weights and stable.places(opened.weights.stored):
+        return
     tokenizer = (path if path.is_dir() else path.parent) / "tokenizer"
     if opened.spec.texts and not any((tokenizer / n).is_file() for n in ("vocab.json", "tokenizer.json")):
         yield "tokenizer/vocab.json is missing"

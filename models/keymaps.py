@@ -64,12 +64,27 @@ SCHEDULE_BUFFERS = frozenset(
         "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar", "scale_factor",
     }
 )  # fmt: skip
-SINGLE_IGNORED = SCHEDULE_BUFFERS | {
-    "model_ema.decay",
-    "model_ema.num_updates",
-    "cond_stage_model.transformer.to_logits.weight",
-    "cond_stage_model.transformer.to_logits.bias",
-}
+LOW_SCALE = "low_scale_model."  # the same tables, of the noise on low-resolution pictures
+SINGLE_IGNORED = (
+    SCHEDULE_BUFFERS
+    | {LOW_SCALE + key for key in SCHEDULE_BUFFERS}
+    | {
+        "model_ema.decay",
+        "model_ema.num_updates",
+        "cond_stage_model.transformer.to_logits.weight",
+        "cond_stage_model.transformer.to_logits.bias",
+        "cond_stage_model.logit_scale",
+        "cond_stage_model.model.logit_scale",
+        "cond_stage_model.model.attn_mask",
+        "conditioner.embedders.1.model.logit_scale",
+        "conditioner.embedders.1.model.attn_mask",
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+        "cond_stage_model.transformer.embeddings.position_ids",
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
+        "denoiser.sigmas",
+        "v_pred",
+    }
+)
 SINGLE_IGNORED_PREFIXES = ("loss.", "first_stage_model.loss.", "cond_stage_model.loss.")
 EMA = "model_ema."
 
@@ -83,6 +98,28 @@ def averaged(key: str) -> str:
     """A parameter of a single file's UNet -> its name among the averaged weights: no dots."""
     return EMA + key.removeprefix("model.").replace(".", "")
 
+
+# A text encoder's modules -> OpenCLIP's, and those of a layer. What OpenCLIP holds as one has a name for each
+# of its PIECES, after a dot.
+OPEN_CLIP = {
+    "transformer.embeddings.token_embedding": "token_embedding",
+    "transformer.embeddings.position_embedding.weight": "positional_embedding",
+    "transformer.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    **{
+        f"self_attn.{part}_proj.{leaf}": f"attn.in_proj_{leaf}.{part}"
+        for part in ("q", "k", "v")
+        for leaf in ("weight", "bias")
+    },
+}
+PIECES = {"q": 0, "k": 1, "v": 2}  # thirds of what OpenCLIP holds as one
 
 CLIP_PICTURES = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIP, beside its text
 
@@ -136,3 +173,12 @@ def autoencoder(spec: AutoencoderSpec) -> dict[str, str]:
                 table[f"{native}.block.{block}"] = f"{file}.resnets.{block}"
                 table[f"{native}.block.{block}.nin_shortcut"] = f"{file}.resnets.{block}.conv_shortcut"
     return table
+
+
+def open_clip(layers: int) -> dict[str, str]:
+    """Native module -> file module of an OpenCLIP text encoder."""
+    return OPEN_CLIP | {
+        f"transformer.encoder.layers.{layer}.{native}": f"transformer.resblocks.{layer}.{name}"
+        for layer in range(layers)
+        for native, name in OPEN_CLIP_LAYER.items()
+    }

@@ -1,20 +1,20 @@
 """A model in one file: where it is, what it is called, what it is. Free of torch.
 
 Tensors come first, then what stands beside the file (a YAML file of CompVis's, or an ldm.json of ours), then
-the table of the paper's models.
+the tables of the paper's models and of Stable Diffusion's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from models import compvis, zoo
+from models import compvis, stable, zoo
 from models.errors import CheckpointError
 from models.headers import Stored, safetensors_header, values
 from models.pickles import read_records
@@ -56,8 +56,12 @@ def read_header(file: Path, allow_pickle: bool) -> dict[str, Stored]:
     return read_records(file)
 
 
-def describe(file: Path, allow_pickle: bool) -> ModelSpec:
-    """What the model in a single file is. Raises CheckpointError, also where two sources contradict."""
+def describe(file: Path, allow_pickle: bool, prediction: Prediction | None = None) -> ModelSpec:
+    """What the model in a single file is.
+
+    prediction: of a Stable Diffusion 2 file that neither says itself nor is told beside it. Raises
+    CheckpointError, also where two sources contradict.
+    """
     stored = read_header(file, allow_pickle)
     betas = values(file, stored["betas"]) if "betas" in stored else None
     scale = factor(file, stored["scale_factor"]) if "scale_factor" in stored else None
@@ -70,7 +74,12 @@ def describe(file: Path, allow_pickle: bool) -> ModelSpec:
         if scale is not None and claimed and not near(claimed, scale):
             raise CheckpointError(f"{note}: scale_factor is {claimed}, but the weights have {scale}")
     shapes = {key: entry.shape for key, entry in stored.items()}
-    spec = zoo.recognise(shapes, name_of(file), None if betas is None else ends(file, betas), scale, said)
+    first_last = None if betas is None else ends(file, betas)
+    if stable.is_one(shapes):
+        said = with_prediction(said, shapes, prediction)
+        spec = stable.recognise(shapes, name_of(file), first_last, said)
+    else:
+        spec = zoo.recognise(shapes, name_of(file), first_last, scale, said)
     if config is not None:
         check_ends(note, said, spec)
         compvis.check(config, spec, note)
@@ -82,13 +91,33 @@ def describe(file: Path, allow_pickle: bool) -> ModelSpec:
     return spec
 
 
+def with_prediction(said: zoo.Said | None, shapes: zoo.Shapes, given: Prediction | None) -> zoo.Said:
+    """What is predicted: as the file beside says, or a mark in the file; given, where none of them does."""
+    said = said or zoo.Said()
+    if said.prediction or stable.V_MARK in shapes:
+        return replace(said, prediction=said.prediction or "v_prediction")
+    return replace(said, prediction=given if stable.is_open(shapes) else None)
+
+
+def is_guessed(file: Path, stored: Mapping[str, Stored]) -> bool:
+    """Whether nothing says what a file's UNet predicts."""
+    shapes = {key: entry.shape for key, entry in stored.items()}
+    if not stable.is_one(shapes) or not stable.is_open(shapes):
+        return False
+    note = compvis.find(file)
+    said = compvis.said(read_yaml(note), note) if note else None
+    return with_prediction(said, shapes, None).prediction is None
+
+
 def kind_of(file: Path, stored: Mapping[str, Stored], spec: ModelSpec) -> str | None:
     """The row of the table that a single file's model is of; None for a first stage alone."""
     if spec.unet is None:
         return None
+    if stable.is_one(shapes := {key: entry.shape for key, entry in stored.items()}):
+        return stable.kind(shapes, spec.schedule.prediction)
     if own_folder(file) and (said := own_said(file.parent / OWN_FILE)).kind:
         return said.kind
-    return zoo.kind({key: entry.shape for key, entry in stored.items()}, spec.condition)
+    return zoo.kind(shapes, spec.condition)
 
 
 def near(a: float, b: float) -> bool:
@@ -130,7 +159,7 @@ def check_ends(note: Path, said: zoo.Said, spec: ModelSpec) -> None:
 def own_said(file: Path) -> zoo.Said:
     """What our ldm.json says of a single file. Raises CheckpointError, naming what it cannot be."""
     own = read_json(file)[OWN_KEY]
-    known = {field.name for field in fields(zoo.Said)} - {"head_width"}
+    known = {field.name for field in fields(zoo.Said)} - {"head_width", "prediction"}
     if not isinstance(own, dict) or own.keys() - known:
         raise CheckpointError(f"{file}: {OWN_KEY} may hold {', '.join(sorted(known))} only")
     for option, value in own.items():

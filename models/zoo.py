@@ -18,6 +18,7 @@ from models.spec import (
     Defaults,
     Masking,
     ModelSpec,
+    Prediction,
     ScheduleSpec,
     SegmentationSpec,
     TokenSpec,
@@ -79,6 +80,7 @@ class Said:
     head_width: int | None = None  # in the place of heads
     scale_factor: float | None = None
     schedule: ScheduleSpec | None = None
+    prediction: Prediction | None = None
 
 
 def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -133,6 +135,8 @@ def whole_model(
     schedule = said.schedule or ScheduleSpec(beta_start=row.beta_start, beta_end=row.beta_end)
     if betas:
         schedule = replace(schedule, beta_start=betas[0], beta_end=betas[1])
+    if said.prediction:
+        schedule = replace(schedule, prediction=said.prediction)
     return ModelSpec(
         name=name,
         unet=unet_spec(unet, *heads_of(said, row)),
@@ -223,6 +227,8 @@ def unet_spec(shapes: Shapes, heads: int | tuple[int, ...] | None, head_width: i
         linear_projection=len(shapes.get("middle_block.1.proj_in.weight", ())) == 2,
         residual_resampling=len(channels) > 1 and f"input_blocks.{per_level}.0.op.weight" not in shapes,
         scale_shift_norm=embedded == 2 * channels[-1],
+        noise_levels=shapes.get("label_emb.weight", (0,))[0],
+        added_width=shapes.get("label_emb.0.0.weight", (0, 0))[1],
     )
 
 

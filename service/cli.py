@@ -51,11 +51,12 @@ SERVED = (
     "allow_pickle",
     "vocabulary",
     "lora",
+    "prediction",
     "invariant",
     "api_key_file",
 )
 OTHERS = tuple(f.name for f in fields(Settings) if f.name not in (*SERVED, "api_keys", "faults"))
-ALONE = ("model", "device", "dtype", "allow_pickle", "vocabulary")
+ALONE = ("model", "device", "dtype", "allow_pickle", "vocabulary", "prediction")
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
 
 GRACE_SECONDS = 10  # after the drain, for answers that are on their way and requests that never end
@@ -101,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     add_inpaint(commands.add_parser("inpaint", help="paint a part of a picture anew, without a server"))
     add_upscale(commands.add_parser("upscale", help="enlarge a picture, without a server"))
     listing = commands.add_parser("models", help="list the models that can be served")
-    add_settings(listing, "model", "allow_pickle", several=True)
+    add_settings(listing, "model", "allow_pickle", "prediction", several=True)
     listing.set_defaults(command=list_models)
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint is, without loading it"))
     add_convert(commands.add_parser("convert", help="write a checkpoint as a folder in safetensors"))
@@ -126,6 +127,7 @@ def add_settings(
         "allow_pickle": "read .ckpt and .bin files too, which never run code even then",
         "vocabulary": "vocab.txt of bert-base-uncased, or its folder, for models that read its words",
         "lora": "a LoRA that requests can ask for, NAME=PATH; may be given again",
+        "prediction": "epsilon or v_prediction: of Stable Diffusion 2 in one file, unless a YAML file says",
         "invariant": "the same bytes for a request in any company, and a lower throughput",
         "api_key_file": "a file of API keys, one a line; who has none of them gets a 401",
     }
@@ -323,7 +325,7 @@ def make(args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping
     suffix = checked(output)
     settings = replace(settings_of(args, *ALONE), lora=tuple(named for named, _ in args.lora))
     places, loras = locate_all(settings.model, settings.allow_pickle), locate_loras(settings.lora)
-    specs = read_specs(places, settings.allow_pickle)
+    specs = read_specs(places, settings.allow_pickle, settings.prediction)
     specs = {name: replace(spec, loras=tuple(loras)) for name, spec in specs.items()}  # what fits shows later
     body = request_of(args, kind, {name: file for name, file in pictures.items() if file})
     order = intake.with_format(intake.to_order(body, specs, settings), images.SUFFIXES[suffix], "output")
@@ -424,9 +426,9 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def list_models(args: argparse.Namespace) -> int:
     """One line a model."""
-    settings = settings_of(args, "model", "allow_pickle")
+    settings = settings_of(args, "model", "allow_pickle", "prediction")
     for name, path in locate_all(settings.model, settings.allow_pickle).items():
-        spec = read_spec(path, settings.allow_pickle)
+        spec = read_spec(path, settings.allow_pickle, settings.prediction)
         d = spec.defaults
         made = f"{d.width}x{d.height}, {d.steps} steps, guidance {d.guidance_scale:g}"
         print(f"{name}  {made}, {', '.join(spec.tasks)}")
@@ -453,7 +455,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="IN", type=Path, help="a folder, or a .safetensors or .ckpt file")
     command.add_argument("target", metavar="OUT", type=Path, help="a folder that is empty or not there")
     command.add_argument("--dtype", choices=DTYPES[1:], help="of the weights (default: as they are)")
-    add_settings(command, "allow_pickle")
+    add_settings(command, "allow_pickle", "prediction")
     command.set_defaults(command=run_convert)
 
 
@@ -461,7 +463,8 @@ def run_convert(args: argparse.Namespace) -> int:
     """Write a checkpoint as a folder in safetensors, whole or not at all."""
     from models.conversion import convert  # torch
 
-    convert(args.source, args.target, args.dtype, settings_of(args, "allow_pickle").allow_pickle)
+    settings = settings_of(args, "allow_pickle", "prediction")
+    convert(args.source, args.target, args.dtype, settings.allow_pickle, settings.prediction)
     print(args.target)
     return 0
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from models import singles, words
 from models.configs import read_spec
 from models.errors import CheckpointError
-from models.spec import ModelSpec
+from models.spec import ModelSpec, Prediction
 from service.job import Network
 
 BOXED = ("emoji", "emoji-upscale")  # the models that come with the package
@@ -82,9 +82,14 @@ def locate_all(names: tuple[str, ...], allow_pickle: bool = False) -> dict[str, 
     return found
 
 
-def read_specs(paths: Mapping[str, Path], allow_pickle: bool = False) -> dict[str, ModelSpec]:
-    """What the models are, each called as here. Raises CheckpointError, also for one that makes nothing."""
-    specs = {name: replace(read_spec(path, allow_pickle), name=name) for name, path in paths.items()}
+def read_specs(
+    paths: Mapping[str, Path], allow_pickle: bool = False, prediction: Prediction | None = None
+) -> dict[str, ModelSpec]:
+    """What the models are, each called as here; prediction: as of read_spec(). Raises CheckpointError, also
+    for one that makes nothing."""
+    specs = {
+        name: replace(read_spec(path, allow_pickle, prediction), name=name) for name, path in paths.items()
+    }
     for name, spec in specs.items():
         if spec.unet is None:
             raise CheckpointError(f"{name} is a first stage alone, E and D: there is nothing to generate")
@@ -108,8 +113,9 @@ class Registry(Generic[Bundle]):
         size: Callable[[ModelSpec], int] = lambda spec: 0,
         memory: int = 0,
         allow_pickle: bool = False,
+        prediction: Prediction | None = None,
     ) -> None:
-        self.specs = read_specs(paths, allow_pickle)
+        self.specs = read_specs(paths, allow_pickle, prediction)
         self._paths = dict(paths)
         self._load = load
         self._sizes = {name: size(spec) for name, spec in self.specs.items()} if memory else {}

@@ -308,10 +308,11 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
     vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
     registry = Registry(
         paths,
-        lambda path: load(path, device, dtype, settings.allow_pickle, vocabulary, watch),
+        lambda path: load(path, device, dtype, settings.allow_pickle, vocabulary, watch, settings.prediction),
         lambda spec: weights_in(spec) * dtype.itemsize,
         settings.model_memory,
         settings.allow_pickle,
+        settings.prediction,
     )
     for name, spec in registry.specs.items():
         if spec.reads_words and words.find(paths[name], vocabulary) is None:

@@ -168,6 +168,10 @@ class Settings:
     # few: jobs with another set wait until the jobs of one of these are done. Too many: out of memory.
     lora_sets: int = setting(4, number(int, 1, 1024))
 
+    # What single files of Stable Diffusion 2 predict where no YAML file beside them says: no tensor shows it.
+    # The wrong word: pictures of noise.
+    prediction: str = setting("v_prediction", choice("epsilon", "v_prediction"))
+
     # Row counts that a UNet call is padded to; the last is the most rows of a call. Kernels are chosen by
     # row count, so a picture's last bits depend on the bucket: fewer buckets, fewer differences, more pad.
     # Never one row alone: that is where kernels differ most.

@@ -1,0 +1,359 @@
+"""Stable Diffusion's single files: what they are, that they compute what others do, what is refused."""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.checkpoint import CheckpointError, load
+from models.configs import read_spec
+from models.inspection import inspect
+from models.spec import ModelSpec
+from tests import stable
+from tests.stable import Reference, Row
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 3e-5
+ROWS = tuple(name for name in stable.ROWS if name != "sd-x4")
+PROMPTS = ["red apple", "a photo of a cat! and a dog, by night"]
+FACTS = {  # beta, prediction, factor of latents, side
+    "sd1": ("epsilon", 0.18215, 512),
+    "sd1-inpainting": ("epsilon", 0.18215, 512),
+    "sd2": ("v_prediction", 0.18215, 768),
+    "sd2-inpainting": ("epsilon", 0.18215, 512),
+    "sdxl": ("epsilon", 0.13025, 1024),
+    "sdxl-inpainting": ("epsilon", 0.13025, 1024),
+}
+OPEN = "cond_stage_model.model."
+RES = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+
+
+@cache
+def made(name: str) -> tuple[Row, Reference]:
+    """A narrow row, and its networks; those of inpainting differ in the UNet only."""
+    row, plain = stable.narrow(stable.ROWS[name]), name.removesuffix("-inpainting")
+    if plain == name:
+        return row, stable.reference(row)
+    return row, made(plain)[1]._replace(unet=stable.random(stable.make_unet(row), 1))
+
+
+def outline(folder, name, edit=lambda tensors: None):
+    """A file whose header alone is of interest: the weights are zeros."""
+    tensors = {key: value for key, value in stable.published(name, *made(name)).items() if "betas" not in key}
+    edit(tensors)
+    return stable.hollow(folder / f"{name}.safetensors", tensors)
+
+
+def write(folder, name, edit=lambda tensors: None, averaged=False):
+    tensors = stable.published(name, *made(name), averaged)
+    edit(tensors)
+    save_file(tensors, folder / f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
+
+
+def error(ours, theirs):
+    assert theirs.std() > 0.1
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def outputs(row: Row, model, networks: Reference) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Ours and theirs of all that a model computes."""
+    generator = torch.Generator().manual_seed(1)
+    ids = model.conditioner.tokenize(PROMPTS)
+    told = model.conditioner.encode(ids)
+    context, pooled = networks.context(row, ids)
+    x, t = torch.randn(2, row.in_channels, 16, 8, generator=generator), torch.tensor([1, 801])
+    added, options = None, {}
+    if row.size_width:
+        numbers = torch.tensor([[96, 64, 0, 0, 96, 64]] * 2)
+        options = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": numbers}}
+        added = torch.cat([pooled, model.sizes(64, 96).expand(2, -1)], dim=-1)
+    z = torch.randn(1, 4, 8, 8, generator=generator)
+    picture = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
+    pairs = {
+        "eps": (model.unet(x, t, context, added), networks.unet(x, t, context, **options).sample),
+        "context": (told.tokens, context),
+        "D": (model.autoencoder.decode(z), networks.autoencoder.decode(z).sample),
+        "E": (model.autoencoder.encode(picture), networks.autoencoder.encode(picture).latent_dist.mode()),
+    }
+    return pairs | ({"pooled": (told.pooled, pooled)} if row.size_width else {})
+
+
+@pytest.mark.parametrize("name", ROWS)
+@torch.inference_mode()
+def test_each_model_is_known_and_computes_what_the_original_does(tmp_path, name):
+    file = write(tmp_path, name)
+    model, (row, networks) = load(file), made(name)
+    for what, (ours, theirs) in outputs(row, model, networks).items():
+        assert error(ours, theirs) <= LIMIT, what
+    spec = model.spec
+    facts = spec.schedule.prediction, spec.autoencoder.scale_factor, spec.defaults.width
+    assert facts == FACTS[name]
+    assert (spec.schedule.beta_start, spec.schedule.beta_end) == (0.00085, 0.012)
+    assert spec.mask_channels == ("inpainting" in name)
+    assert spec.zero_null == (name == "sdxl")
+    assert [text.pad_id for text in spec.texts] == [0 if text.open_clip else 49407 for text in row.texts]
+    assert spec == read_spec(file) == ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert not inspect(file).problems
+
+
+@torch.inference_mode()
+def test_the_short_prompts_padding(tmp_path):
+    """The first encoder pads with the end token, the second with 0."""
+    first, second = load(write(tmp_path, "sdxl")).conditioner.tokenize(["red apple"])
+    assert first[0, :5].tolist() == [49406, 736, 3055, 49407, 49407]
+    assert second[0, :5].tolist() == [49406, 736, 3055, 49407, 0]
+
+
+def test_torch_is_not_imported_to_know_it(tmp_path):
+    code = (
+        "import sys; from models.configs import read_spec; "
+        f"read_spec({str(outline(tmp_path, 'sdxl'))!r}); sys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    assert subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, check=False).returncode == 0
+
+
+@torch.inference_mode()
+def test_averages_are_the_weights_that_count(tmp_path):
+    model, (row, networks) = load(write(tmp_path, "sd1", averaged=True)), made("sd1")
+    assert error(*outputs(row, model, networks)["eps"]) <= LIMIT
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+@torch.inference_mode()
+def test_half_precision_and_pickles(tmp_path, name):
+    row, networks = made(name)
+    halves = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in stable.published(name, row, networks).items()
+        if "betas" not in key
+    }
+    torch.save({"state_dict": halves, "global_step": 9}, tmp_path / "half.ckpt")
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        load(tmp_path / "half.ckpt")
+    model = load(tmp_path / "half.ckpt", allow_pickle=True)
+    assert model.unet.dtype == torch.float32
+    for what, (ours, theirs) in outputs(row, model, networks).items():
+        assert error(ours, theirs) <= 5e-3, what
+
+
+@torch.inference_mode()
+def test_files_written_by_others_lack_some_names(tmp_path):
+    """Names of later versions of `transformers`; a text encoder without its last layer and projection."""
+
+    def shorter(tensors):
+        for key in [key for key in tensors if ".text_model." in key]:
+            tensors[key.replace(".text_model.", ".")] = tensors.pop(key)
+        del tensors["cond_stage_model.transformer.embeddings.position_ids"]
+
+    model, (row, networks) = load(write(tmp_path, "sd1", shorter)), made("sd1")
+    assert error(*outputs(row, model, networks)["context"]) <= LIMIT
+
+    def without_last(tensors):
+        for key in [key for key in tensors if ".resblocks.2." in key or key.endswith("text_projection")]:
+            del tensors[key]
+
+    model, (row, networks) = load(write(tmp_path, "sd2", without_last)), made("sd2")
+    assert error(*outputs(row, model, networks)["context"]) <= LIMIT
+
+
+def test_what_stable_diffusion_2_predicts(tmp_path):
+    """No tensor shows it: v, unless a file beside says, or who asks, or a mark in the file."""
+    file, note = outline(tmp_path, "sd2"), tmp_path / "sd2.yaml"
+
+    def found(*given):
+        spec = read_spec(file, False, *given)
+        return spec.schedule.prediction, spec.defaults.width
+
+    eps, v = ("epsilon", 512), ("v_prediction", 768)
+    assert (found(), found("epsilon"), found("v_prediction")) == (v, eps, v)
+    assert "eps or v" in inspect(file).notes[0]
+    note.write_text("model: {params: {parameterization: v}}")
+    assert (found(), found("epsilon")) == (v, v)
+    assert not inspect(file).notes
+    note.write_text("model: {params: {parameterization: eps}}")
+    assert (found(), found("v_prediction")) == (eps, eps)
+    note.write_text("model: {params: {linear_start: 0.00085, linear_end: 0.012, unet_config: {}}}")
+    assert found() == eps  # as CompVis's code takes it
+    scaling = "{denoiser_config: {params: {scaling_config: {target: sgm.VScaling}}}, network_config: {}}"
+    note.write_text(f"model: {{params: {scaling}}}")
+    assert found() == v
+    note.write_text("model: {params: {scale_factor: 0.18215}}")
+    assert (found(), found("epsilon")) == (v, eps)
+    note.unlink()
+    assert load(file, prediction="epsilon").spec.schedule.prediction == "epsilon"
+
+
+def test_what_others_predict_is_known_or_said(tmp_path):
+    file = outline(tmp_path, "sd1")
+    assert read_spec(file, prediction="v_prediction").schedule.prediction == "epsilon"  # not of this model
+    (tmp_path / "sd1.yaml").write_text("model: {params: {parameterization: v}}")
+    assert read_spec(file).schedule.prediction == "v_prediction"
+    file = outline(tmp_path, "sdxl", lambda tensors: tensors.update(v_pred=torch.zeros(0)))
+    assert load(file).spec.schedule.prediction == "v_prediction"
+
+
+YAML = {
+    "linear_start": 0.00085, "linear_end": 0.012, "parameterization": "v", "image_size": 64, "channels": 4,
+    "scale_factor": 0.18215,
+    "unet_config": {
+        "params": {
+            "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": 2,
+            "attention_resolutions": [4, 2, 1], "channel_mult": [1, 1, 2, 2], "num_head_channels": 64,
+            "use_spatial_transformer": True, "use_linear_in_transformer": True, "transformer_depth": 1,
+            "context_dim": 128,
+        }
+    },
+    "first_stage_config": {"params": {"embed_dim": 4, "ddconfig": {"ch": 32, "ch_mult": [1, 2, 4, 4]}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "what"),
+    [
+        ("use_linear_in_transformer", False, "use_linear_in_transformer is False"),
+        ("context_dim", 1024, "context_dim is 1024, but the weights have 128"),
+        ("transformer_depth", 2, "transformer_depth is 2"),
+        ("transformer_depth", [1, 2, 1, 1], r"transformer_depth is \(1, 2, 1, 1\)"),
+        ("in_channels", 9, "in_channels is 9"),
+        ("num_head_channels", 48, "heads do not divide"),
+    ],
+)
+def test_a_yaml_file_must_agree(tmp_path, option, value, what):
+    file = outline(tmp_path, "sd2")
+    (tmp_path / "sd2.yaml").write_text(json.dumps({"model": {"params": YAML}}))
+    assert (read_spec(file).schedule.prediction, read_spec(file).defaults.width) == ("v_prediction", 768)
+    unet = YAML["unet_config"]["params"] | {option: value}
+    changed = YAML | {"unet_config": {"params": unet}}
+    (tmp_path / "sd2.yaml").write_text(json.dumps({"model": {"params": changed}}))
+    with pytest.raises(CheckpointError, match=what):
+        read_spec(file)
+
+
+def test_sdxls_yaml_file(tmp_path):
+    file = outline(tmp_path, "sdxl")
+    unet = {"adm_in_channels": 176, "transformer_depth": [1, 2, 3], "num_head_channels": 64}
+    unet |= {"num_classes": "sequential", "context_dim": 256, "attention_resolutions": [4, 2]}
+    params = {"scale_factor": 0.13025, "network_config": {"params": unet}}
+    (tmp_path / "sdxl.yaml").write_text(json.dumps({"model": {"params": params}}))
+    assert read_spec(file).schedule.prediction == "epsilon"
+    unet["adm_in_channels"] = 2816
+    (tmp_path / "sdxl.yaml").write_text(json.dumps({"model": {"params": params}}))
+    with pytest.raises(CheckpointError, match="adm_in_channels is 2816, but the weights have 176"):
+        read_spec(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "what"),
+    [
+        ("sd1", "model.diffusion_model.out.2.bias", "UNet: 1 missing"),
+        ("sd1", "first_stage_model.quant_conv.bias", "Autoencoder: 1 missing"),
+        ("sd1", "cond_stage_model.transformer.text_model.final_layer_norm.bias", "TextEncoder: 1 missing"),
+        ("sd2", OPEN + "positional_embedding", "missing"),
+        ("sd2", OPEN + "transformer.resblocks.1.ln_1.bias", "TextEncoder: 1 missing"),
+        ("sd2", OPEN + "transformer.resblocks.0.attn.in_proj_weight", "TextEncoder: 3 missing"),
+        ("sdxl", "conditioner.embedders.1.model.ln_final.weight", "TextEncoder: 1 missing"),
+        ("sdxl", "conditioner.embedders.1.model.text_projection", "missing"),
+        ("sdxl", "model.diffusion_model.label_emb.0.2.bias", "UNet: 1 missing"),
+    ],
+)
+def test_missing_keys_are_named(tmp_path, name, key, what):
+    with pytest.raises(CheckpointError, match=what) as caught:
+        load(outline(tmp_path, name, lambda tensors: tensors.pop(key)))
+    assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "anything",
+        OPEN + "transformer.resblocks.1.x",
+        OPEN + "visual.proj",
+        "model_ema.x",
+        "low_scale_model.x",
+        "cond_stage_model.transformer.x",
+    ],
+)
+def test_unexpected_keys_are_named(tmp_path, key):
+    with pytest.raises(CheckpointError, match=rf"1 unexpected keys: {key}|missing keys: model_ema"):
+        load(outline(tmp_path, "sd2", lambda tensors: tensors.update({key: torch.zeros(2)})))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "what"),
+    [
+        ("sd2", OPEN + "transformer.resblocks.0.attn.in_proj_weight", "misshaped"),
+        ("sd2", OPEN + "transformer.resblocks.1.ln_1.bias", "misshaped"),
+        ("sdxl", "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", "misshaped"),
+    ],
+)
+def test_misshaped_keys_are_named(tmp_path, name, key, what):
+    with pytest.raises(CheckpointError, match=rf"TextEncoder: \d {what} keys: {key}"):
+        load(outline(tmp_path, name, lambda tensors: tensors.update({key: torch.zeros(6, 6)})))
+
+
+def test_tensors_without_meaning_are_known_by_name(tmp_path):
+    names = [
+        OPEN + "attn_mask",
+        "denoiser.sigmas",
+        "model_ema.decay",
+        "model_ema.num_updates",
+        "alphas_cumprod",
+    ]
+    load(outline(tmp_path, "sd2", lambda tensors: tensors.update({name: torch.zeros(2) for name in names})))
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "what"),
+    [
+        (
+            "sd1",
+            lambda ts: ts.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 8, 3, 3)}),
+            "takes 8 and gives 4 channels where 4 and 4 are expected",
+        ),
+        (
+            "sd1",
+            lambda ts: ts.update(
+                {
+                    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": torch.zeros(
+                        9, 128
+                    )
+                }
+            ),
+            "has 9 tokens, CLIP's tokenizer 49408",
+        ),
+        ("sd2", lambda ts: ts.update({OPEN + "token_embedding.weight": torch.zeros(49408, 64)}), "128 wide"),
+        (
+            "sdxl",
+            lambda ts: ts.update({"model.diffusion_model.label_emb.0.0.weight": torch.zeros(9, 7)}),
+            "vector",
+        ),
+    ],
+)
+def test_what_is_no_model_of_these_is_one_sentence(tmp_path, name, edit, what):
+    with pytest.raises(CheckpointError, match=what):
+        load(outline(tmp_path, name, edit))
+
+
+def test_betas_are_the_files_own(tmp_path):
+    file = write(tmp_path, "sd1", lambda tensors: tensors.update(betas=stable.betas(0.001, 0.02)))
+    assert (read_spec(file).schedule.beta_start, read_spec(file).schedule.beta_end) == (0.001, 0.02)
+    with pytest.raises(CheckpointError, match="betas are not 1000"):
+        read_spec(write(tmp_path, "sd1", lambda ts: ts.update(betas=torch.linspace(0.00085, 0.012, 1000))))
+
+
+def test_the_refiner_is_called_by_its_name(tmp_path):
+    def edit(tensors):
+        for key in [key for key in tensors if key.startswith("conditioner.embedders.")]:
+            value = tensors.pop(key)
+            if key.startswith("conditioner.embedders.1."):
+                tensors[key.replace("embedders.1", "embedders.0")] = value
+
+    with pytest.raises(CheckpointError, match="SDXL's refiner"):
+        read_spec(outline(tmp_path, "sdxl", edit))

@@ -1,0 +1,325 @@
+"""Stable Diffusion's models in one file, written from networks of `diffusers` and `transformers`.
+
+Every parameter is random. The names in the files come from tables of this module alone, narrow or at their
+published width, all else the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from tests.tiny import fill_randomly
+
+TOKENS, VOCABULARY, PAD = 77, 49408, 0  # PAD: of OpenCLIP's encoders; the others pad with the end token
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text encoder, and the prefix of its tensors."""
+
+    width: int
+    layers: int
+    prefix: str
+    open_clip: bool = False  # whose names, activation and padding differ
+
+    @property
+    def heads(self) -> int:
+        return self.width // 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model; narrow: channels and text encoders are small."""
+
+    channels: tuple[int, ...]
+    attends: tuple[int, ...]  # transformer blocks after each residual block of a level
+    heads: int | None  # at every level; None: as many as are 64 wide
+    texts: tuple[Text, ...]
+    in_channels: int = 4
+    linear: bool = False
+    crosses_only: tuple[bool, ...] = ()  # levels whose first attention looks at the context too
+    noise_levels: int = 0
+    size_width: int = 0  # of the embedding of one of six sizes; 0: not told sizes
+    factor: int = 8
+    stage: int = 128  # channels of the autoencoder's finest level
+
+
+CLIP = "cond_stage_model.transformer."
+OPEN_CLIP = "cond_stage_model.model."
+CLIP_L = Text(768, 12, CLIP)
+CLIP_H = Text(1024, 24, OPEN_CLIP, open_clip=True)
+XL = (
+    Text(768, 12, "conditioner.embedders.0.transformer."),
+    Text(1280, 32, "conditioner.embedders.1.model.", open_clip=True),
+)
+SD_1 = Row((320, 640, 1280, 1280), (1, 1, 1, 0), 8, (CLIP_L,))
+SD_2 = replace(SD_1, heads=None, texts=(CLIP_H,), linear=True)
+UPSCALER = Row(
+    (256, 512, 512, 1024), (0, 1, 1, 1), 8, (CLIP_H,), in_channels=7, linear=True,
+    crosses_only=(True, True, True, False), noise_levels=1000, factor=4,
+)  # fmt: skip
+SDXL = Row((320, 640, 1280), (0, 2, 10), None, XL, linear=True, size_width=256)
+ROWS = {
+    "sd1": SD_1,
+    "sd1-inpainting": replace(SD_1, in_channels=9),
+    "sd2": SD_2,
+    "sd2-inpainting": replace(SD_2, in_channels=9),
+    "sd-x4": UPSCALER,
+    "sdxl": SDXL,
+    "sdxl-inpainting": replace(SDXL, in_channels=9),
+}
+NARROW = {320: 1, 640: 1, 1280: 2, 256: 1, 512: 2, 1024: 2}  # times 64, the least that is a head; or 32
+
+
+def narrow(row: Row) -> Row:
+    """The same, small: depths 0, 2 and 3 for SDXL's 0, 2 and 10."""
+    return replace(
+        row,
+        channels=tuple(NARROW[width] * (32 if row.heads else 64) for width in row.channels),
+        attends=tuple(min(depth, 3) for depth in row.attends),
+        texts=tuple(replace(text, width=128, layers=3) for text in row.texts),
+        size_width=min(row.size_width, 8),
+        stage=32,
+    )
+
+
+class Reference(NamedTuple):
+    """The networks that a file was written from."""
+
+    unet: UNet2DConditionModel
+    autoencoder: AutoencoderKL
+    texts: tuple[CLIPTextModel | CLIPTextModelWithProjection, ...]
+
+    def context(self, row: Row, ids: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What the UNet attends to, and the second encoder's one vector; ids: (B, 77) of each encoder."""
+        outs = [
+            text(input_ids=one, output_hidden_states=True) for text, one in zip(self.texts, ids, strict=True)
+        ]
+        if len(outs) == 2:  # the last but one layers' states, with no norm
+            return torch.cat([out.hidden_states[-2] for out in outs], dim=-1), outs[1].text_embeds
+        if not row.texts[0].open_clip:
+            return outs[0].last_hidden_state, None
+        inner = getattr(self.texts[0], "text_model", self.texts[0])
+        return inner.final_layer_norm(outs[0].hidden_states[-2]), None
+
+
+def random(network: nn.Module, seed: int) -> nn.Module:
+    fill_randomly(network, seed)
+    return network.requires_grad_(False).eval()
+
+
+def make_unet(row: Row) -> UNet2DConditionModel:
+    heads = row.heads or tuple(width // 64 for width in row.channels)
+    context = sum(text.width for text in row.texts)
+    options = {"only_cross_attention": list(row.crosses_only)} if row.crosses_only else {}
+    if row.noise_levels:
+        options["num_class_embeds"] = row.noise_levels
+    if row.size_width:
+        options |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": row.size_width,
+            "projection_class_embeddings_input_dim": row.texts[-1].width + 6 * row.size_width,
+        }
+    return UNet2DConditionModel(
+        in_channels=row.in_channels, out_channels=4, block_out_channels=row.channels, layers_per_block=2,
+        down_block_types=["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in row.attends],
+        up_block_types=["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in row.attends[::-1]],
+        transformer_layers_per_block=[depth or 1 for depth in row.attends],
+        cross_attention_dim=context, attention_head_dim=heads, use_linear_projection=row.linear, **options,
+    )  # fmt: skip
+
+
+def make_autoencoder(row: Row) -> AutoencoderKL:
+    mult = (1, 2, 4, 4) if row.factor == 8 else (1, 2, 4)
+    return AutoencoderKL(
+        block_out_channels=[row.stage * m for m in mult], layers_per_block=2, latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * len(mult), up_block_types=["UpDecoderBlock2D"] * len(mult),
+    )  # fmt: skip
+
+
+def make_text(text: Text) -> CLIPTextModel | CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY, hidden_size=text.width, intermediate_size=4 * text.width,
+        num_hidden_layers=text.layers, num_attention_heads=text.heads, max_position_embeddings=TOKENS,
+        hidden_act="gelu" if text.open_clip else "quick_gelu", projection_dim=text.width,
+        eos_token_id=49407, bos_token_id=49406, pad_token_id=PAD if text.open_clip else 49407,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if text.open_clip else CLIPTextModel)(config)
+
+
+def reference(row: Row) -> Reference:
+    """Random networks of this shape."""
+    texts = tuple(random(make_text(text), 3 + index) for index, text in enumerate(row.texts))
+    return Reference(random(make_unet(row), 1), random(make_autoencoder(row), 2), texts)
+
+
+UNET_PARTS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "class_embedding": "label_emb",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+RES_PARTS = {
+    ".norm1.": ".in_layers.0.",
+    ".conv1.": ".in_layers.2.",
+    ".time_emb_proj.": ".emb_layers.1.",
+    ".norm2.": ".out_layers.0.",
+    ".conv2.": ".out_layers.3.",
+    ".conv_shortcut.": ".skip_connection.",
+}
+STAGE_PARTS = {
+    "mid_block.resnets.0.": "mid.block_1.",
+    "mid_block.resnets.1.": "mid.block_2.",
+    "mid_block.attentions.0.group_norm.": "mid.attn_1.norm.",
+    "mid_block.attentions.0.to_q.": "mid.attn_1.q.",
+    "mid_block.attentions.0.to_k.": "mid.attn_1.k.",
+    "mid_block.attentions.0.to_v.": "mid.attn_1.v.",
+    "mid_block.attentions.0.to_out.0.": "mid.attn_1.proj_out.",
+    "conv_norm_out.": "norm_out.",
+    ".conv_shortcut.": ".nin_shortcut.",
+    ".resnets.": ".block.",
+    ".downsamplers.0.": ".downsample.",
+    ".upsamplers.0.": ".upsample.",
+    "down_blocks.": "down.",
+}
+OPEN_CLIP_PARTS = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "encoder.layers.": "transformer.resblocks.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".self_attn.out_proj.": ".attn.out_proj.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+    "final_layer_norm.": "ln_final.",
+}
+
+
+def replaced(key: str, parts: Mapping[str, str]) -> str:
+    for old, new in parts.items():
+        key = key.replace(old, new)
+    return key
+
+
+def unet_places(row: Row) -> Iterator[tuple[str, str]]:
+    """Modules of `diffusers`' UNet and where they are in the file."""
+    yield from UNET_PARTS.items()
+    last, number = len(row.channels) - 1, 1
+    for level in range(last + 1):
+        for block in range(2):
+            yield f"down_blocks.{level}.resnets.{block}", f"input_blocks.{number}.0"
+            yield f"down_blocks.{level}.attentions.{block}", f"input_blocks.{number}.1"
+            number += 1
+        if level < last:
+            yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{number}.0.op"
+            number += 1
+    number = 0
+    for place, depth in enumerate(row.attends[::-1]):
+        for block in range(3):
+            yield f"up_blocks.{place}.resnets.{block}", f"output_blocks.{number}.0"
+            yield f"up_blocks.{place}.attentions.{block}", f"output_blocks.{number}.1"
+            if block == 2 and place < last:
+                up = f"output_blocks.{number}.{2 if depth else 1}.conv"
+                yield f"up_blocks.{place}.upsamplers.0.conv", up
+            number += 1
+
+
+def unet_tensors(row: Row, unet: nn.Module) -> dict[str, Tensor]:
+    places, out = dict(unet_places(row)), {}
+    for key, value in unet.state_dict().items():
+        module = next(m for m in sorted(places, key=len, reverse=True) if key.startswith(m + "."))
+        out[replaced(places[module] + key[len(module) :], RES_PARTS if ".resnets." in key else {})] = value
+    return out
+
+
+def stage_tensors(row: Row, autoencoder: nn.Module) -> dict[str, Tensor]:
+    out, last = {}, 3 if row.factor == 8 else 2
+    ups = {f"decoder.up_blocks.{index}.": f"decoder.up.{last - index}." for index in range(last + 1)}
+    for key, value in autoencoder.state_dict().items():
+        is_matrix = ".attentions." in key and value.dim() == 2
+        out[replaced(key, ups | STAGE_PARTS)] = value[:, :, None, None].clone() if is_matrix else value
+    return out
+
+
+def text_tensors(text: Text, network: nn.Module) -> dict[str, Tensor]:
+    held = {key.removeprefix("text_model."): value for key, value in network.state_dict().items()}
+    if not text.open_clip:
+        held = {f"text_model.{key}": value for key, value in held.items()}
+        return held | {"text_model.embeddings.position_ids": torch.arange(TOKENS)[None]}
+    out = {"text_projection": held.pop("text_projection.weight").T.contiguous()}
+    out |= {"logit_scale": torch.tensor(4.6)}
+    for layer in range(text.layers):
+        for leaf in ("weight", "bias"):
+            parts = [held.pop(f"encoder.layers.{layer}.self_attn.{x}_proj.{leaf}") for x in "qkv"]
+            out[f"transformer.resblocks.{layer}.attn.in_proj_{leaf}"] = torch.cat(parts)
+    return out | {replaced(key, OPEN_CLIP_PARTS): value for key, value in held.items()}
+
+
+def betas(start: float, end: float) -> Tensor:
+    return torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64).square().float()
+
+
+def tables(name: str) -> dict[str, Tensor]:
+    """What a schedule leaves in the files of all but SDXL."""
+    if name.startswith("sdxl"):
+        return {}
+    ends = (0.0001, 0.02) if name == "sd-x4" else (0.00085, 0.012)
+    names = ("betas", "alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "posterior_mean_coef2")
+    out = {key: betas(*ends) for key in names}
+    if name == "sd-x4":
+        out |= {f"low_scale_model.{key}": betas(0.0001, 0.02) for key in names[:3]}
+    return out
+
+
+def published(name: str, row: Row, networks: Reference, averaged: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file; averaged: the UNet's weights are the averages, and the last ones are others."""
+    out, unet = tables(name), unet_tensors(row, networks.unet)
+    if averaged:
+        out |= {"model_ema.diffusion_model" + key.replace(".", ""): value for key, value in unet.items()}
+        out |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(9)}
+        unet = {key: torch.zeros_like(value) for key, value in unet.items()}
+    out |= {f"model.diffusion_model.{key}": value for key, value in unet.items()}
+    stage = stage_tensors(row, networks.autoencoder)
+    out |= {f"first_stage_model.{key}": value for key, value in stage.items()}
+    for text, network in zip(row.texts, networks.texts, strict=True):
+        out |= {text.prefix + key: value for key, value in text_tensors(text, network).items()}
+    return out
+
+
+def hollow(file: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """A file of tensors of these shapes, in float32 and all zero, that takes no time and no room."""
+    header, end = {}, 0
+    for key, value in tensors.items():
+        begin, end = end, end + 4 * value.numel()
+        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    return file
+
+
+def write(folder: Path, name: str, row: Row, networks: Reference, form: str = "safetensors") -> Path:
+    """The single file of a model, in float32."""
+    file, tensors = folder / f"{name}.{form}", published(name, row, networks)
+    torch.save({"state_dict": tensors, "global_step": 9}, file) if form == "ckpt" else save_file(
+        tensors, file
+    )
+    return file
