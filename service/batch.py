@@ -16,6 +16,8 @@ from models.denoiser import guide
 from models.latent_diffusion import Known, LatentDiffusion
 from models.samplers import Plan, keep, step
 from models.text_encoder import Context
+from service.device import upload
+from service.graphs import Graphs
 from service.job import Job
 
 
@@ -99,18 +101,21 @@ def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:
     return max_pool2d(torch.from_numpy(painted(job)).float()[None], factor).to(device)
 
 
-def advance(states: Sequence[JobState], images: Sequence[ImageState], size: int) -> Tensor:
+def advance(
+    states: Sequence[JobState], images: Sequence[ImageState], size: int, graphs: Graphs | None = None
+) -> Tensor:
     """The states of I images of one group after their next step, from UNet calls of `size` rows.
 
-    All rows share one call where size is as large; every row is at its own timestep of its own plan.
+    All rows share one call where size is as large; every row is at its own timestep of its own plan. The
+    device is given all of it at once: nothing here waits for it.
     -> (I, 1 + m, C, h, w), m the longest memory of all.
     """
     state = stacked(images)  # (I, 1 + m, C, h, w)
     x = state[:, 0]
     taken = [state.plan.lines[image.done] for state, image in zip(states, images, strict=True)]
     table = torch.from_numpy(np.stack(taken))  # (I, ...) float64, as in Plan
-    lines = table.to(x.device, torch.float32)
-    eps = predict(states, images, x, lines, size)
+    lines = upload(table.float(), x.device)
+    eps = predict(states, images, x, lines, size, graphs or Graphs())
     state = step(state, eps, lines, draw(images, table))
     look_ahead(states, images, x, eps)
     state[:, 0] = keep_known(states, images, state[:, 0], lines)
@@ -124,7 +129,12 @@ def stacked(images: Sequence[ImageState]) -> Tensor:
 
 
 def predict(
-    states: Sequence[JobState], images: Sequence[ImageState], x: Tensor, lines: Tensor, size: int
+    states: Sequence[JobState],
+    images: Sequence[ImageState],
+    x: Tensor,
+    lines: Tensor,
+    size: int,
+    graphs: Graphs,
 ) -> Tensor:
     """Guided eps (I, C, h, w), float32; x: (I, C, h, w)."""
     rows = [index for index, state in enumerate(states) for _ in range(state.job.rows)]  # row -> image
@@ -136,16 +146,18 @@ def predict(
         together([context.tokens for context in contexts]),
         together([context.pooled for context in contexts]),
         together([image.beside for image in images]),
-        bundle.noise_levels([states[index].job.noise_level for index in rows]),
+        upload(torch.tensor([states[index].job.noise_level for index in rows]), device)
+        if bundle.spec.unet.noise_levels
+        else None,
     )
-    index = torch.tensor(rows, device=device)
+    index = upload(torch.tensor(rows), device)
     calls = [
-        call(bundle, x[index[part]], lines[index[part]], told.rows(part), size)
+        call(bundle, x[index[part]], lines[index[part]], told.rows(part), size, graphs)
         for part in (slice(begin, begin + size) for begin in range(0, len(rows), size))
     ]
     eps = torch.cat(calls)  # (R, C, h, w)
-    scale = torch.tensor([state.job.guidance_scale for state in states]).to(x.device, torch.float32)
-    return guide(eps[first.to(x.device)], eps[last.to(x.device)], scale)
+    scale = upload(torch.tensor([float(state.job.guidance_scale) for state in states]), device)
+    return guide(eps[upload(first, device)], eps[upload(last, device)], scale)
 
 
 class Told(NamedTuple):
@@ -168,12 +180,13 @@ def together(parts: Sequence[Tensor | None]) -> Tensor | None:
     return None if parts[0] is None else torch.cat(list(parts))
 
 
-def call(bundle: LatentDiffusion, x: Tensor, lines: Tensor, told: Told, size: int) -> Tensor:
+def call(bundle: LatentDiffusion, x: Tensor, lines: Tensor, told: Told, size: int, graphs: Graphs) -> Tensor:
     """THE UNet call: eps (R, C, h, w) of R rows, padded to `size` with copies of the first."""
     count, padding = len(x), size - len(x)
     x, lines, told = padded(x, padding), padded(lines, padding), told.padded(padding)
-    eps = bundle.denoiser(
-        x, lines[:, 0], told.tokens, told.pooled, told.beside, lines[:, 1:3], told.noise_levels
+    t, level = lines[:, 0], lines[:, 1:3]
+    eps = graphs.run(
+        bundle.unet, bundle.denoiser, x, t, told.tokens, told.pooled, told.beside, level, told.noise_levels
     )
     return eps[:count]
 
@@ -193,7 +206,7 @@ def draw(images: Sequence[ImageState], table: Tensor) -> Tensor | None:
             image.noise = torch.randn(image.x.shape, generator=image.generator)
     none = torch.zeros(images[0].x.shape)
     draws = [image.noise if ask else none for image, ask in zip(images, asks, strict=True)]
-    return torch.stack(draws).to(images[0].state.device)
+    return upload(torch.stack(draws), images[0].state.device)
 
 
 def keep_known(states: Sequence[JobState], images: Sequence[ImageState], x: Tensor, lines: Tensor) -> Tensor:
@@ -204,7 +217,7 @@ def keep_known(states: Sequence[JobState], images: Sequence[ImageState], x: Tens
     z = torch.stack([states[index].z for index in masked])
     noise = torch.stack([images[index].first for index in masked])
     mask = torch.stack([states[index].mask for index in masked])
-    index = torch.tensor(masked, device=x.device)
+    index = upload(torch.tensor(masked), x.device)
     return x.index_copy(0, index, keep(x[index], z, noise, mask, lines[index]))
 
 

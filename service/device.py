@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
-from service.errors import OutOfMemory
+from models.latent_diffusion import LatentDiffusion
+from service.errors import DeviceLost, OutOfMemory
 from service.memory import HostMemory, Use
 
-HOST_MESSAGES = ("DefaultCPUAllocator", "could not allocate")  # torch has no exception of its own for these
+# torch has no exception of its own for these: of a CPU, and of a CUDA device outside of torch's allocator.
+MEMORY_MESSAGES = (
+    "DefaultCPUAllocator",
+    "could not allocate",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+LOSS = "CUDA error"  # after which a process can do nothing more with the device
+ENDS = (0.02, 0.98)  # of the schedule, where networks are tried
+
+Owner = TypeVar("Owner")
 
 
 def choose_device(name: str) -> torch.device:
@@ -21,6 +37,8 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"there is no device {name}; {torch.cuda.device_count()} CUDA devices are visible")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # kernels and streams are those of the device of now
     return device
 
 
@@ -84,9 +102,159 @@ def out_of_memory_refused() -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory from error
     except RuntimeError as error:
-        if any(message in str(error) for message in HOST_MESSAGES):
+        if any(message in str(error) for message in MEMORY_MESSAGES):
             raise OutOfMemory from error
         raise
+
+
+@contextmanager
+def loss_told() -> Iterator[None]:
+    """Raise DeviceLost where a CUDA device has failed for good: an illegal address, an assertion in a kernel.
+
+    Such an error is told at any later call, so it is nobody's in particular.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if LOSS in str(error) and not any(message in str(error) for message in MEMORY_MESSAGES):
+            raise DeviceLost(str(error).splitlines()[0]) from error
+        raise
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """To the device, without a wait for what it is doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def download(x: Tensor) -> Tensor:
+    """To the CPU, through memory that a device writes at full speed."""
+    if x.device.type != "cuda":
+        return x.cpu()
+    here = to_pinned(x)
+    torch.cuda.current_stream(x.device).synchronize()
+    return here
+
+
+def to_pinned(x: Tensor) -> Tensor:
+    """A copy under way to the CPU; what it holds counts when the stream has come so far."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+class Clock:
+    """A point of a CPU's time."""
+
+    def __init__(self) -> None:
+        self.now = time.perf_counter()
+
+    def until(self, end: Clock) -> float:
+        """Seconds."""
+        return end.now - self.now
+
+    def wait(self) -> None:
+        """It has been."""
+
+
+class CudaClock:
+    """A point of the stream of calls to a CUDA device."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def until(self, end: CudaClock) -> float:
+        """Seconds, once the end has been waited for."""
+        return self.event.elapsed_time(end.event) / 1000
+
+    def wait(self) -> None:
+        """Until the device has come so far."""
+        self.event.synchronize()
+
+
+@dataclass(frozen=True)
+class Asked(Generic[Owner]):
+    """What a call will have said: of each row whether it is fine, and when it began and ended."""
+
+    owners: Sequence[Owner]
+    fine: Tensor  # (I,) bool, on the CPU
+    begin: Clock | CudaClock
+    end: Clock | CudaClock
+
+
+class Verdicts(Generic[Owner]):
+    """Which calls gave numbers that are none, and how long they took; without a wait for the call of now.
+
+    Late: a call's verdict is given with the next call, or when it is settled. So a CUDA device always has a
+    call to go on with.
+    """
+
+    def __init__(self, device: torch.device, late: bool | None = None) -> None:
+        self.cuda = device.type == "cuda"
+        self.late = self.cuda if late is None else late
+        self.seconds: float | None = None  # of the last call whose verdict is known, where those are late
+        self._asked: Asked[Owner] | None = None
+
+    def now(self) -> Clock | CudaClock:
+        return CudaClock() if self.cuda else Clock()
+
+    def give(self, owners: Sequence[Owner], fine: Tensor, begin: Clock | CudaClock) -> list[Owner]:
+        """A call's flags, (I,) bool, asked for; returns whose numbers are none, as far as is known."""
+        before = self._asked
+        self._asked = Asked(owners, to_pinned(fine) if self.cuda else fine, begin, self.now())
+        return self._read(before) if self.late else self.settle()
+
+    def settle(self) -> list[Owner]:
+        """The same of the last call."""
+        last, self._asked = self._asked, None
+        return self._read(last)
+
+    def _read(self, asked: Asked[Owner] | None) -> list[Owner]:
+        if asked is None:
+            return []
+        asked.end.wait()
+        self.seconds = asked.begin.until(asked.end) if self.late else None
+        return [owner for owner, fine in zip(asked.owners, asked.fine.tolist(), strict=True) if not fine]
+
+
+def suited(bundle: LatentDiffusion, device: torch.device) -> LatentDiffusion:
+    """A loaded bundle as the device runs it best; the same one.
+
+    On CUDA in channels_last, which its convolutions want. In bfloat16 what overflows in float16: found here
+    and not at a picture, for whose numbers it would count what was made before it.
+    """
+    networks = [network for network in (bundle.unet, bundle.autoencoder) if network is not None]
+    if device.type == "cuda":
+        for network in networks:
+            network.to(memory_format=torch.channels_last)
+    for network, tried in ((bundle.unet, try_unet), (bundle.autoencoder, try_decoder)):
+        if network is not None and network.dtype == torch.float16 and not tried(bundle).isfinite().all():
+            network.to(torch.bfloat16)
+    return bundle
+
+
+@torch.inference_mode()
+def try_unet(bundle: LatentDiffusion) -> Tensor:
+    """What the UNet makes of noise, near both ends of the schedule."""
+    spec, device = bundle.spec.unet, bundle.device
+    draw = torch.Generator().manual_seed(0)
+
+    def noise(*sizes: int) -> Tensor:
+        return torch.randn(2, *sizes, generator=draw).to(device)
+
+    defaults = bundle.spec.defaults
+    _, *size = bundle.spec.latent_shape(defaults.width, defaults.height)
+    t = torch.tensor([end * len(bundle.schedule.alpha_bar) for end in ENDS], device=device)
+    context = noise(*bundle.spec.context_shape) if bundle.spec.context_shape else None
+    pooled = noise(spec.added_width) if spec.added_width else None
+    return bundle.unet(noise(spec.in_channels, *size), t, context, pooled, bundle.noise_levels([0, 0]))
+
+
+@torch.inference_mode()
+def try_decoder(bundle: LatentDiffusion) -> Tensor:
+    """What D makes of noise."""
+    defaults = bundle.spec.defaults
+    shape = bundle.spec.latent_shape(defaults.width, defaults.height)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    return bundle.decode(noise.to(bundle.device))
 
 
 def free_cache() -> None:
@@ -106,10 +274,12 @@ def fix_arithmetic(threads: int, invariant: bool) -> None:
       place does: work is cut in equal parts, a part that ends within a vector has its last numbers computed
       one by one, and exp() is another function there. So: a power of two threads, which cuts evenly.
     - 1 and 2 threads agree with each other at some sizes only; a picture is the same where this number is.
-    - an input at an odd address changes nothing, channels_last does (2e-6): nothing here is channels_last.
+    - an input at an odd address changes nothing, channels_last does (2e-6): no CPU has any of it.
     - in bfloat16, with one thread on a CPU with AVX512-BF16, neither rows nor places changed a bit of that
       UNet; with AMX one row and many differ by 1%. It is treated as float32 is.
     """
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what float16 is held against
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums that overflow are none
     if threads:
         torch.set_num_threads(threads)
     if invariant:

@@ -40,11 +40,22 @@ MEMORY = 0.2  # share of the newest call in the running average of speed
 @dataclass(frozen=True)
 class Call:
     """What became of one UNet call. rows: run, padding included; broken: jobs whose numbers are none now;
-    use: the memory it took, where that is news."""
+    use: the memory it took, where that is news. late: the device is still at it; broken jobs are those of the
+    call before, and seconds what that one took, where it is known."""
 
     rows: int
     broken: tuple[str, ...] = ()
     use: Use | None = None
+    late: bool = False
+    seconds: float | None = None
+
+
+class Timed(NamedTuple):
+    """A call whose time is not known yet. rows: of images; padded: run."""
+
+    shape: Shape
+    rows: int
+    padded: int
 
 
 class Preview(NamedTuple):
@@ -71,6 +82,9 @@ class Runner(Protocol):
 
     def step(self, keys: Sequence[ImageKey]) -> Call:
         """One UNet call for one image each of one group. Raises OutOfMemory where fewer may fit."""
+
+    def settle(self) -> tuple[str, ...]:
+        """Wait for the device; the broken jobs that no call has told of."""
 
     def preview(self, key: ImageKey) -> Preview:
         """What an image under way looks like."""
@@ -137,6 +151,7 @@ class Engine:
         self.latents: deque[ImageKey] = deque()  # through the UNet, not yet through D
         self.owed = 0.0  # seconds that D has had less than the UNet
         self.pace: float | None = None  # seconds for one unit of work
+        self.last: Timed | None = None  # call
         self.row_seconds: dict[Hashable, float] = {}  # of a row of a call, by group
         self.decoded = 0  # pictures so far
         self.next_report = 0.0
@@ -177,6 +192,8 @@ class Engine:
         begin = self.clock()
         if picked:
             self._step(picked)
+        if self.latents:  # what D is given must be known to be numbers
+            self._mend(self.runner.settle())
         self._decode_some(self.clock() - begin if picked else None)
 
     def _open_door(self) -> None:
@@ -309,20 +326,31 @@ class Engine:
         jobs = tuple((job, sum(self.jobs[job].furthest.values())) for job in by_job(keys))
         running = len(self.jobs) - self.waiting
         self.emit(Stepped(self._rows(keys), call.rows, len(keys), seconds, running, self.waiting, jobs))
-        for job in call.broken:
+        self._mend(call.broken)
+        for key in self._under_way(shown):
+            self._preview(key)
+
+    def _mend(self, broken: Sequence[str]) -> None:
+        """Run jobs again whose numbers are none."""
+        for job in broken:
             self.emit(Trouble("non_finite", "step"))
             self._again(self.jobs[job])
-        for key in shown:
-            self._preview(key)
 
     def _learn(self, keys: list[ImageKey], call: Call, seconds: float) -> None:
         """How fast the device is, and how many rows of the group it holds."""
         shape = self.jobs[keys[0].job].shape
-        pace = seconds / (self._rows(keys) * shape.row_cost)
-        self.pace = pace if self.pace is None else self.pace + MEMORY * (pace - self.pace)
         self.limits.passed(shape.group, call.use)
-        self._time(shape.group, seconds / call.rows)
+        before, self.last = self.last, Timed(shape, self._rows(keys), call.rows)
+        if not call.late:
+            self._pace(self.last, seconds)
+        elif before and call.seconds is not None:
+            self._pace(before, call.seconds)
         self._limit(shape.group)
+
+    def _pace(self, timed: Timed, seconds: float) -> None:
+        pace = seconds / (timed.rows * timed.shape.row_cost)
+        self.pace = pace if self.pace is None else self.pace + MEMORY * (pace - self.pace)
+        self._time(timed.shape.group, seconds / timed.padded)
 
     def _time(self, group: Hashable, seconds: float) -> None:
         """What a row took; a group's first call, which may prepare things, does not count."""

@@ -129,6 +129,11 @@ class WorkerLost(JobFailed):
     default = "the worker died each time that it ran this request"
 
 
+class DeviceLost(BaseException):
+    """The device fails at everything from now on, whichever job asks; the process must end, and no handler
+    of what a job does wrong may keep it: no ServiceError, and no Exception."""
+
+
 # Exception -> (HTTP status, "type" of the error body, "code" of the error body).
 TABLE: dict[type[ServiceError], tuple[int, str, str]] = {
     InvalidRequest: (422, "invalid_request_error", "invalid_value"),

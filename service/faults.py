@@ -16,7 +16,7 @@ from service.errors import NonFinite, OutOfMemory
 from service.job import ImageKey, Job, Network, Shape
 
 STAGES = ("load", "start", "step", "decode")
-KINDS = ("error", "oom", "nan", "kill", "stall")
+KINDS = ("error", "oom", "nan", "device", "kill", "stall")
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,9 @@ class FaultyRunner:
         broken = [job for job in jobs if self._strikes("step", job, ("nan",))]
         return replace(call, broken=(*call.broken, *broken)) if broken else call
 
+    def settle(self) -> tuple[str, ...]:
+        return self.inner.settle()
+
     def finish(self, key: ImageKey) -> bytes:
         self._break("decode", [key.job])
         return self.inner.finish(key)
@@ -119,6 +122,11 @@ def break_with(kind: str) -> None:
         raise NonFinite
     if kind == "error":
         raise RuntimeError("a fault, as LDM_FAULTS asks")
+    if kind == "device":
+        from service.device import loss_told  # torch: there in any process that runs jobs
+
+        with loss_told():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered, as LDM_FAULTS asks")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     while True:  # stall

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -34,15 +35,20 @@ from service.batch import (
     pixels_of,
 )
 from service.device import (
+    Verdicts,
     choose_device,
     choose_dtype,
+    download,
     fix_arithmetic,
     free_cache,
+    loss_told,
     memory_of,
     out_of_memory_refused,
+    suited,
 )
 from service.engine import Call, Preview
 from service.errors import NonFinite, OutOfMemory
+from service.graphs import graphs_on
 from service.job import ImageKey, Job, Network, Shape, Trouble
 from service.memory import Use
 from service.registry import Registry, locate_loras
@@ -79,7 +85,10 @@ class TorchRunner:
         self.precise: dict[Network, LatentDiffusion] = {}  # float32 copies, for as long as a job needs them
         self.projections: dict[str, Projection] = {}
         self.note: Callable[[Trouble], None] = lambda trouble: None  # hears of what is mended here
-        self.memory = memory_of(device or torch.device("cpu"))
+        device = device or torch.device("cpu")
+        self.memory = memory_of(device)
+        self.graphs = graphs_on(device)
+        self.verdicts: Verdicts[JobState] = Verdicts(device)
         self.calls = 0
         self.measured: dict[Hashable, int] = {}  # the most rows of a call that was measured, by group
 
@@ -98,6 +107,7 @@ class TorchRunner:
         self.plans[job.id] = line, Shape(group, len(line), size[0] * size[1], len(corners))
         return self.plans[job.id][1]
 
+    @loss_told()
     def ready(self, job: Job, busy: Collection[Network]) -> bool:
         if self.registry.has(job.network):
             return True
@@ -111,8 +121,10 @@ class TorchRunner:
         """Forget what is left of models that have gone; memory is another now."""
         self.projections = {m: p for m, p in self.projections.items() if self.registry.holds(m)}
         self.measured.clear()
+        self.graphs.prune()
         self.memory.reset()
 
+    @loss_told()
     @torch.inference_mode()
     def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
         with out_of_memory_refused():
@@ -178,19 +190,30 @@ class TorchRunner:
             self.precise[network] = self.registry.changed(model.copy(torch.float32), network)
         return self.precise[network]
 
+    @loss_told()
     @torch.inference_mode()
     def step(self, keys: Sequence[ImageKey]) -> Call:
         states = [self.jobs[key.job] for key in keys]
         images = [state.images[key.index] for state, key in zip(states, keys, strict=True)]
         rows = sum(state.job.rows for state in states)
         size = next((size for size in self.buckets if size >= rows), rows)
+        begin = self.verdicts.now()
         self._begin_tiles(states, images)
         nexts, use = self._advance(states, images, size)
-        finite = torch.isfinite(nexts).flatten(1).all(1).tolist()  # the one wait for the device in a step
         for state, image, following in zip(states, images, nexts, strict=True):
             image.state, image.done, image.noise = following[: 1 + state.plan.memory], image.done + 1, None
-        broken = [key.job for key, fine in zip(keys, finite, strict=True) if not fine]
-        return Call(size, tuple(dict.fromkeys(broken)), use)
+        # The one wait for the device in a step: for this call on a CPU, for the one before on a GPU.
+        broken = self.verdicts.give(states, torch.isfinite(nexts).flatten(1).all(1), begin)
+        return Call(size, self._here(broken), use, self.verdicts.late, self.verdicts.seconds)
+
+    def _here(self, states: Sequence[JobState]) -> tuple[str, ...]:
+        """The jobs of states, each once, but those that have ended or begun again meanwhile."""
+        here = (state.job.id for state in states if self.jobs.get(state.job.id) is state)
+        return tuple(dict.fromkeys(here))
+
+    @loss_told()
+    def settle(self) -> tuple[str, ...]:
+        return self._here(self.verdicts.settle())
 
     def _advance(
         self, states: list[JobState], images: list[ImageState], size: int
@@ -203,9 +226,14 @@ class TorchRunner:
             if len(images) > 1:
                 raise
             self.note(Trouble("out_of_memory", "step"))
-        free_cache()
-        with out_of_memory_refused():
+        self._free()
+        with out_of_memory_refused(), self.graphs.paused():
             return advance(states, images, size if self.invariant else 1), None
+
+    def _free(self) -> None:
+        """All that is held for later calls."""
+        self.graphs.clear()
+        free_cache()
 
     def _measured(
         self, states: list[JobState], images: list[ImageState], size: int
@@ -216,13 +244,15 @@ class TorchRunner:
         # Now and then the largest size again: what is free changes, and with it what fits.
         due = size > most or (size == most and self.calls % MEASURE_EVERY == 0)
         news = due and self.memory.begin()
-        with out_of_memory_refused():
-            nexts = advance(states, images, size)
+        # A recording has its memory already: what a call takes is seen of one that is made as it is.
+        with out_of_memory_refused(), self.graphs.paused() if news else nullcontext():
+            nexts = advance(states, images, size, self.graphs)
         if not news:
             return nexts, None
         self.measured[group] = size
         return nexts, self.memory.end(size, self.room)
 
+    @loss_told()
     @torch.inference_mode()
     def preview(self, key: ImageKey) -> Preview:
         state = self.jobs[key.job]
@@ -238,6 +268,7 @@ class TorchRunner:
             pixels = self.projections[model](z)  # (h, w, 3)
         return Preview(pixels.shape[1], pixels.shape[0], pixels.numpy().tobytes())
 
+    @loss_told()
     @torch.inference_mode()
     def finish(self, key: ImageKey) -> bytes:
         state = self.jobs[key.job]
@@ -257,10 +288,10 @@ class TorchRunner:
         # The clone: a row of a batch may lie at an address that aligns otherwise.
         try:
             with out_of_memory_refused():
-                return bundle.decode(z.clone())
+                return self.graphs.run(bundle.autoencoder, bundle.decode, z.clone())
         except OutOfMemory:
             self.note(Trouble("out_of_memory", "decode"))
-        free_cache()  # here, not above: until there, the exception holds what the call had
+        self._free()  # here, not above: until there, the exception holds what the call had
         with out_of_memory_refused():
             return bundle.decode(z.clone()) if self.invariant else bundle.decode_tiles(z.clone())
 
@@ -279,7 +310,7 @@ def remembering(x: Tensor, plan: Plan) -> Tensor:
 
 def rows_of(x: Tensor) -> np.ndarray:
     """x (1, 3, H, W) -> uint8 (H, W, 3), on the CPU."""
-    return to_uint8(x[0]).permute(1, 2, 0).contiguous().cpu().numpy()
+    return download(to_uint8(x[0]).permute(1, 2, 0).contiguous()).numpy()
 
 
 def as_given(job: Job, pixels: np.ndarray) -> np.ndarray:
@@ -306,9 +337,14 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
     dtype = choose_dtype(settings.dtype, device)
     fix_arithmetic(settings.threads, settings.invariant)
     vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
+
+    def loaded(path: Path) -> LatentDiffusion:
+        given = (settings.allow_pickle, vocabulary, watch, settings.prediction)
+        return suited(load(path, device, dtype, *given), device)
+
     registry = Registry(
         paths,
-        lambda path: load(path, device, dtype, settings.allow_pickle, vocabulary, watch, settings.prediction),
+        loaded,
         lambda spec: weights_in(spec) * dtype.itemsize,
         settings.model_memory,
         settings.allow_pickle,

@@ -17,6 +17,7 @@ from models.configs import CheckpointError
 from models.stopwatch import Stopwatch
 from service import logs, messages
 from service.engine import Engine
+from service.errors import DeviceLost
 from service.faults import FaultyRunner
 from service.job import Done, Event, Job, Previewed
 from service.registry import locate_all
@@ -25,6 +26,7 @@ from service.settings import Settings, read_settings
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
+DEVICE_EXIT = 4  # the device fails at everything; another process may find it well
 FATAL_EXIT = 3  # loading failed for a reason that another try does not change
 
 
@@ -155,7 +157,11 @@ def main() -> None:
     except (CheckpointError, ValueError) as error:
         link.send({"kind": "Fatal", "message": str(error)})
         sys.exit(FATAL_EXIT)
-    serve(inbox, engine, beat)
+    try:
+        serve(inbox, engine, beat)
+    except DeviceLost:
+        log.critical("the device is lost; another worker must run the jobs", exc_info=True)
+        os._exit(DEVICE_EXIT)  # not sys.exit: what is torn down would wait for the device
 
 
 if __name__ == "__main__":

@@ -113,6 +113,9 @@ class CountingRunner:
         self.break_at("preview", self.held[key.job])
         return Preview(1, 1, b"abc")
 
+    def settle(self) -> tuple[str, ...]:
+        return ()
+
     def finish(self, key: ImageKey) -> bytes:
         self.clock.now += 0.05
         self.break_at("finish", self.held[key.job])

@@ -93,7 +93,7 @@ def test_neighbours_of_a_poison_job_come_back_as_they_would_alone(tiny: Path, fa
 BODIES = [{"prompt": f"picture {i}", "steps": 4 + i, "seed": i} for i in range(4)]
 
 
-@pytest.mark.parametrize("kind", ["kill", "stall"])
+@pytest.mark.parametrize("kind", ["kill", "stall", "device"])
 def test_a_job_that_ends_its_worker_is_found_and_refused_and_its_neighbours_are_made(start_server, kind):
     settings = {"LDM_FAULTS": f"step:{kind}:poison", "LDM_STALL_SECONDS": "8"}
     with start_server(**settings) as server, ThreadPoolExecutor(8) as pool:

@@ -1,0 +1,136 @@
+"""What a CUDA device asks for, as far as a CPU can show it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.checkpoint import load
+from service.device import Verdicts, loss_told, out_of_memory_refused, suited
+from service.engine import Call, Engine
+from service.errors import DeviceLost, OutOfMemory
+from service.faults import FaultyRunner, read_faults
+from service.job import Done, Event, ImageKey, Job, Trouble
+from service.registry import Registry
+from service.runner import TorchRunner
+from tests.service.test_engine import CountingRunner, make_job, outcomes
+from tests.tiny import tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA",
+        "CUDA error: unspecified launch failure",
+    ],
+)
+@pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
+def test_a_device_that_fails_for_good_is_lost(message, kind):
+    with pytest.raises(DeviceLost, match="CUDA error"), loss_told(), out_of_memory_refused():
+        raise kind(message)
+
+
+@pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])
+def test_a_device_without_memory_is_not_lost(message):
+    with pytest.raises(OutOfMemory), loss_told(), out_of_memory_refused():
+        raise RuntimeError(message)
+
+
+def test_another_error_is_its_jobs_own():
+    with pytest.raises(RuntimeError, match="shapes"), loss_told():
+        raise RuntimeError("shapes do not fit")
+
+
+def turn(engine: Engine) -> None:
+    while engine.busy:
+        engine.tick()
+
+
+@pytest.mark.parametrize("stage", ["start", "step", "decode"])
+def test_a_lost_device_ends_the_loop_and_no_job(stage):
+    events: list[Event] = []
+    runner = FaultyRunner(CountingRunner((4,)), read_faults(f"{stage}:device:poison"))
+    engine = Engine(runner, events.append, 4, 4)
+    engine.submit(make_job("a", prompt="poison"))
+    with pytest.raises(DeviceLost):
+        turn(engine)
+    assert not outcomes(events)
+
+
+def test_verdicts_that_are_late_come_with_the_next_call():
+    verdicts: Verdicts[str] = Verdicts(CPU, late=True)
+    flags = torch.tensor([True, False])
+    assert verdicts.give(["a", "b"], flags, verdicts.now()) == []
+    assert verdicts.seconds is None
+    assert verdicts.give(["a", "c"], flags, verdicts.now()) == ["b"]
+    assert verdicts.seconds > 0
+    assert verdicts.settle() == ["c"]
+    assert verdicts.settle() == []
+
+
+class LateRunner(TorchRunner):
+    """A runner whose device is behind; breaks the numbers of job b after its step `at`, so many times."""
+
+    def __init__(self, tiny: Path, at: int = 0, times: int = 0) -> None:
+        super().__init__(Registry({"m": tiny}, load), (4,), invariant=True)
+        self.verdicts = Verdicts(CPU, late=True)
+        self.at, self.times = at, times
+
+    def step(self, keys: Sequence[ImageKey]) -> Call:
+        for key in keys:
+            image = self.jobs[key.job].images[key.index]
+            if key.job == "b" and image.done + 1 == self.at and self.times:
+                self.times -= 1
+                image.state = image.state * torch.nan
+        return super().step(keys)
+
+
+def run(runner: TorchRunner, jobs: list[Job]) -> list[Event]:
+    events: list[Event] = []
+    engine = Engine(runner, events.append, 4, 4)
+    for job in jobs:
+        engine.submit(job)
+    turn(engine)
+    assert engine.pace > 0
+    return events
+
+
+@pytest.fixture
+def jobs() -> list[Job]:
+    size = {"width": 64, "height": 64, "guidance_scale": 1.0}
+    return [make_job("a", steps=3, **size), make_job("b", steps=4, seed=1, n=2, **size)]
+
+
+def pictures(events: list[Event]) -> dict[str, tuple[bytes, ...]]:
+    return {event.job: event.pictures for event in events if isinstance(event, Done)}
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_job_whose_numbers_broke_runs_again_though_it_is_told_late(tiny: Path, jobs, at):
+    expected = pictures(run(TorchRunner(Registry({"m": tiny}, load), (4,), invariant=True), jobs))
+    assert pictures(run(LateRunner(tiny), jobs)) == expected
+    events = run(LateRunner(tiny, at, times=1), jobs)
+    assert pictures(events) == expected
+    assert sum(event == Trouble("non_finite", "step") for event in events) == 1
+
+
+def test_a_job_whose_numbers_break_again_is_refused_alone(tiny: Path, jobs):
+    events = run(LateRunner(tiny, at=4, times=9), jobs)
+    assert outcomes(events) == {"a": "done", "b": "non_finite"}
+
+
+def test_a_network_that_overflows_float16_runs_in_bfloat16():
+    kept = suited(tiny_model().to(dtype=torch.float16), CPU)
+    assert (kept.unet.dtype, kept.autoencoder.dtype) == (torch.float16, torch.float16)
+    loud = tiny_model()
+    loud.autoencoder.decoder.conv_in.weight.mul_(5e4)
+    loud = suited(loud.to(dtype=torch.float16), CPU)
+    assert (loud.unet.dtype, loud.autoencoder.dtype) == (torch.float16, torch.bfloat16)
+    x = loud.sample(["a cat"], [0], 2, 3.0)
+    assert x.isfinite().all()
