@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from service import description
 from service.a1111 import Desk
 from service.errors import (
     InvalidRequest,
@@ -84,6 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router, dependencies=[Depends(require_key)], responses=error_responses(401))
     for router in PUBLIC:
         app.include_router(router)
+    description.install(app)
     return app
 
 

@@ -107,6 +107,8 @@ def parser() -> argparse.ArgumentParser:
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint is, without loading it"))
     add_convert(commands.add_parser("convert", help="write a checkpoint as a folder in safetensors"))
     add_bench(commands.add_parser("bench", help="measure a server under load"))
+    printing = commands.add_parser("openapi", help="print the description of the API")
+    printing.set_defaults(command=print_description)
     commands.add_parser("train", help="train and evaluate models; has its own --help", add_help=False)
     return top
 
@@ -432,6 +434,15 @@ def list_models(args: argparse.Namespace) -> int:
         d = spec.defaults
         made = f"{d.width}x{d.height}, {d.steps} steps, guidance {d.guidance_scale:g}"
         print(f"{name}  {made}, {', '.join(spec.tasks)}")
+    return 0
+
+
+def print_description(args: argparse.Namespace) -> int:
+    """The API's, as it is committed in service/openapi.json."""
+    from service.app import create_app
+    from service.description import text_of
+
+    print(text_of(create_app(Settings())), end="")
     return 0
 
 
