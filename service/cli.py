@@ -59,7 +59,9 @@ OTHERS = tuple(f.name for f in fields(Settings) if f.name not in (*SERVED, "api_
 ALONE = ("model", "device", "dtype", "allow_pickle", "vocabulary", "prediction")
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
 
-GRACE_SECONDS = 10  # after the drain, for answers that are on their way and requests that never end
+# After the drain: for answers that are on their way, jobs whose end nobody knows, requests that never end.
+GRACE_SECONDS = 10
+LINGER_SECONDS = 1.0
 
 
 log = logging.getLogger(__name__)
@@ -209,7 +211,11 @@ def serve(args: argparse.Namespace) -> int:
             self.tasks.append(self.loop.create_task(self.drain()))
 
         async def drain(self) -> None:
-            await supervisor.drain()
+            busy, jobs = supervisor.places > 0, app.state.jobs
+            asked = self.loop.create_task(jobs.collected(GRACE_SECONDS))
+            await asyncio.gather(supervisor.drain(), asked)
+            # Whoever had an answer just now and comes back is told to go elsewhere, not cut off.
+            await asyncio.sleep(LINGER_SECONDS if busy else 0)
             self.should_exit = True
 
         async def stop_on_failure(self) -> None:

@@ -33,6 +33,7 @@ CONDITIONS = {  # field -> the task that takes it
     "boxes": "layout-to-image",
     "segmentation": "layout-to-image",
 }
+TOO_MUCH = "asks for too much: n * steps * width * height is {}, and must be at most {}"
 NO_PROMPT = "is for models that read one; this one does not"
 SHOWN = 64  # characters of a client's own words that an error repeats
 
@@ -313,6 +314,7 @@ def check(job: Job, spec: ModelSpec, settings: Settings, sized_by: str = "width"
     multiple, samplers = spec.size_multiple, ", ".join(SAMPLERS)
     timesteps = most_steps(job.sampler, spec.schedule.timesteps)
     pixels, most = job.width * job.height, settings.max_work
+    work = job.n * job.steps * pixels
     largest = settings.max_input_pixels if job.scale else settings.max_pixels
     rules = (
         ("width", job.width % multiple == 0, f"must be a multiple of {multiple}"),
@@ -320,7 +322,7 @@ def check(job: Job, spec: ModelSpec, settings: Settings, sized_by: str = "width"
         (sized_by, pixels <= largest, too_large(job, sized_by, largest)),
         ("steps", job.steps <= timesteps, f"must be at most {timesteps}"),
         ("n", job.n <= settings.max_images, f"must be at most {settings.max_images}"),
-        ("n", job.n * job.steps * pixels <= most, f"times steps, width and height must be at most {most}"),
+        (dearest(job, spec, sized_by), work <= most, TOO_MUCH.format(work, most)),
         ("sampler", job.sampler in SAMPLERS, f"must be one of {samplers}"),
         ("eta", not job.eta or job.sampler in WITH_ETA, f"is for the sampler {', '.join(WITH_ETA)}"),
         ("spacing", not job.spacing or job.sampler not in SPACED, f"is not for {' and '.join(SPACED)}"),
@@ -330,6 +332,17 @@ def check(job: Job, spec: ModelSpec, settings: Settings, sized_by: str = "width"
         ("seed", job.seed + job.n - 1 <= MAX_SEED, f"plus n must be at most {MAX_SEED + 1}"),
     )
     refuse(rules)
+
+
+def dearest(job: Job, spec: ModelSpec, sized_by: str) -> str:
+    """The field that makes a job cost most, measured by what the model does unasked."""
+    usual = spec.defaults
+    times = {
+        "n": job.n,
+        "steps": job.steps / usual.steps,
+        sized_by: job.width * job.height / (usual.width * usual.height),
+    }
+    return max(times, key=times.get)
 
 
 def too_large(job: Job, sized_by: str, most: int) -> str:

@@ -20,6 +20,7 @@ from service.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
+POLL_SECONDS = 0.05
 KEEP_ALIVE_SECONDS = 15.0  # of silence, after which something is sent, lest a proxy hang up
 
 
@@ -33,6 +34,7 @@ class Record:
     progress: Progress
     work: asyncio.Task[Answer]
     created: float = field(default_factory=time.time)
+    collected: bool = False  # somebody has asked for it since it ended
 
     @property
     def id(self) -> str:
@@ -62,6 +64,7 @@ class Record:
     async def describe(self) -> JobStatus:
         """Where it stands, with the pictures once it is done."""
         state, status = self.progress.state, self.status
+        self.collected = self.collected or self.work.done()
         return JobStatus(
             id=self.id,
             task=self.task,
@@ -119,6 +122,15 @@ class Jobs:
         self._records: dict[str, Record] = {}
         self._ended: dict[str, str | None] = {}  # id -> Idempotency-Key, in the order in which they ended
         self._keys: dict[str, Keyed] = {}
+
+    async def collected(self, seconds: float) -> None:
+        """Wait for who asked for the jobs of now to learn how they ended, at most so long after all have."""
+        open_now = [record for record in self._records.values() if not record.work.done()]
+        if open_now:
+            await asyncio.wait({record.work for record in open_now})
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not all(record.collected for record in open_now):
+            await asyncio.sleep(POLL_SECONDS)
 
     def find(self, job_id: str) -> Record:
         """The record of a job. Raises NotFound."""

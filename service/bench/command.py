@@ -92,6 +92,13 @@ def server(url: str | None, settings: Settings) -> Iterator[str]:
     if url:
         yield url
         return
+    with started(settings) as (_, url):
+        yield url
+
+
+@contextmanager
+def started(settings: Settings) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The process and the address of a server that is ready, and that lives as long as the context."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,7 +107,7 @@ def server(url: str | None, settings: Settings) -> Iterator[str]:
     process = subprocess.Popen(command, env=environment(settings))
     try:
         wait_until_ready(process, f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
+        yield process, f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()

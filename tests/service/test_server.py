@@ -213,6 +213,8 @@ BAD = [
     ({"spacing": "trailing", "sampler": "lcm"}, 422, "spacing"),
     ({"sampler": "magic"}, 422, "sampler"),
     ({"output_format": "bmp"}, 422, "output_format"),
+    ({"steps": 1000, "n": 16, "width": 1024, "height": 1024}, 422, "width"),
+    ({"steps": 1000, "n": 2, "width": 1024, "height": 512}, 422, "steps"),
     ({"no_such_field": "x"}, 422, "no_such_field"),
     ({"model": "other"}, 404, "model"),
     ({"model": "../../etc/passwd"}, 404, "model"),
