@@ -128,7 +128,9 @@ async def read_options(request: Request) -> Options:
 
 
 @router.post(
-    "/options", responses=error_responses(404, 413, 415, 422, 500, 503), summary="A1111: choose the model"
+    "/options",
+    responses=error_responses(400, 404, 413, 415, 422, 429, 500, 503),
+    summary="A1111: choose the model",
 )
 async def write_options(body: NewOptions, request: Request) -> None:
     """`sd_model_checkpoint` is that of all requests of this API that name none, until the service ends."""
