@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from models import compvis, stable, zoo
+from models import compvis, keymaps, stable, zoo
 from models.errors import CheckpointError
 from models.headers import Stored, safetensors_header, values
 from models.pickles import read_records
@@ -84,7 +84,9 @@ def describe(file: Path, allow_pickle: bool, prediction: Prediction | None = Non
         check_ends(note, said, spec)
         compvis.check(config, spec, note)
     if betas is not None:
-        check_betas(file, betas, spec)
+        check_betas(file, betas, spec.schedule)
+    if spec.upscaling and (low := stored.get(keymaps.LOW_SCALE + "betas")):
+        check_betas(file, values(file, low), spec.upscaling.noise)
     if spec.defaults.width % spec.size_multiple:
         raise CheckpointError(f"{file}: pictures of {spec.defaults.width} pixels are no multiple of "
                               f"{spec.size_multiple}")  # fmt: skip
@@ -139,8 +141,8 @@ def ends(file: Path, betas: np.ndarray) -> tuple[float, float]:
     return float(f"{betas[0]:.6e}"), float(f"{betas[-1]:.6e}")
 
 
-def check_betas(file: Path, betas: np.ndarray, spec: ModelSpec) -> None:
-    expected = Schedule(spec.schedule).betas
+def check_betas(file: Path, betas: np.ndarray, spec: ScheduleSpec) -> None:
+    expected = Schedule(spec).betas
     if betas.shape != expected.shape or not np.allclose(betas, expected, rtol=TOLERANCE, atol=1e-8):
         raise CheckpointError(f"{file}: its betas are not {len(expected)} whose roots are evenly spaced")
 

@@ -46,6 +46,7 @@ FIRST, SECOND = (
     Place("conditioner.embedders.1.model.", open_clip=True),
 )
 REFINER = "conditioner.embedders.0.model."
+NOISE_LEVELS = UNET + "label_emb.weight"
 V_MARK = "v_pred"  # an empty tensor by which some files of others say what they predict
 
 
@@ -60,7 +61,10 @@ class Row:
     betas: tuple[float, float] = (0.00085, 0.012)
     inpaints: bool = False
     zero_null: bool = False
+    upcast: bool = False  # D overflows float16
+    guidance_scale: float = 7.5
     upscaling: UpscalingSpec | None = None
+    noise_level: int = 0  # of upscaling, by default
 
 
 SD_1, SD_2, SDXL, UPSCALER = (
@@ -76,8 +80,19 @@ ROWS = {
     SD_2: Row(512),
     SD_2 + V: Row(768, prediction="v_prediction"),
     SD_2 + INPAINTING: Row(512, inpaints=True),
-    SDXL: Row(1024, scale_factor=0.13025, zero_null=True),
-    SDXL + INPAINTING: Row(1024, scale_factor=0.13025, inpaints=True),
+    SDXL: Row(1024, scale_factor=0.13025, zero_null=True, upcast=True),
+    SDXL + INPAINTING: Row(1024, scale_factor=0.13025, inpaints=True, zero_null=True, upcast=True),
+    UPSCALER: Row(
+        512,
+        heads=8,
+        prediction="v_prediction",
+        scale_factor=0.08333,
+        betas=(0.0001, 0.02),
+        upcast=True,
+        guidance_scale=9.0,
+        upscaling=UpscalingSpec(ScheduleSpec(0.0001, 0.02), 350),
+        noise_level=20,
+    ),
 }
 # Whether a file of Stable Diffusion 2 predicts eps or v no tensor shows. The larger and last one of the
 # published pair, and most of what was made from either, predict v.
@@ -131,12 +146,13 @@ def whole_model(shapes: Shapes, name: str, betas: tuple[float, float] | None, sa
     return ModelSpec(
         name=name,
         unet=unet_spec(shapes, texts, said, row),
-        autoencoder=zoo.autoencoder_spec(
-            below(shapes, FIRST_STAGE), row.side, said.scale_factor or row.scale_factor
+        autoencoder=replace(
+            zoo.autoencoder_spec(below(shapes, FIRST_STAGE), row.side, said.scale_factor or row.scale_factor),
+            upcast=row.upcast,
         ),
         schedule=replace(schedule, prediction=said.prediction or row.prediction),
         texts=texts,
-        defaults=Defaults(row.side, row.side),
+        defaults=Defaults(row.side, row.side, guidance_scale=row.guidance_scale, noise_level=row.noise_level),
         tasks=("upscaling",) if row.upscaling else ALL_TASKS[:3],
         mask_channels=row.inpaints,
         upscaling=row.upscaling,
@@ -147,6 +163,8 @@ def whole_model(shapes: Shapes, name: str, betas: tuple[float, float] | None, sa
 def kind(shapes: Shapes, prediction: Prediction | None) -> str:
     """The row of a model; prediction: as far as it is known."""
     found = places(shapes)
+    if NOISE_LEVELS in shapes:
+        return UPSCALER
     latent, beside = shapes[UNET + "out.2.weight"][0], shapes[UNET + "input_blocks.0.0.weight"][1]
     inpaints = beside == 2 * latent + 1
     if found == (OPEN_CLIP,) and not inpaints:
@@ -225,10 +243,22 @@ def unet_spec(shapes: Shapes, texts: tuple[TextSpec, ...], said: Said, row: Row)
         heads, width = said.heads, said.head_width or HEAD
     else:
         heads, width = row.heads, HEAD
-    spec = zoo.unet_spec(below(shapes, UNET), heads, width)
+    held = below(shapes, UNET)
+    spec = zoo.unet_spec(held, heads, width)
     told = spec.added_width - texts[-1].pooled
     if spec.added_width and (told <= 0 or told % (2 * SIZES)):
-        raise ValueError(
-            f"the UNet takes a vector of {spec.added_width}, the text encoder makes {texts[-1].pooled}"
-        )
-    return replace(spec, size_width=told // SIZES if spec.added_width else 0)
+        raise ValueError(f"a vector of {spec.added_width} is none of a text of {texts[-1].pooled} and sizes")
+    sizes = told // SIZES if spec.added_width else 0
+    return replace(spec, size_width=sizes, cross_only=cross_only(held, spec))
+
+
+def cross_only(shapes: Shapes, spec: UNetSpec) -> tuple[bool, ...]:
+    """Levels whose first attention has keys of the context's width; () where none does.
+
+    Where a level is as wide as the context, nothing shows it: the one published model has none of these.
+    """
+    each = []
+    for level, width in enumerate(spec.channels):
+        key = f"input_blocks.{1 + level * (spec.res_blocks + 1)}.1.transformer_blocks.0.attn1.to_k.weight"
+        each.append(width != spec.context_width and shapes.get(key, (0, 0))[1] == spec.context_width)
+    return tuple(each) if any(each) else ()

@@ -3,15 +3,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from models.checkpoint import CheckpointError, load
 from models.configs import read_spec
+from models.conversion import convert
 from models.inspection import inspect
 from models.spec import ModelSpec
 from tests import stable
@@ -19,13 +22,14 @@ from tests.stable import Reference, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 3e-5
-ROWS = tuple(name for name in stable.ROWS if name != "sd-x4")
+ROWS = tuple(stable.ROWS)
 PROMPTS = ["red apple", "a photo of a cat! and a dog, by night"]
-FACTS = {  # beta, prediction, factor of latents, side
+FACTS = {  # prediction, factor of latents, side
     "sd1": ("epsilon", 0.18215, 512),
     "sd1-inpainting": ("epsilon", 0.18215, 512),
     "sd2": ("v_prediction", 0.18215, 768),
     "sd2-inpainting": ("epsilon", 0.18215, 512),
+    "sd-x4": ("v_prediction", 0.08333, 512),
     "sdxl": ("epsilon", 0.13025, 1024),
     "sdxl-inpainting": ("epsilon", 0.13025, 1024),
 }
@@ -73,10 +77,13 @@ def outputs(row: Row, model, networks: Reference) -> dict[str, tuple[torch.Tenso
         numbers = torch.tensor([[96, 64, 0, 0, 96, 64]] * 2)
         options = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": numbers}}
         added = torch.cat([pooled, model.sizes(64, 96).expand(2, -1)], dim=-1)
+    levels = torch.tensor([20, 350]) if row.noise_levels else None
+    if row.noise_levels:
+        options = {"class_labels": levels}
     z = torch.randn(1, 4, 8, 8, generator=generator)
     picture = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
     pairs = {
-        "eps": (model.unet(x, t, context, added), networks.unet(x, t, context, **options).sample),
+        "eps": (model.unet(x, t, context, added, levels), networks.unet(x, t, context, **options).sample),
         "context": (told.tokens, context),
         "D": (model.autoencoder.decode(z), networks.autoencoder.decode(z).sample),
         "E": (model.autoencoder.encode(picture), networks.autoencoder.encode(picture).latent_dist.mode()),
@@ -94,9 +101,10 @@ def test_each_model_is_known_and_computes_what_the_original_does(tmp_path, name)
     spec = model.spec
     facts = spec.schedule.prediction, spec.autoencoder.scale_factor, spec.defaults.width
     assert facts == FACTS[name]
-    assert (spec.schedule.beta_start, spec.schedule.beta_end) == (0.00085, 0.012)
+    ends = (0.0001, 0.02) if name == "sd-x4" else (0.00085, 0.012)
+    assert (spec.schedule.beta_start, spec.schedule.beta_end) == ends
     assert spec.mask_channels == ("inpainting" in name)
-    assert spec.zero_null == (name == "sdxl")
+    assert (spec.zero_null, spec.autoencoder.upcast) == ("xl" in name, "xl" in name or name == "sd-x4")
     assert [text.pad_id for text in spec.texts] == [0 if text.open_clip else 49407 for text in row.texts]
     assert spec == read_spec(file) == ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert not inspect(file).problems
@@ -346,6 +354,42 @@ def test_betas_are_the_files_own(tmp_path):
     assert (read_spec(file).schedule.beta_start, read_spec(file).schedule.beta_end) == (0.001, 0.02)
     with pytest.raises(CheckpointError, match="betas are not 1000"):
         read_spec(write(tmp_path, "sd1", lambda ts: ts.update(betas=torch.linspace(0.00085, 0.012, 1000))))
+
+
+def test_the_upscalers_two_schedules(tmp_path):
+    spec = read_spec(write(tmp_path, "sd-x4"))
+    assert (spec.tasks, spec.unet.cross_only) == (("upscaling",), (False, True, True, False))
+    assert (spec.defaults.guidance_scale, spec.defaults.noise_level) == (9.0, 20)
+    noise = spec.upscaling.noise
+    assert (noise.beta_start, noise.beta_end, spec.upscaling.max_noise_level) == (0.0001, 0.02, 350)
+    key = "low_scale_model.betas"
+    with pytest.raises(CheckpointError, match="betas are not 1000"):
+        read_spec(write(tmp_path, "sd-x4", lambda tensors: tensors.update({key: stable.betas(0.1, 0.2)})))
+
+
+@pytest.mark.parametrize("name", ["sd1-inpainting", "sd2", "sd-x4", "sdxl"])
+@torch.inference_mode()
+def test_converted_it_is_a_folder_that_diffusers_loads(tmp_path, name):
+    file, (row, networks) = write(tmp_path, name), made(name)
+    convert(file, tmp_path / "folder")
+    theirs = DiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    texts = [theirs.text_encoder, theirs.text_encoder_2] if len(row.texts) > 1 else [theirs.text_encoder]
+    assert theirs.scheduler.config.prediction_type == FACTS[name][0]
+    assert theirs.vae.config.scaling_factor == FACTS[name][1]
+
+    ours = load(tmp_path / "folder")
+    assert replace(ours.spec, name=name) == read_spec(file)
+    spread = theirs.vae, theirs.unet, *texts
+    held = networks.autoencoder, networks.unet, *networks.texts
+    for after, before in zip(spread, held, strict=True):
+        there = {key.removeprefix("text_model."): value for key, value in before.state_dict().items()}
+        for key, value in after.state_dict().items():
+            assert torch.equal(value, there[key.removeprefix("text_model.")]), key
+    for what, (mine, other) in outputs(row, ours, networks).items():
+        assert error(mine, other) <= LIMIT, what
+    tokenizer = getattr(theirs, "tokenizer_2", theirs.tokenizer)
+    ids = tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(ids, ours.conditioner.tokenize(PROMPTS)[-1])
 
 
 def test_the_refiner_is_called_by_its_name(tmp_path):
