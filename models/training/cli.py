@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,16 @@ from models.training.presets import AUTOENCODER, DEFAULTS, SHARP_AUTOENCODER, TO
 from models.training.trainer import Budget
 from models.training.vocabulary import build_tokenizer
 
+
+class Scale(NamedTuple):
+    """How much at once: pictures and latents of an update, and latents to draw."""
+
+    pictures: str
+    latents: str
+    scenes: str
+
+
+SCALES = {"cpu": Scale("8", "24", "20480"), "cuda": Scale("64", "256", "262144")}
 STATE = Path.home() / ".cache" / "latent-diffusion-service" / "train"
 
 
@@ -37,15 +49,25 @@ def parser() -> argparse.ArgumentParser:
         "from its state when it is called again.",
     )
     parts = top.add_subparsers(required=True, metavar="PART")
+    every = add(parts, "all", train_all, "the next two, export, evaluate and sheet in turn")
+    every.add_argument("--minutes", type=float, default=160, help="of updates, over all resumed parts")
+    add_stop(every)
+    add_names(every)
+    add_workers(every)
+    every.add_argument("--count", type=int, default=600, help="as of evaluate")
+    every.add_argument("--steps", type=int, default=DEFAULTS.steps, help="as of evaluate")
+    every.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     first = add(parts, "autoencoder", train_autoencoder, "E and D on drawn scenes of every glyph")
     add_budget(first, minutes=25, learning_rate=1e-3, batch=8)
     first.add_argument("--start", type=Path, metavar="FOLDER", help="a trained model to go on from")
     first.add_argument(
         "--only-decoder", action="store_true", help="leave E, and with it what a UNet has learned, as it is"
     )
+    add_workers(first)
     diffusion = add(parts, "diffusion", train_diffusion, "the UNet and the text encoder on latents of E")
     add_budget(diffusion, minutes=90, learning_rate=6e-4, batch=24)
     add_names(diffusion)
+    add_workers(diffusion)
     diffusion.add_argument(
         "--scenes", type=int, default=20_480, help="latents to draw (default: %(default)s)"
     )
@@ -79,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     pictures = add(parts, "sheet", draw_sheets, "a sheet of captioned pictures for each task")
     add_model(pictures)
     pictures.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    for part in (first, diffusion, export, sharp, upscaler, export_upscaler):
+    for part in (every, first, diffusion, export, sharp, upscaler, export_upscaler):
         part.add_argument(
             "--state", type=Path, default=STATE, metavar="FOLDER", help="where a run's state is kept"
         )
@@ -98,6 +120,18 @@ def add_budget(part: argparse.ArgumentParser, minutes: float, learning_rate: flo
     part.add_argument("--minutes", type=float, default=minutes, help="of updates, over all resumed parts")
     part.add_argument("--learning-rate", type=float, default=learning_rate, help="at its peak")
     part.add_argument("--batch", type=int, default=batch, help="pictures an update")
+    add_stop(part)
+
+
+def add_stop(part: argparse.ArgumentParser) -> None:
+    part.add_argument(
+        "--stop-after", type=float, default=math.inf, metavar="MINUTES", help="of updates in this call; the "
+        "next one goes on",
+    )  # fmt: skip
+
+
+def add_workers(part: argparse.ArgumentParser) -> None:
+    part.add_argument("--workers", type=int, default=1, help="processes that draw")
 
 
 def add_names(part: argparse.ArgumentParser) -> None:
@@ -113,7 +147,7 @@ def add_model(part: argparse.ArgumentParser) -> None:
 
 
 def budget_of(args: argparse.Namespace) -> Budget:
-    return Budget(minutes=args.minutes, learning_rate=args.learning_rate, batch=args.batch)
+    return Budget(args.minutes, args.learning_rate, args.batch, stop_after=args.stop_after)
 
 
 def read_names(file: Path) -> list[str]:
@@ -121,17 +155,51 @@ def read_names(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8").split("\n")[:-1]
 
 
-def train_autoencoder(args: argparse.Namespace) -> None:
+def train_all(args: argparse.Namespace) -> None:
+    """Every part of the box's first model in turn, each called as a user would call it."""
+    scale = SCALES[torch.device(args.device).type]
+    state, model = ["--state", str(args.state)], str(args.output)
+    names = ["--names", str(args.names)]
+    updates = [*state, "--stop-after", str(args.stop_after), "--workers", str(args.workers)]
+    for part in (
+        ["autoencoder", *updates, *share(args, 0.35), "--batch", scale.pictures],
+        [
+            "diffusion",
+            *updates,
+            *share(args, 0.65),
+            "--batch",
+            scale.latents,
+            "--scenes",
+            scale.scenes,
+            *names,
+        ],
+        ["export", *state, *names, "-o", model],
+        ["evaluate", model, "--dtype", "bfloat16", "--count", str(args.count), "--steps", str(args.steps)],
+        ["sheet", model, "--dtype", "bfloat16", "-o", f"{model}/sheets"],
+    ):
+        print("ldm train", *part, flush=True)
+        called = parser().parse_args([*part, "--device", args.device])
+        if called.command(called) is False:
+            print("stopped; the same command goes on", flush=True)
+            return
+
+
+def share(args: argparse.Namespace, part: float) -> list[str]:
+    """A part of all minutes."""
+    return ["--minutes", str(part * args.minutes)]
+
+
+def train_autoencoder(args: argparse.Namespace) -> bool:
     from models.training import first_stage
 
     autoencoder = Autoencoder(AUTOENCODER)
     if args.start:
         autoencoder.load_state_dict(checkpoint.load(args.start).autoencoder.state_dict())
     state, device = args.state / "autoencoder.pt", torch.device(args.device)
-    first_stage.train(autoencoder, budget_of(args), state, device, args.only_decoder)
+    return first_stage.train(autoencoder, budget_of(args), state, device, args.only_decoder, args.workers)
 
 
-def train_diffusion(args: argparse.Namespace) -> None:
+def train_diffusion(args: argparse.Namespace) -> bool:
     from models.training import diffusion
     from models.training.presets import LAYOUT, SCHEDULE, UNET, text_spec
 
@@ -144,11 +212,12 @@ def train_diffusion(args: argparse.Namespace) -> None:
     data = cached(
         args.state / "latents.pt",
         lambda: diffusion.draw_latents(
-            autoencoder, network.text_encoder, names, args.scenes, seed=1, device=device
+            autoencoder, network.text_encoder, names, args.scenes, 1, device, args.workers
         ),
     )
     scale = scale_factor(data["latents"])
-    diffusion.train(network, SCHEDULE, data, scale, budget_of(args), args.state / "diffusion.pt", device)
+    state = args.state / "diffusion.pt"
+    return diffusion.train(network, SCHEDULE, data, scale, budget_of(args), state, device)
 
 
 def export_model(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from models.autoencoder import Autoencoder
@@ -62,48 +63,84 @@ class Batch(NamedTuple):
     regions: Tensor  # (B, h, w), number of the name from 1, or 0
 
 
+class Chunk(NamedTuple):
+    """CHUNK scenes, the first HOLED of them with a hole."""
+
+    pictures: np.ndarray  # uint8 (N, 128, 128, 3)
+    hidden: np.ndarray  # uint8 (M, 128, 128, 3), with gray in the holes
+    holes: np.ndarray  # bool (M, 128, 128)
+    captions: tuple[str, ...]  # long and short of each scene in turn
+    boxes: np.ndarray  # (N, h, w), numbers of names from 1, or 0
+    regions: np.ndarray  # (N, h, w)
+
+
+class Chunks(Dataset):
+    """Drawn scenes; a chunk is the same whichever process draws it."""
+
+    def __init__(self, names: Sequence[str], count: int, seed: int, factor: int) -> None:
+        self.atlas, self.count, self.seed, self.factor = Atlas(names), count, seed, factor
+        self.number = {name: index for index, name in enumerate(names, 1)}
+
+    def __len__(self) -> int:
+        return -(-self.count // CHUNK)
+
+    def __getitem__(self, index: int) -> Chunk:
+        rng = np.random.default_rng([self.seed, index])
+        scenes = [draw_scene(self.atlas, rng) for _ in range(CHUNK)]
+        holed = scenes[: round(HOLED * CHUNK)]
+        holes = np.stack([draw_hole(rng, scene) for scene in holed])
+        known = np.stack([scene.picture for scene in holed])
+        maps = [layouts(scene, self.number, self.factor) for scene in scenes]
+        boxes, regions = (np.stack(part) for part in zip(*maps, strict=True))
+        return Chunk(
+            np.stack([scene.picture for scene in scenes]),
+            np.where(holes[:, :, :, None], GRAY, known).astype(np.uint8),
+            holes,
+            tuple(text for scene in scenes for text in (scene.caption, scene.short_caption)),
+            boxes,
+            regions,
+        )
+
+
 def draw_latents(
-    autoencoder: Autoencoder,
-    encoder: TextEncoder,
-    names: Sequence[str],
-    count: int,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Draw scenes and encode them once.
+    autoencoder: Autoencoder, encoder: TextEncoder, names: Sequence[str], count: int, seed: int,
+    device: torch.device, workers: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Draw scenes, in so many processes beside this one, and encode them once.
 
     latents, masked (N, C, h, w) unscaled bfloat16; ids (N, 2, L) of both captions; masks (N, 1, h, w), 1
     everywhere where `holed` (N,) is not; boxes and regions (N, h, w), numbers of names from 1, or 0.
     """
-    atlas, rng = Atlas(names), np.random.default_rng(seed)
-    factor, number = autoencoder.spec.factor, {name: index for index, name in enumerate(names, 1)}
+    factor = autoencoder.spec.factor
     parts: dict[str, list[Tensor]] = defaultdict(list)
 
-    def encode(pictures: Sequence[np.ndarray]) -> Tensor:
-        x = to_x(torch.from_numpy(np.stack(pictures))).to(device)
+    def encode(pictures: np.ndarray) -> Tensor:
+        x = to_x(torch.from_numpy(pictures)).to(device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             return autoencoder.encode(x).bfloat16()
 
-    gray = encode([np.full((SIZE, SIZE, 3), GRAY, np.uint8)])
-    for _ in tqdm(range(0, count, CHUNK), desc="latents", unit_scale=CHUNK, unit="scene"):
-        scenes = [draw_scene(atlas, rng) for _ in range(CHUNK)]
-        holed = scenes[: round(HOLED * CHUNK)]
-        holes = [draw_hole(rng, scene) for scene in holed]
-        pairs = zip(holes, holed, strict=True)
-        masked = encode([np.where(h[:, :, None], GRAY, s.picture).astype(np.uint8) for h, s in pairs])
+    gray = encode(np.full((1, SIZE, SIZE, 3), GRAY, np.uint8))
+    chunks = DataLoader(
+        Chunks(names, count, seed, factor), batch_size=None, num_workers=workers, collate_fn=same
+    )
+    for chunk in tqdm(chunks, desc="latents", unit_scale=CHUNK, unit="scene"):
+        holes = len(chunk.holes)
         masks = torch.ones(CHUNK, 1, SIZE // factor, SIZE // factor, dtype=torch.uint8)
-        masks[: len(holes), 0] = max_pool2d(torch.from_numpy(np.stack(holes)).float(), factor).byte()
-        captions = [text for scene in scenes for text in (scene.caption, scene.short_caption)]
-        parts["latents"].append(encode([scene.picture for scene in scenes]))
-        parts["masked"].append(torch.cat([masked, gray.expand(CHUNK - len(holes), -1, -1, -1)]))
+        masks[:holes, 0] = max_pool2d(torch.from_numpy(chunk.holes).float(), factor).byte()
+        parts["latents"].append(encode(chunk.pictures))
+        parts["masked"].append(torch.cat([encode(chunk.hidden), gray.expand(CHUNK - holes, -1, -1, -1)]))
         parts["masks"].append(masks)
-        parts["holed"].append(torch.arange(CHUNK) < len(holes))
-        parts["ids"].append(encoder.tokenize(captions).view(CHUNK, 2, -1))
-        maps = [layouts(scene, number, factor) for scene in scenes]
-        for key, values in zip(("boxes", "regions"), zip(*maps, strict=True), strict=True):
-            parts[key].append(torch.from_numpy(np.stack(values)))
+        parts["holed"].append(torch.arange(CHUNK) < holes)
+        parts["ids"].append(encoder.tokenize(chunk.captions).view(CHUNK, 2, -1))
+        parts["boxes"].append(torch.from_numpy(chunk.boxes))
+        parts["regions"].append(torch.from_numpy(chunk.regions))
     data = {key: torch.cat(values).to(device) for key, values in parts.items()}
     return data | {"gray": gray, "names": encoder.tokenize(names).to(device)}
+
+
+def same(chunk: Chunk) -> Chunk:
+    """What the loader makes of a chunk: nothing else."""
+    return chunk
 
 
 def draw_hole(rng: np.random.Generator, scene: Scene, kinds: Sequence[int] = (0, 1, 2)) -> np.ndarray:
@@ -212,8 +249,8 @@ def start_from(network: SceneNetwork, bundle: LatentDiffusion) -> None:
 def train(
     network: SceneNetwork, schedule: ScheduleSpec, data: dict[str, Tensor], scale: float,
     budget: Budget, state: Path, device: torch.device,
-) -> None:  # fmt: skip
-    """Train the network to predict v on cached latents; resumes from `state`."""
+) -> bool:  # fmt: skip
+    """Train the network to predict v on cached latents; resumes from `state`. Whether the budget is spent."""
     trainer, alpha_bar = Trainer(network, budget, state, device), Schedule(schedule).alpha_bar
     density = timestep_density(alpha_bar).to(device, torch.float32)
     alpha_bar = torch.from_numpy(alpha_bar).to(device, torch.float32)
@@ -223,4 +260,4 @@ def train(
     def loss(batch: Batch) -> Tensor:
         return v_error(lambda z_t, t: network(z_t, t, batch, data["names"]), batch.z, alpha_bar, density)
 
-    trainer.run(stream, loss, "diffusion")
+    return trainer.run(stream, loss, "diffusion")

@@ -54,12 +54,12 @@ def loss(autoencoder: Autoencoder, x: Tensor, only_decoder: bool = False) -> Ten
 def train(
     autoencoder: Autoencoder, budget: Budget, state: Path, device: torch.device, only_decoder: bool = False,
     workers: int = 1,
-) -> None:  # fmt: skip
-    """Train E and D, or D alone, on drawn scenes; resumes from `state`."""
+) -> bool:  # fmt: skip
+    """Train E and D, or D alone, on drawn scenes; resumes from `state`. Whether the budget is spent."""
     if only_decoder:
         for part in (autoencoder.encoder, autoencoder.quant_conv):
             part.requires_grad_(False)
     trainer = Trainer(autoencoder, budget, state, device)
     data = DataLoader(Scenes(trainer.progress.updates), batch_size=budget.batch, num_workers=workers)
     batches = (to_x(batch.to(device)) for batch in data)
-    trainer.run(batches, lambda x: loss(autoencoder, x, only_decoder), "autoencoder")
+    return trainer.run(batches, lambda x: loss(autoencoder, x, only_decoder), "autoencoder")

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Budget:
-    """How long and how fast to train. The run ends after `minutes`, summed over all resumed parts."""
+    """How long and how fast to train. The run ends after `minutes`, summed over all resumed parts, and this
+    part of it after `stop_after` minutes, where that is sooner."""
 
     minutes: float
     learning_rate: float
@@ -26,6 +27,7 @@ class Budget:
     warmup: int = 100  # updates
     save_every: float = 120.0  # seconds
     average: float = 0.999  # decay of the moving average of the weights
+    stop_after: float = math.inf
 
 
 @dataclass
@@ -55,13 +57,14 @@ class Trainer:
         if path.exists():
             self._resume()
 
-    def run(self, batches: Iterator[Any], loss_of: Callable[[Any], Tensor], title: str) -> None:
-        """Update until the budget is spent. loss_of: batch -> scalar loss."""
+    def run(self, batches: Iterator[Any], loss_of: Callable[[Any], Tensor], title: str) -> bool:
+        """Update until the budget is spent; False where this part ended sooner. loss_of: batch -> scalar."""
         total, saved, smooth = 60 * self.budget.minutes, time.monotonic(), math.nan
+        stop = min(total, self.progress.seconds + 60 * self.budget.stop_after)
         self.network.train()
         with tqdm(total=round(total), initial=round(self.progress.seconds), unit="s", desc=title) as bar:
             for batch in batches:
-                if self.progress.seconds >= total:
+                if self.progress.seconds >= stop:
                     break
                 begin = time.monotonic()
                 loss = self._update(batch, loss_of)
@@ -74,6 +77,7 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
         self.save()
+        return self.progress.seconds >= total
 
     def _update(self, batch: Any, loss_of: Callable[[Any], Tensor]) -> float:
         for group in self.optimizer.param_groups:

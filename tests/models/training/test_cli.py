@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.checkpoint import load
 from models.schedule import Schedule
-from models.training import presets
+from models.training import cli, presets
 from models.training.cli import main
 from models.training.diffusion import timestep_density
 from models.training.scenes import FONT
@@ -22,24 +22,24 @@ needs_font = pytest.mark.skipif(
 
 
 @needs_font
-def test_every_part_in_turn_makes_a_model_that_is_measured(tmp_path: Path, capsys) -> None:
+def test_one_command_makes_a_model_that_is_measured_part_after_part(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setitem(cli.SCALES, "cpu", cli.Scale("2", "2", "64"))
     state, model, names = tmp_path / "state", tmp_path / "emoji", tmp_path / "names.txt"
     names.write_text("red apple\nrocket\n")
-    shared = ["--state", str(state), "--device", "cpu"]
-    brief = ["--minutes", "0.001", "--batch", "2"]
-    main(["autoencoder", *shared, *brief])
-    main(["diffusion", *shared, *brief, "--names", str(names), "--scenes", "64"])
-    main(["export", *shared, "--names", str(names), "-o", str(model)])
+    shared = ["--state", str(state), "--device", "cpu", "--minutes", "0.002", "--names", str(names)]
+    command = ["all", *shared, "--workers", "0", "--count", "2", "--steps", "1", "-o", str(model)]
+    main([*command, "--stop-after", "0"])
+    assert capsys.readouterr().out.endswith("stopped; the same command goes on\n")
+    assert not model.exists()
+    main(command)
 
     loaded = load(model)
     assert loaded.spec.name == "emoji"
     assert loaded.spec.autoencoder.scale_factor != 1.0
     assert loaded.spec.labels == ("red apple", "rocket")
-    main(["evaluate", str(model), "--count", "2", "--steps", "1"])
-    (state / "diffusion.pt").unlink()
-    main(["diffusion", *shared, *brief, "--names", str(names), "--start", str(model)])
-    main(["sheet", str(model), "-o", str(tmp_path / "sheets")])
-    sizes = {file.stem: Image.open(file).size for file in (tmp_path / "sheets").iterdir()}
+    sizes = {file.stem: Image.open(file).size for file in (model / "sheets").iterdir()}
     assert sizes["text-to-image"] == (824, 736)
     assert sizes["inpainting"][1] == sizes["layout-to-image"][1] > sizes["unconditional"][1]
     assert sizes["256x128"][0] > sizes["192x128"][0]
@@ -48,6 +48,10 @@ def test_every_part_in_turn_makes_a_model_that_is_measured(tmp_path: Path, capsy
     assert "2 held-out prompts: top-1" in out
     assert "boxes, 1 without a prompt" in out
     assert "shuffled" in out
+
+    (state / "diffusion.pt").unlink()
+    main(["diffusion", *shared, "--batch", "2", "--start", str(model)])
+    assert (state / "diffusion.pt").exists()
 
 
 @needs_font
