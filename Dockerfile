@@ -29,7 +29,7 @@ RUN case "$VARIANT" in \
         && rm -rf /var/lib/apt/lists/* ;; \
       *) echo "VARIANT is '$VARIANT'; expected cpu or cuda" >&2; exit 2 ;; \
     esac
-# TORCH_INDEX: a mirror, or torch for another CUDA than its own, such as https://download.pytorch.org/whl/cu126
+# TORCH_INDEX: a mirror, or an index of PyTorch (https://download.pytorch.org/whl/cu...) with torch for another CUDA,
 # for older drivers. The secret `pip` is a pip.conf for whoever needs one; it is in no layer.
 ARG TORCH=2.13.0
 ARG TORCH_INDEX
