@@ -12,8 +12,9 @@ from transformers import BertTokenizer
 
 from models.boxes import Box, tokens
 from models.configs import CheckpointError
+from models.prompts import Reading
 from models.spec import ClassSpec, Condition, SegmentationSpec, TokenSpec
-from models.text_encoder import Context, TextEncoder, TokenTransformer, overflow
+from models.text_encoder import Context, Reader, TextEncoder, TokenTransformer, weighed
 from models.words import WANTED
 
 GRAY = 128  # what a pixel under the mask is shown as to a UNet with mask channels
@@ -28,6 +29,12 @@ class Asked(NamedTuple):
     boxes: Sequence[Box] = ()
     regions: Tensor | None = None  # (rows, columns) of labels counted from 1, or 0 for none
     size: tuple[int, int] | None = None  # (width, height) of the picture; None: the model's own
+    reading: Reading = Reading()
+
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """Without guidance's condition and with it."""
+        return self.negative_prompt, self.prompt
 
 
 class LayoutProjection(nn.Module):
@@ -70,24 +77,37 @@ class TextConditioner(nn.Module):
         return next(self.parameters()).device
 
     def contexts(self, asked: Asked) -> Context:
-        """Without guidance's condition and with it: tokens (2, L, C), pooled (2, P) where there is such."""
-        both = self.encode(self.tokenize([asked.negative_prompt, asked.prompt]))
+        """Without guidance's condition and with it: tokens (2, L, C), pooled (2, P) where there is such.
+
+        L is that of a chunk times self.chunks(asked). pooled is that of the first chunk, without weights.
+        """
+        count, readers = self.chunks(asked), [encoder.reader for encoder in self.encoders]
+        ids, weights = zip(
+            *(reader.table(asked.prompts, asked.reading, count) for reader in readers), strict=True
+        )
+        tokens, pooled = self.encode(ids, weights)
+        both = Context(side_by_side(tokens, count), None if pooled is None else pooled[::count])
         if not self.zero_null or asked.negative_prompt:
             return both
         return Context(*(None if told is None else without_first(told) for told in both))
+
+    def chunks(self, asked: Asked) -> int:
+        """Contexts that the longer prompt fills."""
+        return longest(asked, [encoder.reader for encoder in self.encoders])
 
     def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
         """Token ids (B, n) of each encoder, padded and cut to the context length."""
         return [encoder.tokenize(prompts) for encoder in self.encoders]
 
-    def encode(self, ids: Sequence[Tensor]) -> Context:
-        """Token ids (B, n) of each encoder -> tokens (B, L, C), pooled (B, P) where there is such."""
+    def encode(self, ids: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None) -> Context:
+        """ids and weights (B, n) of each encoder -> tokens (B, L, C), pooled (B, P) where there is such."""
         told = [
             encoder(each.to(device=self.device, dtype=torch.long))
             for encoder, each in zip(self.encoders, ids, strict=True)
         ]
         pooled = [one.pooled for one in told if one.pooled is not None]
-        tokens = torch.cat([one.tokens for one in told], dim=-1)
+        weights = weights or [None] * len(told)
+        tokens = torch.cat([weighed(one.tokens, w) for one, w in zip(told, weights, strict=True)], dim=-1)
         return Context(tokens, torch.cat(pooled, dim=-1) if pooled else None)
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
@@ -106,9 +126,19 @@ class TextConditioner(nn.Module):
         table = self.layout(encoder, ids.to(self.device)) * (present > 0)[:, None]
         return table[index].movedim(-1, 0)
 
-    def overflow(self, prompt: str) -> str:
-        """The end of the prompt that the context length leaves out; '' if it fits."""
-        return overflow(self.encoders[0].tokenizer, self.encoders[0].spec.tokens, prompt)
+    def overflow(self, prompt: str, reading: Reading = Reading()) -> str:  # noqa: B008
+        """The end of the prompt that is left out; '' if it fits."""
+        return self.encoders[0].reader.overflow(prompt, reading)
+
+
+def longest(asked: Asked, readers: Sequence[Reader]) -> int:
+    """Chunks that the longer prompt takes with the tokenizer that makes the most of it."""
+    return max(len(reader.chunks(prompt, asked.reading)) for reader in readers for prompt in asked.prompts)
+
+
+def side_by_side(tokens: Tensor, count: int) -> Tensor:
+    """(B n, L, C), the n chunks of each prompt in turn -> (B, n L, C)."""
+    return tokens.unflatten(0, (-1, count)).flatten(1, 2)
 
 
 def without_first(told: Tensor) -> Tensor:
@@ -124,21 +154,26 @@ class TokenConditioner(nn.Module):
         self.transformer = TokenTransformer(spec)
         self.tokenizer = tokenizer
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Begin and end tokens added, padded and cut to the context length: (B, L) integers.
-
-        Raises CheckpointError where there is no tokenizer: single files carry none.
-        """
+    @property
+    def reader(self) -> Reader:
+        """Raises CheckpointError where there is no tokenizer: single files carry none."""
         if self.tokenizer is None:
             raise CheckpointError(WANTED)
-        ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.transformer.spec.tokens, truncation=True
-        )["input_ids"]
-        return torch.tensor(ids, dtype=torch.long)
+        return Reader(self.tokenizer, self.transformer.spec.tokens)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Begin and end tokens added, padded and cut to the context length: (B, L) integers."""
+        return self.reader.table(prompts, Reading())[0]
+
+    def chunks(self, asked: Asked) -> int:
+        """Contexts that the longer prompt fills."""
+        return longest(asked, [self.reader])
 
     def contexts(self, asked: Asked) -> Context:
-        """Without guidance's condition and with it: (2, L, C)."""
-        return Context(self([asked.negative_prompt, asked.prompt]))
+        """Without guidance's condition and with it: (2, L, C), L that of a chunk times self.chunks(asked)."""
+        count = self.chunks(asked)
+        ids, weights = self.reader.table(asked.prompts, asked.reading, count)
+        return Context(side_by_side(weighed(self.from_ids(ids), weights), count))
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, L, C)."""
@@ -148,9 +183,9 @@ class TokenConditioner(nn.Module):
         """Token ids (B, L) -> (B, L, C)."""
         return self.transformer(ids.to(device=self.transformer.device, dtype=torch.long))
 
-    def overflow(self, prompt: str) -> str:
-        """The end of the prompt that the context length leaves out; '' if it fits."""
-        return overflow(self.tokenizer, self.transformer.spec.tokens, prompt)
+    def overflow(self, prompt: str, reading: Reading = Reading()) -> str:  # noqa: B008
+        """The end of the prompt that is left out; '' if it fits."""
+        return self.reader.overflow(prompt, reading)
 
 
 class BoxConditioner(nn.Module):

@@ -89,6 +89,13 @@ class LatentDiffusion:
         sizes = self.sizes(*(asked.size or (self.spec.defaults.width, self.spec.defaults.height)))
         return context._replace(pooled=torch.cat([context.pooled.float(), sizes.expand(2, -1)], dim=-1))
 
+    def context_shape(self, asked: Asked) -> tuple[int, int] | None:
+        """(L, C) of the context of what is asked; None where there is none."""
+        shape = self.spec.context_shape
+        if not (asked.reading.chunked and self.spec.reads_prompts):
+            return shape
+        return shape[0] * self.conditioner.chunks(asked), shape[1]
+
     def sizes(self, width: int, height: int) -> Tensor:
         """What a UNet that knows sizes is told of a picture: as large before it was cut, cut nowhere, and as
         large now (Podell et al. 2023, section 2.2), each number embedded like a timestep: (P,)."""

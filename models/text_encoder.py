@@ -5,7 +5,8 @@ Module names of the latter equal the keys of the published CompVis checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from models.clip import TextTransformer
+from models.prompts import Frame, Reading, Token, chunks_of, left_out, pieces_of, tokens_of
 from models.spec import TextSpec, TokenSpec
 
 
@@ -27,12 +29,63 @@ class Context(NamedTuple):
         return Context(self.tokens[part], None if self.pooled is None else self.pooled[part])
 
 
-def overflow(tokenizer: PreTrainedTokenizerBase, tokens: int, prompt: str) -> str:
-    """The end of the prompt that a context length of so many tokens leaves out; '' if it fits."""
-    # The tokenizer calls a long text a mistake where it is not cut; here that is what is asked.
-    encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets, kept = encoded["offset_mapping"], tokens - 2  # begin and end take two
-    return prompt[offsets[kept][0] :].strip() if len(offsets) > kept else ""
+@dataclass(frozen=True)
+class Reader:
+    """Prompts -> chunks of token ids, each as long as the context. words: as in prompts.tokens_of."""
+
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    words: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def frame(self) -> Frame:
+        """Begin and end are CLIP's, or BERT's."""
+        t = self.tokenizer
+        begin, end = (
+            (t.bos_token_id, t.eos_token_id) if t.cls_token is None else (t.cls_token_id, t.sep_token_id)
+        )
+        return Frame(begin, end, t.pad_token_id, self.length)
+
+    def split(self, text: str) -> list[tuple[int, int]]:
+        """Id and first character of each token."""
+        # The tokenizer calls a long text a mistake where it is not cut; here that is what is asked.
+        read = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [
+            (each, begin) for each, (begin, _) in zip(read["input_ids"], read["offset_mapping"], strict=True)
+        ]
+
+    def chunks(self, prompt: str, reading: Reading) -> list[Sequence[Token]]:
+        """At least one."""
+        tokens = tokens_of(pieces_of(prompt, reading), self.split, self.words)
+        return chunks_of(tokens, self.frame.room, reading)
+
+    def table(self, prompts: Sequence[str], reading: Reading, count: int = 1) -> tuple[Tensor, Tensor | None]:
+        """ids (B n, L), the n chunks of each prompt in turn; weights (B n, L), None where all are 1.
+
+        Who has fewer chunks than `count` has empty ones then, as an empty prompt has.
+        """
+        frame, chunks = self.frame, []
+        for prompt in prompts:
+            read = self.chunks(prompt, reading)
+            chunks += [*read, *[()] * (count - len(read))]
+        ids = torch.tensor([frame.ids(chunk) for chunk in chunks], dtype=torch.long)
+        weights = torch.tensor([frame.weights(chunk) for chunk in chunks])
+        return ids, None if (weights == 1).all() else weights
+
+    def overflow(self, prompt: str, reading: Reading) -> str:
+        """The end of the prompt that is left out; '' if it fits."""
+        pieces = pieces_of(prompt, reading)
+        return left_out(pieces, tokens_of(pieces, self.split, self.words), self.frame.room, reading)
+
+
+def weighed(states: Tensor, weights: Tensor | None) -> Tensor:
+    """Vectors of tokens (B, L, C) times their weights (B, L), with the mean that they had before."""
+    if weights is None:
+        return states
+    before, after = states.float(), states.float() * weights.to(states.device)[..., None]
+    mean = after.mean(dim=(1, 2), keepdim=True)
+    back = torch.where(mean == 0, 1.0, before.mean(dim=(1, 2), keepdim=True) / mean)
+    return (after * back).to(states.dtype)
 
 
 class TextEncoder(nn.Module):
@@ -42,16 +95,18 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.tokenizer = tokenizer
+        self.words: dict[str, tuple[int, ...]] = {}  # learned later: what each becomes
         self.transformer = TextTransformer(spec)
         if width := spec.projection or spec.pooled:
             self.text_projection = nn.Linear(spec.width, width, bias=False)
 
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.tokenizer, self.spec.tokens, self.words)
+
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Padded and cut to the context length: (B, L) integers."""
-        ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.spec.tokens, truncation=True
-        )["input_ids"]
-        return torch.tensor(ids, dtype=torch.long)
+        return self.reader.table(prompts, Reading())[0]
 
     def forward(self, ids: Tensor) -> Context:
         """ids (B, n) -> tokens (B, n, C), of the layer and with the norm that the spec says.

@@ -176,15 +176,16 @@ def parameters(order: Order, index: int) -> dict[str, Any]:
     hidden = HIDDEN if job.image and not job.scale else (*HIDDEN, "strength")
     own = {"width": order.width, "height": order.height, "seed": job.seed + index, "n": 1}
     if job.scale:
-        hidden = (*hidden, "width", "height", "negative_prompt")
+        hidden = (*hidden, "width", "height", *(() if job.negative_prompt else ("negative_prompt",)))
         own = {"scale": order.scale, "noise_level": job.noise_level, "seed": job.seed + index, "n": 1}
     if order.boxes:
         own["boxes"] = [box.model_dump() for box in order.boxes]
     values = {key: value for key, value in asdict(job).items() if key not in hidden}
     if not values["prompt"] or job.class_label is not None:  # a class that has a name is its prompt too
         del values["prompt"]
-    for name in ("class_label", "spacing"):
-        if values[name] is None:
+    unsaid = {"class_label": None, "spacing": None, "long_prompts": "cut", "prompt_weights": False}
+    for name, value in unsaid.items():
+        if values[name] == value:
             del values[name]
     if job.loras:
         own["loras"] = dict(job.loras)

@@ -14,6 +14,7 @@ from torch.nn.functional import max_pool2d, pad
 from models.conditioner import Asked
 from models.denoiser import guide
 from models.latent_diffusion import Known, LatentDiffusion
+from models.prompts import Reading
 from models.samplers import Plan, keep, step
 from models.text_encoder import Context
 from service.device import upload
@@ -91,9 +92,13 @@ def asked_of(job: Job, cell: int) -> Asked:
     if job.regions:
         numbers = np.frombuffer(job.regions, np.uint16).astype(np.int64)
         regions = torch.from_numpy(numbers.reshape(job.height // cell, job.width // cell))
-    return Asked(
-        job.prompt, job.negative_prompt, job.class_label, job.boxes, regions, (job.width, job.height)
-    )
+    size = (job.width, job.height)
+    return Asked(job.prompt, job.negative_prompt, job.class_label, job.boxes, regions, size, reading_of(job))
+
+
+def reading_of(job: Job) -> Reading:
+    """How the job's prompts are read."""
+    return Reading(job.prompt_weights, job.long_prompts == "chunk")
 
 
 def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:

@@ -38,7 +38,7 @@ from service.settings import (
 
 ASKED = (
     "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seed", "n", "sampler", "eta",
-    "spacing", "strength", "class_label", "boxes", "scale", "noise_level",
+    "spacing", "long_prompts", "prompt_weights", "strength", "class_label", "boxes", "scale", "noise_level",
 )  # fmt: skip
 # Settings that ldm serve has flags for: all but what nobody should read off a list of processes, and faults.
 # The first are told first.
@@ -260,6 +260,11 @@ def add_making(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}", type=int, metavar="N")
     for name in ("guidance-scale", "eta"):
         command.add_argument(f"--{name}", type=float, metavar="X")
+    command.add_argument("--long-prompts", metavar="HOW", help="what is too long: cut, or chunk to read all")
+    command.add_argument(
+        "--prompt-weights", action="store_const", const=True,
+        help="(word:1.3) and [word] weigh words of prompts",
+    )  # fmt: skip
     command.add_argument("--sampler")
     command.add_argument("--spacing", help=f"of the timesteps: {', '.join(get_args(Spacing))}")
     command.add_argument(

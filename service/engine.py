@@ -72,7 +72,7 @@ class Runner(Protocol):
     buckets: tuple[int, ...]  # row counts that calls are padded to, rising
 
     def shape(self, job: Job, precise: bool = False) -> Shape:
-        """What the scheduler must know of a job; precise: of its run in float32."""
+        """What the scheduler must know of a job, for sure once ready(); precise: of its run in float32."""
 
     def ready(self, job: Job, busy: Collection[Network]) -> bool:
         """Load or merge the job's network if it is not; False where it does not fit beside the busy ones."""
@@ -212,7 +212,9 @@ class Engine:
                 break
 
     def _enter(self, progress: Progress) -> None:
-        job, shape = progress.job, progress.shape
+        job = progress.job
+        # Again: what it is told may have a length that only the loaded model knows.
+        shape = progress.shape = self.runner.shape(job, progress.precise)
         self.scheduler.admit(job.id, shape, progress.units, job.rows, job.priority)
         self.door.pop(job.id, None)
         progress.entered = True
@@ -389,7 +391,6 @@ class Engine:
         progress.precise, progress.started = True, False
         progress.steps, progress.pictures = {}, {}
         try:
-            progress.shape = self.runner.shape(job, precise=True)
             self._enter(progress)
         except Exception as error:
             self._fail(job.id, error)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
+from models import prompts
 from models.samplers import SAMPLERS, SPACED, WITH_ETA, most_steps
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import Tiles, cut
@@ -261,11 +262,12 @@ def to_job(body: PictureRequest, spec: ModelSpec, width: int, height: int, stren
     """The job of a body, without its pictures and what goes where."""
     defaults, label = spec.defaults, label_of(body, spec)
     sampler = given(body.sampler, defaults.sampler)
-    named = label is not None and spec.reads_prompts
+    name = spec.labels[label] if label is not None and spec.reads_prompts else None
+    name = prompts.escape(name) if name and body.prompt_weights else name
     return Job(
         id=uuid.uuid4().hex,
         model=spec.name,
-        prompt=spec.labels[label] if named else body.prompt or "",
+        prompt=name or body.prompt or "",
         negative_prompt=body.negative_prompt,
         width=width,
         height=height,
@@ -278,6 +280,8 @@ def to_job(body: PictureRequest, spec: ModelSpec, width: int, height: int, stren
         priority=body.priority,
         strength=strength,
         class_label=label,
+        long_prompts=body.long_prompts,
+        prompt_weights=body.prompt_weights,
         spacing=given(body.spacing, None if sampler in SPACED else spec.schedule.spacing),
         loras=loras_of(body, spec),
     )
@@ -331,6 +335,23 @@ def check(job: Job, spec: ModelSpec, settings: Settings, sized_by: str = "width"
         ("guidance_scale", spec.guided or job.guidance_scale == 1.0, "must be 1: nothing guides this model"),
         ("seed", job.seed + job.n - 1 <= MAX_SEED, f"plus n must be at most {MAX_SEED + 1}"),
     )
+    refuse(rules)
+    check_reading(job, spec)
+
+
+def check_reading(job: Job, spec: ModelSpec) -> None:
+    """Raise InvalidRequest for weights and chunks where there can be none."""
+    by_token = spec.reads_prompts and spec.context_shape[0] > 1
+    expected = "is for models that are told every word of a prompt"
+    rules = [
+        ("prompt_weights", by_token or not job.prompt_weights, expected),
+        ("long_prompts", by_token or job.long_prompts == "cut", expected),
+    ]
+    if job.prompt_weights:
+        most = prompts.MOST_WEIGHT
+        for name, text in (("prompt", job.prompt), ("negative_prompt", job.negative_prompt)):
+            light = all(abs(piece.weight) <= most for piece in prompts.parse(text))
+            rules.append((name, light, f"must have weights from {-most:g} to {most:g}"))
     refuse(rules)
 
 

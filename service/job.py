@@ -63,6 +63,8 @@ class Job:
     class_label: int | None = None  # counted from 0; for a model that reads prompts, prompt is its name
     boxes: tuple[Box, ...] = ()
     spacing: Spacing | None = None  # of the timesteps; None: the sampler's own
+    long_prompts: str = "cut"  # or "chunk": as many contexts side by side as they fill
+    prompt_weights: bool = False  # prompts have the grammar of models.prompts
     loras: tuple[tuple[str, float], ...] = ()  # as in Network
 
     @property

@@ -33,6 +33,7 @@ from service.batch import (
     painted,
     picture_of,
     pixels_of,
+    reading_of,
 )
 from service.device import (
     Verdicts,
@@ -102,10 +103,21 @@ class TorchRunner:
         channels, h, w = spec.latent_shape(job.width, job.height)
         size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
         latent = (channels, *size)
-        line = plan(self.schedules[job.model], job.sampler, job.steps, job.eta, job.strength, job.spacing)
-        group = (job.network, latent, spec.context_shape, precise)
+        line, _ = self.plans.get(job.id) or (self._plan(job), None)
+        group = (job.network, latent, self._context_shape(job), precise)
         self.plans[job.id] = line, Shape(group, len(line), size[0] * size[1], len(corners))
         return self.plans[job.id][1]
+
+    def _plan(self, job: Job) -> Plan:
+        schedule = self.schedules[job.model]
+        return plan(schedule, job.sampler, job.steps, job.eta, job.strength, job.spacing)
+
+    def _context_shape(self, job: Job) -> tuple[int, int] | None:
+        """(L, C). How many chunks prompts take only the model can tell, once it is there."""
+        if job.long_prompts == "cut" or not self.registry.holds(job.model):
+            return self.specs[job.model].context_shape
+        asked = Asked(job.prompt, job.negative_prompt, reading=reading_of(job))
+        return self.registry[job.model].context_shape(asked)
 
     @loss_told()
     def ready(self, job: Job, busy: Collection[Network]) -> bool:
@@ -323,7 +335,7 @@ def warnings(bundle: LatentDiffusion, job: Job):
     if not bundle.spec.reads_prompts:
         return
     for name, text in (("prompt", job.prompt), ("negative_prompt", job.negative_prompt)):
-        if cut := bundle.conditioner.overflow(text):
+        if cut := bundle.conditioner.overflow(text, reading_of(job)):
             shown = cut if len(cut) <= SHOWN else cut[:SHOWN] + "..."
             yield f"{name} is longer than the model reads; left out: {shown}"
 

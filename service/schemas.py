@@ -48,6 +48,18 @@ class PictureRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     negative_prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
+    long_prompts: Annotated[
+        Literal["cut", "chunk"],
+        Field(
+            description="of more than the model reads at once (77 tokens): left out, or read in chunks of 75"
+        ),
+    ] = "cut"
+    prompt_weights: Annotated[
+        bool,
+        Field(
+            description="whether (word:1.3), (word) for 1.1, [word] for 1 / 1.1 weigh words; \\( is a bracket"
+        ),
+    ] = False
     model: Annotated[str | None, Field(max_length=200, description="default: the first that does this")] = (
         None
     )

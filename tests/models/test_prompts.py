@@ -1,0 +1,191 @@
+"""The grammar of weights, chunks, and what both make of a context."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from models.conditioner import Asked
+from models.prompts import (
+    MOST_CHUNKS,
+    Frame,
+    Piece,
+    Reading,
+    Token,
+    chunks_of,
+    escape,
+    left_out,
+    parse,
+    pieces_of,
+    tokens_of,
+)
+from models.text_encoder import Reader
+from models.tokenizers import clip
+from tests.tiny import random_model, tiny_spec, xl_spec
+
+CUT, WEIGHTED, CHUNKED, BOTH = Reading(), Reading(True), Reading(False, True), Reading(True, True)
+GRAMMAR = [  # as AUTOMATIC1111's web UI reads them
+    ("", [("", 1)]),
+    ("a cat", [("a cat", 1)]),
+    ("a (cat) here", [("a ", 1), ("cat", 1.1), (" here", 1)]),
+    ("a [cat]", [("a ", 1), ("cat", 1 / 1.1)]),
+    ("a (cat:1.3)", [("a ", 1), ("cat", 1.3)]),
+    ("a (cat: .5 )", [("a ", 1), ("cat", 0.5)]),
+    ("(cat:-1)", [("cat", -1)]),
+    ("((cat))", [("cat", 1.21)]),
+    ("((cat:2) dog)", [("cat", 2.2), (" dog", 1.1)]),
+    ("(a [b] c)", [("a ", 1.1), ("b", 1), (" c", 1.1)]),
+    (r"\(cat\) \[dog\]", [("(cat) [dog]", 1)]),
+    (r"(a\(b\):2)", [("a(b)", 2)]),
+    (r"back\\slash", [(r"back\slash", 1)]),
+    (r"back\slash", [("backslash", 1)]),
+    ("(unclosed", [("unclosed", 1.1)]),
+    ("a [(unclosed", [("a unclosed", 1)]),
+    ("a (b [c", [("a ", 1), ("b ", 1.1), ("c", 1)]),
+    ("unopened) a]", [("unopened) a]", 1)]),
+    ("unopened:1.3)", [("unopened:1.3)", 1)]),
+    ("[cat:1.3]", [("cat:1.3", 1 / 1.1)]),
+    ("ratio 16:9, (red: blue)", [("ratio 16:9, ", 1), ("red: blue", 1.1)]),
+    ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
+    ("()(a)[]", [("a", 1.1)]),
+]
+
+
+@pytest.mark.parametrize(("prompt", "pieces"), GRAMMAR, ids=[prompt for prompt, _ in GRAMMAR])
+def test_the_grammar(prompt, pieces):
+    found = parse(prompt)
+    assert [piece.text for piece in found] == [text for text, _ in pieces]
+    assert [piece.weight for piece in found] == pytest.approx([weight for _, weight in pieces])
+
+
+TEXTS = st.text(alphabet="ab ()[]:\\.12", max_size=40)
+
+
+@given(TEXTS)
+def test_any_text_has_pieces_whose_neighbours_differ(text):
+    pieces = parse(text)
+    assert pieces
+    assert all(a.weight != b.weight for a, b in pairwise(pieces))
+    assert len("".join(piece.text for piece in pieces)) <= len(text)
+
+
+@given(TEXTS)
+def test_an_escaped_text_says_itself(text):
+    assert parse(escape(text)) == [Piece(text)]
+
+
+@given(st.text(alphabet="ab .,", min_size=1), st.integers(1, 6), st.integers(0, 6))
+def test_nested_brackets_multiply(text, up, down):
+    (piece,) = parse("(" * up + "[" * down + text + "]" * down + ")" * up)
+    assert piece.text == text
+    assert piece.weight == pytest.approx(1.1 ** (up - down))
+
+
+@given(st.integers(0, 40), st.integers(1, 7), st.booleans())
+@example(0, 5, True)
+def test_chunks_hold_every_token_in_its_place(count, room, chunked):
+    tokens, frame = [Token(index, 1 + index, 0, index) for index in range(count)], Frame(97, 98, 99, room + 2)
+    chunks = chunks_of(tokens, room, Reading(chunked=chunked))
+    kept = [token for chunk in chunks for token in chunk]
+    assert kept == tokens[: room * (MOST_CHUNKS if chunked else 1)]
+    for chunk in chunks:
+        ids, weights = frame.ids(chunk), frame.weights(chunk)
+        assert len(ids) == len(weights) == frame.length
+        assert ids == [97, *(token.id for token in chunk), 98, *[99] * (room - len(chunk))]
+        assert weights[1 : 1 + len(chunk)] == [token.weight for token in chunk]
+        assert {weights[0], *weights[1 + len(chunk) :]} == {1}
+    assert left_out([Piece("x" * count)], tokens, room, Reading(chunked=chunked)) == "x" * (count - len(kept))
+
+
+def test_a_word_that_is_known_is_its_ids_wherever_it_stands_by_itself():
+    def letters(text):
+        return [(ord(letter), index) for index, letter in enumerate(text)]
+
+    words = {"cat": (1, 2), "cat-toy": (3,), "<dog>": (4,)}
+    read = tokens_of([Piece("a"), Piece("bCat Cat,", 2.0), Piece("cat-toy<dog>")], letters, words)
+    assert [token.id for token in read] == [97, *map(ord, "bCat "), 1, 2, ord(","), 3, 4]
+    assert [token.weight for token in read] == [1.0] + [2.0] * 8 + [1.0] * 2
+    assert [token.place for token in read[-2:]] == [0, 7]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return clip()
+
+
+def test_a_prompt_as_it_is_has_the_tokenizers_ids(tokenizer):
+    texts = [text for text, _ in json.loads((Path(__file__).parent / "clip_ids.json").read_text())]
+    texts += ["", " ", "a photo of a cat " * 30]
+    how = {"padding": "max_length", "max_length": 77, "truncation": True}
+    ids, weights = Reader(tokenizer, 77).table(texts, CUT)
+    assert ids.tolist() == tokenizer(texts, **how)["input_ids"]
+    assert weights is None
+
+
+def test_what_is_left_out_is_told_without_brackets(tokenizer):
+    reader = Reader(tokenizer, 77)
+    prompt = "(red " * 70 + "green [blue] " + "(cat:1.5) " * 10
+    assert reader.overflow(prompt, WEIGHTED).startswith("cat")
+    assert reader.overflow(prompt, BOTH) == ""
+    assert len(reader.chunks(prompt, BOTH)) == 2
+    assert reader.overflow("cat " * 603, CHUNKED) == "cat cat cat"
+    assert reader.overflow("cat " * 75, CUT) == ""
+
+
+def contexts(model, prompt, negative, reading):
+    return model.contexts(Asked(prompt, negative, reading=reading))
+
+
+@pytest.fixture(scope="module", params=[tiny_spec, xl_spec])
+def model(request):
+    return random_model(request.param())
+
+
+@torch.inference_mode()
+def test_chunks_stand_side_by_side_and_the_shorter_prompt_is_filled_up(model):
+    text = "red apple " * 9 + "on a blue table"  # letters are tokens here
+    room = model.spec.texts[0].tokens - 2
+    tokens = tokens_of(pieces_of(text, CUT), model.conditioner.encoders[0].reader.split, {})
+    begin = tokens[room].place
+    whole = contexts(model, text, "no", CHUNKED)
+    parts = [
+        contexts(model, part, negative, CUT) for part, negative in ((text[:begin], "no"), (text[begin:], ""))
+    ]
+    length = model.spec.texts[0].tokens
+    assert whole.tokens.shape[1] == 2 * length
+    assert model.context_shape(Asked(text, "no", reading=CHUNKED)) == tuple(whole.tokens.shape[1:])
+    torch.testing.assert_close(whole.tokens[1], torch.cat([part.tokens[1] for part in parts]))
+    empty = model.conditioner([""])[0]
+    torch.testing.assert_close(whole.tokens[0], torch.cat([parts[0].tokens[0], empty]))
+    if whole.pooled is not None:
+        torch.testing.assert_close(whole.pooled, parts[0].pooled)
+
+
+@torch.inference_mode()
+def test_weights_multiply_vectors_and_keep_the_mean_of_each_encoders_context(model):
+    plain = contexts(model, "red apple here", "green", CUT)
+    weighted = contexts(model, "red (apple:1.5) here", "green", WEIGHTED)
+    begin = 1 + len("red")
+    factors = torch.ones(model.spec.texts[0].tokens, 1)
+    factors[begin : begin + len("apple")] = 1.5
+    expected, start = [], 0
+    for text in model.spec.texts:
+        z = plain.tokens[1][:, start : start + text.width].double()
+        start += text.width
+        more = z * factors
+        expected.append(more * (z.mean() / more.mean()))
+    torch.testing.assert_close(weighted.tokens[1].double(), torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(weighted.tokens[0], plain.tokens[0])
+    if plain.pooled is not None:
+        assert torch.equal(weighted.pooled, plain.pooled)
+
+
+@torch.inference_mode()
+def test_a_prompt_without_brackets_is_the_same_however_it_is_read(model):
+    plain = contexts(model, "red apple", "green", CUT)
+    for reading in (WEIGHTED, CHUNKED, BOTH):
+        assert torch.equal(contexts(model, "red apple", "green", reading).tokens, plain.tokens)

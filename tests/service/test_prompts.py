@@ -1,0 +1,72 @@
+"""Long and weighted prompts, over HTTP."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.service.test_server import alone, error_of, opened, picture, post, psnr, together, worst_psnr
+
+LONG = "red apple " * 10  # more than 77 tokens where each byte is one
+ASKED = {"prompt": LONG + "on a blue table", "seed": 1, "steps": 4}
+
+
+def test_a_long_prompt_is_cut_with_a_warning_or_read_in_chunks(server):
+    cut, shorter = post(server, ASKED), post(server, ASKED | {"prompt": LONG})
+    assert "left out" in cut.json()["warnings"][0]
+    assert cut.json()["warnings"][0].endswith("on a blue table")
+    assert (picture(cut) == picture(shorter)).all()
+    chunked = post(server, ASKED | {"long_prompts": "chunk"})
+    assert chunked.json()["warnings"] == []
+    assert psnr(picture(chunked), picture(cut)) < 40
+    parameters = json.loads(opened(chunked).text["parameters"])
+    assert (picture(post(server, parameters)) == picture(chunked)).all()
+    assert post(server, ASKED | {"prompt": "a " * 1500, "long_prompts": "chunk"}).json()["warnings"]
+
+
+def test_a_long_negative_prompt_is_read_in_chunks_too(server):
+    body = {"prompt": "a red apple", "long_prompts": "chunk", "seed": 1}
+    pictures = [picture(post(server, body | {"negative_prompt": LONG + end})) for end in ("blue", "green")]
+    assert psnr(*pictures) < 60
+    assert psnr(*pictures) != 99.0
+
+
+def test_weights_are_heeded_where_they_are_asked_for_only(server):
+    body = {"prompt": "a (red:1.8) apple", "seed": 1}
+    weighted, plain = (picture(post(server, body | {"prompt_weights": on})) for on in (True, False))
+    other = picture(post(server, {"prompt": "a red apple", "seed": 1}))
+    assert 10 < psnr(weighted, other) < 60
+    assert psnr(weighted, plain) < 60
+    neutral = picture(post(server, {"prompt": "a (red:1) apple", "seed": 1, "prompt_weights": True}))
+    assert (neutral == other).all()
+
+
+def test_prompts_of_all_lengths_and_kinds_at_once_change_no_picture(server):
+    bodies = [
+        {
+            "prompt": "word " * words + "(end:1.4)",
+            "seed": words,
+            "steps": 30,
+            "prompt_weights": bool(words % 2),
+        }
+        | {"long_prompts": how}
+        for words, how in ((1, "chunk"), (20, "chunk"), (21, "cut"), (40, "chunk"), (22, "chunk"), (3, "cut"))
+    ]
+    expected = alone(server, bodies)
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        assert worst_psnr(expected, together(server, pool, bodies)) >= 40
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"long_prompts": "chunks"}, "long_prompts"),
+        ({"prompt_weights": "yes"}, "prompt_weights"),
+        ({"prompt": "(a:11)", "prompt_weights": True}, "prompt"),
+        ({"negative_prompt": "(" * 30 + "a", "prompt_weights": True}, "negative_prompt"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(server, body, param):
+    assert error_of(post(server, {"prompt": "p"} | body), 422)["param"] == param
