@@ -22,7 +22,7 @@ from service import answers, images, intake, logs
 from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
 from service.job import Done, Event, Failed, Job, Started, Stepped
-from service.registry import ModelPathError, locate_all, locate_loras, read_specs
+from service.registry import ModelPathError, locate_all, locate_loras, locate_vaes, read_specs
 from service.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
 from service.settings import (
     DTYPES,
@@ -50,13 +50,14 @@ SERVED = (
     "dtype",
     "allow_pickle",
     "vocabulary",
+    "vae",
     "lora",
     "prediction",
     "invariant",
     "api_key_file",
 )
 OTHERS = tuple(f.name for f in fields(Settings) if f.name not in (*SERVED, "api_keys", "faults"))
-ALONE = ("model", "device", "dtype", "allow_pickle", "vocabulary", "prediction")
+ALONE = ("model", "device", "dtype", "allow_pickle", "vocabulary", "vae", "prediction")
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
 
 # After the drain: for answers that are on their way, jobs whose end nobody knows, requests that never end.
@@ -130,6 +131,7 @@ def add_settings(
         "dtype": "auto, float16, bfloat16 or float32",
         "allow_pickle": "read .ckpt and .bin files too, which never run code even then",
         "vocabulary": "vocab.txt of bert-base-uncased, or its folder, for models that read its words",
+        "vae": "a VAE in the place of the model's own, folder or file; MODEL=PATH for one of several",
         "lora": "a LoRA that requests can ask for, NAME=PATH; may be given again",
         "prediction": "epsilon or v_prediction: of Stable Diffusion 2 in one file, unless a YAML file says",
         "invariant": "the same bytes for a request in any company, and a lower throughput",
@@ -143,7 +145,7 @@ def add_settings(
             how = {"action": "store_const", "const": "true"}
         elif name == "model" and several:
             how |= {"nargs": "+", "action": "extend"}
-        elif name == "lora":
+        elif name in ("lora", "vae"):
             how |= {"action": "append"}
         shown = as_text(default) or "none"
         about = (
@@ -174,8 +176,9 @@ def serve(args: argparse.Namespace) -> int:
     from service.app import create_app
 
     settings = settings_of(args, *SERVED, *OTHERS)
-    locate_all(settings.model, settings.allow_pickle)  # a name that is wrong now stays wrong
+    models = locate_all(settings.model, settings.allow_pickle)  # a name that is wrong now stays wrong
     locate_loras(settings.lora)
+    locate_vaes(settings.vae, models)
     logs.set_up(settings)
     for sentence in misspelt(os.environ):
         log.warning("%s", sentence)
@@ -403,6 +406,8 @@ def run_alone(job: Job, settings: Settings) -> Done:
     from service.runner import build  # torch
 
     places = locate_all(settings.model, settings.allow_pickle)
+    vaes = locate_vaes(settings.vae, places)
+    settings = replace(settings, vae=(str(vaes[job.model]),) if job.model in vaes else ())
     runner = build(settings, {job.model: places[job.model]})
     ended: list[Event] = []
     with tqdm(total=job.n * job.steps, unit="step", leave=False) as bar:

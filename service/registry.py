@@ -65,6 +65,29 @@ def locate_loras(named: Iterable[str]) -> dict[str, Path]:
     return found
 
 
+def locate_vaes(named: Iterable[str], models: Collection[str]) -> dict[str, Path]:
+    """Model -> place of the VAE that it takes for its own, of MODEL=PATH or, for the only model, PATH.
+
+    Raises ModelPathError.
+    """
+    found: dict[str, Path] = {}
+    for one in named:
+        model, _, text = one.partition(PART)
+        if model not in models:
+            model, text = next(iter(models)), one
+            if len(models) > 1:
+                raise ModelPathError(
+                    f"the VAE {one!r} is for which of {', '.join(models)}? expected MODEL=PATH"
+                )
+        path = Path(text)
+        if not (path.is_file() or (path / "config.json").is_file()):
+            raise ModelPathError(f"no VAE at {text!r}: expected a file, or a folder with a config.json")
+        if model in found:
+            raise ModelPathError(f"two VAEs are for {model!r}")
+        found[model] = path.resolve()
+    return found
+
+
 def boxed(name: str) -> Path | None:
     """The folder of a model in the box; None where the package came without."""
     try:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import lora, words
+from models import lora, vae, words
 from models.checkpoint import load
 from models.conditioner import Asked
 from models.errors import CheckpointError
@@ -52,7 +52,7 @@ from service.errors import NonFinite, OutOfMemory
 from service.graphs import graphs_on
 from service.job import ImageKey, Job, Network, Shape, Trouble
 from service.memory import Use
-from service.registry import Registry, locate_loras
+from service.registry import Registry, locate_loras, locate_vaes
 from service.settings import Settings
 
 MEASURE_EVERY = 64  # calls
@@ -349,10 +349,14 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
     dtype = choose_dtype(settings.dtype, device)
     fix_arithmetic(settings.threads, settings.invariant)
     vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
+    pickles = settings.allow_pickle
+    vaes = {paths[name]: path for name, path in locate_vaes(settings.vae, paths).items()}
 
     def loaded(path: Path) -> LatentDiffusion:
-        given = (settings.allow_pickle, vocabulary, watch, settings.prediction)
-        return suited(load(path, device, dtype, *given), device)
+        bundle = load(path, device, dtype, pickles, vocabulary, watch, settings.prediction)
+        if path in vaes:
+            bundle = vae.replaced(bundle, vaes[path], device, dtype, pickles)
+        return suited(bundle, device)
 
     registry = Registry(
         paths,
@@ -365,6 +369,8 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
     for name, spec in registry.specs.items():
         if spec.reads_words and words.find(paths[name], vocabulary) is None:
             raise CheckpointError(f"{name}: {words.WANTED}")
+        if paths[name] in vaes:
+            vae.open_vae(vaes[paths[name]], spec.autoencoder, "cpu", pickles)
     if files := locate_loras(settings.lora):
         loras = lora.open_loras(files, registry.specs, device, settings.allow_pickle)
         registry.offer(loras, lora.apply, partial(lora.changed_bytes, dtype=dtype), settings.lora_sets)

@@ -78,15 +78,19 @@ def read_device(text: str) -> str:
     return text
 
 
+def read_paths(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def read_models(text: str) -> tuple[str, ...]:
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    names = read_paths(text)
     if not names:
         raise ValueError(text)
     return names
 
 
 def read_loras(text: str) -> tuple[str, ...]:
-    named = tuple(part.strip() for part in text.split(",") if part.strip())
+    named = read_paths(text)
     if not all(NAMED.match(part) for part in named):
         raise ValueError(text)
     return named
@@ -162,6 +166,8 @@ class Settings:
     # BERT's vocab.txt or its folder, for the paper's text models; none: beside each, or in the local cache.
     vocabulary: str = setting("", Parser(str, "a file vocab.txt, or its folder"))
 
+    # VAEs in the place of models' own, of the same shape.
+    vae: tuple[str, ...] = setting((), Parser(read_paths, "a path, or MODEL=PATH by commas"))
     # LoRAs that requests can ask for, by name. Each must fit a model.
     lora: tuple[str, ...] = setting((), Parser(read_loras, "NAME=PATH, by commas"))
     # Sets of them (names and weights) that are merged at a time, each as large as the weights it changes. Too
