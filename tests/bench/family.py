@@ -63,10 +63,10 @@ def main() -> None:
     raise SystemExit(0 if within else 1)
 
 
-def form(cells: tuple) -> str:
+def form(cells: tuple, wide: tuple[int, ...] = WIDE) -> str:
     first, *others, last = map(text_of, cells)
     return (
-        f"{first:<20}" + "".join(f"{text:>{w}}" for text, w in zip(others, WIDE, strict=True)) + "  " + last
+        f"{first:<20}" + "".join(f"{text:>{w}}" for text, w in zip(others, wide, strict=True)) + "  " + last
     )
 
 

@@ -1,0 +1,209 @@
+"""Stable Diffusion and its kin at full published shape, as `diffusers` folders, against `diffusers`.
+
+    python -m tests.bench.folders [ROW ...] [--folder DIR] [--cells N] [--narrow]
+
+Each network of a row is made by `diffusers` or `transformers`, every parameter random (and one that float16
+can hold), asked, written in float16 and freed, before the next; then the whole folder is loaded by both in
+float32, timed, and ours is asked the same. It takes as much memory as the model in float32 and a little more.
+Errors are |a - b| / |b|; a reference that is all but constant counts as infinitely wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from models.checkpoint import load
+from models.latent_diffusion import LatentDiffusion
+from models.unet import timestep_embedding
+from tests.bench.family import LIMIT, error, form
+from tests.folders import ROWS, Row, autoencoder, text_encoders, tokenizer_of, unet
+from tests.tiny import fill_randomly
+
+WIDE = (9, 15, 9, 9, 9, 9, 9, 9)
+COLUMNS = ("row", "tensors", "parameters", "eps", "D", "E", "context", "pooled", "load s", "theirs load")
+SHARD = "2GB"
+SIZES = (1024, 768, 0, 0, 1024, 768)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--folder", type=Path, help="where folders are written, one at a time")
+    parser.add_argument("--cells", type=int, default=16, help="along a side of latents (default: 16)")
+    parser.add_argument("--narrow", action="store_true", help="few channels, to try it out")
+    args = parser.parse_args()
+    if unknown := {*args.rows} - {*ROWS}:
+        parser.error(f"no row is called {', '.join(sorted(unknown))}")
+    print(form(COLUMNS, WIDE), flush=True)
+    within = True
+    for name in args.rows or ROWS:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder, torch.inference_mode():
+            cells, fine = measure(name, Path(folder), args.cells, args.narrow)
+        print(form(cells, WIDE), flush=True)
+        within = within and fine
+        gc.collect()
+    raise SystemExit(0 if within else 1)
+
+
+def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, bool]:
+    """A line of the table, and whether all its errors are within the limit."""
+    row = ROWS[name]
+    theirs, tensors = {}, 0
+    for part, network, ask in references(row, cells, narrow):
+        theirs |= ask(network)
+        tensors += len(network.state_dict())
+        network.half().save_pretrained(folder / part, variant="fp16", max_shard_size=SHARD)
+        del network
+        gc.collect()
+    write_rest(row, folder, narrow)
+    begin = time.monotonic()
+    reference = getattr(diffusers, row.pipeline).from_pretrained(
+        folder, variant="fp16", dtype=torch.float32, local_files_only=True
+    )
+    their_seconds = f"{time.monotonic() - begin:.1f}"
+    del reference
+    gc.collect()
+    begin = time.monotonic()
+    model = load(folder)
+    seconds = f"{time.monotonic() - begin:.1f}"
+    ours = answers(row, model, cells)
+    errors = {key: error(ours[key], theirs[key]) for key in theirs}
+    count = sum(
+        p.numel() for part in (model.unet, model.autoencoder, model.conditioner) for p in part.parameters()
+    )
+    errors["context"] = max(value for key, value in errors.items() if key.startswith("context"))
+    line = tuple(errors.get(key, "-") for key in ("eps", "D", "E", "context", "pooled"))
+    return (name, tensors, count, *line, seconds, their_seconds), max(errors.values()) <= LIMIT
+
+
+def references(row: Row, cells: int, narrow: bool) -> Iterator[tuple[str, nn.Module, Callable[[Any], dict]]]:
+    """Folder, network and what to ask it, one network at a time."""
+    yield "unet", random(unet(row, narrow), 0), lambda network: unet_answers(row, network, cells)
+    yield "vae", random(autoencoder(row, narrow), 1), lambda network: stage_answers(network, cells)
+    several = len(row.texts) > 1
+    for index, network in enumerate(text_encoders(row, narrow)):
+        part = f"text_encoder{'_2' * index}"
+        yield (
+            part,
+            random(network, 2 + index),
+            lambda network, part=part: text_answers(network, part, several),
+        )
+
+
+def random(network: nn.Module, seed: int) -> nn.Module:
+    """Every parameter filled with a number that float16 can hold."""
+    fill_randomly(network, seed)
+    for parameter in network.parameters():
+        parameter.data.copy_(parameter.data.half())
+    return network.eval().requires_grad_(False)
+
+
+def write_rest(row: Row, folder: Path, narrow: bool) -> None:
+    """What no network is: tokenizers, schedulers and the index."""
+    index = {
+        "_class_name": row.pipeline,
+        "_diffusers_version": "0.36.0",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+    }
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    index |= {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    betas = {"beta_start": row.betas[0], "beta_end": row.betas[1], "beta_schedule": "scaled_linear"}
+    scheduler = diffusers.DDIMScheduler(
+        **betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=row.prediction
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    tokenizer_of(narrow, row.pad if len(row.texts) == 1 else None).save_pretrained(folder / "tokenizer")
+    if len(row.texts) > 1:
+        index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+        index |= {"tokenizer_2": ["transformers", "CLIPTokenizer"], "force_zeros_for_empty_prompt": True}
+        tokenizer_of(narrow, row.pad).save_pretrained(folder / "tokenizer_2")
+    if "Upscale" in row.pipeline:
+        index |= {"low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": 350}
+        diffusers.DDPMScheduler(**betas).save_pretrained(folder / "low_res_scheduler")
+    index |= {name: [None, None] if value is None else value for name, value in row.extra.items()}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def asked_of_unet(channels: int, context: int, pooled: int, cells: int) -> tuple[Tensor, ...]:
+    """x of a picture that is not square, t, context and pooled text."""
+    x, t = drawn(7, 2, channels, cells, 2 * cells), torch.tensor([1, 801])
+    return x, t, drawn(8, 2, 77, context), drawn(9, 2, max(pooled, 1))
+
+
+def unet_answers(row: Row, network: nn.Module, cells: int) -> dict[str, Tensor]:
+    config, given, pooled = network.config, {}, 0
+    if config.addition_embed_type:
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    x, t, context, text = asked_of_unet(config.in_channels, config.cross_attention_dim, pooled, cells)
+    if pooled:
+        given = {"added_cond_kwargs": {"text_embeds": text, "time_ids": torch.tensor([SIZES, SIZES])}}
+    if config.num_class_embeds:
+        given = {"class_labels": torch.tensor([0, 350])}
+    return {"eps": network(x, t, context, **given).sample}
+
+
+def stage_answers(network: nn.Module, cells: int) -> dict[str, Tensor]:
+    z, x = asked_of_stage(len(network.config.block_out_channels), cells)
+    return {"D": network.decode(z).sample, "E": network.encode(x).latent_dist.mode()}
+
+
+def asked_of_stage(levels: int, cells: int) -> tuple[Tensor, Tensor]:
+    side = cells * 2 ** (levels - 1)
+    return drawn(10, 1, 4, cells, cells), drawn(11, 1, 3, side, side).clamp(-1, 1)
+
+
+def text_answers(network: nn.Module, part: str, several: bool) -> dict[str, Tensor]:
+    """The tokens' vectors, of the last layer but one where encoders are several, and the whole text's."""
+    out = network(ids_of(network.config.vocab_size), output_hidden_states=True)
+    pooled = {"pooled": out.text_embeds} if hasattr(out, "text_embeds") else {}
+    return {f"context {part}": out.hidden_states[-2] if several else out.last_hidden_state} | pooled
+
+
+def ids_of(vocabulary: int) -> Tensor:
+    """Token ids of two texts, each ended by the last token."""
+    ids = torch.randint(vocabulary - 2, (2, 77), generator=torch.Generator().manual_seed(12))
+    ids[0, 9:] = ids[1, 60:] = vocabulary - 1
+    return ids
+
+
+def answers(row: Row, model: LatentDiffusion, cells: int) -> dict[str, Tensor]:
+    """What ours says to the same."""
+    spec, levels, level, added = model.spec.unet, len(model.spec.autoencoder.channels), None, None
+    x, t, context, text = asked_of_unet(
+        spec.in_channels, spec.context_width, spec.added_width - 6 * spec.size_width, cells
+    )
+    if spec.added_width:
+        sizes = timestep_embedding(torch.tensor(SIZES), spec.size_width).flatten()
+        added = torch.cat([text, sizes.expand(2, -1)], dim=1)
+    if spec.noise_levels:
+        level = torch.tensor([0, 350])
+    z, picture = asked_of_stage(levels, cells)
+    told = {"eps": model.unet(x, t, context, added, level)}
+    told |= {"D": model.autoencoder.decode(z), "E": model.autoencoder.encode(picture)}
+    for index, encoder in enumerate(model.conditioner.encoders):
+        out = encoder(ids_of(encoder.spec.vocabulary))
+        told |= {f"context text_encoder{'_2' * index}": out.tokens}
+        told |= {} if out.pooled is None else {"pooled": out.pooled}
+    return told
+
+
+if __name__ == "__main__":
+    main()
