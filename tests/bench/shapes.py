@@ -19,13 +19,14 @@ from models.latent_diffusion import LatentDiffusion
 from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, TokenSpec, UNetSpec
 from models.text_encoder import TextEncoder
 from models.unet import UNet, timestep_embedding
+from service.device import suited
 from service.engine import Engine
 from service.job import Done, Job, Network
 from service.runner import TorchRunner
-from tests.bench import rivals
 
 PROMPT = "a red apple on a wooden table in the evening"
 GUIDANCE = 5.0
+BUCKETS = tuple(2**power for power in range(1, 7))
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,11 @@ def made(kind: Callable[[], nn.Module], setting: Setting, seed: int = 0) -> nn.M
     return network
 
 
+def in_layout(ours: nn.Module, setting: Setting) -> nn.Module:
+    """As it is served on that device; the rival keeps its tensors as they are."""
+    return ours.to(memory_format=torch.channels_last) if setting.device.type == "cuda" else ours
+
+
 class Method(nn.Module):
     """A network's method as its forward()."""
 
@@ -193,8 +199,11 @@ def sizes(spec: ModelSpec) -> list[int]:
 
 
 def unets(spec: ModelSpec, rows: int, setting: Setting) -> Pair:
+    from tests.bench import rivals  # diffusers: not where only ours runs
+
     ours = made(lambda: UNet(spec.unet), setting)
     theirs = rivals.fast(rivals.unet(ours), setting.device, setting.compiled)
+    ours = in_layout(ours, setting)
     x, t, context, pooled = unet_inputs(spec, rows, setting)
     added = None
     if pooled is not None:
@@ -209,8 +218,11 @@ def unets(spec: ModelSpec, rows: int, setting: Setting) -> Pair:
 
 
 def autoencoders(spec: ModelSpec, setting: Setting) -> tuple[Autoencoder, nn.Module]:
+    from tests.bench import rivals  # diffusers: not where only ours runs
+
     ours = made(lambda: Autoencoder(spec.autoencoder), setting)
     theirs = rivals.autoencoder(ours)
+    ours = in_layout(ours, setting)
     for name in ("encoder", "decoder"):
         setattr(theirs, name, rivals.fast(getattr(theirs, name), setting.device, setting.compiled))
     return ours, theirs
@@ -232,6 +244,8 @@ def encoders(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
 
 def texts(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
     """Of several text encoders the last, and the states that its tokens are taken from."""
+    from tests.bench import rivals  # diffusers: not where only ours runs
+
     whole = conditioner(spec, [None] * max(1, len(spec.texts)), setting)
     ours = whole.encoders[-1] if spec.texts else whole
     network = ours if spec.texts else ours.transformer
@@ -268,8 +282,14 @@ class Held:
     def __init__(self, bundle: LatentDiffusion) -> None:
         self.model, self.specs = bundle, {bundle.spec.name: bundle.spec}
 
+    def __getitem__(self, name: str) -> LatentDiffusion:
+        return self.model
+
     def bundle(self, network: Network) -> LatentDiffusion:
         return self.model
+
+    def changed(self, model: LatentDiffusion, network: Network) -> LatentDiffusion:
+        return model
 
     def has(self, network: Network) -> bool:
         return True
@@ -281,6 +301,8 @@ class Held:
 def pictures(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
     """Whole guided pictures from a prompt, numbers of files over 255, (B, H, W, 3): ours through the engine
     that serves, theirs through the pipeline of `diffusers`."""
+    from tests.bench import rivals  # diffusers: not where only ours runs
+
     steps = setting.steps or spec.defaults.steps
     words = [tokenizers.clip(text.pad_id) for text in spec.texts] or [bert_words()]
     unet, autoencoder = (
@@ -289,6 +311,7 @@ def pictures(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
     )
     bundle = LatentDiffusion(spec, unet, autoencoder, conditioner(spec, words, setting))
     pipeline = rivals.pipeline(bundle, words, setting.compiled)
+    runner = TorchRunner(Held(suited(bundle, setting.device)), BUCKETS, device=setting.device)
     size = {"width": spec.defaults.width, "height": spec.defaults.height}
     generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
     starts = [torch.randn(spec.latent_shape(*size.values()), generator=g) for g in generators]
@@ -306,7 +329,7 @@ def pictures(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
     flops = steps * flops_of(unet, *unet_inputs(spec, 2 * batch, setting))
     flops += flops_of(autoencoder, latents(spec, batch, setting), method="decode")
     flops += sum(flops_of(reader, ids) for reader in readers)
-    return Pair(lambda: engine_pictures(bundle, batch, steps), theirs, flops)
+    return Pair(lambda: engine_pictures(runner, spec, batch, steps), theirs, flops)
 
 
 def bert_words() -> BertTokenizer:
@@ -317,13 +340,14 @@ def bert_words() -> BertTokenizer:
         return BertTokenizer.from_pretrained(folder)
 
 
-def engine_pictures(bundle: LatentDiffusion, batch: int, steps: int) -> Tensor:
-    """One job of so many pictures, through the engine."""
-    name, answers = bundle.spec.name, []
-    width, height = bundle.spec.defaults.width, bundle.spec.defaults.height
-    buckets = tuple(2**power for power in range(1, 7))
-    engine = Engine(TorchRunner(Held(bundle), buckets, device=bundle.device), answers.append, 2 * batch, 1)
-    engine.submit(Job("one", name, PROMPT, "", width, height, steps, GUIDANCE, 0, batch, "ddim", eta=0.0))
+def engine_pictures(runner: TorchRunner, spec: ModelSpec, batch: int, steps: int) -> Tensor:
+    """One job of so many pictures, through the engine; the runner keeps what it has recorded."""
+    answers = []
+    width, height = spec.defaults.width, spec.defaults.height
+    engine = Engine(runner, answers.append, 2 * batch, 1)
+    engine.submit(
+        Job("one", spec.name, PROMPT, "", width, height, steps, GUIDANCE, 0, batch, "ddim", eta=0.0)
+    )
     while engine.busy:
         engine.tick()
     if not isinstance(answers[-1], Done):

@@ -1,0 +1,357 @@
+"""Everything about a GPU in one command: what is fast is right first, then how fast it is.
+
+    python -m tests.bench.cuda [--device cuda] [--shapes NAME ...] [--steps N] [--without-compare]
+    python -m tests.bench.cuda --tiny --device cpu     rehearsal: small networks, nothing of it is a figure
+
+Checks end in "ok", "BAD" or "-" (not on this device, or something is not installed). Whole pictures go
+through the engine that serves, without HTTP. Random weights: a picture shows nothing, its numbers do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: for the check of bits
+
+import torch
+from torch import Tensor
+
+from models import kernels, tokenizers
+from models.autoencoder import Autoencoder
+from models.latent_diffusion import LatentDiffusion, to_uint8
+from models.unet import UNet
+from service.device import choose_device, choose_dtype, fix_arithmetic, suited
+from service.engine import Engine
+from service.errors import DeviceLost
+from service.faults import FaultyRunner, read_faults
+from service.graphs import graphs_on
+from service.job import Done, Event, Failed, ImageKey, Job
+from service.runner import TorchRunner
+from tests.bench import shapes
+from tests.bench.shapes import GUIDANCE, PROMPT, Held, Setting, made, unet_inputs
+
+LIMIT = 790e12  # FLOP/s that float16 reaches on an H200
+EPS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # relative errors that are right
+PICTURE_DB = 35.0
+BUCKETS = (2, 4, 8, 16, 32)
+PICTURES = (1, 4, 8, 16)
+CLIENTS = 16
+ASSERTION = """
+import torch
+from service.device import loss_told
+with loss_told():
+    torch.zeros(1, device="cuda")[torch.tensor([5], device="cuda")].sum().item()
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """fine: None where it was not made."""
+
+    shape: str
+    what: str
+    fine: bool | None
+    figure: str = ""
+
+
+def main() -> None:
+    args = parser().parse_args()
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    fix_arithmetic(0, invariant=False)
+    begin = time.monotonic()
+    setting = Setting(device, dtype, steps=args.steps)
+    known = shapes.TINY if args.tiny else shapes.SHAPES
+    print(f"{time.strftime('%Y-%m-%d')}, {name_of(device)}, {dtype}, torch {torch.__version__}", flush=True)
+    fine = True
+    for name in args.shapes:
+        for check in checks(known[name], setting):
+            fine &= check.fine is not False
+            verdict = {True: "ok", False: "BAD", None: "-"}[check.fine]
+            print(f"{check.shape:10} {check.what:58} {verdict:4} {check.figure}", flush=True)
+    logging.disable()  # jobs fail on purpose
+    fine &= print_faults(setting)
+    logging.disable(logging.NOTSET)
+    for name in args.shapes:
+        print_speed(known[name], setting, args)
+    if not args.without_compare:
+        print_compared(args)
+    print_served(args)
+    print(f"{time.monotonic() - begin:.0f} s in all")
+    raise SystemExit(0 if fine else 1)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    top.add_argument("--shapes", nargs="+", choices=tuple(shapes.SHAPES), default=tuple(shapes.SHAPES))
+    top.add_argument("--device", default="cuda")
+    top.add_argument("--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto")
+    top.add_argument("--steps", type=int, default=0, help="of timed pictures (default: the model's)")
+    top.add_argument("--tiny", action="store_true", help="networks of few channels, to try it out")
+    top.add_argument("--without-compare", action="store_true", help="leave diffusers out")
+    return top
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+
+
+def bundle_of(spec, setting: Setting) -> LatentDiffusion:
+    """A whole model of random weights, as it is served."""
+    words = [tokenizers.clip(text.pad_id) for text in spec.texts] or [shapes.bert_words()]
+    unet = made(lambda: UNet(spec.unet), setting)
+    autoencoder = made(lambda: Autoencoder(spec.autoencoder), setting)
+    whole = LatentDiffusion(spec, unet, autoencoder, shapes.conditioner(spec, words, setting))
+    return suited(whole, setting.device)
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Without fused kernels."""
+    fused, kernels.fused_on = kernels.fused_on, lambda device: None
+    try:
+        yield
+    finally:
+        kernels.fused_on = fused
+
+
+def apart(x: Tensor, exact: Tensor) -> float:
+    return ((x.float() - exact.float()).norm() / exact.float().norm()).item()
+
+
+def decibels(x: Tensor, exact: Tensor) -> float:
+    """PSNR of pictures in [-1, 1] as files hold them."""
+    error = (to_uint8(x).float() - to_uint8(exact).float()).square().mean().item()
+    return float("inf") if not error else 10 * torch.log10(torch.tensor(255**2 / error)).item()
+
+
+@torch.inference_mode()
+def checks(shape: shapes.Shape, setting: Setting) -> Iterator[Check]:
+    """Each fast path against float32 as it is, on the same device."""
+    spec, name, device = shape.spec, shape.spec.name, setting.device
+    bundle = bundle_of(spec, setting)
+    exact = bundle.copy(torch.float32)
+    x, t, context, pooled = unet_inputs(spec, 4, setting)
+    with plain():
+        wanted = exact.denoiser(x, t, context, pooled)
+    graphs = graphs_on(device)
+
+    def eps() -> Tensor:
+        return graphs.run(bundle.unet, bundle.denoiser, x, t, context, pooled)
+
+    first, *replayed = (eps() for _ in range(4))
+    bound = EPS[bundle.unet.dtype]
+    yield Check(name, f"eps in {bundle.unet.dtype}", (e := apart(first, wanted)) <= bound, f"{e:.1e}")
+    graph = all(torch.equal(first, again) for again in replayed) if device.type == "cuda" else None
+    yield Check(name, "a replayed graph gives the same bits as the call", graph)
+    fused = kernels.fused_on(device) is not None if device.type == "cuda" else None
+    yield Check(name, "fused kernels are in use", fused)
+    z = shapes.latents(spec, 1, setting).float()
+    with plain():
+        wanted = exact.decode(z)
+    del exact
+    first, *again = (graphs.run(bundle.autoencoder, bundle.decode, z) for _ in range(3))
+    db = decibels(first, wanted)
+    yield Check(name, f"D in {bundle.autoencoder.dtype}", db >= PICTURE_DB, f"{db:.0f} dB")
+    if device.type == "cuda":
+        yield Check(name, "D's graph gives the same bits", all(torch.equal(first, one) for one in again))
+    yield from check_invariance(bundle, setting)
+    yield check_waits(bundle)
+
+
+def check_invariance(bundle: LatentDiffusion, setting: Setting) -> Iterator[Check]:
+    """A row's bits among others, wherever it is, at one size of calls."""
+    size, name = 8, bundle.spec.name
+    x, t, context, pooled = unet_inputs(bundle.spec, size, setting)
+    graphs = graphs_on(setting.device)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+    def row(order: Sequence[int]) -> Tensor:
+        """What becomes of row 0 where the rows of a call are these."""
+        index = torch.tensor(order, device=setting.device)
+        given = [None if rows is None else rows[index] for rows in (x, t, context, pooled)]
+        return graphs.run(bundle.unet, bundle.denoiser, *given)[order.index(0)]
+
+    try:
+        alone = row([0] * size)  # made as it is; those that follow are replayed
+        others = [row([0, *range(1, size)]), row([*range(1, size), 0]), row([3, 3, 3, 0, 5, 5, 1, 1])]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    same = all(torch.equal(alone, other) for other in others)
+    yield Check(name, "--invariant: a row's bits in any company, at any place", same)
+
+
+def check_waits(bundle: LatentDiffusion) -> Check:
+    """Steps while torch raises at whatever waits for the device; the one wait of a step, for the event of the
+    step before, is not of that kind."""
+    what = "no wait for the device in a step"
+    if bundle.device.type != "cuda":
+        return Check(bundle.spec.name, what, None)
+    runner = TorchRunner(Held(bundle), BUCKETS, device=bundle.device)
+    job = job_of(bundle, "one", 20, sampler="euler_ancestral")
+    runner.shape(job)
+    runner.start(job)
+    key = [ImageKey("one", 0)]
+    for _ in range(4):  # kernels are chosen, and the call is recorded
+        runner.step(key)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            runner.step(key)
+    except RuntimeError as error:
+        return Check(bundle.spec.name, what, False, str(error).splitlines()[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    runner.settle()
+    return Check(bundle.spec.name, what, True)
+
+
+def job_of(bundle: LatentDiffusion, name: str, steps: int, n: int = 1, **changes) -> Job:
+    defaults = bundle.spec.defaults
+    size = (defaults.width, defaults.height)
+    plain_job = Job(name, bundle.spec.name, PROMPT, "", *size, steps, GUIDANCE, 0, n, "ddim", eta=0.0)
+    return replace(plain_job, **changes)
+
+
+def run(runner, jobs: Sequence[Job], at_once: int = 10**6) -> tuple[list[Event], list[float]]:
+    """What was told, and each job's seconds from its submission to its end."""
+    events: list[Event] = []
+    ended: dict[str, float] = {}
+
+    def hear(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Done | Failed):
+            ended[event.job] = time.monotonic() - begun[event.job]
+
+    engine = Engine(runner, hear, runner.buckets[-1], 4)
+    waiting, begun = list(reversed(jobs)), {}
+    while waiting or engine.busy:
+        while waiting and len(engine.jobs) < at_once:
+            job = waiting.pop()
+            begun[job.id] = time.monotonic()
+            engine.submit(job)
+        engine.tick()
+    return events, list(ended.values())
+
+
+def print_faults(setting: Setting) -> bool:
+    """Faults on this device, with small networks; a real one last, in a process of its own."""
+    bundle = bundle_of(shapes.TINY["sd15"].spec, setting)
+    fine = True
+    for fault in ("step:nan:poison:1", "step:nan:poison", "step:oom:poison"):
+        outcome = Done if fault.endswith("1") else Failed
+        runner = FaultyRunner(TorchRunner(Held(bundle), BUCKETS, device=setting.device), read_faults(fault))
+        jobs = [job_of(bundle, "a", 3), job_of(bundle, "b", 3, prompt="poison"), job_of(bundle, "c", 4)]
+        events, _ = run(runner, jobs)
+        ends = {event.job: type(event) for event in events if isinstance(event, Done | Failed)}
+        right = ends == {"a": Done, "b": outcome, "c": Done}
+        fine &= right
+        print(f"{'faults':10} {fault + ': its job alone':58} {'ok' if right else 'BAD'}", flush=True)
+    if setting.device.type == "cuda":
+        done = subprocess.run([sys.executable, "-c", ASSERTION], capture_output=True, text=True)
+        right = DeviceLost.__name__ in done.stderr
+        fine &= right
+        print(f"{'faults':10} {'an assertion in a kernel is a lost device':58} {'ok' if right else 'BAD'}")
+    return fine
+
+
+def flops_of(bundle: LatentDiffusion, steps: int, setting: Setting) -> int:
+    """Of one guided picture, D included, text left out."""
+    pair = shapes.flops_of(bundle.unet, *unet_inputs(bundle.spec, 2, setting))
+    z = shapes.latents(bundle.spec, 1, setting)
+    return steps * pair + shapes.flops_of(bundle.autoencoder, z, method="decode")
+
+
+def print_speed(shape: shapes.Shape, setting: Setting, args: argparse.Namespace) -> None:
+    """Whole pictures at batch 1 and more; the mixed load against one at a time."""
+    bundle = bundle_of(shape.spec, setting)
+    runner = TorchRunner(Held(bundle), BUCKETS, device=setting.device)
+    steps = setting.steps or shape.spec.defaults.steps
+    work = flops_of(bundle, steps, setting)
+    print(f"\n{shape.spec.name}, {steps} guided steps, {work / 1e12:.3g} TFLOP a picture")
+    for n in PICTURES[:2] if args.tiny else PICTURES:
+        run(runner, [job_of(bundle, "warm", 5, n)])
+        seconds = statistics.median(sum(run(runner, [job_of(bundle, "j", steps, n)])[1]) for _ in range(2))
+        rate = n / seconds
+        share = f"{rate * work / LIMIT:.1%} of 790 TFLOP/s"
+        print(f"  {n:2} at once: {rate:8.3f} images/s, {seconds:.3f} s, {share}", flush=True)
+    jobs = mixed(bundle, 8 if args.tiny else 32, setting.steps)
+    run(runner, jobs)
+    (one, _), (many, seconds) = (timed(lambda c=c: run(runner, jobs, c)[1]) for c in (1, CLIENTS))
+    seconds.sort()
+    at = [seconds[int(share * (len(seconds) - 1))] for share in (0.5, 0.99)]
+    print(
+        f"  mixed, {CLIENTS} clients: {len(jobs) / many:.3f} images/s, {one / many:.2f} times one at a time; "
+        f"latency p50 {at[0]:.2f} s, p99 {at[1]:.2f} s",
+        flush=True,
+    )
+
+
+def mixed(bundle: LatentDiffusion, count: int, steps: int) -> list[Job]:
+    """10 to 50 steps (or half to all of `steps`), one in four without guidance."""
+    draw = torch.Generator().manual_seed(0)
+    low, high = (max(1, steps // 2), steps + 1) if steps else (10, 51)
+    lengths = torch.randint(low, high, (count,), generator=draw).tolist()
+    return [
+        job_of(bundle, str(index), length, seed=index, guidance_scale=GUIDANCE if index % 4 else 1.0)
+        for index, length in enumerate(lengths)
+    ]
+
+
+def timed(call: Callable[[], list[float]]) -> tuple[float, list[float]]:
+    begin = time.monotonic()
+    out = call()
+    return time.monotonic() - begin, out
+
+
+def print_compared(args: argparse.Namespace) -> None:
+    """Ratio to diffusers as it comes, of whole pictures."""
+    if importlib.util.find_spec("diffusers") is None:
+        print("\ndiffusers is not installed: no ratio to it")
+        return
+    print("\nbeside diffusers as it comes", flush=True)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "lines.json"
+        command = [sys.executable, "-m", "tests.bench.compare", *args.shapes, "--parts", "pictures"]
+        command += ["--rounds", "2"]
+        command += ["--device", args.device, "--dtype", args.dtype, "--json", str(file)]
+        command += ["--steps", str(args.steps)] if args.steps else []
+        subprocess.run([*command, "--tiny"] if args.tiny else [*command, "--batches", "1", "8"], check=False)
+        for line in json.loads(file.read_text()) if file.exists() else []:
+            ratio = line["theirs"] / line["ours"]
+            print(f"  {line['shape']}, {line['batch']} at once: {ratio:.2f} times diffusers")
+
+
+def print_served(args: argparse.Namespace) -> None:
+    """The model in the box over HTTP, and from a start to its first picture."""
+    wanted = ("fastapi", "uvicorn", "httpx", "pydantic")
+    if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
+        print(f"\nnothing over HTTP: {', '.join(missing)} not installed")
+        return
+    cli = [sys.executable, "-m", "service.cli"]
+    with TemporaryDirectory() as folder:
+        one = [*cli, "generate", PROMPT, "-o", str(Path(folder) / "one.png"), "--device", args.device]
+        begin = time.monotonic()
+        subprocess.run(one, check=True, capture_output=True)
+        print(f"\nemoji: from a start to the first picture: {time.monotonic() - begin:.1f} s", flush=True)
+    few = ["--requests", "8", "--clients", "4"] if args.tiny else ["--requests", "256", "--clients", "32"]
+    load = [*cli, "bench", "--model", "emoji", "--device", args.device, *few]
+    subprocess.run(load, check=False, stderr=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()
