@@ -242,9 +242,9 @@ dashboard() {
 drains() {
   say "SIGTERM while it works (docker stop)"
   local code=0 during
-  ask "$url/generate" -o "$work/long" -w '%{http_code}' -d '{"prompt": "ghost", "steps": 200, "n": 4}' >"$work/code" &
+  ask "$url/generate" -o "$work/long" -w '%{http_code}' -d '{"prompt": "ghost", "steps": 200}' >"$work/code" &
   local client=$!
-  sleep 2
+  sleep 1
   kill -TERM "$first"
   sleep 0.5
   during=$(ask "$url/generate" -o /dev/null -w '%{http_code}' -d '{"prompt": "ghost"}')
