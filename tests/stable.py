@@ -7,8 +7,9 @@ published width, all else the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,6 +156,18 @@ def make_text(text: Text) -> CLIPTextModel | CLIPTextModelWithProjection:
         eos_token_id=49407, bos_token_id=49406, pad_token_id=PAD if text.open_clip else 49407,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if text.open_clip else CLIPTextModel)(config)
+
+
+def bare(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network without memory."""
+    with torch.device("meta"):
+        return make()
+
+
+def outline(row: Row) -> Reference:
+    """Networks of this shape without memory."""
+    texts = tuple(bare(partial(make_text, text)) for text in row.texts)
+    return Reference(bare(partial(make_unet, row)), bare(partial(make_autoencoder, row)), texts)
 
 
 def reference(row: Row) -> Reference:
@@ -304,12 +317,16 @@ def published(name: str, row: Row, networks: Reference, averaged: bool = False) 
 
 
 def hollow(file: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """A file of tensors of these shapes, in float32 and all zero, that takes no time and no room."""
+    """A file of tensors of these shapes, in float32 and all zero, that takes no time and no room.
+
+    The largest come first: all but a few small ones lie at addresses that kernels like.
+    """
     header, end = {}, 0
-    for key, value in tensors.items():
+    for key, value in sorted(tensors.items(), key=lambda item: -item[1].numel()):
         begin, end = end, end + 4 * value.numel()
         header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + end)

@@ -1,0 +1,170 @@
+"""Stable Diffusion's single files at their full published shapes against `diffusers` and `transformers`.
+
+    python -m tests.bench.singles [ROW ...] [--folder DIR] [--cells N] [--narrow]
+
+Every parameter is random, in float32. The networks that a file is written from are made one at a time, asked,
+and written to their places in it, so that no two are in memory; ours stays in the file. Errors are
+|a - b| / |b|; that of the context is the larger one of both where there is pooled text too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import mmap
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from models import tokenizers
+from models.checkpoint import load
+from models.headers import safetensors_header
+from tests import stable
+from tests.bench.family import COLUMNS, LIMIT, error, form
+from tests.stable import TOKENS, Reference, Row
+from tests.tiny import fill_randomly
+
+PROMPTS = ["red apple", "a sunset behind a mountain range"]
+SIZE = (64, 96)  # width and height that SDXL is told
+NOISE_LEVELS = (20, 350)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"of {', '.join(stable.ROWS)}")
+    parser.add_argument("--folder", type=Path, help="where files are written, one at a time")
+    parser.add_argument("--cells", type=int, default=16, help="along a side of latents (default: 16)")
+    parser.add_argument("--narrow", action="store_true", help="few channels, to try it out")
+    args = parser.parse_args()
+    if unknown := {*args.rows} - {*stable.ROWS}:
+        parser.error(f"no row is called {', '.join(sorted(unknown))}")
+    print(form(COLUMNS), flush=True)
+    within = True
+    for name in args.rows or stable.ROWS:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder, torch.inference_mode():
+            cells, fine = measure(name, Path(folder), args.cells, args.narrow)
+        print(form(cells), flush=True)
+        within = within and fine
+        gc.collect()
+    raise SystemExit(0 if within else 1)
+
+
+def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, bool]:
+    """A line of the table, and whether all its errors are within the limit."""
+    row = stable.narrow(stable.ROWS[name]) if narrow else stable.ROWS[name]
+    tensors = stable.published(name, row, stable.outline(row))
+    file = stable.hollow(folder / f"{name}.safetensors", tensors)
+    fill(file, {key: value for key, value in tensors.items() if value.device.type != "meta"})
+    theirs = answers(row, file, cells)
+    begin = time.monotonic()
+    model = load(file)
+    seconds = f"{time.monotonic() - begin:.1f}"
+    told = model.conditioner.encode(ids_of(row))
+    x, t, context, pooled, levels = unet_inputs(row, cells)
+    if pooled is not None:
+        pooled = torch.cat([pooled, model.sizes(*SIZE).expand(2, -1)], dim=-1)
+    ours = {
+        "eps": model.unet(x, t, context, pooled, levels),
+        "D": model.autoencoder.decode(latents(cells)),
+        "E": model.autoencoder.encode(pictures(row, cells)),
+        "context": told.tokens,
+        "pooled": told.pooled,
+    }
+    errors = {what: error(ours[what], there) for what, there in theirs.items()}
+    errors["context"] = max(errors["context"], errors.pop("pooled", 0.0))
+    parts = (model.unet, model.autoencoder, model.conditioner)
+    count = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    shown = [errors[what] for what in ("eps", "D", "E", "context")]
+    return (name, len(tensors), count, *shown, seconds, "diffusers"), max(shown) <= LIMIT
+
+
+def answers(row: Row, file: Path, cells: int) -> dict[str, Tensor]:
+    """What the networks give that the file is filled from, one after the other."""
+    out, texts = {}, []
+    for index, text in enumerate(row.texts):
+        network = filled(stable.bare(lambda text=text: stable.make_text(text)), 3 + index)
+        fill(file, prefixed(text.prefix, stable.text_tensors(text, network)))
+        texts.append(network)
+    held = Reference(None, None, tuple(texts))
+    out["context"], pooled = held.context(row, ids_of(row))
+    if row.size_width:
+        out["pooled"] = pooled
+    del held, texts, network
+    gc.collect()
+
+    stage = filled(stable.bare(lambda: stable.make_autoencoder(row)), 2)
+    fill(file, prefixed("first_stage_model.", stable.stage_tensors(row, stage)))
+    out["D"] = stage.decode(latents(cells)).sample
+    out["E"] = stage.encode(pictures(row, cells)).latent_dist.mode()
+    del stage
+    gc.collect()
+
+    unet = filled(stable.bare(lambda: stable.make_unet(row)), 1)
+    fill(file, prefixed("model.diffusion_model.", stable.unet_tensors(row, unet)))
+    x, t, context, pooled, levels = unet_inputs(row, cells)
+    options = {"class_labels": levels}
+    if pooled is not None:
+        width, height = SIZE
+        numbers = torch.tensor([[height, width, 0, 0, height, width]] * 2)
+        options["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": numbers}
+    out["eps"] = unet(x, t, context, **options).sample
+    return out
+
+
+def filled(network: nn.Module, seed: int) -> nn.Module:
+    """A network without memory -> with random weights, and the numbers of its places."""
+    network = network.to_empty(device="cpu")
+    if isinstance(network, CLIPTextModel | CLIPTextModelWithProjection):
+        for key, buffer in network.named_buffers():
+            assert key.endswith("position_ids")
+            buffer.copy_(torch.arange(TOKENS)[None])
+    fill_randomly(network, seed)
+    return network.requires_grad_(False).eval()
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in tensors.items()}
+
+
+def fill(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to their places in a file that has these already."""
+    stored = safetensors_header(file)
+    with file.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as places:
+        for key, value in tensors.items():
+            entry = stored[key]
+            end = entry.start + entry.extent
+            places[entry.start : end] = value.detach().float().contiguous().numpy().tobytes()
+
+
+def unet_inputs(row: Row, cells: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Latents that are not square, timesteps, a context, pooled text and noise levels where it takes them."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(2, row.in_channels, cells, 2 * cells, generator=generator)
+    context = torch.randn(2, 5, sum(text.width for text in row.texts), generator=generator)
+    pooled = torch.randn(2, row.texts[-1].width, generator=generator) if row.size_width else None
+    levels = torch.tensor(NOISE_LEVELS) if row.noise_levels else None
+    return x, torch.tensor([1, 801]), context, pooled, levels
+
+
+def latents(cells: int) -> Tensor:
+    return torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(8))
+
+
+def pictures(row: Row, cells: int) -> Tensor:
+    side = row.factor * cells
+    return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(9)) * 2 - 1
+
+
+def ids_of(row: Row) -> list[Tensor]:
+    """Of the prompts, for each text encoder."""
+    tables = [tokenizers.clip(stable.PAD if text.open_clip else None) for text in row.texts]
+    return [table(PROMPTS, padding="max_length", return_tensors="pt").input_ids for table in tables]
+
+
+if __name__ == "__main__":
+    main()
