@@ -176,8 +176,9 @@ def place(stream: io.BufferedIOBase, entry: zipfile.ZipInfo, size: int) -> tuple
 
 def named_records(file: Path, value: Any) -> dict[str, Record]:
     """The state dict in what a pickle held."""
-    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
+    for inner in ("state_dict", "string_to_param"):  # the latter holds a learned word's vectors
+        if isinstance(value, dict) and isinstance(value.get(inner), dict):
+            value = value[inner]
     if not isinstance(value, dict) or not value:
         raise CheckpointError(f"{file} holds something else than named tensors")
     for key, record in value.items():

@@ -222,6 +222,7 @@ class ModelSpec:
     condition: Condition | None = None  # any other conditioner with weights of its own
     zero_null: bool = False  # guidance compares with a context of zeros where nothing is unwanted
     loras: tuple[str, ...] = ()  # names of the changes of its weights that requests can ask for
+    embeddings: tuple[str, ...] = ()  # words of prompts that it has learned beside its own
 
     @property
     def beside(self) -> int:
@@ -337,6 +338,7 @@ class ModelSpec:
             layout_channels=d["layout_channels"],
             labels=tuple(d["labels"]),
             loras=tuple(d["loras"]),
+            embeddings=tuple(d["embeddings"]),
             upscaling=d["upscaling"]
             and UpscalingSpec(**d["upscaling"] | {"noise": build(ScheduleSpec, d["upscaling"]["noise"])}),
             condition=build(CONDITIONS[d["kind"]], d["condition"]) if "kind" in d else None,

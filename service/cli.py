@@ -22,7 +22,14 @@ from service import answers, images, intake, logs
 from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
 from service.job import Done, Event, Failed, Job, Started, Stepped
-from service.registry import ModelPathError, locate_all, locate_loras, locate_vaes, read_specs
+from service.registry import (
+    ModelPathError,
+    locate_all,
+    locate_embeddings,
+    locate_loras,
+    locate_vaes,
+    read_specs,
+)
 from service.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
 from service.settings import (
     DTYPES,
@@ -52,12 +59,13 @@ SERVED = (
     "vocabulary",
     "vae",
     "lora",
+    "embedding",
     "prediction",
     "invariant",
     "api_key_file",
 )
 OTHERS = tuple(f.name for f in fields(Settings) if f.name not in (*SERVED, "api_keys", "faults"))
-ALONE = ("model", "device", "dtype", "allow_pickle", "vocabulary", "vae", "prediction")
+ALONE = ("model", "device", "dtype", "allow_pickle", "vocabulary", "vae", "embedding", "prediction")
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
 
 # After the drain: for answers that are on their way, jobs whose end nobody knows, requests that never end.
@@ -132,6 +140,7 @@ def add_settings(
         "allow_pickle": "read .ckpt and .bin files too, which never run code even then",
         "vocabulary": "vocab.txt of bert-base-uncased, or its folder, for models that read its words",
         "vae": "a VAE in the place of the model's own, folder or file; MODEL=PATH for one of several",
+        "embedding": "a word that prompts can use (textual inversion), NAME=PATH; may be given again",
         "lora": "a LoRA that requests can ask for, NAME=PATH; may be given again",
         "prediction": "epsilon or v_prediction: of Stable Diffusion 2 in one file, unless a YAML file says",
         "invariant": "the same bytes for a request in any company, and a lower throughput",
@@ -145,7 +154,7 @@ def add_settings(
             how = {"action": "store_const", "const": "true"}
         elif name == "model" and several:
             how |= {"nargs": "+", "action": "extend"}
-        elif name in ("lora", "vae"):
+        elif name in ("lora", "vae", "embedding"):
             how |= {"action": "append"}
         shown = as_text(default) or "none"
         about = (
@@ -179,6 +188,7 @@ def serve(args: argparse.Namespace) -> int:
     models = locate_all(settings.model, settings.allow_pickle)  # a name that is wrong now stays wrong
     locate_loras(settings.lora)
     locate_vaes(settings.vae, models)
+    locate_embeddings(settings.embedding)
     logs.set_up(settings)
     for sentence in misspelt(os.environ):
         log.warning("%s", sentence)

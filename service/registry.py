@@ -88,6 +88,19 @@ def locate_vaes(named: Iterable[str], models: Collection[str]) -> dict[str, Path
     return found
 
 
+def locate_embeddings(named: Iterable[str]) -> dict[str, Path]:
+    """Name -> file, of NAME=PATH. Raises ModelPathError, also for two names that differ in case only."""
+    found: dict[str, Path] = {}
+    for one in named:
+        name, _, text = one.partition(PART)
+        if not Path(text).is_file():
+            raise ModelPathError(f"no embedding at {text!r}: expected a file")
+        if name.lower() in map(str.lower, found):
+            raise ModelPathError(f"two embeddings are called {name!r}; rename one of them")
+        found[name] = Path(text).resolve()
+    return found
+
+
 def boxed(name: str) -> Path | None:
     """The folder of a model in the box; None where the package came without."""
     try:

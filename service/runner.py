@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import lora, vae, words
+from models import embeddings, lora, vae, words
 from models.checkpoint import load
 from models.conditioner import Asked
 from models.errors import CheckpointError
@@ -52,7 +53,7 @@ from service.errors import NonFinite, OutOfMemory
 from service.graphs import graphs_on
 from service.job import ImageKey, Job, Network, Shape, Trouble
 from service.memory import Use
-from service.registry import Registry, locate_loras, locate_vaes
+from service.registry import Registry, locate_embeddings, locate_loras, locate_vaes
 from service.settings import Settings
 
 MEASURE_EVERY = 64  # calls
@@ -340,6 +341,11 @@ def warnings(bundle: LatentDiffusion, job: Job):
             yield f"{name} is longer than the model reads; left out: {shown}"
 
 
+def knowing(spec: ModelSpec, learned: Sequence[embeddings.Embedding]) -> ModelSpec:
+    """A model with the names of those words that it can learn."""
+    return replace(spec, embeddings=tuple(one.name for one in learned if one.fits(spec)))
+
+
 def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None = None) -> TorchRunner:
     """A runner with as many models loaded as fit, the first at least; watch: takes the time of each part.
 
@@ -351,12 +357,13 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
     vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
     pickles = settings.allow_pickle
     vaes = {paths[name]: path for name, path in locate_vaes(settings.vae, paths).items()}
+    learned: list[embeddings.Embedding] = []
 
     def loaded(path: Path) -> LatentDiffusion:
         bundle = load(path, device, dtype, pickles, vocabulary, watch, settings.prediction)
         if path in vaes:
             bundle = vae.replaced(bundle, vaes[path], device, dtype, pickles)
-        return suited(bundle, device)
+        return suited(embeddings.teach(bundle, learned), device)
 
     registry = Registry(
         paths,
@@ -371,6 +378,9 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
             raise CheckpointError(f"{name}: {words.WANTED}")
         if paths[name] in vaes:
             vae.open_vae(vaes[paths[name]], spec.autoencoder, "cpu", pickles)
+    if files := locate_embeddings(settings.embedding):
+        learned += embeddings.read_all(files, registry.specs.values(), settings.allow_pickle)
+        registry.specs = {name: knowing(spec, learned) for name, spec in registry.specs.items()}
     if files := locate_loras(settings.lora):
         loras = lora.open_loras(files, registry.specs, device, settings.allow_pickle)
         registry.offer(loras, lora.apply, partial(lora.changed_bytes, dtype=dtype), settings.lora_sets)

@@ -289,6 +289,7 @@ class Model(BaseModel):
         Field(description="label i is the i-th, counted from 0; none are listed that are numbers alone"),
     ]
     loras: Annotated[list[str], Field(description="that `loras` can name")]
+    embeddings: Annotated[list[str], Field(description="words of prompts that it has learned")]
     defaults: ModelDefaults
     limits: ModelLimits
     samplers: list[str]

@@ -22,6 +22,7 @@ PREFIX = "LDM_"
 CONFIG = "LDM_CONFIG"  # names the file of settings; no setting itself
 
 SWITCHES = {"1": True, "true": True, "0": False, "false": False}
+WORD = re.compile(r"[^\s=()\[\]:\\]{1,64}=.")
 NAMED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}=.")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 KEY = re.compile(r"[!-+\--~]{8,}")  # an API key: visible ASCII without a comma
@@ -92,6 +93,13 @@ def read_models(text: str) -> tuple[str, ...]:
 def read_loras(text: str) -> tuple[str, ...]:
     named = read_paths(text)
     if not all(NAMED.match(part) for part in named):
+        raise ValueError(text)
+    return named
+
+
+def read_embeddings(text: str) -> tuple[str, ...]:
+    named = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not all(WORD.match(part) for part in named):
         raise ValueError(text)
     return named
 
@@ -168,6 +176,8 @@ class Settings:
 
     # VAEs in the place of models' own, of the same shape.
     vae: tuple[str, ...] = setting((), Parser(read_paths, "a path, or MODEL=PATH by commas"))
+    # Words that models learn beside their own (textual inversion). Each must fit a model.
+    embedding: tuple[str, ...] = setting((), Parser(read_embeddings, "NAME=PATH, by commas"))
     # LoRAs that requests can ask for, by name. Each must fit a model.
     lora: tuple[str, ...] = setting((), Parser(read_loras, "NAME=PATH, by commas"))
     # Sets of them (names and weights) that are merged at a time, each as large as the weights it changes. Too

@@ -149,6 +149,7 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
             for number, name in enumerate(names_of(spec), 1)
         ],
         loras=list(spec.loras),
+        embeddings=list(spec.embeddings),
         defaults=ModelDefaults(**asdict(spec.defaults), spacing=spec.schedule.spacing),
         limits=ModelLimits(
             size_multiple=spec.size_multiple,

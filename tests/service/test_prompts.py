@@ -6,6 +6,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.service.test_server import alone, error_of, opened, picture, post, psnr, together, worst_psnr
 
@@ -70,3 +72,17 @@ def test_prompts_of_all_lengths_and_kinds_at_once_change_no_picture(server):
 )
 def test_what_cannot_be_read_is_refused(server, body, param):
     assert error_of(post(server, {"prompt": "p"} | body), 422)["param"] == param
+
+
+def test_a_learned_word_is_listed_and_heeded(start_server, tmp_path):
+    file = tmp_path / "cat.safetensors"
+    save_file({"emb_params": 3 * torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, file)
+    body = {"prompt": "a <cat-toy> here", "seed": 1}
+    with start_server(LDM_EMBEDDING=f"<cat-toy>={file}") as server:
+        assert server.client.get("/models").json()["models"][0]["embeddings"] == ["<cat-toy>"]
+        learned = picture(post(server, body))
+        others = [
+            picture(post(server, body | {"prompt": text})) for text in ("a <CAT-toy> here", "a cat here")
+        ]
+    assert (learned == others[0]).all()
+    assert psnr(learned, others[1]) < 60
