@@ -11,6 +11,7 @@ from typing import Any
 
 from models import singles, stable, words
 from models.checkpoint import Opened, Part, faults, listed, open_model
+from models.configs import TOKENIZERS
 from models.spec import ClassSpec, ModelSpec, SegmentationSpec, TokenSpec
 
 FAMILIES = {  # rows of models.zoo -> what they are, and the published models
@@ -26,7 +27,11 @@ FAMILIES = {  # rows of models.zoo -> what they are, and the published models
     "segmentation": "semantic synthesis (semantic_synthesis)",
     "neighbours": "retrieval-augmented (rdm768)",
 }
-STABLE = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by the context's width
+STABLE = {  # by the context's width
+    768: "Stable Diffusion 1.x",
+    1024: "Stable Diffusion 2.x",
+    2048: "Stable Diffusion XL",
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ def family(opened: Opened, file: Path | None) -> str:
     if file:
         kind = singles.kind_of(file, opened.weights.stored, spec)
         return FAMILIES.get(kind, kind)  # those of Stable Diffusion are called as they are
+    if spec.upscaling and spec.texts:
+        return "Stable Diffusion x4 upscaler"
     if spec.upscaling:
         told = ", told the noise on the picture" if spec.upscaling.noise else ""
         return f"super-resolution, {spec.autoencoder.factor}x{told}"
@@ -147,9 +154,10 @@ def problems(opened: Opened, path: Path) -> Iterator[str]:
         yield listed("unexpected", list(opened.rest))
     if opened.weights and stable.places(opened.weights.stored):
         return
-    tokenizer = (path if path.is_dir() else path.parent) / "tokenizer"
-    if opened.spec.texts and not any((tokenizer / n).is_file() for n in ("vocab.json", "tokenizer.json")):
-        yield "tokenizer/vocab.json is missing"
+    folder = path if path.is_dir() else path.parent
+    for tokenizer, _ in zip(TOKENIZERS, opened.spec.texts, strict=False):
+        if not any((folder / tokenizer / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            yield f"{tokenizer}/vocab.json is missing"
 
 
 def as_json(report: Report) -> str:

@@ -10,6 +10,7 @@ from models.checkpoint import CheckpointError, Weights, load, save
 from models.conversion import convert
 from models.inspection import FAMILIES, as_json, as_text, inspect
 from models.zoo import ROWS as KINDS
+from tests import folders
 from tests.paper import ROWS, published, write
 from tests.tiny import random_model, upscaler_spec, write_tiny_model
 
@@ -104,3 +105,21 @@ def test_an_upscaler_is_called_one(tmp_path):
     assert report.family == "super-resolution, 4x, told the noise on the picture"
     assert report.tasks == ("upscaling",)
     assert not report.problems
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "networks"),
+    [
+        ("x4-upscaler", "Stable Diffusion x4 upscaler", ["UNet", "Autoencoder", "TextEncoder"]),
+        ("xl", "text (Stable Diffusion's structure)", ["UNet", "Autoencoder", "TextEncoder", "TextEncoder"]),
+    ],
+)
+def test_folders_of_several_parts(tmp_path, name, family, networks):
+    folder = folders.write(tmp_path, name)
+    report = inspect(folder)
+    assert (report.family, [network.name for network in report.networks]) == (family, networks)
+    assert not report.problems
+    tokenizer = [*folder.glob("tokenizer*")][-1]
+    for file in ("tokenizer.json", "vocab.json"):
+        (tokenizer / file).unlink(missing_ok=True)
+    assert inspect(folder).problems == (f"{tokenizer.name}/vocab.json is missing",)
