@@ -14,6 +14,10 @@ ATTENTION = ("attn1.to_q", "attn1.to_k", "attn2.to_v", "attn2.to_out.0", "ff.net
 TEXT = ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "time_emb_proj")
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+KOHYA_XL = KOHYA | {
+    "text_encoder": "lora_te1_text_model_",
+    "text_encoder_2": "lora_te2_text_model_",
+}
 
 
 class Low(NamedTuple):
@@ -48,7 +52,10 @@ def shapes_of(folder: Path, *ends: str) -> dict[str, dict[str, tuple[int, ...]]]
 
     files = {
         "unet": folder / "unet" / "diffusion_pytorch_model.safetensors",
-        "text_encoder": folder / "text_encoder" / "model.safetensors",
+    } | {
+        text: folder / text / "model.safetensors"
+        for text in ("text_encoder", "text_encoder_2")
+        if (folder / text).is_dir()
     }
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for network, file in files.items():
@@ -60,10 +67,10 @@ def shapes_of(folder: Path, *ends: str) -> dict[str, dict[str, tuple[int, ...]]]
     return found
 
 
-def as_kohya(changes: Sequence[Low]) -> dict[str, Tensor]:
+def as_kohya(changes: Sequence[Low], prefixes: dict[str, str] = KOHYA) -> dict[str, Tensor]:
     tensors = {}
     for low in changes:
-        module = KOHYA[low.network] + low.module.replace(".", "_")
+        module = prefixes[low.network] + low.module.replace(".", "_")
         tensors[f"{module}.lora_down.weight"] = low.down
         tensors[f"{module}.lora_up.weight"] = low.up
         tensors[f"{module}.alpha"] = torch.tensor(low.alpha)
@@ -74,7 +81,7 @@ def as_peft(changes: Sequence[Low]) -> dict[str, Tensor]:
     """Without alpha, which this style has in B."""
     tensors = {}
     for low in changes:
-        inner = "text_model." if low.network == "text_encoder" else ""
+        inner = "" if low.network == "unet" else "text_model."
         module = f"{low.network}.{inner}{low.module}"
         tensors[f"{module}.lora_A.weight"] = low.down
         tensors[f"{module}.lora_B.weight"] = low.up * (low.alpha / low.down.shape[0])

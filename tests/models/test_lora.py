@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import conv2d
 
 from models import keymaps, lora
 from models.checkpoint import CheckpointError, load
 from models.conditioner import Asked
-from tests.loras import ATTENTION, CONVOLUTIONS, TEXT, as_kohya, as_peft, random_lora, shapes_of, write_lora
+from tests.folders import write as write_row
+from tests.loras import (
+    ATTENTION,
+    CONVOLUTIONS,
+    KOHYA_XL,
+    TEXT,
+    as_kohya,
+    as_peft,
+    random_lora,
+    shapes_of,
+    write_lora,
+)
 from tests.tiny import upscaler_spec
 
 LIMIT = 1e-5
@@ -236,3 +250,62 @@ def test_a_file_belongs_to_every_model_that_it_fits(base, changes, tmp_path):
     }  # fmt: skip
     with pytest.raises(CheckpointError, match=r"does not fit upscaler: \d+ unknown keys"):
         lora.open_loras({"a": file}, {"upscaler": upscaler_spec()})
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """SDXL's structure: the folder and the model."""
+    folder = write_row(tmp_path_factory.mktemp("models"), "xl")
+    return folder, load(folder)
+
+
+@pytest.mark.parametrize("style", ["kohya", "compvis", "peft"])
+def test_a_file_of_sdxl_changes_both_text_encoders_and_the_unet(large, style, tmp_path):
+    folder, ours = large
+    shapes = shapes_of(folder, "attn2.to_k", "proj_in", "conv1", *TEXT)
+    assert [*shapes] == ["unet", "text_encoder", "text_encoder_2"]
+    changes = random_lora(shapes)
+    tensors = as_peft(changes) if style == "peft" else as_kohya(changes, KOHYA_XL)
+    if style == "compvis":
+        tensors = {native_of(key, ours.spec): tensor for key, tensor in tensors.items()}
+        assert any(key.startswith("lora_unet_input_blocks_4_1_") for key in tensors)
+    file = write_lora(tmp_path / "a.safetensors", tensors)
+    fitting = lora.open_loras({"a": file}, {"xl": ours.spec})["xl"]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, low_cpu_mem_usage=False, dtype=torch.float32)
+    # Of CompVis's names diffusers knows those of SDXL's own depth only, which this model has not.
+    pipeline.load_lora_weights(as_kohya(changes, KOHYA_XL) if style == "compvis" else dict(tensors))
+    pipeline.fuse_lora()
+    told, _, pooled, _ = pipeline.encode_prompt("red apple", do_classifier_free_guidance=False)
+    generator = torch.Generator().manual_seed(0)
+    x, ids = torch.randn(1, 4, 8, 8, generator=generator), torch.tensor([[64, 64, 0, 0, 64, 64]])
+    t, added = torch.tensor([500]), {"text_embeds": pooled, "time_ids": ids}
+    with torch.inference_mode():
+        theirs = pipeline.unet(x, t, told, added_cond_kwargs=added).sample
+        for weight, same in ((1.0, True), (0.0, False)):
+            changed = lora.apply(ours, [(fitting["a"], weight)])
+            context = changed.contexts(Asked("red apple", size=(64, 64)))
+            tokens, extra = context.tokens[1:], context.pooled[1:]
+            eps = changed.unet(x, t, tokens, extra)
+            pairs = [(eps, theirs), (tokens, told), (extra[:, : pooled.shape[1]], pooled)]
+            worst = max(difference([mine], [its]) for mine, its in pairs)
+            assert worst <= LIMIT if same else worst > 0.1
+
+
+def test_names_of_compvis_are_those_of_sdxl(large):
+    """At its own depth, as diffusers translates them."""
+    shape = {"channels": (32, 64, 96), "heads": (2, 2, 2), "groups": 8}
+    depth = {"res_blocks": 2, "transformer_depth": (0, 2, 3), "middle_depth": 3}
+    targets = lora.targets_of(replace(large[1].spec, unet=replace(large[1].spec.unet, **shape, **depth)))
+    blocks = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+    native = [name for name in targets if name.startswith(blocks) and "_transformer_blocks_" in name]
+    config = SimpleNamespace(layers_per_block=2)
+    theirs = _maybe_map_sgm_blocks_to_diffusers({f"{name}.alpha": name for name in native}, config)
+    assert len(theirs) == len(native) > 100
+    for name, ours in theirs.items():
+        for old, new in (
+            ("input_blocks", "down_blocks"),
+            ("middle_block", "mid_block"),
+            ("output_b", "up_b"),
+        ):
+            name = name.replace(old, new)  # what it does later
+        assert targets[name.removesuffix(".alpha")] == targets[ours]
