@@ -68,9 +68,11 @@ OTHERS = tuple(f.name for f in fields(Settings) if f.name not in (*SERVED, "api_
 ALONE = ("model", "device", "dtype", "allow_pickle", "vocabulary", "vae", "embedding", "prediction")
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit 2: asked for what cannot be
 
-# After the drain: for answers that are on their way, jobs whose end nobody knows, requests that never end.
-GRACE_SECONDS = 10
+# After the drain, 16 seconds at most: for jobs whose end nobody knows yet, for whoever comes back at once,
+# and for answers that are on their way.
+COLLECT_SECONDS = 5.0
 LINGER_SECONDS = 1.0
+GRACE_SECONDS = 10
 
 
 log = logging.getLogger(__name__)
@@ -225,7 +227,7 @@ def serve(args: argparse.Namespace) -> int:
 
         async def drain(self) -> None:
             busy, jobs = supervisor.places > 0, app.state.jobs
-            asked = self.loop.create_task(jobs.collected(GRACE_SECONDS))
+            asked = self.loop.create_task(jobs.collected(COLLECT_SECONDS))
             await asyncio.gather(supervisor.drain(), asked)
             # Whoever had an answer just now and comes back is told to go elsewhere, not cut off.
             await asyncio.sleep(LINGER_SECONDS if busy else 0)

@@ -13,6 +13,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from service.errors import TABLE
 from service.job import Stepped, Trouble
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -57,6 +58,14 @@ class Metrics:
             "ldm_request_seconds", "Parts of a request: queue, denoise, decode, total", ["part"],
             buckets=SECONDS, registry=r,
         )  # fmt: skip
+
+        for stage in ("load", "start", "step", "decode"):  # a rate needs the zero before the first
+            self.out_of_memory.labels(stage)
+            self.non_finite.labels(stage)
+        for stage in ("queued", "running"):
+            self.cancelled.labels(stage)
+        for _, _, code in TABLE.values():
+            self.rejected.labels(code)
 
     def stepped(self, event: Stepped) -> None:
         """Count one UNet call."""

@@ -1,0 +1,70 @@
+"""What a request says is never part of a path: no file is opened for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+from pydantic import ValidationError
+
+from service.errors import ServiceError
+from service.intake import to_order
+from service.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
+from service.settings import Settings
+from tests.service.test_images import base64_of, noise
+from tests.tiny import scene_spec, tiny_spec, upscaler_spec
+
+MARK = "marker-of-a-path"
+WORDS = (f"../../{MARK}", f"/tmp/{MARK}", f"file:///{MARK}", f"{MARK}.safetensors", f"<lora:../{MARK}:1>")
+SPECS = {spec.name: spec for spec in (tiny_spec(), scene_spec(), upscaler_spec())}
+PICTURE = base64_of(noise(64, 64))
+WHOLE = {
+    GenerateRequest: {"prompt": "p"},
+    InpaintRequest: {"prompt": "p", "image": PICTURE, "mask": PICTURE},
+    UpscaleRequest: {"image": PICTURE},
+}
+
+KINDS = ("open", "os", "shutil", "glob", "pathlib", "subprocess", "socket")  # of Python's audit events
+
+ears: list[list[str]] = []
+
+
+def hear(event: str, arguments: tuple) -> None:
+    """Python tells of every file that is opened, listed or run."""
+    for ear in ears:
+        if event.split(".")[0] in KINDS:
+            ear.append(f"{event} {arguments}")
+
+
+sys.addaudithook(hear)  # for good: hooks cannot be taken back
+
+
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """What is done to files meanwhile."""
+    ears.append([])
+    try:
+        yield ears[-1]
+    finally:
+        ears.pop()
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("kind", WHOLE)
+def test_no_field_of_a_request_opens_a_file(kind: type[PictureRequest], word: str):
+    tried = 0
+    for name in kind.model_fields:
+        for value in (word, {word: 1.0}, [word], [{"name": word, "x": 0, "y": 0, "w": 1, "h": 1}]):
+            with watched() as done, suppress(ServiceError, ValidationError):
+                tried += 1
+                to_order(kind(**WHOLE[kind] | {name: value}), SPECS, Settings())
+            assert not [what for what in done if MARK in what]
+    assert tried >= 40
+
+
+def test_the_watch_sees_files_that_are_opened(tmp_path):
+    with watched() as done, suppress(FileNotFoundError):
+        (tmp_path / MARK).read_text()
+    assert any(MARK in what for what in done)
