@@ -44,7 +44,7 @@ def bench(args: argparse.Namespace, settings: Settings) -> int:
     check(args)
     mix = read_mix(args.mix) if args.mix else None
     with server(args.url, settings) as url:
-        outcome = asyncio.run(over_http(args, mix, url))
+        outcome = asyncio.run(over_http(args, mix, url, settings.api_keys[:1]))
     if args.chart:
         chart(outcome.load).save(args.chart)
     load = report(outcome.load)
@@ -123,10 +123,12 @@ def wait_until_ready(process: subprocess.Popen, url: str) -> None:
     raise ValueError("the server did not start")
 
 
-async def over_http(args: argparse.Namespace, mix: Sequence[Entry] | None, url: str) -> Outcome:
-    """Warm up, then one at a time if that is wanted, then the load."""
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
+async def over_http(
+    args: argparse.Namespace, mix: Sequence[Entry] | None, url: str, keys: Sequence[str] = ()
+) -> Outcome:
+    """Warm up, then one at a time if that is wanted, then the load; keys: one of the API, if it needs one."""
+    limits, headers = httpx.Limits(max_connections=None), {"X-API-Key": keys[0]} if keys else {}
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, headers=headers) as client:
         model = await find_model(client, args.model if args.url else None)
         entries = able(mix, model["tasks"])
         warm = await warm_up(client, entries, model)

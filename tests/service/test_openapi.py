@@ -32,6 +32,7 @@ from tests.service.test_images import base64_of, file_of, noise
 
 COMMITTED = ROOT / "service" / "openapi.json"
 UPDATE = "service/openapi.json is not what the code says. Update it: ldm openapi > service/openapi.json"
+KEY = "a-key-of-the-tests"
 EXAMPLES = 10  # of each operation
 MEANT = (503, 504, 507)  # answers above 499 that are no bug
 LEAKS = ("Traceback", 'File "', "site-packages", "0x7f", str(ROOT))
@@ -39,8 +40,9 @@ LEAKS = ("Traceback", 'File "', "site-packages", "0x7f", str(ROOT))
 
 @pytest.fixture(scope="module")
 def served(start_server) -> Iterator[Server]:
-    """The models in the box, where no request can ask for much work."""
-    with start_server("emoji", "emoji-upscale", LDM_MAX_WORK=str(128 * 128 * 10)) as server:
+    """The models in the box, for those who have a key, where no request can ask for much work."""
+    settings = {"LDM_MAX_WORK": str(128 * 128 * 10), "LDM_API_KEYS": KEY}
+    with start_server("emoji", "emoji-upscale", **settings) as server:
         yield server
 
 
@@ -74,7 +76,8 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def client(sdk, served):
-    return sdk("ldm_client").Client(base_url=str(served.client.base_url), raise_on_unexpected_status=True)
+    url = str(served.client.base_url)
+    return sdk("ldm_client").AuthenticatedClient(base_url=url, token=KEY, raise_on_unexpected_status=True)
 
 
 def opened(text: str) -> Image.Image:
@@ -191,6 +194,7 @@ def test_no_drawn_request_has_an_answer_that_is_not_described(case, served):
     case.call_and_validate(
         base_url=str(served.client.base_url),
         checks=[no_bug, status_code_conformance, content_type_conformance, response_schema_conformance],
+        headers={"X-API-Key": KEY},
         timeout=60,
     )
     served.check_alive()
