@@ -27,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "--url",
-        help="a server that runs, which is asked with a key of LDM_API_KEYS if that is set; --model is a name "
+        help="a server that runs, asked with a key of LDM_API_KEYS if that is set; --model is a name "
         "there; left out: one is started and stopped again",
     )
     loop = command.add_mutually_exclusive_group()
