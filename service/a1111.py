@@ -29,7 +29,7 @@ from service.a1111_schemas import (
 )
 from service.answers import Answer
 from service.errors import ClientGone, InvalidRequest, NotFound
-from service.intake import DOES, given, refuse, request_of
+from service.intake import DOES, find_model, given, refuse, request_of
 from service.job import Job
 from service.jobs import Jobs, Record
 from service.overlay import Masked, Region, png_of, put_back, region_of, soft_mask
@@ -39,6 +39,7 @@ from service.schemas import (
     GenerateRequest,
     InpaintJob,
     InpaintRequest,
+    PictureRequest,
     UpscaleJob,
     UpscaleRequest,
 )
@@ -192,23 +193,31 @@ class Plan:
     finish: Finish | None = None
 
 
-def generate_plan(asked: Mapping[str, Any]) -> Plan:
-    request = request_of(GenerateRequest, asked)
+def reading(asked: Mapping[str, Any], kind: type[PictureRequest], desk: Desk) -> dict[str, Any]:
+    """Prompts are read as there, weights and chunks and all, by models that are told every word."""
+    spec = find_model(asked["model"], desk.specs, DOES[kind])
+    by_token = spec.reads_prompts and spec.context_shape[0] > 1
+    return {"prompt_weights": True, "long_prompts": "chunk"} if by_token else {}
+
+
+def generate_plan(asked: Mapping[str, Any], desk: Desk) -> Plan:
+    request = request_of(GenerateRequest, asked | reading(asked, GenerateRequest, desk))
     return Plan(
         GenerateJob(task="generate", request=request, preview_every=PREVIEW_EVERY, preview_format="png")
     )
 
 
-def text_plan(body: Processing, sampling: Sampling, checkpoint: str | None) -> Plan:
-    """Raises InvalidRequest."""
-    return generate_plan(shared(body, sampling, checkpoint))
+def text_plan(body: Processing, sampling: Sampling, desk: Desk) -> Plan:
+    """Raises InvalidRequest, and NotFound for the model."""
+    return generate_plan(shared(body, sampling, desk.checkpoint), desk)
 
 
-def picture_plan(body: ImageToImage, sampling: Sampling, checkpoint: str | None, settings: Settings) -> Plan:
-    """Decodes pictures where there is a mask, which takes a while. Raises InvalidRequest."""
-    asked = shared(body, sampling, checkpoint) | {"strength": given(body.denoising_strength, STRENGTH)}
+def picture_plan(body: ImageToImage, sampling: Sampling, desk: Desk) -> Plan:
+    """Decodes pictures where there is a mask, which takes a while. Raises as text_plan()."""
+    settings = desk.jobs.supervisor.settings
+    asked = shared(body, sampling, desk.checkpoint) | {"strength": given(body.denoising_strength, STRENGTH)}
     if body.mask is None:
-        return generate_plan(asked | {"init_image": body.init_images[0]})
+        return generate_plan(asked | {"init_image": body.init_images[0]}, desk)
     original = masked_of(body, settings.max_input_pixels)
     size = given(body.width, original.picture.width), given(body.height, original.picture.height)
     most = settings.max_pixels
@@ -221,7 +230,8 @@ def picture_plan(body: ImageToImage, sampling: Sampling, checkpoint: str | None,
         original = work = original.resized(*size)
     start = work.picture if body.inpainting_fill == 1 else work.filled()
     pictures = {"image": text_of(start), "mask": text_of(work.hole)}
-    request = request_of(InpaintRequest, asked | pictures | {"width": None, "height": None})
+    asked |= reading(asked, InpaintRequest, desk) | {"width": None, "height": None}
+    request = request_of(InpaintRequest, asked | pictures)
     job = InpaintJob(task="inpaint", request=request, preview_every=PREVIEW_EVERY, preview_format="png")
     return Plan(job, put_back(original, region))
 

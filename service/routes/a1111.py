@@ -63,17 +63,15 @@ def desk_of(request: Request) -> Desk:
 async def txt2img(body: TextToImage, request: Request) -> Made:
     """What is not served takes the values that change nothing; the rest is a 422."""
     sampling = a1111.sampling_of(body)
-    plan = a1111.text_plan(body, sampling, desk_of(request).checkpoint)
+    plan = a1111.text_plan(body, sampling, desk_of(request))
     return await answer(body, sampling, plan, request)
 
 
 @router.post("/img2img", **MAKES, summary="A1111: pictures from a picture, or a part of it anew")
 async def img2img(body: ImageToImage, request: Request) -> Made:
     """With a mask, its blurred edge fades from what is painted to the picture."""
-    sampling, state = a1111.sampling_of(body), request.app.state
-    plan = await asyncio.to_thread(
-        a1111.picture_plan, body, sampling, desk_of(request).checkpoint, state.settings
-    )
+    sampling = a1111.sampling_of(body)
+    plan = await asyncio.to_thread(a1111.picture_plan, body, sampling, desk_of(request))
     return await answer(body, sampling, plan, request)
 
 

@@ -49,7 +49,7 @@ def test_txt2img_makes_what_the_native_api_makes(box, api):
     native = box.client.post(
         "/generate",
         json={"prompt": PROMPT, "negative_prompt": "pear", "seed": 1, "n": 2, "steps": 4, "sampler": "ddim",
-              "guidance_scale": 3.0},
+              "guidance_scale": 3.0, "prompt_weights": True, "long_prompts": "chunk"},
     ).json()  # fmt: skip
     assert made.json["images"] == [image["data"] for image in native["images"]]
     assert made.parameters["prompt"] == PROMPT
@@ -57,6 +57,11 @@ def test_txt2img_makes_what_the_native_api_makes(box, api):
     assert (made.info["sampler_name"], made.info["steps"], made.info["sd_model_name"]) == ("DDIM", 4, "emoji")
     assert made.info["infotexts"][1].startswith(f"{PROMPT}\nNegative prompt: pear\nSteps: 4, Sampler: DDIM")
     assert "Seed: 2, Size: 128x128" in made.info["infotexts"][1]
+
+
+def test_words_are_weighed(api):
+    plain, heavy = (api.txt2img(prompt=p, **SMALL).image for p in (PROMPT, f"(red apple:1.4){PROMPT[9:]}"))
+    assert (array(plain) != array(heavy)).any()
 
 
 def test_the_client_asks_with_its_own_defaults(api):
