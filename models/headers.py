@@ -119,6 +119,12 @@ def safetensors_header(file: Path) -> dict[str, Stored]:
         return stored
 
 
+def safetensors_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, after safetensors_header() found nothing wrong with it."""
+    with opened(file) as (stream, _):
+        return json.loads(stream.read(int.from_bytes(stream.read(8), "little"))).get("__metadata__", {})
+
+
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError where two values have one name."""
     if len(values := dict(pairs)) != len(pairs):

@@ -16,7 +16,7 @@ import numpy as np
 
 from models import compvis, keymaps, stable, zoo
 from models.errors import CheckpointError
-from models.headers import Stored, safetensors_header, values
+from models.headers import Stored, safetensors_header, safetensors_metadata, values
 from models.pickles import read_records
 from models.schedule import Schedule
 from models.spec import BetaSchedule, ModelSpec, Prediction, ScheduleSpec, Spacing
@@ -76,7 +76,7 @@ def describe(file: Path, allow_pickle: bool, prediction: Prediction | None = Non
     shapes = {key: entry.shape for key, entry in stored.items()}
     first_last = None if betas is None else ends(file, betas)
     if stable.is_one(shapes):
-        said = with_prediction(said, shapes, prediction)
+        said = with_prediction(file, shapes, said, prediction)
         spec = stable.recognise(shapes, name_of(file), first_last, said)
     else:
         spec = zoo.recognise(shapes, name_of(file), first_last, scale, said)
@@ -93,12 +93,21 @@ def describe(file: Path, allow_pickle: bool, prediction: Prediction | None = Non
     return spec
 
 
-def with_prediction(said: zoo.Said | None, shapes: zoo.Shapes, given: Prediction | None) -> zoo.Said:
-    """What is predicted: as the file beside says, or a mark in the file; given, where none of them does."""
+def with_prediction(
+    file: Path, shapes: zoo.Shapes, said: zoo.Said | None, given: Prediction | None
+) -> zoo.Said:
+    """What is predicted: as the file beside says, or the file itself; given, where none of them does."""
     said = said or zoo.Said()
-    if said.prediction or stable.V_MARK in shapes:
-        return replace(said, prediction=said.prediction or "v_prediction")
-    return replace(said, prediction=given if stable.is_open(shapes) else None)
+    found = said.prediction or own_prediction(file, shapes) or (given if stable.is_open(shapes) else None)
+    return replace(said, prediction=found)
+
+
+def own_prediction(file: Path, shapes: zoo.Shapes) -> Prediction | None:
+    """What a file says of itself, by a tensor of that name or in words; None: nothing."""
+    if stable.V_MARK in shapes:
+        return "v_prediction"
+    words = safetensors_metadata(file) if file.suffix == ".safetensors" else {}
+    return stable.WORDS.get(words.get(stable.WORDS_KEY))
 
 
 def is_guessed(file: Path, stored: Mapping[str, Stored]) -> bool:
@@ -108,7 +117,7 @@ def is_guessed(file: Path, stored: Mapping[str, Stored]) -> bool:
         return False
     note = compvis.find(file)
     said = compvis.said(read_yaml(note), note) if note else None
-    return with_prediction(said, shapes, None).prediction is None
+    return with_prediction(file, shapes, said, None).prediction is None
 
 
 def kind_of(file: Path, stored: Mapping[str, Stored], spec: ModelSpec) -> str | None:

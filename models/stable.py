@@ -48,6 +48,8 @@ FIRST, SECOND = (
 REFINER = "conditioner.embedders.0.model."
 NOISE_LEVELS = UNET + "label_emb.weight"
 V_MARK = "v_pred"  # an empty tensor by which some files of others say what they predict
+# And the words by which others do, in a safetensors file's header.
+WORDS_KEY, WORDS = "modelspec.prediction_type", {"v": "v_prediction", "epsilon": "epsilon"}
 
 
 @dataclass(frozen=True)

@@ -316,12 +316,12 @@ def published(name: str, row: Row, networks: Reference, averaged: bool = False) 
     return out
 
 
-def hollow(file: Path, tensors: Mapping[str, Tensor]) -> Path:
+def hollow(file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str] | None = None) -> Path:
     """A file of tensors of these shapes, in float32 and all zero, that takes no time and no room.
 
     The largest come first: all but a few small ones lie at addresses that kernels like.
     """
-    header, end = {}, 0
+    header, end = {"__metadata__": dict(words or {})}, 0
     for key, value in sorted(tensors.items(), key=lambda item: -item[1].numel()):
         begin, end = end, end + 4 * value.numel()
         header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [begin, end]}

@@ -46,11 +46,11 @@ def made(name: str) -> tuple[Row, Reference]:
     return row, made(plain)[1]._replace(unet=stable.random(stable.make_unet(row), 1))
 
 
-def outline(folder, name, edit=lambda tensors: None):
+def outline(folder, name, edit=lambda tensors: None, words=None):
     """A file whose header alone is of interest: the weights are zeros."""
     tensors = {key: value for key, value in stable.published(name, *made(name)).items() if "betas" not in key}
     edit(tensors)
-    return stable.hollow(folder / f"{name}.safetensors", tensors)
+    return stable.hollow(folder / f"{name}.safetensors", tensors, words)
 
 
 def write(folder, name, edit=lambda tensors: None, averaged=False):
@@ -203,6 +203,9 @@ def test_what_others_predict_is_known_or_said(tmp_path):
     assert read_spec(file, prediction="v_prediction").schedule.prediction == "epsilon"  # not of this model
     (tmp_path / "sd1.yaml").write_text("model: {params: {parameterization: v}}")
     assert read_spec(file).schedule.prediction == "v_prediction"
+    told = outline(tmp_path, "sd2", words={"modelspec.prediction_type": "epsilon"})
+    assert (read_spec(told).schedule.prediction, read_spec(told).defaults.width) == ("epsilon", 512)
+    assert not [note for note in inspect(told).notes if "eps or v" in note]
     file = outline(tmp_path, "sdxl", lambda tensors: tensors.update(v_pred=torch.zeros(0)))
     assert load(file).spec.schedule.prediction == "v_prediction"
 
