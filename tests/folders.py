@@ -93,7 +93,7 @@ def unet_options(row: Row, narrow: bool) -> dict[str, Any]:
     if narrow:
         levels = len(options["block_out_channels"])
         options |= {
-            "block_out_channels": (32, 64, 96, 96)[:levels], "sample_size": 8, "norm_num_groups": 8,
+            "block_out_channels": (16, 32, 48, 48)[:levels], "sample_size": 8, "norm_num_groups": 8,
             "cross_attention_dim": sum(text["hidden_size"] for text in text_options(row, narrow)),
         }  # fmt: skip
         if "attention_head_dim" in options:
