@@ -120,7 +120,8 @@ def check_conditions(body: SceneRequest, spec: ModelSpec) -> None:
         refuse([(name, task in spec.tasks, f"is for {task}; this model is for {does}")])
         refuse([(name, name in spec.inputs, f"tells this model nothing; it takes {inputs}")])
     worded = "class_label" in told and bool(body.prompt)
-    unworded = isinstance(body, GenerateRequest) and body.prompt is None and spec.reads_prompts
+    generate = isinstance(body, GenerateRequest)
+    unworded = generate and body.prompt is None and body.init_image is None and spec.reads_prompts
     untold = not told and bool(spec.inputs) and (unworded or not spec.reads_prompts)
     needed = spec.inputs[0] if spec.inputs else "prompt"
     refuse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 from pathlib import Path
@@ -26,7 +27,8 @@ class Keys:
         self._digests = [digest(key.encode()) for key in keys]
 
     def admits(self, scope: Scope) -> bool:
-        """Whether a request carries a key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+        """Whether a request carries a key, as `Authorization: Bearer KEY`, `X-API-Key: KEY`, or the password
+        of `Authorization: Basic`, which is all that clients of AUTOMATIC1111's API can send."""
         return not self._digests or any(map(self._knows, sent_in(scope)))
 
     def _knows(self, sent: bytes) -> bool:
@@ -42,7 +44,17 @@ def sent_in(scope: Scope) -> list[bytes]:
     """What may be keys in a request's headers."""
     bare = [value.strip() for name, value in scope["headers"] if name == b"x-api-key"]
     pairs = (value.split(None, 1) for name, value in scope["headers"] if name == b"authorization")
-    return bare + [pair[1].strip() for pair in pairs if len(pair) == 2 and pair[0].lower() == b"bearer"]
+    told = [(pair[0].lower(), pair[1].strip()) for pair in pairs if len(pair) == 2]
+    passwords = [password_in(value) for kind, value in told if kind == b"basic"]
+    return bare + [value for kind, value in told if kind == b"bearer"] + passwords
+
+
+def password_in(sent: bytes) -> bytes:
+    """Of `user:password` in base64; of anything else, nothing that is a key."""
+    try:
+        return base64.b64decode(sent, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 def keys_of(settings: Settings) -> Keys:

@@ -191,6 +191,14 @@ def test_a_picture_of_a_size_that_the_model_takes_is_run_from_as_it_is():
     assert order(init_image=base64_of(noise(32, 48))).job.strength == 0.75
 
 
+def test_a_run_from_a_picture_needs_no_words():
+    spec, asked = tiny_spec(), {"init_image": base64_of(noise(16, 16)), "strength": 0.5}
+    job = to_order(GenerateRequest(**asked), {"tiny": spec}, Settings()).job
+    assert (job.prompt, job.task) == ("", "image-to-image")
+    with pytest.raises(InvalidRequest, match="prompt is required"):
+        to_order(GenerateRequest(), {"tiny": spec}, Settings())
+
+
 def test_a_model_is_asked_only_for_what_it_does():
     spec = replace(tiny_spec(), tasks=("text-to-image",))
     with pytest.raises(InvalidRequest, match="model must be one for image-to-image"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def test_every_address_is_public_by_the_list_or_needs_a_key(app):
         {"Authorization": f"bearer  {KEYS[1]}"},
         {"X-API-Key": KEYS[1]},
         {"X-API-Key": "no key", "Authorization": f"Bearer {KEYS[0]}"},
+        {"Authorization": "Basic " + base64.b64encode(f"me:{KEYS[1]}".encode()).decode()},
     ],
 )
 def test_any_of_the_keys_opens_in_either_header(app, headers):
@@ -94,6 +96,8 @@ def test_any_of_the_keys_opens_in_either_header(app, headers):
     [
         {"Authorization": KEYS[0]},
         {"Authorization": f"Basic {KEYS[0]}"},
+        {"Authorization": "Basic " + base64.b64encode(KEYS[0].encode()).decode()},
+        {"Authorization": "Basic " + base64.b64encode(f"{KEYS[0]}:".encode()).decode()},
         {"Authorization": "Bearer"},
         {"Authorization": "Bearer " + KEYS[0][:-1]},
         {"Authorization": f"Bearer {KEYS[0]},{KEYS[1]}"},
