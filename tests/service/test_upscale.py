@@ -68,7 +68,7 @@ def test_parameters_are_those_of_the_request_without_its_picture():
         ({"guidance_scale": 3.0}, "guidance_scale"),
         ({"image": "????"}, "image"),
         ({"sampler": "?"}, "sampler"),
-        ({"steps": 1000, "n": 16, "image": base64_of(noise(1000, 800))}, "n"),
+        ({"steps": 1000, "n": 16, "image": base64_of(noise(1000, 800))}, "image"),
         ({"image": base64_of(noise(2100, 2000))}, "image"),
         ({"image": base64_of(noise(4100, 1)), "output_format": "webp"}, "output_format"),
         ({"image": base64_of(noise(16_380, 1)), "output_format": "jpeg"}, "output_format"),
