@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add_names(every)
     add_workers(every)
     every.add_argument("--count", type=int, default=600, help="as of evaluate")
-    every.add_argument("--steps", type=int, default=DEFAULTS.steps, help="as of evaluate")
+    every.add_argument("--steps", type=int, default=DEFAULTS.steps, help="as of evaluate and sheet")
     every.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     first = add(parts, "autoencoder", train_autoencoder, "E and D on drawn scenes of every glyph")
     add_budget(first, minutes=25, learning_rate=1e-3, batch=8)
@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--guidance-scale", type=float, default=DEFAULTS.guidance_scale)
     pictures = add(parts, "sheet", draw_sheets, "a sheet of captioned pictures for each task")
     add_model(pictures)
+    pictures.add_argument("--steps", type=int, help="default: the model's")
     pictures.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     for part in (every, first, diffusion, export, sharp, upscaler, export_upscaler):
         part.add_argument(
@@ -175,7 +176,7 @@ def train_all(args: argparse.Namespace) -> None:
         ],
         ["export", *state, *names, "-o", model],
         ["evaluate", model, "--dtype", "bfloat16", "--count", str(args.count), "--steps", str(args.steps)],
-        ["sheet", model, "--dtype", "bfloat16", "-o", f"{model}/sheets"],
+        ["sheet", model, "--dtype", "bfloat16", "--steps", str(args.steps), "-o", f"{model}/sheets"],
     ):
         print("ldm train", *part, flush=True)
         called = parser().parse_args([*part, "--device", args.device])
@@ -336,10 +337,11 @@ def draw_sheets(args: argparse.Namespace) -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     bundle = loaded(args)
+    steps = args.steps or bundle.spec.defaults.steps
     if "upscaling" in bundle.spec.tasks:
-        made = evaluate_upscaler.sheets(bundle, bundle.spec.defaults.steps)
+        made = evaluate_upscaler.sheets(bundle, steps)
     else:
-        made = sheet.sheets(bundle, names_of(args))
+        made = sheet.sheets(bundle, names_of(args), steps)
     for task, picture in made:
         picture.save(args.output / f"{task}.png", optimize=True)
 

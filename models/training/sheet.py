@@ -22,16 +22,15 @@ WIDE = ((192, 128), (256, 128))  # larger than anything in training
 Captioned = tuple[Pictures, Sequence[str]]
 
 
-def sheets(bundle: LatentDiffusion, names: Sequence[str]) -> Iterator[tuple[str, Image.Image]]:
+def sheets(bundle: LatentDiffusion, names: Sequence[str], steps: int) -> Iterator[tuple[str, Image.Image]]:
     """(task, sheet) for all that the model in the box does; nothing is chosen by hand."""
-    defaults = bundle.spec.defaults
-    paint = Painter(bundle, defaults.steps, defaults.guidance_scale, total=10 * COLUMNS)
+    paint = Painter(bundle, steps, bundle.spec.defaults.guidance_scale, total=10 * COLUMNS)
     yield "text-to-image", lay_out(*of_prompts(paint, names), COLUMNS)
     yield "layout-to-image", lay_out(*of_layouts(paint, names), COLUMNS)
     yield "inpainting", lay_out(*of_holes(paint, names), COLUMNS)
     yield "unconditional", lay_out(paint([""] * COLUMNS), [""] * COLUMNS, COLUMNS)
     for width, height in WIDE:
-        yield f"{width}x{height}", lay_out(*of_size(bundle, names, width, height), 3)
+        yield f"{width}x{height}", lay_out(*of_size(paint, names, width, height), 3)
 
 
 def of_prompts(paint: Painter, names: Sequence[str]) -> Captioned:
@@ -72,11 +71,10 @@ def of_holes(paint: Painter, names: Sequence[str]) -> Captioned:
 
 
 @torch.inference_mode()
-def of_size(bundle: LatentDiffusion, names: Sequence[str], width: int, height: int) -> Captioned:
+def of_size(paint: Painter, names: Sequence[str], width: int, height: int) -> Captioned:
     """Three held-out prompts at a size that training never had."""
-    defaults = bundle.spec.defaults
     prompts = [caption_of(*pair) for pair in held_out_prompts(names, 3, seed=6)]
-    x = bundle.sample(prompts, range(3), defaults.steps, defaults.guidance_scale, size=(width, height))
+    x = paint.bundle.sample(prompts, range(3), paint.steps, paint.guidance_scale, size=(width, height))
     return to_pictures(x), prompts
 
 

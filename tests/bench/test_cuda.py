@@ -16,10 +16,6 @@ def test_checks_pass_or_were_not_made():
     assert sum(check.fine is True for check in made) == 3
 
 
-def test_faults_are_their_jobs_alone():
-    assert cuda.print_faults(SETTING)
-
-
 def test_a_fast_path_that_is_off_is_found(monkeypatch):
     suited = cuda.suited
 
