@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from service.device import choose_device, choose_dtype
-from tests.bench.shapes import SHAPES, TINY, Pair, Setting, Shape, networks, pictures
+from tests.bench.shapes import SHAPES, TINY, IncomparableError, Pair, Setting, Shape, networks, pictures
 
 PARTS = ("unet", "D", "E", "text", "pictures")
 CEILING = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices of the ceiling
@@ -80,6 +80,8 @@ def main() -> None:
                     line = measured(shapes[name], part, batch, setting, args.rounds)
                 except DisagreementError as error:
                     fine = False
+                    print(f"{name} {part} {batch}: not timed, {error}", flush=True)
+                except IncomparableError as error:
                     print(f"{name} {part} {batch}: not timed, {error}", flush=True)
                 except (torch.OutOfMemoryError, MemoryError):
                     print(f"{name} {part} {batch}: does not fit", flush=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models.checkpoint import load
+from service import device
 from service.device import Verdicts, loss_told, out_of_memory_refused, suited
 from service.engine import Call, Engine
 from service.errors import DeviceLost, OutOfMemory
@@ -20,6 +21,23 @@ from tests.service.test_engine import CountingRunner, make_job, outcomes
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "vendor", "dtype"),
+    [
+        (True, True, "GenuineIntel", torch.bfloat16),
+        (False, True, "GenuineIntel", torch.float32),
+        (False, True, "AuthenticAMD", torch.bfloat16),
+        (False, False, "AuthenticAMD", torch.float32),
+    ],
+)
+def test_a_cpu_runs_in_the_type_that_it_is_faster_in(monkeypatch, amx, avx512, vendor, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(device, "cpu_vendor", lambda: f"vendor_id : {vendor}\n")
+    assert device.choose_dtype("auto", CPU) == dtype
+    assert device.choose_dtype("float32", CPU) == torch.float32
 
 
 @pytest.mark.parametrize(
