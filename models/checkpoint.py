@@ -181,6 +181,13 @@ def networks_of(spec: ModelSpec) -> Networks:
     return Networks(UNet(spec.unet) if spec.unet else None, Autoencoder(spec.autoencoder), conditioner)
 
 
+def weights_in(spec: ModelSpec) -> int:
+    """How many numbers the networks of a model hold, without making them."""
+    with shapes_only():
+        networks = networks_of(spec)
+    return sum(weight.numel() for network in filter(None, networks) for weight in network.parameters())
+
+
 def open_folder(
     spec: ModelSpec, networks: Networks, path: Path, device: torch.device | str, allow_pickle: bool
 ) -> Opened:

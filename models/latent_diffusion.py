@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from models.autoencoder import Autoencoder
-from models.conditioner import Asked, Conditioner, LayoutProjection, TextConditioner, make_conditioner
+from models.conditioner import Asked, Conditioner, TextConditioner
 from models.denoiser import Denoiser, guide
-from models.meta import shapes_only
 from models.samplers import plan, step
 from models.schedule import Schedule
 from models.spec import AutoencoderSpec, ModelSpec
-from models.text_encoder import Context, TextEncoder
+from models.text_encoder import Context
 from models.tiles import cut, merge
 from models.unet import UNet, timestep_embedding
 
@@ -339,17 +338,3 @@ def pixels_last(x: Tensor) -> np.ndarray:
 def to_uint8(x: Tensor) -> Tensor:
     """Pictures of about [-1, 1] as whole numbers from 0 to 255, uint8, of the same shape."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def weights_in(spec: ModelSpec) -> int:
-    """How many numbers the networks of a model hold, without making them."""
-    with shapes_only():
-        networks = [Autoencoder(spec.autoencoder)]
-        if spec.unet:
-            networks.append(UNet(spec.unet))
-        networks += [TextEncoder(text, None) for text in spec.texts]
-        if spec.condition:
-            networks.append(make_conditioner(spec.condition))
-        if spec.layout_channels and spec.texts:
-            networks.append(LayoutProjection(spec.texts[0].width, spec.layout_channels))
-    return sum(weight.numel() for network in networks for weight in network.parameters())

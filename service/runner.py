@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from models import embeddings, lora, vae, words
-from models.checkpoint import load
+from models.checkpoint import load, weights_in
 from models.conditioner import Asked
 from models.errors import CheckpointError
-from models.latent_diffusion import LatentDiffusion, to_uint8, told_rows, weights_in
+from models.latent_diffusion import LatentDiffusion, to_uint8, told_rows
 from models.preview import Projection
 from models.samplers import Plan, plan
 from models.schedule import Schedule

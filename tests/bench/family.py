@@ -17,21 +17,21 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DModel
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
-from models import keymaps
 from models.checkpoint import load
 from models.conditioner import Asked
 from models.latent_diffusion import LatentDiffusion
 from models.spec import AutoencoderSpec, ClassSpec, Condition, TokenSpec, UNetSpec
+from tests.bench import rivals
 from tests.family import FIRST_STAGES, ROWS, shapes, thin, write
 from tests.models import test_autoencoder, test_conditioner, test_unet
 from tests.tiny import byte_tokenizer
@@ -43,21 +43,35 @@ COLUMNS = ("row", "tensors", "parameters", "eps", "D", "E", "context", "load s",
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"of {', '.join((*FIRST_STAGES, *ROWS))}")
-    parser.add_argument("--folder", type=Path, help="where files are written, one at a time")
+    compare(__doc__, (*FIRST_STAGES, *ROWS), measure)
+
+
+def compare(
+    doc: str,
+    known: Collection[str],
+    measure: Callable[[str, Path, int, bool], tuple[tuple, bool]],
+    columns: tuple[str, ...] = COLUMNS,
+    wide: tuple[int, ...] = WIDE,
+) -> None:
+    """The command: a line for each row that is asked for. Exits with 1 where one is beyond the limit.
+
+    measure: row, folder to write in, cells along a side, whether narrow -> a line's cells, and whether its
+    errors are within the limit.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"of {', '.join(known)}")
+    parser.add_argument("--folder", type=Path, help="where they are written, one at a time")
     parser.add_argument("--cells", type=int, default=16, help="along a side of latents (default: 16)")
     parser.add_argument("--narrow", action="store_true", help="few channels, to try it out")
     args = parser.parse_args()
-    rows = args.rows or (*FIRST_STAGES, *ROWS)
-    if unknown := {*rows} - {*FIRST_STAGES, *ROWS}:
+    if unknown := {*args.rows} - {*known}:
         parser.error(f"no row is called {', '.join(sorted(unknown))}")
-    print(form(COLUMNS), flush=True)
+    print(form(columns, wide), flush=True)
     within = True
-    for name in rows:
+    for name in args.rows or known:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder, torch.inference_mode():
             cells, fine = measure(name, Path(folder), args.cells, args.narrow)
-        print(form(cells), flush=True)
+        print(form(cells, wide), flush=True)
         within = within and fine
         gc.collect()
     raise SystemExit(0 if within else 1)
@@ -139,29 +153,20 @@ def of_diffusers(weights: Mapping[str, Tensor], spec: UNetSpec) -> torch.nn.Modu
     """The UNet of `diffusers` with these weights; None for a structure that it does not have."""
     if spec.residual_resampling or spec.scale_shift_norm:
         return None
-    attends, options = [bool(depth) for depth in spec.transformer_depth], {}
     if spec.context_width:
-        kind, blocks = UNet2DConditionModel, ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D")
-        options = {
-            "cross_attention_dim": spec.context_width,
-            "attention_head_dim": spec.heads,  # which are numbers of heads, by a published mistake
-            "transformer_layers_per_block": spec.middle_depth,
-        }
-        named = {keymaps.rename(key, keymaps.unet(spec)): value for key, value in weights.items()}
-    else:
-        kind, blocks = UNet2DModel, ("AttnDownBlock2D", "DownBlock2D", "AttnUpBlock2D")
-        widths = {width // heads for width, heads, attend in
-                  zip(spec.channels, spec.heads, (*attends[:-1], True), strict=True) if attend}  # fmt: skip
-        if len(widths) != 1:
-            return None
-        options = {"attention_head_dim": widths.pop()}
-        named = test_unet.as_diffusers(weights, spec)
+        return rivals.unet(weights, spec)
+    attends = [bool(depth) for depth in spec.transformer_depth]
+    widths = {width // heads for width, heads, attend in
+              zip(spec.channels, spec.heads, (*attends[:-1], True), strict=True) if attend}  # fmt: skip
+    if len(widths) != 1:
+        return None
+    named = test_unet.as_diffusers(weights, spec)
     with torch.device("meta"):
-        network = kind(
+        network = UNet2DModel(
             in_channels=spec.in_channels, out_channels=spec.out_channels, block_out_channels=spec.channels,
-            layers_per_block=spec.res_blocks, norm_num_groups=spec.groups,
-            down_block_types=[blocks[0] if attend else blocks[1] for attend in attends],
-            up_block_types=[blocks[2] if attend else "UpBlock2D" for attend in attends[::-1]], **options,
+            layers_per_block=spec.res_blocks, norm_num_groups=spec.groups, attention_head_dim=widths.pop(),
+            down_block_types=["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+            up_block_types=["AttnUpBlock2D" if attend else "UpBlock2D" for attend in attends[::-1]],
         )  # fmt: skip
     network.load_state_dict(named, strict=True, assign=True)
     return network.eval()

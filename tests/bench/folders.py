@@ -10,10 +10,8 @@ Errors are |a - b| / |b|; a reference that is all but constant counts as infinit
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from models.checkpoint import load
 from models.latent_diffusion import LatentDiffusion
 from models.unet import timestep_embedding
-from tests.bench.family import LIMIT, error, form
+from tests.bench.family import LIMIT, compare, error
 from tests.folders import ROWS, Row, autoencoder, text_encoders, tokenizer_of, unet
 from tests.tiny import fill_randomly
 
@@ -37,23 +35,7 @@ SIZES = (1024, 768, 0, 0, 1024, 768)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--folder", type=Path, help="where folders are written, one at a time")
-    parser.add_argument("--cells", type=int, default=16, help="along a side of latents (default: 16)")
-    parser.add_argument("--narrow", action="store_true", help="few channels, to try it out")
-    args = parser.parse_args()
-    if unknown := {*args.rows} - {*ROWS}:
-        parser.error(f"no row is called {', '.join(sorted(unknown))}")
-    print(form(COLUMNS, WIDE), flush=True)
-    within = True
-    for name in args.rows or ROWS:
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder, torch.inference_mode():
-            cells, fine = measure(name, Path(folder), args.cells, args.narrow)
-        print(form(cells, WIDE), flush=True)
-        within = within and fine
-        gc.collect()
-    raise SystemExit(0 if within else 1)
+    compare(__doc__, ROWS, measure, COLUMNS, WIDE)
 
 
 def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, bool]:

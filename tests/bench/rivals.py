@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -11,19 +13,16 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models import keymaps
 from models.autoencoder import Autoencoder
 from models.conditioner import TokenConditioner
 from models.latent_diffusion import LatentDiffusion
-from models.spec import ScheduleSpec
+from models.spec import ScheduleSpec, UNetSpec
 from models.text_encoder import TextEncoder
-from models.unet import UNet
 from tests.models import test_autoencoder, test_conditioner
-
-ADDED = {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
 
 
 def fast(network: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
@@ -36,9 +35,9 @@ def fast(network: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
     return torch.compile(network)
 
 
-def unet(ours: UNet) -> UNet2DConditionModel:
-    """On the very same tensors."""
-    spec, attends = ours.spec, [bool(depth) for depth in ours.spec.transformer_depth]
+def unet(weights: Mapping[str, Tensor], spec: UNetSpec) -> UNet2DConditionModel:
+    """With a context, on the very same tensors."""
+    attends = [bool(depth) for depth in spec.transformer_depth]
     blocks = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
     options = {}
     if spec.added_width:
@@ -57,8 +56,8 @@ def unet(ours: UNet) -> UNet2DConditionModel:
             down_block_types=[blocks[0] if attend else blocks[1] for attend in attends],
             up_block_types=[blocks[2] if attend else blocks[3] for attend in attends[::-1]], **options,
         )  # fmt: skip
-    table = keymaps.unet(spec) | ADDED
-    named = {keymaps.rename(key, table): value for key, value in ours.state_dict().items()}
+    table = keymaps.unet(spec)
+    named = {keymaps.rename(key, table): value for key, value in weights.items()}
     network.load_state_dict(named, strict=True, assign=True)
     return network.eval()
 
@@ -102,7 +101,7 @@ def pipeline(bundle: LatentDiffusion, tokenizers: list, compiled: bool) -> Diffu
     spec, device, dtype = bundle.spec, bundle.device, bundle.unet.dtype
     vae = autoencoder(bundle.autoencoder)
     vae.register_to_config(scaling_factor=spec.autoencoder.scale_factor, force_upcast=False)
-    parts = (unet(bundle.unet), scheduler(spec.schedule))
+    parts = (unet(bundle.unet.state_dict(), spec.unet), scheduler(spec.schedule))
     if not spec.texts:
         network = text(bundle.conditioner, device, dtype)
         made = LDMTextToImagePipeline(vae, network, tokenizers[0], *parts)

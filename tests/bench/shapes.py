@@ -206,7 +206,7 @@ def unets(spec: ModelSpec, rows: int, setting: Setting) -> Pair:
     from tests.bench import rivals  # diffusers: not where only ours runs
 
     ours = made(lambda: UNet(spec.unet), setting)
-    theirs = rivals.fast(rivals.unet(ours), setting.device, setting.compiled)
+    theirs = rivals.fast(rivals.unet(ours.state_dict(), spec.unet), setting.device, setting.compiled)
     ours = in_layout(ours, setting)
     x, t, context, pooled = unet_inputs(spec, rows, setting)
     added = None

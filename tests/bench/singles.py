@@ -9,10 +9,8 @@ and written to their places in it, so that no two are in memory; ours stays in t
 
 from __future__ import annotations
 
-import argparse
 import gc
 import mmap
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +23,7 @@ from models import tokenizers
 from models.checkpoint import load
 from models.headers import safetensors_header
 from tests import stable
-from tests.bench.family import COLUMNS, LIMIT, error, form
+from tests.bench.family import LIMIT, compare, error
 from tests.stable import TOKENS, Reference, Row
 from tests.tiny import fill_randomly
 
@@ -35,23 +33,7 @@ NOISE_LEVELS = (20, 350)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"of {', '.join(stable.ROWS)}")
-    parser.add_argument("--folder", type=Path, help="where files are written, one at a time")
-    parser.add_argument("--cells", type=int, default=16, help="along a side of latents (default: 16)")
-    parser.add_argument("--narrow", action="store_true", help="few channels, to try it out")
-    args = parser.parse_args()
-    if unknown := {*args.rows} - {*stable.ROWS}:
-        parser.error(f"no row is called {', '.join(sorted(unknown))}")
-    print(form(COLUMNS), flush=True)
-    within = True
-    for name in args.rows or stable.ROWS:
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder, torch.inference_mode():
-            cells, fine = measure(name, Path(folder), args.cells, args.narrow)
-        print(form(cells), flush=True)
-        within = within and fine
-        gc.collect()
-    raise SystemExit(0 if within else 1)
+    compare(__doc__, stable.ROWS, measure)
 
 
 def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, bool]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from models.checkpoint import weights_in
 from models.conditioner import Asked
-from models.latent_diffusion import weights_in
 from models.spec import ModelSpec
 from models.unet import timestep_embedding
 from tests.tiny import random_model, xl_spec

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.checkpoint import weights_in
 from models.configs import CheckpointError
 from models.conversion import convert
-from models.latent_diffusion import weights_in
 from service.registry import ModelPathError, Registry, locate, locate_all
 from tests.paper import published, write
 from tests.tiny import tiny_model, tiny_spec
