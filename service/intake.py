@@ -141,7 +141,7 @@ def label_of(body: PictureRequest, spec: ModelSpec) -> int | None:
 
 
 def placed(body: SceneRequest, spec: ModelSpec, order: Order, settings: Settings) -> Job:
-    """The job, told what goes where. Raises InvalidRequest.
+    """The job, told what goes where: also in words, where it has none. Raises InvalidRequest.
 
     Boxes and colours are of the client's picture; the rest of a larger canvas has no label.
     """
@@ -163,7 +163,8 @@ def placed(body: SceneRequest, spec: ModelSpec, order: Order, settings: Settings
     else:
         return order.job
     margins = [(0, all_of - part) for all_of, part in zip(whole, shown, strict=True)]
-    return replace(order.job, regions=np.pad(regions, margins).tobytes())
+    prompt = order.job.prompt or (layouts.words(regions, spec) if spec.reads_prompts else "")
+    return replace(order.job, prompt=prompt, regions=np.pad(regions, margins).tobytes())
 
 
 def draft(body: PictureRequest, spec: ModelSpec, settings: Settings) -> Order:

@@ -51,6 +51,12 @@ def from_boxes(boxes: Sequence[Box], spec: ModelSpec, h: int, w: int) -> np.ndar
     return regions
 
 
+def words(regions: np.ndarray, spec: ModelSpec) -> str:
+    """A prompt that says which labels there are, of numbers from 1 or 0 for none: "A, B and C"."""
+    names = [spec.labels[number - 1] for number in np.unique(regions) if number]
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
 def as_objects(boxes: Sequence[Box], spec: ModelSpec) -> tuple[boxes_of.Box, ...]:
     """For a model that reads boxes. Raises InvalidRequest."""
     most = spec.condition.objects

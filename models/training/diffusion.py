@@ -22,16 +22,16 @@ from models.schedule import Schedule
 from models.spec import ScheduleSpec, TextSpec, UNetSpec
 from models.text_encoder import TextEncoder
 from models.training.first_stage import to_x
-from models.training.scenes import SIZE, Atlas, Scene, draw_scene
+from models.training.scenes import SIZE, Atlas, Scene, draw_scene, without_hidden
 from models.training.trainer import Budget, Trainer
 from models.unet import UNet
 
 CHUNK = 64  # scenes encoded at once
 SHORT, DROPPED = 0.1, 0.1  # shares of captions that leave the background out, and of empty ones
-HOLED = 0.4  # share of scenes that are also encoded with a hole
+HOLED = 0.3  # share of scenes that are also encoded with a hole
+SILENT = 0.5  # share of those that have no words, and nothing behind the hole of which nothing else is seen
 KNOWN = 0.8  # how often such a scene is learned with what is around the hole
 LAID_OUT = 0.25  # how often the regions of a scene are told, by turns as boxes and as silhouettes
-ALONE = 0.5  # how often a hole or a layout comes without words
 
 
 class SceneNetwork(nn.Module):
@@ -87,9 +87,11 @@ class Chunks(Dataset):
     def __getitem__(self, index: int) -> Chunk:
         rng = np.random.default_rng([self.seed, index])
         scenes = [draw_scene(self.atlas, rng) for _ in range(CHUNK)]
-        holed = scenes[: round(HOLED * CHUNK)]
-        holes = np.stack([draw_hole(rng, scene) for scene in holed])
-        known = np.stack([scene.picture for scene in holed])
+        holed = round(HOLED * CHUNK)
+        holes = np.stack([draw_hole(rng, scene) for scene in scenes[:holed]])
+        for index in range(round(SILENT * holed)):
+            scenes[index] = without_hidden(self.atlas, scenes[index], holes[index])
+        known = np.stack([scene.picture for scene in scenes[:holed]])
         maps = [layouts(scene, self.number, self.factor) for scene in scenes]
         boxes, regions = (np.stack(part) for part in zip(*maps, strict=True))
         return Chunk(
@@ -186,14 +188,13 @@ def batches(data: dict[str, Tensor], scale: float, empty: Tensor, size: int, see
             known = data["holed"][index] & chance(KNOWN, n)
             laid_out, boxed = chance(LAID_OUT, n), chance(0.5, n)
             nothing = chance(DROPPED, n)
-            wordless = nothing | ((known | laid_out) & chance(ALONE, n))
             ids = data["ids"][index, chance(SHORT, n).long()]
             regions = torch.where(boxed[:, None, None], data["boxes"][index], data["regions"][index])
             tell = (laid_out & ~nothing)[:, None, None]
             here = known[:, None, None, None]
             yield Batch(
                 data["latents"][index].float() * scale,
-                torch.where(wordless[:, None], empty, ids),
+                torch.where(nothing[:, None], empty, ids),
                 torch.where(here, data["masks"][index].float(), 1.0),
                 torch.where(here, data["masked"][index].float() * scale, gray),
                 torch.where(tell, regions, 0),
@@ -219,7 +220,8 @@ def v_error(
 
     predict: z_t (B, C, h, w), t (B,) -> v; alpha_bar, density (T,).
     """
-    t = torch.multinomial(density, len(z), replacement=True)
+    quantiles = (torch.arange(len(z)) + torch.rand(len(z))).to(z.device) / len(z)  # one of each share
+    t = torch.searchsorted(density.cumsum(0), quantiles).clamp(max=len(density) - 1)
     ab = alpha_bar[t][:, None, None, None]
     eps = torch.randn_like(z)
     v = ab.sqrt() * eps - (1 - ab).sqrt() * z
@@ -244,6 +246,8 @@ def start_from(network: SceneNetwork, bundle: LatentDiffusion) -> None:
     grown = torch.zeros_like(network.unet.state_dict()[key])
     grown[:, : unet[key].shape[1]] = unet[key]
     network.unet.load_state_dict(unet | {key: grown})
+    if bundle.conditioner.layout:
+        network.layout.load_state_dict(bundle.conditioner.layout.state_dict())
 
 
 def train(

@@ -39,6 +39,16 @@ COLOURS = {
 }
 
 
+class Placed(NamedTuple):
+    """An object of a scene: its longer side and its centre in pixels, turned by degrees."""
+
+    name: str
+    size: int
+    x: int
+    y: int
+    turn: float = 0.0
+
+
 @dataclass(frozen=True)
 class Scene:
     """One picture, a caption, a short one that leaves the background out, and where the objects are."""
@@ -46,8 +56,14 @@ class Scene:
     picture: np.ndarray  # uint8 (128, 128, 3)
     caption: str
     short_caption: str
-    names: tuple[str, ...]  # of its objects
+    base: np.ndarray  # uint8 (128, 128, 3), the background alone
+    placed: tuple[Placed, ...]  # its objects
     regions: np.ndarray  # uint8 (128, 128): which object is seen, counted from 1; 0: background
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its objects."""
+        return tuple(each.name for each in self.placed)
 
     def boxes(self) -> list[tuple[int, int, int, int]]:
         """Left, top, right and bottom (past the end) of what is seen of each object, in pixels."""
@@ -132,16 +148,6 @@ class Atlas:
         return glyph.resize([max(1, round(s * scale)) for s in glyph.size], Image.Resampling.LANCZOS)
 
 
-class Placed(NamedTuple):
-    """An object of a scene: its longer side and its centre in pixels, turned by degrees."""
-
-    name: str
-    size: int
-    x: int
-    y: int
-    turn: float = 0.0
-
-
 def compose(atlas: Atlas, base: np.ndarray, placed: Sequence[Placed]) -> tuple[np.ndarray, np.ndarray]:
     """Draw objects in turn on a background (128, 128, 3) -> picture, and regions as in Scene."""
     canvas, regions = Image.fromarray(base), np.zeros((SIZE, SIZE), np.uint8)
@@ -206,8 +212,8 @@ PLACES = {
 def related(rng: np.random.Generator, names: Sequence[str], relation: str) -> list[Placed]:
     """Two objects, the first so placed from the second."""
     axis, direction = RELATIONS[relation]
-    size, other = between(rng, 52, 63), between(rng, 36, 92)
-    sides = [33 + between(rng, -2, 3), 95 + between(rng, -2, 3)][::direction]
+    size, other = between(rng, 54, 61), between(rng, 42, 87)
+    sides = [31 + between(rng, 0, 2), 96 + between(rng, 0, 2)][::direction]
     places = [(side, other) if axis == 0 else (other, side) for side in sides]
     return [Placed(name, size, *place) for name, place in zip(names, places, strict=True)]
 
@@ -220,8 +226,9 @@ def spread(rng: np.random.Generator, names: Sequence[str]) -> list[Placed]:
     return [Placed(name, size, int(x), int(y)) for name, (x, y) in zip(names, places, strict=True)]
 
 
-KINDS = {"one": 0.61, "small": 0.03, "large": 0.03, "upside down": 0.02, "tilted": 0.02,
-         "counted": 0.04, "related": 0.2, "three": 0.03, "fancy": 0.02}  # fmt: skip
+KINDS = {"one": 0.5, "small": 0.02, "large": 0.02, "upside down": 0.01, "tilted": 0.01,
+         "counted": 0.02, "related": 0.38, "three": 0.02, "fancy": 0.02}  # fmt: skip
+UNRELATED = 0.15  # share of captions of two objects that do not say where
 
 
 def draw_scene(
@@ -243,7 +250,7 @@ def draw_scene(
             base, where = fancy(rng, colour)
         caption = f"{words} on a {where}"
         picture, regions = compose(atlas, base, placed)
-        return Scene(picture, caption, words, tuple(each.name for each in placed), regions)
+        return Scene(picture, caption, words, base, tuple(placed), regions)
 
 
 def place(
@@ -253,7 +260,8 @@ def place(
     name = names[0]
     if kind == "related":
         relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
-        return related(rng, names[:2], relation), f"{name} {relation} {names[1]}"
+        said = "and" if rng.random() < UNRELATED else relation
+        return related(rng, names[:2], relation), f"{name} {said} {names[1]}"
     if kind == "three":
         return spread(rng, names), f"{names[0]}, {names[1]} and {names[2]}"
     if kind == "counted":
@@ -278,9 +286,17 @@ def fancy(rng: np.random.Generator, colour: str) -> tuple[np.ndarray, str]:
 
 def scene_of(atlas: Atlas, placed: Sequence[Placed], colour: str, words: str) -> Scene:
     """A scene on a flat background."""
-    picture, regions = compose(atlas, flat(colour), placed)
-    names = tuple(each.name for each in placed)
-    return Scene(picture, f"{words} on a {colour} background", words, names, regions)
+    base = flat(colour)
+    picture, regions = compose(atlas, base, placed)
+    return Scene(picture, f"{words} on a {colour} background", words, base, tuple(placed), regions)
+
+
+def without_hidden(atlas: Atlas, scene: Scene, hole: np.ndarray) -> Scene:
+    """The scene less the objects that a hole, bool (128, 128), hides wholly, and without words."""
+    seen = np.unique(scene.regions[~hole])
+    placed = [each for index, each in enumerate(scene.placed, 1) if index in seen]
+    picture, regions = compose(atlas, scene.base, placed)
+    return Scene(picture, "", "", scene.base, tuple(placed), regions)
 
 
 def held_out_scenes(atlas: Atlas, count: int, seed: int = 0) -> list[Scene]:

@@ -17,6 +17,7 @@ CAPTION = 46  # pixels below each picture, for three lines
 LINE = 22  # characters
 GAP = 8
 COLUMNS = 6
+GRAYS = np.array([225, 130, 60], np.uint8)  # of where no box is, and of boxes
 WIDE = ((192, 128), (256, 128))  # larger than anything in training
 
 Captioned = tuple[Pictures, Sequence[str]]
@@ -40,20 +41,27 @@ def of_prompts(paint: Painter, names: Sequence[str]) -> Captioned:
 
 
 def of_layouts(paint: Painter, names: Sequence[str]) -> Captioned:
-    """Boxes, what fills them with the label as the prompt too, and what fills them without."""
+    """Boxes, one and then two, and what fills them: their labels are the prompt."""
     rng, f = np.random.default_rng(4), paint.bundle.spec.autoencoder.factor
-    maps, words = [], []
-    for number in np.resize(rng.permutation(len(names)), COLUMNS) + 1:
-        regions = np.zeros((SIZE // f, SIZE // f), np.int64)
-        side = int(rng.integers(8, 13))
-        top, left = rng.integers(0, SIZE // f - side + 1, 2)
-        regions[top : top + side, left : left + side] = number
-        maps.append(regions)
-        words.append(names[number - 1])
-    boxes = np.stack([np.where(regions > 0, 90, 225) for regions in maps]).astype(np.uint8)
-    shown = boxes.repeat(f, 1).repeat(f, 2)[..., None].repeat(3, -1)
-    rows = [paint(prompts, paint.regions(maps)) for prompts in (words, [""] * COLUMNS)]
-    return np.concatenate([shown, *rows]), [*words, *["with the prompt"] * COLUMNS, *["without"] * COLUMNS]
+    rows, captions = [], []
+    for boxes in (1, 2):
+        numbers = [rng.permutation(len(names))[:boxes] + 1 for _ in range(COLUMNS)]
+        maps = [boxes_of(rng, some, SIZE // f) for some in numbers]
+        words = [" and ".join(names[number - 1] for number in some) for some in numbers]
+        gray = np.stack([GRAYS[np.unique(regions, return_inverse=True)[1]] for regions in maps])
+        rows += [gray.repeat(f, 1).repeat(f, 2)[..., None].repeat(3, -1), paint(words, paint.regions(maps))]
+        captions += [*[""] * COLUMNS, *words]
+    return np.concatenate(rows), captions
+
+
+def boxes_of(rng: np.random.Generator, numbers: Sequence[int], cells: int) -> np.ndarray:
+    """A box for each number, side by side, as (cells, cells) of the numbers or 0."""
+    regions, width = np.zeros((cells, cells), np.int64), cells // len(numbers)
+    for index, number in enumerate(numbers):
+        side = int(rng.integers(width // 2 + 2, width - 1)) if len(numbers) == 1 else width - 1
+        left, top = (int(rng.integers(0, room - side + 1)) for room in (width, cells))
+        regions[top : top + side, index * width + left : index * width + left + side] = number
+    return regions
 
 
 def of_holes(paint: Painter, names: Sequence[str]) -> Captioned:

@@ -76,6 +76,14 @@ def test_a_label_is_a_prompt_by_its_name_or_number():
     assert order_of(class_label=1).job.prompt == order_of(class_label="dog").job.prompt == "dog"
 
 
+def test_what_goes_where_is_a_prompt_too_where_there_is_none():
+    bird, cat = dict(BOX, name="bird", y=0.5), dict(BOX, name="cat", x=0.0)
+    assert order_of(boxes=[BOX]).job.prompt == "dog"
+    assert order_of(boxes=[BOX, bird]).job.prompt == "dog and bird"
+    assert order_of(boxes=[bird, BOX, cat]).job.prompt == "cat, dog and bird"
+    assert order_of(boxes=[BOX], prompt="a dog").job.prompt == "a dog"
+
+
 def test_boxes_fill_the_cells_under_them_and_later_ones_lie_on_top():
     over = {"name": "bird", "x": 0.75, "y": 0.0, "w": 0.01, "h": 0.01}
     order = order_of(boxes=[BOX, over])
@@ -83,9 +91,8 @@ def test_boxes_fill_the_cells_under_them_and_later_ones_lie_on_top():
     expected[:2, 4:] = 2
     expected[0, 6] = 3
     assert (cells(order) == expected).all()
-    assert order.job.prompt == ""
     assert parameters(order, 0)["boxes"] == [BOX, over]
-    assert "prompt" not in parameters(order, 0)
+    assert parameters(order, 0)["prompt"] == "dog and bird"
 
 
 def test_a_box_over_the_edge_ends_there():
