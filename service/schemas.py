@@ -110,7 +110,10 @@ class GenerateRequest(SceneRequest):
 
     prompt: Annotated[
         Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(not_blank)] | None,
-        Field(description="may be missing where class_label, boxes or segmentation say what to make"),
+        Field(
+            description="may be missing where class_label, boxes or segmentation say what to make: labels' "
+            "names are it then"
+        ),
     ] = None
     init_image: Annotated[str | None, Field(description=f"{PICTURE}, that the run starts from")] = None
 

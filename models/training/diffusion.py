@@ -28,7 +28,7 @@ from models.unet import UNet
 
 CHUNK = 64  # scenes encoded at once
 SHORT, DROPPED = 0.1, 0.1  # shares of captions that leave the background out, and of empty ones
-HOLED = 0.3  # share of scenes that are also encoded with a hole
+HOLED = 0.25  # share of scenes that are also encoded with a hole
 SILENT = 0.5  # share of those that have no words, and nothing behind the hole of which nothing else is seen
 KNOWN = 0.8  # how often such a scene is learned with what is around the hole
 LAID_OUT = 0.25  # how often the regions of a scene are told, by turns as boxes and as silhouettes
