@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -196,19 +197,32 @@ def right_objects(judge: Judge, names: Sequence[str], pictures: Pictures) -> flo
     return float(np.mean([judge.rank(p)[0] == name for name, p in zip(names, pictures, strict=True)]))
 
 
-def related_objects(judge: Judge, paint: Painter, names: Sequence[str], count: int) -> float:
-    """Share of pictures of two objects that are both the right ones, each on its side."""
-    rng, prompts, halves = np.random.default_rng(1), [], []
-    while len(prompts) < count:
+class Related(NamedTuple):
+    """A prompt for two objects, and what its picture, cut in two along an axis, is to show on each side."""
+
+    prompt: str
+    axis: int
+    names: tuple[str, str]
+
+
+def related_prompts(names: Sequence[str], count: int, seed: int = 1) -> list[Related]:
+    """Random pairs in random relations; of no name is the background held out."""
+    rng, asked = np.random.default_rng(seed), []
+    while len(asked) < count:
         pair = [names[i] for i in rng.permutation(len(names))[:2]]
         relation, colour = list(RELATIONS)[rng.integers(4)], list(COLOURS)[rng.integers(len(COLOURS))]
         if any(held_out(name, colour) for name in pair):
             continue  # two names together are new enough
         axis, direction = RELATIONS[relation]
-        prompts.append(f"{pair[0]} {relation} {pair[1]} on a {colour} background")
-        halves.append((1 - axis, pair[::direction]))
-    right = 0
-    for (axis, pair), picture in zip(halves, paint(prompts), strict=True):
+        prompt = f"{pair[0]} {relation} {pair[1]} on a {colour} background"
+        asked.append(Related(prompt, 1 - axis, tuple(pair[::direction])))
+    return asked
+
+
+def related_objects(judge: Judge, paint: Painter, names: Sequence[str], count: int) -> float:
+    """Share of pictures of two objects that are both the right ones, each on its side."""
+    asked, right = related_prompts(names, count), 0
+    for (_, axis, pair), picture in zip(asked, paint([each.prompt for each in asked]), strict=True):
         colour = background(picture)
         parts = np.split(picture, 2, axis=axis)
         right += all(judge.rank(part, colour)[0] == name for part, name in zip(parts, pair, strict=True))

@@ -10,7 +10,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from models.latent_diffusion import LatentDiffusion
-from models.training.evaluate import Painter, Pictures, held_out_prompts, object_holes, to_pictures
+from models.training.evaluate import (
+    Painter,
+    Pictures,
+    held_out_prompts,
+    object_holes,
+    related_prompts,
+    to_pictures,
+)
 from models.training.scenes import SIZE, Atlas, caption_of, held_out_scenes
 
 CAPTION = 46  # pixels below each picture, for three lines
@@ -25,8 +32,9 @@ Captioned = tuple[Pictures, Sequence[str]]
 
 def sheets(bundle: LatentDiffusion, names: Sequence[str], steps: int) -> Iterator[tuple[str, Image.Image]]:
     """(task, sheet) for all that the model in the box does; nothing is chosen by hand."""
-    paint = Painter(bundle, steps, bundle.spec.defaults.guidance_scale, total=10 * COLUMNS)
+    paint = Painter(bundle, steps, bundle.spec.defaults.guidance_scale, total=12 * COLUMNS)
     yield "text-to-image", lay_out(*of_prompts(paint, names), COLUMNS)
+    yield "two-objects", lay_out(*of_relations(paint, names), COLUMNS)
     yield "layout-to-image", lay_out(*of_layouts(paint, names), COLUMNS)
     yield "inpainting", lay_out(*of_holes(paint, names), COLUMNS)
     yield "unconditional", lay_out(paint([""] * COLUMNS), [""] * COLUMNS, COLUMNS)
@@ -37,6 +45,12 @@ def sheets(bundle: LatentDiffusion, names: Sequence[str], steps: int) -> Iterato
 def of_prompts(paint: Painter, names: Sequence[str]) -> Captioned:
     """Held-out (name, colour) pairs."""
     prompts = [caption_of(*pair) for pair in held_out_prompts(names, 4 * COLUMNS, seed=1)]
+    return paint(prompts), prompts
+
+
+def of_relations(paint: Painter, names: Sequence[str]) -> Captioned:
+    """Two objects, one beside or over the other."""
+    prompts = [each.prompt for each in related_prompts(names, 2 * COLUMNS, seed=7)]
     return paint(prompts), prompts
 
 
