@@ -30,7 +30,7 @@ class Scale(NamedTuple):
     scenes: str
 
 
-SCALES = {"cpu": Scale("8", "24", "20480"), "cuda": Scale("64", "256", "262144")}
+SCALES = {"cpu": Scale("8", "24", "24576"), "cuda": Scale("64", "256", "262144")}
 STATE = Path.home() / ".cache" / "latent-diffusion-service" / "train"
 
 
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parts = top.add_subparsers(required=True, metavar="PART")
     every = add(parts, "all", train_all, "the next two, export, evaluate and sheet in turn")
-    every.add_argument("--minutes", type=float, default=160, help="of updates, over all resumed parts")
+    every.add_argument("--minutes", type=float, default=295, help="of updates, over all resumed parts")
     add_stop(every)
     add_names(every)
     add_workers(every)
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add_names(diffusion)
     add_workers(diffusion)
     diffusion.add_argument(
-        "--scenes", type=int, default=20_480, help="latents to draw (default: %(default)s)"
+        "--scenes", type=int, default=24_576, help="latents to draw (default: %(default)s)"
     )
     diffusion.add_argument("--start", type=Path, metavar="FOLDER", help="a trained model to go on from")
     sharp = add(parts, "upscaler-autoencoder", train_sharp_autoencoder, "E and D of the upscaler, on crops")
@@ -163,11 +163,11 @@ def train_all(args: argparse.Namespace) -> None:
     names = ["--names", str(args.names)]
     updates = [*state, "--stop-after", str(args.stop_after), "--workers", str(args.workers)]
     for part in (
-        ["autoencoder", *updates, *share(args, 0.35), "--batch", scale.pictures],
+        ["autoencoder", *updates, *share(args, 0.2), "--batch", scale.pictures],
         [
             "diffusion",
             *updates,
-            *share(args, 0.65),
+            *share(args, 0.8),
             "--batch",
             scale.latents,
             "--scenes",
