@@ -316,7 +316,7 @@ def plms(path: Path, eta: float) -> Plan:
     if there is none, at the same."""
     a = path.alpha[1:] / path.alpha[:-1]
     b = path.sigma[1:] - a * path.sigma[:-1]
-    x_before = REMEMBERED[0]
+    x_before, first = REMEMBERED[:2]
 
     def predicted(i: int, x: np.ndarray, eps: np.ndarray) -> np.ndarray:
         return (eps - path.sigma[i] * x) / path.alpha[i] if path.predicts_v else eps
@@ -324,9 +324,11 @@ def plms(path: Path, eta: float) -> Plan:
     def eps_of(i: int, x: np.ndarray, combined: np.ndarray) -> np.ndarray:
         return path.alpha[i] * combined + path.sigma[i] * x if path.predicts_v else combined
 
-    first = predicted(0, x_before, (X - a[0] * x_before) / b[0])  # by the eps that led from there to here
     both = eps_of(0, x_before, (first + predicted(1, X, EPS)) / 2)
-    forms, memory = [a[0] * X + b[0] * EPS, a[0] * x_before + b[0] * both], [[X], [first]]
+    forms, memory = (
+        [a[0] * X + b[0] * EPS, a[0] * x_before + b[0] * both],
+        [[X, predicted(0, X, EPS)], [first]],
+    )
     for i in range(1, len(path)):
         newest = predicted(i, X, EPS)
         terms = zip(ADAMS[min(i, 3)], [newest, *REMEMBERED], strict=False)

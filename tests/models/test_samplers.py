@@ -173,10 +173,12 @@ def test_every_sampler_leads_back_to_the_picture_by_its_true_noise(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_takes_any_number_of_steps_and_any_share_of_them(sampler):
     schedule = Schedule(ScheduleSpec())
-    for steps in (1, 2, 3, 7, 50, 333, 1000):
-        if steps <= most_steps(sampler, 1000):
-            for strength in (1.0, 0.4, 0.01):
-                assert np.isfinite(plan(schedule, sampler, steps, strength=strength).lines).all()
+    for spacing in (None,) if sampler in SPACED else ("leading", "trailing", "linspace"):
+        for steps in (1, 2, 3, 7, 50, 333, 1000):
+            if steps <= most_steps(sampler, 1000):
+                for strength in (1.0, 0.4, 0.01, 0.001):
+                    table = plan(schedule, sampler, steps, strength=strength, spacing=spacing)
+                    assert np.isfinite(table.lines).all()
     with pytest.raises(ValueError, match="steps"):
         plan(schedule, sampler, most_steps(sampler, 1000) + 1)
 
