@@ -24,7 +24,14 @@ def read_json(path: Path) -> Config:
 
 def read_yaml(path: Path) -> Config:
     """A YAML mapping from a file, of plain values only. Raises CheckpointError where there is none."""
-    return read_object(path, "YAML", yaml.safe_load)
+    return read_object(path, "YAML", unshared_yaml)
+
+
+def unshared_yaml(text: str) -> Any:
+    """Raises ValueError for references to other parts: a few of them can stand for more than memory holds."""
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise ValueError("it refers to parts of itself (*name)")
+    return yaml.safe_load(text)
 
 
 def read_object(path: Path, form: str, parse: Callable[[str], Any]) -> Config:

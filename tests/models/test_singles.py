@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from models.checkpoint import load
 from models.configs import CheckpointError, read_spec
+from models.texts import read_yaml
 from tests.paper import ROWS, published, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,6 +174,14 @@ def test_a_factor_in_the_file_and_another_beside_it(tmp_path):
     put(note, {"model": {"params": {"scale_factor": 1.0}}})
     with pytest.raises(CheckpointError, match=r"scale_factor is 1.0, but the weights have 0.25"):
         read_spec(file)
+
+
+def test_a_yaml_file_that_unfolds_to_more_than_memory_holds_is_one_sentence(tmp_path):
+    note, lines = tmp_path / "bomb.yaml", ["a0: &a0 [1]"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 10)]
+    note.write_text("\n".join([*lines, "model: {params: {linear_start: *a9}}"]))
+    with pytest.raises(CheckpointError, match="refers to parts of itself"):
+        read_yaml(note)
 
 
 def test_a_first_stages_yaml_file(tmp_path):
