@@ -310,7 +310,7 @@ def translated(file: Path) -> Iterator[None]:
     """What goes wrong with a file, as CheckpointError."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is corrupt or cut short: {error}") from error
 
 

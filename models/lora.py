@@ -292,6 +292,8 @@ def told_of(file: Path) -> dict[str, Told]:
     with translated(file):
         metadata = safe_open(file, framework="pt").metadata() or {}
         flat = json.loads(metadata.get(METADATA, "{}"))
+    if not isinstance(flat, dict):
+        raise CheckpointError(f"{file}: {METADATA} in its header must hold an object")
     beside = file.parent / ADAPTER
     found = {"": read_json(beside)} if beside.is_file() and file.name == "adapter_model.safetensors" else {}
     for network in NETWORKS:
@@ -308,8 +310,14 @@ def told(config: Mapping[str, Any], file: Path) -> Told:
         name = "DoRA" if config.get("use_dora") else kind
         raise CheckpointError(f"{file} is of a kind that cannot be applied, {name}")
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-    if not all(isinstance(value, int | float) for value in (*patterns.values(), alpha or 0)):
+    numbers = isinstance(patterns, dict) and (*patterns.values(), alpha or 0)
+    if not numbers or not all(isinstance(value, int | float) for value in numbers):
         raise CheckpointError(f"{file}: lora_alpha and alpha_pattern of its configuration must be numbers")
+    try:
+        for end in patterns:
+            re.compile(end)
+    except re.error as error:
+        raise CheckpointError(f"{file}: alpha_pattern has {end!r}, which is no pattern: {error}") from error
     return Told(alpha, patterns, bool(config.get("use_rslora")))
 
 

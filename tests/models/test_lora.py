@@ -242,6 +242,15 @@ def test_an_alpha_that_is_no_number_is_refused(base, tmp_path):
         opened(base, file)
 
 
+@pytest.mark.parametrize(
+    "own", ["[]", "[" * 100_000, '{"unet.alpha_pattern": [3]}', '{"unet.alpha_pattern": {"(": 3}}']
+)
+def test_a_damaged_configuration_in_a_header_is_one_sentence(tmp_path, own):
+    file = write_lora(tmp_path / "bad.safetensors", {"a": torch.zeros(1)}, {lora.METADATA: own})
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
+        lora.told_of(file)
+
+
 def test_a_file_belongs_to_every_model_that_it_fits(base, changes, tmp_path):
     file = write_lora(tmp_path / "a.safetensors", as_kohya(changes))
     specs = {"tiny": base.spec, "twin": base.spec, "upscaler": upscaler_spec()}
