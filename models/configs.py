@@ -453,19 +453,28 @@ def schedule_spec(config: Config) -> ScheduleSpec:
         spacing = "leading"  # what other samplers prefer says nothing about DDIM
     if spacing not in get_args(Spacing):
         raise ValueError(f"timestep_spacing is {spacing!r}; supported are {', '.join(get_args(Spacing))}")
+    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    if not 0 < start <= end < 1:
+        raise ValueError(f"beta_start and beta_end are {start} and {end}; they must rise between 0 and 1")
+    timesteps, offset = config.get("num_train_timesteps", 1000), config.get("steps_offset", 0)
+    if type(offset) is not int or offset < 0:
+        raise ValueError(f"steps_offset must be a whole number from 0, not {offset!r}")
+    if only(timesteps, "num_train_timesteps") > MAX_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps must be at most {MAX_TIMESTEPS}, not {timesteps}")
     return ScheduleSpec(
-        beta_start=float(config.get("beta_start", 0.0001)),
-        beta_end=float(config.get("beta_end", 0.02)),
+        beta_start=start,
+        beta_end=end,
         beta_schedule=config.get("beta_schedule", "linear"),
-        timesteps=only(config.get("num_train_timesteps", 1000), "num_train_timesteps"),
+        timesteps=timesteps,
         prediction=config.get("prediction_type", "epsilon"),
         spacing=spacing,
-        steps_offset=int(config.get("steps_offset", 0)),
+        steps_offset=offset,
         final_alpha_one=bool(config.get("set_alpha_to_one", ddim)),
     )
 
 
 ADDED_KEY, SIZE_KEY = "projection_class_embeddings_input_dim", "addition_time_embed_dim"
+MAX_TIMESTEPS = 2**16
 MAX_NOISE_LEVEL = 350  # of the published upscaler, whose index does not always say
 READERS = {"UNet2DConditionModel": unet_spec, "UNet2DModel": plain_unet_spec}
 
