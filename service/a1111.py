@@ -52,6 +52,7 @@ DRAWN = 2**32  # seeds that are drawn are below it, where clients expect them
 RESAMPLING = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
 FORMATS = {"jpg": "jpeg"}
 EXTRA_NETWORK = re.compile(r"<(\w+):([^<>]*)>")
+WEIGHT = re.compile(r"(-?(\d+(\.\d+)?|\.\d+))?")  # each text in one way only: what is long takes no longer
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def split(prompt: str) -> tuple[str, dict[str, float]]:
     loras: dict[str, float] = {}
     for kind, told in EXTRA_NETWORK.findall(prompt):
         name, _, weight = told.partition(":")
-        if kind != "lora" or not re.fullmatch(r"(-?\d*\.?\d+)?", weight):
+        if kind != "lora" or not WEIGHT.fullmatch(weight):
             raise InvalidRequest("prompt must name extra networks as <lora:name:weight>", param="prompt")
         loras[name] = loras.get(name, 0.0) + float(weight or 1.0)
     return EXTRA_NETWORK.sub("", prompt), loras

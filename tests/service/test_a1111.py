@@ -251,6 +251,14 @@ def test_loras_are_taken_out_of_the_prompt():
         split("a cat <lora:ink:much>")
 
 
+def test_weights_are_numbers_however_long():
+    texts = {"": 1.0, ":1": 1.0, ":-.5": -0.5, ":0.25": 0.25, ":" + "1" * 100: float("1" * 100)}
+    assert {text: split(f"<lora:ink{text}>")[1]["ink"] for text in texts} == texts
+    for text in (":1.", ":.", ":1e3", ":" + "1" * 1_000_000 + "x"):
+        with pytest.raises(InvalidRequest):
+            split(f"<lora:ink{text}>")
+
+
 def test_the_region_has_the_pictures_proportions_and_stays_inside():
     mask = Image.new("L", (300, 200))
     mask.paste(255, (100, 50, 150, 60))
