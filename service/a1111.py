@@ -170,7 +170,7 @@ def shared(body: Processing, sampling: Sampling, checkpoint: str | None) -> dict
         "prompt": prompt if prompt.strip() else None,
         "negative_prompt": body.negative_prompt,
         "loras": loras or None,
-        "seed": secrets.randbelow(DRAWN - n) if body.seed in (None, -1) else body.seed,
+        "seed": secrets.randbelow(max(1, DRAWN - n)) if body.seed in (None, -1) else body.seed,
         "n": n,
         "steps": body.steps,
         "guidance_scale": body.cfg_scale,
@@ -364,15 +364,20 @@ def enlarging_of(body: ExtraSingleImage, settings: Settings) -> Enlarging:
     """What is asked for; decodes the picture. Raises InvalidRequest."""
     picture = images.read_picture(body.image, "image", settings.max_input_pixels)
     width, height = picture.size
+    most = settings.max_input_pixels
     if body.resize_mode == 1:
         window = given(body.upscaling_resize_w, 512), given(body.upscaling_resize_h, 512)
+        names = "upscaling_resize_w", "upscaling_resize_h"
+        fits = [
+            (name, side <= most, f"must be at most {most}") for name, side in zip(names, window, strict=True)
+        ]
+        refuse(fits)
         scale = max(window[0] / width, window[1] / height)
         size = max(window[0], round(width * scale)), max(window[1], round(height * scale))
         window = window if given(body.upscaling_crop, True) else size
     else:
         scale = given(body.upscaling_resize, 2.0)
         size = window = max(1, int(width * scale)), max(1, int(height * scale))
-    most = settings.max_input_pixels
     refuse([("upscaling_resize", size[0] * size[1] <= most, f"must leave at most {most} pixels")])
     return Enlarging(picture, size, window, scale)
 

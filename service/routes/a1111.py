@@ -91,7 +91,7 @@ async def extra_single_image(body: ExtraSingleImage, request: Request) -> ExtraR
     refuse([("upscaler_1", name in known, f"must be one of {', '.join(known)}")])
     wanted = await asyncio.to_thread(a1111.enlarging_of, body, state.settings)
     if name == "None":
-        file = a1111.png_of(wanted.picture)
+        file = await asyncio.to_thread(a1111.png_of, wanted.picture)
     elif name in RESAMPLING or wanted.scale <= 1:
         how = RESAMPLING.get(name, RESAMPLING["Lanczos"])
         file = await asyncio.to_thread(wanted.finish, wanted.picture, how)

@@ -13,10 +13,11 @@ import pytest
 import webuiapi
 from PIL import Image
 
-from service.a1111 import sampling_of, split
-from service.a1111_schemas import TextToImage
+from service.a1111 import enlarging_of, png_of, sampling_of, shared, split
+from service.a1111_schemas import ExtraSingleImage, TextToImage
 from service.errors import InvalidRequest
 from service.overlay import fill, region_of
+from service.settings import Settings
 from tests.conftest import Server, wait_until
 
 PROMPT = "red apple on a blue background"
@@ -257,6 +258,14 @@ def test_weights_are_numbers_however_long():
     for text in (":1.", ":.", ":1e3", ":" + "1" * 1_000_000 + "x"):
         with pytest.raises(InvalidRequest):
             split(f"<lora:ink{text}>")
+
+
+def test_numbers_without_measure_are_refused_like_others():
+    body = TextToImage(prompt=PROMPT, batch_size=2**33)
+    assert shared(body, sampling_of(body), None)["n"] == 2**33  # which POST /generate refuses
+    picture = base64.b64encode(png_of(Image.new("RGB", (8, 8)))).decode()
+    with pytest.raises(InvalidRequest, match="upscaling_resize_w"):
+        enlarging_of(ExtraSingleImage(image=picture, resize_mode=1, upscaling_resize_w=10**400), Settings())
 
 
 def test_the_region_has_the_pictures_proportions_and_stays_inside():
