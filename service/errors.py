@@ -10,6 +10,7 @@ ServiceError
 ├── NotFound                no such model, page or job
 ├── MethodNotAllowed
 ├── TooLarge                the body passes its limit
+├── Stalled                 the rest of the body does not come
 ├── QueueFull               every place is taken
 ├── Unavailable
 │   ├── Loading             no model is ready yet
@@ -89,6 +90,10 @@ class TooLarge(ServiceError):
     default = "the body is too large"
 
 
+class Stalled(ServiceError):
+    default = "the rest of the body did not come"
+
+
 class QueueFull(ServiceError):
     default = "the queue is full; try again later"
 
@@ -145,6 +150,7 @@ TABLE: dict[type[ServiceError], tuple[int, str, str]] = {
     NotFound: (404, "not_found_error", "not_found"),
     MethodNotAllowed: (405, "invalid_request_error", "method_not_allowed"),
     TooLarge: (413, "invalid_request_error", "too_large"),
+    Stalled: (408, "timeout_error", "request_timeout"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
     Loading: (503, "unavailable_error", "loading"),
     Draining: (503, "unavailable_error", "draining"),

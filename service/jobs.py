@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -120,8 +120,8 @@ class Jobs:
     def __init__(self, supervisor: Supervisor) -> None:
         self.supervisor = supervisor
         self._records: dict[str, Record] = {}
-        self._ended: dict[str, str | None] = {}  # id -> Idempotency-Key, in the order in which they ended
-        self._keys: dict[str, Keyed] = {}
+        self._ended: dict[str, Hashable] = {}  # id -> key of submit(), in the order in which they ended
+        self._keys: dict[Hashable, Keyed] = {}
 
     async def collected(self, seconds: float) -> None:
         """Wait for who asked for the jobs of now to learn how they ended, at most so long after all have."""
@@ -142,8 +142,11 @@ class Jobs:
         """A new job that nobody asks for by its id: forgotten as soon as it ends. Raises as submit()."""
         return await self._begin(body, None, request_id, kept=False)
 
-    async def submit(self, body: AnyJob, key: str | None, request_id: str) -> Record:
-        """A new job, or the one that the key began. Raises as intake and Supervisor.place() do."""
+    async def submit(self, body: AnyJob, key: Hashable, request_id: str) -> Record:
+        """A new job, or the one that the key (its Idempotency-Key and its sender, or None) began.
+
+        Raises as intake and Supervisor.place() do.
+        """
         if key is None:
             return await self._begin(body, None, request_id)
         digest = await asyncio.to_thread(digest_of, body)
@@ -157,7 +160,7 @@ class Jobs:
             )
         return await asyncio.shield(known.record)
 
-    async def _begin(self, body: AnyJob, key: str | None, request_id: str, kept: bool = True) -> Record:
+    async def _begin(self, body: AnyJob, key: Hashable, request_id: str, kept: bool = True) -> Record:
         """Take a place, then the pictures, then begin; a request that is refused leaves nothing behind."""
         begin, service = time.monotonic(), self.supervisor
         try:
@@ -187,7 +190,7 @@ class Jobs:
         except TimeoutError:
             raise DeadlineExceeded from None
 
-    def _end(self, record: Record, key: str | None, place: ExitStack, kept: bool) -> None:
+    def _end(self, record: Record, key: Hashable, place: ExitStack, kept: bool) -> None:
         """Give the place back, and keep the record for a while if it is to be kept."""
         place.close()
         record.progress.end(record.status)
@@ -195,6 +198,7 @@ class Jobs:
             self.supervisor.metrics.rejected.labels(code_of(record.error)).inc()
             log.info("job %s failed", record.id, exc_info=record.work.exception())
         if not kept:
+            record.collected = True
             del self._records[record.id]
             return
         self._ended[record.id] = key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -11,7 +12,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import QueueFull, ServiceError, TooLarge, code_of, status_of, to_body
+from service.errors import QueueFull, ServiceError, Stalled, TooLarge, code_of, status_of, to_body
 from service.logs import request_id as id_of_now
 from service.metrics import Metrics
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 SMALL = 2**16  # bytes of a body that hardly counts
 RETRY_SECONDS = 5
+SILENCE_SECONDS = 30.0  # in the middle of a body, after which the room that it holds is for others
 GONE = 499  # the status of an answer that nobody waited for
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # the others may say anything
 OF_BODIES = (b"content-type", b"content-length", b"transfer-encoding")
@@ -139,12 +141,16 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
-        """Fill `body`; whether it came to its end. Raises TooLarge or QueueFull."""
+        """Fill `body`; whether it came to its end. Raises TooLarge, QueueFull or Stalled."""
         length = header(scope, b"content-length")
         if length.isdecimal() and int(length) > self.limit:
             raise self._too_large()
         while True:
-            message = await receive()
+            try:
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                raise Stalled from None
             if message["type"] == "http.disconnect":
                 return False
             chunk = message.get("body", b"")

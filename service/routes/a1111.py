@@ -51,7 +51,9 @@ class Route(DialectRoute):
 
 router = APIRouter(prefix="/sdapi/v1", tags=["a1111"], route_class=Route)
 
-MAKES: dict[str, Any] = {"responses": error_responses(400, 404, 413, 415, 422, 429, 499, 500, 503, 504, 507)}
+MAKES: dict[str, Any] = {
+    "responses": error_responses(400, 404, 408, 413, 415, 422, 429, 499, 500, 503, 504, 507)
+}
 TELLS: dict[str, Any] = {"responses": error_responses(422, 500, 503)}
 
 
@@ -71,7 +73,8 @@ async def txt2img(body: TextToImage, request: Request) -> Made:
 async def img2img(body: ImageToImage, request: Request) -> Made:
     """With a mask, its blurred edge fades from what is painted to the picture."""
     sampling = a1111.sampling_of(body)
-    plan = await asyncio.to_thread(a1111.picture_plan, body, sampling, desk_of(request))
+    with request.app.state.supervisor.place():  # before its pictures are decoded
+        plan = await asyncio.to_thread(a1111.picture_plan, body, sampling, desk_of(request))
     return await answer(body, sampling, plan, request)
 
 
@@ -89,15 +92,20 @@ async def extra_single_image(body: ExtraSingleImage, request: Request) -> ExtraR
     state.supervisor.check_open()
     known = a1111.upscalers(state.supervisor.specs)
     refuse([("upscaler_1", name in known, f"must be one of {', '.join(known)}")])
-    wanted = await asyncio.to_thread(a1111.enlarging_of, body, state.settings)
-    if name == "None":
-        file = await asyncio.to_thread(a1111.png_of, wanted.picture)
-    elif name in RESAMPLING or wanted.scale <= 1:
-        how = RESAMPLING.get(name, RESAMPLING["Lanczos"])
-        file = await asyncio.to_thread(wanted.finish, wanted.picture, how)
-    else:
-        file = await enlarged(body, wanted, request)
+    with state.supervisor.place():
+        wanted = await asyncio.to_thread(a1111.enlarging_of, body, state.settings)
+        file = await asyncio.to_thread(resampled, name, wanted)
+    file = file or await enlarged(body, wanted, request)
     return ExtraResult(image=base64.b64encode(file).decode())
+
+
+def resampled(name: str, wanted: Enlarging) -> bytes | None:
+    """The file, where no model is needed for it."""
+    if name == "None":
+        return a1111.png_of(wanted.picture)
+    if name in RESAMPLING or wanted.scale <= 1:
+        return wanted.finish(wanted.picture, RESAMPLING.get(name, RESAMPLING["Lanczos"]))
+    return None
 
 
 async def enlarged(body: ExtraSingleImage, wanted: Enlarging, request: Request) -> bytes:
@@ -127,7 +135,7 @@ async def read_options(request: Request) -> Options:
 
 @router.post(
     "/options",
-    responses=error_responses(400, 404, 413, 415, 422, 429, 500, 503),
+    responses=error_responses(400, 404, 408, 413, 415, 422, 429, 500, 503),
     summary="A1111: choose the model",
 )
 async def write_options(body: NewOptions, request: Request) -> None:

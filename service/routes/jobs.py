@@ -9,6 +9,7 @@ from fastapi import APIRouter, Body, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
 from service.jobs import Jobs, Record
+from service.keys import digest, sent_in
 from service.schemas import JobRequest, JobStatus, error_responses
 
 router = APIRouter(tags=["jobs"])
@@ -36,7 +37,7 @@ def find(request: Request, job_id: str) -> Record:
 @router.post(
     "/jobs",
     status_code=202,
-    responses={202: ACCEPTED, **error_responses(400, 404, 413, 415, 422, 429, 500, 503)},
+    responses={202: ACCEPTED, **error_responses(400, 404, 408, 413, 415, 422, 429, 500, 503)},
     summary="Ask for pictures without waiting for them",
 )
 async def create_job(
@@ -54,7 +55,8 @@ async def create_job(
     ] = None,
 ) -> JobStatus:
     """Take a place in the queue and answer at once. The job goes on when the client leaves."""
-    record = await request.app.state.jobs.submit(body, idempotency_key, request.state.request_id)
+    key = idempotency_key and (idempotency_key, *map(digest, sent_in(request.scope)))
+    record = await request.app.state.jobs.submit(body, key, request.state.request_id)
     response.headers["Location"] = f"/jobs/{record.id}"
     return await record.describe()
 

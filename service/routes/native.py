@@ -36,7 +36,7 @@ router = APIRouter(tags=["native"])
 
 Result = TypeVar("Result")
 
-MAKE_ERRORS = (400, 404, 406, 413, 415, 422, 429, 500, 503, 504, 507)
+MAKE_ERRORS = (400, 404, 406, 408, 413, 415, 422, 429, 500, 503, 504, 507)
 PICTURE: dict[str, Any] = {
     "description": "The pictures; with `Accept: image/png` (or jpeg, webp) and n = 1 the picture itself",
     "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()},

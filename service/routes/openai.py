@@ -44,7 +44,7 @@ EVENTS: dict[str, Any] = {
 OTHER: dict[str, Any] = {"default": {"model": ErrorBody, "description": "Any other error"}}
 MAKES: dict[str, Any] = {
     "response_model": ImagesResponse,
-    "responses": {200: EVENTS, **error_responses(400, 404, 413, 415, 429, 500, 503, 504, 507), **OTHER},
+    "responses": {200: EVENTS, **error_responses(400, 404, 408, 413, 415, 429, 500, 503, 504, 507), **OTHER},
 }
 
 
@@ -76,7 +76,9 @@ async def edit_image(
 
     Without one the whole picture is the start of a run; `strength` says how much of it may change.
     """
-    wanted = await openai.from_edit(body, request.app.state.settings.max_input_pixels)
+    state = request.app.state
+    with state.supervisor.place():  # before its mask is decoded
+        wanted = await openai.from_edit(body, state.settings.max_input_pixels)
     return await answer(body, wanted, request, "image_edit")
 
 

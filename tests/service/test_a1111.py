@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import pytest
 import webuiapi
@@ -15,8 +17,10 @@ from PIL import Image
 
 from service.a1111 import enlarging_of, png_of, sampling_of, shared, split
 from service.a1111_schemas import ExtraSingleImage, TextToImage
+from service.app import create_app
 from service.errors import InvalidRequest
 from service.overlay import fill, region_of
+from service.registry import locate_all, read_specs
 from service.settings import Settings
 from tests.conftest import Server, wait_until
 
@@ -258,6 +262,29 @@ def test_weights_are_numbers_however_long():
     for text in (":1.", ":.", ":1e3", ":" + "1" * 1_000_000 + "x"):
         with pytest.raises(InvalidRequest):
             split(f"<lora:ink{text}>")
+
+
+@pytest.mark.parametrize(
+    ("path", "how"),
+    [
+        ("/sdapi/v1/img2img", {"json": {"init_images": ["broken"], "mask": "broken"}}),
+        ("/sdapi/v1/extra-single-image", {"json": {"image": "broken"}}),
+        ("/v1/images/edits", {"data": {"prompt": "x"}, "files": {"image": b"broken", "mask": b"broken"}}),
+    ],
+)
+def test_no_picture_is_decoded_without_a_place_in_the_queue(path, how):
+    app = create_app(Settings(queue_size=1))
+    supervisor = app.state.supervisor
+    supervisor.specs = read_specs(locate_all(("emoji",)))
+
+    async def ask() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return (await client.post(path, **how)).status_code
+
+    assert asyncio.run(ask()) in (400, 422)
+    with supervisor.place():
+        assert asyncio.run(ask()) == 429
+    assert supervisor.places == 0
 
 
 def test_numbers_without_measure_are_refused_like_others():

@@ -296,6 +296,8 @@ def test_unknown_jobs_are_404_and_keys_are_kept_apart(server):
     assert first.json()["id"] == again.json()["id"]
     error = error_of(ask(server, {"prompt": "q"}, headers=headers), 422)
     assert error["param"] == "Idempotency-Key"
+    other = ask(server, {"prompt": "q"}, headers=headers | {"X-API-Key": "of somebody else"})
+    assert other.json()["id"] != first.json()["id"]
     wait_for_jobs(server, 0)
 
 

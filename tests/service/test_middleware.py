@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from service import middleware
 from service.metrics import Metrics
 from service.middleware import SMALL, BodyLimit
 
@@ -50,5 +51,19 @@ def test_large_bodies_share_a_room_that_is_given_back_and_small_ones_always_fit(
             client.messages.put_nowait({"type": "http.disconnect"})
             await client.call
         assert app.held == 0
+
+    asyncio.run(scenario())
+
+
+def test_who_stops_in_the_middle_of_a_body_gives_its_room_back(monkeypatch):
+    monkeypatch.setattr(middleware, "SILENCE_SECONDS", 0.2)
+
+    async def scenario():
+        app = BodyLimit(accept, limit=2 * LARGE, room=3 * LARGE, metrics=Metrics(), admits=lambda scope: True)
+        client = Client(app)
+        await client.send(LARGE)
+        assert app.held == LARGE
+        await client.call
+        assert (client.status, app.held) == (408, 0)
 
     asyncio.run(scenario())
