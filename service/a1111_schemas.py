@@ -7,10 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 
 Off = Literal[False] | None
-Anything = Annotated[Any, Field(description="changes nothing")]
+
+
+def repeatable(value: Any) -> Any:
+    """Raises ValueError for what an answer cannot repeat as JSON: half a character, or lists too deep."""
+    to_json({"parameters": {"value": value}})
+    return value
+
+
+Anything = Annotated[Any, AfterValidator(repeatable), Field(description="changes nothing")]
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 One = Annotated[float, Field(ge=1, le=1)] | None
 Empty = Annotated[str, Field(max_length=0)] | None

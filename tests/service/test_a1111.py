@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import webuiapi
 from PIL import Image
+from pydantic import ValidationError
 
 from service.a1111 import enlarging_of, png_of, sampling_of, shared, split
 from service.a1111_schemas import ExtraSingleImage, TextToImage
@@ -285,6 +286,13 @@ def test_no_picture_is_decoded_without_a_place_in_the_queue(path, how):
     with supervisor.place():
         assert asyncio.run(ask()) == 429
     assert supervisor.places == 0
+
+
+@pytest.mark.parametrize("args", [["\ud800"], json.loads("[" * 400 + "]" * 400)])
+def test_what_no_answer_could_repeat_is_refused(args):
+    with pytest.raises(ValidationError, match="script_args"):
+        TextToImage(prompt=PROMPT, script_args=args)
+    TextToImage(prompt=PROMPT, script_args=[{"a": 1}]).model_dump_json()
 
 
 def test_numbers_without_measure_are_refused_like_others():
