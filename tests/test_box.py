@@ -44,7 +44,9 @@ def test_the_command_draws_a_red_thing_on_a_blue_background(tmp_path: Path) -> N
     subprocess.run(command, cwd=ROOT, check=True)
     picture = np.asarray(Image.open(file))
     assert nearest_colour(background(picture)) == "blue"
-    red, green, blue = picture[48:96, 48:80].reshape(-1, 3).mean(0)
+    left, top, right, bottom = extent(picture)
+    x, y = (left + right) // 2, (top + bottom) // 2
+    red, green, blue = picture[y - 16 : y + 16, x - 16 : x + 16].reshape(-1, 3).mean(0)
     assert red > 2 * max(green, blue)
 
 
@@ -63,7 +65,7 @@ def test_most_held_out_prompts_are_recognised_and_shuffled_ones_are_not() -> Non
         return pictures["all"]
 
     accuracy = named_object_accuracy(judge, pairs, draw)
-    assert accuracy.top5 >= 0.3  # its card has the figure over 600 prompts
+    assert accuracy.top5 >= 0.6  # its card has the figure over 600 prompts
     assert accuracy.background == 1.0
     shuffled = named_object_accuracy(judge, pairs, lambda prompts: np.roll(pictures["all"], 1, axis=0))
     assert shuffled.top5 <= 0.2
@@ -100,7 +102,7 @@ def test_boxes_and_regions_are_filled_and_nothing_else_is(box: Server) -> None:
     for name in ("red apple", "ghost", "watermelon", "soccer ball"):
         pixels = made(box, prompt=name, boxes=[{"name": name, "x": 0.25, "y": 0.25, "w": 0.75, "h": 0.75}])
         inside.append(overlap(extent(pixels), (32, 32, 128, 128)) > 0.5)
-    assert sum(inside) >= 2  # three in four, says the card
+    assert sum(inside) >= 3  # nearly all, says the card
     regions = np.zeros((16, 16, 3), np.uint8)
     regions[4:, 4:] = colour_of(NAMES.index(name) + 1)
     assert (made(box, prompt=name, segmentation=png(regions)) == pixels).all()
