@@ -288,6 +288,8 @@ def fix_arithmetic(threads: int, invariant: bool) -> None:
     - a row's place in a call and its neighbours change nothing with 1 and with 2 threads. With 3 threads its
       place does: work is cut in equal parts, a part that ends within a vector has its last numbers computed
       one by one, and exp() is another function there. So: a power of two threads, which cuts evenly.
+    - with 2 threads on an AMD EPYC a row's place changes what MKL makes of a product, unless MKL_CBWR asks
+      for strict reproducibility before the first one.
     - 1 and 2 threads agree with each other at some sizes only; a picture is the same where this number is.
     - an input at an odd address changes nothing, channels_last does (2e-6): no CPU has any of it.
     - in bfloat16, with one thread on a CPU with AVX512-BF16, neither rows nor places changed a bit of that
@@ -299,6 +301,7 @@ def fix_arithmetic(threads: int, invariant: bool) -> None:
         torch.set_num_threads(threads)
     if invariant:
         torch.set_num_threads(even(torch.get_num_threads()))
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may differ between calls
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,7 @@ from service.engine import Engine
 from service.job import Done, Job
 from service.registry import Registry
 from service.runner import TorchRunner
-from tests.conftest import wait_until
+from tests.conftest import ROOT, wait_until
 from tests.service.test_engine import make_job
 from tests.service.test_runner import psnr
 from tests.service.test_server import EIGHT, post, together
@@ -113,3 +115,21 @@ def files(answer: httpx.Response) -> list[str]:
     """The files in an answer, in base64."""
     assert answer.status_code == 200, answer.text
     return [image["data"] for image in answer.json()["images"]]
+
+
+def test_with_two_threads_a_rows_place_changes_nothing():
+    """In a process of its own: MKL heeds what fix_arithmetic() tells it before its first product only."""
+    code = (
+        "import torch\n"
+        "from service.device import fix_arithmetic\n"
+        "fix_arithmetic(2, invariant=True)\n"
+        "from tests.bench.cuda import bundle_of, unet_inputs\n"
+        "from tests.bench.shapes import TINY, Setting\n"
+        "setting, spec = Setting(torch.device('cpu'), torch.float32), TINY['ldm-text'].spec\n"
+        "bundle, given = bundle_of(spec, setting), unet_inputs(spec, 8, setting)\n"
+        "turned = [None if rows is None else rows.roll(1, 0) for rows in given]\n"
+        "with torch.inference_mode():\n"
+        "    print(torch.equal(bundle.denoiser(*given).roll(1, 0), bundle.denoiser(*turned)))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert run.stdout == "True\n"
