@@ -51,16 +51,14 @@ def left_half(size: tuple[int, int]) -> Image.Image:
 
 
 def test_txt2img_makes_what_the_native_api_makes(box, api):
-    made = api.txt2img(prompt=PROMPT, negative_prompt="pear", **SMALL, eta=0.0, batch_size=2, n_iter=1)
+    for _ in range(2):  # the first after a start runs in smaller calls, where bits may differ
+        made = api.txt2img(prompt=PROMPT, negative_prompt="pear", **SMALL, eta=0.0, batch_size=2, n_iter=1)
     native = box.client.post(
         "/generate",
         json={"prompt": PROMPT, "negative_prompt": "pear", "seed": 1, "n": 2, "steps": 4, "sampler": "ddim",
               "guidance_scale": 3.0, "prompt_weights": True, "long_prompts": "chunk"},
     ).json()  # fmt: skip
-    for ours, theirs in zip(made.json["images"], native["images"], strict=True):
-        ours, theirs = (Image.open(io.BytesIO(base64.b64decode(data))) for data in (ours, theirs["data"]))
-        assert ours.info == theirs.info
-        assert np.abs(array(ours) - array(theirs)).max() <= 2  # calls may be of other sizes
+    assert made.json["images"] == [image["data"] for image in native["images"]]
     assert made.parameters["prompt"] == PROMPT
     assert made.info["all_seeds"] == [1, 2]
     assert (made.info["sampler_name"], made.info["steps"], made.info["sd_model_name"]) == ("DDIM", 4, "emoji")
