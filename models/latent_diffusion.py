@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
@@ -23,6 +24,7 @@ from models.unet import UNet, timestep_embedding
 
 OVERFLOWING = torch.float16  # what a first stage that its spec says so of does not run in
 TILE = 32  # cells of a side: 256 pixels where a cell covers 8
+SIZES = 8  # of which the latent of a hidden picture is kept
 ROWS = 16  # tiles that are enlarged at once
 
 
@@ -51,7 +53,7 @@ class LatentDiffusion:
         self.conditioner = conditioner
         self.schedule = Schedule(spec.schedule)
         self.denoiser = Denoiser(unet, self.schedule) if unet else None
-        self._hidden: dict[tuple[int, int], Tensor] = {}
+        self._hidden: LRUCache[tuple[int, int], Tensor] = LRUCache(SIZES)
 
     @property
     def device(self) -> torch.device:
@@ -141,7 +143,7 @@ class LatentDiffusion:
         return float(signal**0.5) * low + float((1 - signal) ** 0.5) * noise
 
     def encode_hidden(self, h: int, w: int) -> Tensor:
-        """Scaled latent (C, h, w) of a picture of which nothing is known; made once a size."""
+        """Scaled latent (C, h, w) of a picture of which nothing is known; kept of the last sizes."""
         if (h, w) not in self._hidden:
             autoencoder, f = self.spec.autoencoder, self.spec.autoencoder.factor
             x = torch.zeros(1, autoencoder.picture_channels, f * h, f * w, device=self.device)

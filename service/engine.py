@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+from cachetools import LRUCache
+
 from service.errors import NonFinite, OutOfMemory, code_of
 from service.job import (
     Cancelled,
@@ -26,7 +28,7 @@ from service.job import (
     Trouble,
     Waiting,
 )
-from service.memory import Limits, Use
+from service.memory import GROUPS, Limits, Use
 from service.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -152,7 +154,7 @@ class Engine:
         self.owed = 0.0  # seconds that D has had less than the UNet
         self.pace: float | None = None  # seconds for one unit of work
         self.last: Timed | None = None  # call
-        self.row_seconds: dict[Hashable, float] = {}  # of a row of a call, by group
+        self.row_seconds: LRUCache[Hashable, float] = LRUCache(GROUPS)  # of a row of a call
         self.decoded = 0  # pictures so far
         self.next_report = 0.0
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,7 @@ class Graphs:
 
     def __init__(self, record: Recorder | None = None, most: int = MOST) -> None:
         self._record = record
-        self._most = most
-        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        self._entries: LRUCache[Hashable, Entry] = LRUCache(most)
         self._paused = False
 
     def run(self, network: nn.Module, function: Function, *inputs: Tensor | None) -> Tensor:
@@ -87,9 +86,6 @@ class Graphs:
         if entry is None or entry.network() is not network:  # another one may have come to its address
             self.prune()
             entry = self._entries[key] = Entry(weakref.ref(network))
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._most:
-            self._entries.popitem(last=False)
         return entry
 
     def _recorded(self, entry: Entry, function: Function, inputs: Inputs) -> bool:

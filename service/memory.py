@@ -6,6 +6,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cachetools import LRUCache
+
+GROUPS = 4096  # of which something is remembered: the last ones, since requests choose sizes and LoRAs
 SHARE = 0.9  # of what is free; the rest is for what else a call's neighbourhood needs
 RECOVERY = 64  # calls without a failure, after which a size that failed is tried again
 
@@ -38,7 +41,7 @@ class Limits:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = tuple(sizes)
-        self.fits: dict[Hashable, Fit] = {}
+        self.fits: LRUCache[Hashable, Fit] = LRUCache(GROUPS)
 
     def rows(self, group: Hashable) -> int:
         """The most rows that a call may have."""

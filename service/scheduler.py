@@ -8,7 +8,10 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cachetools import LRUCache
+
 from service.job import ImageKey, Shape
+from service.memory import GROUPS
 
 PATIENCE = 8  # full calls; less lets large old jobs slow the small ones down
 TOP_PRIORITY = 9
@@ -152,7 +155,7 @@ class Scheduler:
             raise ValueError(f"max_rows must be at least 2, not {max_rows}")
         self.max_rows = max_rows
         self.patience = patience
-        self._limits: dict[Hashable, int] = {}
+        self._limits: LRUCache[Hashable, int] = LRUCache(GROUPS)
         self._jobs: OrderedDict[str, Queued] = OrderedDict()  # by admission
         self._groups: dict[Hashable, Group] = {}
         self._turns: list[tuple[float, int, Group]] = []  # sorted
