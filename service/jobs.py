@@ -51,6 +51,11 @@ class Record:
         return "queued" if stage == "queued" else "running"
 
     @property
+    def bytes(self) -> int:
+        """Of its files, once they are there."""
+        return sum(map(len, self.work.result().files)) if self.status == "done" else 0
+
+    @property
     def error(self) -> ServiceError | None:
         """What it failed with."""
         error = self.work.exception() if self.status == "failed" else None
@@ -122,6 +127,7 @@ class Jobs:
         self._records: dict[str, Record] = {}
         self._ended: dict[str, Hashable] = {}  # id -> key of submit(), in the order in which they ended
         self._keys: dict[Hashable, Keyed] = {}
+        self._bytes = 0  # of all that ended
 
     async def collected(self, seconds: float) -> None:
         """Wait for who asked for the jobs of now to learn how they ended, at most so long after all have."""
@@ -201,15 +207,18 @@ class Jobs:
             record.collected = True
             del self._records[record.id]
             return
+        settings = self.supervisor.settings
         self._ended[record.id] = key
-        while len(self._ended) > self.supervisor.settings.jobs_kept:
+        self._bytes += record.bytes
+        while len(self._ended) > settings.jobs_kept or (
+            self._bytes > settings.jobs_bytes and len(self._ended) > 1
+        ):
             self._forget(next(iter(self._ended)))
-        seconds = self.supervisor.settings.jobs_seconds
-        asyncio.get_running_loop().call_later(seconds, self._forget, record.id)
+        asyncio.get_running_loop().call_later(settings.jobs_seconds, self._forget, record.id)
 
     def _forget(self, job_id: str) -> None:
         if job_id in self._ended:
-            del self._records[job_id]
+            self._bytes -= self._records.pop(job_id).bytes
             self._keys.pop(self._ended.pop(job_id), None)
 
 

@@ -25,6 +25,7 @@ SWITCHES = {"1": True, "true": True, "0": False, "false": False}
 WORD = re.compile(r"[^\s=()\[\]:\\]{1,64}=.")
 NAMED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}=.")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+BYTES = "bytes, or a number with K, M or G"
 KEY = re.compile(r"[!-+\--~]{8,}")  # an API key: visible ASCII without a comma
 
 
@@ -202,9 +203,9 @@ class Settings:
 
     # Bytes that one UNet call may take beside the weights; 0: what the device has free. Too many: jobs run
     # out of memory, and run again in smaller calls. Too few: smaller calls.
-    step_memory: int = setting(0, Parser(read_bytes, "bytes, or a number with K, M or G"))
+    step_memory: int = setting(0, Parser(read_bytes, BYTES))
     # Bytes that weights may take; 0: no limit. Below all models' together: they take turns, and load again.
-    model_memory: int = setting(0, Parser(read_bytes, "bytes, or a number with K, M or G"))
+    model_memory: int = setting(0, Parser(read_bytes, BYTES))
     # What breaks, and where: for tests only (service/faults.py).
     faults: tuple[Fault, ...] = setting((), Parser(read_faults, "stage:kind:word, by commas"))
 
@@ -219,8 +220,10 @@ class Settings:
     max_bodies_bytes: int = setting(2**28, number(int, 1024, 2**40))
 
     # Jobs of POST /jobs that have ended and can still be asked for: at most so many, for at most so long.
-    # Their pictures stay in memory: a job of one 512x512 PNG is about half a megabyte.
+    # Their pictures stay in memory: together at most so many bytes, or the newest job's alone. Too few of
+    # any of these: a 404 for who asks late.
     jobs_kept: int = setting(256, number(int, 1, 1_000_000))
+    jobs_bytes: int = setting(2**29, Parser(read_bytes, BYTES))
     jobs_seconds: float = setting(900.0, number(float, 0.1, 30 * 86_400))
 
     timeout: float = setting(600.0, number(float, 0.001, 86_400))  # seconds of a request that names none

@@ -175,7 +175,7 @@ def test_a_key_of_a_refused_request_is_free_again():
     run(scenario())
 
 
-def test_jobs_that_ended_are_kept_up_to_a_count_and_for_a_time():
+def test_jobs_that_ended_are_kept_up_to_a_count_and_a_size_and_for_a_time():
     async def scenario():
         service = Service(jobs_kept=2)
         records = [await service.begun() for _ in range(3)]
@@ -184,6 +184,13 @@ def test_jobs_that_ended_are_kept_up_to_a_count_and_for_a_time():
         with pytest.raises(NotFound):
             service.jobs.find(records[0].id)
         assert [service.jobs.find(record.id) for record in records[1:]] == records[1:]
+        small = Service(jobs_bytes=1)
+        records = [await small.begun() for _ in range(2)]
+        for record in records:
+            await small.end(record)
+            assert small.jobs.find(record.id) is record  # the newest stays, however large
+        with pytest.raises(NotFound):
+            small.jobs.find(records[0].id)
         brief = Service(jobs_seconds=0.05)
         record = await brief.begun()
         await brief.end(record)
