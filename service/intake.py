@@ -94,7 +94,16 @@ def to_order(body: PictureRequest, specs: Mapping[str, ModelSpec], settings: Set
     if isinstance(body, SceneRequest):
         order = replace(order, job=placed(body, spec, order, settings), boxes=tuple(body.boxes or ()))
     check_task(spec, (order.job.task,))
+    if body.guidance_scale is None and not is_guided(order.job, spec):  # the same picture, in half the rows
+        order = replace(order, job=replace(order.job, guidance_scale=1.0))
     return with_format(order, order.format)
+
+
+def is_guided(job: Job, spec: ModelSpec) -> bool:
+    """Whether anything makes the two predictions that guidance compares differ."""
+    placed = job.regions or job.boxes or job.class_label is not None
+    zeros = spec.zero_null and not job.negative_prompt
+    return bool(placed or zeros or job.prompt != job.negative_prompt)
 
 
 def with_format(order: Order, kind: Format, param: str = "output_format") -> Order:

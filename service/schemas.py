@@ -64,7 +64,9 @@ class PictureRequest(BaseModel):
         None
     )
     steps: Annotated[int | None, Field(ge=1, le=1000)] = None
-    guidance_scale: Annotated[float | None, Field(ge=0, le=50, description="1: none")] = None
+    guidance_scale: Annotated[
+        float | None, Field(ge=0, le=50, description="1: none, the default where nothing is asked for")
+    ] = None
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="of image 0; drawn if missing")] = None
     n: Annotated[int, Field(ge=1, le=MAX_N, description="pictures")] = 1
     sampler: Annotated[str | None, Field(max_length=50)] = None

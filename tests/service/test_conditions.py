@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,31 @@ def test_a_model_of_text_alone_refuses_other_conditions(body):
 
 def test_nothing_at_all_is_asked_of_a_model_that_needs_no_condition():
     assert order_of().job.prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "rows"),
+    [
+        ({}, 1),
+        ({"prompt": "dog", "negative_prompt": "dog"}, 1),
+        ({"guidance_scale": 4.0}, 2),
+        ({"prompt": "dog"}, 2),
+        ({"negative_prompt": "dog"}, 2),
+        ({"class_label": 1}, 2),
+        ({"boxes": [BOX]}, 2),
+    ],
+)
+def test_nothing_is_guided_where_nothing_is_asked_for(body, rows):
+    job = order_of(**body).job
+    assert (job.rows, job.guidance_scale > 1) == (rows, rows == 2)
+    zeros = replace(scene_spec(), zero_null=True)  # the empty prompt is not what guidance compares with
+    assert order_of(zeros, **body).job.rows == (rows if body else 2)
+
+
+def test_guidance_changes_nothing_where_nothing_is_asked_for(runner):
+    guided, plain = (scene_job(f"{scale}", prompt="", guidance_scale=scale) for scale in (3.0, 1.0))
+    first, second = finished(runner, guided, plain)
+    assert psnr(first, second) > 50
 
 
 def scene_job(name: str = "a", **changes) -> Job:
