@@ -28,10 +28,13 @@ from models.unet import UNet
 
 CHUNK = 64  # scenes encoded at once
 SHORT, DROPPED = 0.1, 0.1  # shares of captions that leave the background out, and of empty ones
-HOLED = 0.25  # share of scenes that are also encoded with a hole
-SILENT = 0.5  # share of those that have no words, and nothing behind the hole of which nothing else is seen
-KNOWN = 0.8  # how often such a scene is learned with what is around the hole
-LAID_OUT = 0.25  # how often the regions of a scene are told, by turns as boxes and as silhouettes
+HOLED = 0.4  # share of scenes that are also encoded with a hole
+SILENT = 0.8  # share of those that have no words, and nothing behind the hole of which nothing else is seen
+SILENT_KINDS = {"one": 0.8, "related": 0.2}  # of their scenes
+SILENT_HOLES = (0, 1, 1, 2, 2)  # kinds of theirs: most hide a part of an object
+SEEN = 0.1  # weight of the error outside a hole, where the picture is known
+KNOWN = 0.9  # how often such a scene is learned with what is around the hole
+LAID_OUT = 0.15  # how often the regions of a scene are told, by turns as boxes and as silhouettes
 
 
 class SceneNetwork(nn.Module):
@@ -86,10 +89,15 @@ class Chunks(Dataset):
 
     def __getitem__(self, index: int) -> Chunk:
         rng = np.random.default_rng([self.seed, index])
-        scenes = [draw_scene(self.atlas, rng) for _ in range(CHUNK)]
         holed = round(HOLED * CHUNK)
-        holes = np.stack([draw_hole(rng, scene) for scene in scenes[:holed]])
-        for index in range(round(SILENT * holed)):
+        silent = round(SILENT * holed)
+        scenes = [draw_scene(self.atlas, rng, kinds=SILENT_KINDS) for _ in range(silent)]
+        scenes += [draw_scene(self.atlas, rng) for _ in range(CHUNK - silent)]
+        holes = np.stack(
+            [draw_hole(rng, scene, SILENT_HOLES) for scene in scenes[:silent]]
+            + [draw_hole(rng, scene) for scene in scenes[silent:holed]]
+        )
+        for index in range(silent):
             scenes[index] = without_hidden(self.atlas, scenes[index], holes[index])
         known = np.stack([scene.picture for scene in scenes[:holed]])
         maps = [layouts(scene, self.number, self.factor) for scene in scenes]
@@ -201,6 +209,12 @@ def batches(data: dict[str, Tensor], scale: float, empty: Tensor, size: int, see
             )
 
 
+def in_holes(batch: Batch) -> Tensor:
+    """Weight of each cell's error, (B, 1, h, w), of mean 1 in each picture: most is in its hole."""
+    weight = batch.mask.clamp(min=SEEN)
+    return weight / weight.mean((2, 3), keepdim=True)
+
+
 def timestep_density(alpha_bar: np.ndarray) -> Tensor:
     """How often training draws each timestep: (T,), sums to 1.
 
@@ -214,18 +228,24 @@ def timestep_density(alpha_bar: np.ndarray) -> Tensor:
 
 
 def v_error(
-    predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, alpha_bar: Tensor, density: Tensor
+    predict: Callable[[Tensor, Tensor], Tensor],
+    z: Tensor,
+    alpha_bar: Tensor,
+    density: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Error of the predicted v (Salimans and Ho 2022) at random timesteps.
 
-    predict: z_t (B, C, h, w), t (B,) -> v; alpha_bar, density (T,).
+    predict: z_t (B, C, h, w), t (B,) -> v; alpha_bar, density (T,). weight: of each cell, (B, 1, h, w) with
+    mean 1; None: the same for all.
     """
     quantiles = (torch.arange(len(z)) + torch.rand(len(z))).to(z.device) / len(z)  # one of each share
     t = torch.searchsorted(density.cumsum(0), quantiles).clamp(max=len(density) - 1)
     ab = alpha_bar[t][:, None, None, None]
     eps = torch.randn_like(z)
     v = ab.sqrt() * eps - (1 - ab).sqrt() * z
-    return (predict(ab.sqrt() * z + (1 - ab).sqrt() * eps, t).float() - v).square().mean()
+    error = (predict(ab.sqrt() * z + (1 - ab).sqrt() * eps, t).float() - v).square()
+    return (error if weight is None else weight * error).mean()
 
 
 def start_from(network: SceneNetwork, bundle: LatentDiffusion) -> None:
@@ -262,6 +282,8 @@ def train(
     stream = batches(data, scale, empty, budget.batch, seed=trainer.progress.updates)
 
     def loss(batch: Batch) -> Tensor:
-        return v_error(lambda z_t, t: network(z_t, t, batch, data["names"]), batch.z, alpha_bar, density)
+        return v_error(
+            lambda z_t, t: network(z_t, t, batch, data["names"]), batch.z, alpha_bar, density, in_holes(batch)
+        )
 
     return trainer.run(stream, loss, "diffusion")

@@ -219,14 +219,14 @@ def related_prompts(names: Sequence[str], count: int, seed: int = 1) -> list[Rel
     return asked
 
 
-def related_objects(judge: Judge, paint: Painter, names: Sequence[str], count: int) -> float:
-    """Share of pictures of two objects that are both the right ones, each on its side."""
-    asked, right = related_prompts(names, count), 0
+def related_objects(judge: Judge, paint: Painter, names: Sequence[str], count: int) -> tuple[float, float]:
+    """Shares of pictures of two objects that are both the right ones, and each on its side too."""
+    asked, drawn, placed = related_prompts(names, count), 0, 0
     for (_, axis, pair), picture in zip(asked, paint([each.prompt for each in asked]), strict=True):
         colour = background(picture)
-        parts = np.split(picture, 2, axis=axis)
-        right += all(judge.rank(part, colour)[0] == name for part, name in zip(parts, pair, strict=True))
-    return right / count
+        found = tuple(judge.rank(part, colour)[0] for part in np.split(picture, 2, axis=axis))
+        drawn, placed = drawn + (found in (pair, pair[::-1])), placed + (found == pair)
+    return drawn / count, placed / count
 
 
 def boxed_objects(
@@ -275,17 +275,34 @@ def object_holes(scenes: Sequence[Scene], margin: int = 6) -> np.ndarray:
     return holes
 
 
-def filled_holes(paint: Painter, scenes: Sequence[Scene]) -> float:
-    """PSNR inside holes filled without a prompt, above that of filling with the mean of what is known, dB."""
-    rng = np.random.default_rng(3)
-    pictures = np.stack([scene.picture for scene in scenes])
-    holes = np.stack([draw_hole(rng, scene, kinds=(1, 2)) for scene in scenes])
+def random_holes(scenes: Sequence[Scene]) -> np.ndarray:
+    """Over background and up to half of an object, bool (B, H, W)."""
+    rng, holes = np.random.default_rng(3), []
+    for scene in scenes:
+        hole = draw_hole(rng, scene, kinds=(1, 2))
+        while hole[scene.regions > 0].mean() > 0.5:
+            hole = draw_hole(rng, scene, kinds=(1, 2))
+        holes.append(hole)
+    return np.stack(holes)
+
+
+def filled_holes(paint: Painter, scenes: Sequence[Scene]) -> tuple[float, float]:
+    """How much nearer than the mean of what is known a filling without a prompt comes, PSNR in dB.
+
+    The mean over pictures, and of the squared error of all their pixels, which the worst of them make up.
+    """
+    pictures, holes = np.stack([scene.picture for scene in scenes]), random_holes(scenes)
     made = paint([""] * len(scenes), paint.around(pictures, holes))
-    means = np.stack([p[~h].mean(axis=0).round() for p, h in zip(pictures, holes, strict=True)]).astype(
-        np.uint8
-    )
-    flat = np.broadcast_to(means[:, None, None], pictures.shape)
-    return psnr(made[holes], pictures[holes]) - psnr(flat[holes], pictures[holes])
+    errors = np.array([hole_errors(*each) for each in zip(pictures, holes, made, strict=True)])
+    errors = errors.clip(min=1.0)  # less than a level is none
+    pooled = holes.sum((1, 2)) @ errors
+    return tuple(float(10 * np.log10(e[..., 0] / e[..., 1]).mean()) for e in (errors, pooled))
+
+
+def hole_errors(picture: np.ndarray, hole: np.ndarray, made: np.ndarray) -> tuple[float, float]:
+    """Mean squared error inside a hole, bool (H, W): of the mean of what is known, and of what was made."""
+    mean = picture[~hole].mean(axis=0).round()
+    return tuple(float(np.square(fill - picture[hole]).mean()) for fill in (mean, made[hole].astype(float)))
 
 
 def shuffled(bundle: LatentDiffusion) -> LatentDiffusion:
@@ -313,7 +330,8 @@ def report(
         f"named objects, {accuracy.count} held-out prompts: "
         f"top-1 {accuracy.top1:.1%}, top-5 {accuracy.top5:.1%}, background {accuracy.background:.1%}"
     )
-    yield f"two objects in a relation, {part} prompts: {related_objects(judge, paint, names, part):.1%}"
+    drawn, placed = related_objects(judge, paint, names, part)
+    yield f"two objects in a relation, {part} prompts: both right {drawn:.1%}, and in place {placed:.1%}"
     named, placed, both = boxed_objects(judge, paint, names, part)
     yield (
         f"boxes, {part}: the right object {named:.1%}, IoU with the box over 0.5 {placed:.1%}, "
@@ -324,7 +342,11 @@ def report(
     made = paint([s.caption for s in scenes], paint.around(pictures, object_holes(scenes)))
     right = right_objects(judge, [scene.names[0] for scene in scenes], made)
     yield f"inpainting with a prompt, {len(scenes)} holes: top-1 {right:.1%}"
-    yield f"inpainting without, PSNR in {len(scenes)} holes: {filled_holes(paint, scenes):+.1f} dB"
+    each, pooled = filled_holes(paint, scenes)
+    yield (
+        f"inpainting without, {len(scenes)} holes: PSNR against the mean colour {each:+.1f} dB a picture, "
+        f"{pooled:+.1f} dB of all pixels"
+    )
     paint.bundle = shuffled(bundle)
     accuracy = named_object_accuracy(judge, held_out_prompts(names, part), paint)
     yield f"the same with the UNet's weights shuffled: top-1 {accuracy.top1:.1%}, top-5 {accuracy.top5:.1%}"

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from models.conditioner import GRAY
 from models.latent_diffusion import LatentDiffusion
 from models.training.evaluate import (
     Painter,
     Pictures,
     held_out_prompts,
     object_holes,
+    random_holes,
     related_prompts,
     to_pictures,
 )
@@ -79,17 +81,15 @@ def boxes_of(rng: np.random.Generator, numbers: Sequence[int], cells: int) -> np
 
 
 def of_holes(paint: Painter, names: Sequence[str]) -> Captioned:
-    """Pictures with a hole, what a prompt puts there, and what comes without one."""
+    """Pictures with a hole and what comes there: over an object with a prompt, anywhere without one."""
     scenes = held_out_scenes(Atlas(names), COLUMNS, seed=5)
-    pictures = np.stack([scene.picture for scene in scenes])
-    holes = object_holes(scenes)
-    around = paint.around(pictures, holes)
-    gray = np.where(holes[..., None], 128, pictures).astype(np.uint8)
-    captions = [scene.caption for scene in scenes]
-    rows = [gray]
-    for prompts in (captions, [""] * COLUMNS):
-        rows.append(np.where(holes[..., None], paint(prompts, around), pictures))
-    return np.concatenate(rows), [*[""] * COLUMNS, *captions, *["no prompt"] * COLUMNS]
+    pictures, captions = np.stack([scene.picture for scene in scenes]), [scene.caption for scene in scenes]
+    rows, below = [], []
+    for holes, prompts in ((object_holes(scenes), captions), (random_holes(scenes), [""] * COLUMNS)):
+        made = paint(prompts, paint.around(pictures, holes))
+        rows += [np.where(holes[..., None], fill, pictures) for fill in (np.uint8(GRAY), made)]
+        below += [*[""] * COLUMNS, *(prompt or "no prompt" for prompt in prompts)]
+    return np.concatenate(rows), below
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """The drawn data set: what is held out, what a scene holds, and whether the measure recognises it."""
 
 import os
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -14,10 +15,12 @@ from models.training.evaluate import (
     Judge,
     background,
     boxed_objects,
+    filled_holes,
     held_out_prompts,
     named_object_accuracy,
     nearest_colour,
     psnr,
+    random_holes,
     related_objects,
 )
 from models.training.scenes import (
@@ -154,9 +157,14 @@ def test_the_measure_of_relations_asks_for_both_objects_and_both_places(atlas: A
     def mirrored(prompts: Sequence[str]) -> np.ndarray:
         return drawn(atlas, prompts)[:, ::-1, ::-1]
 
+    def swapped(prompts: Sequence[str]) -> np.ndarray:
+        return drawn(atlas, [re.sub("|".join(opposite), lambda m: opposite[m[0]], p) for p in prompts])
+
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     judge = Judge(atlas)
-    assert related_objects(judge, lambda prompts: drawn(atlas, prompts), NAMES, 12) == 1.0
-    assert related_objects(judge, mirrored, NAMES, 12) == 0.0
+    assert related_objects(judge, lambda prompts: drawn(atlas, prompts), NAMES, 12) == (1.0, 1.0)
+    assert related_objects(judge, swapped, NAMES, 12) == (1.0, 0.0)
+    assert related_objects(judge, mirrored, NAMES, 12)[1] == 0.0
 
 
 class Boxes:
@@ -184,6 +192,35 @@ def test_the_measure_of_boxes_asks_for_the_object_and_its_place(atlas: Atlas) ->
     spec, judge = SimpleNamespace(autoencoder=presets.AUTOENCODER), Judge(atlas)
     assert boxed_objects(judge, Boxes(atlas, spec=spec), NAMES, 12) == (1.0, 1.0, 1.0)
     assert boxed_objects(judge, Boxes(atlas, 48, spec), NAMES, 12)[1] < 0.5
+
+
+class Filler:
+    """Paints what it is told to, whatever the hole."""
+
+    def __init__(self, made: np.ndarray) -> None:
+        self.made = made
+
+    def around(self, pictures: np.ndarray, holes: np.ndarray) -> None:
+        return None
+
+    def __call__(self, prompts: list[str], beside: None) -> np.ndarray:
+        return self.made
+
+
+def test_the_measure_of_filling_is_none_for_the_mean_colour_and_much_for_what_was_there(atlas: Atlas) -> None:
+    scenes = [draw_scene(atlas, np.random.default_rng(n), kinds={"one": 1}) for n in range(8)]
+    pictures, holes = np.stack([scene.picture for scene in scenes]), random_holes(scenes)
+    hidden = [hole[scene.regions > 0].mean() for hole, scene in zip(holes, scenes, strict=True)]
+    assert max(hidden) <= 0.5
+    assert np.mean(hidden) > 0.05
+    means = [picture[~hole].mean(0).round() for picture, hole in zip(pictures, holes, strict=True)]
+    colours = np.broadcast_to(np.array(means, np.uint8)[:, None, None], pictures.shape)
+    assert filled_holes(Filler(colours), scenes) == pytest.approx((0.0, 0.0))
+    each, pooled = filled_holes(Filler(pictures // 2 + 64), scenes)
+    assert (each, pooled) > (0.0, 0.0)
+    best = filled_holes(Filler(pictures), scenes)
+    assert each < best[0] < 50
+    assert pooled < best[1] < 50
 
 
 def test_psnr_of_a_known_error() -> None:
