@@ -33,7 +33,7 @@ SILENT = 0.8  # share of those that have no words, and nothing behind the hole o
 SILENT_KINDS = {"one": 0.8, "related": 0.2}  # of their scenes
 SILENT_HOLES = (0, 1, 1, 2, 2)  # kinds of theirs: most hide a part of an object
 SEEN = 0.1  # weight of the error outside a hole, where the picture is known
-KNOWN = 0.9  # how often such a scene is learned with what is around the hole
+KNOWN = 0.9  # how often a scene with words is learned with what is around its hole; without words always
 LAID_OUT = 0.15  # how often the regions of a scene are told, by turns as boxes and as silhouettes
 
 
@@ -193,7 +193,9 @@ def batches(data: dict[str, Tensor], scale: float, empty: Tensor, size: int, see
     while True:
         for index in torch.randperm(count, generator=generator).split(size):
             n, index = len(index), index.to(device)
-            known = data["holed"][index] & chance(KNOWN, n)
+            # A scene without words lacks what its hole hides: without the hole it would teach empty pictures.
+            silent = (data["ids"][index, 0] == empty).all(1)
+            known = data["holed"][index] & (chance(KNOWN, n) | silent)
             laid_out, boxed = chance(LAID_OUT, n), chance(0.5, n)
             nothing = chance(DROPPED, n)
             ids = data["ids"][index, chance(SHORT, n).long()]

@@ -41,7 +41,7 @@ def test_one_command_makes_a_model_that_is_measured_part_after_part(
     assert loaded.spec.labels == ("red apple", "rocket")
     sizes = {file.stem: Image.open(file).size for file in (model / "sheets").iterdir()}
     assert sizes["text-to-image"] == (824, 736)
-    assert sizes["layout-to-image"][1] > sizes["inpainting"][1] > sizes["unconditional"][1]
+    assert sizes["layout-to-image"][1] == sizes["inpainting"][1] > sizes["unconditional"][1]
     assert sizes["256x128"][0] > sizes["192x128"][0]
     out = capsys.readouterr().out
     assert " dB\n" in out
