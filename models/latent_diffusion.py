@@ -24,8 +24,8 @@ from models.unet import UNet, timestep_embedding
 
 OVERFLOWING = torch.float16  # what a first stage that its spec says so of does not run in
 TILE = 32  # cells of a side: 256 pixels where a cell covers 8
-SIZES = 8  # of which the latent of a hidden picture is kept
 ROWS = 16  # tiles that are enlarged at once
+SIZES = 8  # of which the latent of a hidden picture is kept
 
 
 class Known(NamedTuple):
