@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ SILENT_KINDS = {"one": 0.8, "related": 0.2}  # of their scenes
 SILENT_HOLES = (0, 1, 1, 2, 2)  # kinds of theirs: most hide a part of an object
 SEEN = 0.1  # weight of the error outside a hole, where the picture is known
 KNOWN = 0.9  # how often a scene with words is learned with what is around its hole; without words always
+EVEN = 0.3  # share of updates whose timestep is any, as likely
+LESSON = (0.1, 0.2)  # part of a run in which only who stands where is learned
+DECISIVE = 0.25  # alpha_bar below which that is decided
 LAID_OUT = 0.15  # how often the regions of a scene are told, by turns as boxes and as silhouettes
 
 
@@ -75,6 +79,7 @@ class Chunk(NamedTuple):
     captions: tuple[str, ...]  # long and short of each scene in turn
     boxes: np.ndarray  # (N, h, w), numbers of names from 1, or 0
     regions: np.ndarray  # (N, h, w)
+    counts: np.ndarray  # (N,), of objects
 
 
 class Chunks(Dataset):
@@ -109,6 +114,7 @@ class Chunks(Dataset):
             tuple(text for scene in scenes for text in (scene.caption, scene.short_caption)),
             boxes,
             regions,
+            np.array([len(scene.placed) for scene in scenes]),
         )
 
 
@@ -119,7 +125,8 @@ def draw_latents(
     """Draw scenes, in so many processes beside this one, and encode them once.
 
     latents, masked (N, C, h, w) unscaled bfloat16; ids (N, 2, L) of both captions; masks (N, 1, h, w), 1
-    everywhere where `holed` (N,) is not; boxes and regions (N, h, w), numbers of names from 1, or 0.
+    everywhere where `holed` (N,) is not; boxes and regions (N, h, w), numbers of names from 1, or 0; `counts`
+    (N,) of objects.
     """
     factor = autoencoder.spec.factor
     parts: dict[str, list[Tensor]] = defaultdict(list)
@@ -144,6 +151,7 @@ def draw_latents(
         parts["ids"].append(encoder.tokenize(chunk.captions).view(CHUNK, 2, -1))
         parts["boxes"].append(torch.from_numpy(chunk.boxes))
         parts["regions"].append(torch.from_numpy(chunk.regions))
+        parts["counts"].append(torch.from_numpy(chunk.counts))
     data = {key: torch.cat(values).to(device) for key, values in parts.items()}
     return data | {"gray": gray, "names": encoder.tokenize(names).to(device)}
 
@@ -181,18 +189,23 @@ def layouts(scene: Scene, number: Mapping[str, int], factor: int) -> tuple[np.nd
     return boxes[middle, middle], numbers[scene.regions[middle, middle]]
 
 
-def batches(data: dict[str, Tensor], scale: float, empty: Tensor, size: int, seed: int) -> Iterator[Batch]:
-    """Endless random batches: captions shortened or dropped, holes and layouts told at random."""
+def batches(
+    data: dict[str, Tensor], scale: float, empty: Tensor, size: int, seed: int, chosen: Tensor
+) -> Iterator[Batch]:
+    """Endless random batches: captions shortened or dropped, holes and layouts told at random.
+
+    chosen (N,): true for the scenes to learn from.
+    """
     generator = torch.Generator().manual_seed(seed)
-    count, device = len(data["latents"]), empty.device
+    chosen, device = chosen.nonzero()[:, 0], empty.device
     gray = data["gray"].float() * scale
 
     def chance(part: float, size: int) -> Tensor:
         return (torch.rand(size, generator=generator) < part).to(device)
 
     while True:
-        for index in torch.randperm(count, generator=generator).split(size):
-            n, index = len(index), index.to(device)
+        for part in torch.randperm(len(chosen), generator=generator).to(device).split(size):
+            index, n = chosen[part], len(part)
             # A scene without words lacks what its hole hides: without the hole it would teach empty pictures.
             silent = (data["ids"][index, 0] == empty).all(1)
             known = data["holed"][index] & (chance(KNOWN, n) | silent)
@@ -221,12 +234,14 @@ def timestep_density(alpha_bar: np.ndarray) -> Tensor:
     """How often training draws each timestep: (T,), sums to 1.
 
     The logit-normal density of Esser et al. 2024 (section 3.1) over the angle that the signal's and the
-    noise's parts make: shapes are decided at middle noise, so most updates go there.
+    noise's parts make: shapes are decided at middle noise, so most updates go there. A share is spread over
+    all timesteps: which of two objects stands where is decided while there is hardly anything but noise.
     """
     angle = np.arccos(np.sqrt(alpha_bar)) / (np.pi / 2)  # 0: no noise, 1: noise only
     logit = np.log(angle / (1 - angle))
     density = np.exp(-0.5 * logit**2) / (angle * (1 - angle)) * np.gradient(angle)
-    return torch.from_numpy(density / density.sum())
+    density = (1 - EVEN) * density / density.sum() + EVEN / len(density)
+    return torch.from_numpy(density)
 
 
 def v_error(
@@ -276,16 +291,35 @@ def train(
     network: SceneNetwork, schedule: ScheduleSpec, data: dict[str, Tensor], scale: float,
     budget: Budget, state: Path, device: torch.device,
 ) -> bool:  # fmt: skip
-    """Train the network to predict v on cached latents; resumes from `state`. Whether the budget is spent."""
-    trainer, alpha_bar = Trainer(network, budget, state, device), Schedule(schedule).alpha_bar
-    density = timestep_density(alpha_bar).to(device, torch.float32)
-    alpha_bar = torch.from_numpy(alpha_bar).to(device, torch.float32)
-    empty = network.text_encoder.tokenize([""]).to(device)
-    stream = batches(data, scale, empty, budget.batch, seed=trainer.progress.updates)
+    """Train the network to predict v on cached latents; resumes from `state`. Whether the budget is spent.
 
-    def loss(batch: Batch) -> Tensor:
+    Early in the run comes a lesson: scenes of two objects alone, in the noise where their places are decided.
+    The mean over all scenes and relations tells nothing of who stands where, and the mix that is learned
+    before and after does not leave that plateau; a few hundred updates of the lesson do, and then it stays.
+    """
+    trainer, alpha_bar = Trainer(network, budget, state, device), Schedule(schedule).alpha_bar
+    always = timestep_density(alpha_bar).to(device, torch.float32)
+    alpha_bar = torch.from_numpy(alpha_bar).to(device, torch.float32)
+    decisive = (alpha_bar < DECISIVE).float()
+    decisive /= decisive.sum()
+    empty = network.text_encoder.tokenize([""]).to(device)
+    two = (data["counts"] == 2) & ~data["holed"]
+    mix, lesson = (
+        batches(data, scale, empty, budget.batch, trainer.progress.updates, chosen)
+        for chosen in (torch.ones_like(two), two)
+    )
+
+    begin, end = (60 * budget.minutes * part for part in LESSON) if two.any() else (math.inf, math.inf)
+
+    def stream() -> Iterator[tuple[Batch, Tensor]]:
+        while True:
+            in_lesson = begin <= trainer.progress.seconds < end
+            yield (next(lesson), decisive) if in_lesson else (next(mix), always)
+
+    def loss(drawn: tuple[Batch, Tensor]) -> Tensor:
+        batch, density = drawn
         return v_error(
             lambda z_t, t: network(z_t, t, batch, data["names"]), batch.z, alpha_bar, density, in_holes(batch)
         )
 
-    return trainer.run(stream, loss, "diffusion")
+    return trainer.run(stream(), loss, "diffusion")

@@ -1,9 +1,15 @@
 """What an update learns from, and what of it counts."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from models.schedule import Schedule
+from models.training import diffusion, presets
 from models.training.diffusion import Batch, in_holes, v_error
+from models.training.trainer import Budget, Progress
 
 
 def masked(mask: torch.Tensor) -> Batch:
@@ -34,3 +40,44 @@ def test_the_error_of_a_cell_counts_by_its_weight() -> None:
 
     assert error(slice(1, 4)) < 1e-6
     assert abs(error(slice(0, 1)) - 1.0) < 1e-5
+
+
+def test_who_stands_where_is_a_lesson_early_in_a_run(monkeypatch) -> None:
+    count, seen = 12, {}
+    number = torch.arange(count)
+    cells = number.float().view(-1, 1, 1, 1).expand(-1, 8, 2, 2)
+    data = {
+        "latents": cells,
+        "masked": cells,
+        "gray": torch.zeros(1, 8, 2, 2),
+        "ids": number.view(-1, 1, 1).expand(-1, 2, 3) + 1,
+        "masks": torch.ones(count, 1, 2, 2),
+        "boxes": torch.zeros(count, 2, 2),
+        "regions": torch.zeros(count, 2, 2),
+        "counts": number % 4,
+        "holed": number < 4,
+    }
+
+    class Recorder:
+        def __init__(self, *given) -> None:
+            self.progress = Progress()
+
+        def run(self, stream, loss, title) -> bool:
+            for percent in (5, 15, 25):
+                self.progress.seconds = 60 * percent / 100
+                drawn = [next(stream) for _ in range(12)]
+                scenes = {int(z) for batch, _ in drawn for z in batch.z[:, 0, 0, 0]}
+                seen[percent] = scenes, drawn[0][1]
+            return True
+
+    monkeypatch.setattr(diffusion, "Trainer", Recorder)
+    encoder = SimpleNamespace(tokenize=lambda prompts: torch.zeros(len(prompts), 3, dtype=torch.long))
+    network = SimpleNamespace(text_encoder=encoder)
+    budget = Budget(minutes=1, learning_rate=1e-3, batch=2)
+    diffusion.train(network, presets.SCHEDULE, data, 1.0, budget, Path("state"), torch.device("cpu"))
+    alpha_bar = Schedule(presets.SCHEDULE).alpha_bar
+    assert seen[5][0] == seen[25][0] == set(range(count))
+    assert seen[15][0] == {6, 10}  # two objects, and no hole
+    assert seen[15][1].sum().item() == pytest.approx(1.0)
+    assert not seen[15][1][torch.from_numpy(alpha_bar > 0.3)].any()
+    assert seen[5][1].all()
