@@ -95,8 +95,8 @@ def prediction(model: Config, file: Path) -> Prediction | None:
 
     None where it describes no UNet and does not say.
     """
-    scaling = params(model, file, "denoiser_config", "params", "scaling_config").get("target")
-    told = SCALINGS.get(str(scaling).rpartition(".")[2], "eps")
+    scaling = params(model, file, "denoiser_config", "params", "scaling_config").get("target", "EpsScaling")
+    told = SCALINGS[known("scaling_config", str(scaling).rpartition(".")[2], SCALINGS, file)]
     if (
         "parameterization" not in model
         and not {"linear_start", "unet_config", "network_config"} & model.keys()

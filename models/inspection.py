@@ -12,7 +12,7 @@ from typing import Any
 from models import singles, stable, words
 from models.checkpoint import Opened, Part, faults, listed, open_model
 from models.configs import TOKENIZERS
-from models.spec import ClassSpec, ModelSpec, SegmentationSpec, TokenSpec
+from models.spec import ClassSpec, ModelSpec, Prediction, SegmentationSpec, TokenSpec
 
 FAMILIES = {  # rows of models.zoo -> what they are, and the published models
     "unconditional VQ": "unconditional (celebahq, ffhq, lsun_beds)",
@@ -62,9 +62,12 @@ class Report:
     problems: tuple[str, ...]
 
 
-def inspect(path: Path, allow_pickle: bool = False) -> Report:
-    """Of a folder or a single file. Raises CheckpointError where it is not even known what it is."""
-    opened = open_model(path, "cpu", allow_pickle)
+def inspect(path: Path, allow_pickle: bool = False, prediction: Prediction | None = None) -> Report:
+    """Of a folder or a single file; prediction: as of read_spec().
+
+    Raises CheckpointError where it is not even known what it is.
+    """
+    opened = open_model(path, "cpu", allow_pickle, prediction)
     spec, file = opened.spec, singles.weights_of(path)
     width, height = spec.defaults.width, spec.defaults.height
     return Report(
@@ -137,7 +140,8 @@ def notes(opened: Opened, path: Path) -> Iterator[str]:
     if opened.copies:
         yield f"the first stage is there twice: {len(opened.copies)} tensors more than needed"
     if (file := singles.weights_of(path)) and singles.is_guessed(file, opened.weights.stored):
-        yield "eps or v, no tensor shows: taken for v, unless a YAML file beside it or --prediction says else"
+        taken = opened.spec.schedule.prediction
+        yield f"eps or v, no tensor shows: taken for {taken}; a YAML file beside it or --prediction tells"
     if opened.spec.reads_words and words.find(path) is None:
         yield words.WANTED
     if opened.spec.lacks_context:

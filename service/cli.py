@@ -477,7 +477,7 @@ def print_description(args: argparse.Namespace) -> int:
 def add_inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", metavar="PATH", type=Path, help="a folder, or a .safetensors or .ckpt file")
     command.add_argument("--json", action="store_true", help="for machines")
-    add_settings(command, "allow_pickle")
+    add_settings(command, "allow_pickle", "prediction")
     command.set_defaults(command=run_inspect)
 
 
@@ -485,7 +485,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     """Say what a checkpoint is; 1 where something is missing or unexpected in it."""
     from models.inspection import as_json, as_text, inspect  # torch
 
-    report = inspect(args.path, settings_of(args, "allow_pickle").allow_pickle)
+    settings = settings_of(args, "allow_pickle", "prediction")
+    report = inspect(args.path, settings.allow_pickle, settings.prediction)
     print(as_json(report) if args.json else as_text(report))
     return 1 if report.problems else 0
 

@@ -181,7 +181,8 @@ def test_what_stable_diffusion_2_predicts(tmp_path):
 
     eps, v = ("epsilon", 512), ("v_prediction", 768)
     assert (found(), found("epsilon"), found("v_prediction")) == (v, eps, v)
-    assert "eps or v" in inspect(file).notes[0]
+    assert "taken for v_prediction" in inspect(file).notes[0]
+    assert "taken for epsilon" in inspect(file, prediction="epsilon").notes[0]
     note.write_text("model: {params: {parameterization: v}}")
     assert (found(), found("epsilon")) == (v, v)
     assert not inspect(file).notes
@@ -192,6 +193,9 @@ def test_what_stable_diffusion_2_predicts(tmp_path):
     scaling = "{denoiser_config: {params: {scaling_config: {target: sgm.VScaling}}}, network_config: {}}"
     note.write_text(f"model: {{params: {scaling}}}")
     assert found() == v
+    note.write_text(note.read_text().replace("VScaling", "EDMScaling"))
+    with pytest.raises(CheckpointError, match="scaling_config is 'EDMScaling'; supported are EpsScaling"):
+        found()
     note.write_text("model: {params: {scale_factor: 0.18215}}")
     assert (found(), found("epsilon")) == (v, eps)
     note.unlink()
