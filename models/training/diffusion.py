@@ -36,7 +36,8 @@ SILENT_HOLES = (0, 1, 1, 2, 2)  # kinds of theirs: most hide a part of an object
 SEEN = 0.1  # weight of the error outside a hole, where the picture is known
 KNOWN = 0.9  # how often a scene with words is learned with what is around its hole; without words always
 EVEN = 0.3  # share of updates whose timestep is any, as likely
-LESSON = (0.1, 0.2)  # part of a run in which only who stands where is learned
+LESSON = (0.1, 0.3)  # part of a run in which only who stands where is learned
+REPEATED = 4  # from then on every so many updates are of the lesson
 DECISIVE = 0.25  # alpha_bar below which that is decided
 LAID_OUT = 0.15  # how often the regions of a scene are told, by turns as boxes and as silhouettes
 
@@ -294,8 +295,8 @@ def train(
     """Train the network to predict v on cached latents; resumes from `state`. Whether the budget is spent.
 
     Early in the run comes a lesson: scenes of two objects alone, in the noise where their places are decided.
-    The mean over all scenes and relations tells nothing of who stands where, and the mix that is learned
-    before and after does not leave that plateau; a few hundred updates of the lesson do, and then it stays.
+    The mean over all scenes and relations tells nothing of who stands where, and the mix of all scenes does
+    not leave that plateau; some hundred updates of the lesson do. Repeated in the mix, it is learned further.
     """
     trainer, alpha_bar = Trainer(network, budget, state, device), Schedule(schedule).alpha_bar
     always = timestep_density(alpha_bar).to(device, torch.float32)
@@ -313,7 +314,8 @@ def train(
 
     def stream() -> Iterator[tuple[Batch, Tensor]]:
         while True:
-            in_lesson = begin <= trainer.progress.seconds < end
+            spent, updates = trainer.progress.seconds, trainer.progress.updates
+            in_lesson = spent >= begin and (spent < end or updates % REPEATED == 0)
             yield (next(lesson), decisive) if in_lesson else (next(mix), always)
 
     def loss(drawn: tuple[Batch, Tensor]) -> Tensor:
