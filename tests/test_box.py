@@ -18,6 +18,7 @@ from models.spec import ALL_TASKS
 from models.training.crops import larger, smaller
 from models.training.evaluate import (
     Judge,
+    Painter,
     background,
     extent,
     held_out_prompts,
@@ -25,6 +26,7 @@ from models.training.evaluate import (
     nearest_colour,
     overlap,
     psnr,
+    related_objects,
     to_pictures,
 )
 from models.training.scenes import COLOURS, FONT, Atlas, held_out_scenes
@@ -35,6 +37,10 @@ from tests.service.test_server import picture
 
 BOX, UPSCALER = ROOT / "weights" / "emoji", ROOT / "weights" / "emoji-upscale"
 NAMES = (BOX / "names.txt").read_text().splitlines()
+needs_font = pytest.mark.skipif(
+    not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"),
+    reason="fonts-noto-color-emoji is not installed",
+)
 
 
 def test_the_command_draws_a_red_thing_on_a_blue_background(tmp_path: Path) -> None:
@@ -50,10 +56,7 @@ def test_the_command_draws_a_red_thing_on_a_blue_background(tmp_path: Path) -> N
     assert red > 2 * max(green, blue)
 
 
-@pytest.mark.skipif(
-    not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"),
-    reason="fonts-noto-color-emoji is not installed",
-)
+@needs_font
 @torch.inference_mode()
 def test_most_held_out_prompts_are_recognised_and_shuffled_ones_are_not() -> None:
     bundle, judge = load(BOX), Judge(Atlas())
@@ -69,6 +72,14 @@ def test_most_held_out_prompts_are_recognised_and_shuffled_ones_are_not() -> Non
     assert accuracy.background == 1.0
     shuffled = named_object_accuracy(judge, pairs, lambda prompts: np.roll(pictures["all"], 1, axis=0))
     assert shuffled.top5 <= 0.2
+
+
+@needs_font
+@torch.inference_mode()
+def test_two_objects_stand_where_the_prompt_says() -> None:
+    drawn, placed = related_objects(Judge(Atlas()), Painter(load(BOX), 20, 3.0, 16), NAMES, 16)
+    assert placed >= 0.5  # by chance half of `drawn`; its card has the figure over 200 prompts
+    assert placed > 0.75 * drawn
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +138,7 @@ def test_it_needs_no_condition_and_no_particular_size(box: Server) -> None:
     assert nearest_colour(background(wide)) == "green"
 
 
-@pytest.mark.skipif(
-    not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"),
-    reason="fonts-noto-color-emoji is not installed",
-)
+@needs_font
 def test_small_pictures_come_back_larger_and_nearer_to_the_original_than_by_resampling(box: Server) -> None:
     scenes = np.stack([scene.picture for scene in held_out_scenes(Atlas(), 8, seed=9)])
     low = smaller(scenes)
