@@ -309,7 +309,6 @@ def train(
         batches(data, scale, empty, budget.batch, trainer.progress.updates, chosen)
         for chosen in (torch.ones_like(two), two)
     )
-
     begin, end = (60 * budget.minutes * part for part in LESSON) if two.any() else (math.inf, math.inf)
 
     def stream() -> Iterator[tuple[Batch, Tensor]]:
