@@ -31,6 +31,7 @@ class Scale(NamedTuple):
 
 
 SCALES = {"cpu": Scale("8", "24", "24576"), "cuda": Scale("64", "256", "262144")}
+SHARD = 15 * 2**20  # bytes of a file of weights: hosts and machines refuse large ones
 STATE = Path.home() / ".cache" / "latent-diffusion-service" / "train"
 
 
@@ -223,7 +224,7 @@ def train_diffusion(args: argparse.Namespace) -> bool:
 
 def export_model(args: argparse.Namespace) -> None:
     bundle = with_decoder(args) if args.start else trained_model(args)
-    checkpoint.save(bundle, args.output)
+    checkpoint.save(bundle, args.output, shard=SHARD)
     shutil.copyfile(args.names, args.output / "names.txt")
 
 
@@ -291,7 +292,7 @@ def export_upscaling(args: argparse.Namespace) -> None:
     data = torch.load(args.state / "sharp_latents.pt", weights_only=True)
     scale = scale_factor(residuals(autoencoder, data))
     spec = upscaler_spec(args.output.resolve().name, scale)
-    checkpoint.save(LatentDiffusion(spec, unet, autoencoder, None), args.output)
+    checkpoint.save(LatentDiffusion(spec, unet, autoencoder, None), args.output, shard=SHARD)
 
 
 def trained(spec: AutoencoderSpec, state: Path) -> Autoencoder:
