@@ -36,7 +36,7 @@ SILENT_HOLES = (0, 1, 1, 2, 2)  # kinds of theirs: most hide a part of an object
 SEEN = 0.1  # weight of the error outside a hole, where the picture is known
 KNOWN = 0.9  # how often a scene with words is learned with what is around its hole; without words always
 EVEN = 0.3  # share of updates whose timestep is any, as likely
-LESSON = (0.1, 0.3)  # part of a run in which only who stands where is learned
+LESSON = (0.25, 0.45)  # part of a run in which only who stands where is learned, once names are known
 REPEATED = 4  # from then on every so many updates are of the lesson
 DECISIVE = 0.25  # alpha_bar below which that is decided
 LAID_OUT = 0.15  # how often the regions of a scene are told, by turns as boxes and as silhouettes
@@ -294,7 +294,7 @@ def train(
 ) -> bool:  # fmt: skip
     """Train the network to predict v on cached latents; resumes from `state`. Whether the budget is spent.
 
-    Early in the run comes a lesson: scenes of two objects alone, in the noise where their places are decided.
+    A part of the run is a lesson: scenes of two objects alone, in the noise where their places are decided.
     The mean over all scenes and relations tells nothing of who stands where, and the mix of all scenes does
     not leave that plateau; some hundred updates of the lesson do. Repeated in the mix, it is learned further.
     """

@@ -42,7 +42,7 @@ def test_the_error_of_a_cell_counts_by_its_weight() -> None:
     assert abs(error(slice(0, 1)) - 1.0) < 1e-5
 
 
-def test_who_stands_where_is_a_lesson_early_in_a_run(monkeypatch) -> None:
+def test_who_stands_where_is_a_lesson_of_its_own(monkeypatch) -> None:
     count, seen = 12, {}
     number = torch.arange(count)
     cells = number.float().view(-1, 1, 1, 1).expand(-1, 8, 2, 2)
@@ -63,7 +63,7 @@ def test_who_stands_where_is_a_lesson_early_in_a_run(monkeypatch) -> None:
             self.progress = Progress()
 
         def run(self, stream, loss, title) -> bool:
-            for percent in (5, 20, 80):
+            for percent in (5, 35, 80):
                 self.progress.seconds = 60 * percent / 100
                 seen[percent] = []
                 for self.progress.updates in range(16):
@@ -78,13 +78,13 @@ def test_who_stands_where_is_a_lesson_early_in_a_run(monkeypatch) -> None:
     diffusion.train(network, presets.SCHEDULE, data, 1.0, budget, Path("state"), torch.device("cpu"))
     taught = {6, 10}  # two objects, and no hole
     assert set().union(*(scenes for scenes, _ in seen[5])) == set(range(count))
-    assert all(scenes <= taught for scenes, _ in seen[20])
+    assert all(scenes <= taught for scenes, _ in seen[35])
     assert all(scenes <= taught for scenes, _ in seen[80][::4])
     assert set().union(*(scenes for update, (scenes, _) in enumerate(seen[80]) if update % 4)) == set(
         range(count)
     )
     noisy = torch.from_numpy(Schedule(presets.SCHEDULE).alpha_bar < diffusion.DECISIVE)
-    for density in (seen[20][0][1], seen[80][0][1]):
+    for density in (seen[35][0][1], seen[80][0][1]):
         assert density.sum().item() == pytest.approx(1.0)
         assert torch.equal(density > 0, noisy)
     assert seen[5][0][1].all()
