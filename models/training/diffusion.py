@@ -296,7 +296,8 @@ def train(
 
     A part of the run is a lesson: scenes of two objects alone, in the noise where their places are decided.
     The mean over all scenes and relations tells nothing of who stands where, and the mix of all scenes does
-    not leave that plateau; some hundred updates of the lesson do. Repeated in the mix, it is learned further.
+    not leave that plateau. The lesson does, in some hundred updates where names are known and two thousand
+    where they hardly are. Repeated in the mix, it is learned further.
     """
     trainer, alpha_bar = Trainer(network, budget, state, device), Schedule(schedule).alpha_bar
     always = timestep_density(alpha_bar).to(device, torch.float32)
