@@ -19,7 +19,13 @@ from typing import IO
 import httpx
 import pytest
 
+from models.training.scenes import FONT
+
 ROOT = Path(__file__).resolve().parents[1]
+needs_font = pytest.mark.skipif(
+    not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"),
+    reason="fonts-noto-color-emoji is not installed",
+)
 # Seconds that a busy machine may take for anything that must happen; nothing waits for them to pass.
 PATIENCE = 180.0
 QUEUE_SIZE = 16

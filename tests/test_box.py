@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,18 +28,14 @@ from models.training.evaluate import (
     related_objects,
     to_pictures,
 )
-from models.training.scenes import COLOURS, FONT, Atlas, held_out_scenes
+from models.training.scenes import COLOURS, Atlas, held_out_scenes
 from service.layouts import colour_of
-from tests.conftest import ROOT, Server
+from tests.conftest import ROOT, Server, needs_font
 from tests.service.test_conditions import png
 from tests.service.test_server import picture
 
 BOX, UPSCALER = ROOT / "weights" / "emoji", ROOT / "weights" / "emoji-upscale"
 NAMES = (BOX / "names.txt").read_text().splitlines()
-needs_font = pytest.mark.skipif(
-    not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"),
-    reason="fonts-noto-color-emoji is not installed",
-)
 
 
 def test_the_command_draws_a_red_thing_on_a_blue_background(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """`ldm train` from the first update to the measure, each part on a fraction of a second of training."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,7 @@ from models.schedule import Schedule
 from models.training import cli, presets
 from models.training.cli import main
 from models.training.diffusion import timestep_density
-from models.training.scenes import FONT
-
-needs_font = pytest.mark.skipif(
-    not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"),
-    reason="fonts-noto-color-emoji is not installed",
-)
+from tests.conftest import needs_font
 
 
 @needs_font

@@ -1,9 +1,6 @@
 """The upscaler's data: sharp pictures, bad ones a quarter of their size; and the measure of tiles."""
 
-import os
-
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -11,8 +8,9 @@ from models.spec import ScheduleSpec, UpscalingSpec
 from models.training.crops import as_jpeg, dead_leaves, degrade, draw_crop, larger, smaller
 from models.training.evaluate import psnr
 from models.training.evaluate_upscaler import seams
-from models.training.scenes import FONT, SIZE, Atlas
+from models.training.scenes import SIZE, Atlas
 from models.training.upscaler import batches, make_network, parts
+from tests.conftest import needs_font
 from tests.tiny import random_model, upscaler_spec
 
 
@@ -25,10 +23,7 @@ def test_dead_leaves_have_shapes_and_no_two_are_alike() -> None:
     assert (dead_leaves(np.random.default_rng(0)) == pictures[0]).all()
 
 
-@pytest.mark.skipif(
-    not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"),
-    reason="fonts-noto-color-emoji is not installed",
-)
+@needs_font
 def test_crops_are_of_glyphs_and_of_leaves() -> None:
     atlas, rng = Atlas(("red apple", "rocket", "ghost")), np.random.default_rng(0)
     crops = [draw_crop(atlas, rng) for _ in range(8)]
