@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertTokenizer, CLIPTokenizer
 
-from models import keymaps, singles, stable, text_tensors, tokenizers, words, zoo
+from models.formats import keymaps, single_file, stable_diffusion, companions, ldm
+from models import text_tensors, tokenizers
 from models.autoencoder import Autoencoder
 from models.conditioner import (
     Conditioner,
@@ -29,7 +30,7 @@ from models.conditioner import (
     TokenConditioner,
     make_conditioner,
 )
-from models.configs import (
+from models.formats.diffusers_read import (
     TEXT_ENCODERS,
     TOKENIZERS,
     CheckpointError,
@@ -37,13 +38,13 @@ from models.configs import (
     read_spec,
     write_configs,
 )
-from models.headers import FLOATS, Stored
+from models.formats.safetensors import FLOATS, Stored
 from models.latent_diffusion import LatentDiffusion, stage_dtype
 from models.meta import shapes_only
 from models.spec import ModelSpec, Prediction, TextSpec, TokenSpec
 from models.stopwatch import Stopwatch
 from models.text_encoder import TextEncoder
-from models.texts import read_json
+from models.formats.config_files import read_json
 from models.unet import UNet
 
 __all__ = ["CheckpointError", "load", "read_spec", "save"]
@@ -163,9 +164,9 @@ def open_model(
             networks = networks_of(spec)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path}: networks of no known structure: {error}") from error
-    if file := singles.weights_of(path):
+    if file := single_file.weights_of(path):
         opened = open_single(spec, networks, open_weights(file, device, allow_pickle))
-        elsewhere = spec.texts and not stable.places(opened.weights.stored)
+        elsewhere = spec.texts and not stable_diffusion.places(opened.weights.stored)
         return with_text_parts(opened, file.parent, device, allow_pickle) if elsewhere else opened
     return open_folder(spec, networks, path, device, allow_pickle)
 
@@ -215,15 +216,15 @@ def open_single(spec: ModelSpec, networks: Networks, weights: Weights) -> Opened
     texts = text_parts(spec, networks, weights, left)
     found, averages = [], set()  # network, its names, the file's tensors for it
     if networks.unet:
-        names = {key: zoo.UNET + key for key in networks.unet.state_dict()}
+        names = {key: ldm.UNET + key for key in networks.unet.state_dict()}
         averages = {key for key in left if key.startswith(keymaps.EMA)}
         if averages:  # then all, in the place of the last ones
             left -= set(names.values())
             names = {key: keymaps.averaged(name) for key, name in names.items()}
-        found.append((networks.unet, names, averages | {key for key in left if key.startswith(zoo.UNET)}))
-    stage = zoo.FIRST_STAGE if networks.unet else ""
+        found.append((networks.unet, names, averages | {key for key in left if key.startswith(ldm.UNET)}))
+    stage = ldm.FIRST_STAGE if networks.unet else ""
     own = networks.conditioner if spec.condition else None
-    for network, prefix in ((own, zoo.CONDITION), (networks.autoencoder, stage)):
+    for network, prefix in ((own, ldm.CONDITION), (networks.autoencoder, stage)):
         if network:
             names = {key: prefix + key for key in network.state_dict()}
             found.append((network, names, {key for key in left if key.startswith(prefix)}))
@@ -237,7 +238,7 @@ def text_parts(spec: ModelSpec, networks: Networks, weights: Weights, left: set[
     """The text encoders in a file; their tensors are taken out of what is left."""
     parts = []
     for place, encoder in zip(
-        stable.places(left), networks.conditioner.encoders if spec.texts else (), strict=False
+        stable_diffusion.places(left), networks.conditioner.encoders if spec.texts else (), strict=False
     ):
         own = {key for key in left if key.startswith(place.prefix)}
         left -= own
@@ -264,12 +265,12 @@ def with_text_parts(opened: Opened, folder: Path, device: torch.device | str, al
 
 def copies_in(stored: Mapping[str, Stored]) -> dict[str, str]:
     """The first stage's second copy, which models of masked pictures hold as their conditioner."""
-    if zoo.CONDITION + "encoder.conv_in.weight" not in stored:
+    if ldm.CONDITION + "encoder.conv_in.weight" not in stored:
         return {}
     return {
-        key: zoo.FIRST_STAGE + key.removeprefix(zoo.CONDITION)
+        key: ldm.FIRST_STAGE + key.removeprefix(ldm.CONDITION)
         for key in stored
-        if key.startswith(zoo.CONDITION) and not keymaps.is_ignored(key)
+        if key.startswith(ldm.CONDITION) and not keymaps.is_ignored(key)
     }
 
 
@@ -294,7 +295,7 @@ def check_copies(opened: Opened) -> None:
 
 def open_weights(file: Path, device: torch.device | str, allow_pickle: bool) -> Weights:
     """The tensors of one file. Raises CheckpointError, also for a pickled one that is not allowed."""
-    stored = singles.read_header(file, allow_pickle)
+    stored = single_file.read_header(file, allow_pickle)
     if file.suffix == ".safetensors":
         with translated(file):
             tensors = safe_open(file, framework="pt", device=str(device))
@@ -333,7 +334,7 @@ def tensor_in(data: mmap.mmap, stored: Stored) -> Tensor:
 def give_tokenizer(opened: Opened, path: Path, vocabulary: Path | None) -> None:
     """A text conditioner's tokenizer, which is in no file of weights."""
     spec, conditioner = opened.spec, opened.networks.conditioner
-    if spec.texts and opened.weights and stable.places(opened.weights.stored):
+    if spec.texts and opened.weights and stable_diffusion.places(opened.weights.stored):
         for encoder in conditioner.encoders:
             text = encoder.spec
             encoder.tokenizer = tokenizers.clip(None if text.pad_id == text.eos_id else text.pad_id)
@@ -341,7 +342,7 @@ def give_tokenizer(opened: Opened, path: Path, vocabulary: Path | None) -> None:
         folder = path if path.is_dir() else path.parent
         for encoder, name in zip(conditioner.encoders, TOKENIZERS, strict=False):
             encoder.tokenizer = read_tokenizer(folder / name, encoder.spec)
-    elif isinstance(conditioner, TokenConditioner) and (file := words.find(path, vocabulary)):
+    elif isinstance(conditioner, TokenConditioner) and (file := companions.find(path, vocabulary)):
         conditioner.tokenizer = read_words(file, spec.condition)
 
 

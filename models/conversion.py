@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from models import singles, stable, zoo
+from models.formats import single_file, stable_diffusion, ldm
 from models.checkpoint import Opened, check, load, open_model, save, words_beside, write_tensors
-from models.configs import OWN_KEYS
+from models.formats.diffusers_read import OWN_KEYS
 from models.errors import CheckpointError
 from models.spec import Prediction, TokenSpec
-from models.texts import OWN_FILE
+from models.formats.config_files import OWN_FILE
 
 
 def convert(
@@ -40,7 +40,7 @@ def convert(
     opened = open_model(source, "cpu", allow_pickle, prediction)
     check(opened, source)
     with whole(target) as folder:
-        if opened.weights is None or stable.is_one(opened.weights.stored):
+        if opened.weights is None or stable_diffusion.is_one(opened.weights.stored):
             kind = getattr(torch, dtype or most_common(opened))
             save(load(source, "cpu", kind, allow_pickle, prediction=prediction), folder, kind)
         else:
@@ -56,21 +56,21 @@ def most_common(opened: Opened) -> str:
 def write_single(opened: Opened, source: Path, folder: Path, dtype: str | None) -> None:
     """Weights, ldm.json and words."""
     spec = opened.spec
-    kind = singles.kind_of(singles.weights_of(source), opened.weights.stored, spec)
-    write_tensors(published(opened), folder / singles.WEIGHTS, dtype and getattr(torch, dtype))
-    own = {key: asdict(spec)[key] for key in OWN_KEYS} | {singles.OWN_KEY: singles.own_config(spec, kind)}
+    kind = single_file.kind_of(single_file.weights_of(source), opened.weights.stored, spec)
+    write_tensors(published(opened), folder / single_file.WEIGHTS, dtype and getattr(torch, dtype))
+    own = {key: asdict(spec)[key] for key in OWN_KEYS} | {single_file.OWN_KEY: single_file.own_config(spec, kind)}
     (folder / OWN_FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
     if isinstance(spec.condition, TokenSpec) and words_beside(source).is_file():
         shutil.copyfile(words_beside(source), folder / "vocab.txt")
     if spec.texts:
         for part in ("text_encoder", "tokenizer"):
-            shutil.copytree(singles.weights_of(source).parent / part, folder / part)
+            shutil.copytree(single_file.weights_of(source).parent / part, folder / part)
 
 
 def published(opened: Opened) -> dict[str, Tensor]:
     """Each network's weights under their CompVis names."""
     unet, autoencoder, conditioner = opened.networks
-    prefixes = {unet: zoo.UNET, autoencoder: zoo.FIRST_STAGE if unet else "", conditioner: zoo.CONDITION}
+    prefixes = {unet: ldm.UNET, autoencoder: ldm.FIRST_STAGE if unet else "", conditioner: ldm.CONDITION}
     return {
         prefixes[part.network] + key: part.weights.read(name)
         for part in opened.parts

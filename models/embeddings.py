@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.checkpoint import open_weights
 from models.conditioner import TextConditioner
 from models.errors import CheckpointError
-from models.headers import FLOATS
+from models.formats.safetensors import FLOATS
 from models.latent_diffusion import LatentDiffusion
 from models.spec import ModelSpec
 from models.text_encoder import TextEncoder

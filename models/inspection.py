@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from models import singles, stable, words
+from models.formats import single_file, stable_diffusion, companions
 from models.checkpoint import Opened, Part, faults, listed, open_model
-from models.configs import TOKENIZERS
+from models.formats.diffusers_read import TOKENIZERS
 from models.spec import ClassSpec, ModelSpec, Prediction, SegmentationSpec, TokenSpec
 
 FAMILIES = {  # rows of models.zoo -> what they are, and the published models
@@ -68,7 +68,7 @@ def inspect(path: Path, allow_pickle: bool = False, prediction: Prediction | Non
     Raises CheckpointError where it is not even known what it is.
     """
     opened = open_model(path, "cpu", allow_pickle, prediction)
-    spec, file = opened.spec, singles.weights_of(path)
+    spec, file = opened.spec, single_file.weights_of(path)
     width, height = spec.defaults.width, spec.defaults.height
     return Report(
         name=spec.name,
@@ -99,7 +99,7 @@ def family(opened: Opened, file: Path | None) -> str:
     if spec.unet is None:
         return f"first stage alone ({'VQ' if spec.autoencoder.codes else 'KL'}-f{spec.autoencoder.factor})"
     if file:
-        kind = singles.kind_of(file, opened.weights.stored, spec)
+        kind = single_file.kind_of(file, opened.weights.stored, spec)
         return FAMILIES.get(kind, kind)  # those of Stable Diffusion are called as they are
     if spec.upscaling and spec.texts:
         return "Stable Diffusion x4 upscaler"
@@ -139,13 +139,13 @@ def notes(opened: Opened, path: Path) -> Iterator[str]:
     """What is worth knowing and no fault."""
     if opened.copies:
         yield f"the first stage is there twice: {len(opened.copies)} tensors more than needed"
-    if (file := singles.weights_of(path)) and singles.is_guessed(file, opened.weights.stored):
+    if (file := single_file.weights_of(path)) and single_file.is_guessed(file, opened.weights.stored):
         taken = opened.spec.schedule.prediction
         yield f"eps or v, no tensor shows: taken for {taken}; a YAML file beside it or --prediction tells"
-    if opened.spec.reads_words and words.find(path) is None:
-        yield words.WANTED
+    if opened.spec.reads_words and companions.find(path) is None:
+        yield companions.WANTED
     if opened.spec.lacks_context:
-        yield words.TEXT_WANTED
+        yield companions.TEXT_WANTED
 
 
 def problems(opened: Opened, path: Path) -> Iterator[str]:
@@ -156,7 +156,7 @@ def problems(opened: Opened, path: Path) -> Iterator[str]:
                 yield f"{type(part.network).__name__}: {listed(what, keys)}"
     if opened.rest:
         yield listed("unexpected", list(opened.rest))
-    if opened.weights and stable.places(opened.weights.stored):
+    if opened.weights and stable_diffusion.places(opened.weights.stored):
         return
     folder = path if path.is_dir() else path.parent
     for tokenizer, _ in zip(TOKENIZERS, opened.spec.texts, strict=False):

@@ -21,15 +21,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models import keymaps
+from models.formats import keymaps
 from models.checkpoint import Weights, listed, networks_of, open_weights, translated
 from models.conditioner import Conditioner, TextConditioner
 from models.errors import CheckpointError
-from models.headers import FLOATS
+from models.formats.safetensors import FLOATS
 from models.latent_diffusion import LatentDiffusion
 from models.meta import shapes_only
 from models.spec import ModelSpec
-from models.texts import read_json
+from models.formats.config_files import read_json
 from models.unet import UNet
 
 DOWN, UP, MID, ALPHA = "down", "up", "mid", "alpha"

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from models import keymaps
-from models.headers import Stored
-from models.stable import PROJECTION, Place
+from models.formats import keymaps
+from models.formats.safetensors import Stored
+from models.formats.stable_diffusion import PROJECTION, Place
 from models.text_encoder import TextEncoder
 
 NATIVE = "transformer."  # of all of an encoder but its projection

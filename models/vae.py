@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from models import keymaps, zoo
+from models.formats import keymaps, ldm
 from models.autoencoder import Autoencoder
 from models.checkpoint import (
     NETWORK_FILES,
@@ -21,12 +21,12 @@ from models.checkpoint import (
     open_network,
     open_weights,
 )
-from models.configs import autoencoder_spec, translated
+from models.formats.diffusers_read import autoencoder_spec, translated
 from models.errors import CheckpointError
 from models.latent_diffusion import LatentDiffusion, stage_dtype
 from models.meta import shapes_only
 from models.spec import AutoencoderSpec
-from models.texts import read_json
+from models.formats.config_files import read_json
 
 FREE = ("sample_size", "scale_factor", "upcast")  # of its shape, what is no part of the network
 DIFFUSERS = ".down_blocks."  # in keys of the diffusers layout only
@@ -94,7 +94,7 @@ def described(path: Path, own: AutoencoderSpec) -> AutoencoderSpec:
 
 def first_stage(weights: Weights) -> Weights:
     """The first stage of a single file, by bare keys."""
-    whole = any(key.startswith(zoo.FIRST_STAGE) for key in weights.stored)
-    prefix = zoo.FIRST_STAGE if whole else ""
+    whole = any(key.startswith(ldm.FIRST_STAGE) for key in weights.stored)
+    prefix = ldm.FIRST_STAGE if whole else ""
     ours = [key for key in weights.stored if key.startswith(prefix) and not keymaps.is_ignored(key)]
     return weights.renamed({key.removeprefix(prefix): key for key in ours})

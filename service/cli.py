@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from models.configs import CheckpointError, read_spec
+from models.formats.diffusers_read import CheckpointError, read_spec
 from models.spec import Spacing
 from service import answers, images, intake, logs
 from service.bench.arguments import add_arguments

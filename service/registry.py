@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from models import singles, words
-from models.configs import read_spec
+from models.formats import single_file, companions
+from models.formats.diffusers_read import read_spec
 from models.errors import CheckpointError
 from models.spec import ModelSpec, Prediction
 from service.job import Network
@@ -39,8 +39,8 @@ def locate(name: str, allow_pickle: bool = False) -> tuple[str, Path]:
     if path is not None and path.is_file():
         if path.suffix != ".safetensors" and not allow_pickle:
             raise ModelPathError(f"{name!r} is not a .safetensors file; pickled weights need --allow-pickle")
-        return singles.name_of(path), path.resolve()
-    if path is None or not ((path / "model_index.json").is_file() or singles.weights_of(path)):
+        return single_file.name_of(path), path.resolve()
+    if path is None or not ((path / "model_index.json").is_file() or single_file.weights_of(path)):
         ours = " or ".join(map(repr, BOXED))
         raise ModelPathError(
             f"no model at {name!r}: expected {ours}, a folder with a model_index.json, "

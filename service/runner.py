@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import embeddings, lora, vae, words
+from models import embeddings, lora, vae
+from models.formats import companions
 from models.checkpoint import load, weights_in
 from models.conditioner import Asked
 from models.errors import CheckpointError
@@ -374,7 +375,7 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
         settings.prediction,
     )
     for name, spec in registry.specs.items():
-        if spec.reads_words and words.find(paths[name], vocabulary) is None:
+        if spec.reads_words and companions.find(paths[name], vocabulary) is None:
             raise CheckpointError(f"{name}: {words.WANTED}")
         if paths[name] in vaes:
             vae.open_vae(vaes[paths[name]], spec.autoencoder, "cpu", pickles)

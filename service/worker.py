@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from models.configs import CheckpointError
+from models.formats.diffusers_read import CheckpointError
 from models.stopwatch import Stopwatch
 from service import logs, messages
 from service.engine import Engine

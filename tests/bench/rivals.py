@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from models import keymaps
+from models.formats import keymaps
 from models.autoencoder import Autoencoder
 from models.conditioner import TokenConditioner
 from models.latent_diffusion import LatentDiffusion

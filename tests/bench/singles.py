@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from models import tokenizers
 from models.checkpoint import load
-from models.headers import safetensors_header
+from models.formats.safetensors import safetensors_header
 from tests import stable
 from tests.bench.family import LIMIT, compare, error
 from tests.stable import TOKENS, Reference, Row

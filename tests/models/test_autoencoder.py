@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
 
-from models import keymaps
+from models.formats import keymaps
 from models.autoencoder import Autoencoder
 from models.spec import AutoencoderSpec
 from tests.tiny import fill_randomly

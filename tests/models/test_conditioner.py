@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import BertTokenizer
 
 from models.conditioner import ClassConditioner, SegmentationConditioner, TokenConditioner
-from models.configs import CheckpointError
+from models.formats.diffusers_read import CheckpointError
 from models.spec import ClassSpec, SegmentationSpec, TokenSpec
 from tests.tiny import fill_randomly
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.errors import CheckpointError
-from models.headers import HEADER_LIMIT, Stored, safetensors_header, values
+from models.formats.safetensors import HEADER_LIMIT, Stored, safetensors_header, values
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.float16)}
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from models.checkpoint import CheckpointError, Weights, load, save
 from models.conversion import convert
 from models.inspection import FAMILIES, as_json, as_text, inspect
-from models.zoo import ROWS as KINDS
+from models.formats.ldm import ROWS as KINDS
 from tests import folders
 from tests.paper import ROWS, published, write
 from tests.tiny import random_model, upscaler_spec, write_tiny_model

@@ -13,7 +13,8 @@ from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_dif
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import conv2d
 
-from models import keymaps, lora
+from models.formats import keymaps
+from models import lora
 from models.checkpoint import CheckpointError, load
 from models.conditioner import Asked
 from tests.folders import write as write_row

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from models import pickles
+from models.formats import pickles
 from models.checkpoint import open_weights
 from models.errors import CheckpointError
-from models.pickles import read_records, run
+from models.formats.pickles import read_records, run
 
 
 class Trainer:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from models.checkpoint import CheckpointError, load
-from models.configs import read_spec
+from models.formats.diffusers_read import read_spec
 from models.conversion import convert
 from models.inspection import inspect
 from models.spec import ModelSpec

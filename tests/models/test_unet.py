@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DModel
 from torch.nn import functional as F
 
-from models import keymaps
+from models.formats import keymaps
 from models.spec import UNetSpec
 from models.unet import UNet
 from tests.tiny import fill_randomly

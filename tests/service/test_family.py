@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
-from models import words as words_of
+from models.formats import companions as words_of
 from models.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load
 from models.conditioner import Asked

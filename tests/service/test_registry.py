@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.checkpoint import weights_in
-from models.configs import CheckpointError
+from models.formats.diffusers_read import CheckpointError
 from models.conversion import convert
 from service.registry import ModelPathError, Registry, locate, locate_all
 from tests.paper import published, write

@@ -22,8 +22,8 @@ from models.spec import (
     TokenSpec,
     UNetSpec,
 )
-from models.texts import Config, read_yaml
-from models.zoo import Said
+from models.formats.config_files import Config, read_yaml
+from models.formats.ldm import Said
 
 SUFFIXES = (".yaml", ".yml")
 WEIGHTS = (".ckpt", ".safetensors", ".pt", ".pth")

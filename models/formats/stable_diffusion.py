@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from models import zoo
+from models.formats import ldm
 from models.errors import CheckpointError
 from models.spec import (
     ALL_TASKS,
@@ -22,7 +22,7 @@ from models.spec import (
     UNetSpec,
     UpscalingSpec,
 )
-from models.zoo import CONDITION, FIRST_STAGE, UNET, Said, Shapes, below
+from models.formats.ldm import CONDITION, FIRST_STAGE, UNET, Said, Shapes, below
 
 HEAD = 64  # channels of a head of every text encoder, and of UNets whose row does not say how many there are
 PAD = 0  # OpenCLIP's encoders were trained with it; CLIP's with the end token
@@ -149,7 +149,7 @@ def whole_model(shapes: Shapes, name: str, betas: tuple[float, float] | None, sa
         name=name,
         unet=unet_spec(shapes, texts, said, row),
         autoencoder=replace(
-            zoo.autoencoder_spec(below(shapes, FIRST_STAGE), row.side, said.scale_factor or row.scale_factor),
+            ldm.autoencoder_spec(below(shapes, FIRST_STAGE), row.side, said.scale_factor or row.scale_factor),
             upcast=row.upcast,
         ),
         schedule=replace(schedule, prediction=said.prediction or row.prediction),
@@ -246,7 +246,7 @@ def unet_spec(shapes: Shapes, texts: tuple[TextSpec, ...], said: Said, row: Row)
     else:
         heads, width = row.heads, HEAD
     held = below(shapes, UNET)
-    spec = zoo.unet_spec(held, heads, width)
+    spec = ldm.unet_spec(held, heads, width)
     told = spec.added_width - texts[-1].pooled
     if spec.added_width and (told <= 0 or told % (2 * SIZES)):
         raise ValueError(f"a vector of {spec.added_width} is none of a text of {texts[-1].pooled} and sizes")

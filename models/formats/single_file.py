@@ -14,13 +14,13 @@ from typing import Any, get_args
 
 import numpy as np
 
-from models import compvis, keymaps, stable, zoo
+from models.formats import compvis_yaml, keymaps, stable_diffusion, ldm
 from models.errors import CheckpointError
-from models.headers import Stored, safetensors_header, safetensors_metadata, values
-from models.pickles import read_records
+from models.formats.safetensors import Stored, safetensors_header, safetensors_metadata, values
+from models.formats.pickles import read_records
 from models.schedule import Schedule
 from models.spec import BetaSchedule, ModelSpec, Prediction, ScheduleSpec, Spacing
-from models.texts import OWN_FILE, Config, read_json, read_yaml
+from models.formats.config_files import OWN_FILE, Config, read_json, read_yaml
 
 WEIGHTS = "model.safetensors"  # in a folder of ours
 OWN_KEY = "compvis"  # in its ldm.json
@@ -65,24 +65,24 @@ def describe(file: Path, allow_pickle: bool, prediction: Prediction | None = Non
     stored = read_header(file, allow_pickle)
     betas = values(file, stored["betas"]) if "betas" in stored else None
     scale = factor(file, stored["scale_factor"]) if "scale_factor" in stored else None
-    note = None if own_folder(file) else compvis.find(file)
+    note = None if own_folder(file) else compvis_yaml.find(file)
     config = read_yaml(note) if note else None
     said = own_said(file.parent / OWN_FILE) if own_folder(file) else None
     if config is not None:
-        said = compvis.said(config, note)
+        said = compvis_yaml.said(config, note)
         claimed = said.scale_factor
         if scale is not None and claimed and not near(claimed, scale):
             raise CheckpointError(f"{note}: scale_factor is {claimed}, but the weights have {scale}")
     shapes = {key: entry.shape for key, entry in stored.items()}
     first_last = None if betas is None else ends(file, betas)
-    if stable.is_one(shapes):
+    if stable_diffusion.is_one(shapes):
         said = with_prediction(file, shapes, said, prediction)
-        spec = stable.recognise(shapes, name_of(file), first_last, said)
+        spec = stable_diffusion.recognise(shapes, name_of(file), first_last, said)
     else:
-        spec = zoo.recognise(shapes, name_of(file), first_last, scale, said)
+        spec = ldm.recognise(shapes, name_of(file), first_last, scale, said)
     if config is not None:
         check_ends(note, said, spec)
-        compvis.check(config, spec, note)
+        compvis_yaml.check(config, spec, note)
     if betas is not None:
         check_betas(file, betas, spec.schedule)
     if spec.upscaling and (low := stored.get(keymaps.LOW_SCALE + "betas")):
@@ -94,29 +94,29 @@ def describe(file: Path, allow_pickle: bool, prediction: Prediction | None = Non
 
 
 def with_prediction(
-    file: Path, shapes: zoo.Shapes, said: zoo.Said | None, given: Prediction | None
-) -> zoo.Said:
+    file: Path, shapes: ldm.Shapes, said: ldm.Said | None, given: Prediction | None
+) -> ldm.Said:
     """What is predicted: as the file beside says, or the file itself; given, where none of them does."""
-    said = said or zoo.Said()
-    found = said.prediction or own_prediction(file, shapes) or (given if stable.is_open(shapes) else None)
+    said = said or ldm.Said()
+    found = said.prediction or own_prediction(file, shapes) or (given if stable_diffusion.is_open(shapes) else None)
     return replace(said, prediction=found)
 
 
-def own_prediction(file: Path, shapes: zoo.Shapes) -> Prediction | None:
+def own_prediction(file: Path, shapes: ldm.Shapes) -> Prediction | None:
     """What a file says of itself, by a tensor of that name or in words; None: nothing."""
-    if stable.V_MARK in shapes:
+    if stable_diffusion.V_MARK in shapes:
         return "v_prediction"
     words = safetensors_metadata(file) if file.suffix == ".safetensors" else {}
-    return stable.WORDS.get(words.get(stable.WORDS_KEY))
+    return stable_diffusion.WORDS.get(words.get(stable_diffusion.WORDS_KEY))
 
 
 def is_guessed(file: Path, stored: Mapping[str, Stored]) -> bool:
     """Whether nothing says what a file's UNet predicts."""
     shapes = {key: entry.shape for key, entry in stored.items()}
-    if not stable.is_one(shapes) or not stable.is_open(shapes):
+    if not stable_diffusion.is_one(shapes) or not stable_diffusion.is_open(shapes):
         return False
-    note = compvis.find(file)
-    said = compvis.said(read_yaml(note), note) if note else None
+    note = compvis_yaml.find(file)
+    said = compvis_yaml.said(read_yaml(note), note) if note else None
     return with_prediction(file, shapes, said, None).prediction is None
 
 
@@ -124,11 +124,11 @@ def kind_of(file: Path, stored: Mapping[str, Stored], spec: ModelSpec) -> str | 
     """The row of the table that a single file's model is of; None for a first stage alone."""
     if spec.unet is None:
         return None
-    if stable.is_one(shapes := {key: entry.shape for key, entry in stored.items()}):
-        return stable.kind(shapes, spec.schedule.prediction)
+    if stable_diffusion.is_one(shapes := {key: entry.shape for key, entry in stored.items()}):
+        return stable_diffusion.kind(shapes, spec.schedule.prediction)
     if own_folder(file) and (said := own_said(file.parent / OWN_FILE)).kind:
         return said.kind
-    return zoo.kind(shapes, spec.condition)
+    return ldm.kind(shapes, spec.condition)
 
 
 def near(a: float, b: float) -> bool:
@@ -156,7 +156,7 @@ def check_betas(file: Path, betas: np.ndarray, spec: ScheduleSpec) -> None:
         raise CheckpointError(f"{file}: its betas are not {len(expected)} whose roots are evenly spaced")
 
 
-def check_ends(note: Path, said: zoo.Said, spec: ModelSpec) -> None:
+def check_ends(note: Path, said: ldm.Said, spec: ModelSpec) -> None:
     """The betas of a file beside the weights against theirs."""
     if spec.unet and said.schedule:
         for option, claimed, actual in (
@@ -167,17 +167,17 @@ def check_ends(note: Path, said: zoo.Said, spec: ModelSpec) -> None:
                 raise CheckpointError(f"{note}: {option} is {claimed}, but the weights have {actual}")
 
 
-def own_said(file: Path) -> zoo.Said:
+def own_said(file: Path) -> ldm.Said:
     """What our ldm.json says of a single file. Raises CheckpointError, naming what it cannot be."""
     own = read_json(file)[OWN_KEY]
-    known = {field.name for field in fields(zoo.Said)} - {"head_width", "prediction"}
+    known = {field.name for field in fields(ldm.Said)} - {"head_width", "prediction"}
     if not isinstance(own, dict) or own.keys() - known:
         raise CheckpointError(f"{file}: {OWN_KEY} may hold {', '.join(sorted(known))} only")
     for option, value in own.items():
         if not OPTIONS[option](value):
             raise CheckpointError(f"{file}: {option} cannot be {str(value)[:80]}")
     schedule = own.get("schedule")
-    return zoo.Said(
+    return ldm.Said(
         kind=own.get("kind"),
         side=own.get("side"),
         heads=tuple(own["heads"]) if own.get("heads") else None,
@@ -207,7 +207,7 @@ def is_schedule(value: Any) -> bool:
 
 
 OPTIONS = {
-    "kind": lambda value: isinstance(value, str) and value in zoo.ROWS,
+    "kind": lambda value: isinstance(value, str) and value in ldm.ROWS,
     "side": is_whole,
     "heads": lambda value: isinstance(value, list) and all(map(is_whole, value)),
     "scale_factor": lambda value: type(value) in (int, float) and 0 < value < math.inf,

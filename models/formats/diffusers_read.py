@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from models import singles
+from models.formats import single_file
 from models.errors import CheckpointError
 from models.spec import (
     ALL_TASKS,
@@ -25,7 +25,7 @@ from models.spec import (
     UNetSpec,
     UpscalingSpec,
 )
-from models.texts import OWN_FILE, Config, read_json
+from models.formats.config_files import OWN_FILE, Config, read_json
 
 PLAIN, INPAINTING, UPSCALING, XL, XL_INPAINTING, SUPER_RESOLUTION = (
     "StableDiffusionPipeline",
@@ -144,11 +144,11 @@ def read_spec(
     naming the file and the option.
     """
     path = Path(path)
-    if file := singles.weights_of(path):
-        spec = with_text(singles.describe(file, allow_pickle, prediction), file.parent)
+    if file := single_file.weights_of(path):
+        spec = with_text(single_file.describe(file, allow_pickle, prediction), file.parent)
         if spec.texts:
             check_fit(spec, path)
-        own = singles.own_folder(file)
+        own = single_file.own_folder(file)
         return with_own_file(with_own_inputs(spec, own), own) if own else spec
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a folder nor a .safetensors or .ckpt file")
@@ -545,7 +545,7 @@ def with_own_file(spec: ModelSpec, path: Path) -> ModelSpec:
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: defaults must be an object")
     known = {f.name: type(getattr(spec.defaults, f.name)) for f in fields(Defaults)}
-    accepted = (*OWN_KEYS, RESIDUAL, singles.OWN_KEY)
+    accepted = (*OWN_KEYS, RESIDUAL, single_file.OWN_KEY)
     for key in [k for k in own if k not in accepted] + [k for k in values if k not in known]:
         raise CheckpointError(f"{file}: {key!r} is unknown; defaults may hold {', '.join(known)}")
     for key, value in values.items():

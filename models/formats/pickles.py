@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import CheckpointError
-from models.headers import HEADER_LIMIT, SIZES, ZIP, Stored, opened, sniff
+from models.formats.safetensors import HEADER_LIMIT, SIZES, ZIP, Stored, opened, sniff
 
 STORAGES = {  # torch's classes of storages -> the type of their numbers
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
