@@ -22,7 +22,7 @@ from transformers import BertTokenizer, CLIPTokenizer
 
 from models.formats import keymaps, single_file, stable_diffusion, companions, ldm
 from models import text_tensors, tokenizers
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.conditioner import (
     Conditioner,
     LayoutProjection,
@@ -45,7 +45,7 @@ from models.spec import ModelSpec, Prediction, TextSpec, TokenSpec
 from models.stopwatch import Stopwatch
 from models.text_encoder import TextEncoder
 from models.formats.config_files import read_json
-from models.unet import UNet
+from models.networks.unet import UNet
 
 __all__ = ["CheckpointError", "load", "read_spec", "save"]
 

@@ -12,7 +12,7 @@ from cachetools import LRUCache
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.conditioner import Asked, Conditioner, TextConditioner
 from models.denoiser import Denoiser, guide
 from models.samplers import plan, step
@@ -20,7 +20,7 @@ from models.schedule import Schedule
 from models.spec import AutoencoderSpec, ModelSpec
 from models.text_encoder import Context
 from models.tiles import cut, merge
-from models.unet import UNet, timestep_embedding
+from models.networks.unet import UNet, timestep_embedding
 
 OVERFLOWING = torch.float16  # what a first stage that its spec says so of does not run in
 TILE = 32  # cells of a side: 256 pixels where a cell covers 8

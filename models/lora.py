@@ -30,7 +30,7 @@ from models.latent_diffusion import LatentDiffusion
 from models.meta import shapes_only
 from models.spec import ModelSpec
 from models.formats.config_files import read_json
-from models.unet import UNet
+from models.networks.unet import UNet
 
 DOWN, UP, MID, ALPHA = "down", "up", "mid", "alpha"
 PARTS = {  # how a key ends -> what it holds of its module

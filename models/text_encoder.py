@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
-from models.clip import TextTransformer
+from models.networks.clip import TextTransformer
 from models.prompts import Frame, Reading, Token, chunks_of, left_out, pieces_of, tokens_of
 from models.spec import TextSpec, TokenSpec
 

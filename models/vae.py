@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from models.formats import keymaps, ldm
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.checkpoint import (
     NETWORK_FILES,
     Part,

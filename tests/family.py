@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.spec import AutoencoderSpec, ClassSpec, Condition, SegmentationSpec, TokenSpec, UNetSpec
 from tests.paper import published
 from tests.tiny import byte_tokenizer, fill_randomly

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from safetensors.torch import save_file
 
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.conditioner import make_conditioner
 from models.schedule import Schedule
 from models.spec import AutoencoderSpec, ClassSpec, ScheduleSpec, SegmentationSpec, TokenSpec, UNetSpec
-from models.unet import UNet
+from models.networks.unet import UNet
 from tests.tiny import fill_randomly
 
 VQ = AutoencoderSpec(

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTokenizer
 
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.checkpoint import save
 from models.conditioner import LayoutProjection, TextConditioner
 from models.latent_diffusion import LatentDiffusion
@@ -26,7 +26,7 @@ from models.spec import (
     UpscalingSpec,
 )
 from models.text_encoder import TextEncoder
-from models.unet import UNet
+from models.networks.unet import UNet
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 

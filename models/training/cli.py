@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models import checkpoint
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.latent_diffusion import LatentDiffusion
 from models.spec import AutoencoderSpec
 from models.training.presets import AUTOENCODER, DEFAULTS, SHARP_AUTOENCODER, TOKENS
@@ -284,7 +284,7 @@ def train_upscaler(args: argparse.Namespace) -> None:
 def export_upscaling(args: argparse.Namespace) -> None:
     from models.training.presets import UPSCALER, upscaler_spec
     from models.training.upscaler import residuals
-    from models.unet import UNet
+    from models.networks.unet import UNet
 
     unet = UNet(UPSCALER)
     unet.load_state_dict(averaged(args.state / "upscaler.pt"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.training.scenes import Atlas, draw_scene
 from models.training.trainer import Budget, Trainer
 

@@ -29,10 +29,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS sta
 import torch
 from torch import Tensor
 
-from models import kernels, tokenizers
-from models.autoencoder import Autoencoder
+from models.networks import kernels
+from models import tokenizers
+from models.networks.autoencoder import Autoencoder
 from models.latent_diffusion import LatentDiffusion, to_uint8
-from models.unet import UNet
+from models.networks.unet import UNet
 from service.device import choose_device, choose_dtype, fix_arithmetic, suited
 from service.engine import Engine
 from service.errors import DeviceLost

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import load
 from models.latent_diffusion import LatentDiffusion
-from models.unet import timestep_embedding
+from models.networks.unet import timestep_embedding
 from tests.bench.family import LIMIT, compare, error
 from tests.folders import ROWS, Row, autoencoder, text_encoders, tokenizer_of, unet
 from tests.tiny import fill_randomly

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.formats import keymaps
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.conditioner import TokenConditioner
 from models.latent_diffusion import LatentDiffusion
 from models.spec import ScheduleSpec, UNetSpec

@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertTokenizer
 
 from models import tokenizers
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.conditioner import TextConditioner, TokenConditioner
 from models.latent_diffusion import LatentDiffusion
 from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, TokenSpec, UNetSpec
 from models.text_encoder import TextEncoder
-from models.unet import UNet, timestep_embedding
+from models.networks.unet import UNet, timestep_embedding
 from service.device import suited
 from service.engine import Engine
 from service.job import Done, Job, Network

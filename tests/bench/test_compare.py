@@ -40,7 +40,7 @@ def test_counted_work():
 
 def test_shapes_are_the_published_ones():
     """Parameters of the published UNets, to a tenth of a million."""
-    from models.unet import UNet
+    from models.networks.unet import UNet
 
     sizes = {}
     for name in ("sd15", "ldm-text", "sdxl"):

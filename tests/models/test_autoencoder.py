@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 
 from models.formats import keymaps
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.spec import AutoencoderSpec
 from tests.tiny import fill_randomly
 

@@ -6,10 +6,10 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, autoencoder_names, load, read_spec, save, unet_names
 from models.spec import AutoencoderSpec, UNetSpec
-from models.unet import UNet
+from models.networks.unet import UNet
 from tests.tiny import fill_randomly, tiny_model, tiny_spec, write_tiny_model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import kernels
+from models.networks import kernels
 
-NAME = "models.triton_kernels"
+NAME = "models.networks.triton_kernels"
 WANTED = "triton is not installed: pip install '.[kernels]'"
 
 
@@ -126,9 +126,9 @@ class Wrong:
 @pytest.mark.parametrize("found", [Wrong, None])
 def test_kernels_that_are_wrong_or_that_cannot_be_loaded_are_not_used(monkeypatch, found, caplog):
     monkeypatch.setitem(sys.modules, NAME, found)
-    monkeypatch.setattr("models.triton_kernels", found, raising=False)
+    monkeypatch.setattr("models.networks.triton_kernels", found, raising=False)
     if found is None:
-        monkeypatch.delattr("models.triton_kernels")
+        monkeypatch.delattr("models.networks.triton_kernels")
     assert kernels.fused_on.__wrapped__(torch.device("cpu")) is None
     assert "no fused kernels" in caplog.text
 

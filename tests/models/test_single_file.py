@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from models import checkpoint
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load, save
 from models.conditioner import make_conditioner
 from models.schedule import Schedule
 from models.spec import ModelSpec, ScheduleSpec
-from models.unet import UNet
+from models.networks.unet import UNet
 from tests.paper import ROWS, VQ, published, random, write
 from tests.tiny import tiny_model
 

@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from models.checkpoint import weights_in
 from models.conditioner import Asked
 from models.spec import ModelSpec
-from models.unet import timestep_embedding
+from models.networks.unet import timestep_embedding
 from tests.tiny import random_model, xl_spec
 
 LIMIT = 3e-5

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from models.formats import keymaps
 from models.spec import UNetSpec
-from models.unet import UNet
+from models.networks.unet import UNet
 from tests.tiny import fill_randomly
 
 LIMIT = 3e-5

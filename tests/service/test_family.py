@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
 from models.formats import companions as words_of
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load
 from models.conditioner import Asked
 from models.latent_diffusion import LatentDiffusion

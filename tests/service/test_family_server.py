@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from models.autoencoder import Autoencoder
+from models.networks.autoencoder import Autoencoder
 from models.checkpoint import load
 from service.answers import enlarged as enlarged_of
 from service.answers import parts_of, pixels_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from models.kernels import geglu, group_norm
+from models.networks.kernels import geglu, group_norm
 
 
 class CrossAttention(nn.Module):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, silu
 
-from models.attention import AttentionBlock, SpatialTransformer
-from models.kernels import group_norm
+from models.networks.attention import AttentionBlock, SpatialTransformer
+from models.networks.kernels import group_norm
 from models.spec import UNetSpec
 
 

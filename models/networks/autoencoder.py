@@ -17,7 +17,7 @@ from torch.nn.functional import (
     scaled_dot_product_attention,
 )
 
-from models.kernels import group_norm
+from models.networks.kernels import group_norm
 from models.spec import AutoencoderSpec
 
 CELLS = 4096  # whose distances to all codes are taken at once

@@ -54,7 +54,7 @@ def fused_on(device: torch.device) -> ModuleType | None:
     Called first outside of any graph: it compiles, and waits for the device.
     """
     try:
-        from models import triton_kernels  # a C compiler is needed to run it, which slim images lack
+        from models.networks import triton_kernels  # a C compiler is needed to run it, which slim images lack
 
         off = error_of(triton_kernels, device)
     except Exception:

@@ -1,0 +1,1 @@
+"""The networks: UNet, autoencoder, CLIP text transformer, and the fused kernels that they call."""
