@@ -23,7 +23,7 @@ from transformers import BertTokenizer, CLIPTokenizer
 from models.formats import keymaps, single_file, stable_diffusion, companions, ldm
 from models import text_tensors, tokenizers
 from models.networks.autoencoder import Autoencoder
-from models.conditioner import (
+from models.conditioning.conditioner import (
     Conditioner,
     LayoutProjection,
     TextConditioner,
@@ -43,7 +43,7 @@ from models.latent_diffusion import LatentDiffusion, stage_dtype
 from models.meta import shapes_only
 from models.spec import ModelSpec, Prediction, TextSpec, TokenSpec
 from models.stopwatch import Stopwatch
-from models.text_encoder import TextEncoder
+from models.conditioning.text_encoder import TextEncoder
 from models.formats.config_files import read_json
 from models.networks.unet import UNet
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from models.networks.autoencoder import Autoencoder
-from models.conditioner import Asked, Conditioner, TextConditioner
+from models.conditioning.conditioner import Asked, Conditioner, TextConditioner
 from models.denoiser import Denoiser, guide
 from models.samplers import plan, step
 from models.schedule import Schedule
 from models.spec import AutoencoderSpec, ModelSpec
-from models.text_encoder import Context
+from models.conditioning.text_encoder import Context
 from models.tiles import cut, merge
 from models.networks.unet import UNet, timestep_embedding
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.formats import keymaps
 from models.checkpoint import Weights, listed, networks_of, open_weights, translated
-from models.conditioner import Conditioner, TextConditioner
+from models.conditioning.conditioner import Conditioner, TextConditioner
 from models.errors import CheckpointError
 from models.formats.safetensors import FLOATS
 from models.latent_diffusion import LatentDiffusion

@@ -10,7 +10,7 @@ from torch import Tensor
 from models.formats import keymaps
 from models.formats.safetensors import Stored
 from models.formats.stable_diffusion import PROJECTION, Place
-from models.text_encoder import TextEncoder
+from models.conditioning.text_encoder import TextEncoder
 
 NATIVE = "transformer."  # of all of an encoder but its projection
 WHOLE = ".attn.in_proj_"

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
-from models.conditioner import Asked
+from models.conditioning.conditioner import Asked
 from models.denoiser import guide
 from models.latent_diffusion import Known, LatentDiffusion
-from models.prompts import Reading
+from models.conditioning.prompts import Reading
 from models.samplers import Plan, keep, step
-from models.text_encoder import Context
+from models.conditioning.text_encoder import Context
 from service.device import upload
 from service.graphs import Graphs
 from service.job import Job

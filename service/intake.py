@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
-from models import prompts
+from models.conditioning import prompts
 from models.samplers import SAMPLERS, SPACED, WITH_ETA, most_steps
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import Tiles, cut

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from models.boxes import Box
+from models.conditioning.boxes import Box
 from models.spec import Spacing
 
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON client can hold

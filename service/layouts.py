@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from models import boxes as boxes_of
+from models.conditioning import boxes as boxes_of
 from models.spec import ModelSpec
 from service.errors import InvalidRequest
 from service.schemas import Box

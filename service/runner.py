@@ -15,7 +15,7 @@ from torch import Tensor
 from models import embeddings, lora, vae
 from models.formats import companions
 from models.checkpoint import load, weights_in
-from models.conditioner import Asked
+from models.conditioning.conditioner import Asked
 from models.errors import CheckpointError
 from models.latent_diffusion import LatentDiffusion, to_uint8, told_rows
 from models.preview import Projection

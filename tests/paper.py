@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.networks.autoencoder import Autoencoder
-from models.conditioner import make_conditioner
+from models.conditioning.conditioner import make_conditioner
 from models.schedule import Schedule
 from models.spec import AutoencoderSpec, ClassSpec, ScheduleSpec, SegmentationSpec, TokenSpec, UNetSpec
 from models.networks.unet import UNet

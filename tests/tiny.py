@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from models.networks.autoencoder import Autoencoder
 from models.checkpoint import save
-from models.conditioner import LayoutProjection, TextConditioner
+from models.conditioning.conditioner import LayoutProjection, TextConditioner
 from models.latent_diffusion import LatentDiffusion
 from models.spec import (
     ALL_TASKS,
@@ -25,7 +25,7 @@ from models.spec import (
     UNetSpec,
     UpscalingSpec,
 )
-from models.text_encoder import TextEncoder
+from models.conditioning.text_encoder import TextEncoder
 from models.networks.unet import UNet
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"

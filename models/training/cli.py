@@ -237,7 +237,7 @@ def with_decoder(args: argparse.Namespace) -> LatentDiffusion:
 
 def trained_model(args: argparse.Namespace) -> LatentDiffusion:
     """All networks of finished runs."""
-    from models.conditioner import TextConditioner
+    from models.conditioning.conditioner import TextConditioner
     from models.training.diffusion import SceneNetwork
     from models.training.presets import LAYOUT, UNET, model_spec, text_spec
 

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from models.networks.autoencoder import Autoencoder
-from models.conditioner import GRAY, LayoutProjection
+from models.conditioning.conditioner import GRAY, LayoutProjection
 from models.latent_diffusion import LatentDiffusion
 from models.schedule import Schedule
 from models.spec import ScheduleSpec, TextSpec, UNetSpec
-from models.text_encoder import TextEncoder
+from models.conditioning.text_encoder import TextEncoder
 from models.training.first_stage import to_x
 from models.training.scenes import SIZE, Atlas, Scene, draw_scene, without_hidden
 from models.training.trainer import Budget, Trainer

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from models.conditioner import GRAY
+from models.conditioning.conditioner import GRAY
 from models.latent_diffusion import LatentDiffusion
 from models.training.evaluate import (
     Painter,

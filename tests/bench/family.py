@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
 from models.checkpoint import load
-from models.conditioner import Asked
+from models.conditioning.conditioner import Asked
 from models.latent_diffusion import LatentDiffusion
 from models.spec import AutoencoderSpec, ClassSpec, Condition, TokenSpec, UNetSpec
 from tests.bench import rivals

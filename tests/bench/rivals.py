@@ -18,10 +18,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from models.formats import keymaps
 from models.networks.autoencoder import Autoencoder
-from models.conditioner import TokenConditioner
+from models.conditioning.conditioner import TokenConditioner
 from models.latent_diffusion import LatentDiffusion
 from models.spec import ScheduleSpec, UNetSpec
-from models.text_encoder import TextEncoder
+from models.conditioning.text_encoder import TextEncoder
 from tests.models import test_autoencoder, test_conditioner
 
 

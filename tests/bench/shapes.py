@@ -14,10 +14,10 @@ from transformers import BertTokenizer
 
 from models import tokenizers
 from models.networks.autoencoder import Autoencoder
-from models.conditioner import TextConditioner, TokenConditioner
+from models.conditioning.conditioner import TextConditioner, TokenConditioner
 from models.latent_diffusion import LatentDiffusion
 from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, TokenSpec, UNetSpec
-from models.text_encoder import TextEncoder
+from models.conditioning.text_encoder import TextEncoder
 from models.networks.unet import UNet, timestep_embedding
 from service.device import suited
 from service.engine import Engine

@@ -6,7 +6,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from torch.nn import functional as F
 from transformers import BertTokenizer
 
-from models.conditioner import ClassConditioner, SegmentationConditioner, TokenConditioner
+from models.conditioning.conditioner import ClassConditioner, SegmentationConditioner, TokenConditioner
 from models.formats.diffusers_read import CheckpointError
 from models.spec import ClassSpec, SegmentationSpec, TokenSpec
 from tests.tiny import fill_randomly

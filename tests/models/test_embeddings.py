@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from models import embeddings
 from models.checkpoint import load, save
-from models.conditioner import Asked
+from models.conditioning.conditioner import Asked
 from models.errors import CheckpointError
 from tests.tiny import random_model, tiny_model, tiny_spec, xl_spec
 

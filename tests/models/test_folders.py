@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import safe_open
 
 from models.checkpoint import CheckpointError, load, read_spec, save
-from models.conditioner import Asked
+from models.conditioning.conditioner import Asked
 from models.latent_diffusion import stage_dtype
 from models.spec import ModelSpec
 from tests import folders

@@ -16,7 +16,7 @@ from torch.nn.functional import conv2d
 from models.formats import keymaps
 from models import lora
 from models.checkpoint import CheckpointError, load
-from models.conditioner import Asked
+from models.conditioning.conditioner import Asked
 from tests.folders import write as write_row
 from tests.loras import (
     ATTENTION,

@@ -9,8 +9,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from models.conditioner import Asked
-from models.prompts import (
+from models.conditioning.conditioner import Asked
+from models.conditioning.prompts import (
     MOST_CHUNKS,
     Frame,
     Piece,
@@ -23,7 +23,7 @@ from models.prompts import (
     pieces_of,
     tokens_of,
 )
-from models.text_encoder import Reader
+from models.conditioning.text_encoder import Reader
 from models.tokenizers import clip
 from tests.tiny import random_model, tiny_spec, xl_spec
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from models import checkpoint
 from models.networks.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load, save
-from models.conditioner import make_conditioner
+from models.conditioning.conditioner import make_conditioner
 from models.schedule import Schedule
 from models.spec import ModelSpec, ScheduleSpec
 from models.networks.unet import UNet

@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from models.checkpoint import weights_in
-from models.conditioner import Asked
+from models.conditioning.conditioner import Asked
 from models.spec import ModelSpec
 from models.networks.unet import timestep_embedding
 from tests.tiny import random_model, xl_spec

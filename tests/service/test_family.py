@@ -22,7 +22,7 @@ from transformers import CLIPTextModelWithProjection
 from models.formats import companions as words_of
 from models.networks.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load
-from models.conditioner import Asked
+from models.conditioning.conditioner import Asked
 from models.latent_diffusion import LatentDiffusion
 from service import answers
 from service.engine import Engine

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.checkpoint import load
-from models.conditioner import Asked
+from models.conditioning.conditioner import Asked
 from models.latent_diffusion import pixels_last, to_uint8
 from tests import stable
 from tests.conftest import Server

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, interpolate, pad
 from transformers import BertTokenizer
 
-from models.boxes import Box, tokens
+from models.conditioning.boxes import Box, tokens
 from models.formats.diffusers_read import CheckpointError
-from models.prompts import Reading
+from models.conditioning.prompts import Reading
 from models.spec import ClassSpec, Condition, SegmentationSpec, TokenSpec
-from models.text_encoder import Context, Reader, TextEncoder, TokenTransformer, weighed
+from models.conditioning.text_encoder import Context, Reader, TextEncoder, TokenTransformer, weighed
 from models.formats.companions import WANTED
 
 GRAY = 128  # what a pixel under the mask is shown as to a UNet with mask channels

@@ -1,0 +1,1 @@
+"""From prompts, classes, boxes and regions to the context of the UNet."""
