@@ -14,9 +14,9 @@ from torch.nn.functional import interpolate, max_pool2d
 
 from models.networks.autoencoder import Autoencoder
 from models.conditioning.conditioner import Asked, Conditioner, TextConditioner
-from models.denoiser import Denoiser, guide
-from models.samplers import plan, step
-from models.schedule import Schedule
+from models.sampling.denoiser import Denoiser, guide
+from models.sampling.samplers import plan, step
+from models.sampling.schedule import Schedule
 from models.spec import AutoencoderSpec, ModelSpec
 from models.conditioning.text_encoder import Context
 from models.tiles import cut, merge

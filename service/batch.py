@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
 from models.conditioning.conditioner import Asked
-from models.denoiser import guide
+from models.sampling.denoiser import guide
 from models.latent_diffusion import Known, LatentDiffusion
 from models.conditioning.prompts import Reading
-from models.samplers import Plan, keep, step
+from models.sampling.samplers import Plan, keep, step
 from models.conditioning.text_encoder import Context
 from service.device import upload
 from service.graphs import Graphs

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from models.conditioning import prompts
-from models.samplers import SAMPLERS, SPACED, WITH_ETA, most_steps
+from models.sampling.samplers import SAMPLERS, SPACED, WITH_ETA, most_steps
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import Tiles, cut
 from service import images, layouts

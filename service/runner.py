@@ -19,8 +19,8 @@ from models.conditioning.conditioner import Asked
 from models.errors import CheckpointError
 from models.latent_diffusion import LatentDiffusion, to_uint8, told_rows
 from models.preview import Projection
-from models.samplers import Plan, plan
-from models.schedule import Schedule
+from models.sampling.samplers import Plan, plan
+from models.sampling.schedule import Schedule
 from models.spec import ModelSpec
 from models.stopwatch import Stopwatch
 from models.tiles import cut

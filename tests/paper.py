@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from models.networks.autoencoder import Autoencoder
 from models.conditioning.conditioner import make_conditioner
-from models.schedule import Schedule
+from models.sampling.schedule import Schedule
 from models.spec import AutoencoderSpec, ClassSpec, ScheduleSpec, SegmentationSpec, TokenSpec, UNetSpec
 from models.networks.unet import UNet
 from tests.tiny import fill_randomly

@@ -18,7 +18,7 @@ from models.formats import compvis_yaml, keymaps, stable_diffusion, ldm
 from models.errors import CheckpointError
 from models.formats.safetensors import Stored, safetensors_header, safetensors_metadata, values
 from models.formats.pickles import read_records
-from models.schedule import Schedule
+from models.sampling.schedule import Schedule
 from models.spec import BetaSchedule, ModelSpec, Prediction, ScheduleSpec, Spacing
 from models.formats.config_files import OWN_FILE, Config, read_json, read_yaml
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from models.networks.autoencoder import Autoencoder
 from models.conditioning.conditioner import GRAY, LayoutProjection
 from models.latent_diffusion import LatentDiffusion
-from models.schedule import Schedule
+from models.sampling.schedule import Schedule
 from models.spec import ScheduleSpec, TextSpec, UNetSpec
 from models.conditioning.text_encoder import TextEncoder
 from models.training.first_stage import to_x

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from models.networks.autoencoder import Autoencoder
 from models.latent_diffusion import resample
-from models.schedule import Schedule
+from models.sampling.schedule import Schedule
 from models.spec import AutoencoderSpec, ScheduleSpec, UNetSpec, UpscalingSpec
 from models.training import first_stage
 from models.training.crops import degrade, draw_crop

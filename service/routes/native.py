@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from fastapi import APIRouter, Header, Request, Response
 
-from models.samplers import SAMPLERS
+from models.sampling.samplers import SAMPLERS
 from models.spec import ModelSpec, Spacing
 from service import answers, intake, layouts
 from service.errors import ClientGone, DeadlineExceeded

@@ -12,9 +12,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from models.denoiser import Denoiser
-from models.samplers import SAMPLERS, SPACED, keep, most_steps, plan, step
-from models.schedule import Schedule
+from models.sampling.denoiser import Denoiser
+from models.sampling.samplers import SAMPLERS, SPACED, keep, most_steps, plan, step
+from models.sampling.schedule import Schedule
 from models.spec import ScheduleSpec
 
 SHAPE = (2, 4, 8, 8)

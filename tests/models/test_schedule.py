@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler
 
-from models.schedule import Schedule
+from models.sampling.schedule import Schedule
 from models.spec import ScheduleSpec
 
 

@@ -11,7 +11,7 @@ from models import checkpoint
 from models.networks.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load, save
 from models.conditioning.conditioner import make_conditioner
-from models.schedule import Schedule
+from models.sampling.schedule import Schedule
 from models.spec import ModelSpec, ScheduleSpec
 from models.networks.unet import UNet
 from tests.paper import ROWS, VQ, published, random, write

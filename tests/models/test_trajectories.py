@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.samplers import SAMPLERS, most_steps, plan, step
-from models.schedule import Schedule
+from models.sampling.samplers import SAMPLERS, most_steps, plan, step
+from models.sampling.schedule import Schedule
 from models.spec import ScheduleSpec
 
 SOUND = (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from models.checkpoint import load
-from models.samplers import SAMPLERS, SPACED
+from models.sampling.samplers import SAMPLERS, SPACED
 from service.device import even
 from service.engine import Engine
 from service.job import Done, Job

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.checkpoint import load
-from models.samplers import SAMPLERS, plan, step
+from models.sampling.samplers import SAMPLERS, plan, step
 from service import batch
 from service.engine import Engine
 from service.errors import NonFinite, OutOfMemory

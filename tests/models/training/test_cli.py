@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from models.checkpoint import load
-from models.schedule import Schedule
+from models.sampling.schedule import Schedule
 from models.training import cli, presets
 from models.training.cli import main
 from models.training.diffusion import timestep_density

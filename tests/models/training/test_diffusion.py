@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models.schedule import Schedule
+from models.sampling.schedule import Schedule
 from models.training import diffusion, presets
 from models.training.diffusion import Batch, in_holes, v_error
 from models.training.trainer import Budget, Progress

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.schedule import Schedule
+from models.sampling.schedule import Schedule
 from models.spec import Spacing
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.schedule import Schedule
+from models.sampling.schedule import Schedule
 
 
 class Denoiser:

@@ -1,0 +1,1 @@
+"""Noise schedules, samplers as tables of coefficients, and the guided denoiser."""
