@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import open_weights
+from models.checkpoint.folder import open_weights
 from models.conditioning.conditioner import TextConditioner
 from models.errors import CheckpointError
 from models.formats.safetensors import FLOATS

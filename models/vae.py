@@ -9,7 +9,7 @@ import torch
 
 from models.formats import keymaps, ldm
 from models.networks.autoencoder import Autoencoder
-from models.checkpoint import (
+from models.checkpoint.folder import (
     NETWORK_FILES,
     Part,
     Weights,
@@ -24,7 +24,7 @@ from models.checkpoint import (
 from models.formats.diffusers_read import autoencoder_spec, translated
 from models.errors import CheckpointError
 from models.latent_diffusion import LatentDiffusion, stage_dtype
-from models.meta import shapes_only
+from models.checkpoint.meta import shapes_only
 from models.spec import AutoencoderSpec
 from models.formats.config_files import read_json
 

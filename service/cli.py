@@ -483,7 +483,7 @@ def add_inspect(command: argparse.ArgumentParser) -> None:
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Say what a checkpoint is; 1 where something is missing or unexpected in it."""
-    from models.inspection import as_json, as_text, inspect  # torch
+    from models.checkpoint.inspection import as_json, as_text, inspect  # torch
 
     settings = settings_of(args, "allow_pickle", "prediction")
     report = inspect(args.path, settings.allow_pickle, settings.prediction)
@@ -501,7 +501,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Write a checkpoint as a folder in safetensors, whole or not at all."""
-    from models.conversion import convert  # torch
+    from models.checkpoint.conversion import convert  # torch
 
     settings = settings_of(args, "allow_pickle", "prediction")
     convert(args.source, args.target, args.dtype, settings.allow_pickle, settings.prediction)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from models import embeddings, lora, vae
 from models.formats import companions
-from models.checkpoint import load, weights_in
+from models.checkpoint import load
+from models.checkpoint.folder import weights_in
 from models.conditioning.conditioner import Asked
 from models.errors import CheckpointError
 from models.latent_diffusion import LatentDiffusion, to_uint8, told_rows

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from models import tokenizers
+from models.checkpoint import tokenizers
 from tests.tiny import byte_tokenizer, fill_randomly
 
 Options = Mapping[str, Any]

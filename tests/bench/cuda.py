@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from models.networks import kernels
-from models import tokenizers
+from models.checkpoint import tokenizers
 from models.networks.autoencoder import Autoencoder
 from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.networks.unet import UNet

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertTokenizer
 
-from models import tokenizers
+from models.checkpoint import tokenizers
 from models.networks.autoencoder import Autoencoder
 from models.conditioning.conditioner import TextConditioner, TokenConditioner
 from models.latent_diffusion import LatentDiffusion

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from models import tokenizers
+from models.checkpoint import tokenizers
 from models.checkpoint import load
 from models.formats.safetensors import safetensors_header
 from tests import stable

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoint import CheckpointError, Weights, load, save
-from models.conversion import convert
-from models.inspection import FAMILIES, as_json, as_text, inspect
+from models.checkpoint import CheckpointError, load, save
+from models.checkpoint.folder import Weights
+from models.checkpoint.conversion import convert
+from models.checkpoint.inspection import FAMILIES, as_json, as_text, inspect
 from models.formats.ldm import ROWS as KINDS
 from tests import folders
 from tests.paper import ROWS, published, write
@@ -81,13 +82,13 @@ def test_folders_and_first_stages(tmp_path):
 
 def test_no_weight_is_read(tmp_path, monkeypatch):
     file = write(tmp_path, "inpainting_big")
-    from models import checkpoint
+    from models.checkpoint import folder
 
     def unread(file, device, allow_pickle):
-        weights = checkpoint.singles.read_header(file, allow_pickle)
+        weights = folder.single_file.read_header(file, allow_pickle)
         return Weights(weights, lambda name: pytest.fail(f"{name} was read"))
 
-    monkeypatch.setattr(checkpoint, "open_weights", unread)
+    monkeypatch.setattr(folder, "open_weights", unread)
     assert inspect(file).notes[0].startswith("the first stage is there twice")
     with pytest.raises(pytest.fail.Exception, match="was read"):
         load(file)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from models.formats import pickles
-from models.checkpoint import open_weights
+from models.checkpoint.folder import open_weights
 from models.errors import CheckpointError
 from models.formats.pickles import read_records, run
 

@@ -24,7 +24,7 @@ from models.conditioning.prompts import (
     tokens_of,
 )
 from models.conditioning.text_encoder import Reader
-from models.tokenizers import clip
+from models.checkpoint.tokenizers import clip
 from tests.tiny import random_model, tiny_spec, xl_spec
 
 CUT, WEIGHTED, CHUNKED, BOTH = Reading(), Reading(True), Reading(False, True), Reading(True, True)

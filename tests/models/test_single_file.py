@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import checkpoint
+from models.checkpoint import folder
 from models.networks.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load, save
 from models.conditioning.conditioner import make_conditioner
@@ -155,13 +155,13 @@ def test_a_vocabulary_beside_the_file_is_taken(tmp_path):
 
 def reads(monkeypatch):
     """Which tensors of files are read from now on."""
-    seen, plain = [], checkpoint.open_weights
+    seen, plain = [], folder.open_weights
 
     def opened(file, device, allow_pickle):
         weights = plain(file, device, allow_pickle)
         return weights._replace(read=lambda name: seen.append(name) or weights.read(name))
 
-    monkeypatch.setattr(checkpoint, "open_weights", opened)
+    monkeypatch.setattr(folder, "open_weights", opened)
     return seen
 
 

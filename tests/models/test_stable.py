@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from models.checkpoint import CheckpointError, load
 from models.formats.diffusers_read import read_spec
-from models.conversion import convert
-from models.inspection import inspect
+from models.checkpoint.conversion import convert
+from models.checkpoint.inspection import inspect
 from models.spec import ModelSpec
 from tests import stable
 from tests.stable import Reference, Row

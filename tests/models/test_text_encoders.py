@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from models.checkpoint import weights_in
+from models.checkpoint.folder import weights_in
 from models.conditioning.conditioner import Asked
 from models.spec import ModelSpec
 from models.networks.unet import timestep_embedding

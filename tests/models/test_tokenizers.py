@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPTokenizer
 
-from models.tokenizers import clip
+from models.checkpoint.tokenizers import clip
 from tests.conftest import ROOT
 
 # Odd texts and their ids by SimpleTokenizer of open_clip_torch 3.3.0, given texts in NFC, lower case and with

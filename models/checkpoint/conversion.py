@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from models.formats import single_file, stable_diffusion, ldm
-from models.checkpoint import Opened, check, load, open_model, save, words_beside, write_tensors
+from models.checkpoint.folder import Opened, check, load, open_model, save, words_beside, write_tensors
 from models.formats.diffusers_read import OWN_KEYS
 from models.errors import CheckpointError
 from models.spec import Prediction, TokenSpec

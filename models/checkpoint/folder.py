@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, CLIPTokenizer
 
 from models.formats import keymaps, single_file, stable_diffusion, companions, ldm
-from models import text_tensors, tokenizers
+from models.checkpoint import text_tensors, tokenizers
 from models.networks.autoencoder import Autoencoder
 from models.conditioning.conditioner import (
     Conditioner,
@@ -40,7 +40,7 @@ from models.formats.diffusers_read import (
 )
 from models.formats.safetensors import FLOATS, Stored
 from models.latent_diffusion import LatentDiffusion, stage_dtype
-from models.meta import shapes_only
+from models.checkpoint.meta import shapes_only
 from models.spec import ModelSpec, Prediction, TextSpec, TokenSpec
 from models.stopwatch import Stopwatch
 from models.conditioning.text_encoder import TextEncoder
