@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import embeddings, lora, vae
+from models.adapters import textual_inversion, lora, replacement_vae
 from models.formats import companions
 from models.checkpoint import load
 from models.checkpoint.folder import weights_in
@@ -343,7 +343,7 @@ def warnings(bundle: LatentDiffusion, job: Job):
             yield f"{name} is longer than the model reads; left out: {shown}"
 
 
-def knowing(spec: ModelSpec, learned: Sequence[embeddings.Embedding]) -> ModelSpec:
+def knowing(spec: ModelSpec, learned: Sequence[textual_inversion.Embedding]) -> ModelSpec:
     """A model with the names of those words that it can learn."""
     return replace(spec, embeddings=tuple(one.name for one in learned if one.fits(spec)))
 
@@ -359,13 +359,13 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
     vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
     pickles = settings.allow_pickle
     vaes = {paths[name]: path for name, path in locate_vaes(settings.vae, paths).items()}
-    learned: list[embeddings.Embedding] = []
+    learned: list[textual_inversion.Embedding] = []
 
     def loaded(path: Path) -> LatentDiffusion:
         bundle = load(path, device, dtype, pickles, vocabulary, watch, settings.prediction)
         if path in vaes:
-            bundle = vae.replaced(bundle, vaes[path], device, dtype, pickles)
-        return suited(embeddings.teach(bundle, learned), device)
+            bundle = replacement_vae.replaced(bundle, vaes[path], device, dtype, pickles)
+        return suited(textual_inversion.teach(bundle, learned), device)
 
     registry = Registry(
         paths,
@@ -379,9 +379,9 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
         if spec.reads_words and companions.find(paths[name], vocabulary) is None:
             raise CheckpointError(f"{name}: {words.WANTED}")
         if paths[name] in vaes:
-            vae.open_vae(vaes[paths[name]], spec.autoencoder, "cpu", pickles)
+            replacement_vae.open_vae(vaes[paths[name]], spec.autoencoder, "cpu", pickles)
     if files := locate_embeddings(settings.embedding):
-        learned += embeddings.read_all(files, registry.specs.values(), settings.allow_pickle)
+        learned += textual_inversion.read_all(files, registry.specs.values(), settings.allow_pickle)
         registry.specs = {name: knowing(spec, learned) for name, spec in registry.specs.items()}
     if files := locate_loras(settings.lora):
         loras = lora.open_loras(files, registry.specs, device, settings.allow_pickle)

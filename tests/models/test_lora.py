@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import conv2d
 
 from models.formats import keymaps
-from models import lora
+from models.adapters import lora
 from models.checkpoint import CheckpointError, load
 from models.conditioning.conditioner import Asked
 from tests.folders import write as write_row

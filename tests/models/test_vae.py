@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from models import vae
+from models.adapters import replacement_vae
 from models.checkpoint import CheckpointError, load
 from service.registry import ModelPathError, locate_vaes
 from service.runner import build
@@ -49,7 +49,7 @@ def test_from_every_layout_it_is_the_autoencoder_of_diffusers(tiny, other, tmp_p
     with torch.inference_mode():
         decoded, encoded = reference.decode(z).sample, reference.encode(x).latent_dist.mode()
         for path in layouts(other, tmp_path).values():
-            changed = vae.replaced(base, path)
+            changed = replacement_vae.replaced(base, path)
             for ours, theirs in (
                 (changed.autoencoder.decode(z), decoded),
                 (changed.autoencoder.encode(x), encoded),
@@ -79,7 +79,7 @@ def folder_of(other: Path, target: Path, **changes) -> Path:
 def test_a_folder_of_another_shape_or_factor_is_refused(tiny, other, tmp_path, changes, named):
     folder = folder_of(other, tmp_path / "vae", **changes)
     with pytest.raises(CheckpointError, match=named):
-        vae.open_vae(folder, load(tiny).spec.autoencoder)
+        replacement_vae.open_vae(folder, load(tiny).spec.autoencoder)
 
 
 def test_a_file_that_lacks_or_changes_something_is_refused_by_its_keys(other, tmp_path):
@@ -93,7 +93,7 @@ def test_a_file_that_lacks_or_changes_something_is_refused_by_its_keys(other, tm
         kept = {key: tensor for key, tensor in (tensors | change).items() if tensor is not None}
         save_file(kept, tmp_path / "bad.safetensors")
         with pytest.raises(CheckpointError, match=named):
-            vae.open_vae(tmp_path / "bad.safetensors", own)
+            replacement_vae.open_vae(tmp_path / "bad.safetensors", own)
 
 
 def test_it_decodes_what_the_service_makes(tiny, other):
