@@ -30,7 +30,7 @@ from service.a1111_schemas import (
 from service.answers import Answer
 from service.errors import ClientGone, InvalidRequest, NotFound
 from service.intake import DOES, find_model, given, refuse, request_of
-from service.job import Job
+from service.engine.job import Job
 from service.jobs import Jobs, Record
 from service.overlay import Masked, Region, png_of, put_back, region_of, soft_mask
 from service.schemas import (

@@ -18,7 +18,7 @@ from service import images
 from service.errors import NotAcceptable
 from service.images import MEDIA_TYPES, Format
 from service.intake import Order
-from service.job import Done, Previewed
+from service.engine.job import Done, Previewed
 from service.progress import Progress
 from service.schemas import GenerateResponse, JobPreview, Picture, PictureRequest, Timings
 from service.supervisor import Supervisor

@@ -19,7 +19,7 @@ from models.sampling.samplers import Plan, keep, step
 from models.conditioning.text_encoder import Context
 from service.device import upload
 from service.graphs import Graphs
-from service.job import Job
+from service.engine.job import Job
 
 
 @dataclass

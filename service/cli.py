@@ -21,7 +21,7 @@ from models.spec import Spacing
 from service import answers, images, intake, logs
 from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
-from service.job import Done, Event, Failed, Job, Started, Stepped
+from service.engine.job import Done, Event, Failed, Job, Started, Stepped
 from service.registry import (
     ModelPathError,
     locate_all,
@@ -414,7 +414,7 @@ def run_alone(job: Job, settings: Settings) -> Done:
     """One job on an engine in this process, with a progress bar. Raises the job's ServiceError."""
     from tqdm import tqdm
 
-    from service.engine import Engine
+    from service.engine.engine import Engine
     from service.runner import build  # torch
 
     places = locate_all(settings.model, settings.allow_pickle)

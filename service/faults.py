@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from service.errors import NonFinite, OutOfMemory
-from service.job import ImageKey, Job, Network, Shape
+from service.engine.job import ImageKey, Job, Network, Shape
 
 STAGES = ("load", "start", "step", "decode")
 KINDS = ("error", "oom", "nan", "device", "kill", "stall")

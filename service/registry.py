@@ -13,7 +13,7 @@ from models.formats import single_file, companions
 from models.formats.diffusers_read import read_spec
 from models.errors import CheckpointError
 from models.spec import ModelSpec, Prediction
-from service.job import Network
+from service.engine.job import Network
 
 BOXED = ("emoji", "emoji-upscale")  # the models that come with the package
 

@@ -50,11 +50,11 @@ from service.device import (
     out_of_memory_refused,
     suited,
 )
-from service.engine import Call, Preview
+from service.engine.engine import Call, Preview
 from service.errors import NonFinite, OutOfMemory
 from service.graphs import graphs_on
-from service.job import ImageKey, Job, Network, Shape, Trouble
-from service.memory import Use
+from service.engine.job import ImageKey, Job, Network, Shape, Trouble
+from service.engine.row_limits import Use
 from service.registry import Registry, locate_embeddings, locate_loras, locate_vaes
 from service.settings import Settings
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from models.spec import Spacing
 from service.images import Format
-from service.job import MAX_SEED
+from service.engine.job import MAX_SEED
 from service.progress import Stage
 
 MAX_SIDE = 8192

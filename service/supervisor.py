@@ -29,7 +29,7 @@ from service.errors import (
     WorkerLost,
     from_code,
 )
-from service.job import Done, Job, Previewed, Stepped, Trouble
+from service.engine.job import Done, Job, Previewed, Stepped, Trouble
 from service.metrics import Metrics
 from service.progress import Progress, State
 from service.settings import Settings, to_environment

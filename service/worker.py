@@ -16,10 +16,10 @@ from typing import Any
 from models.formats.diffusers_read import CheckpointError
 from models.stopwatch import Stopwatch
 from service import logs, messages
-from service.engine import Engine
+from service.engine.engine import Engine
 from service.errors import DeviceLost
 from service.faults import FaultyRunner
-from service.job import Done, Event, Job, Previewed
+from service.engine.job import Done, Event, Job, Previewed
 from service.registry import locate_all
 from service.settings import Settings, read_settings
 

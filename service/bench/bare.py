@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Sequence
 
 from service.bench.mix import Request
-from service.engine import Engine
+from service.engine.engine import Engine
 from service.intake import to_order
-from service.job import Done, Event, Job
+from service.engine.job import Done, Event, Job
 from service.registry import locate_all
 from service.runner import build  # torch: this is the one module of the bench that loads it
 from service.schemas import GenerateRequest, InpaintRequest

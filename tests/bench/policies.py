@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
-from service.job import ImageKey, Shape
-from service.scheduler import Scheduler
+from service.engine.job import ImageKey, Shape
+from service.engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, Text
 from models.conditioning.text_encoder import TextEncoder
 from models.networks.unet import UNet, timestep_embedding
 from service.device import suited
-from service.engine import Engine
-from service.job import Done, Job, Network
+from service.engine.engine import Engine
+from service.engine.job import Done, Job, Network
 from service.runner import TorchRunner
 
 PROMPT = "a red apple on a wooden table in the evening"

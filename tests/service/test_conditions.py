@@ -17,7 +17,7 @@ from models.spec import ModelSpec
 from service.answers import parameters
 from service.errors import InvalidRequest
 from service.intake import Order, to_order
-from service.job import ImageKey, Job
+from service.engine.job import ImageKey, Job
 from service.layouts import colour_of
 from service.registry import Registry
 from service.routes.native import describe

@@ -11,10 +11,10 @@ import torch
 from models.checkpoint import load
 from service import device
 from service.device import Verdicts, loss_told, out_of_memory_refused, suited
-from service.engine import Call, Engine
+from service.engine.engine import Call, Engine
 from service.errors import DeviceLost, OutOfMemory
 from service.faults import FaultyRunner, read_faults
-from service.job import Done, Event, ImageKey, Job, Trouble
+from service.engine.job import Done, Event, ImageKey, Job, Trouble
 from service.registry import Registry
 from service.runner import TorchRunner
 from tests.service.test_engine import CountingRunner, make_job, outcomes

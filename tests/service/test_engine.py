@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine import TELL_SECONDS, Call, Engine, Preview
+from service.engine.engine import TELL_SECONDS, Call, Engine, Preview
 from service.errors import NonFinite, OutOfMemory
-from service.job import (
+from service.engine.job import (
     Cancelled,
     Decoded,
     Done,
@@ -27,7 +27,7 @@ from service.job import (
     Trouble,
     Waiting,
 )
-from service.memory import Use
+from service.engine.row_limits import Use
 
 
 def make_job(name: str, **changes) -> Job:

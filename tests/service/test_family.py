@@ -25,10 +25,10 @@ from models.checkpoint import CheckpointError, load
 from models.conditioning.conditioner import Asked
 from models.latent_diffusion import LatentDiffusion
 from service import answers
-from service.engine import Engine
+from service.engine.engine import Engine
 from service.errors import InvalidRequest
 from service.intake import Order, to_order
-from service.job import Job, Stepped
+from service.engine.job import Job, Stepped
 from service.layouts import colour_of
 from service.registry import Registry
 from service.routes.native import describe

@@ -16,7 +16,7 @@ from service.answers import enlarged as enlarged_of
 from service.answers import parts_of, pixels_of
 from service.cli import main
 from service.intake import to_order
-from service.job import Done
+from service.engine.job import Done
 from service.registry import Registry
 from service.runner import TorchRunner
 from service.settings import Settings

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from models.checkpoint import load
-from service.engine import Engine
+from service.engine.engine import Engine
 from service.faults import Fault, FaultyRunner, read_faults
-from service.job import Done, Event, Job, Trouble
+from service.engine.job import Done, Event, Job, Trouble
 from service.registry import Registry
 from service.runner import TorchRunner
 from tests.service.test_engine import CountingRunner, make_job, outcomes

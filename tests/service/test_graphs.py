@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import load
 from service.graphs import Function, Graphs, Inputs, graphs_on
-from service.job import ImageKey
+from service.engine.job import ImageKey
 from service.registry import Registry
 from service.runner import TorchRunner
 from tests.service.test_runner import begin, made, tiny_job

@@ -13,7 +13,7 @@ from PIL import Image
 from service import answers
 from service.errors import InvalidRequest
 from service.intake import to_order
-from service.job import Previewed
+from service.engine.job import Previewed
 from service.schemas import InpaintRequest
 from service.settings import Settings
 from tests.service.test_images import base64_of, noise

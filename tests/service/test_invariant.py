@@ -17,8 +17,8 @@ import torch
 from models.checkpoint import load
 from models.sampling.samplers import SAMPLERS, SPACED
 from service.device import even
-from service.engine import Engine
-from service.job import Done, Job
+from service.engine.engine import Engine
+from service.engine.job import Done, Job
 from service.registry import Registry
 from service.runner import TorchRunner
 from tests.conftest import ROOT, wait_until

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from service.engine import Engine
+from service.engine.engine import Engine
 from service.errors import InvalidRequest
 from service.intake import to_order
-from service.job import Done, Job, Network
+from service.engine.job import Done, Job, Network
 from service.registry import ModelPathError, Registry, boxed, locate_loras
 from service.runner import TorchRunner, build
 from service.schemas import GenerateRequest

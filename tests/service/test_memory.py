@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.memory import RECOVERY, Limits, Use
+from service.engine.row_limits import RECOVERY, Limits, Use
 
 SIZES = (2, 4, 8, 16)
 

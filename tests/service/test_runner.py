@@ -11,9 +11,9 @@ import torch
 from models.checkpoint import load
 from models.sampling.samplers import SAMPLERS, plan, step
 from service import batch
-from service.engine import Engine
+from service.engine.engine import Engine
 from service.errors import NonFinite, OutOfMemory
-from service.job import ImageKey, Job
+from service.engine.job import ImageKey, Job
 from service.registry import Registry
 from service.runner import TorchRunner
 from tests.service.test_engine import make_job, outcomes

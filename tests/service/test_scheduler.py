@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.job import ImageKey, Shape
-from service.scheduler import PATIENCE, Place, Scheduler
+from service.engine.job import ImageKey, Shape
+from service.engine.scheduler import PATIENCE, Place, Scheduler
 
 
 def shape(group: str = "g", evaluations: int = 3, row_cost: float = 1.0) -> Shape:

@@ -14,7 +14,7 @@ import pytest
 
 from service import supervisor as module
 from service.errors import Draining, Loading, NotFound, QueueFull, ServiceError, Unavailable
-from service.job import Previewed
+from service.engine.job import Previewed
 from service.metrics import Metrics
 from service.progress import Progress, State
 from service.settings import Settings

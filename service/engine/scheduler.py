@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 
-from service.job import ImageKey, Shape
-from service.memory import GROUPS
+from service.engine.job import ImageKey, Shape
+from service.engine.row_limits import GROUPS
 
 PATIENCE = 8  # full calls; less lets large old jobs slow the small ones down
 TOP_PRIORITY = 9

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 from cachetools import LRUCache
 
 from service.errors import NonFinite, OutOfMemory, code_of
-from service.job import (
+from service.engine.job import (
     Cancelled,
     Decoded,
     Done,
@@ -28,8 +28,8 @@ from service.job import (
     Trouble,
     Waiting,
 )
-from service.memory import GROUPS, Limits, Use
-from service.scheduler import Scheduler
+from service.engine.row_limits import GROUPS, Limits, Use
+from service.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
