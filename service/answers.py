@@ -19,9 +19,9 @@ from service.errors import NotAcceptable
 from service.images import MEDIA_TYPES, Format
 from service.intake import Order
 from service.engine.job import Done, Previewed
-from service.progress import Progress
+from service.worker.progress import Progress
 from service.schemas import GenerateResponse, JobPreview, Picture, PictureRequest, Timings
-from service.supervisor import Supervisor
+from service.worker.supervisor import Supervisor
 
 JSON_TYPES = ("application/json", "application/*", "*/*")
 BARE = {media_type: kind for kind, media_type in MEDIA_TYPES.items()}

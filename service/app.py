@@ -33,7 +33,7 @@ from service.middleware import BodyLimit, RequestContext
 from service.routes import a1111, health, jobs, native, openai
 from service.schemas import error_responses
 from service.settings import Settings
-from service.supervisor import Supervisor
+from service.worker.supervisor import Supervisor
 
 # The framework's own errors, by status.
 FRAMEWORK = {401: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 400: UnreadableBody}

@@ -14,9 +14,9 @@ from service import answers, intake
 from service.answers import Answer
 from service.errors import DeadlineExceeded, InvalidRequest, NotFound, ServiceError, code_of, to_body
 from service.intake import Order
-from service.progress import Progress, Stage, State
+from service.worker.progress import Progress, Stage, State
 from service.schemas import AnyJob, ErrorDetail, JobPreview, JobStatus, SceneJob
-from service.supervisor import Supervisor
+from service.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 

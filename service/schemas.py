@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from models.spec import Spacing
 from service.images import Format
 from service.engine.job import MAX_SEED
-from service.progress import Stage
+from service.worker.progress import Stage
 
 MAX_SIDE = 8192
 MAX_N = 1024  # the operator's own limit comes on top

@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.errors import Unavailable
 from service.schemas import Health, error_responses
-from service.supervisor import Supervisor
+from service.worker.supervisor import Supervisor
 
 router = APIRouter(tags=["health"])
 

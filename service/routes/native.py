@@ -30,7 +30,7 @@ from service.schemas import (
     error_responses,
 )
 from service.settings import Settings
-from service.supervisor import Supervisor
+from service.worker.supervisor import Supervisor
 
 router = APIRouter(tags=["native"])
 

@@ -37,7 +37,7 @@ from models.networks.unet import UNet
 from service.device import choose_device, choose_dtype, fix_arithmetic, suited
 from service.engine.engine import Engine
 from service.errors import DeviceLost
-from service.faults import FaultyRunner, read_faults
+from service.worker.faults import FaultyRunner, read_faults
 from service.graphs import graphs_on
 from service.engine.job import Done, Event, Failed, ImageKey, Job
 from service.runner import TorchRunner

@@ -13,7 +13,7 @@ from service import device
 from service.device import Verdicts, loss_told, out_of_memory_refused, suited
 from service.engine.engine import Call, Engine
 from service.errors import DeviceLost, OutOfMemory
-from service.faults import FaultyRunner, read_faults
+from service.worker.faults import FaultyRunner, read_faults
 from service.engine.job import Done, Event, ImageKey, Job, Trouble
 from service.registry import Registry
 from service.runner import TorchRunner

@@ -9,7 +9,7 @@ import pytest
 
 from models.checkpoint import load
 from service.engine.engine import Engine
-from service.faults import Fault, FaultyRunner, read_faults
+from service.worker.faults import Fault, FaultyRunner, read_faults
 from service.engine.job import Done, Event, Job, Trouble
 from service.registry import Registry
 from service.runner import TorchRunner

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.supervisor import STARTS
+from service.worker.supervisor import STARTS
 from tests.conftest import PATIENCE, QUEUE_SIZE, ROOT, Server, wait_until
 
 MIXED = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.faults import Fault
+from service.worker.faults import Fault
 from service.settings import SettingError, Settings, misspelt, read_settings, to_environment
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from service import supervisor as module
+from service.worker import supervisor as module
 from service.errors import Draining, Loading, NotFound, QueueFull, ServiceError, Unavailable
 from service.engine.job import Previewed
 from service.metrics import Metrics
-from service.progress import Progress, State
+from service.worker.progress import Progress, State
 from service.settings import Settings
-from service.supervisor import Life, Supervisor, WorkerFailed
+from service.worker.supervisor import Life, Supervisor, WorkerFailed
 from tests.service.test_engine import make_job
 
 BABBLE = "import os, sys; os.write(int(sys.argv[1]), bytes((0, 0, 0, 2, 0, 0, 0, 0)) + b'{}')"

@@ -15,10 +15,11 @@ from typing import Any
 
 from models.formats.diffusers_read import CheckpointError
 from models.stopwatch import Stopwatch
-from service import logs, messages
+from service import logs
+from service.worker import protocol
 from service.engine.engine import Engine
 from service.errors import DeviceLost
-from service.faults import FaultyRunner
+from service.worker.faults import FaultyRunner
 from service.engine.job import Done, Event, Job, Previewed
 from service.registry import locate_all
 from service.settings import Settings, read_settings
@@ -42,7 +43,7 @@ class Link:
         """Send one message; a closed socket ends the process, since nobody is left to work for."""
         try:
             with self._lock:
-                self._connection.sendall(messages.pack(header, blobs))
+                self._connection.sendall(protocol.pack(header, blobs))
         except OSError:
             os._exit(0)
 
@@ -81,7 +82,7 @@ class Beat(threading.Thread):
 def listen(link: Link, inbox: queue.SimpleQueue) -> None:
     """Put every message in the inbox; exit with the socket."""
     try:
-        while (message := messages.read(link.stream)) is not None:
+        while (message := protocol.read(link.stream)) is not None:
             inbox.put(message)
     except ConnectionError:
         log.debug("the other end is gone")  # in the middle of what we sent it

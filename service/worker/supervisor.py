@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from models.spec import ModelSpec
-from service import messages
+from service.worker import protocol
 from service.errors import (
     Draining,
     Loading,
@@ -31,7 +31,7 @@ from service.errors import (
 )
 from service.engine.job import Done, Job, Previewed, Stepped, Trouble
 from service.metrics import Metrics
-from service.progress import Progress, State
+from service.worker.progress import Progress, State
 from service.settings import Settings, to_environment
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Life:
 
     def send(self, header: dict[str, Any], blobs: tuple[bytes, ...] = ()) -> None:
         if not self.writer.is_closing():
-            self.writer.write(messages.pack(header, blobs))
+            self.writer.write(protocol.pack(header, blobs))
 
 
 class Supervisor:
@@ -394,9 +394,9 @@ class Supervisor:
 
 async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], tuple[bytes, ...]]:
     """The next message. Raises IncompleteReadError at the end."""
-    lengths = await reader.readexactly(messages.LENGTHS.size)
-    of_text, of_body = messages.LENGTHS.unpack(lengths)
-    return messages.unpack(await reader.readexactly(of_text), await reader.readexactly(of_body))
+    lengths = await reader.readexactly(protocol.LENGTHS.size)
+    of_text, of_body = protocol.LENGTHS.unpack(lengths)
+    return protocol.unpack(await reader.readexactly(of_text), await reader.readexactly(of_body))
 
 
 async def spawn(settings: Settings) -> Life:
@@ -404,7 +404,7 @@ async def spawn(settings: Settings) -> Life:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "service.worker", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "service.worker.process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env=environment(settings),
             stdin=subprocess.DEVNULL,
