@@ -22,7 +22,7 @@ from service import answers, images, intake, logs
 from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
 from service.engine.job import Done, Event, Failed, Job, Started, Stepped
-from service.registry import (
+from service.device.registry import (
     ModelPathError,
     locate_all,
     locate_embeddings,
@@ -415,7 +415,7 @@ def run_alone(job: Job, settings: Settings) -> Done:
     from tqdm import tqdm
 
     from service.engine.engine import Engine
-    from service.runner import build  # torch
+    from service.device.runner import build  # torch
 
     places = locate_all(settings.model, settings.allow_pickle)
     vaes = locate_vaes(settings.vae, places)

@@ -20,7 +20,7 @@ from service import images, layouts
 from service.errors import InvalidRequest, NotFound, UnreadableBody, UnsupportedMedia
 from service.images import Format
 from service.engine.job import MAX_SEED, Job
-from service.registry import first_of
+from service.device.registry import first_of
 from service.schemas import Box, GenerateRequest, InpaintRequest, PictureRequest, SceneRequest, UpscaleRequest
 from service.settings import Settings
 

@@ -10,8 +10,8 @@ from service.bench.mix import Request
 from service.engine.engine import Engine
 from service.intake import to_order
 from service.engine.job import Done, Event, Job
-from service.registry import locate_all
-from service.runner import build  # torch: this is the one module of the bench that loads it
+from service.device.registry import locate_all
+from service.device.runner import build  # torch: this is the one module of the bench that loads it
 from service.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings
 

@@ -123,7 +123,7 @@ def break_with(kind: str) -> None:
     if kind == "error":
         raise RuntimeError("a fault, as LDM_FAULTS asks")
     if kind == "device":
-        from service.device import loss_told  # torch: there in any process that runs jobs
+        from service.device.select import loss_told  # torch: there in any process that runs jobs
 
         with loss_told():
             raise RuntimeError("CUDA error: an illegal memory access was encountered, as LDM_FAULTS asks")

@@ -21,7 +21,7 @@ from service.engine.engine import Engine
 from service.errors import DeviceLost
 from service.worker.faults import FaultyRunner
 from service.engine.job import Done, Event, Job, Previewed
-from service.registry import locate_all
+from service.device.registry import locate_all
 from service.settings import Settings, read_settings
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def load(settings: Settings, link: Link, beat: Beat) -> Engine:
     Raises CheckpointError or ValueError for a checkpoint, device or setting that another try does not change.
     """
     watch = Stopwatch()
-    from service.runner import build  # torch: seconds, during which the beat goes on
+    from service.device.runner import build  # torch: seconds, during which the beat goes on
 
     watch.lap("imports")
     runner = build(settings, locate_all(settings.model, settings.allow_pickle), watch)

@@ -24,7 +24,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from service.device import choose_device, choose_dtype
+from service.device.select import choose_device, choose_dtype
 from tests.bench.shapes import SHAPES, TINY, IncomparableError, Pair, Setting, Shape, networks, pictures
 
 PARTS = ("unet", "D", "E", "text", "pictures")

@@ -19,10 +19,10 @@ from models.latent_diffusion import LatentDiffusion
 from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, TokenSpec, UNetSpec
 from models.conditioning.text_encoder import TextEncoder
 from models.networks.unet import UNet, timestep_embedding
-from service.device import suited
+from service.device.select import suited
 from service.engine.engine import Engine
 from service.engine.job import Done, Job, Network
-from service.runner import TorchRunner
+from service.device.runner import TorchRunner
 
 PROMPT = "a red apple on a wooden table in the evening"
 GUIDANCE = 5.0

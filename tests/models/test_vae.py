@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from models.adapters import replacement_vae
 from models.checkpoint import CheckpointError, load
-from service.registry import ModelPathError, locate_vaes
-from service.runner import build
+from service.device.registry import ModelPathError, locate_vaes
+from service.device.runner import build
 from service.settings import Settings
 from tests.service.test_engine import make_job
 from tests.service.test_loras import run

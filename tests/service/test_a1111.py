@@ -21,7 +21,7 @@ from service.a1111_schemas import ExtraSingleImage, TextToImage
 from service.app import create_app
 from service.errors import InvalidRequest
 from service.overlay import fill, region_of
-from service.registry import locate_all, read_specs
+from service.device.registry import locate_all, read_specs
 from service.settings import Settings
 from tests.conftest import Server, wait_until
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from service import cli, registry
+from service import cli
+from service.device import registry
 from service.cli import parser, settings_of
-from service.registry import ModelPathError
+from service.device.registry import ModelPathError
 from tests.conftest import ROOT, set_trap
 from tests.paper import published, write
 

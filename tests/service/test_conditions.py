@@ -19,9 +19,9 @@ from service.errors import InvalidRequest
 from service.intake import Order, to_order
 from service.engine.job import ImageKey, Job
 from service.layouts import colour_of
-from service.registry import Registry
+from service.device.registry import Registry
 from service.routes.native import describe
-from service.runner import TorchRunner
+from service.device.runner import TorchRunner
 from service.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings
 from tests.service.test_engine import make_job

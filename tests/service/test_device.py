@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from models.checkpoint import load
-from service import device
-from service.device import Verdicts, loss_told, out_of_memory_refused, suited
+from service.device import select
+from service.device.select import Verdicts, loss_told, out_of_memory_refused, suited
 from service.engine.engine import Call, Engine
 from service.errors import DeviceLost, OutOfMemory
 from service.worker.faults import FaultyRunner, read_faults
 from service.engine.job import Done, Event, ImageKey, Job, Trouble
-from service.registry import Registry
-from service.runner import TorchRunner
+from service.device.registry import Registry
+from service.device.runner import TorchRunner
 from tests.service.test_engine import CountingRunner, make_job, outcomes
 from tests.tiny import tiny_model
 
@@ -36,8 +36,8 @@ def test_a_cpu_runs_in_the_type_that_it_is_faster_in(monkeypatch, amx, avx512, v
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
     monkeypatch.setattr(device, "cpu_vendor", lambda: f"vendor_id : {vendor}\n")
-    assert device.choose_dtype("auto", CPU) == dtype
-    assert device.choose_dtype("float32", CPU) == torch.float32
+    assert select.choose_dtype("auto", CPU) == dtype
+    assert select.choose_dtype("float32", CPU) == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,9 @@ from service.errors import InvalidRequest
 from service.intake import Order, to_order
 from service.engine.job import Job, Stepped
 from service.layouts import colour_of
-from service.registry import Registry
+from service.device.registry import Registry
 from service.routes.native import describe
-from service.runner import TorchRunner, build
+from service.device.runner import TorchRunner, build
 from service.schemas import GenerateRequest, InpaintRequest, UpscaleRequest
 from service.settings import Settings
 from tests.family import FIRST_STAGES, ROWS, thin, write

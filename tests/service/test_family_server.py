@@ -17,8 +17,8 @@ from service.answers import parts_of, pixels_of
 from service.cli import main
 from service.intake import to_order
 from service.engine.job import Done
-from service.registry import Registry
-from service.runner import TorchRunner
+from service.device.registry import Registry
+from service.device.runner import TorchRunner
 from service.settings import Settings
 from tests.conftest import Server, wait_until
 from tests.family import FIRST_STAGES, thin, write

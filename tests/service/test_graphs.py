@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoint import load
-from service.graphs import Function, Graphs, Inputs, graphs_on
+from service.device.graphs import Function, Graphs, Inputs, graphs_on
 from service.engine.job import ImageKey
-from service.registry import Registry
-from service.runner import TorchRunner
+from service.device.registry import Registry
+from service.device.runner import TorchRunner
 from tests.service.test_runner import begin, made, tiny_job
 
 

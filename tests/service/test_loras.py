@@ -18,8 +18,8 @@ from service.engine.engine import Engine
 from service.errors import InvalidRequest
 from service.intake import to_order
 from service.engine.job import Done, Job, Network
-from service.registry import ModelPathError, Registry, boxed, locate_loras
-from service.runner import TorchRunner, build
+from service.device.registry import ModelPathError, Registry, boxed, locate_loras
+from service.device.runner import TorchRunner, build
 from service.schemas import GenerateRequest
 from service.settings import SettingError, Settings, read_settings
 from tests.conftest import Server, wait_until

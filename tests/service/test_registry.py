@@ -11,7 +11,7 @@ import torch
 from models.checkpoint.folder import weights_in
 from models.formats.diffusers_read import CheckpointError
 from models.checkpoint.conversion import convert
-from service.registry import ModelPathError, Registry, locate, locate_all
+from service.device.registry import ModelPathError, Registry, locate, locate_all
 from tests.paper import published, write
 from tests.tiny import tiny_model, tiny_spec
 

@@ -25,7 +25,7 @@ from models.sampling.schedule import Schedule
 from models.spec import ModelSpec
 from models.stopwatch import Stopwatch
 from models.tiles import cut
-from service.batch import (
+from service.device.batch import (
     ImageState,
     JobState,
     advance,
@@ -38,7 +38,7 @@ from service.batch import (
     pixels_of,
     reading_of,
 )
-from service.device import (
+from service.device.select import (
     Verdicts,
     choose_device,
     choose_dtype,
@@ -52,10 +52,10 @@ from service.device import (
 )
 from service.engine.engine import Call, Preview
 from service.errors import NonFinite, OutOfMemory
-from service.graphs import graphs_on
+from service.device.graphs import graphs_on
 from service.engine.job import ImageKey, Job, Network, Shape, Trouble
 from service.engine.row_limits import Use
-from service.registry import Registry, locate_embeddings, locate_loras, locate_vaes
+from service.device.registry import Registry, locate_embeddings, locate_loras, locate_vaes
 from service.settings import Settings
 
 MEASURE_EVERY = 64  # calls

@@ -17,8 +17,8 @@ from models.latent_diffusion import Known, LatentDiffusion
 from models.conditioning.prompts import Reading
 from models.sampling.samplers import Plan, keep, step
 from models.conditioning.text_encoder import Context
-from service.device import upload
-from service.graphs import Graphs
+from service.device.select import upload
+from service.device.graphs import Graphs
 from service.engine.job import Job
 
 

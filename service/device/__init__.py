@@ -1,0 +1,1 @@
+"""What runs on the device: model registry, batches, CUDA graphs, memory and dtypes."""
