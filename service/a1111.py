@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from models.spec import ModelSpec, Spacing
-from service import answers, images
+from service.requests import response, images
 from service.a1111_schemas import (
     ExtraSingleImage,
     ImageToImage,
@@ -27,13 +27,13 @@ from service.a1111_schemas import (
     ProgressAnswer,
     ProgressState,
 )
-from service.answers import Answer
+from service.requests.response import Answer
 from service.errors import ClientGone, InvalidRequest, NotFound
-from service.intake import DOES, find_model, given, refuse, request_of
+from service.requests.resolve import DOES, find_model, given, refuse, request_of
 from service.engine.job import Job
-from service.jobs import Jobs, Record
+from service.requests.background import Jobs, Record
 from service.overlay import Masked, Region, png_of, put_back, region_of, soft_mask
-from service.schemas import (
+from service.requests.schemas import (
     AnyJob,
     GenerateJob,
     GenerateRequest,
@@ -257,7 +257,7 @@ def finished(answer: Answer, finish: Finish | None) -> list[str]:
     kind, texts = answer.order.format, []
     for index, file in enumerate(answer.files):
         picture = finish(Image.open(io.BytesIO(file)).convert("RGB"))
-        told = answers.parameters(answer.order, index)
+        told = response.parameters(answer.order, index)
         texts.append(base64.b64encode(images.encode(picture.tobytes(), *picture.size, kind, told)).decode())
     return texts
 
@@ -458,7 +458,7 @@ class Desk:
             return ProgressAnswer(progress=0.0, eta_relative=0.0, state=none)
         state, picture = record.progress.state, None
         if with_picture and state.preview:
-            picture = (await asyncio.to_thread(answers.preview_of, record.order, state.preview)).data
+            picture = (await asyncio.to_thread(response.preview_of, record.order, state.preview)).data
         done = state.step / state.steps if state.steps else 0.0
         left = (time.time() - record.created) * (1 / done - 1) if done else given(state.estimate, 0.0)
         told = ProgressState(

@@ -25,13 +25,13 @@ from service.errors import (
     status_of,
     to_body,
 )
-from service.intake import explain
-from service.jobs import Jobs
+from service.requests.resolve import explain
+from service.requests.background import Jobs
 from service.keys import keys_of, require_key
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.routes import a1111, health, jobs, native, openai
-from service.schemas import error_responses
+from service.requests.schemas import error_responses
 from service.settings import Settings
 from service.worker.supervisor import Supervisor
 

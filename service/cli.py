@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from models.formats.diffusers_read import CheckpointError, read_spec
 from models.spec import Spacing
-from service import answers, images, intake, logs
+from service.requests import response, images, resolve
+from service import logs
 from service.bench.arguments import add_arguments
 from service.errors import ServiceError, from_code
 from service.engine.job import Done, Event, Failed, Job, Started, Stepped
@@ -30,7 +31,7 @@ from service.device.registry import (
     locate_vaes,
     read_specs,
 )
-from service.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
+from service.requests.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
 from service.settings import (
     DTYPES,
     Given,
@@ -356,11 +357,11 @@ def make(args: argparse.Namespace, kind: type[PictureRequest], pictures: Mapping
     specs = read_specs(places, settings.allow_pickle, settings.prediction)
     specs = {name: replace(spec, loras=tuple(loras)) for name, spec in specs.items()}  # what fits shows later
     body = request_of(args, kind, {name: file for name, file in pictures.items() if file})
-    order = intake.with_format(intake.to_order(body, specs, settings), images.SUFFIXES[suffix], "output")
+    order = resolve.with_format(resolve.to_order(body, specs, settings), images.SUFFIXES[suffix], "output")
     done = run_alone(order.job, settings)
-    for index, parts in enumerate(answers.parts_of(order, done)):
+    for index, parts in enumerate(response.parts_of(order, done)):
         file = numbered(output, index, order.job.n)
-        write(file, answers.file_of(order, index, parts))
+        write(file, response.file_of(order, index, parts))
         print(f"{file}  seed {order.job.seed + index}")
     for warning in order.warnings + done.warnings:
         print(f"ldm: {warning}", file=sys.stderr)
@@ -386,7 +387,7 @@ def request_of(
     try:
         return kind(**fields, **{name: base64_of(Path(file)) for name, file in pictures.items()})
     except ValidationError as error:
-        raise intake.explain(error.errors()) from None
+        raise resolve.explain(error.errors()) from None
 
 
 def base64_of(file: Path) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 from fastapi import UploadFile
 
 from models.spec import ModelSpec
-from service import images
+from service.requests import images
 from service.errors import InvalidRequest
-from service.images import MEDIA_TYPES
-from service.intake import DOES, STRENGTH, find_model, given, refuse, request_of
-from service.jobs import Record
+from service.requests.images import MEDIA_TYPES
+from service.requests.resolve import DOES, STRENGTH, find_model, given, refuse, request_of
+from service.requests.background import Record
 from service.openai_schemas import (
     CompletedImage,
     Image,
@@ -29,7 +29,7 @@ from service.openai_schemas import (
     PartialImage,
     PromptedRequest,
 )
-from service.schemas import (
+from service.requests.schemas import (
     GenerateJob,
     GenerateRequest,
     GenerateResponse,

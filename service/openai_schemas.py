@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.images import Format
+from service.requests.images import Format
 
 MOST_PARTIAL = 3  # pictures on the way; what the API allows
 

@@ -29,7 +29,7 @@ from models.training.evaluate import (
     to_pictures,
 )
 from models.training.scenes import COLOURS, Atlas, held_out_scenes
-from service.layouts import colour_of
+from service.requests.labels import colour_of
 from tests.conftest import ROOT, Server, needs_font
 from tests.service.test_conditions import png
 from tests.service.test_server import picture

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from service.bench.mix import Request
 from service.engine.engine import Engine
-from service.intake import to_order
+from service.requests.resolve import to_order
 from service.engine.job import Done, Event, Job
 from service.device.registry import locate_all
 from service.device.runner import build  # torch: this is the one module of the bench that loads it
-from service.schemas import GenerateRequest, InpaintRequest
+from service.requests.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings
 
 BODIES = {"/generate": GenerateRequest, "/inpaint": InpaintRequest}

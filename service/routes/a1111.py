@@ -29,10 +29,10 @@ from service.a1111_schemas import (
     TextToImage,
     UpscalerItem,
 )
-from service.intake import given, refuse
+from service.requests.resolve import given, refuse
 from service.routes import native
 from service.routes.dialect import DialectRoute
-from service.schemas import error_responses
+from service.requests.schemas import error_responses
 
 
 class Route(DialectRoute):

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.errors import Unavailable
-from service.schemas import Health, error_responses
+from service.requests.schemas import Health, error_responses
 from service.worker.supervisor import Supervisor
 
 router = APIRouter(tags=["health"])

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from service.jobs import Jobs, Record
+from service.requests.background import Jobs, Record
 from service.keys import digest, sent_in
-from service.schemas import JobRequest, JobStatus, error_responses
+from service.requests.schemas import JobRequest, JobStatus, error_responses
 
 router = APIRouter(tags=["jobs"])
 

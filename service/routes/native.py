@@ -12,10 +12,10 @@ from fastapi import APIRouter, Header, Request, Response
 
 from models.sampling.samplers import SAMPLERS
 from models.spec import ModelSpec, Spacing
-from service import answers, intake, layouts
+from service.requests import response, resolve, labels
 from service.errors import ClientGone, DeadlineExceeded
-from service.images import MEDIA_TYPES, Format
-from service.schemas import (
+from service.requests.images import MEDIA_TYPES, Format
+from service.requests.schemas import (
     GenerateRequest,
     GenerateResponse,
     InpaintRequest,
@@ -91,7 +91,7 @@ async def answer(body: PictureRequest, request: Request, accept: str | None) -> 
     begin = time.monotonic()
     state = request.app.state
     with state.supervisor.place():
-        bare = answers.bare_format(accept, body)
+        bare = response.bare_format(accept, body)
         work = make(body, bare, state.supervisor, begin)
         made = await while_waited_for(request, work, body.timeout or state.settings.timeout)
         return made.as_picture() if bare else await made.as_json()
@@ -99,11 +99,11 @@ async def answer(body: PictureRequest, request: Request, accept: str | None) -> 
 
 async def make(
     body: PictureRequest, bare: Format | None, supervisor: Supervisor, begin: float
-) -> answers.Answer:
+) -> response.Answer:
     """The answer to a body, in the format of `bare` if it says one."""
-    order = await asyncio.to_thread(intake.to_order, body, supervisor.specs, supervisor.settings)
-    order = intake.with_format(order, bare, "Accept") if bare else order
-    return await answers.make(order, supervisor, begin)
+    order = await asyncio.to_thread(resolve.to_order, body, supervisor.specs, supervisor.settings)
+    order = resolve.with_format(order, bare, "Accept") if bare else order
+    return await response.make(order, supervisor, begin)
 
 
 async def while_waited_for(request: Request, work: Coroutine[Any, Any, Result], seconds: float) -> Result:
@@ -145,7 +145,7 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
         guided=spec.guided,
         label_count=spec.label_count,
         labels=[
-            Label(name=name, colour="#{:02x}{:02x}{:02x}".format(*layouts.colour_of(number)))
+            Label(name=name, colour="#{:02x}{:02x}{:02x}".format(*labels.colour_of(number)))
             for number, name in enumerate(names_of(spec), 1)
         ],
         loras=list(spec.loras),

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from service import openai
 from service.errors import BadRequest, NotFound
-from service.jobs import Record
+from service.requests.background import Record
 from service.openai_schemas import (
     ImageEdit,
     ImageGeneration,
@@ -24,7 +24,7 @@ from service.openai_schemas import (
 from service.routes import native
 from service.routes.dialect import DialectRoute
 from service.routes.jobs import LIVE
-from service.schemas import ErrorBody, GenerateRequest, InpaintRequest, error_responses
+from service.requests.schemas import ErrorBody, GenerateRequest, InpaintRequest, error_responses
 
 
 class Route(DialectRoute):

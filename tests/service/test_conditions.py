@@ -14,15 +14,15 @@ from PIL import Image
 
 from models.checkpoint import load, save
 from models.spec import ModelSpec
-from service.answers import parameters
+from service.requests.response import parameters
 from service.errors import InvalidRequest
-from service.intake import Order, to_order
+from service.requests.resolve import Order, to_order
 from service.engine.job import ImageKey, Job
-from service.layouts import colour_of
+from service.requests.labels import colour_of
 from service.device.registry import Registry
 from service.routes.native import describe
 from service.device.runner import TorchRunner
-from service.schemas import GenerateRequest, InpaintRequest
+from service.requests.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings
 from tests.service.test_engine import make_job
 from tests.service.test_runner import MASK, PICTURE, begin, left, psnr

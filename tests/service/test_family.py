@@ -24,16 +24,16 @@ from models.networks.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load
 from models.conditioning.conditioner import Asked
 from models.latent_diffusion import LatentDiffusion
-from service import answers
+from service.requests import response
 from service.engine.engine import Engine
 from service.errors import InvalidRequest
-from service.intake import Order, to_order
+from service.requests.resolve import Order, to_order
 from service.engine.job import Job, Stepped
-from service.layouts import colour_of
+from service.requests.labels import colour_of
 from service.device.registry import Registry
 from service.routes.native import describe
 from service.device.runner import TorchRunner, build
-from service.schemas import GenerateRequest, InpaintRequest, UpscaleRequest
+from service.requests.schemas import GenerateRequest, InpaintRequest, UpscaleRequest
 from service.settings import Settings
 from tests.family import FIRST_STAGES, ROWS, thin, write
 from tests.models.test_trajectories import their_timesteps
@@ -348,7 +348,7 @@ def test_the_task_of_a_request_is_one_of_the_models(loaded):
     assert order.job.task == TASKS[name][0][0]
     assert Job.from_message(*order.job.to_message()) == order.job
     again = kind(name).model_validate(
-        BODIES[name] | answers.parameters(order, 0) | {"model": "m"}
+        BODIES[name] | response.parameters(order, 0) | {"model": "m"}
     )  # parameters are a request, apart from its pictures
     assert to_order(again, runner.specs, Settings()).job.prompt == order.job.prompt
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from models.networks.autoencoder import Autoencoder
 from models.checkpoint import load
-from service.answers import enlarged as enlarged_of
-from service.answers import parts_of, pixels_of
+from service.requests.response import enlarged as enlarged_of
+from service.requests.response import parts_of, pixels_of
 from service.cli import main
-from service.intake import to_order
+from service.requests.resolve import to_order
 from service.engine.job import Done
 from service.device.registry import Registry
 from service.device.runner import TorchRunner

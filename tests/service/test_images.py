@@ -13,9 +13,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from service.errors import InvalidRequest
-from service.images import from_base64, grow, read_mask, read_picture
-from service.intake import to_order
-from service.schemas import GenerateRequest
+from service.requests.images import from_base64, grow, read_mask, read_picture
+from service.requests.resolve import to_order
+from service.requests.schemas import GenerateRequest
 from service.settings import Settings
 from tests.tiny import tiny_spec
 

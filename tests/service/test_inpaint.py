@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service import answers
+from service.requests import response
 from service.errors import InvalidRequest
-from service.intake import to_order
+from service.requests.resolve import to_order
 from service.engine.job import Previewed
-from service.schemas import InpaintRequest
+from service.requests.schemas import InpaintRequest
 from service.settings import Settings
 from tests.service.test_images import base64_of, noise
 from tests.service.test_server import error_of, picture, psnr
@@ -53,7 +53,7 @@ def test_the_canvas_is_the_next_size_that_the_model_takes_and_the_answer_the_pic
 
 
 def test_parameters_are_those_of_the_request_without_its_pictures():
-    parameters = answers.parameters(order(strength=0.5), 1)
+    parameters = response.parameters(order(strength=0.5), 1)
     assert (parameters["width"], parameters["height"], parameters["seed"]) == (*SIZE, 2)
     assert parameters["strength"] == 0.5
     assert not {"image", "mask", "id"} & set(parameters)
@@ -62,7 +62,7 @@ def test_parameters_are_those_of_the_request_without_its_pictures():
 
 def test_a_preview_shows_the_clients_part_of_the_canvas():
     made = order()
-    preview = answers.preview_of(made, Previewed(made.job.id, 0, 2, 8, 6, bytes(8 * 6 * 3)))
+    preview = response.preview_of(made, Previewed(made.job.id, 0, 2, 8, 6, bytes(8 * 6 * 3)))
     assert (preview.width, preview.height) == (6, 5)  # of 50x37, at an eighth
     assert Image.open(io.BytesIO(base64.b64decode(preview.data))).size == (6, 5)
 

@@ -14,10 +14,10 @@ import httpx
 import pytest
 from PIL import Image
 
-from service import jobs as module
+from service.requests import background as module
 from service.errors import InvalidRequest, NotFound, QueueFull, ServiceError
-from service.jobs import Jobs, Record
-from service.schemas import GenerateJob
+from service.requests.background import Jobs, Record
+from service.requests.schemas import GenerateJob
 from tests.conftest import QUEUE_SIZE, Server, wait_until
 from tests.service.test_images import base64_of, noise
 from tests.service.test_server import LONG, error_of, wait_for_jobs

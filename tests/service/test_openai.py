@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from service.openai import events
-from service.schemas import ErrorDetail, JobStatus
+from service.requests.schemas import ErrorDetail, JobStatus
 from tests.conftest import QUEUE_SIZE, Server, wait_until
 from tests.service.test_server import LONG
 

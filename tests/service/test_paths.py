@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import ServiceError
-from service.intake import to_order
-from service.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
+from service.requests.resolve import to_order
+from service.requests.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
 from service.settings import Settings
 from tests.service.test_images import base64_of, noise
 from tests.tiny import scene_spec, tiny_spec, upscaler_spec

@@ -14,10 +14,10 @@ from PIL import Image
 
 from models.checkpoint import load, save
 from models.latent_diffusion import to_uint8
-from service import answers
+from service.requests import response
 from service.errors import InvalidRequest, NotFound
-from service.intake import to_order
-from service.schemas import GenerateRequest, UpscaleRequest
+from service.requests.resolve import to_order
+from service.requests.schemas import GenerateRequest, UpscaleRequest
 from service.settings import Settings
 from tests.conftest import Server, wait_until
 from tests.service.test_images import base64_of, noise
@@ -51,7 +51,7 @@ def test_the_model_is_the_first_that_can_do_it():
 
 
 def test_parameters_are_those_of_the_request_without_its_picture():
-    parameters = answers.parameters(order(scale=2, noise_level=0), 1)
+    parameters = response.parameters(order(scale=2, noise_level=0), 1)
     assert (parameters["scale"], parameters["noise_level"], parameters["seed"]) == (2, 0, 2)
     assert set(parameters) <= set(UpscaleRequest.model_fields)
     json.dumps(parameters)

@@ -16,12 +16,19 @@ from models.conditioning import prompts
 from models.sampling.samplers import SAMPLERS, SPACED, WITH_ETA, most_steps
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import Tiles, cut
-from service import images, layouts
+from service.requests import images, labels
 from service.errors import InvalidRequest, NotFound, UnreadableBody, UnsupportedMedia
-from service.images import Format
+from service.requests.images import Format
 from service.engine.job import MAX_SEED, Job
 from service.device.registry import first_of
-from service.schemas import Box, GenerateRequest, InpaintRequest, PictureRequest, SceneRequest, UpscaleRequest
+from service.requests.schemas import (
+    Box,
+    GenerateRequest,
+    InpaintRequest,
+    PictureRequest,
+    SceneRequest,
+    UpscaleRequest,
+)
 from service.settings import Settings
 
 Wanted = TypeVar("Wanted", bound=PictureRequest)
@@ -146,7 +153,7 @@ def check_conditions(body: SceneRequest, spec: ModelSpec) -> None:
 def label_of(body: PictureRequest, spec: ModelSpec) -> int | None:
     """The number of the class, if one is asked for. Raises InvalidRequest for one that there is not."""
     label = body.class_label if isinstance(body, SceneRequest) else None
-    return None if label is None else layouts.number_of(label, spec, "class_label")
+    return None if label is None else labels.number_of(label, spec, "class_label")
 
 
 def placed(body: SceneRequest, spec: ModelSpec, order: Order, settings: Settings) -> Job:
@@ -155,24 +162,24 @@ def placed(body: SceneRequest, spec: ModelSpec, order: Order, settings: Settings
     Boxes and colours are of the client's picture; the rest of a larger canvas has no label.
     """
     if body.boxes is not None and not spec.layout_channels:
-        return replace(order.job, boxes=layouts.as_objects(body.boxes, spec))
+        return replace(order.job, boxes=labels.as_objects(body.boxes, spec))
     cell = spec.label_cell
     shown, whole = (
         (-(-height // cell), -(-width // cell))
         for height, width in ((order.height, order.width), (order.job.height, order.job.width))
     )
     if body.boxes is not None:
-        regions = layouts.from_boxes(body.boxes, spec, *shown)
+        regions = labels.from_boxes(body.boxes, spec, *shown)
     elif body.segmentation is not None:
         picture = images.read_picture(body.segmentation, "segmentation", settings.max_input_pixels)
         fits = not spec.labels_pixels or picture.size == (order.width, order.height)
         expected = f"must have the size of the picture to make, {order.width}x{order.height}"
         refuse([("segmentation", fits, expected)])
-        regions = layouts.from_colours(picture, spec, *shown, "segmentation")
+        regions = labels.from_colours(picture, spec, *shown, "segmentation")
     else:
         return order.job
     margins = [(0, all_of - part) for all_of, part in zip(whole, shown, strict=True)]
-    prompt = order.job.prompt or (layouts.words(regions, spec) if spec.reads_prompts else "")
+    prompt = order.job.prompt or (labels.words(regions, spec) if spec.reads_prompts else "")
     return replace(order.job, prompt=prompt, regions=np.pad(regions, margins).tobytes())
 
 

@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
-from service import answers, intake
-from service.answers import Answer
+from service.requests import response, resolve
+from service.requests.response import Answer
 from service.errors import DeadlineExceeded, InvalidRequest, NotFound, ServiceError, code_of, to_body
-from service.intake import Order
+from service.requests.resolve import Order
 from service.worker.progress import Progress, Stage, State
-from service.schemas import AnyJob, ErrorDetail, JobPreview, JobStatus, SceneJob
+from service.requests.schemas import AnyJob, ErrorDetail, JobPreview, JobStatus, SceneJob
 from service.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Record:
                 yield None
                 continue
             if state.preview and (shown is None or state.preview is not shown.preview):
-                yield "preview", await asyncio.to_thread(answers.preview_of, self.order, state.preview)
+                yield "preview", await asyncio.to_thread(response.preview_of, self.order, state.preview)
             news = shown is None or replace(state, preview=shown.preview) != shown
             if news and not self.work.done():  # else the end, below, is the news
                 yield "step" if self.status == "running" else "queued", await self.describe()
@@ -192,7 +192,7 @@ class Jobs:
     async def _work(self, order: Order, progress: Progress, begin: float, seconds: float) -> Answer:
         try:
             async with asyncio.timeout(begin + seconds - time.monotonic()):
-                return await answers.make(order, self.supervisor, begin, progress)
+                return await response.make(order, self.supervisor, begin, progress)
         except TimeoutError:
             raise DeadlineExceeded from None
 
@@ -225,7 +225,7 @@ class Jobs:
 def to_order(body: AnyJob, service: Supervisor, kept: bool) -> Order:
     """As intake.to_order, with fields named as in the body that a job to be kept came in."""
     try:
-        return intake.to_order(body.request, service.specs, service.settings)
+        return resolve.to_order(body.request, service.specs, service.settings)
     except ServiceError as error:
         raise (error.within("request") if kept else error) from None
 

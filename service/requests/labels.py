@@ -10,7 +10,7 @@ from PIL import Image
 from models.conditioning import boxes as boxes_of
 from models.spec import ModelSpec
 from service.errors import InvalidRequest
-from service.schemas import Box
+from service.requests.schemas import Box
 
 
 def colour_of(number: int) -> tuple[int, int, int]:

@@ -14,13 +14,13 @@ from PIL import Image
 from starlette.responses import Response
 
 from models.tiles import merge
-from service import images
+from service.requests import images
 from service.errors import NotAcceptable
-from service.images import MEDIA_TYPES, Format
-from service.intake import Order
+from service.requests.images import MEDIA_TYPES, Format
+from service.requests.resolve import Order
 from service.engine.job import Done, Previewed
 from service.worker.progress import Progress
-from service.schemas import GenerateResponse, JobPreview, Picture, PictureRequest, Timings
+from service.requests.schemas import GenerateResponse, JobPreview, Picture, PictureRequest, Timings
 from service.worker.supervisor import Supervisor
 
 JSON_TYPES = ("application/json", "application/*", "*/*")

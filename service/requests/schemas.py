@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from models.spec import Spacing
-from service.images import Format
+from service.requests.images import Format
 from service.engine.job import MAX_SEED
 from service.worker.progress import Stage
 
