@@ -185,7 +185,7 @@ def serve(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; then finish what runs. A second signal ends at once."""
     import uvicorn
 
-    from service.app import create_app
+    from service.api.app import create_app
 
     settings = settings_of(args, *SERVED, *OTHERS)
     models = locate_all(settings.model, settings.allow_pickle)  # a name that is wrong now stays wrong
@@ -468,8 +468,8 @@ def list_models(args: argparse.Namespace) -> int:
 
 def print_description(args: argparse.Namespace) -> int:
     """The API's, as it is committed in service/openapi.json."""
-    from service.app import create_app
-    from service.description import text_of
+    from service.api.app import create_app
+    from service.api.openapi import text_of
 
     print(text_of(create_app(Settings())), end="")
     return 0

@@ -25,7 +25,7 @@ from prometheus_client.metrics_core import Metric
 
 from service.cli import GRACE_SECONDS
 from service.metrics import Metrics
-from service.routes import health
+from service.api import health
 from service.settings import Settings, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -31,7 +31,7 @@ from service.requests.resolve import Order, to_order
 from service.engine.job import Job, Stepped
 from service.requests.labels import colour_of
 from service.device.registry import Registry
-from service.routes.native import describe
+from service.api.native import describe
 from service.device.runner import TorchRunner, build
 from service.requests.schemas import GenerateRequest, InpaintRequest, UpscaleRequest
 from service.settings import Settings

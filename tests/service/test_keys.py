@@ -12,8 +12,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.routing import BaseRoute
 
-from service.app import create_app
-from service.keys import keys_of
+from service.api.app import create_app
+from service.api.auth import keys_of
 from service.settings import SettingError, Settings
 
 KEYS = ("first-key-of-two", "second-key-of-two")

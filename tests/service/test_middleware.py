@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from service import middleware
+from service.api import middleware
 from service.metrics import Metrics
-from service.middleware import SMALL, BodyLimit
+from service.api.middleware import SMALL, BodyLimit
 
 LARGE = SMALL + 1
 

@@ -14,7 +14,7 @@ import openai
 import pytest
 from PIL import Image
 
-from service.openai import events
+from service.api.openai.translate import events
 from service.requests.schemas import ErrorDetail, JobStatus
 from tests.conftest import QUEUE_SIZE, Server, wait_until
 from tests.service.test_server import LONG

@@ -24,8 +24,8 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
-from service.app import create_app
-from service.description import text_of
+from service.api.app import create_app
+from service.api.openapi import text_of
 from service.settings import Settings
 from tests.conftest import ROOT, Server
 from tests.service.test_images import base64_of, file_of, noise

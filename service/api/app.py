@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from service import description
-from service.a1111 import Desk
+from service.api import openapi
+from service.api.a1111.translate import Desk
 from service.errors import (
     InvalidRequest,
     MethodNotAllowed,
@@ -27,10 +27,12 @@ from service.errors import (
 )
 from service.requests.resolve import explain
 from service.requests.background import Jobs
-from service.keys import keys_of, require_key
+from service.api.auth import keys_of, require_key
 from service.metrics import Metrics
-from service.middleware import BodyLimit, RequestContext
-from service.routes import a1111, health, jobs, native, openai
+from service.api.middleware import BodyLimit, RequestContext
+from service.api.a1111 import routes
+from service.api import health, jobs, native
+from service.api.openai import routes
 from service.requests.schemas import error_responses
 from service.settings import Settings
 from service.worker.supervisor import Supervisor
@@ -41,7 +43,7 @@ FRAMEWORK = {401: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 400: Unrea
 # Who may ask: those who have a key, where there are keys; and everybody, of what says nothing about anyone's
 # requests. The description of the API and its page are public too. /metrics holds counts alone, and
 # Prometheus often asks without a key.
-KEYED = (native.router, jobs.router, openai.router, a1111.router)
+KEYED = (native.router, jobs.router, routes.router, routes.router)
 PUBLIC = (health.router,)
 
 
@@ -85,7 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router, dependencies=[Depends(require_key)], responses=error_responses(401))
     for router in PUBLIC:
         app.include_router(router)
-    description.install(app)
+    openapi.install(app)
     return app
 
 

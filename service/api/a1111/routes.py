@@ -8,9 +8,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from service import a1111
-from service.a1111 import RESAMPLING, SAMPLERS, SCHEDULERS, Desk, Enlarging, Plan, Sampling
-from service.a1111_schemas import (
+from service.api.a1111 import translate
+from service.api.a1111.translate import RESAMPLING, SAMPLERS, SCHEDULERS, Desk, Enlarging, Plan, Sampling
+from service.api.a1111.schemas import (
     Embeddings,
     ExtraResult,
     ExtraSingleImage,
@@ -30,8 +30,8 @@ from service.a1111_schemas import (
     UpscalerItem,
 )
 from service.requests.resolve import given, refuse
-from service.routes import native
-from service.routes.dialect import DialectRoute
+from service.api import native
+from service.api.dialect import DialectRoute
 from service.requests.schemas import error_responses
 
 
@@ -64,17 +64,17 @@ def desk_of(request: Request) -> Desk:
 @router.post("/txt2img", **MAKES, summary="A1111: pictures of a prompt")
 async def txt2img(body: TextToImage, request: Request) -> Made:
     """What is not served takes the values that change nothing; the rest is a 422."""
-    sampling = a1111.sampling_of(body)
-    plan = a1111.text_plan(body, sampling, desk_of(request))
+    sampling = translate.sampling_of(body)
+    plan = translate.text_plan(body, sampling, desk_of(request))
     return await answer(body, sampling, plan, request)
 
 
 @router.post("/img2img", **MAKES, summary="A1111: pictures from a picture, or a part of it anew")
 async def img2img(body: ImageToImage, request: Request) -> Made:
     """With a mask, its blurred edge fades from what is painted to the picture."""
-    sampling = a1111.sampling_of(body)
+    sampling = translate.sampling_of(body)
     with request.app.state.supervisor.place():  # before its pictures are decoded
-        plan = await asyncio.to_thread(a1111.picture_plan, body, sampling, desk_of(request))
+        plan = await asyncio.to_thread(translate.picture_plan, body, sampling, desk_of(request))
     return await answer(body, sampling, plan, request)
 
 
@@ -82,7 +82,7 @@ async def answer(body: Processing, sampling: Sampling, plan: Plan, request: Requ
     """The pictures when they are done; leaving early cancels them."""
     work = desk_of(request).make(plan.job, request.state.request_id)
     made = await native.while_waited_for(request, work, request.app.state.settings.timeout)
-    return await asyncio.to_thread(a1111.to_made, body, sampling, made, plan.finish)
+    return await asyncio.to_thread(translate.to_made, body, sampling, made, plan.finish)
 
 
 @router.post("/extra-single-image", **MAKES, summary="A1111: enlarge a picture")
@@ -90,10 +90,10 @@ async def extra_single_image(body: ExtraSingleImage, request: Request) -> ExtraR
     """By a model of `upscalers`, or by resampling; "None" gives the picture back as it is."""
     state, name = request.app.state, given(body.upscaler_1, "None")
     state.supervisor.check_open()
-    known = a1111.upscalers(state.supervisor.specs)
+    known = translate.upscalers(state.supervisor.specs)
     refuse([("upscaler_1", name in known, f"must be one of {', '.join(known)}")])
     with state.supervisor.place():
-        wanted = await asyncio.to_thread(a1111.enlarging_of, body, state.settings)
+        wanted = await asyncio.to_thread(translate.enlarging_of, body, state.settings)
         file = await asyncio.to_thread(resampled, name, wanted)
     file = file or await enlarged(body, wanted, request)
     return ExtraResult(image=base64.b64encode(file).decode())
@@ -102,7 +102,7 @@ async def extra_single_image(body: ExtraSingleImage, request: Request) -> ExtraR
 def resampled(name: str, wanted: Enlarging) -> bytes | None:
     """The file, where no model is needed for it."""
     if name == "None":
-        return a1111.png_of(wanted.picture)
+        return translate.png_of(wanted.picture)
     if name in RESAMPLING or wanted.scale <= 1:
         return wanted.finish(wanted.picture, RESAMPLING.get(name, RESAMPLING["Lanczos"]))
     return None
@@ -110,9 +110,9 @@ def resampled(name: str, wanted: Enlarging) -> bytes | None:
 
 async def enlarged(body: ExtraSingleImage, wanted: Enlarging, request: Request) -> bytes:
     """The file, by a model."""
-    work = desk_of(request).make(a1111.upscale_job(body, wanted.scale), request.state.request_id)
+    work = desk_of(request).make(translate.upscale_job(body, wanted.scale), request.state.request_id)
     made = await native.while_waited_for(request, work, request.app.state.settings.timeout)
-    return await asyncio.to_thread(lambda: wanted.finish(a1111.opened(made)))
+    return await asyncio.to_thread(lambda: wanted.finish(translate.opened(made)))
 
 
 @router.get("/progress", **TELLS, summary="A1111: how far the oldest request is")
@@ -177,8 +177,8 @@ async def list_upscalers(request: Request) -> list[UpscalerItem]:
     state = request.app.state
     state.supervisor.check_open()
     specs = state.supervisor.specs
-    scales = {name: spec.autoencoder.factor for name, spec in specs.items() if a1111.is_upscaler(spec)}
-    return [UpscalerItem(name=name, scale=scales.get(name, 4)) for name in a1111.upscalers(specs)]
+    scales = {name: spec.autoencoder.factor for name, spec in specs.items() if translate.is_upscaler(spec)}
+    return [UpscalerItem(name=name, scale=scales.get(name, 4)) for name in translate.upscalers(specs)]
 
 
 @router.get("/loras", **TELLS, summary="A1111: what <lora:name:weight> can name")

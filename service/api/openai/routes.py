@@ -9,10 +9,10 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service import openai
+from service.api.openai import translate
 from service.errors import BadRequest, NotFound
 from service.requests.background import Record
-from service.openai_schemas import (
+from service.api.openai.schemas import (
     ImageEdit,
     ImageGeneration,
     ImagesResponse,
@@ -21,9 +21,9 @@ from service.openai_schemas import (
     OpenAIModelList,
     PromptedRequest,
 )
-from service.routes import native
-from service.routes.dialect import DialectRoute
-from service.routes.jobs import LIVE
+from service.api import native
+from service.api.dialect import DialectRoute
+from service.api.jobs import LIVE
 from service.requests.schemas import ErrorBody, GenerateRequest, InpaintRequest, error_responses
 
 
@@ -65,7 +65,7 @@ class Followed(StreamingResponse):
 @router.post("/images/generations", **MAKES, summary="OpenAI: a picture of a prompt")
 async def create_image(body: ImageGeneration, request: Request) -> ImagesResponse | StreamingResponse:
     """Of `quality`, `background` and the like, only values that change nothing are taken."""
-    return await answer(body, openai.from_generation(body), request, "image_generation")
+    return await answer(body, translate.from_generation(body), request, "image_generation")
 
 
 @router.post("/images/edits", **MAKES, summary="OpenAI: a picture from a picture, or a part of it anew")
@@ -78,7 +78,7 @@ async def edit_image(
     """
     state = request.app.state
     with state.supervisor.place():  # before its mask is decoded
-        wanted = await openai.from_edit(body, state.settings.max_input_pixels)
+        wanted = await translate.from_edit(body, state.settings.max_input_pixels)
     return await answer(body, wanted, request, "image_edit")
 
 
@@ -87,7 +87,7 @@ async def vary_image(
     body: Annotated[ImageVariation, Form(media_type="multipart/form-data")], request: Request
 ) -> ImagesResponse:
     """A run from the picture without a prompt; `strength` says how much of it may change."""
-    return openai.to_answer(await native.answer(await openai.from_variation(body), request, None))
+    return translate.to_answer(await native.answer(await translate.from_variation(body), request, None))
 
 
 async def answer(
@@ -95,12 +95,12 @@ async def answer(
 ) -> ImagesResponse | StreamingResponse:
     """The pictures when they are done, or their events from now on."""
     if not body.stream:
-        return openai.to_answer(await native.answer(wanted, request, None))
+        return translate.to_answer(await native.answer(wanted, request, None))
     state = request.app.state
     state.supervisor.check_open()
-    job = openai.to_job(body, wanted, state.supervisor.specs)
+    job = translate.to_job(body, wanted, state.supervisor.specs)
     record = await state.jobs.follow(job, request.state.request_id)
-    return Followed(record, openai.events(record, prefix, body.partial_images or 0))
+    return Followed(record, translate.events(record, prefix, body.partial_images or 0))
 
 
 @router.get("/models", responses=error_responses(500, 503), summary="OpenAI: the models that make pictures")
@@ -108,7 +108,7 @@ async def list_openai_models(request: Request) -> OpenAIModelList:
     """All but those that only enlarge pictures."""
     state = request.app.state
     state.supervisor.check_open()
-    names = [name for name, spec in state.supervisor.specs.items() if openai.able(spec)]
+    names = [name for name, spec in state.supervisor.specs.items() if translate.able(spec)]
     return OpenAIModelList(data=[OpenAIModel(id=name, created=state.started) for name in names])
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from models.spec import ModelSpec, Spacing
 from service.requests import response, images
-from service.a1111_schemas import (
+from service.api.a1111.schemas import (
     ExtraSingleImage,
     ImageToImage,
     Info,
@@ -32,7 +32,7 @@ from service.errors import ClientGone, InvalidRequest, NotFound
 from service.requests.resolve import DOES, find_model, given, refuse, request_of
 from service.engine.job import Job
 from service.requests.background import Jobs, Record
-from service.overlay import Masked, Region, png_of, put_back, region_of, soft_mask
+from service.api.a1111.masking import Masked, Region, png_of, put_back, region_of, soft_mask
 from service.requests.schemas import (
     AnyJob,
     GenerateJob,

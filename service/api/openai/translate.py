@@ -17,7 +17,7 @@ from service.errors import InvalidRequest
 from service.requests.images import MEDIA_TYPES
 from service.requests.resolve import DOES, STRENGTH, find_model, given, refuse, request_of
 from service.requests.background import Record
-from service.openai_schemas import (
+from service.api.openai.schemas import (
     CompletedImage,
     Image,
     ImageEdit,

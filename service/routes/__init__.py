@@ -1,1 +1,0 @@
-"""Handlers, a file for each API."""
