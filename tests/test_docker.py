@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
-from service.cli import GRACE_SECONDS
+from service.cli.main import GRACE_SECONDS
 from service.metrics import Metrics
 from service.api import health
 from service.settings import Settings, read_settings

@@ -12,7 +12,7 @@ from PIL import Image
 from service.bench.chart import stacked
 from service.bench.load import Answer, Sample, intervals
 from service.bench.mix import DEFAULT, Request, draw
-from service.cli import main
+from service.cli.main import main
 
 MODEL = {
     "name": "any",

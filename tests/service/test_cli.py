@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from service import cli
+from service.cli import main
 from service.device import registry
-from service.cli import parser, settings_of
+from service.cli.main import parser, settings_of
 from service.device.registry import ModelPathError
 from tests.conftest import ROOT, set_trap
 from tests.paper import published, write
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ldm(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
     """What the installed script does: the current directory is not on the path."""
-    command = [sys.executable, "-P", "-m", "service.cli", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "service.cli.main", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LDM_DTYPE": "float32"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -123,15 +123,15 @@ def test_a_package_without_the_model_in_the_box_says_so(monkeypatch):
 
 def test_inspect_says_what_is_there_and_fails_where_something_is_not(tmp_path, capsys):
     file = write(tmp_path, "celebahq")
-    assert cli.main(["inspect", str(file)]) == 0
+    assert main.main(["inspect", str(file)]) == 0
     assert "unconditional (celebahq" in capsys.readouterr().out
-    assert cli.main(["inspect", str(file), "--json"]) == 0
+    assert main.main(["inspect", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "celebahq"
     write(tmp_path, "celebahq", lambda tensors: tensors.update(more=torch.zeros(1)))
-    assert cli.main(["inspect", str(file)]) == 1
+    assert main.main(["inspect", str(file)]) == 1
     assert "1 unexpected keys: more" in capsys.readouterr().out
     file.write_bytes(file.read_bytes()[:1000])
-    assert cli.main(["inspect", str(file)]) == 2
+    assert main.main(["inspect", str(file)]) == 2
     assert "corrupt or cut short" in capsys.readouterr().err
 
 
@@ -140,15 +140,15 @@ def test_pickles_are_read_with_a_flag_or_a_variable_only(tmp_path, capsys, monke
     file.parent.mkdir()
     torch.save({"state_dict": published("celebahq")}, file)
     for command in (["inspect", str(file)], ["models", "--model", str(file)], ["convert", str(file), "out"]):
-        assert cli.main(command) == 2
+        assert main.main(command) == 2
         assert "pickle" in capsys.readouterr().err
-    assert cli.main(["models", "--model", str(file), "--allow-pickle"]) == 0
+    assert main.main(["models", "--model", str(file), "--allow-pickle"]) == 0
     assert capsys.readouterr().out.startswith("faces  256x256")
     assert (
-        cli.main(["convert", str(file), str(tmp_path / "out"), "--dtype", "float16", "--allow-pickle"]) == 0
+        main.main(["convert", str(file), str(tmp_path / "out"), "--dtype", "float16", "--allow-pickle"]) == 0
     )
     monkeypatch.setenv("LDM_ALLOW_PICKLE", "1")
-    assert cli.main(["inspect", str(file)]) == 0
+    assert main.main(["inspect", str(file)]) == 0
     monkeypatch.delenv("LDM_ALLOW_PICKLE")
-    assert cli.main(["inspect", str(tmp_path / "out")]) == 0
+    assert main.main(["inspect", str(tmp_path / "out")]) == 0
     assert "float16" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 
-from service.cli import LINGER_SECONDS
+from service.cli.main import LINGER_SECONDS
 from tests.bench.drains import drain
 from tests.conftest import PATIENCE, wait_until
 

@@ -14,7 +14,7 @@ from models.networks.autoencoder import Autoencoder
 from models.checkpoint import load
 from service.requests.response import enlarged as enlarged_of
 from service.requests.response import parts_of, pixels_of
-from service.cli import main
+from service.cli.main import main
 from service.requests.resolve import to_order
 from service.engine.job import Done
 from service.device.registry import Registry

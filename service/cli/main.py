@@ -509,7 +509,3 @@ def run_convert(args: argparse.Namespace) -> int:
     print(args.target)
     return 0
 
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.exit(main())
