@@ -12,15 +12,15 @@ from cachetools import LRUCache
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
-from models.networks.autoencoder import Autoencoder
 from models.conditioning.conditioner import Asked, Conditioner, TextConditioner
+from models.conditioning.text_encoder import Context
+from models.networks.autoencoder import Autoencoder
+from models.networks.unet import UNet, timestep_embedding
 from models.sampling.denoiser import Denoiser, guide
 from models.sampling.samplers import plan, step
 from models.sampling.schedule import Schedule
 from models.spec import AutoencoderSpec, ModelSpec
-from models.conditioning.text_encoder import Context
 from models.tiles import cut, merge
-from models.networks.unet import UNet, timestep_embedding
 
 OVERFLOWING = torch.float16  # what a first stage that its spec says so of does not run in
 TILE = 32  # cells of a side: 256 pixels where a cell covers 8

@@ -13,8 +13,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from service.errors import TABLE
 from service.engine.job import Stepped, Trouble
+from service.errors import TABLE
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from safetensors.torch import save_file
 
-from models.networks.autoencoder import Autoencoder
 from models.conditioning.conditioner import make_conditioner
+from models.networks.autoencoder import Autoencoder
+from models.networks.unet import UNet
 from models.sampling.schedule import Schedule
 from models.spec import AutoencoderSpec, ClassSpec, ScheduleSpec, SegmentationSpec, TokenSpec, UNetSpec
-from models.networks.unet import UNet
 from tests.tiny import fill_randomly
 
 VQ = AutoencoderSpec(

@@ -23,9 +23,9 @@ from packaging.utils import canonicalize_name
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
+from service.api import health
 from service.cli.main import GRACE_SECONDS
 from service.metrics import Metrics
-from service.api import health
 from service.settings import Settings, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +147,10 @@ def test_the_health_check_fails_where_nobody_listens():
 
 @pytest.mark.parametrize(
     "path",
-    ["pyproject.toml", "README.md", "LICENSE", "models/unet.py", "service/cli.py", "weights/emoji/ldm.json"],
+    [
+        "pyproject.toml", "README.md", "LICENSE", "models/networks/unet.py", "service/cli/main.py",
+        "weights/emoji/ldm.json",
+    ],  # fmt: skip
 )
 def test_what_the_image_is_made_of_is_sent(path: str):
     assert (ROOT / path).is_file()

@@ -10,10 +10,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTokenizer
 
-from models.networks.autoencoder import Autoencoder
 from models.checkpoint import save
 from models.conditioning.conditioner import LayoutProjection, TextConditioner
+from models.conditioning.text_encoder import TextEncoder
 from models.latent_diffusion import LatentDiffusion
+from models.networks.autoencoder import Autoencoder
+from models.networks.unet import UNet
 from models.spec import (
     ALL_TASKS,
     AutoencoderSpec,
@@ -25,8 +27,6 @@ from models.spec import (
     UNetSpec,
     UpscalingSpec,
 )
-from models.conditioning.text_encoder import TextEncoder
-from models.networks.unet import UNet
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 

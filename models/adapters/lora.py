@@ -21,16 +21,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.formats import keymaps
 from models.checkpoint.folder import Weights, listed, networks_of, open_weights, translated
+from models.checkpoint.meta import shapes_only
 from models.conditioning.conditioner import Conditioner, TextConditioner
 from models.errors import CheckpointError
+from models.formats import keymaps
+from models.formats.config_files import read_json
 from models.formats.safetensors import FLOATS
 from models.latent_diffusion import LatentDiffusion
-from models.checkpoint.meta import shapes_only
-from models.spec import ModelSpec
-from models.formats.config_files import read_json
 from models.networks.unet import UNet
+from models.spec import ModelSpec
 
 DOWN, UP, MID, ALPHA = "down", "up", "mid", "alpha"
 PARTS = {  # how a key ends -> what it holds of its module

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-from models.formats import keymaps, ldm
-from models.networks.autoencoder import Autoencoder
 from models.checkpoint.folder import (
     NETWORK_FILES,
     Part,
@@ -21,12 +19,14 @@ from models.checkpoint.folder import (
     open_network,
     open_weights,
 )
-from models.formats.diffusers_read import autoencoder_spec, translated
-from models.errors import CheckpointError
-from models.latent_diffusion import LatentDiffusion, stage_dtype
 from models.checkpoint.meta import shapes_only
-from models.spec import AutoencoderSpec
+from models.errors import CheckpointError
+from models.formats import keymaps, ldm
 from models.formats.config_files import read_json
+from models.formats.diffusers_read import autoencoder_spec, translated
+from models.latent_diffusion import LatentDiffusion, stage_dtype
+from models.networks.autoencoder import Autoencoder
+from models.spec import AutoencoderSpec
 
 FREE = ("sample_size", "scale_factor", "upcast")  # of its shape, what is no part of the network
 DIFFUSERS = ".down_blocks."  # in keys of the diffusers layout only

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from models.checkpoint.folder import open_weights
 from models.conditioning.conditioner import TextConditioner
+from models.conditioning.text_encoder import TextEncoder
 from models.errors import CheckpointError
 from models.formats.safetensors import FLOATS
 from models.latent_diffusion import LatentDiffusion
 from models.spec import ModelSpec
-from models.conditioning.text_encoder import TextEncoder
 
 PAIR = ("clip_l", "clip_g")  # of the first text encoder, of the second
 

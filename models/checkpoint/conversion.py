@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from models.formats import single_file, stable_diffusion, ldm
 from models.checkpoint.folder import Opened, check, load, open_model, save, words_beside, write_tensors
-from models.formats.diffusers_read import OWN_KEYS
 from models.errors import CheckpointError
-from models.spec import Prediction, TokenSpec
+from models.formats import ldm, single_file, stable_diffusion
 from models.formats.config_files import OWN_FILE
+from models.formats.diffusers_read import OWN_KEYS
+from models.spec import Prediction, TokenSpec
 
 
 def convert(
@@ -58,7 +58,8 @@ def write_single(opened: Opened, source: Path, folder: Path, dtype: str | None) 
     spec = opened.spec
     kind = single_file.kind_of(single_file.weights_of(source), opened.weights.stored, spec)
     write_tensors(published(opened), folder / single_file.WEIGHTS, dtype and getattr(torch, dtype))
-    own = {key: asdict(spec)[key] for key in OWN_KEYS} | {single_file.OWN_KEY: single_file.own_config(spec, kind)}
+    own = {key: asdict(spec)[key] for key in OWN_KEYS}
+    own |= {single_file.OWN_KEY: single_file.own_config(spec, kind)}
     (folder / OWN_FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
     if isinstance(spec.condition, TokenSpec) and words_beside(source).is_file():
         shutil.copyfile(words_beside(source), folder / "vocab.txt")

@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertTokenizer, CLIPTokenizer
 
-from models.formats import keymaps, single_file, stable_diffusion, companions, ldm
 from models.checkpoint import text_tensors, tokenizers
-from models.networks.autoencoder import Autoencoder
+from models.checkpoint.meta import shapes_only
 from models.conditioning.conditioner import (
     Conditioner,
     LayoutProjection,
@@ -30,6 +29,9 @@ from models.conditioning.conditioner import (
     TokenConditioner,
     make_conditioner,
 )
+from models.conditioning.text_encoder import TextEncoder
+from models.formats import companions, keymaps, ldm, single_file, stable_diffusion
+from models.formats.config_files import read_json
 from models.formats.diffusers_read import (
     TEXT_ENCODERS,
     TOKENIZERS,
@@ -40,12 +42,10 @@ from models.formats.diffusers_read import (
 )
 from models.formats.safetensors import FLOATS, Stored
 from models.latent_diffusion import LatentDiffusion, stage_dtype
-from models.checkpoint.meta import shapes_only
+from models.networks.autoencoder import Autoencoder
+from models.networks.unet import UNet
 from models.spec import ModelSpec, Prediction, TextSpec, TokenSpec
 from models.stopwatch import Stopwatch
-from models.conditioning.text_encoder import TextEncoder
-from models.formats.config_files import read_json
-from models.networks.unet import UNet
 
 __all__ = ["CheckpointError", "load", "read_spec", "save"]
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from models.formats import single_file, stable_diffusion, companions
 from models.checkpoint.folder import Opened, Part, faults, listed, open_model
+from models.formats import companions, single_file, stable_diffusion
 from models.formats.diffusers_read import TOKENIZERS
 from models.spec import ClassSpec, ModelSpec, Prediction, SegmentationSpec, TokenSpec
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from models.conditioning.text_encoder import TextEncoder
 from models.formats import keymaps
 from models.formats.safetensors import Stored
 from models.formats.stable_diffusion import PROJECTION, Place
-from models.conditioning.text_encoder import TextEncoder
 
 NATIVE = "transformer."  # of all of an encoder but its projection
 WHOLE = ".attn.in_proj_"

@@ -11,11 +11,11 @@ from torch.nn.functional import embedding, interpolate, pad
 from transformers import BertTokenizer
 
 from models.conditioning.boxes import Box, tokens
-from models.formats.diffusers_read import CheckpointError
 from models.conditioning.prompts import Reading
-from models.spec import ClassSpec, Condition, SegmentationSpec, TokenSpec
 from models.conditioning.text_encoder import Context, Reader, TextEncoder, TokenTransformer, weighed
 from models.formats.companions import WANTED
+from models.formats.diffusers_read import CheckpointError
+from models.spec import ClassSpec, Condition, SegmentationSpec, TokenSpec
 
 GRAY = 128  # what a pixel under the mask is shown as to a UNet with mask channels
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
-from models.networks.clip import TextTransformer
 from models.conditioning.prompts import Frame, Reading, Token, chunks_of, left_out, pieces_of, tokens_of
+from models.networks.clip import TextTransformer
 from models.spec import TextSpec, TokenSpec
 
 

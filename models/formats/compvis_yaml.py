@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import CheckpointError
+from models.formats.config_files import Config, read_yaml
+from models.formats.ldm import Said
 from models.spec import (
     AutoencoderSpec,
     ClassSpec,
@@ -22,8 +24,6 @@ from models.spec import (
     TokenSpec,
     UNetSpec,
 )
-from models.formats.config_files import Config, read_yaml
-from models.formats.ldm import Said
 
 SUFFIXES = (".yaml", ".yml")
 WEIGHTS = (".ckpt", ".safetensors", ".pt", ".pth")

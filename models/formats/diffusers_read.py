@@ -11,8 +11,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from models.formats import single_file
 from models.errors import CheckpointError
+from models.formats import single_file
+from models.formats.config_files import OWN_FILE, Config, read_json
 from models.spec import (
     ALL_TASKS,
     AutoencoderSpec,
@@ -25,7 +26,6 @@ from models.spec import (
     UNetSpec,
     UpscalingSpec,
 )
-from models.formats.config_files import OWN_FILE, Config, read_json
 
 PLAIN, INPAINTING, UPSCALING, XL, XL_INPAINTING, SUPER_RESOLUTION = (
     "StableDiffusionPipeline",

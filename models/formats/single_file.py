@@ -14,13 +14,13 @@ from typing import Any, get_args
 
 import numpy as np
 
-from models.formats import compvis_yaml, keymaps, stable_diffusion, ldm
 from models.errors import CheckpointError
-from models.formats.safetensors import Stored, safetensors_header, safetensors_metadata, values
+from models.formats import compvis_yaml, keymaps, ldm, stable_diffusion
+from models.formats.config_files import OWN_FILE, Config, read_json, read_yaml
 from models.formats.pickles import read_records
+from models.formats.safetensors import Stored, safetensors_header, safetensors_metadata, values
 from models.sampling.schedule import Schedule
 from models.spec import BetaSchedule, ModelSpec, Prediction, ScheduleSpec, Spacing
-from models.formats.config_files import OWN_FILE, Config, read_json, read_yaml
 
 WEIGHTS = "model.safetensors"  # in a folder of ours
 OWN_KEY = "compvis"  # in its ldm.json
@@ -98,7 +98,8 @@ def with_prediction(
 ) -> ldm.Said:
     """What is predicted: as the file beside says, or the file itself; given, where none of them does."""
     said = said or ldm.Said()
-    found = said.prediction or own_prediction(file, shapes) or (given if stable_diffusion.is_open(shapes) else None)
+    asked = given if stable_diffusion.is_open(shapes) else None
+    found = said.prediction or own_prediction(file, shapes) or asked
     return replace(said, prediction=found)
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from models.formats import ldm
 from models.errors import CheckpointError
+from models.formats import ldm
+from models.formats.ldm import CONDITION, FIRST_STAGE, UNET, Said, Shapes, below
 from models.spec import (
     ALL_TASKS,
     Defaults,
@@ -22,7 +23,6 @@ from models.spec import (
     UNetSpec,
     UpscalingSpec,
 )
-from models.formats.ldm import CONDITION, FIRST_STAGE, UNET, Said, Shapes, below
 
 HEAD = 64  # channels of a head of every text encoder, and of UNets whose row does not say how many there are
 PAD = 0  # OpenCLIP's encoders were trained with it; CLIP's with the end token

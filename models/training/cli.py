@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from models import checkpoint
-from models.networks.autoencoder import Autoencoder
 from models.latent_diffusion import LatentDiffusion
+from models.networks.autoencoder import Autoencoder
 from models.spec import AutoencoderSpec
 from models.training.presets import AUTOENCODER, DEFAULTS, SHARP_AUTOENCODER, TOKENS
 from models.training.trainer import Budget
@@ -282,9 +282,9 @@ def train_upscaler(args: argparse.Namespace) -> None:
 
 
 def export_upscaling(args: argparse.Namespace) -> None:
+    from models.networks.unet import UNet
     from models.training.presets import UPSCALER, upscaler_spec
     from models.training.upscaler import residuals
-    from models.networks.unet import UNet
 
     unet = UNet(UPSCALER)
     unet.load_state_dict(averaged(args.state / "upscaler.pt"))

@@ -16,16 +16,16 @@ from torch.nn.functional import max_pool2d
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.networks.autoencoder import Autoencoder
 from models.conditioning.conditioner import GRAY, LayoutProjection
+from models.conditioning.text_encoder import TextEncoder
 from models.latent_diffusion import LatentDiffusion
+from models.networks.autoencoder import Autoencoder
+from models.networks.unet import UNet
 from models.sampling.schedule import Schedule
 from models.spec import ScheduleSpec, TextSpec, UNetSpec
-from models.conditioning.text_encoder import TextEncoder
 from models.training.first_stage import to_x
 from models.training.scenes import SIZE, Atlas, Scene, draw_scene, without_hidden
 from models.training.trainer import Budget, Trainer
-from models.networks.unet import UNet
 
 CHUNK = 64  # scenes encoded at once
 SHORT, DROPPED = 0.1, 0.1  # shares of captions that leave the background out, and of empty ones

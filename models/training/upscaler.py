@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.networks.autoencoder import Autoencoder
 from models.latent_diffusion import resample
+from models.networks.autoencoder import Autoencoder
+from models.networks.unet import UNet, timestep_embedding
 from models.sampling.schedule import Schedule
 from models.spec import AutoencoderSpec, ScheduleSpec, UNetSpec, UpscalingSpec
 from models.training import first_stage
@@ -21,7 +22,6 @@ from models.training.diffusion import v_error
 from models.training.first_stage import to_x
 from models.training.scenes import Atlas
 from models.training.trainer import Budget, Trainer
-from models.networks.unet import UNet, timestep_embedding
 
 CHUNK = 64  # crops encoded at once
 PART = 64  # pixels of a side that the first stage learns from at once

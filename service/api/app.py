@@ -12,8 +12,12 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from service.api import openapi
+from service.api import health, jobs, native, openapi
+from service.api.a1111 import routes as a1111
 from service.api.a1111.translate import Desk
+from service.api.auth import keys_of, require_key
+from service.api.middleware import BodyLimit, RequestContext
+from service.api.openai import routes as openai
 from service.errors import (
     InvalidRequest,
     MethodNotAllowed,
@@ -25,14 +29,9 @@ from service.errors import (
     status_of,
     to_body,
 )
-from service.requests.resolve import explain
-from service.requests.background import Jobs
-from service.api.auth import keys_of, require_key
 from service.metrics import Metrics
-from service.api.middleware import BodyLimit, RequestContext
-from service.api.a1111 import routes
-from service.api import health, jobs, native
-from service.api.openai import routes
+from service.requests.background import Jobs
+from service.requests.resolve import explain
 from service.requests.schemas import error_responses
 from service.settings import Settings
 from service.worker.supervisor import Supervisor
@@ -43,7 +42,7 @@ FRAMEWORK = {401: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 400: Unrea
 # Who may ask: those who have a key, where there are keys; and everybody, of what says nothing about anyone's
 # requests. The description of the API and its page are public too. /metrics holds counts alone, and
 # Prometheus often asks without a key.
-KEYED = (native.router, jobs.router, routes.router, routes.router)
+KEYED = (native.router, jobs.router, openai.router, a1111.router)
 PUBLIC = (health.router,)
 
 

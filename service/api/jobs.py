@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from service.requests.background import Jobs, Record
 from service.api.auth import digest, sent_in
+from service.requests.background import Jobs, Record
 from service.requests.schemas import JobRequest, JobStatus, error_responses
 
 router = APIRouter(tags=["jobs"])

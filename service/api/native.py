@@ -12,8 +12,8 @@ from fastapi import APIRouter, Header, Request, Response
 
 from models.sampling.samplers import SAMPLERS
 from models.spec import ModelSpec, Spacing
-from service.requests import response, resolve, labels
 from service.errors import ClientGone, DeadlineExceeded
+from service.requests import labels, resolve, response
 from service.requests.images import MEDIA_TYPES, Format
 from service.requests.schemas import (
     GenerateRequest,

@@ -7,7 +7,6 @@ import asyncio
 import base64
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -18,11 +17,8 @@ from pydantic import ValidationError
 
 from models.formats.diffusers_read import CheckpointError, read_spec
 from models.spec import Spacing
-from service.requests import response, images, resolve
 from service import logs
 from service.bench.arguments import add_arguments
-from service.errors import ServiceError, from_code
-from service.engine.job import Done, Event, Failed, Job, Started, Stepped
 from service.device.registry import (
     ModelPathError,
     locate_all,
@@ -31,6 +27,9 @@ from service.device.registry import (
     locate_vaes,
     read_specs,
 )
+from service.engine.job import Done, Event, Failed, Job, Started, Stepped
+from service.errors import ServiceError, from_code
+from service.requests import images, resolve, response
 from service.requests.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
 from service.settings import (
     DTYPES,
@@ -415,8 +414,8 @@ def run_alone(job: Job, settings: Settings) -> Done:
     """One job on an engine in this process, with a progress bar. Raises the job's ServiceError."""
     from tqdm import tqdm
 
-    from service.engine.engine import Engine
     from service.device.runner import build  # torch
+    from service.engine.engine import Engine
 
     places = locate_all(settings.model, settings.allow_pickle)
     vaes = locate_vaes(settings.vae, places)

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
 from models.conditioning.conditioner import Asked
-from models.sampling.denoiser import guide
-from models.latent_diffusion import Known, LatentDiffusion
 from models.conditioning.prompts import Reading
-from models.sampling.samplers import Plan, keep, step
 from models.conditioning.text_encoder import Context
-from service.device.select import upload
+from models.latent_diffusion import Known, LatentDiffusion
+from models.sampling.denoiser import guide
+from models.sampling.samplers import Plan, keep, step
 from service.device.graphs import Graphs
+from service.device.select import upload
 from service.engine.job import Job
 
 

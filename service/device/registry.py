@@ -9,9 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from models.formats import single_file, companions
-from models.formats.diffusers_read import read_spec
 from models.errors import CheckpointError
+from models.formats import companions, single_file
+from models.formats.diffusers_read import read_spec
 from models.spec import ModelSpec, Prediction
 from service.engine.job import Network
 
@@ -130,7 +130,7 @@ def read_specs(
         if spec.unet is None:
             raise CheckpointError(f"{name} is a first stage alone, E and D: there is nothing to generate")
         if spec.lacks_context:
-            raise CheckpointError(f"{name}: {words.TEXT_WANTED}")
+            raise CheckpointError(f"{name}: {companions.TEXT_WANTED}")
     return specs
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.adapters import textual_inversion, lora, replacement_vae
-from models.formats import companions
+from models.adapters import lora, replacement_vae, textual_inversion
 from models.checkpoint import load
 from models.checkpoint.folder import weights_in
 from models.conditioning.conditioner import Asked
 from models.errors import CheckpointError
+from models.formats import companions
 from models.latent_diffusion import LatentDiffusion, to_uint8, told_rows
 from models.preview import Projection
 from models.sampling.samplers import Plan, plan
@@ -38,6 +38,8 @@ from service.device.batch import (
     pixels_of,
     reading_of,
 )
+from service.device.graphs import graphs_on
+from service.device.registry import Registry, locate_embeddings, locate_loras, locate_vaes
 from service.device.select import (
     Verdicts,
     choose_device,
@@ -51,11 +53,9 @@ from service.device.select import (
     suited,
 )
 from service.engine.engine import Call, Preview
-from service.errors import NonFinite, OutOfMemory
-from service.device.graphs import graphs_on
 from service.engine.job import ImageKey, Job, Network, Shape, Trouble
 from service.engine.row_limits import Use
-from service.device.registry import Registry, locate_embeddings, locate_loras, locate_vaes
+from service.errors import NonFinite, OutOfMemory
 from service.settings import Settings
 
 MEASURE_EVERY = 64  # calls
@@ -377,7 +377,7 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
     )
     for name, spec in registry.specs.items():
         if spec.reads_words and companions.find(paths[name], vocabulary) is None:
-            raise CheckpointError(f"{name}: {words.WANTED}")
+            raise CheckpointError(f"{name}: {companions.WANTED}")
         if paths[name] in vaes:
             replacement_vae.open_vae(vaes[paths[name]], spec.autoencoder, "cpu", pickles)
     if files := locate_embeddings(settings.embedding):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from models.latent_diffusion import LatentDiffusion
-from service.errors import DeviceLost, OutOfMemory
 from service.engine.row_limits import HostMemory, Use
+from service.errors import DeviceLost, OutOfMemory
 
 # torch has no exception of its own for these: of a CPU, and of a CUDA device outside of torch's allocator.
 MEMORY_MESSAGES = (

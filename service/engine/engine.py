@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple, Protocol
 
 from cachetools import LRUCache
 
-from service.errors import NonFinite, OutOfMemory, code_of
 from service.engine.job import (
     Cancelled,
     Decoded,
@@ -30,6 +29,7 @@ from service.engine.job import (
 )
 from service.engine.row_limits import GROUPS, Limits, Use
 from service.engine.scheduler import Scheduler
+from service.errors import NonFinite, OutOfMemory, code_of
 
 log = logging.getLogger(__name__)
 

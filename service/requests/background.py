@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
-from service.requests import response, resolve
-from service.requests.response import Answer
 from service.errors import DeadlineExceeded, InvalidRequest, NotFound, ServiceError, code_of, to_body
+from service.requests import resolve, response
 from service.requests.resolve import Order
-from service.worker.progress import Progress, Stage, State
+from service.requests.response import Answer
 from service.requests.schemas import AnyJob, ErrorDetail, JobPreview, JobStatus, SceneJob
+from service.worker.progress import Progress, Stage, State
 from service.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ from models.conditioning import prompts
 from models.sampling.samplers import SAMPLERS, SPACED, WITH_ETA, most_steps
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import Tiles, cut
-from service.requests import images, labels
-from service.errors import InvalidRequest, NotFound, UnreadableBody, UnsupportedMedia
-from service.requests.images import Format
-from service.engine.job import MAX_SEED, Job
 from service.device.registry import first_of
+from service.engine.job import MAX_SEED, Job
+from service.errors import InvalidRequest, NotFound, UnreadableBody, UnsupportedMedia
+from service.requests import images, labels
+from service.requests.images import Format
 from service.requests.schemas import (
     Box,
     GenerateRequest,

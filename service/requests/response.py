@@ -14,13 +14,13 @@ from PIL import Image
 from starlette.responses import Response
 
 from models.tiles import merge
-from service.requests import images
+from service.engine.job import Done, Previewed
 from service.errors import NotAcceptable
+from service.requests import images
 from service.requests.images import MEDIA_TYPES, Format
 from service.requests.resolve import Order
-from service.engine.job import Done, Previewed
-from service.worker.progress import Progress
 from service.requests.schemas import GenerateResponse, JobPreview, Picture, PictureRequest, Timings
+from service.worker.progress import Progress
 from service.worker.supervisor import Supervisor
 
 JSON_TYPES = ("application/json", "application/*", "*/*")

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from models.spec import Spacing
-from service.requests.images import Format
 from service.engine.job import MAX_SEED
+from service.requests.images import Format
 from service.worker.progress import Stage
 
 MAX_SIDE = 8192

@@ -12,8 +12,8 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from service.errors import NonFinite, OutOfMemory
 from service.engine.job import ImageKey, Job, Network, Shape
+from service.errors import NonFinite, OutOfMemory
 
 STAGES = ("load", "start", "step", "decode")
 KINDS = ("error", "oom", "nan", "device", "kill", "stall")

@@ -16,13 +16,13 @@ from typing import Any
 from models.formats.diffusers_read import CheckpointError
 from models.stopwatch import Stopwatch
 from service import logs
-from service.worker import protocol
-from service.engine.engine import Engine
-from service.errors import DeviceLost
-from service.worker.faults import FaultyRunner
-from service.engine.job import Done, Event, Job, Previewed
 from service.device.registry import locate_all
+from service.engine.engine import Engine
+from service.engine.job import Done, Event, Job, Previewed
+from service.errors import DeviceLost
 from service.settings import Settings, read_settings
+from service.worker import protocol
+from service.worker.faults import FaultyRunner
 
 log = logging.getLogger(__name__)
 

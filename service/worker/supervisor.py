@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from models.spec import ModelSpec
-from service.worker import protocol
+from service.engine.job import Done, Job, Previewed, Stepped, Trouble
 from service.errors import (
     Draining,
     Loading,
@@ -29,10 +29,10 @@ from service.errors import (
     WorkerLost,
     from_code,
 )
-from service.engine.job import Done, Job, Previewed, Stepped, Trouble
 from service.metrics import Metrics
-from service.worker.progress import Progress, State
 from service.settings import Settings, to_environment
+from service.worker import protocol
+from service.worker.progress import Progress, State
 
 log = logging.getLogger(__name__)
 
@@ -416,7 +416,7 @@ async def spawn(settings: Settings) -> Life:
 
 def environment(settings: Settings) -> dict[str, str]:
     """The worker's: our settings, and this very package where it is not installed. -P keeps the rest out."""
-    home = str(Path(__file__).resolve().parents[1])
+    home = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH", "")
     installed = map(os.path.realpath, (*site.getsitepackages(), site.getusersitepackages()))
     if home not in installed:

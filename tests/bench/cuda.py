@@ -29,18 +29,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS sta
 import torch
 from torch import Tensor
 
-from models.networks import kernels
 from models.checkpoint import tokenizers
-from models.networks.autoencoder import Autoencoder
 from models.latent_diffusion import LatentDiffusion, to_uint8
+from models.networks import kernels
+from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
+from service.device.graphs import graphs_on
+from service.device.runner import TorchRunner
 from service.device.select import choose_device, choose_dtype, fix_arithmetic, suited
 from service.engine.engine import Engine
+from service.engine.job import Done, Event, Failed, ImageKey, Job
 from service.errors import DeviceLost
 from service.worker.faults import FaultyRunner, read_faults
-from service.device.graphs import graphs_on
-from service.engine.job import Done, Event, Failed, ImageKey, Job
-from service.device.runner import TorchRunner
 from tests.bench import shapes
 from tests.bench.shapes import GUIDANCE, PROMPT, Held, Setting, made, unet_inputs
 

@@ -16,12 +16,12 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from models.formats import keymaps
-from models.networks.autoencoder import Autoencoder
 from models.conditioning.conditioner import TokenConditioner
-from models.latent_diffusion import LatentDiffusion
-from models.spec import ScheduleSpec, UNetSpec
 from models.conditioning.text_encoder import TextEncoder
+from models.formats import keymaps
+from models.latent_diffusion import LatentDiffusion
+from models.networks.autoencoder import Autoencoder
+from models.spec import ScheduleSpec, UNetSpec
 from tests.models import test_autoencoder, test_conditioner
 
 

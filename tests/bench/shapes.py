@@ -13,16 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertTokenizer
 
 from models.checkpoint import tokenizers
-from models.networks.autoencoder import Autoencoder
 from models.conditioning.conditioner import TextConditioner, TokenConditioner
-from models.latent_diffusion import LatentDiffusion
-from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, TokenSpec, UNetSpec
 from models.conditioning.text_encoder import TextEncoder
+from models.latent_diffusion import LatentDiffusion
+from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet, timestep_embedding
+from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, TokenSpec, UNetSpec
+from service.device.runner import TorchRunner
 from service.device.select import suited
 from service.engine.engine import Engine
 from service.engine.job import Done, Job, Network
-from service.device.runner import TorchRunner
 
 PROMPT = "a red apple on a wooden table in the evening"
 GUIDANCE = 5.0

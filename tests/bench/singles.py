@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from models.checkpoint import tokenizers
-from models.checkpoint import load
+from models.checkpoint import load, tokenizers
 from models.formats.safetensors import safetensors_header
 from tests import stable
 from tests.bench.family import LIMIT, compare, error

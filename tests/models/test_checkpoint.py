@@ -6,11 +6,11 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from models.networks.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load, read_spec, save
 from models.checkpoint.folder import autoencoder_names, unet_names
-from models.spec import AutoencoderSpec, UNetSpec
+from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
+from models.spec import AutoencoderSpec, UNetSpec
 from tests.tiny import fill_randomly, tiny_model, tiny_spec, write_tiny_model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -7,8 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint import conversion
-from models.checkpoint import CheckpointError, load, read_spec
+from models.checkpoint import CheckpointError, conversion, load, read_spec
 from models.checkpoint.conversion import convert
 from tests.paper import ROWS, published, write
 from tests.tiny import write_tiny_model

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from models.checkpoint import CheckpointError, load, save
-from models.checkpoint.folder import Weights
 from models.checkpoint.conversion import convert
+from models.checkpoint.folder import Weights
 from models.checkpoint.inspection import FAMILIES, as_json, as_text, inspect
 from models.formats.ldm import ROWS as KINDS
 from tests import folders

@@ -13,10 +13,10 @@ from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_dif
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import conv2d
 
-from models.formats import keymaps
 from models.adapters import lora
 from models.checkpoint import CheckpointError, load
 from models.conditioning.conditioner import Asked
+from models.formats import keymaps
 from tests.folders import write as write_row
 from tests.loras import (
     ATTENTION,

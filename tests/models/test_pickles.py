@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.formats import pickles
 from models.checkpoint.folder import open_weights
 from models.errors import CheckpointError
+from models.formats import pickles
 from models.formats.pickles import read_records, run
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from models.checkpoint.tokenizers import clip
 from models.conditioning.conditioner import Asked
 from models.conditioning.prompts import (
     MOST_CHUNKS,
@@ -24,7 +25,6 @@ from models.conditioning.prompts import (
     tokens_of,
 )
 from models.conditioning.text_encoder import Reader
-from models.checkpoint.tokenizers import clip
 from tests.tiny import random_model, tiny_spec, xl_spec
 
 CUT, WEIGHTED, CHUNKED, BOTH = Reading(), Reading(True), Reading(False, True), Reading(True, True)

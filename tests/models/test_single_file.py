@@ -7,13 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoint import folder
-from models.networks.autoencoder import Autoencoder
-from models.checkpoint import CheckpointError, load, save
+from models.checkpoint import CheckpointError, folder, load, save
 from models.conditioning.conditioner import make_conditioner
+from models.networks.autoencoder import Autoencoder
+from models.networks.unet import UNet
 from models.sampling.schedule import Schedule
 from models.spec import ModelSpec, ScheduleSpec
-from models.networks.unet import UNet
 from tests.paper import ROWS, VQ, published, random, write
 from tests.tiny import tiny_model
 
@@ -188,7 +187,7 @@ def test_weights_of_the_files_own_type_stay_in_the_file(tmp_path, form):
     mapped = [range(int(first, 16), int(last, 16)) for first, last in maps]
     places = [weight.data_ptr() for weight in model.unet.parameters()]
     inside = [place for place in places if any(place in part for part in mapped)]
-    assert all(place % checkpoint.ALIGNMENT == 0 for place in places)
+    assert all(place % folder.ALIGNMENT == 0 for place in places)
     if form == "ckpt":  # whose tensors all begin at such addresses
         assert len(inside) == len(places)
     converted = load(file, dtype=torch.bfloat16, allow_pickle=True)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from models.checkpoint import load
-from models.formats.diffusers_read import CheckpointError, read_spec
 from models.formats.config_files import read_yaml
+from models.formats.diffusers_read import CheckpointError, read_spec
 from tests.paper import ROWS, published, write
 
 ROOT = Path(__file__).resolve().parents[2]

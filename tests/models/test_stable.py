@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from models.checkpoint import CheckpointError, load
-from models.formats.diffusers_read import read_spec
 from models.checkpoint.conversion import convert
 from models.checkpoint.inspection import inspect
+from models.formats.diffusers_read import read_spec
 from models.spec import ModelSpec
 from tests import stable
 from tests.stable import Reference, Row

@@ -8,8 +8,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from models.checkpoint.folder import weights_in
 from models.conditioning.conditioner import Asked
-from models.spec import ModelSpec
 from models.networks.unet import timestep_embedding
+from models.spec import ModelSpec
 from tests.tiny import random_model, xl_spec
 
 LIMIT = 3e-5

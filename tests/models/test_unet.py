@@ -6,8 +6,8 @@ from diffusers import UNet2DModel
 from torch.nn import functional as F
 
 from models.formats import keymaps
-from models.spec import UNetSpec
 from models.networks.unet import UNet
+from models.spec import UNetSpec
 from tests.tiny import fill_randomly
 
 LIMIT = 3e-5

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from service.cli import main
-from service.device import registry
 from service.cli.main import parser, settings_of
+from service.device import registry
 from service.device.registry import ModelPathError
 from tests.conftest import ROOT, set_trap
 from tests.paper import published, write

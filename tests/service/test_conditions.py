@@ -14,14 +14,14 @@ from PIL import Image
 
 from models.checkpoint import load, save
 from models.spec import ModelSpec
-from service.requests.response import parameters
-from service.errors import InvalidRequest
-from service.requests.resolve import Order, to_order
-from service.engine.job import ImageKey, Job
-from service.requests.labels import colour_of
-from service.device.registry import Registry
 from service.api.native import describe
+from service.device.registry import Registry
 from service.device.runner import TorchRunner
+from service.engine.job import ImageKey, Job
+from service.errors import InvalidRequest
+from service.requests.labels import colour_of
+from service.requests.resolve import Order, to_order
+from service.requests.response import parameters
 from service.requests.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings
 from tests.service.test_engine import make_job

@@ -10,13 +10,13 @@ import torch
 
 from models.checkpoint import load
 from service.device import select
-from service.device.select import Verdicts, loss_told, out_of_memory_refused, suited
-from service.engine.engine import Call, Engine
-from service.errors import DeviceLost, OutOfMemory
-from service.worker.faults import FaultyRunner, read_faults
-from service.engine.job import Done, Event, ImageKey, Job, Trouble
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
+from service.device.select import Verdicts, loss_told, out_of_memory_refused, suited
+from service.engine.engine import Call, Engine
+from service.engine.job import Done, Event, ImageKey, Job, Trouble
+from service.errors import DeviceLost, OutOfMemory
+from service.worker.faults import FaultyRunner, read_faults
 from tests.service.test_engine import CountingRunner, make_job, outcomes
 from tests.tiny import tiny_model
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.engine import TELL_SECONDS, Call, Engine, Preview
-from service.errors import NonFinite, OutOfMemory
 from service.engine.job import (
     Cancelled,
     Decoded,
@@ -28,6 +27,7 @@ from service.engine.job import (
     Waiting,
 )
 from service.engine.row_limits import Use
+from service.errors import NonFinite, OutOfMemory
 
 
 def make_job(name: str, **changes) -> Job:

@@ -19,20 +19,20 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
-from models.formats import companions as words_of
-from models.networks.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, load
 from models.conditioning.conditioner import Asked
+from models.formats import companions as words_of
 from models.latent_diffusion import LatentDiffusion
-from service.requests import response
-from service.engine.engine import Engine
-from service.errors import InvalidRequest
-from service.requests.resolve import Order, to_order
-from service.engine.job import Job, Stepped
-from service.requests.labels import colour_of
-from service.device.registry import Registry
+from models.networks.autoencoder import Autoencoder
 from service.api.native import describe
+from service.device.registry import Registry
 from service.device.runner import TorchRunner, build
+from service.engine.engine import Engine
+from service.engine.job import Job, Stepped
+from service.errors import InvalidRequest
+from service.requests import response
+from service.requests.labels import colour_of
+from service.requests.resolve import Order, to_order
 from service.requests.schemas import GenerateRequest, InpaintRequest, UpscaleRequest
 from service.settings import Settings
 from tests.family import FIRST_STAGES, ROWS, thin, write

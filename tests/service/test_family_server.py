@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from models.networks.autoencoder import Autoencoder
 from models.checkpoint import load
-from service.requests.response import enlarged as enlarged_of
-from service.requests.response import parts_of, pixels_of
+from models.networks.autoencoder import Autoencoder
 from service.cli.main import main
-from service.requests.resolve import to_order
-from service.engine.job import Done
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
+from service.engine.job import Done
+from service.requests.resolve import to_order
+from service.requests.response import enlarged as enlarged_of
+from service.requests.response import parts_of, pixels_of
 from service.settings import Settings
 from tests.conftest import Server, wait_until
 from tests.family import FIRST_STAGES, thin, write

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from models.checkpoint import load
-from service.engine.engine import Engine
-from service.worker.faults import Fault, FaultyRunner, read_faults
-from service.engine.job import Done, Event, Job, Trouble
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
+from service.engine.engine import Engine
+from service.engine.job import Done, Event, Job, Trouble
+from service.worker.faults import Fault, FaultyRunner, read_faults
 from tests.service.test_engine import CountingRunner, make_job, outcomes
 from tests.service.test_server import alone, error_of, together, worst_psnr
 

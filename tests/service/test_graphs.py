@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from models.checkpoint import load
 from service.device.graphs import Function, Graphs, Inputs, graphs_on
-from service.engine.job import ImageKey
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
+from service.engine.job import ImageKey
 from tests.service.test_runner import begin, made, tiny_job
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.requests import response
-from service.errors import InvalidRequest
-from service.requests.resolve import to_order
 from service.engine.job import Previewed
+from service.errors import InvalidRequest
+from service.requests import response
+from service.requests.resolve import to_order
 from service.requests.schemas import InpaintRequest
 from service.settings import Settings
 from tests.service.test_images import base64_of, noise

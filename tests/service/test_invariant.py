@@ -16,11 +16,11 @@ import torch
 
 from models.checkpoint import load
 from models.sampling.samplers import SAMPLERS, SPACED
+from service.device.registry import Registry
+from service.device.runner import TorchRunner
 from service.device.select import even
 from service.engine.engine import Engine
 from service.engine.job import Done, Job
-from service.device.registry import Registry
-from service.device.runner import TorchRunner
 from tests.conftest import ROOT, wait_until
 from tests.service.test_engine import make_job
 from tests.service.test_runner import psnr

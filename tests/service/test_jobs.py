@@ -14,8 +14,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from service.requests import background as module
 from service.errors import InvalidRequest, NotFound, QueueFull, ServiceError
+from service.requests import background as module
 from service.requests.background import Jobs, Record
 from service.requests.schemas import GenerateJob
 from tests.conftest import QUEUE_SIZE, Server, wait_until

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from service.engine.engine import Engine
-from service.errors import InvalidRequest
-from service.requests.resolve import to_order
-from service.engine.job import Done, Job, Network
 from service.device.registry import ModelPathError, Registry, boxed, locate_loras
 from service.device.runner import TorchRunner, build
+from service.engine.engine import Engine
+from service.engine.job import Done, Job, Network
+from service.errors import InvalidRequest
+from service.requests.resolve import to_order
 from service.requests.schemas import GenerateRequest
 from service.settings import SettingError, Settings, read_settings
 from tests.conftest import Server, wait_until

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from service.api import middleware
-from service.metrics import Metrics
 from service.api.middleware import SMALL, BodyLimit
+from service.metrics import Metrics
 
 LARGE = SMALL + 1
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.checkpoint.conversion import convert
 from models.checkpoint.folder import weights_in
 from models.formats.diffusers_read import CheckpointError
-from models.checkpoint.conversion import convert
 from service.device.registry import ModelPathError, Registry, locate, locate_all
 from tests.paper import published, write
 from tests.tiny import tiny_model, tiny_spec

@@ -11,11 +11,11 @@ import torch
 from models.checkpoint import load
 from models.sampling.samplers import SAMPLERS, plan, step
 from service.device import batch
-from service.engine.engine import Engine
-from service.errors import NonFinite, OutOfMemory
-from service.engine.job import ImageKey, Job
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
+from service.engine.engine import Engine
+from service.engine.job import ImageKey, Job
+from service.errors import NonFinite, OutOfMemory
 from tests.service.test_engine import make_job, outcomes
 from tests.tiny import tiny_model
 

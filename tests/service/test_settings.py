@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service.worker.faults import Fault
 from service.settings import SettingError, Settings, misspelt, read_settings, to_environment
+from service.worker.faults import Fault
 
 
 @pytest.fixture

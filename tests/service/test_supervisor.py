@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from service.worker import supervisor as module
-from service.errors import Draining, Loading, NotFound, QueueFull, ServiceError, Unavailable
 from service.engine.job import Previewed
+from service.errors import Draining, Loading, NotFound, QueueFull, ServiceError, Unavailable
 from service.metrics import Metrics
-from service.worker.progress import Progress, State
 from service.settings import Settings
+from service.worker import supervisor as module
+from service.worker.progress import Progress, State
 from service.worker.supervisor import Life, Supervisor, WorkerFailed
 from tests.service.test_engine import make_job
 

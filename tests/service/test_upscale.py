@@ -14,8 +14,8 @@ from PIL import Image
 
 from models.checkpoint import load, save
 from models.latent_diffusion import to_uint8
-from service.requests import response
 from service.errors import InvalidRequest, NotFound
+from service.requests import response
 from service.requests.resolve import to_order
 from service.requests.schemas import GenerateRequest, UpscaleRequest
 from service.settings import Settings

@@ -8,8 +8,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from service.api import native
 from service.api.a1111 import translate
-from service.api.a1111.translate import RESAMPLING, SAMPLERS, SCHEDULERS, Desk, Enlarging, Plan, Sampling
 from service.api.a1111.schemas import (
     Embeddings,
     ExtraResult,
@@ -29,9 +29,9 @@ from service.api.a1111.schemas import (
     TextToImage,
     UpscalerItem,
 )
-from service.requests.resolve import given, refuse
-from service.api import native
+from service.api.a1111.translate import RESAMPLING, SAMPLERS, SCHEDULERS, Desk, Enlarging, Plan, Sampling
 from service.api.dialect import DialectRoute
+from service.requests.resolve import given, refuse
 from service.requests.schemas import error_responses
 
 

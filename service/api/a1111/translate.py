@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from models.spec import ModelSpec, Spacing
-from service.requests import response, images
+from service.api.a1111.masking import Masked, Region, png_of, put_back, region_of, soft_mask
 from service.api.a1111.schemas import (
     ExtraSingleImage,
     ImageToImage,
@@ -27,12 +27,12 @@ from service.api.a1111.schemas import (
     ProgressAnswer,
     ProgressState,
 )
-from service.requests.response import Answer
-from service.errors import ClientGone, InvalidRequest, NotFound
-from service.requests.resolve import DOES, find_model, given, refuse, request_of
 from service.engine.job import Job
+from service.errors import ClientGone, InvalidRequest, NotFound
+from service.requests import images, response
 from service.requests.background import Jobs, Record
-from service.api.a1111.masking import Masked, Region, png_of, put_back, region_of, soft_mask
+from service.requests.resolve import DOES, find_model, given, refuse, request_of
+from service.requests.response import Answer
 from service.requests.schemas import (
     AnyJob,
     GenerateJob,

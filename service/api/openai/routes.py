@@ -9,9 +9,10 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from service.api import native
+from service.api.dialect import DialectRoute
+from service.api.jobs import LIVE
 from service.api.openai import translate
-from service.errors import BadRequest, NotFound
-from service.requests.background import Record
 from service.api.openai.schemas import (
     ImageEdit,
     ImageGeneration,
@@ -21,9 +22,8 @@ from service.api.openai.schemas import (
     OpenAIModelList,
     PromptedRequest,
 )
-from service.api import native
-from service.api.dialect import DialectRoute
-from service.api.jobs import LIVE
+from service.errors import BadRequest, NotFound
+from service.requests.background import Record
 from service.requests.schemas import ErrorBody, GenerateRequest, InpaintRequest, error_responses
 
 

@@ -12,11 +12,6 @@ from typing import Any
 from fastapi import UploadFile
 
 from models.spec import ModelSpec
-from service.requests import images
-from service.errors import InvalidRequest
-from service.requests.images import MEDIA_TYPES
-from service.requests.resolve import DOES, STRENGTH, find_model, given, refuse, request_of
-from service.requests.background import Record
 from service.api.openai.schemas import (
     CompletedImage,
     Image,
@@ -29,6 +24,11 @@ from service.api.openai.schemas import (
     PartialImage,
     PromptedRequest,
 )
+from service.errors import InvalidRequest
+from service.requests import images
+from service.requests.background import Record
+from service.requests.images import MEDIA_TYPES
+from service.requests.resolve import DOES, STRENGTH, find_model, given, refuse, request_of
 from service.requests.schemas import (
     GenerateJob,
     GenerateRequest,
