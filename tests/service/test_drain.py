@@ -6,7 +6,7 @@ import signal
 import time
 
 from service.cli.main import LINGER_SECONDS
-from tests.bench.drains import drain
+from tests.benchmarks.drains import drain
 from tests.conftest import PATIENCE, wait_until
 
 CLIENTS = 8

@@ -1,6 +1,6 @@
 """kill -9 under load: is every request answered, and with the same bytes as alone?
 
-python -m tests.bench.kills --requests 200 --kills 20
+python -m tests.benchmarks.kills --requests 200 --kills 20
 
 Starts a server with --invariant, asks for each picture once in peace, then for all by 16 clients while its
 worker is killed at random moments. Needs Linux, where a process's children can be read.

@@ -1,6 +1,6 @@
 """SIGTERM under load: does every client have a whole answer, or a 503 that says when to come again?
 
-python -m tests.bench.drains --rounds 10 --clients 16
+python -m tests.benchmarks.drains --rounds 10 --clients 16
 
 Each round starts a server, lets clients ask for pictures over and over, waits for and watches jobs too, and
 ends the server at a random moment. A client stops when it is refused.

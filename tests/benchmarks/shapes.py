@@ -203,7 +203,7 @@ def sizes(spec: ModelSpec) -> list[int]:
 
 
 def unets(spec: ModelSpec, rows: int, setting: Setting) -> Pair:
-    from tests.bench import rivals  # diffusers: not where only ours runs
+    from tests.benchmarks import rivals  # diffusers: not where only ours runs
 
     ours = made(lambda: UNet(spec.unet), setting)
     theirs = rivals.fast(rivals.unet(ours.state_dict(), spec.unet), setting.device, setting.compiled)
@@ -222,7 +222,7 @@ def unets(spec: ModelSpec, rows: int, setting: Setting) -> Pair:
 
 
 def autoencoders(spec: ModelSpec, setting: Setting) -> tuple[Autoencoder, nn.Module]:
-    from tests.bench import rivals  # diffusers: not where only ours runs
+    from tests.benchmarks import rivals  # diffusers: not where only ours runs
 
     ours = made(lambda: Autoencoder(spec.autoencoder), setting)
     theirs = rivals.autoencoder(ours)
@@ -248,7 +248,7 @@ def encoders(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
 
 def texts(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
     """Of several text encoders the last, and the states that its tokens are taken from."""
-    from tests.bench import rivals  # diffusers: not where only ours runs
+    from tests.benchmarks import rivals  # diffusers: not where only ours runs
 
     whole = conditioner(spec, [None] * max(1, len(spec.texts)), setting)
     ours = whole.encoders[-1] if spec.texts else whole
@@ -305,7 +305,7 @@ class Held:
 def pictures(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
     """Whole guided pictures from a prompt, numbers of files over 255, (B, H, W, 3): ours through the engine
     that serves, theirs through the pipeline of `diffusers`."""
-    from tests.bench import rivals  # diffusers: not where only ours runs
+    from tests.benchmarks import rivals  # diffusers: not where only ours runs
 
     if setting.dtype == torch.bfloat16 and not spec.texts:
         raise IncomparableError("the pipeline of diffusers makes no pictures in bfloat16")

@@ -1,6 +1,6 @@
 """Stable Diffusion and its kin at full published shape, as `diffusers` folders, against `diffusers`.
 
-    python -m tests.bench.folders [ROW ...] [--folder DIR] [--cells N] [--narrow]
+    python -m tests.benchmarks.folders [ROW ...] [--folder DIR] [--cells N] [--narrow]
 
 Each network of a row is made by `diffusers` or `transformers`, every parameter random (and one that float16
 can hold), asked, written in float16 and freed, before the next; then the whole folder is loaded by both in
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from models.checkpoint import load
 from models.latent_diffusion import LatentDiffusion
 from models.networks.unet import timestep_embedding
-from tests.bench.family import LIMIT, compare, error
+from tests.benchmarks.family import LIMIT, compare, error
 from tests.folders import ROWS, Row, autoencoder, text_encoders, tokenizer_of, unet
 from tests.tiny import fill_randomly
 

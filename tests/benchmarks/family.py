@@ -1,6 +1,6 @@
 """Every model of the latent diffusion paper at its full published shape, random, against other code.
 
-    python -m tests.bench.family [ROW ...] [--folder DIR] [--cells N] [--narrow]
+    python -m tests.benchmarks.family [ROW ...] [--folder DIR] [--cells N] [--narrow]
 
 Each is written as a single file as it was published, loaded, and compared on small inputs; the references
 read the same file by themselves. It takes as much memory as the model and half as much again, and as much
@@ -31,7 +31,7 @@ from models.checkpoint import load
 from models.conditioning.conditioner import Asked
 from models.latent_diffusion import LatentDiffusion
 from models.spec import AutoencoderSpec, ClassSpec, Condition, TokenSpec, UNetSpec
-from tests.bench import rivals
+from tests.benchmarks import rivals
 from tests.family import FIRST_STAGES, ROWS, shapes, thin, write
 from tests.models import test_autoencoder, test_conditioner, test_unet
 from tests.tiny import byte_tokenizer

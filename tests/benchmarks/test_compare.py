@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from tests.bench.compare import DisagreementError, agreement
-from tests.bench.shapes import SHAPES, Pair, flops_of
+from tests.benchmarks.compare import DisagreementError, agreement
+from tests.benchmarks.shapes import SHAPES, Pair, flops_of
 
 
 def test_a_table_of_small_networks(tmp_path):
-    command = [sys.executable, "-m", "tests.bench.compare", "sd15", "--tiny", "--device", "cpu"]
+    command = [sys.executable, "-m", "tests.benchmarks.compare", "sd15", "--tiny", "--device", "cpu"]
     options = ["--dtype", "float32", "--rounds", "1", "--parts", "unet", "D", "pictures"]
     run = subprocess.run([*command, *options], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -1,4 +1,4 @@
-"""The scheduler against other ways to share a device, in simulated time: python -m tests.bench.policies
+"""The scheduler against other ways to share a device, in simulated time: python -m tests.benchmarks.policies
 
 Nothing runs on a device here: a UNet call takes `fixed + rows * row` seconds and an image `decode` more in D.
 Load is the share of what the device could do if every call were full. All policies get the same requests.

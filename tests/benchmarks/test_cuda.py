@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.bench import cuda
-from tests.bench.shapes import TINY, Setting
+from tests.benchmarks import cuda
+from tests.benchmarks.shapes import TINY, Setting
 
 SETTING = Setting(torch.device("cpu"), torch.float32)
 

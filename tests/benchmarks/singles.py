@@ -1,6 +1,6 @@
 """Stable Diffusion's single files at their full published shapes against `diffusers` and `transformers`.
 
-    python -m tests.bench.singles [ROW ...] [--folder DIR] [--cells N] [--narrow]
+    python -m tests.benchmarks.singles [ROW ...] [--folder DIR] [--cells N] [--narrow]
 
 Every parameter is random, in float32. The networks that a file is written from are made one at a time, asked,
 and written to their places in it, so that no two are in memory; ours stays in the file. Errors are
@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from models.checkpoint import load, tokenizers
 from models.formats.safetensors import safetensors_header
 from tests import stable
-from tests.bench.family import LIMIT, compare, error
+from tests.benchmarks.family import LIMIT, compare, error
 from tests.stable import TOKENS, Reference, Row
 from tests.tiny import fill_randomly
 

@@ -1,7 +1,7 @@
 """Everything about a GPU in one command: what is fast is right first, then how fast it is.
 
-    python -m tests.bench.cuda [--device cuda] [--shapes NAME ...] [--steps N] [--without-compare]
-    python -m tests.bench.cuda --tiny --device cpu     rehearsal: small networks, nothing of it is a figure
+    python -m tests.benchmarks.cuda [--device cuda] [--shapes NAME ...] [--steps N] [--without-compare]
+    python -m tests.benchmarks.cuda --tiny --device cpu     rehearsal: small networks, nothing of it is a figure
 
 Checks end in "ok", "BAD" or "-" (not on this device, or something is not installed). Whole pictures go
 through the engine that serves, without HTTP. Random weights: a picture shows nothing, its numbers do.
@@ -41,8 +41,8 @@ from service.engine.engine import Engine
 from service.engine.job import Done, Event, Failed, ImageKey, Job
 from service.errors import DeviceLost
 from service.worker.faults import FaultyRunner, read_faults
-from tests.bench import shapes
-from tests.bench.shapes import GUIDANCE, PROMPT, Held, Setting, made, unet_inputs
+from tests.benchmarks import shapes
+from tests.benchmarks.shapes import GUIDANCE, PROMPT, Held, Setting, made, unet_inputs
 
 LIMIT = 790e12  # FLOP/s that float16 reaches on an H200
 EPS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # relative errors that are right
@@ -329,7 +329,7 @@ def print_compared(args: argparse.Namespace) -> None:
     print("\nbeside diffusers as it comes", flush=True)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "lines.json"
-        command = [sys.executable, "-m", "tests.bench.compare", *args.shapes, "--parts", "pictures"]
+        command = [sys.executable, "-m", "tests.benchmarks.compare", *args.shapes, "--parts", "pictures"]
         command += ["--rounds", "2"]
         command += ["--device", args.device, "--dtype", args.dtype, "--json", str(file)]
         command += ["--steps", str(args.steps)] if args.steps else []

@@ -1,6 +1,6 @@
 """Ours beside `diffusers`: the same weights, the same machine, turn by turn.
 
-    python -m tests.bench.compare [SHAPE ...] [--parts PART ...] [--batches N ...] [--compiled] [--tiny]
+    python -m tests.benchmarks.compare [SHAPE ...] [--parts PART ...] [--batches N ...] [--compiled] [--tiny]
 
 Parts: unet (a call of so many rows), D, E, text (so many pictures or prompts), pictures (whole ones, with
 text and D, ours through the engine that serves). Weights are random, the same tensors on both sides.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from service.device.select import choose_device, choose_dtype
-from tests.bench.shapes import SHAPES, TINY, IncomparableError, Pair, Setting, Shape, networks, pictures
+from tests.benchmarks.shapes import SHAPES, TINY, IncomparableError, Pair, Setting, Shape, networks, pictures
 
 PARTS = ("unet", "D", "E", "text", "pictures")
 CEILING = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices of the ceiling
