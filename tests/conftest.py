@@ -121,7 +121,7 @@ def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         defaults = {"OMP_NUM_THREADS": "1", "LDM_DTYPE": "float32", "LDM_QUEUE_SIZE": str(QUEUE_SIZE)}
         defaults["LDM_MAX_BODY_BYTES"] = str(2**20)
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | defaults | settings
-        serve = [sys.executable, "-P", "-m", "service.cli.main", "serve"]
+        serve = [sys.executable, "-P", "-m", "service.cli", "serve"]
         command = [*serve, "--model", *(models or (tiny,)), "--port", str(port)]
         process = subprocess.Popen(command, env=environment, cwd=trap, stderr=stderr)
         try:

@@ -41,7 +41,7 @@ NAMES = (BOX / "names.txt").read_text().splitlines()
 def test_the_command_draws_a_red_thing_on_a_blue_background(tmp_path: Path) -> None:
     file = tmp_path / "apple.png"
     prompt = "red apple on a blue background"
-    command = [sys.executable, "-m", "service.cli.main", "generate", prompt, "-o", str(file), "--seed", "2"]
+    command = [sys.executable, "-m", "service.cli", "generate", prompt, "-o", str(file), "--seed", "2"]
     subprocess.run(command, cwd=ROOT, check=True)
     picture = np.asarray(Image.open(file))
     assert nearest_colour(background(picture)) == "blue"

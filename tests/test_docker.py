@@ -150,7 +150,7 @@ def test_the_health_check_fails_where_nobody_listens():
     [
         "pyproject.toml", "README.md", "LICENSE", "models/networks/unet.py", "service/cli/main.py",
         "weights/emoji/ldm.json",
-    ],  # fmt: skip
+    ],
 )
 def test_what_the_image_is_made_of_is_sent(path: str):
     assert (ROOT / path).is_file()

@@ -103,7 +103,7 @@ def started(settings: Settings) -> Iterator[tuple[subprocess.Popen, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = replace(settings, host="127.0.0.1", port=port, log_level="warning")
-    command = [sys.executable, "-P", "-m", "service.cli.main", "serve"]
+    command = [sys.executable, "-P", "-m", "service.cli", "serve"]
     process = subprocess.Popen(command, env=environment(settings))
     try:
         wait_until_ready(process, f"http://127.0.0.1:{port}")

@@ -345,7 +345,7 @@ def print_served(args: argparse.Namespace) -> None:
     if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
         print(f"\nnothing over HTTP: {', '.join(missing)} not installed")
         return
-    cli = [sys.executable, "-m", "service.cli.main"]
+    cli = [sys.executable, "-m", "service.cli"]
     with TemporaryDirectory() as folder:
         one = [*cli, "generate", PROMPT, "-o", str(Path(folder) / "one.png"), "--device", args.device]
         begin = time.monotonic()

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ldm(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
     """What the installed script does: the current directory is not on the path."""
-    command = [sys.executable, "-P", "-m", "service.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "service.cli", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LDM_DTYPE": "float32"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

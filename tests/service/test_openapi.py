@@ -51,7 +51,7 @@ def test_the_committed_description_is_that_of_the_code():
 
 
 def test_the_command_prints_it():
-    command = [sys.executable, "-m", "service.cli.main", "openapi"]
+    command = [sys.executable, "-m", "service.cli", "openapi"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed == text_of(create_app(Settings()))
 
