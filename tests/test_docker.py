@@ -148,7 +148,11 @@ def test_the_health_check_fails_where_nobody_listens():
 @pytest.mark.parametrize(
     "path",
     [
-        "pyproject.toml", "README.md", "LICENSE", "models/networks/unet.py", "service/cli/main.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "models/networks/unet.py",
+        "service/cli/main.py",
         "weights/emoji/ldm.json",
     ],
 )

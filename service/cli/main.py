@@ -507,4 +507,3 @@ def run_convert(args: argparse.Namespace) -> int:
     convert(args.source, args.target, args.dtype, settings.allow_pickle, settings.prediction)
     print(args.target)
     return 0
-

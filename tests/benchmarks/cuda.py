@@ -1,7 +1,7 @@
 """Everything about a GPU in one command: what is fast is right first, then how fast it is.
 
     python -m tests.benchmarks.cuda [--device cuda] [--shapes NAME ...] [--steps N] [--without-compare]
-    python -m tests.benchmarks.cuda --tiny --device cpu     rehearsal: small networks, nothing of it is a figure
+    python -m tests.benchmarks.cuda --tiny --device cpu   rehearsal: small networks, nothing of it is a figure
 
 Checks end in "ok", "BAD" or "-" (not on this device, or something is not installed). Whole pictures go
 through the engine that serves, without HTTP. Random weights: a picture shows nothing, its numbers do.
