@@ -140,7 +140,7 @@ class Scheduler:
     Work is rows * row_cost. Within a group, jobs go in the order in which processor sharing would end them
     (the fair sojourn protocol, Friedman and Henderson 2003): jobs finish rather than all crawl, a small one
     overtakes a large one, and where a call holds one image, none ends later than under processor sharing
-    (larger calls: tests/benchmarks/policies.py). A job counts as 4 ** priority jobs. Groups take turns by work
+    (larger calls: tests/benchmarks/policies.py). A job counts 4 ** priority times. Groups take turns by work
     done per job. When all rows of a group fit, all run.
 
     The bound on waiting: once `patience` full calls' work (max_rows rows of its group) has gone by without
