@@ -2,104 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import httpx
 import pytest
 
-from models.training.scenes import FONT
-
-ROOT = Path(__file__).resolve().parents[1]
-needs_font = pytest.mark.skipif(
-    not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"),
-    reason="fonts-noto-color-emoji is not installed",
-)
-# Seconds that a busy machine may take for anything that must happen; nothing waits for them to pass.
-PATIENCE = 180.0
-QUEUE_SIZE = 16
-
-
-@dataclass
-class Server:
-    """A service in a process of its own."""
-
-    process: subprocess.Popen
-    client: httpx.Client
-
-    def metric(self, name: str) -> float:
-        """The value of one line of /metrics, labels included in its name."""
-        lines = self.client.get("/metrics").text.splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.rpartition(" ")[0] == name)
-
-    def calls(self, over: int = 0) -> float:
-        """UNet calls so far of more than so many rows."""
-        within = self.metric(f'ldm_unet_rows_bucket{{le="{float(over)}"}}') if over else 0
-        return self.metric("ldm_unet_rows_count") - within
-
-    def health(self) -> dict:
-        return self.client.get("/health").json()
-
-    @property
-    def is_ready(self) -> bool:
-        try:
-            return self.client.get("/health/ready").status_code == 200
-        except httpx.TransportError:
-            self.check_alive()
-            return False
-
-    def check_alive(self) -> None:
-        code = self.process.poll()
-        assert code is None, f"the server has ended with exit code {code}"
-
-    def worker(self) -> int | None:
-        """The worker's process id; None between two."""
-        self.check_alive()
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return int(children[0]) if children else None
-
-    def signal_worker(self, number: signal.Signals) -> int:
-        """Send a signal to the worker; returns the process id."""
-        wait_until(lambda: self.worker() is not None)
-        pid = self.worker()
-        os.kill(pid, number)
-        return pid
-
-    def kill_worker(self) -> None:
-        """kill -9, and wait until it is gone; the next may have begun to start."""
-        killed = self.signal_worker(signal.SIGKILL)
-        wait_until(lambda: self.worker() != killed)
-
-    @contextmanager
-    def asked(self, body: dict) -> Iterator[socket.socket]:
-        """A client that asks for pictures and leaves, at the latest with the context."""
-        content = json.dumps(body)
-        request = (
-            "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(content)}\r\n\r\n{content}"
-        )
-        url = self.client.base_url
-        with socket.create_connection((url.host, url.port)) as connection:
-            connection.sendall(request.encode())
-            yield connection
+from tests.helpers.environment import ROOT
+from tests.helpers.servers import PATIENCE, QUEUE_SIZE, Server, set_trap, wait_until
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model, called tiny."""
-    from tests.tiny import write_tiny_model
+    from tests.checkpoints.tiny import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
@@ -165,20 +88,3 @@ def server(living) -> Iterator[Server]:
     server = living()
     yield server
     server.check_alive()
-
-
-def set_trap(folder: Path) -> None:
-    """Packages that break whoever imports them, called like ours."""
-    for name in ("models", "service", "weights"):
-        (folder / name).mkdir()
-        (folder / name / "__init__.py").write_text(
-            "raise RuntimeError('imported from the current directory')"
-        )
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Fail unless it holds within so many seconds."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.02)

@@ -30,9 +30,10 @@ from models.training.evaluate import (
 )
 from models.training.scenes import COLOURS, Atlas, held_out_scenes
 from service.requests.labels import colour_of
-from tests.conftest import ROOT, Server, needs_font
-from tests.service.test_conditions import png
-from tests.service.test_server import picture
+from tests.helpers.clients import image_of
+from tests.helpers.environment import ROOT, needs_font
+from tests.helpers.images import png
+from tests.helpers.servers import Server
 
 BOX, UPSCALER = ROOT / "weights" / "emoji", ROOT / "weights" / "emoji-upscale"
 NAMES = (BOX / "names.txt").read_text().splitlines()
@@ -86,7 +87,7 @@ def box(start_server) -> Iterator[Server]:
 
 def made(server: Server, path: str = "/generate", **body) -> np.ndarray:
     """The first picture, uint8 (H, W, 3)."""
-    return picture(server.client.post(path, json={"seed": 1} | body))
+    return image_of(server.client.post(path, json={"seed": 1} | body))
 
 
 def test_it_says_what_it_can_do(box: Server) -> None:

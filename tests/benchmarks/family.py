@@ -5,7 +5,7 @@
 Each is written as a single file as it was published, loaded, and compared on small inputs; the references
 read the same file by themselves. It takes as much memory as the model and half as much again, and as much
 disk. Errors are |a - b| / |b|. UNets are compared with `diffusers` where it has their structure, the others
-(heads of one number and many widths, residual blocks that resample) with tests/models/test_unet.py's;
+(heads of one number and many widths, residual blocks that resample) with tests/helpers/reference_unet.py's;
 autoencoders and transformers with `diffusers`, CLIP with `transformers`, tables and maps with a line of
 their own. In float64 narrow D's of kl-f16 and kl-f32 agree to 3e-14; in float32 `diffusers` is off from that
 by 1e-5 and 6e-5, ours by 1e-6: with --narrow these two lines say more about the reference than about us.
@@ -32,9 +32,9 @@ from models.conditioning.conditioner import Asked
 from models.latent_diffusion import LatentDiffusion
 from models.spec import AutoencoderSpec, ClassSpec, Condition, TokenSpec, UNetSpec
 from tests.benchmarks import rivals
-from tests.family import FIRST_STAGES, ROWS, shapes, thin, write
-from tests.models import test_autoencoder, test_conditioner, test_unet
-from tests.tiny import byte_tokenizer
+from tests.checkpoints.ldm_models import FIRST_STAGES, ROWS, shapes, thin, write
+from tests.checkpoints.tiny import byte_tokenizer
+from tests.helpers import reference_autoencoder, reference_token_transformer, reference_unet
 
 LIMIT = 3e-5
 UNET, STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
@@ -141,7 +141,10 @@ def unet_error(spec: UNetSpec, model: LatentDiffusion, tensors: safe_open, cells
     weights = unet_weights(tensors)
     reference = of_diffusers(weights, spec)
     if reference is None:
-        theirs, against = test_unet.Reference(weights, spec)(x, t, context), "tests/models/test_unet.py"
+        theirs, against = (
+            reference_unet.Reference(weights, spec)(x, t, context),
+            "tests/helpers/reference_unet.py",
+        )
     elif context is None:
         theirs, against = reference(x, t).sample, "diffusers"
     else:
@@ -160,7 +163,7 @@ def of_diffusers(weights: Mapping[str, Tensor], spec: UNetSpec) -> torch.nn.Modu
               zip(spec.channels, spec.heads, (*attends[:-1], True), strict=True) if attend}  # fmt: skip
     if len(widths) != 1:
         return None
-    named = test_unet.as_diffusers(weights, spec)
+    named = reference_unet.as_diffusers(weights, spec)
     with torch.device("meta"):
         network = UNet2DModel(
             in_channels=spec.in_channels, out_channels=spec.out_channels, block_out_channels=spec.channels,
@@ -176,7 +179,7 @@ def stage_errors(
     spec: AutoencoderSpec, model: LatentDiffusion, weights: dict[str, Tensor], cells: int
 ) -> tuple[float, float]:
     """Of D and of E."""
-    reference = test_autoencoder.reference(spec, weights)
+    reference = reference_autoencoder.reference(spec, weights)
     generator = torch.Generator().manual_seed(8)
     z = torch.randn(1, spec.latent_channels, cells, cells, generator=generator)
     x = torch.rand(1, 3, spec.factor * cells, spec.factor * cells, generator=generator) * 2 - 1
@@ -199,7 +202,7 @@ def context_error(
         weights = below(tensors, CONDITION)
         weights.pop("to_logits.weight", None)
         ids = torch.randint(condition.vocabulary, (2, condition.tokens), generator=generator)
-        network = test_conditioner.reference(condition, weights)
+        network = reference_token_transformer.reference(condition, weights)
         out = network(input_ids=ids, output_attentions=False, output_hidden_states=False, return_dict=True)
         return error(model.conditioner.from_ids(ids), out.last_hidden_state)
     if isinstance(condition, ClassSpec):

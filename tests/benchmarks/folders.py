@@ -25,8 +25,8 @@ from models.checkpoint import load
 from models.latent_diffusion import LatentDiffusion
 from models.networks.unet import timestep_embedding
 from tests.benchmarks.family import LIMIT, compare, error
-from tests.folders import ROWS, Row, autoencoder, text_encoders, tokenizer_of, unet
-from tests.tiny import fill_randomly
+from tests.checkpoints.sd_folders import ROWS, Row, autoencoder, text_encoders, tokenizer_of, unet
+from tests.checkpoints.tiny import fill_randomly
 
 WIDE = (9, 15, 9, 9, 9, 9, 9, 9)
 COLUMNS = ("row", "tensors", "parameters", "eps", "D", "E", "context", "pooled", "load s", "theirs load")

@@ -22,7 +22,7 @@ from models.formats import keymaps
 from models.latent_diffusion import LatentDiffusion
 from models.networks.autoencoder import Autoencoder
 from models.spec import ScheduleSpec, UNetSpec
-from tests.models import test_autoencoder, test_conditioner
+from tests.helpers import reference_autoencoder, reference_token_transformer
 
 
 def fast(network: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
@@ -64,14 +64,14 @@ def unet(weights: Mapping[str, Tensor], spec: UNetSpec) -> UNet2DConditionModel:
 
 def autoencoder(ours: Autoencoder) -> nn.Module:
     """A copy, of the same type on the same device."""
-    theirs = test_autoencoder.reference(ours.spec, ours.state_dict())
+    theirs = reference_autoencoder.reference(ours.spec, ours.state_dict())
     return theirs.to(ours.post_quant_conv.weight.device, ours.dtype)
 
 
 def text(ours: TextEncoder | TokenConditioner, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """CLIP of `transformers`, or the paper's text transformer of `diffusers`: copies."""
     if isinstance(ours, TokenConditioner):
-        theirs = test_conditioner.reference(ours.transformer.spec, ours.transformer.state_dict())
+        theirs = reference_token_transformer.reference(ours.transformer.spec, ours.transformer.state_dict())
         return theirs.to(device, dtype)
     spec = ours.spec
     config = CLIPTextConfig(

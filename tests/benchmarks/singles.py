@@ -21,10 +21,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from models.checkpoint import load, tokenizers
 from models.formats.safetensors import safetensors_header
-from tests import stable
 from tests.benchmarks.family import LIMIT, compare, error
-from tests.stable import TOKENS, Reference, Row
-from tests.tiny import fill_randomly
+from tests.checkpoints import sd_files
+from tests.checkpoints.sd_files import TOKENS, Reference, Row
+from tests.checkpoints.tiny import fill_randomly
 
 PROMPTS = ["red apple", "a sunset behind a mountain range"]
 SIZE = (64, 96)  # width and height that SDXL is told
@@ -32,14 +32,14 @@ NOISE_LEVELS = (20, 350)
 
 
 def main() -> None:
-    compare(__doc__, stable.ROWS, measure)
+    compare(__doc__, sd_files.ROWS, measure)
 
 
 def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, bool]:
     """A line of the table, and whether all its errors are within the limit."""
-    row = stable.narrow(stable.ROWS[name]) if narrow else stable.ROWS[name]
-    tensors = stable.published(name, row, stable.outline(row))
-    file = stable.hollow(folder / f"{name}.safetensors", tensors)
+    row = sd_files.narrow(sd_files.ROWS[name]) if narrow else sd_files.ROWS[name]
+    tensors = sd_files.published(name, row, sd_files.outline(row))
+    file = sd_files.hollow(folder / f"{name}.safetensors", tensors)
     fill(file, {key: value for key, value in tensors.items() if value.device.type != "meta"})
     theirs = answers(row, file, cells)
     begin = time.monotonic()
@@ -68,8 +68,8 @@ def answers(row: Row, file: Path, cells: int) -> dict[str, Tensor]:
     """What the networks give that the file is filled from, one after the other."""
     out, texts = {}, []
     for index, text in enumerate(row.texts):
-        network = filled(stable.bare(lambda text=text: stable.make_text(text)), 3 + index)
-        fill(file, prefixed(text.prefix, stable.text_tensors(text, network)))
+        network = filled(sd_files.bare(lambda text=text: sd_files.make_text(text)), 3 + index)
+        fill(file, prefixed(text.prefix, sd_files.text_tensors(text, network)))
         texts.append(network)
     held = Reference(None, None, tuple(texts))
     out["context"], pooled = held.context(row, ids_of(row))
@@ -78,15 +78,15 @@ def answers(row: Row, file: Path, cells: int) -> dict[str, Tensor]:
     del held, texts, network
     gc.collect()
 
-    stage = filled(stable.bare(lambda: stable.make_autoencoder(row)), 2)
-    fill(file, prefixed("first_stage_model.", stable.stage_tensors(row, stage)))
+    stage = filled(sd_files.bare(lambda: sd_files.make_autoencoder(row)), 2)
+    fill(file, prefixed("first_stage_model.", sd_files.stage_tensors(row, stage)))
     out["D"] = stage.decode(latents(cells)).sample
     out["E"] = stage.encode(pictures(row, cells)).latent_dist.mode()
     del stage
     gc.collect()
 
-    unet = filled(stable.bare(lambda: stable.make_unet(row)), 1)
-    fill(file, prefixed("model.diffusion_model.", stable.unet_tensors(row, unet)))
+    unet = filled(sd_files.bare(lambda: sd_files.make_unet(row)), 1)
+    fill(file, prefixed("model.diffusion_model.", sd_files.unet_tensors(row, unet)))
     x, t, context, pooled, levels = unet_inputs(row, cells)
     options = {"class_labels": levels}
     if pooled is not None:
@@ -143,7 +143,7 @@ def pictures(row: Row, cells: int) -> Tensor:
 
 def ids_of(row: Row) -> list[Tensor]:
     """Of the prompts, for each text encoder."""
-    tables = [tokenizers.clip(stable.PAD if text.open_clip else None) for text in row.texts]
+    tables = [tokenizers.clip(sd_files.PAD if text.open_clip else None) for text in row.texts]
     return [table(PROMPTS, padding="max_length", return_tensors="pt").input_ids for table in tables]
 
 

@@ -11,7 +11,7 @@ from models.checkpoint.folder import autoencoder_names, unet_names
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
 from models.spec import AutoencoderSpec, UNetSpec
-from tests.tiny import fill_randomly, tiny_model, tiny_spec, write_tiny_model
+from tests.checkpoints.tiny import fill_randomly, tiny_model, tiny_spec, write_tiny_model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"

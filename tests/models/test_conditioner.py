@@ -2,59 +2,23 @@
 
 import pytest
 import torch
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from torch.nn import functional as F
 from transformers import BertTokenizer
 
 from models.conditioning.conditioner import ClassConditioner, SegmentationConditioner, TokenConditioner
 from models.formats.diffusers_read import CheckpointError
 from models.spec import ClassSpec, SegmentationSpec, TokenSpec
-from tests.tiny import fill_randomly
+from tests.checkpoints.tiny import fill_randomly
+from tests.helpers.numbers import LIMIT, relative_error
+from tests.helpers.reference_token_transformer import reference
 
-LIMIT = 3e-5
 TEXT = TokenSpec(vocabulary=40, width=24, layers=3, tokens=77)
 BOXES = TokenSpec(vocabulary=64, width=32, layers=2, tokens=92)
-LAYER = {  # ours: the first of each two layers attends, the other feeds forward
-    "0.0": "self_attn_layer_norm",
-    "0.1.to_q": "self_attn.q_proj",
-    "0.1.to_k": "self_attn.k_proj",
-    "0.1.to_v": "self_attn.v_proj",
-    "0.1.to_out": "self_attn.out_proj",
-    "1.0": "final_layer_norm",
-    "1.1.net.0.0": "fc1",
-    "1.1.net.2": "fc2",
-}
-ENDS = {"token_emb": "embed_tokens", "pos_emb.emb": "embed_positions", "norm": "layer_norm"}
 
 
 def random(network, seed=1):
     fill_randomly(network, seed)
     return network.requires_grad_(False).eval()
-
-
-def reference(spec, weights):
-    """The text transformer of `diffusers` of a shape, with weights of published names."""
-    config = LDMBertConfig(
-        vocab_size=spec.vocabulary, max_position_embeddings=spec.tokens, encoder_layers=spec.layers,
-        encoder_ffn_dim=4 * spec.width, d_model=spec.width,
-    )  # fmt: skip
-    names = dict(ENDS)
-    for index in range(spec.layers):
-        for ours, theirs in LAYER.items():
-            half, rest = ours.split(".", 1)
-            names[f"attn_layers.layers.{2 * index + int(half)}.{rest}"] = f"layers.{index}.{theirs}"
-    renamed = {}
-    for key, value in weights.items():
-        module, leaf = key.rsplit(".", 1)
-        renamed[f"{names[module]}.{leaf}"] = value
-    network = LDMBertModel(config).model.eval()
-    network.load_state_dict(renamed)
-    return network
-
-
-def error(ours, theirs):
-    assert theirs.std() > 0.1  # a constant would agree with anything
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.mark.parametrize("spec", [TEXT, BOXES], ids=["text", "boxes"])
@@ -66,7 +30,7 @@ def test_context_of_tokens(spec):
         input_ids=ids, output_attentions=False, output_hidden_states=False, return_dict=True
     ).last_hidden_state
     assert theirs.shape == (2, spec.tokens, spec.width)
-    assert error(ours.from_ids(ids), theirs) <= LIMIT
+    assert relative_error(ours.from_ids(ids), theirs) <= LIMIT
 
 
 def test_published_keys_of_the_text_transformer():
@@ -110,4 +74,4 @@ def test_a_segmentation_is_halved_and_mixed():
     x = F.avg_pool2d(F.avg_pool2d(x, 2), 2)  # bilinear at half the size, where sides are even
     theirs = F.conv2d(x, conditioner.state_dict()["channel_mapper.weight"])
     assert theirs.shape == (2, 3, 8, 4)
-    assert error(conditioner(maps), theirs) <= LIMIT
+    assert relative_error(conditioner(maps), theirs) <= LIMIT

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from models.checkpoint import CheckpointError, conversion, load, read_spec
 from models.checkpoint.conversion import convert
-from tests.paper import ROWS, published, write
-from tests.tiny import write_tiny_model
+from tests.checkpoints.ldm_files import ROWS, published, write
+from tests.checkpoints.tiny import write_tiny_model
 
 
 def same(a, b):

@@ -9,7 +9,7 @@ from models.adapters import textual_inversion
 from models.checkpoint import load, save
 from models.conditioning.conditioner import Asked
 from models.errors import CheckpointError
-from tests.tiny import random_model, tiny_model, tiny_spec, xl_spec
+from tests.checkpoints.tiny import random_model, tiny_model, tiny_spec, xl_spec
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from models.checkpoint.conversion import convert
 from models.checkpoint.folder import Weights
 from models.checkpoint.inspection import FAMILIES, as_json, as_text, inspect
 from models.formats.ldm import ROWS as KINDS
-from tests import folders
-from tests.paper import ROWS, published, write
-from tests.tiny import random_model, upscaler_spec, write_tiny_model
+from tests.checkpoints import sd_folders
+from tests.checkpoints.ldm_files import ROWS, published, write
+from tests.checkpoints.tiny import random_model, upscaler_spec, write_tiny_model
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -116,7 +116,7 @@ def test_an_upscaler_is_called_one(tmp_path):
     ],
 )
 def test_folders_of_several_parts(tmp_path, name, family, networks):
-    folder = folders.write(tmp_path, name)
+    folder = sd_folders.write(tmp_path, name)
     report = inspect(folder)
     assert (report.family, [network.name for network in report.networks]) == (family, networks)
     assert not report.problems

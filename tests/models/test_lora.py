@@ -17,8 +17,7 @@ from models.adapters import lora
 from models.checkpoint import CheckpointError, load
 from models.conditioning.conditioner import Asked
 from models.formats import keymaps
-from tests.folders import write as write_row
-from tests.loras import (
+from tests.checkpoints.lora_files import (
     ATTENTION,
     CONVOLUTIONS,
     KOHYA_XL,
@@ -29,7 +28,8 @@ from tests.loras import (
     shapes_of,
     write_lora,
 )
-from tests.tiny import upscaler_spec
+from tests.checkpoints.sd_folders import write as write_row
+from tests.checkpoints.tiny import upscaler_spec
 
 LIMIT = 1e-5
 ASKED = Asked("red apple", "blue")

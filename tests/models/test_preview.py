@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from models.preview import Projection, colours
-from tests.tiny import tiny_model
+from tests.checkpoints.tiny import tiny_model
 
 
 def test_where_a_latent_is_linear_in_the_colours_they_come_back():

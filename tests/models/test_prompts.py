@@ -25,7 +25,7 @@ from models.conditioning.prompts import (
     tokens_of,
 )
 from models.conditioning.text_encoder import Reader
-from tests.tiny import random_model, tiny_spec, xl_spec
+from tests.checkpoints.tiny import random_model, tiny_spec, xl_spec
 
 CUT, WEIGHTED, CHUNKED, BOTH = Reading(), Reading(True), Reading(False, True), Reading(True, True)
 GRAMMAR = [  # as AUTOMATIC1111's web UI reads them

@@ -13,8 +13,8 @@ from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
 from models.sampling.schedule import Schedule
 from models.spec import ModelSpec, ScheduleSpec
-from tests.paper import ROWS, VQ, published, random, write
-from tests.tiny import tiny_model
+from tests.checkpoints.ldm_files import ROWS, VQ, published, random, write
+from tests.checkpoints.tiny import tiny_model
 
 
 @pytest.mark.parametrize("name", ROWS)

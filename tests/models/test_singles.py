@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from models.checkpoint import load
 from models.formats.config_files import read_yaml
 from models.formats.diffusers_read import CheckpointError, read_spec
-from tests.paper import ROWS, published, write
+from tests.checkpoints.ldm_files import ROWS, published, write
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(**model):
-    """CompVis's configuration of tests.paper's celebahq, in JSON, which is YAML; model: other params."""
+    """CompVis's configuration of celebahq in JSON, which is YAML; model: parameters that differ."""
     stage = {
         "embed_dim": 3, "n_embed": 64,
         "ddconfig": {

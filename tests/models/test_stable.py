@@ -17,12 +17,12 @@ from models.checkpoint.conversion import convert
 from models.checkpoint.inspection import inspect
 from models.formats.diffusers_read import read_spec
 from models.spec import ModelSpec
-from tests import stable
-from tests.stable import Reference, Row
+from tests.checkpoints import sd_files
+from tests.checkpoints.sd_files import Reference, Row
+from tests.helpers.numbers import LIMIT, relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 3e-5
-ROWS = tuple(stable.ROWS)
+ROWS = tuple(sd_files.ROWS)
 PROMPTS = ["red apple", "a photo of a cat! and a dog, by night"]
 FACTS = {  # prediction, factor of latents, side
     "sd1": ("epsilon", 0.18215, 512),
@@ -40,29 +40,26 @@ RES = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
 @cache
 def made(name: str) -> tuple[Row, Reference]:
     """A narrow row, and its networks; those of inpainting differ in the UNet only."""
-    row, plain = stable.narrow(stable.ROWS[name]), name.removesuffix("-inpainting")
+    row, plain = sd_files.narrow(sd_files.ROWS[name]), name.removesuffix("-inpainting")
     if plain == name:
-        return row, stable.reference(row)
-    return row, made(plain)[1]._replace(unet=stable.random(stable.make_unet(row), 1))
+        return row, sd_files.reference(row)
+    return row, made(plain)[1]._replace(unet=sd_files.random(sd_files.make_unet(row), 1))
 
 
 def outline(folder, name, edit=lambda tensors: None, words=None):
     """A file whose header alone is of interest: the weights are zeros."""
-    tensors = {key: value for key, value in stable.published(name, *made(name)).items() if "betas" not in key}
+    tensors = {
+        key: value for key, value in sd_files.published(name, *made(name)).items() if "betas" not in key
+    }
     edit(tensors)
-    return stable.hollow(folder / f"{name}.safetensors", tensors, words)
+    return sd_files.hollow(folder / f"{name}.safetensors", tensors, words)
 
 
 def write(folder, name, edit=lambda tensors: None, averaged=False):
-    tensors = stable.published(name, *made(name), averaged)
+    tensors = sd_files.published(name, *made(name), averaged)
     edit(tensors)
     save_file(tensors, folder / f"{name}.safetensors")
     return folder / f"{name}.safetensors"
-
-
-def error(ours, theirs):
-    assert theirs.std() > 0.1
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def outputs(row: Row, model, networks: Reference) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -97,7 +94,7 @@ def test_each_model_is_known_and_computes_what_the_original_does(tmp_path, name)
     file = write(tmp_path, name)
     model, (row, networks) = load(file), made(name)
     for what, (ours, theirs) in outputs(row, model, networks).items():
-        assert error(ours, theirs) <= LIMIT, what
+        assert relative_error(ours, theirs) <= LIMIT, what
     spec = model.spec
     facts = spec.schedule.prediction, spec.autoencoder.scale_factor, spec.defaults.width
     assert facts == FACTS[name]
@@ -130,7 +127,7 @@ def test_torch_is_not_imported_to_know_it(tmp_path):
 @torch.inference_mode()
 def test_averages_are_the_weights_that_count(tmp_path):
     model, (row, networks) = load(write(tmp_path, "sd1", averaged=True)), made("sd1")
-    assert error(*outputs(row, model, networks)["eps"]) <= LIMIT
+    assert relative_error(*outputs(row, model, networks)["eps"]) <= LIMIT
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
@@ -139,7 +136,7 @@ def test_half_precision_and_pickles(tmp_path, name):
     row, networks = made(name)
     halves = {
         key: value.half() if value.is_floating_point() else value
-        for key, value in stable.published(name, row, networks).items()
+        for key, value in sd_files.published(name, row, networks).items()
         if "betas" not in key
     }
     torch.save({"state_dict": halves, "global_step": 9}, tmp_path / "half.ckpt")
@@ -148,7 +145,7 @@ def test_half_precision_and_pickles(tmp_path, name):
     model = load(tmp_path / "half.ckpt", allow_pickle=True)
     assert model.unet.dtype == torch.float32
     for what, (ours, theirs) in outputs(row, model, networks).items():
-        assert error(ours, theirs) <= 5e-3, what
+        assert relative_error(ours, theirs) <= 5e-3, what
 
 
 @torch.inference_mode()
@@ -161,14 +158,14 @@ def test_files_written_by_others_lack_some_names(tmp_path):
         del tensors["cond_stage_model.transformer.embeddings.position_ids"]
 
     model, (row, networks) = load(write(tmp_path, "sd1", shorter)), made("sd1")
-    assert error(*outputs(row, model, networks)["context"]) <= LIMIT
+    assert relative_error(*outputs(row, model, networks)["context"]) <= LIMIT
 
     def without_last(tensors):
         for key in [key for key in tensors if ".resblocks.2." in key or key.endswith("text_projection")]:
             del tensors[key]
 
     model, (row, networks) = load(write(tmp_path, "sd2", without_last)), made("sd2")
-    assert error(*outputs(row, model, networks)["context"]) <= LIMIT
+    assert relative_error(*outputs(row, model, networks)["context"]) <= LIMIT
 
 
 def test_what_stable_diffusion_2_predicts(tmp_path):
@@ -357,7 +354,7 @@ def test_what_is_no_model_of_these_is_one_sentence(tmp_path, name, edit, what):
 
 
 def test_betas_are_the_files_own(tmp_path):
-    file = write(tmp_path, "sd1", lambda tensors: tensors.update(betas=stable.betas(0.001, 0.02)))
+    file = write(tmp_path, "sd1", lambda tensors: tensors.update(betas=sd_files.betas(0.001, 0.02)))
     assert (read_spec(file).schedule.beta_start, read_spec(file).schedule.beta_end) == (0.001, 0.02)
     with pytest.raises(CheckpointError, match="betas are not 1000"):
         read_spec(write(tmp_path, "sd1", lambda ts: ts.update(betas=torch.linspace(0.00085, 0.012, 1000))))
@@ -371,7 +368,7 @@ def test_the_upscalers_two_schedules(tmp_path):
     assert (noise.beta_start, noise.beta_end, spec.upscaling.max_noise_level) == (0.0001, 0.02, 350)
     key = "low_scale_model.betas"
     with pytest.raises(CheckpointError, match="betas are not 1000"):
-        read_spec(write(tmp_path, "sd-x4", lambda tensors: tensors.update({key: stable.betas(0.1, 0.2)})))
+        read_spec(write(tmp_path, "sd-x4", lambda tensors: tensors.update({key: sd_files.betas(0.1, 0.2)})))
 
 
 @pytest.mark.parametrize("name", ["sd1-inpainting", "sd2", "sd-x4", "sdxl"])
@@ -393,7 +390,7 @@ def test_converted_it_is_a_folder_that_diffusers_loads(tmp_path, name):
         for key, value in after.state_dict().items():
             assert torch.equal(value, there[key.removeprefix("text_model.")]), key
     for what, (mine, other) in outputs(row, ours, networks).items():
-        assert error(mine, other) <= LIMIT, what
+        assert relative_error(mine, other) <= LIMIT, what
     tokenizer = getattr(theirs, "tokenizer_2", theirs.tokenizer)
     ids = tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
     assert torch.equal(ids, ours.conditioner.tokenize(PROMPTS)[-1])

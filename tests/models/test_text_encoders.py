@@ -10,20 +10,15 @@ from models.checkpoint.folder import weights_in
 from models.conditioning.conditioner import Asked
 from models.networks.unet import timestep_embedding
 from models.spec import ModelSpec
-from tests.tiny import random_model, xl_spec
+from tests.checkpoints.tiny import random_model, xl_spec
+from tests.helpers.numbers import LIMIT, relative_error
 
-LIMIT = 3e-5
 PROMPT = "red apple on a blue background"
 
 
 @pytest.fixture(scope="module")
 def model():
     return random_model(xl_spec())
-
-
-def error(ours, theirs):
-    assert theirs.std() > 0.1  # a constant would agree with anything
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def reference(encoder):
@@ -52,8 +47,8 @@ def test_tokens_of_all_encoders_and_the_pooled_text_of_the_last(model):
         for encoder, each in zip(model.conditioner.encoders, ids, strict=True)
     )
     tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-    assert error(context.tokens, tokens) <= LIMIT
-    assert error(context.pooled[:, :24], second.text_embeds) <= LIMIT
+    assert relative_error(context.tokens, tokens) <= LIMIT
+    assert relative_error(context.pooled[:, :24], second.text_embeds) <= LIMIT
 
 
 @torch.inference_mode()
@@ -78,9 +73,9 @@ def test_nothing_unwanted_is_a_context_of_zeros(model):
 def test_what_is_pooled_reaches_the_unet(model):
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), model.contexts(Asked(PROMPT, "pear"))
     eps = model.unet(x, t, context.tokens, context.pooled)
-    assert error(model.unet(x, t, context.tokens, context.pooled.flip(0)), eps) > 0.01
+    assert relative_error(model.unet(x, t, context.tokens, context.pooled.flip(0)), eps) > 0.01
     pictures = [model.sample([Asked(PROMPT, size=size)], [1], 2, 3.0) for size in ((64, 64), (128, 64))]
-    assert error(*pictures) > 0.001
+    assert relative_error(*pictures) > 0.001
 
 
 def test_a_spec_with_several_encoders_survives_a_message(model):

@@ -9,7 +9,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from models.checkpoint.tokenizers import clip
-from tests.conftest import ROOT
+from tests.helpers.environment import ROOT
 
 # Odd texts and their ids by SimpleTokenizer of open_clip_torch 3.3.0, given texts in NFC, lower case and with
 # single spaces. Folders of Stable Diffusion, and so we, do not repair encodings nor unescape HTML first.

@@ -10,19 +10,11 @@ import torch
 from models.sampling.samplers import SAMPLERS, most_steps, plan, step
 from models.sampling.schedule import Schedule
 from models.spec import ScheduleSpec
+from tests.helpers.reference_schedule import their_alpha_bar, their_timesteps
 
 SOUND = (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
 BETAS = {"celebahq": (0.0015, 0.0195), "churches": (0.0015, 0.0155), "1p4B": (0.00085, 0.012)}
 STEPS_GONE_WRONG = (3, 7, 9, 27, 30, 36, 37, *range(101, 112), *range(251, 334), 501, 750, 999, 1000)
-
-
-def their_alpha_bar(start, end):
-    return np.cumprod(1 - np.linspace(start**0.5, end**0.5, 1000) ** 2)
-
-
-def their_timesteps(count):
-    """Rising, as their table is."""
-    return np.arange(0, 1000, 1000 // count) + 1
 
 
 def eps_of(x, t):

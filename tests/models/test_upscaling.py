@@ -14,8 +14,8 @@ from torch.nn.functional import interpolate
 from models.checkpoint import CheckpointError, load, save
 from models.latent_diffusion import LatentDiffusion, resample
 from models.spec import ModelSpec
-from tests.models.test_parity import LIMIT, error
-from tests.tiny import random_model, upscaler_spec
+from tests.checkpoints.tiny import random_model, upscaler_spec
+from tests.helpers.numbers import LIMIT, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,12 @@ def test_the_networks_are_those_that_diffusers_reads_in_the_folder(folder):
     ours = load(folder)
     unet, vae = UNet2DModel.from_pretrained(folder / "unet"), AutoencoderKL.from_pretrained(folder / "vqvae")
     x, t, levels = torch.randn(3, 7, 8, 8), torch.tensor([1, 500, 999]), torch.tensor([0, 4, 9])
-    assert error(ours.unet(x, t, noise_level=levels), unet(x, t, class_labels=levels).sample) <= LIMIT
+    assert (
+        relative_error(ours.unet(x, t, noise_level=levels), unet(x, t, class_labels=levels).sample) <= LIMIT
+    )
     z, pictures = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 32, 32)
-    assert error(ours.autoencoder.decode(z), vae.decode(z).sample) <= LIMIT
-    assert error(ours.autoencoder.encode(pictures), vae.encode(pictures).latent_dist.mode()) <= LIMIT
+    assert relative_error(ours.autoencoder.decode(z), vae.decode(z).sample) <= LIMIT
+    assert relative_error(ours.autoencoder.encode(pictures), vae.encode(pictures).latent_dist.mode()) <= LIMIT
 
 
 @torch.inference_mode()
@@ -61,7 +63,7 @@ def test_a_whole_run_is_that_of_diffusers_scheduler(upscaler, folder):
         v = unet(torch.cat([z, beside[None]], dim=1), t, class_labels=torch.tensor([5])).sample
         z = scheduler.step(v, t, z).prev_sample
     expected = vae.decode(z / vae.config.scaling_factor).sample
-    assert error(upscaler.upscale(low, [3], steps, noise_level=5), expected) <= 1e-4
+    assert relative_error(upscaler.upscale(low, [3], steps, noise_level=5), expected) <= 1e-4
 
 
 @torch.inference_mode()
@@ -98,15 +100,15 @@ def test_a_residual_is_added_to_what_the_resampled_picture_has(tmp_path):
     assert torch.equal(beside, torch.cat([noised, base[0]]))
     assert torch.equal(bundle.completed(torch.zeros_like(base), beside[None]), base)
     assert bundle.upscale(low, [0], 2).shape == (1, 3, 64, 64)
-    assert error(resample(low, 4), interpolate(low, scale_factor=4, mode="bicubic")) < 0.05
+    assert relative_error(resample(low, 4), interpolate(low, scale_factor=4, mode="bicubic")) < 0.05
 
 
 @torch.inference_mode()
 def test_the_picture_and_the_noise_level_change_what_is_made(upscaler):
     low = torch.rand(2, 3, 8, 8) * 2 - 1
     first, other = upscaler.upscale(low, [1, 1], 2), upscaler.upscale(low[:1], [1], 2, noise_level=9)
-    assert error(first[0], first[1]) > 0.01
-    assert error(first[0], other[0]) > 0.01
+    assert relative_error(first[0], first[1]) > 0.01
+    assert relative_error(first[0], other[0]) > 0.01
 
 
 def test_a_table_of_noise_levels_that_does_not_fit_is_named(folder, tmp_path):

@@ -16,9 +16,9 @@ from models.checkpoint import CheckpointError, load
 from service.device.registry import ModelPathError, locate_vaes
 from service.device.runner import build
 from service.settings import Settings
-from tests.service.test_engine import make_job
-from tests.service.test_loras import run
-from tests.tiny import tiny_model, write_tiny_model
+from tests.checkpoints.tiny import tiny_model, write_tiny_model
+from tests.helpers.fake_runner import make_job
+from tests.helpers.torch_runner import run_jobs
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -99,8 +99,8 @@ def test_a_file_that_lacks_or_changes_something_is_refused_by_its_keys(other, tm
 def test_it_decodes_what_the_service_makes(tiny, other):
     job = make_job("x", model="tiny", width=64, height=64)
     settings = Settings(dtype="float32", device="cpu", vae=(str(other),))
-    (changed,) = run(build(settings, {"tiny": tiny}), job)["x"]
-    (own,) = run(build(Settings(dtype="float32", device="cpu"), {"tiny": tiny}), job)["x"]
+    (changed,) = run_jobs(build(settings, {"tiny": tiny}), job)["x"]
+    (own,) = run_jobs(build(Settings(dtype="float32", device="cpu"), {"tiny": tiny}), job)["x"]
     assert changed != own
     with pytest.raises(CheckpointError, match="does not fit"):
         build(Settings(device="cpu", vae=(str(tiny / "unet" / WEIGHTS),)), {"tiny": tiny})

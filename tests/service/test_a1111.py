@@ -23,7 +23,7 @@ from service.api.app import create_app
 from service.device.registry import locate_all, read_specs
 from service.errors import InvalidRequest
 from service.settings import Settings
-from tests.conftest import Server, wait_until
+from tests.helpers.servers import Server, wait_until
 
 PROMPT = "red apple on a blue background"
 SMALL = {"width": 128, "height": 128, "seed": 1, "cfg_scale": 3.0}

@@ -16,8 +16,9 @@ from service.cli import main
 from service.cli.main import parser, settings_of
 from service.device import registry
 from service.device.registry import ModelPathError
-from tests.conftest import ROOT, set_trap
-from tests.paper import published, write
+from tests.checkpoints.ldm_files import published, write
+from tests.helpers.environment import ROOT
+from tests.helpers.servers import set_trap
 
 
 @pytest.fixture(scope="module")

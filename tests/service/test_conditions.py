@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from models.checkpoint import load, save
 from models.spec import ModelSpec
@@ -24,9 +21,10 @@ from service.requests.resolve import Order, to_order
 from service.requests.response import parameters
 from service.requests.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings
-from tests.service.test_engine import make_job
-from tests.service.test_runner import MASK, PICTURE, begin, left, psnr
-from tests.tiny import random_model, scene_spec, tiny_spec
+from tests.checkpoints.tiny import random_model, scene_spec, tiny_spec
+from tests.helpers.fake_runner import make_job
+from tests.helpers.images import IMAGE, MASK, png, psnr
+from tests.helpers.torch_runner import begin, left
 
 BOX = {"name": "dog", "x": 0.5, "y": 0.0, "w": 0.5, "h": 0.25}
 
@@ -50,12 +48,6 @@ def order_of(spec: ModelSpec | None = None, **body) -> Order:
 
 def cells(order: Order) -> np.ndarray:
     return np.frombuffer(order.job.regions, np.uint16).reshape(order.job.height // 8, order.job.width // 8)
-
-
-def png(pixels: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def painting(*strips: tuple[int, int, int], size: int = 64) -> str:
@@ -198,10 +190,10 @@ def finished(runner: TorchRunner, *jobs: Job) -> list[bytes]:
 def test_every_task_shares_one_call_and_none_changes_another(runner):
     jobs = [
         scene_job("a"),
-        scene_job("b", image=PICTURE.tobytes(), strength=0.7, guidance_scale=1.0),
-        scene_job("c", image=PICTURE.tobytes(), mask=MASK.tobytes(), steps=4),
+        scene_job("b", image=IMAGE.tobytes(), strength=0.7, guidance_scale=1.0),
+        scene_job("c", image=IMAGE.tobytes(), mask=MASK.tobytes(), steps=4),
         scene_job("d", regions=regions(2), eta=1.0),
-        scene_job("e", image=PICTURE.tobytes(), mask=MASK.tobytes(), regions=regions(1), prompt=""),
+        scene_job("e", image=IMAGE.tobytes(), mask=MASK.tobytes(), regions=regions(1), prompt=""),
     ]
     groups = {runner.shape(job).group for job in jobs}
     assert len(groups) == 1
@@ -212,7 +204,7 @@ def test_every_task_shares_one_call_and_none_changes_another(runner):
 
 
 def test_guidance_compares_with_no_words_and_no_regions_but_with_the_same_mask(runner):
-    job = scene_job(image=PICTURE.tobytes(), mask=MASK.tobytes(), regions=regions(2))
+    job = scene_job(image=IMAGE.tobytes(), mask=MASK.tobytes(), regions=regions(2))
     begin(runner, job)
     null, told = runner.jobs["a"].images[0].beside
     assert null.shape == (1 + 4 + 3, 8, 8)
@@ -222,9 +214,9 @@ def test_guidance_compares_with_no_words_and_no_regions_but_with_the_same_mask(r
 
 
 def test_mask_channels_hold_the_mask_and_the_latent_of_what_it_keeps(runner):
-    begin(runner, scene_job(image=PICTURE.tobytes(), mask=MASK.tobytes()))
+    begin(runner, scene_job(image=IMAGE.tobytes(), mask=MASK.tobytes()))
     state, bundle = runner.jobs["a"], runner.registry["m"]
-    x = torch.from_numpy(PICTURE).permute(2, 0, 1)[None] / 127.5 - 1
+    x = torch.from_numpy(IMAGE).permute(2, 0, 1)[None] / 127.5 - 1
     z = bundle.encode(torch.where(torch.from_numpy(MASK >= 128), 0.0, x))[0]
     assert state.mask is None  # nothing is blended
     assert torch.equal(state.images[0].beside[0, 0].nonzero().min(0).values, torch.tensor([2, 3]))
@@ -241,7 +233,7 @@ def test_without_a_mask_everything_is_to_be_painted(runner):
 @pytest.mark.parametrize("changes", [{"regions": regions(3)}, {"prompt": "q"}, {"mask": MASK.tobytes()}])
 def test_every_condition_changes_the_picture(runner, changes):
     base = {
-        "image": PICTURE.tobytes(),
+        "image": IMAGE.tobytes(),
         "regions": regions(1),
         "mask": np.full((64, 64), 255, np.uint8).tobytes(),
     }

@@ -17,8 +17,8 @@ from service.engine.engine import Call, Engine
 from service.engine.job import Done, Event, ImageKey, Job, Trouble
 from service.errors import DeviceLost, OutOfMemory
 from service.worker.faults import FaultyRunner, read_faults
-from tests.service.test_engine import CountingRunner, make_job, outcomes
-from tests.tiny import tiny_model
+from tests.checkpoints.tiny import tiny_model
+from tests.helpers.fake_runner import CountingRunner, make_job, outcomes
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import time
 
 from service.cli.main import LINGER_SECONDS
 from tests.benchmarks.drains import drain
-from tests.conftest import PATIENCE, wait_until
+from tests.helpers.servers import PATIENCE, wait_until
 
 CLIENTS = 8
 

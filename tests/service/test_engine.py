@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.engine import TELL_SECONDS, Call, Engine, Preview
+from service.engine.engine import TELL_SECONDS, Call
 from service.engine.job import (
     Cancelled,
     Decoded,
@@ -18,142 +18,13 @@ from service.engine.job import (
     Failed,
     ImageKey,
     Job,
-    Network,
     Previewed,
-    Shape,
     Started,
     Stepped,
     Trouble,
     Waiting,
 )
-from service.engine.row_limits import Use
-from service.errors import NonFinite, OutOfMemory
-
-
-def make_job(name: str, **changes) -> Job:
-    fields = {
-        "model": "m", "prompt": "p", "negative_prompt": "", "width": 8, "height": 8, "steps": 3,
-        "guidance_scale": 3.0, "seed": 0, "n": 1, "sampler": "ddim", "eta": 0.0,
-    }  # fmt: skip
-    return Job(id=name, **(fields | changes))
-
-
-class Clock:
-    """Seconds that pass only when told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class CountingRunner:
-    """Counts steps; a prompt says where its job breaks. holds: rows that a call can have; rooms: models."""
-
-    def __init__(
-        self, buckets: Sequence[int] = (8,), clock: Clock | None = None, holds: int = 1024, rooms: int = 9
-    ) -> None:
-        self.buckets = tuple(buckets)
-        self.clock = clock or Clock()
-        self.holds = holds
-        self.rooms = rooms
-        self.loaded: list[str] = []
-        self.steps: Counter[ImageKey] = Counter()
-        self.shaped: dict[str, bool] = {}  # job -> precise
-        self.held: dict[str, Job] = {}
-        self.measures = False
-
-    def shape(self, job: Job, precise: bool = False) -> Shape:
-        self.break_at("shape", job)
-        self.shaped[job.id] = precise
-        return Shape((job.model, job.width, precise), job.steps, 1.0)
-
-    def ready(self, job: Job, busy: Collection[Network]) -> bool:
-        self.break_at("load", job)
-        if job.model not in self.loaded:
-            kept = [model for model in self.loaded if Network(model) in busy]
-            if len(kept) >= self.rooms:
-                return False
-            self.loaded = [*kept, job.model]
-        return True
-
-    def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
-        assert self.shaped[job.id] == precise
-        assert job.model in self.loaded
-        self.break_at("start", job)
-        self.held[job.id] = job
-        for index in range(job.n):
-            self.steps.pop(ImageKey(job.id, index), None)
-        return ()
-
-    def step(self, keys: Sequence[ImageKey]) -> Call:
-        jobs = {key.job: self.held[key.job] for key in keys}
-        rows = sum(jobs[key.job].rows for key in keys)
-        size = next((size for size in self.buckets if size >= rows), rows)
-        self.clock.now += 0.01
-        for job in jobs.values():
-            self.break_at("step", job)
-        if (len(keys) > 1 and size > self.holds) or any(job.prompt == "oom" for job in jobs.values()):
-            raise OutOfMemory
-        assert len({(job.model, job.width, self.shaped[job.id]) for job in jobs.values()}) == 1
-        assert all(job.model in self.loaded for job in jobs.values())
-        self.clock.now += 0.01 * rows
-        self.steps.update(keys)
-        return Call(size, tuple(name for name, job in jobs.items() if self.is_broken(job)), self.use(size))
-
-    def is_broken(self, job: Job) -> bool:
-        return job.prompt == "broken" or (job.prompt == "wobbly" and not self.shaped[job.id])
-
-    def use(self, size: int) -> Use | None:
-        """A row takes 90 bytes."""
-        return Use(size, 90 * size, 100 * self.holds) if self.measures else None
-
-    def preview(self, key: ImageKey) -> Preview:
-        self.break_at("preview", self.held[key.job])
-        return Preview(1, 1, b"abc")
-
-    def settle(self) -> tuple[str, ...]:
-        return ()
-
-    def finish(self, key: ImageKey) -> bytes:
-        self.clock.now += 0.05
-        self.break_at("finish", self.held[key.job])
-        assert self.steps[key] == self.held[key.job].steps
-        return b"%d" % (self.held[key.job].seed + key.index)
-
-    def discard(self, job: str) -> None:
-        self.held.pop(job, None)
-        self.shaped.pop(job, None)
-
-    def break_at(self, where: str, job: Job) -> None:
-        if job.prompt == where:
-            raise NonFinite if where == "finish" else RuntimeError("as asked")
-
-
-def engine_on(runner: CountingRunner, decode_chunk: int = 100) -> tuple[Engine, list]:
-    events: list = []
-    return Engine(runner, events.append, runner.buckets[-1], decode_chunk, runner.clock), events
-
-
-def run(jobs: Sequence[Job], max_rows: int = 8, **of_runner) -> tuple[list, CountingRunner]:
-    runner = CountingRunner((max_rows,), **of_runner)
-    engine, events = engine_on(runner)
-    for job in jobs:
-        engine.submit(job)
-    while engine.busy:
-        engine.tick()
-    return events, runner
-
-
-def of(events: Sequence, kind: type) -> list:
-    return [event for event in events if isinstance(event, kind)]
-
-
-def outcomes(events: Sequence) -> dict[str, str]:
-    """Job -> done, cancelled or the code of its failure."""
-    ends = of(events, Done | Failed | Cancelled)
-    return {end.job: end.code if isinstance(end, Failed) else type(end).__name__.lower() for end in ends}
+from tests.helpers.fake_runner import Clock, CountingRunner, engine_on, make_job, of, outcomes, run
 
 
 def test_images_come_back_in_the_order_of_their_seeds():

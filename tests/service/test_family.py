@@ -6,15 +6,12 @@ whom, in which channels, and what becomes of their answers, is done again in thi
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
@@ -27,59 +24,22 @@ from models.networks.autoencoder import Autoencoder
 from service.api.native import describe
 from service.device.registry import Registry
 from service.device.runner import TorchRunner, build
-from service.engine.engine import Engine
-from service.engine.job import Job, Stepped
+from service.engine.job import Job
 from service.errors import InvalidRequest
 from service.requests import response
-from service.requests.labels import colour_of
 from service.requests.resolve import Order, to_order
-from service.requests.schemas import GenerateRequest, InpaintRequest, UpscaleRequest
+from service.requests.schemas import GenerateRequest, UpscaleRequest
 from service.settings import Settings
-from tests.family import FIRST_STAGES, ROWS, thin, write
-from tests.models.test_trajectories import their_timesteps
-from tests.service.test_engine import outcomes
-from tests.tiny import byte_tokenizer, fill_randomly
+from tests.checkpoints.ldm_models import FIRST_STAGES, ROWS, thin, write
+from tests.checkpoints.tiny import byte_tokenizer, fill_randomly
+from tests.helpers.images import IMAGE, MASK, png, psnr
+from tests.helpers.ldm_requests import BODIES, BOXES, CLASSES, SIDES, SMALL, TASKS, kind, painted
+from tests.helpers.reference_schedule import their_timesteps
+from tests.helpers.torch_runner import run_together
 
 STEPS = 4
-GUIDED = 3.0
-rng = np.random.default_rng(0)
-PICTURE = rng.integers(0, 256, (64, 64, 3), np.uint8)
-SMALL = rng.integers(0, 256, (16, 24, 3), np.uint8)
-MASK = np.zeros((64, 64), np.uint8)
-MASK[20:41, 30:50] = 255
-CLASSES = rng.integers(0, 182, (32, 32)).repeat(2, 0).repeat(2, 1)  # of each pixel
-BOXES = [
-    {"name": 7, "x": 0.1, "y": 0.2, "w": 0.5, "h": 0.3},
-    {"name": "599", "x": 0.75, "y": 0.5, "w": 0.9, "h": 0.25},
-]
 
 
-def png(pixels: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def painted(classes: np.ndarray) -> str:
-    """A segmentation: class i has the colour of label i + 1."""
-    table = np.array([colour_of(number) for number in range(1, 183)], np.uint8)
-    return png(table[classes])
-
-
-SIDES = {"lsun_churches": 128, "rdm768": 128}  # the smallest that its factors allow
-BODIES = {
-    "celebahq": {},
-    "lsun_churches": {},
-    "cin256": {"class_label": 999},
-    "cin256-v2": {"class_label": "17", "guidance_scale": GUIDED},
-    "text2img256": {"prompt": "red apple", "negative_prompt": "blue", "guidance_scale": GUIDED},
-    "txt2img-1p4B": {"prompt": "blue apple", "guidance_scale": GUIDED},
-    "inpainting_big": {"image": png(PICTURE), "mask": png(MASK)},
-    "bsr_sr": {"image": png(SMALL)},
-    "layout2img": {"boxes": BOXES},
-    "semantic_synthesis": {"segmentation": painted(CLASSES)},
-    "rdm768": {"prompt": "red apple", "guidance_scale": GUIDED},
-}
 OTHERS = {  # that run beside it
     "cin256": {"class_label": 0},
     "cin256-v2": {"class_label": 5, "guidance_scale": 1.0},
@@ -91,27 +51,10 @@ OTHERS = {  # that run beside it
 }
 
 
-def kind(name: str):
-    return {"inpainting_big": InpaintRequest, "bsr_sr": UpscaleRequest}.get(name, GenerateRequest)
-
-
 def order_of(runner: TorchRunner, name: str, **body) -> Order:
     if kind(name) is GenerateRequest:
         body = {"width": SIDES.get(name, 64), "height": SIDES.get(name, 64)} | body
     return to_order(kind(name).model_validate(body), runner.specs, Settings())
-
-
-def run(runner: TorchRunner, *jobs: Job) -> tuple[list[list[bytes]], list[Stepped]]:
-    """The pictures of jobs that run together, and the UNet calls."""
-    events: list = []
-    engine = Engine(runner, events.append, max_rows=8, decode_chunk=4)
-    for job in jobs:
-        engine.submit(job)
-    while engine.busy:
-        engine.tick()
-    assert set(outcomes(events).values()) == {"done"}
-    done = {event.job: event.pictures for event in events if type(event).__name__ == "Done"}
-    return [done[job.id] for job in jobs], [event for event in events if isinstance(event, Stepped)]
 
 
 @pytest.fixture(scope="module", params=ROWS)
@@ -119,11 +62,6 @@ def loaded(request, tmp_path_factory) -> tuple[str, Path, TorchRunner]:
     folder = tmp_path_factory.mktemp("models")
     file = write(folder, request.param)
     return request.param, folder, TorchRunner(Registry({"m": file}, load), buckets=(2, 4, 8))
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
-    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
 
 
 # What each model is told, from its weights: (null context, context, channels beside z).
@@ -186,7 +124,7 @@ def segmentation(bundle, weights, folder):
 
 def masked(bundle, weights, folder):
     """As the published script has it: all from 0 to 1 first, then twice that minus one."""
-    picture = torch.from_numpy(PICTURE).movedim(-1, 0)[None] / 255
+    picture = torch.from_numpy(IMAGE).movedim(-1, 0)[None] / 255
     mask = (torch.from_numpy(MASK)[None, None] / 255 >= 0.5).float()
     z = bundle.autoencoder.encode((1 - mask) * picture * 2 - 1)
     return None, None, torch.cat([z, F.interpolate(mask * 2 - 1, size=z.shape[-2:])], dim=1)
@@ -245,16 +183,16 @@ def test_pictures_are_those_of_the_networks_alone_whatever_runs_beside(loaded):
     beside = BODIES[name] | OTHERS.get(name, {})
     others = [order_of(runner, name, **beside, steps=2 + seed, seed=seed, sampler=sampler).job
               for seed, sampler in ((1, "ddim"), (2, "plms"), (3, "euler_ancestral"))]  # fmt: skip
-    (pictures, *_), calls = run(runner, order.job, *others)
+    (pictures, *_), calls = run_together(runner, order.job, *others)
     assert any(call.images == 4 for call in calls)
-    (alone,), _ = run(runner, order.job)
+    (alone,), _ = run_together(runner, order.job)
 
     bundle = runner.registry["m"]
     picture = expected(name, bundle, folder, 11, scale)
     ours = np.frombuffer(pictures[0], np.uint8).reshape(picture.shape)
     if name == "inpainting_big":
-        assert (ours[MASK == 0] == PICTURE[MASK == 0]).all()
-        picture = np.where(MASK[:, :, None] > 0, picture, PICTURE)
+        assert (ours[MASK == 0] == IMAGE[MASK == 0]).all()
+        picture = np.where(MASK[:, :, None] > 0, picture, IMAGE)
     assert ours.std() > 10
     assert psnr(ours, picture) > 45
     assert psnr(ours, np.frombuffer(alone[0], np.uint8).reshape(picture.shape)) > 40
@@ -264,7 +202,7 @@ def test_pictures_are_those_of_the_networks_alone_whatever_runs_beside(loaded):
 def test_python_makes_what_the_service_makes(loaded):
     name, _, runner = loaded
     order = order_of(runner, name, **BODIES[name], steps=2, seed=3)
-    ((pictures,), _), bundle, job = run(runner, order.job), runner.registry["m"], order.job
+    ((pictures,), _), bundle, job = run_together(runner, order.job), runner.registry["m"], order.job
     if name == "bsr_sr":
         x = bundle.upscale(torch.from_numpy(SMALL).movedim(-1, 0)[None] / 127.5 - 1, [3], 2)
     else:
@@ -272,7 +210,7 @@ def test_python_makes_what_the_service_makes(loaded):
         asked = Asked(job.prompt, job.negative_prompt, job.class_label, job.boxes, regions)
         beside = None
         if name == "inpainting_big":
-            picture = torch.from_numpy(PICTURE).movedim(-1, 0)[None] / 127.5 - 1
+            picture = torch.from_numpy(IMAGE).movedim(-1, 0)[None] / 127.5 - 1
             known = bundle.known(picture, torch.from_numpy(MASK >= 128))
             beside = [bundle.beside(16, 16, known=known)]
         size = (job.width, job.height)
@@ -281,21 +219,6 @@ def test_python_makes_what_the_service_makes(loaded):
     ours = np.frombuffer(pictures[0], np.uint8).reshape(picture.shape)
     where = MASK > 0 if name == "inpainting_big" else slice(None)
     assert psnr(ours[where], picture[where]) > 45
-
-
-TASKS = {
-    "celebahq": (["unconditional"], [], False, 0),
-    "lsun_churches": (["unconditional"], [], False, 0),
-    "cin256": (["class-to-image"], ["class_label"], False, 1000),
-    "cin256-v2": (["class-to-image"], ["class_label"], True, 1000),
-    "text2img256": (["text-to-image", "image-to-image", "inpainting"], ["prompt"], True, 0),
-    "txt2img-1p4B": (["text-to-image", "image-to-image", "inpainting"], ["prompt"], True, 0),
-    "inpainting_big": (["inpainting"], [], False, 0),
-    "bsr_sr": (["upscaling"], [], False, 0),
-    "layout2img": (["layout-to-image"], ["boxes"], False, 8191),
-    "semantic_synthesis": (["layout-to-image"], ["segmentation"], False, 182),
-    "rdm768": (["text-to-image", "image-to-image", "inpainting"], ["prompt"], True, 0),
-}
 
 
 def test_what_is_listed_is_so(loaded):

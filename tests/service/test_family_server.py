@@ -20,10 +20,12 @@ from service.requests.resolve import to_order
 from service.requests.response import enlarged as enlarged_of
 from service.requests.response import parts_of, pixels_of
 from service.settings import Settings
-from tests.conftest import Server, wait_until
-from tests.family import FIRST_STAGES, thin, write
-from tests.service.test_family import BODIES, MASK, PICTURE, TASKS, kind, psnr, run
-from tests.service.test_server import error_of, picture
+from tests.checkpoints.ldm_models import FIRST_STAGES, thin, write
+from tests.helpers.clients import error_of, image_of
+from tests.helpers.images import IMAGE, MASK, psnr
+from tests.helpers.ldm_requests import BODIES, TASKS, kind
+from tests.helpers.servers import Server, wait_until
+from tests.helpers.torch_runner import run_together
 
 SERVED = ("celebahq", "cin256-v2", "layout2img", "semantic_synthesis", "inpainting_big", "bsr_sr")
 PATHS = {"inpainting_big": "/inpaint", "bsr_sr": "/upscale"}
@@ -55,7 +57,7 @@ def here(files: dict[str, Path], name: str) -> np.ndarray:
     """The same request on an engine in this process."""
     runner = TorchRunner(Registry({name: files[name]}, load), buckets=(2, 4, 8))
     order = to_order(kind(name).model_validate(body_of(name)), runner.specs, Settings())
-    (pictures,), _ = run(runner, order.job)
+    (pictures,), _ = run_together(runner, order.job)
     (parts,) = parts_of(order, Done(order.job.id, tuple(pictures), (), 0, 0, 0))
     raw = enlarged_of(order, parts) if order.tiles else pixels_of(order, parts[0])
     return np.frombuffer(raw, np.uint8).reshape(order.height, order.width, 3)
@@ -63,11 +65,11 @@ def here(files: dict[str, Path], name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", SERVED)
 def test_a_picture_comes_back_as_the_engine_makes_it(family, files, name):
-    pixels = picture(ask(family, name))
+    pixels = image_of(ask(family, name))
     assert psnr(pixels, here(files, name)) > 40
     if name == "inpainting_big":
-        assert (pixels[MASK == 0] == PICTURE[MASK == 0]).all()
-        assert (pixels[MASK > 0] != PICTURE[MASK > 0]).any()
+        assert (pixels[MASK == 0] == IMAGE[MASK == 0]).all()
+        assert (pixels[MASK > 0] != IMAGE[MASK > 0]).any()
     if name == "bsr_sr":
         assert pixels.shape == (4 * 16, 4 * 24, 3)
 

@@ -13,8 +13,8 @@ from service.device.runner import TorchRunner
 from service.engine.engine import Engine
 from service.engine.job import Done, Event, Job, Trouble
 from service.worker.faults import Fault, FaultyRunner, read_faults
-from tests.service.test_engine import CountingRunner, make_job, outcomes
-from tests.service.test_server import alone, error_of, together, worst_psnr
+from tests.helpers.clients import alone, error_of, together, worst_psnr
+from tests.helpers.fake_runner import CountingRunner, make_job, outcomes
 
 
 def test_faults_are_read_from_text_and_written_as_such():

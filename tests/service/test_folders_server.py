@@ -9,10 +9,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from models.checkpoint import load
-from tests import folders
-from tests.service.test_family import psnr
-from tests.service.test_images import base64_of, noise
-from tests.service.test_server import error_of, picture
+from tests.checkpoints import sd_folders
+from tests.helpers.clients import error_of, image_of
+from tests.helpers.images import base64_of, noise, psnr
 
 SERVED = ("xl", "xl-inpainting", "x4-upscaler")
 TOLD = {"prompt": "red apple on a blue background!", "guidance_scale": 4.0, "seed": 7, "steps": 3}
@@ -20,7 +19,7 @@ TOLD = {"prompt": "red apple on a blue background!", "guidance_scale": 4.0, "see
 
 @pytest.fixture(scope="module")
 def pipelines():
-    return {name: folders.pipeline(name) for name in SERVED}
+    return {name: sd_folders.pipeline(name) for name in SERVED}
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +47,13 @@ def theirs(pipeline, **options):
 @pytest.mark.parametrize("unwanted", [None, "blue pear"])
 def test_generate(server, pipelines, unwanted):
     body = {"model": "xl"} | TOLD | ({"negative_prompt": unwanted} if unwanted else {})
-    pixels = picture(server.client.post("/generate", json=body))
+    pixels = image_of(server.client.post("/generate", json=body))
     assert pixels.std() > 10
     assert psnr(pixels, theirs(pipelines["xl"], negative_prompt=unwanted)) > 45
 
 
 def test_generate_at_another_size_is_told_so(server, pipelines):
-    pixels = picture(server.client.post("/generate", json={"model": "xl", "width": 96} | TOLD))
+    pixels = image_of(server.client.post("/generate", json={"model": "xl", "width": 96} | TOLD))
     start = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(7))
     assert psnr(pixels, theirs(pipelines["xl"], latents=start, width=96, height=64)) > 45
 
@@ -68,7 +67,7 @@ def test_inpaint(server, pipelines, monkeypatch):
         "image": base64_of(shown),
         "mask": base64_of(Image.fromarray(mask)),
     } | TOLD
-    pixels = picture(server.client.post("/inpaint", json=body))
+    pixels = image_of(server.client.post("/inpaint", json=body))
     x = torch.from_numpy(np.asarray(shown).copy()).movedim(-1, 0)[None] / 255
     hole = torch.from_numpy(mask)[None, None] / 255
     expected = theirs(pipelines["xl-inpainting"], image=x, mask_image=hole, strength=1.0)
@@ -82,7 +81,7 @@ def test_upscale(server, pipelines):
         4, 8, 8, generator=generator
     )  # what ours starts from is drawn before what lies on the picture
     body = {"model": "x4-upscaler", "image": base64_of(low), "noise_level": 350} | TOLD
-    pixels = picture(server.client.post("/upscale", json=body))
+    pixels = image_of(server.client.post("/upscale", json=body))
     x = torch.from_numpy(np.asarray(low).copy()).movedim(-1, 0)[None] / 255
     expected = theirs(pipelines["x4-upscaler"], image=x, noise_level=350, generator=generator)
     assert pixels.shape == (32, 32, 3)
@@ -93,7 +92,7 @@ def test_upscale(server, pipelines):
 def test_upscale_in_tiles_with_words_and_guidance(server, written):
     low = noise(24, 16)  # tiles of 8x8
     body = {"model": "x4-upscaler", "image": base64_of(low)} | TOLD
-    pixels = picture(server.client.post("/upscale", json=body))
+    pixels = image_of(server.client.post("/upscale", json=body))
     x = torch.from_numpy(np.asarray(low).copy()).movedim(-1, 0)[None].float() / 127.5 - 1
     made = load(written["x4-upscaler"]).upscale(x, [7], 3, 20, [TOLD["prompt"]], 4.0)
     assert pixels.shape == (64, 96, 3)
@@ -101,7 +100,7 @@ def test_upscale_in_tiles_with_words_and_guidance(server, written):
     alone = slice(0, 24)  # of the first tile; where tiles fade into each other the service has bytes
     assert psnr(pixels[alone, alone], expected[alone, alone]) > 45
     assert psnr(pixels, expected) > 25
-    silent = picture(server.client.post("/upscale", json=body | {"prompt": ""}))
+    silent = image_of(server.client.post("/upscale", json=body | {"prompt": ""}))
     assert psnr(pixels, silent) < 40  # the words make a difference
 
 

@@ -18,7 +18,7 @@ from service.device.graphs import Function, Graphs, Inputs, graphs_on
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.engine.job import ImageKey
-from tests.service.test_runner import begin, made, tiny_job
+from tests.helpers.torch_runner import begin, made, tiny_job
 
 
 class Tapes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import struct
 import zlib
@@ -17,29 +16,11 @@ from service.requests.images import from_base64, grow, read_mask, read_picture
 from service.requests.resolve import to_order
 from service.requests.schemas import GenerateRequest
 from service.settings import Settings
-from tests.tiny import tiny_spec
+from tests.checkpoints.tiny import tiny_spec
+from tests.helpers.images import base64_of, file_of, noise
 
 CAP = 10_000
 ORIENTATION = 0x0112
-
-
-def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """A picture that no codec guesses."""
-    channels = len(mode) if mode != "L" else 1
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
-    return Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
-
-
-def file_of(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
-
-
-def base64_of(picture: Image.Image | bytes, kind: str = "PNG", **options) -> str:
-    """As a client sends it."""
-    file = picture if isinstance(picture, bytes) else file_of(picture, kind, **options)
-    return base64.b64encode(file).decode()
 
 
 def read(picture: Image.Image, kind: str = "PNG", **options) -> np.ndarray:

@@ -16,22 +16,15 @@ from service.requests import response
 from service.requests.resolve import to_order
 from service.requests.schemas import InpaintRequest
 from service.settings import Settings
-from tests.service.test_images import base64_of, noise
-from tests.service.test_server import error_of, picture, psnr
-from tests.tiny import tiny_spec
+from tests.checkpoints.tiny import tiny_spec
+from tests.helpers.clients import error_of, image_of
+from tests.helpers.images import base64_of, hole, noise, psnr
 
 SIZE = (50, 37)  # of no multiple of anything
 
 
-def hole(size: tuple[int, int] = SIZE) -> Image.Image:
-    """A mask that is white in the middle."""
-    mask = Image.new("L", size)
-    mask.paste(255, (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
-    return mask
-
-
 def body_of(**changes) -> dict:
-    body = {"image": base64_of(noise(*SIZE)), "mask": base64_of(hole()), "seed": 1, "steps": 4}
+    body = {"image": base64_of(noise(*SIZE)), "mask": base64_of(hole(SIZE)), "seed": 1, "steps": 4}
     return body | changes
 
 
@@ -41,7 +34,7 @@ def order(**changes):
 
 def kept(array: np.ndarray) -> np.ndarray:
     """The pixels outside the mask."""
-    return array[np.asarray(hole()) == 0]
+    return array[np.asarray(hole(SIZE)) == 0]
 
 
 def test_the_canvas_is_the_next_size_that_the_model_takes_and_the_answer_the_pictures_own():
@@ -91,14 +84,14 @@ def test_inpaint_answers_with_the_picture_and_something_new_in_the_hole(server):
     answer = server.client.post("/inpaint", json=body_of(width=SIZE[0], n=2))
     sent = np.asarray(noise(*SIZE))
     for index in (0, 1):
-        made = picture(answer, index)
+        made = image_of(answer, index)
         assert made.shape == sent.shape
         assert (kept(made) == kept(sent)).all()
-    assert psnr(picture(answer, 0), picture(answer, 1)) < 40
-    assert (picture(answer) != sent).any()
+    assert psnr(image_of(answer, 0), image_of(answer, 1)) < 40
+    assert (image_of(answer) != sent).any()
     again = server.client.post("/inpaint", json=body_of(), headers={"Accept": "image/png"})
     opened = Image.open(io.BytesIO(again.content))
-    assert (np.asarray(opened) == picture(answer)).all()
+    assert (np.asarray(opened) == image_of(answer)).all()
     assert json.loads(opened.text["parameters"])["width"] == SIZE[0]
 
 
@@ -124,7 +117,7 @@ def test_a_run_from_a_picture_starts_from_it(server):
     pictures = []
     for changes in ({"strength": 0.1}, {"strength": 0.1, "seed": 4}, {"strength": 1.0}):
         answer = server.client.post("/generate", json=body | changes)
-        pictures.append(picture(answer))
+        pictures.append(image_of(answer))
         assert answer.json()["warnings"] == []
     near, other_seed, far = pictures
     assert psnr(near, other_seed) > psnr(near, far)

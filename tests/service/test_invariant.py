@@ -21,10 +21,11 @@ from service.device.runner import TorchRunner
 from service.device.select import even
 from service.engine.engine import Engine
 from service.engine.job import Done, Job
-from tests.conftest import ROOT, wait_until
-from tests.service.test_engine import make_job
-from tests.service.test_runner import psnr
-from tests.service.test_server import EIGHT, post, together
+from tests.helpers.clients import EIGHT, post, together
+from tests.helpers.environment import ROOT
+from tests.helpers.fake_runner import make_job
+from tests.helpers.images import psnr
+from tests.helpers.servers import wait_until
 
 SIZES = ((64, 64), (96, 64))  # two groups
 

@@ -18,11 +18,11 @@ from service.errors import InvalidRequest, NotFound, QueueFull, ServiceError
 from service.requests import background as module
 from service.requests.background import Jobs, Record
 from service.requests.schemas import GenerateJob
-from tests.conftest import QUEUE_SIZE, Server, wait_until
-from tests.service.test_images import base64_of, noise
-from tests.service.test_server import LONG, error_of, wait_for_jobs
-from tests.service.test_supervisor import Worker, run, supervisor
-from tests.tiny import tiny_spec
+from tests.checkpoints.tiny import tiny_spec
+from tests.helpers.clients import LONG, error_of, wait_for_jobs
+from tests.helpers.images import base64_of, noise
+from tests.helpers.servers import QUEUE_SIZE, Server, wait_until
+from tests.helpers.supervisors import Worker, run, supervisor
 
 PIXELS = bytes(64 * 64 * 3)
 

@@ -15,18 +15,27 @@ import torch
 from PIL import Image
 
 from service.device.registry import ModelPathError, Registry, boxed, locate_loras
-from service.device.runner import TorchRunner, build
-from service.engine.engine import Engine
-from service.engine.job import Done, Job, Network
+from service.device.runner import build
+from service.engine.job import Job, Network
 from service.errors import InvalidRequest
 from service.requests.resolve import to_order
 from service.requests.schemas import GenerateRequest
 from service.settings import SettingError, Settings, read_settings
-from tests.conftest import Server, wait_until
-from tests.loras import ATTENTION, TEXT, as_kohya, as_peft, random_lora, shapes_of, write_lora
-from tests.service.test_engine import make_job
-from tests.service.test_server import error_of, picture, post, psnr, together
-from tests.tiny import tiny_spec
+from tests.checkpoints.lora_files import (
+    ATTENTION,
+    TEXT,
+    as_kohya,
+    as_peft,
+    random_lora,
+    shapes_of,
+    write_lora,
+)
+from tests.checkpoints.tiny import tiny_spec
+from tests.helpers.clients import error_of, image_of, post, together
+from tests.helpers.fake_runner import make_job
+from tests.helpers.images import psnr
+from tests.helpers.servers import Server, wait_until
+from tests.helpers.torch_runner import run_jobs
 
 SETS = ({}, {"ink": 1.0}, {"ink": 0.4, "oil": -0.6}, {"oil": 0.8}, {"ink": 0.0})
 
@@ -81,7 +90,7 @@ def test_weight_0_is_none_bit_for_bit_and_others_are_not(serving):
         for loras in ({}, {"ink": 0.0, "oil": 0}, {"ink": 1.0}, {"ink": 0.5})
     )
     assert files_of(plain) == files_of(nothing)
-    pictures = [picture(answer) for answer in (plain, ink, less)]
+    pictures = [image_of(answer) for answer in (plain, ink, less)]
     assert max(psnr(pictures[a], pictures[b]) for a, b in ((0, 1), (0, 2), (1, 2))) < 40
 
 
@@ -118,17 +127,6 @@ def test_a_job_survives_the_way_to_the_worker():
     assert Job.from_message(plain | {"loras": [list(pair) for pair in job.loras]}, blobs) == job
 
 
-def run(runner: TorchRunner, *jobs: Job) -> dict[str, tuple[bytes, ...]]:
-    """All at once."""
-    done: dict[str, tuple[bytes, ...]] = {}
-    engine = Engine(runner, lambda e: isinstance(e, Done) and done.update({e.job: e.pictures}), 8, 4)
-    for job in jobs:
-        engine.submit(job)
-    while engine.busy:
-        engine.tick()
-    return done
-
-
 def test_the_model_in_the_box_takes_one_too(tmp_path):
     """In bfloat16, where what is merged is rounded once."""
     emoji = boxed("emoji")
@@ -136,7 +134,7 @@ def test_the_model_in_the_box_takes_one_too(tmp_path):
     runner = build(Settings(dtype="bfloat16", device="cpu", lora=(f"a={file}",)), {"emoji": emoji})
     assert runner.specs["emoji"].loras == ("a",)
     job = make_job("x", model="emoji", width=64, height=64, steps=2, loras=(("a", 0.5),))
-    with_it, without = run(runner, job)["x"], run(runner, replace(job, loras=()))["x"]
+    with_it, without = run_jobs(runner, job)["x"], run_jobs(runner, replace(job, loras=()))["x"]
     assert with_it != without
     network = runner.registry.bundle(job.network)
     assert network.unet.dtype == torch.bfloat16

@@ -16,8 +16,8 @@ from PIL import Image
 
 from service.api.openai.translate import events
 from service.requests.schemas import ErrorDetail, JobStatus
-from tests.conftest import QUEUE_SIZE, Server, wait_until
-from tests.service.test_server import LONG
+from tests.helpers.clients import LONG
+from tests.helpers.servers import QUEUE_SIZE, Server, wait_until
 
 PROMPT = "red apple on a blue background"
 FEW = {"seed": 1, "steps": 4}

@@ -27,8 +27,9 @@ from schemathesis.checks import (
 from service.api.app import create_app
 from service.api.openapi import text_of
 from service.settings import Settings
-from tests.conftest import ROOT, Server
-from tests.service.test_images import base64_of, file_of, noise
+from tests.helpers.environment import ROOT
+from tests.helpers.images import base64_of, file_of, noise
+from tests.helpers.servers import Server
 
 COMMITTED = ROOT / "service" / "openapi.json"
 UPDATE = "service/openapi.json is not what the code says. Update it: ldm openapi > service/openapi.json"

@@ -13,8 +13,8 @@ from service.errors import ServiceError
 from service.requests.resolve import to_order
 from service.requests.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
 from service.settings import Settings
-from tests.service.test_images import base64_of, noise
-from tests.tiny import scene_spec, tiny_spec, upscaler_spec
+from tests.checkpoints.tiny import scene_spec, tiny_spec, upscaler_spec
+from tests.helpers.images import base64_of, noise
 
 MARK = "marker-of-a-path"
 WORDS = (f"../../{MARK}", f"/tmp/{MARK}", f"file:///{MARK}", f"{MARK}.safetensors", f"<lora:../{MARK}:1>")

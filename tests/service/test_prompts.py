@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.service.test_server import alone, error_of, opened, picture, post, psnr, together, worst_psnr
+from tests.helpers.clients import alone, error_of, image_of, open_image, post, together, worst_psnr
+from tests.helpers.images import psnr
 
 LONG = "red apple " * 10  # more than 77 tokens where each byte is one
 ASKED = {"prompt": LONG + "on a blue table", "seed": 1, "steps": 4}
@@ -19,29 +20,29 @@ def test_a_long_prompt_is_cut_with_a_warning_or_read_in_chunks(server):
     cut, shorter = post(server, ASKED), post(server, ASKED | {"prompt": LONG})
     assert "left out" in cut.json()["warnings"][0]
     assert cut.json()["warnings"][0].endswith("on a blue table")
-    assert (picture(cut) == picture(shorter)).all()
+    assert (image_of(cut) == image_of(shorter)).all()
     chunked = post(server, ASKED | {"long_prompts": "chunk"})
     assert chunked.json()["warnings"] == []
-    assert psnr(picture(chunked), picture(cut)) < 40
-    parameters = json.loads(opened(chunked).text["parameters"])
-    assert (picture(post(server, parameters)) == picture(chunked)).all()
+    assert psnr(image_of(chunked), image_of(cut)) < 40
+    parameters = json.loads(open_image(chunked).text["parameters"])
+    assert (image_of(post(server, parameters)) == image_of(chunked)).all()
     assert post(server, ASKED | {"prompt": "a " * 1500, "long_prompts": "chunk"}).json()["warnings"]
 
 
 def test_a_long_negative_prompt_is_read_in_chunks_too(server):
     body = {"prompt": "a red apple", "long_prompts": "chunk", "seed": 1}
-    pictures = [picture(post(server, body | {"negative_prompt": LONG + end})) for end in ("blue", "green")]
+    pictures = [image_of(post(server, body | {"negative_prompt": LONG + end})) for end in ("blue", "green")]
     assert psnr(*pictures) < 60
     assert psnr(*pictures) != 99.0
 
 
 def test_weights_are_heeded_where_they_are_asked_for_only(server):
     body = {"prompt": "a (red:1.8) apple", "seed": 1}
-    weighted, plain = (picture(post(server, body | {"prompt_weights": on})) for on in (True, False))
-    other = picture(post(server, {"prompt": "a red apple", "seed": 1}))
+    weighted, plain = (image_of(post(server, body | {"prompt_weights": on})) for on in (True, False))
+    other = image_of(post(server, {"prompt": "a red apple", "seed": 1}))
     assert 10 < psnr(weighted, other) < 60
     assert psnr(weighted, plain) < 60
-    neutral = picture(post(server, {"prompt": "a (red:1) apple", "seed": 1, "prompt_weights": True}))
+    neutral = image_of(post(server, {"prompt": "a (red:1) apple", "seed": 1, "prompt_weights": True}))
     assert (neutral == other).all()
 
 
@@ -80,9 +81,9 @@ def test_a_learned_word_is_listed_and_heeded(start_server, tmp_path):
     body = {"prompt": "a <cat-toy> here", "seed": 1}
     with start_server(LDM_EMBEDDING=f"<cat-toy>={file}") as server:
         assert server.client.get("/models").json()["models"][0]["embeddings"] == ["<cat-toy>"]
-        learned = picture(post(server, body))
+        learned = image_of(post(server, body))
         others = [
-            picture(post(server, body | {"prompt": text})) for text in ("a <CAT-toy> here", "a cat here")
+            image_of(post(server, body | {"prompt": text})) for text in ("a <CAT-toy> here", "a cat here")
         ]
     assert (learned == others[0]).all()
     assert psnr(learned, others[1]) < 60

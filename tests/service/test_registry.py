@@ -12,8 +12,8 @@ from models.checkpoint.conversion import convert
 from models.checkpoint.folder import weights_in
 from models.formats.diffusers_read import CheckpointError
 from service.device.registry import ModelPathError, Registry, locate, locate_all
-from tests.paper import published, write
-from tests.tiny import tiny_model, tiny_spec
+from tests.checkpoints.ldm_files import published, write
+from tests.checkpoints.tiny import tiny_model, tiny_spec
 
 NAMES = ("a", "b", "c")
 

@@ -16,35 +16,15 @@ from service.device.runner import TorchRunner
 from service.engine.engine import Engine
 from service.engine.job import ImageKey, Job
 from service.errors import NonFinite, OutOfMemory
-from tests.service.test_engine import make_job, outcomes
-from tests.tiny import tiny_model
-
-KEY = ImageKey("a", 0)
+from tests.checkpoints.tiny import tiny_model
+from tests.helpers.fake_runner import make_job, outcomes
+from tests.helpers.images import IMAGE, MASK, psnr
+from tests.helpers.torch_runner import KEY, begin, left, made, runner_on, tiny_job
 
 
 @pytest.fixture
 def runner(tiny: Path) -> TorchRunner:
     return runner_on(tiny)
-
-
-def runner_on(tiny: Path, dtype: torch.dtype = torch.float32) -> TorchRunner:
-    return TorchRunner(Registry({"m": tiny}, lambda path: load(path, dtype=dtype)), buckets=(2, 4, 8))
-
-
-def tiny_job(**changes) -> Job:
-    return make_job("a", width=64, height=64, steps=3, **changes)
-
-
-def begin(runner: TorchRunner, job: Job) -> None:
-    runner.shape(job)
-    runner.start(job)
-
-
-def made(runner: TorchRunner, job: Job) -> bytes:
-    """The first picture of a job that has begun, whatever steps it has behind it."""
-    while runner.jobs[job.id].images[0].done < len(runner.plans[job.id][0]):
-        runner.step([KEY])
-    return runner.finish(KEY)
 
 
 def out_of_memory(*args, **kwargs):
@@ -74,13 +54,8 @@ def test_no_memory_for_the_text_or_the_picture_is_an_error_of_its_own(runner, mo
         runner.start(job)
 
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-MASK = np.zeros((64, 64), np.uint8)
-MASK[20:41, 30:50] = 255
-
-
 def picture_job(name: str = "a", **changes) -> Job:
-    return make_job(name, **({"width": 64, "height": 64, "steps": 3, "image": PICTURE.tobytes()} | changes))
+    return make_job(name, **({"width": 64, "height": 64, "steps": 3, "image": IMAGE.tobytes()} | changes))
 
 
 def pixels(runner: TorchRunner, job: Job) -> np.ndarray:
@@ -92,7 +67,7 @@ def test_a_run_from_a_picture_starts_from_its_noised_latent_and_is_that_of_the_s
     job = picture_job(strength=0.7, guidance_scale=1.0, seed=5)
     bundle = runner.registry["m"]
     with torch.inference_mode():
-        x = torch.from_numpy(PICTURE).permute(2, 0, 1)[None] / 127.5 - 1
+        x = torch.from_numpy(IMAGE).permute(2, 0, 1)[None] / 127.5 - 1
         line = plan(bundle.schedule, "ddim", 3, 0.0, 0.7)
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
         x = (line.start[0] * bundle.encode(x) + line.start[1] * noise)[:, None]
@@ -107,8 +82,8 @@ def test_a_run_from_a_picture_starts_from_its_noised_latent_and_is_that_of_the_s
 
 def test_outside_the_mask_every_pixel_is_the_given_one_and_inside_it_is_not(runner):
     out = pixels(runner, picture_job(mask=MASK.tobytes()))
-    assert (out[MASK == 0] == PICTURE[MASK == 0]).all()
-    assert (out[MASK > 0] != PICTURE[MASK > 0]).any(axis=-1).mean() > 0.9
+    assert (out[MASK == 0] == IMAGE[MASK == 0]).all()
+    assert (out[MASK > 0] != IMAGE[MASK > 0]).any(axis=-1).mean() > 0.9
 
 
 def test_a_latent_cell_is_free_where_any_of_its_pixels_is(runner):
@@ -153,16 +128,6 @@ def test_all_tasks_and_samplers_share_one_call_and_none_changes_another(runner):
         while left(alone, job):
             alone.step([ImageKey(job.id, 0)])
         assert psnr(alone.finish(ImageKey(job.id, 0)), picture) > 40
-
-
-def left(runner: TorchRunner, job: Job) -> int:
-    return len(runner.plans[job.id][0]) - runner.jobs[job.id].images[0].done
-
-
-def psnr(a: bytes, b: bytes) -> float:
-    x, y = (np.frombuffer(pixels, np.uint8).astype(float) for pixels in (a, b))
-    error = np.mean((x - y) ** 2)
-    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
 
 
 class Scarce:

@@ -14,79 +14,35 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
-import httpx
-import numpy as np
 import pytest
 from PIL import Image
 
 from service.worker.supervisor import STARTS
-from tests.conftest import PATIENCE, QUEUE_SIZE, ROOT, Server, wait_until
+from tests.helpers.clients import (
+    EIGHT,
+    LONG,
+    SLOW,
+    alone,
+    error_of,
+    image_of,
+    open_image,
+    post,
+    together,
+    wait_for_jobs,
+    wait_for_running,
+    worst_psnr,
+)
+from tests.helpers.environment import ROOT
+from tests.helpers.images import psnr
+from tests.helpers.servers import PATIENCE, QUEUE_SIZE, wait_until
 
 MIXED = [
     {"prompt": f"picture {i}", "steps": steps, "guidance_scale": 1.0 + i, "seed": 100 + i}
     for i, steps in enumerate((10, 14, 18, 22, 27, 31, 36, 40))
 ]
-EIGHT = ("ddim", "ddpm", "plms", "euler", "euler_ancestral", "dpmpp_2m_karras", "unipc", "lcm")
-LONG = {"prompt": "long", "steps": 1000, "width": 128, "height": 128}  # ten seconds on an idle core
-SLOW = {"prompt": "slow", "steps": 1000, "width": 256, "height": 256}  # a tenth of a second a step
-
-
-def picture(answer: httpx.Response, index: int = 0) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    return np.asarray(opened(answer, index))
-
-
-def opened(answer: httpx.Response, index: int = 0) -> Image.Image:
-    """One picture of an answer."""
-    assert answer.status_code == 200, answer.text
-    return Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][index]["data"])))
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Decibels."""
-    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
-    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
-
-
-def post(server: Server, body: dict, **headers: str) -> httpx.Response:
-    """Any body, also one that is no valid JSON value or text."""
-    headers = {"Content-Type": "application/json"} | headers
-    return server.client.post("/generate", content=json.dumps(body), headers=headers)
-
-
-def alone(server: Server, bodies: list[dict]) -> list[np.ndarray]:
-    """Each picture, made with nothing else running."""
-    return [picture(post(server, body)) for body in bodies]
-
-
-def together(server: Server, pool: ThreadPoolExecutor, bodies: list[dict]) -> list[Future[httpx.Response]]:
-    """The answers to be, of requests at the same time."""
-    return [pool.submit(post, server, body) for body in bodies]
-
-
-def worst_psnr(pictures: list[np.ndarray], answers: list[Future[httpx.Response]]) -> float:
-    """Waits for the answers."""
-    return min(psnr(a, picture(b.result())) for a, b in zip(pictures, answers, strict=True))
-
-
-def error_of(answer: httpx.Response, status: int) -> dict:
-    """The error of an answer in the error format."""
-    error = answer.json()["error"]
-    assert answer.status_code == status, answer.text
-    assert set(error) == {"type", "message", "param", "code", "request_id"}
-    assert error["request_id"] == answer.headers["x-request-id"]
-    return error
-
-
-def wait_for_jobs(server: Server, count: int) -> None:
-    wait_until(lambda: server.health()["jobs"] == count)
-
-
-def wait_for_running(server: Server, count: int) -> None:
-    wait_until(lambda: server.metric("ldm_jobs_running") == count)
 
 
 def test_the_api_process_is_free_of_torch():
@@ -112,24 +68,24 @@ def test_the_answer_says_what_was_made(server):
 def test_the_same_seed_makes_the_same_picture_and_another_seed_another(server):
     first, again, other = (post(server, {"prompt": "red apple", "seed": seed}) for seed in (8, 8, 9))
     assert first.json()["images"][0]["data"] == again.json()["images"][0]["data"]
-    assert psnr(picture(first), picture(other)) < 40
+    assert psnr(image_of(first), image_of(other)) < 40
 
 
 def test_a_missing_seed_is_drawn_and_makes_the_same_picture_again(server):
     first = post(server, {"prompt": "red apple"})
     seed = first.json()["images"][0]["seed"]
-    assert (picture(first) == picture(post(server, {"prompt": "red apple", "seed": seed}))).all()
+    assert (image_of(first) == image_of(post(server, {"prompt": "red apple", "seed": seed}))).all()
 
 
 def test_image_i_of_n_is_the_picture_of_seed_plus_i(server):
     both = post(server, {"prompt": "red apple", "seed": 5, "n": 2, "eta": 1.0})
     second = post(server, {"prompt": "red apple", "seed": 6, "eta": 1.0})
-    assert psnr(picture(both, 1), picture(second)) >= 40
-    assert psnr(picture(both, 0), picture(second)) < 40
+    assert psnr(image_of(both, 1), image_of(second)) >= 40
+    assert psnr(image_of(both, 0), image_of(second)) < 40
 
 
 def test_width_and_height_are_the_pictures(server):
-    assert picture(post(server, {"prompt": "red apple", "width": 96, "height": 64})).shape == (64, 96, 3)
+    assert image_of(post(server, {"prompt": "red apple", "width": 96, "height": 64})).shape == (64, 96, 3)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
@@ -181,9 +137,9 @@ def test_eight_samplers_at_once_share_calls_and_change_no_picture(server):
 def test_a_spacing_is_heeded_and_told(server):
     spacings = ("leading", "trailing", "linspace")
     answers = [post(server, {"prompt": "p", "seed": 1, "spacing": spacing}) for spacing in spacings]
-    default = picture(post(server, {"prompt": "p", "seed": 1}))
-    assert [bool((picture(answer) == default).all()) for answer in answers] == [True, False, False]
-    texts = [opened(answer).text["parameters"] for answer in answers]
+    default = image_of(post(server, {"prompt": "p", "seed": 1}))
+    assert [bool((image_of(answer) == default).all()) for answer in answers] == [True, False, False]
+    texts = [open_image(answer).text["parameters"] for answer in answers]
     assert tuple(json.loads(text)["spacing"] for text in texts) == spacings
 
 

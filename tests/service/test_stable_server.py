@@ -12,11 +12,10 @@ import torch
 from models.checkpoint import load
 from models.conditioning.conditioner import Asked
 from models.latent_diffusion import pixels_last, to_uint8
-from tests import stable
-from tests.conftest import Server
-from tests.service.test_images import base64_of, noise
-from tests.service.test_inpaint import hole
-from tests.service.test_server import picture, psnr
+from tests.checkpoints import sd_files
+from tests.helpers.clients import image_of
+from tests.helpers.images import base64_of, hole, noise, psnr
+from tests.helpers.servers import Server
 
 SERVED = ("sd1", "sd1-inpainting", "sd2", "sd-x4", "sdxl")
 ASKED = {"prompt": "red apple", "negative_prompt": "blue", "seed": 5, "steps": 2, "guidance_scale": 3.0}
@@ -25,8 +24,8 @@ ASKED = {"prompt": "red apple", "negative_prompt": "blue", "seed": 5, "steps": 2
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    rows = {name: stable.narrow(stable.ROWS[name]) for name in SERVED}
-    return {name: stable.write(folder, name, row, stable.reference(row)) for name, row in rows.items()}
+    rows = {name: sd_files.narrow(sd_files.ROWS[name]) for name in SERVED}
+    return {name: sd_files.write(folder, name, row, sd_files.reference(row)) for name, row in rows.items()}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def server(start_server, files) -> Iterator[Server]:
 
 
 def ask(server: Server, name: str, path: str = "/generate", **changes) -> np.ndarray:
-    return picture(server.client.post(path, json={"model": name} | ASKED | changes))
+    return image_of(server.client.post(path, json={"model": name} | ASKED | changes))
 
 
 def bytes_of(x: torch.Tensor) -> np.ndarray:

@@ -6,7 +6,6 @@ import asyncio
 import socket
 import subprocess
 import sys
-from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,26 +13,14 @@ import pytest
 
 from service.engine.job import Previewed
 from service.errors import Draining, Loading, NotFound, QueueFull, ServiceError, Unavailable
-from service.metrics import Metrics
 from service.settings import Settings
 from service.worker import supervisor as module
 from service.worker.progress import Progress, State
 from service.worker.supervisor import Life, Supervisor, WorkerFailed
-from tests.service.test_engine import make_job
+from tests.helpers.fake_runner import make_job
+from tests.helpers.supervisors import Worker, run, supervisor
 
 BABBLE = "import os, sys; os.write(int(sys.argv[1]), bytes((0, 0, 0, 2, 0, 0, 0, 0)) + b'{}')"
-
-
-def supervisor(specs: bool = True, **settings) -> Supervisor:
-    """With no worker; one that has `specs` had a worker that was ready once."""
-    made = Supervisor(Settings(**settings), Metrics())
-    made.specs = {"m": object()} if specs else {}
-    return made
-
-
-def run(scenario: Coroutine) -> None:
-    """To its end, which must come."""
-    asyncio.run(asyncio.wait_for(scenario, 120))
 
 
 async def ask(supervisor: Supervisor) -> Exception | None:
@@ -93,25 +80,6 @@ def test_what_outlasts_the_drain_is_refused_and_so_is_what_comes_after():
         assert isinstance(await ask(service), Draining)
 
     run(scenario())
-
-
-class Worker:
-    """Speaks to a supervisor of one job as a worker does."""
-
-    def __init__(self, service: Supervisor, job: str = "a") -> None:
-        self.service = service
-        self.life = Life(None, None, None)
-        self.job = job
-
-    def say(self, kind: str, blobs: tuple[bytes, ...] = (), **header) -> None:
-        self.service._take(self.life, kind, header, blobs)
-
-    def step(self, done: int) -> None:
-        counts = {"rows": 2, "padded": 2, "images": 1, "seconds": 0.1, "running": 1, "waiting": 0}
-        self.say("Stepped", jobs=[[self.job, done]], **counts)
-
-    def preview(self, step: int) -> None:
-        self.say("Previewed", (b"rgb",), job=self.job, index=0, step=step, width=1, height=1)
 
 
 async def begun(service: Supervisor, progress: Progress) -> tuple[asyncio.Task, Worker]:

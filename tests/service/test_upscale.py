@@ -19,10 +19,10 @@ from service.requests import response
 from service.requests.resolve import to_order
 from service.requests.schemas import GenerateRequest, UpscaleRequest
 from service.settings import Settings
-from tests.conftest import Server, wait_until
-from tests.service.test_images import base64_of, noise
-from tests.service.test_server import error_of, picture, psnr
-from tests.tiny import random_model, tiny_spec, upscaler_spec
+from tests.checkpoints.tiny import random_model, tiny_spec, upscaler_spec
+from tests.helpers.clients import error_of, image_of
+from tests.helpers.images import base64_of, noise, psnr
+from tests.helpers.servers import Server, wait_until
 
 SIZE = (45, 30)  # of no multiple of anything, in two tiles of each direction
 SPECS = {"tiny": tiny_spec(), "upscaler": upscaler_spec()}
@@ -101,7 +101,7 @@ def upscaler(start_server, folder) -> Iterator[Server]:
 
 
 def enlarged(server: Server, **changes) -> np.ndarray:
-    return picture(server.client.post("/upscale", json=body_of(**changes)))
+    return image_of(server.client.post("/upscale", json=body_of(**changes)))
 
 
 def test_any_size_comes_back_four_times_as_large_and_as_the_models_own_arithmetic_has_it(upscaler, folder):

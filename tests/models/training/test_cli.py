@@ -12,7 +12,7 @@ from models.sampling.schedule import Schedule
 from models.training import cli, presets
 from models.training.cli import main
 from models.training.diffusion import timestep_density
-from tests.conftest import needs_font
+from tests.helpers.environment import needs_font
 
 
 @needs_font

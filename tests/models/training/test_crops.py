@@ -10,8 +10,8 @@ from models.training.evaluate import psnr
 from models.training.evaluate_upscaler import seams
 from models.training.scenes import SIZE, Atlas
 from models.training.upscaler import batches, make_network, parts
-from tests.conftest import needs_font
-from tests.tiny import random_model, upscaler_spec
+from tests.checkpoints.tiny import random_model, upscaler_spec
+from tests.helpers.environment import needs_font
 
 
 def test_dead_leaves_have_shapes_and_no_two_are_alike() -> None:

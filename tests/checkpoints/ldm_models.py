@@ -13,8 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from models.networks.autoencoder import Autoencoder
 from models.spec import AutoencoderSpec, ClassSpec, Condition, SegmentationSpec, TokenSpec, UNetSpec
-from tests.paper import published
-from tests.tiny import byte_tokenizer, fill_randomly
+from tests.checkpoints.ldm_files import published
+from tests.checkpoints.tiny import byte_tokenizer, fill_randomly
 
 NARROW = 32  # channels of the finest level, of UNets and autoencoders
 CONTEXT = 16

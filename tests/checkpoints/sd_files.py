@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tests.tiny import fill_randomly
+from tests.checkpoints.tiny import fill_randomly
 
 TOKENS, VOCABULARY, PAD = 77, 49408, 0  # PAD: of OpenCLIP's encoders; the others pad with the end token
 

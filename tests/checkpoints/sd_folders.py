@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from models.checkpoint import tokenizers
-from tests.tiny import byte_tokenizer, fill_randomly
+from tests.checkpoints.tiny import byte_tokenizer, fill_randomly
 
 Options = Mapping[str, Any]
 CLIP_L = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,

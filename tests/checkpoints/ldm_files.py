@@ -12,7 +12,7 @@ from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
 from models.sampling.schedule import Schedule
 from models.spec import AutoencoderSpec, ClassSpec, ScheduleSpec, SegmentationSpec, TokenSpec, UNetSpec
-from tests.tiny import fill_randomly
+from tests.checkpoints.tiny import fill_randomly
 
 VQ = AutoencoderSpec(
     channels=(32, 64), res_blocks=2, latent_channels=3, scale_factor=1.0, sample_size=256, codes=64

@@ -1,0 +1,102 @@
+"""A server process, and waiting for what it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+# The most seconds that a busy machine may need for anything that must happen. No test sleeps this long.
+PATIENCE = 180.0
+QUEUE_SIZE = 16
+
+
+@dataclass
+class Server:
+    """A service in a process of its own."""
+
+    process: subprocess.Popen
+    client: httpx.Client
+
+    def metric(self, name: str) -> float:
+        """The value of one line of /metrics, labels included in its name."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.rpartition(" ")[0] == name)
+
+    def calls(self, over: int = 0) -> float:
+        """UNet calls so far; with `over`, those of more rows than that."""
+        within = self.metric(f'ldm_unet_rows_bucket{{le="{float(over)}"}}') if over else 0
+        return self.metric("ldm_unet_rows_count") - within
+
+    def health(self) -> dict:
+        return self.client.get("/health").json()
+
+    @property
+    def is_ready(self) -> bool:
+        try:
+            return self.client.get("/health/ready").status_code == 200
+        except httpx.TransportError:
+            self.check_alive()
+            return False
+
+    def check_alive(self) -> None:
+        code = self.process.poll()
+        assert code is None, f"the server has ended with exit code {code}"
+
+    def worker(self) -> int | None:
+        """The worker's process id; None while there is no worker."""
+        self.check_alive()
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return int(children[0]) if children else None
+
+    def signal_worker(self, number: signal.Signals) -> int:
+        """Send a signal to the worker; returns the process id."""
+        wait_until(lambda: self.worker() is not None)
+        pid = self.worker()
+        os.kill(pid, number)
+        return pid
+
+    def kill_worker(self) -> None:
+        """SIGKILL the worker and wait until it is gone; its successor may be starting."""
+        killed = self.signal_worker(signal.SIGKILL)
+        wait_until(lambda: self.worker() != killed)
+
+    @contextmanager
+    def asked(self, body: dict) -> Iterator[socket.socket]:
+        """A client that sends a request and disconnects, at the latest with the end of the context."""
+        content = json.dumps(body)
+        request = (
+            "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n{content}"
+        )
+        url = self.client.base_url
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.sendall(request.encode())
+            yield connection
+
+
+def set_trap(folder: Path) -> None:
+    """Write packages with the names of ours that raise an error when they are imported."""
+    for name in ("models", "service", "weights"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(
+            "raise RuntimeError('imported from the current directory')"
+        )
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Wait until a condition holds; fail after this many seconds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)

@@ -1,0 +1,65 @@
+"""The runner of the service on a model of tests, without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from models.checkpoint import load
+from service.device.registry import Registry
+from service.device.runner import TorchRunner
+from service.engine.engine import Engine
+from service.engine.job import Done, ImageKey, Job, Stepped
+from tests.helpers.fake_runner import make_job, outcomes
+
+
+def run_together(runner: TorchRunner, *jobs: Job) -> tuple[list[list[bytes]], list[Stepped]]:
+    """The images of jobs that run together, and the UNet calls."""
+    events: list = []
+    engine = Engine(runner, events.append, max_rows=8, decode_chunk=4)
+    for job in jobs:
+        engine.submit(job)
+    while engine.busy:
+        engine.tick()
+    assert set(outcomes(events).values()) == {"done"}
+    done = {event.job: event.pictures for event in events if type(event).__name__ == "Done"}
+    return [done[job.id] for job in jobs], [event for event in events if isinstance(event, Stepped)]
+
+
+def run_jobs(runner: TorchRunner, *jobs: Job) -> dict[str, tuple[bytes, ...]]:
+    """Job id -> images of jobs that run together."""
+    done: dict[str, tuple[bytes, ...]] = {}
+    engine = Engine(runner, lambda e: isinstance(e, Done) and done.update({e.job: e.pictures}), 8, 4)
+    for job in jobs:
+        engine.submit(job)
+    while engine.busy:
+        engine.tick()
+    return done
+
+
+KEY = ImageKey("a", 0)
+
+
+def runner_on(tiny: Path, dtype: torch.dtype = torch.float32) -> TorchRunner:
+    return TorchRunner(Registry({"m": tiny}, lambda path: load(path, dtype=dtype)), buckets=(2, 4, 8))
+
+
+def tiny_job(**changes) -> Job:
+    return make_job("a", width=64, height=64, steps=3, **changes)
+
+
+def begin(runner: TorchRunner, job: Job) -> None:
+    runner.shape(job)
+    runner.start(job)
+
+
+def made(runner: TorchRunner, job: Job) -> bytes:
+    """Run a job to its end and return its first image."""
+    while runner.jobs[job.id].images[0].done < len(runner.plans[job.id][0]):
+        runner.step([KEY])
+    return runner.finish(KEY)
+
+
+def left(runner: TorchRunner, job: Job) -> int:
+    return len(runner.plans[job.id][0]) - runner.jobs[job.id].images[0].done
