@@ -13,7 +13,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from service.engine.job import Stepped, Trouble
+from service.engine.events import Incident, Stepped
 from service.errors import TABLE
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -40,6 +40,11 @@ class Metrics:
             "ldm_non_finite", "Times that numbers were none, mended or not, by stage", ["stage"], registry=r
         )
         self.worker_restarts = Counter("ldm_worker_restarts", "Workers that ended", registry=r)
+        self.unreadable_messages = Counter(
+            "ldm_unreadable_messages",
+            "Unreadable messages to or from the worker",
+            registry=r,
+        )
         self.jobs_running = Gauge("ldm_jobs_running", "Jobs that have begun", registry=r)
         self.jobs_waiting = Gauge("ldm_jobs_waiting", "Jobs accepted and not begun", registry=r)
         self.queue_size = Gauge("ldm_queue_size", "Jobs that may be accepted and not answered", registry=r)
@@ -73,7 +78,7 @@ class Metrics:
         self.padded_rows.inc(event.padded - event.rows)
         self.step_seconds.observe(event.seconds)
 
-    def troubled(self, trouble: Trouble) -> None:
+    def troubled(self, trouble: Incident) -> None:
         """Count what went wrong in the worker."""
         counter = self.out_of_memory if trouble.kind == "out_of_memory" else self.non_finite
         counter.labels(trouble.stage).inc()

@@ -54,7 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
     metrics.queue_size.set(settings.queue_size)
     metrics.ready.set_function(lambda: supervisor.ready)
     metrics.jobs_running.set_function(lambda: supervisor.running)
-    metrics.jobs_waiting.set_function(lambda: supervisor.places - supervisor.running)
+    metrics.jobs_waiting.set_function(lambda: supervisor.slots_in_use - supervisor.running)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

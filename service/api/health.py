@@ -25,7 +25,7 @@ def describe(supervisor: Supervisor) -> Health:
     return Health(
         status=status_of(supervisor),
         models=list(supervisor.specs),
-        jobs=supervisor.places,
+        jobs=supervisor.slots_in_use,
         capacity=supervisor.settings.queue_size,
     )
 

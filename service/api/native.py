@@ -90,7 +90,7 @@ async def answer(body: PictureRequest, request: Request, accept: str | None) -> 
     """What all handlers that wait for pictures do. The place is held before anything costly happens."""
     begin = time.monotonic()
     state = request.app.state
-    with state.supervisor.place():
+    with state.supervisor.reserve_slot():
         bare = response.bare_format(accept, body)
         work = make(body, bare, state.supervisor, begin)
         made = await while_waited_for(request, work, body.timeout or state.settings.timeout)

@@ -10,7 +10,8 @@ from service.bench.mix import Request
 from service.device.registry import locate_all
 from service.device.runner import build  # torch: this is the one module of the bench that loads it
 from service.engine.engine import Engine
-from service.engine.job import Done, Event, Job
+from service.engine.events import Done, Event
+from service.engine.job import Job
 from service.requests.resolve import to_order
 from service.requests.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings
@@ -28,7 +29,7 @@ class Bare:
         self.images = 0
 
     def emit(self, event: Event) -> None:
-        self.images += len(event.pictures) if isinstance(event, Done) else 0
+        self.images += len(event.images) if isinstance(event, Done) else 0
 
     def images_per_second(self, requests: Sequence[Request], due: Sequence[float], clients: int) -> float:
         """Each request at its time at the earliest, and at most so many at once."""

@@ -27,7 +27,8 @@ from service.device.registry import (
     locate_vaes,
     read_specs,
 )
-from service.engine.job import Done, Event, Failed, Job, Started, Stepped
+from service.engine.events import Done, Event, Failed, Started, Stepped
+from service.engine.job import Job
 from service.errors import ServiceError, from_code
 from service.requests import images, resolve, response
 from service.requests.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
@@ -226,7 +227,7 @@ def serve(args: argparse.Namespace) -> int:
             self.tasks.append(self.loop.create_task(self.drain()))
 
         async def drain(self) -> None:
-            busy, jobs = supervisor.places > 0, app.state.jobs
+            busy, jobs = supervisor.slots_in_use > 0, app.state.jobs
             asked = self.loop.create_task(jobs.collected(COLLECT_SECONDS))
             await asyncio.gather(supervisor.drain(), asked)
             # Whoever had an answer just now and comes back is told to go elsewhere, not cut off.

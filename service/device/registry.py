@@ -13,7 +13,7 @@ from models.errors import CheckpointError
 from models.formats import companions, single_file
 from models.formats.diffusers_read import read_spec
 from models.spec import ModelSpec, Prediction
-from service.engine.job import Network
+from service.engine.job import ModelKey
 
 BOXED = ("emoji", "emoji-upscale")  # the models that come with the package
 
@@ -157,7 +157,7 @@ class Registry(Generic[Bundle]):
         self._sizes = {name: size(spec) for name, spec in self.specs.items()} if memory else {}
         self._memory = memory
         self._loaded: OrderedDict[str, Bundle] = OrderedDict()  # the least recently used first
-        self._merged: OrderedDict[Network, Bundle] = OrderedDict()  # the same, of models with LoRAs
+        self._merged: OrderedDict[ModelKey, Bundle] = OrderedDict()  # the same, of models with LoRAs
         self._loras: Mapping[str, Mapping[str, Any]] = {}
         self._sets = 0
         self.loading = False  # right now, in another thread than the one that asks
@@ -187,7 +187,7 @@ class Registry(Generic[Bundle]):
         self._loaded.move_to_end(name)
         return self._loaded[name]
 
-    def bundle(self, network: Network) -> Bundle:
+    def bundle(self, network: ModelKey) -> Bundle:
         """The model, or the model with its LoRAs, made now if it is not there. Raises KeyError."""
         model = self[network.model]
         if not network.loras:
@@ -197,18 +197,18 @@ class Registry(Generic[Bundle]):
         self._merged.move_to_end(network)
         return self._merged[network]
 
-    def changed(self, model: Bundle, network: Network) -> Bundle:
+    def changed(self, model: Bundle, network: ModelKey) -> Bundle:
         """A bundle of the network's model with its LoRAs."""
         return self._apply(model, self._chosen(network)) if network.loras else model
 
     def holds(self, name: str) -> bool:
         return name in self._loaded
 
-    def has(self, network: Network) -> bool:
+    def has(self, network: ModelKey) -> bool:
         """Whether a job can run on it right now."""
         return self.holds(network.model) and (not network.loras or network in self._merged)
 
-    def ready(self, network: Network, busy: Collection[Network]) -> bool:
+    def ready(self, network: ModelKey, busy: Collection[ModelKey]) -> bool:
         """Load and merge what is missing of a network, in the place of what is not busy; False if it does not
         fit beside the busy."""
         models = {other.model for other in busy}
@@ -219,7 +219,7 @@ class Registry(Generic[Bundle]):
                 return False
         return self.has(network) or self._merge(network, busy)
 
-    def _merge(self, network: Network, busy: Collection[Network]) -> bool:
+    def _merge(self, network: ModelKey, busy: Collection[ModelKey]) -> bool:
         """Merge a network's LoRAs into a copy of its model, as ready()."""
         size = self._changed([lora for lora, _ in self._chosen(network)])
         idle = [other for other in self._merged if other not in busy]
@@ -263,7 +263,7 @@ class Registry(Generic[Bundle]):
         for name in self._paths:
             self.load(name, tuple(self._loaded))
 
-    def _chosen(self, network: Network) -> list[tuple[Lora, float]]:
+    def _chosen(self, network: ModelKey) -> list[tuple[Lora, float]]:
         """A network's LoRAs and their weights."""
         return [(self._loras[network.model][name], weight) for name, weight in network.loras]
 
@@ -272,7 +272,7 @@ class Registry(Generic[Bundle]):
         self._forget(network for network in list(self._merged) if network.model == name)
         del self._loaded[name]
 
-    def _forget(self, networks: Iterable[Network]) -> None:
+    def _forget(self, networks: Iterable[ModelKey]) -> None:
         for network in networks:
             del self._merged[network]
 

@@ -53,7 +53,8 @@ from service.device.select import (
     suited,
 )
 from service.engine.engine import Call, Preview
-from service.engine.job import ImageKey, Job, Network, Shape, Trouble
+from service.engine.events import Incident
+from service.engine.job import ImageKey, Job, ModelKey, Shape
 from service.engine.row_limits import Use
 from service.errors import NonFinite, OutOfMemory
 from service.settings import Settings
@@ -86,9 +87,9 @@ class TorchRunner:
         self.jobs: dict[str, JobState] = {}
         self.plans: dict[str, tuple[Plan, Shape]] = {}
         self.schedules = {name: Schedule(spec.schedule) for name, spec in registry.specs.items()}
-        self.precise: dict[Network, LatentDiffusion] = {}  # float32 copies, for as long as a job needs them
+        self.precise: dict[ModelKey, LatentDiffusion] = {}  # float32 copies, for as long as a job needs them
         self.projections: dict[str, Projection] = {}
-        self.note: Callable[[Trouble], None] = lambda trouble: None  # hears of what is mended here
+        self.note: Callable[[Incident], None] = lambda trouble: None  # hears of what is mended here
         device = device or torch.device("cpu")
         self.memory = memory_of(device)
         self.graphs = graphs_on(device)
@@ -107,7 +108,7 @@ class TorchRunner:
         size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
         latent = (channels, *size)
         line, _ = self.plans.get(job.id) or (self._plan(job), None)
-        group = (job.network, latent, self._context_shape(job), precise)
+        group = (job.model_key, latent, self._context_shape(job), precise)
         self.plans[job.id] = line, Shape(group, len(line), size[0] * size[1], len(corners))
         return self.plans[job.id][1]
 
@@ -123,11 +124,11 @@ class TorchRunner:
         return self.registry[job.model].context_shape(asked)
 
     @loss_told()
-    def ready(self, job: Job, busy: Collection[Network]) -> bool:
-        if self.registry.has(job.network):
+    def ready(self, job: Job, busy: Collection[ModelKey]) -> bool:
+        if self.registry.has(job.model_key):
             return True
         with out_of_memory_refused():
-            room = self.registry.ready(job.network, busy)
+            room = self.registry.ready(job.model_key, busy)
         if room:
             self._after_swap()
         return room
@@ -143,7 +144,7 @@ class TorchRunner:
     @torch.inference_mode()
     def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
         with out_of_memory_refused():
-            bundle = self._precise(job.network) if precise else self.registry.bundle(job.network)
+            bundle = self._precise(job.model_key) if precise else self.registry.bundle(job.model_key)
             rows, asked = told_rows(job.guidance_scale), asked_of(job, bundle.spec.label_cell)
             contexts = bundle.contexts(asked)
             contexts = None if contexts is None else contexts.rows(rows)
@@ -196,7 +197,7 @@ class TorchRunner:
                     beside = state.bundle.beside_tile(image.low)
                 image.beside, image.low = beside.expand(state.job.rows, -1, -1, -1), None
 
-    def _precise(self, network: Network) -> LatentDiffusion:
+    def _precise(self, network: ModelKey) -> LatentDiffusion:
         """The network in float32: itself if it is, else a copy."""
         model = self.registry[network.model]
         if model.unet.dtype == torch.float32:
@@ -240,7 +241,7 @@ class TorchRunner:
         except OutOfMemory:
             if len(images) > 1:
                 raise
-            self.note(Trouble("out_of_memory", "step"))
+            self.note(Incident("out_of_memory", "step"))
         self._free()
         with out_of_memory_refused(), self.graphs.paused():
             return advance(states, images, size if self.invariant else 1), None
@@ -291,7 +292,7 @@ class TorchRunner:
         z = state.bundle.completed(image.x[None], image.beside)  # (1, C, h, w)
         x = self._decode(state.bundle, z)
         if not torch.isfinite(x).all() and state.bundle.autoencoder.dtype != torch.float32:
-            self.note(Trouble("non_finite", "decode"))
+            self.note(Incident("non_finite", "decode"))
             with out_of_memory_refused():
                 x = self._decode(state.bundle.with_autoencoder(torch.float32), z)
         if not torch.isfinite(x).all():
@@ -305,7 +306,7 @@ class TorchRunner:
             with out_of_memory_refused():
                 return self.graphs.run(bundle.autoencoder, bundle.decode, z.clone())
         except OutOfMemory:
-            self.note(Trouble("out_of_memory", "decode"))
+            self.note(Incident("out_of_memory", "decode"))
         self._free()  # here, not above: until there, the exception holds what the call had
         with out_of_memory_refused():
             return bundle.decode(z.clone()) if self.invariant else bundle.decode_tiles(z.clone())

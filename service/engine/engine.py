@@ -7,26 +7,27 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from cachetools import LRUCache
 
-from service.engine.job import (
+from service.engine.events import (
     Cancelled,
     Decoded,
     Done,
     Event,
     Failed,
-    ImageKey,
-    Job,
-    Network,
+    Incident,
+    IncidentKind,
+    JobSteps,
     Previewed,
-    Shape,
+    QueuePosition,
+    QueuePositions,
+    Stage,
     Started,
     Stepped,
-    Trouble,
-    Waiting,
 )
+from service.engine.job import ImageKey, Job, ModelKey, Shape
 from service.engine.row_limits import GROUPS, Limits, Use
 from service.engine.scheduler import Scheduler
 from service.errors import NonFinite, OutOfMemory, code_of
@@ -76,7 +77,7 @@ class Runner(Protocol):
     def shape(self, job: Job, precise: bool = False) -> Shape:
         """What the scheduler must know of a job, for sure once ready(); precise: of its run in float32."""
 
-    def ready(self, job: Job, busy: Collection[Network]) -> bool:
+    def ready(self, job: Job, busy: Collection[ModelKey]) -> bool:
         """Load or merge the job's network if it is not; False where it does not fit beside the busy ones."""
 
     def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
@@ -149,7 +150,7 @@ class Engine:
         self.clock = clock
         self.jobs: dict[str, Progress] = {}
         self.door: dict[str, None] = {}  # jobs whose network is not known to be there, by arrival
-        self.networks: dict[Network, int] = {}  # jobs past the door, by what they run on
+        self.networks: dict[ModelKey, int] = {}  # jobs past the door, by what they run on
         self.latents: deque[ImageKey] = deque()  # through the UNet, not yet through D
         self.owed = 0.0  # seconds that D has had less than the UNet
         self.pace: float | None = None  # seconds for one unit of work
@@ -220,7 +221,7 @@ class Engine:
         self.scheduler.admit(job.id, shape, progress.units, job.rows, job.priority)
         self.door.pop(job.id, None)
         progress.entered = True
-        self.networks[job.network] = self.networks.get(job.network, 0) + 1
+        self.networks[job.model_key] = self.networks.get(job.model_key, 0) + 1
         self.limits.cautious(shape.group)
         self._limit(shape.group)
 
@@ -238,9 +239,9 @@ class Engine:
             return
         progress.entered = False
         self.scheduler.remove(job.id)
-        self.networks[job.network] -= 1
-        if not self.networks[job.network]:
-            del self.networks[job.network]
+        self.networks[job.model_key] -= 1
+        if not self.networks[job.model_key]:
+            del self.networks[job.model_key]
 
     def _started(self, keys: list[ImageKey]) -> list[ImageKey]:
         """The picked images of jobs that have begun, or that begin now without failing."""
@@ -270,10 +271,10 @@ class Engine:
         if self.waiting and now >= self.next_report:
             self.next_report = now + TELL_SECONDS
             if places := self._places():
-                self.emit(Waiting(places))
+                self.emit(QueuePositions(places))
 
-    def _places(self) -> tuple[tuple[str, int, float | None], ...]:
-        """As in Waiting; who is at the door comes after all that are in."""
+    def _places(self) -> tuple[QueuePosition, ...]:
+        """As in QueuePositions; who is at the door comes after all that are in."""
         queued = [(p.job, p.ahead + p.own) for p in self.scheduler.queue() if not self.jobs[p.job].told]
         work = self.scheduler.work
         for job in self.door:
@@ -281,7 +282,9 @@ class Engine:
             shape = progress.shape
             work += progress.units * progress.job.rows * shape.evaluations * shape.row_cost
             queued.append((job, work))
-        return tuple((job, place, self._seconds(work)) for place, (job, work) in enumerate(queued, 1))
+        return tuple(
+            QueuePosition(job, place, self._seconds(work)) for place, (job, work) in enumerate(queued, 1)
+        )
 
     def _seconds(self, work: float) -> float | None:
         return None if self.pace is None else work * self.pace
@@ -327,7 +330,7 @@ class Engine:
         fine = [key for key in keys if key.job not in call.broken]
         shown = [key for key in fine if self._count(key)]
         self._advance(fine)
-        jobs = tuple((job, sum(self.jobs[job].furthest.values())) for job in by_job(keys))
+        jobs = tuple(JobSteps(job, sum(self.jobs[job].furthest.values())) for job in by_job(keys))
         running = len(self.jobs) - self.waiting
         self.emit(Stepped(self._rows(keys), call.rows, len(keys), seconds, running, self.waiting, jobs))
         self._mend(call.broken)
@@ -337,7 +340,7 @@ class Engine:
     def _mend(self, broken: Sequence[str]) -> None:
         """Run jobs again whose numbers are none."""
         for job in broken:
-            self.emit(Trouble("non_finite", "step"))
+            self.emit(Incident("non_finite", "step"))
             self._again(self.jobs[job])
 
     def _learn(self, keys: list[ImageKey], call: Call, seconds: float) -> None:
@@ -451,7 +454,7 @@ class Engine:
         self.emit(
             Done(
                 job.id,
-                pictures=tuple(progress.pictures[index] for index in range(progress.units)),
+                images=tuple(progress.pictures[index] for index in range(progress.units)),
                 warnings=progress.warnings,
                 queue=progress.begun - progress.received,
                 denoise=progress.denoised - progress.begun,
@@ -459,10 +462,11 @@ class Engine:
             )
         )
 
-    def _note(self, error: Exception, stage: Literal["load", "start", "step", "decode"]) -> None:
+    def _note(self, error: Exception, stage: Stage) -> None:
         """Tell of an error that operators count."""
         if isinstance(error, OutOfMemory | NonFinite):
-            self.emit(Trouble(code_of(error), stage))
+            kind: IncidentKind = "out_of_memory" if isinstance(error, OutOfMemory) else "non_finite"
+            self.emit(Incident(kind, stage))
 
     def _fail(self, job: str, error: Exception) -> None:
         log.error("job %s failed", job, exc_info=error)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from models.conditioning.boxes import Box
 from models.spec import Spacing
@@ -12,7 +12,7 @@ from models.spec import Spacing
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON client can hold
 
 
-class Network(NamedTuple):
+class ModelKey(NamedTuple):
     """What a job runs on: a model, and the LoRAs merged into it, sorted, each at a weight that is not 0."""
 
     model: str
@@ -36,8 +36,6 @@ class Job:
     every ModelSpec.label_cell pixels, row by row, two bytes: the number of a label counted from 1, or 0; none
     for none. boxes: as in models.boxes, for a model that reads them.
     """
-
-    BLOBS: ClassVar[tuple[str, ...]] = ("image", "mask", "regions")  # go beside a message's header, not in it
 
     id: str
     model: str
@@ -65,12 +63,12 @@ class Job:
     spacing: Spacing | None = None  # of the timesteps; None: the sampler's own
     long_prompts: str = "cut"  # or "chunk": as many contexts side by side as they fill
     prompt_weights: bool = False  # prompts have the grammar of models.prompts
-    loras: tuple[tuple[str, float], ...] = ()  # as in Network
+    loras: tuple[tuple[str, float], ...] = ()  # as in ModelKey
 
     @property
-    def network(self) -> Network:
+    def model_key(self) -> ModelKey:
         """Jobs with another may not share its UNet calls."""
-        return Network(self.model, self.loras)
+        return ModelKey(self.model, self.loras)
 
     @property
     def task(self) -> str:
@@ -97,18 +95,6 @@ class Job:
         """Rows that one image costs in a UNet call."""
         return 2 if self.needs_both else 1
 
-    def to_message(self) -> tuple[dict[str, Any], tuple[bytes, ...]]:
-        """Plain values and blobs, for a message between processes."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.BLOBS}
-        return plain, tuple(getattr(self, name) for name in self.BLOBS)
-
-    @classmethod
-    def from_message(cls, plain: dict[str, Any], blobs: tuple[bytes, ...]) -> Job:
-        """The inverse of to_message."""
-        boxes, loras = (tuple(Box(*box) for box in plain["boxes"]), tuple(map(tuple, plain["loras"])))
-        plain = plain | {"boxes": boxes, "loras": loras}
-        return cls(**plain, **dict(zip(cls.BLOBS, blobs, strict=True)))
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -123,91 +109,3 @@ class Shape:
     evaluations: int
     row_cost: float
     parts: int = 1
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Where the jobs that have not begun stand: (job, position from 1, seconds until it ends, if known)."""
-
-    places: tuple[tuple[str, int, float | None], ...]
-
-
-@dataclass(frozen=True)
-class Started:
-    """The job's first rows are about to run; steps: of all its images together."""
-
-    job: str
-    steps: int
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """One UNet call is over. rows: used; padded: run; running and waiting: jobs begun and not.
-
-    jobs: of each job in the call, the steps done so far, of all its images together.
-    """
-
-    rows: int
-    padded: int
-    images: int
-    seconds: float
-    running: int
-    waiting: int
-    jobs: tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """One picture is through D, which took so long."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """Something went wrong, and was mended or not: memory ran out, or numbers were none."""
-
-    kind: Literal["out_of_memory", "non_finite"]
-    stage: Literal["load", "start", "step", "decode"]
-
-
-@dataclass(frozen=True)
-class Previewed:
-    """What image `index` looks like after `step` steps: height x width x 3 bytes, maybe at a smaller size."""
-
-    job: str
-    index: int
-    step: int
-    width: int
-    height: int
-    pixels: bytes
-
-
-@dataclass(frozen=True)
-class Done:
-    """The job's pictures, each height x width x 3 bytes, or the tiles of each in turn; seconds of parts."""
-
-    job: str
-    pictures: tuple[bytes, ...]
-    warnings: tuple[str, ...]
-    queue: float
-    denoise: float
-    decode: float
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The job has no pictures; code: of errors.TABLE."""
-
-    job: str
-    code: str
-
-
-@dataclass(frozen=True)
-class Cancelled:
-    """The job was given up at the client's wish."""
-
-    job: str
-
-
-Event = Waiting | Started | Stepped | Decoded | Trouble | Previewed | Done | Failed | Cancelled

@@ -151,7 +151,7 @@ class Jobs:
     async def submit(self, body: AnyJob, key: Hashable, request_id: str) -> Record:
         """A new job, or the one that the key (its Idempotency-Key and its sender, or None) began.
 
-        Raises as intake and Supervisor.place() do.
+        Raises as intake and Supervisor.reserve_slot() do.
         """
         if key is None:
             return await self._begin(body, None, request_id)
@@ -171,7 +171,7 @@ class Jobs:
         begin, service = time.monotonic(), self.supervisor
         try:
             with ExitStack() as place:
-                place.enter_context(service.place())
+                place.enter_context(service.reserve_slot())
                 order = await asyncio.to_thread(to_order, body, service, kept)
                 previews = body.model_dump(include={"preview_every", "preview_decoded"})
                 order = replace(order, job=replace(order.job, **previews))

@@ -14,7 +14,7 @@ from PIL import Image
 from starlette.responses import Response
 
 from models.tiles import merge
-from service.engine.job import Done, Previewed
+from service.engine.events import Done, Previewed
 from service.errors import NotAcceptable
 from service.requests import images
 from service.requests.images import MEDIA_TYPES, Format
@@ -124,8 +124,8 @@ async def make(
 
 def parts_of(order: Order, done: Done) -> list[tuple[bytes, ...]]:
     """The picture of each image by itself, or its tiles."""
-    count = len(done.pictures) // order.job.n
-    return [done.pictures[index * count :][:count] for index in range(order.job.n)]
+    count = len(done.images) // order.job.n
+    return [done.images[index * count :][:count] for index in range(order.job.n)]
 
 
 def file_of(order: Order, index: int, parts: Sequence[bytes]) -> bytes:

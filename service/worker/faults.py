@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from service.engine.job import ImageKey, Job, Network, Shape
+from service.engine.job import ImageKey, Job, ModelKey, Shape
 from service.errors import NonFinite, OutOfMemory
 
 STAGES = ("load", "start", "step", "decode")
@@ -69,7 +69,7 @@ class FaultyRunner:
         self.prompts[job.id] = job.prompt
         return self.inner.shape(job, precise)
 
-    def ready(self, job: Job, busy: Collection[Network]) -> bool:
+    def ready(self, job: Job, busy: Collection[ModelKey]) -> bool:
         self._break("load", [job.id])
         return self.inner.ready(job, busy)
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from service.engine.job import Previewed
+from service.engine.events import Previewed
 
 Stage = Literal["queued", "running", "done", "failed", "cancelled"]
 

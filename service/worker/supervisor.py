@@ -15,12 +15,24 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from models.spec import ModelSpec
-from service.engine.job import Done, Job, Previewed, Stepped, Trouble
+from service.engine.events import (
+    Cancelled,
+    Decoded,
+    Done,
+    Failed,
+    Incident,
+    Previewed,
+    QueuePosition,
+    QueuePositions,
+    Started,
+    Stepped,
+)
+from service.engine.job import Job
 from service.errors import (
     Draining,
+    JobFailed,
     Loading,
     NotFound,
     QueueFull,
@@ -33,6 +45,17 @@ from service.metrics import Metrics
 from service.settings import Settings, to_environment
 from service.worker import protocol
 from service.worker.progress import Progress, State
+from service.worker.protocol import (
+    Cancel,
+    Command,
+    Fatal,
+    Heartbeat,
+    Ready,
+    Rejected,
+    Report,
+    Submit,
+    UnreadableMessageError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +121,7 @@ class Life:
     ready: bool = False
     stalled: bool = False
     loading: bool = True
-    turns: int = -1
+    ticks: int = -1
     begun: float = field(default_factory=time.monotonic)
     stepped: bool = False
     heard: float = field(default_factory=time.monotonic)
@@ -120,9 +143,9 @@ class Life:
         self.process.kill()
         self.writer.transport.abort()
 
-    def send(self, header: dict[str, Any], blobs: tuple[bytes, ...] = ()) -> None:
+    def send(self, command: Command) -> None:
         if not self.writer.is_closing():
-            self.writer.write(protocol.pack(header, blobs))
+            self.writer.write(protocol.encode(command))
 
 
 class Supervisor:
@@ -132,7 +155,7 @@ class Supervisor:
         self.settings = settings
         self.metrics = metrics
         self.specs: dict[str, ModelSpec] = {}
-        self.places = 0  # taken
+        self.slots_in_use = 0  # taken
         self.draining = False
         self.failure: WorkerFailed | None = None
         self.failed = asyncio.Event()
@@ -170,18 +193,18 @@ class Supervisor:
                 raise self._refusal(kind)
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def reserve_slot(self) -> Iterator[None]:
         """A place in the queue for as long as the context lasts. Raises QueueFull and as check_open()."""
         self.check_open()
-        if self.places >= self.settings.queue_size:
+        if self.slots_in_use >= self.settings.queue_size:
             raise self._refusal(QueueFull)
-        self.places += 1
+        self.slots_in_use += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self.places -= 1
-            if not self.places:
+            self.slots_in_use -= 1
+            if not self.slots_in_use:
                 self._idle.set()
 
     def _refusal(self, kind: type[ServiceError]) -> ServiceError:
@@ -216,7 +239,7 @@ class Supervisor:
         if ticket.progress.state.stage == "cancelled":
             self.metrics.cancelled.labels("running" if ticket.running else "queued").inc()
             if ticket.sent and self._life:
-                self._life.send({"kind": "Cancel", "job": ticket.job.id})
+                self._life.send(Cancel(ticket.job.id))
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -232,8 +255,7 @@ class Supervisor:
         for ticket in allowed:
             if not ticket.sent:
                 ticket.sent = True
-                plain, blobs = ticket.job.to_message()
-                self._life.send({"kind": "Submit", "job": plain}, blobs)
+                self._life.send(Submit(ticket.job))
 
     async def drain(self) -> None:
         """Take nothing new; return when all is answered, or refuse the rest when the time for that is up."""
@@ -313,39 +335,75 @@ class Supervisor:
         life.kill()
 
     async def _listen(self, life: Life) -> None:
-        """Take messages until the worker ends, or says what nobody understands. Raises WorkerFailed."""
+        """Take messages until the worker ends. Raises WorkerFailed."""
         try:
             while True:
-                header, blobs = await receive(life.reader)
+                frame = await protocol.receive_frame(life.reader)
                 life.heard = time.monotonic()
-                self._take(life, header.pop("kind"), header, blobs)
-        except (asyncio.IncompleteReadError, ConnectionError):
+                try:
+                    report = protocol.decode_report(frame)
+                except UnreadableMessageError as error:
+                    self._unreadable(error)
+                else:
+                    self._take(life, report)
+        except asyncio.IncompleteReadError:
             return
-        except WorkerFailed:
-            raise
-        except Exception:
-            log.exception("a message of the worker cannot be read; replacing it")
+        except ConnectionError as error:
+            log.warning("the connection to the worker is lost: %s", error)
 
-    def _take(self, life: Life, kind: str, header: dict[str, Any], blobs: tuple[bytes, ...]) -> None:
-        if kind == "Beat":
-            self._beat(life, **header)
-        elif kind == "Ready":
-            self.specs = {spec.name: spec for spec in map(ModelSpec.from_dict, header["specs"])}
-            life.ready, life.loading, life.moved = True, False, time.monotonic()
-            self._tell_start(life, header["memory"], header["parts"])
-            self._dispatch()
-        elif kind == "Stepped":
-            self._stepped(life, Stepped(**header))
-        elif kind == "Trouble":
-            self.metrics.troubled(Trouble(**header))
-        elif kind == "Decoded":
-            self.metrics.decode_seconds.observe(header["seconds"])
-        elif kind == "Waiting":
-            self._waiting(header["places"])
-        elif kind == "Fatal":
-            raise WorkerFailed(header["message"])
-        elif ticket := self._tickets.get(header["job"]):  # else its client has left
-            self._take_of(ticket, kind, header, blobs)
+    def _unreadable(self, error: UnreadableMessageError) -> None:
+        """Count a message that cannot be read; if it ended a job, the job fails, since no other will come."""
+        log.error("the worker sent an %s", error)
+        self.metrics.unreadable_messages.inc()
+        if error.kind not in ("Started", "Previewed"):
+            self._fail(error.job, JobFailed())
+
+    def _fail(self, job: str | None, error: ServiceError) -> None:
+        """Answer a job with an error; one that has its answer, or that nobody waits for, is left alone."""
+        ticket = self._tickets.get(job or "")
+        if ticket and not ticket.answer.done():
+            ticket.answer.set_exception(error)
+
+    def _take(self, life: Life, report: Report) -> None:
+        """Act on a message of the worker. Raises WorkerFailed."""
+        match report:
+            case Heartbeat():
+                self._beat(life, report)
+            case Ready():
+                self._ready(life, report)
+            case Fatal(message):
+                raise WorkerFailed(message)
+            case Rejected(job, reason):
+                log.error("the worker rejected a message: %s", reason)
+                self.metrics.unreadable_messages.inc()
+                self._fail(job, JobFailed())
+            case QueuePositions(positions):
+                self._wait_at(positions)
+            case Started(job, steps):
+                self._started(job, steps)
+            case Stepped():
+                self._stepped(life, report)
+            case Decoded(seconds):
+                self.metrics.decode_seconds.observe(seconds)
+            case Previewed():
+                if ticket := self._tickets.get(report.job):
+                    ticket.progress.show(report)
+            case Incident():
+                self.metrics.troubled(report)
+            case Done():
+                ticket = self._tickets.get(report.job)
+                if ticket and not ticket.answer.done():  # else its client has left
+                    ticket.answer.set_result(report)
+            case Failed(job, code):
+                self._fail(job, from_code(code))
+            case Cancelled():
+                pass  # the ticket is closed already
+
+    def _ready(self, life: Life, report: Ready) -> None:
+        self.specs = {spec.name: spec for spec in report.specs}
+        life.ready, life.loading, life.moved = True, False, time.monotonic()
+        self._tell_start(life, report.memory, dict(report.parts))
+        self._dispatch()
 
     def _tell_start(self, life: Life, memory: int, parts: dict[str, float]) -> None:
         """Where the time of a start went, in one line."""
@@ -356,10 +414,10 @@ class Supervisor:
         rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
         log.info("ready in %.2f s: %s", total, told, extra={"seconds": round(total, 3), "parts": rounded})
 
-    def _beat(self, life: Life, turns: int, busy: bool, loading: bool, memory: int) -> None:
-        self.metrics.device_memory.labels("used").set(memory)
-        if turns != life.turns or not busy or life.loading != loading:
-            life.turns, life.moved, life.loading = turns, time.monotonic(), loading
+    def _beat(self, life: Life, beat: Heartbeat) -> None:
+        self.metrics.device_memory.labels("used").set(beat.memory)
+        if beat.ticks != life.ticks or not beat.busy or life.loading != beat.loading:
+            life.ticks, life.moved, life.loading = beat.ticks, time.monotonic(), beat.loading
 
     def _stepped(self, life: Life, event: Stepped) -> None:
         self.metrics.stepped(event)
@@ -367,36 +425,20 @@ class Supervisor:
             life.stepped = True
             seconds = {"rows": event.padded, "seconds": round(event.seconds, 3)}
             log.info("the first UNet call took %.2f s", event.seconds, extra=seconds)
-        for job, step in event.jobs:
+        for job, steps in event.jobs:
             if ticket := self._tickets.get(job):
-                ticket.step = step
-                ticket.progress.advance(step)
+                ticket.step = steps
+                ticket.progress.advance(steps)
 
-    def _waiting(self, places: Sequence[tuple[str, int, float | None]]) -> None:
-        for job, position, estimate in places:
+    def _wait_at(self, positions: Sequence[QueuePosition]) -> None:
+        for job, position, seconds in positions:
             if ticket := self._tickets.get(job):
-                ticket.progress.wait_at(position, estimate)
+                ticket.progress.wait_at(position, seconds)
 
-    def _take_of(self, ticket: Ticket, kind: str, header: dict[str, Any], blobs: tuple[bytes, ...]) -> None:
-        if kind == "Started":
+    def _started(self, job: str, steps: int) -> None:
+        if ticket := self._tickets.get(job):
             ticket.running = True
-            ticket.progress.start(header["steps"])
-        elif kind == "Previewed":
-            ticket.progress.show(Previewed(pixels=blobs[0], **header))
-        elif ticket.answer.done():  # cancelled while the answer was on its way
-            return
-        elif kind == "Done":
-            warnings = tuple(header.pop("warnings"))
-            ticket.answer.set_result(Done(pictures=blobs, warnings=warnings, **header))
-        elif kind == "Failed":
-            ticket.answer.set_exception(from_code(header["code"]))
-
-
-async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], tuple[bytes, ...]]:
-    """The next message. Raises IncompleteReadError at the end."""
-    lengths = await reader.readexactly(protocol.LENGTHS.size)
-    of_text, of_body = protocol.LENGTHS.unpack(lengths)
-    return protocol.unpack(await reader.readexactly(of_text), await reader.readexactly(of_body))
+            ticket.progress.start(steps)
 
 
 async def spawn(settings: Settings) -> Life:

@@ -38,7 +38,8 @@ from service.device.graphs import graphs_on
 from service.device.runner import TorchRunner
 from service.device.select import choose_device, choose_dtype, fix_arithmetic, suited
 from service.engine.engine import Engine
-from service.engine.job import Done, Event, Failed, ImageKey, Job
+from service.engine.events import Done, Event, Failed
+from service.engine.job import ImageKey, Job
 from service.errors import DeviceLost
 from service.worker.faults import FaultyRunner, read_faults
 from tests.benchmarks import shapes

@@ -22,7 +22,8 @@ from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, Text
 from service.device.runner import TorchRunner
 from service.device.select import suited
 from service.engine.engine import Engine
-from service.engine.job import Done, Job, Network
+from service.engine.events import Done
+from service.engine.job import Job, ModelKey
 
 PROMPT = "a red apple on a wooden table in the evening"
 GUIDANCE = 5.0
@@ -289,13 +290,13 @@ class Held:
     def __getitem__(self, name: str) -> LatentDiffusion:
         return self.model
 
-    def bundle(self, network: Network) -> LatentDiffusion:
+    def bundle(self, network: ModelKey) -> LatentDiffusion:
         return self.model
 
-    def changed(self, model: LatentDiffusion, network: Network) -> LatentDiffusion:
+    def changed(self, model: LatentDiffusion, network: ModelKey) -> LatentDiffusion:
         return model
 
-    def has(self, network: Network) -> bool:
+    def has(self, network: ModelKey) -> bool:
         return True
 
     def holds(self, name: str) -> bool:
@@ -358,5 +359,5 @@ def engine_pictures(runner: TorchRunner, spec: ModelSpec, batch: int, steps: int
         engine.tick()
     if not isinstance(answers[-1], Done):
         raise RuntimeError(f"the engine ended with {answers[-1]}")
-    pixels = [torch.frombuffer(bytearray(picture), dtype=torch.uint8) for picture in answers[-1].pictures]
+    pixels = [torch.frombuffer(bytearray(picture), dtype=torch.uint8) for picture in answers[-1].images]
     return torch.stack(pixels).view(batch, height, width, 3) / 255

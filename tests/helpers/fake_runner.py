@@ -6,15 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from service.engine.engine import Call, Engine, Preview
-from service.engine.job import (
-    Cancelled,
-    Done,
-    Failed,
-    ImageKey,
-    Job,
-    Network,
-    Shape,
-)
+from service.engine.events import Cancelled, Done, Failed
+from service.engine.job import ImageKey, Job, ModelKey, Shape
 from service.engine.row_limits import Use
 from service.errors import NonFinite, OutOfMemory
 
@@ -58,10 +51,10 @@ class CountingRunner:
         self.shaped[job.id] = precise
         return Shape((job.model, job.width, precise), job.steps, 1.0)
 
-    def ready(self, job: Job, busy: Collection[Network]) -> bool:
+    def ready(self, job: Job, busy: Collection[ModelKey]) -> bool:
         self.break_at("load", job)
         if job.model not in self.loaded:
-            kept = [model for model in self.loaded if Network(model) in busy]
+            kept = [model for model in self.loaded if ModelKey(model) in busy]
             if len(kept) >= self.rooms:
                 return False
             self.loaded = [*kept, job.model]

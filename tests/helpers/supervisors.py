@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 
+from service.engine.events import JobSteps, Previewed, Started, Stepped
 from service.metrics import Metrics
 from service.settings import Settings
+from service.worker.protocol import Report
 from service.worker.supervisor import Life, Supervisor
 
 
@@ -30,12 +32,15 @@ class Worker:
         self.life = Life(None, None, None)
         self.job = job
 
-    def say(self, kind: str, blobs: tuple[bytes, ...] = (), **header) -> None:
-        self.service._take(self.life, kind, header, blobs)
+    def say(self, report: Report) -> None:
+        self.service._take(self.life, report)
+
+    def start(self, steps: int) -> None:
+        self.say(Started(self.job, steps))
 
     def step(self, done: int) -> None:
-        counts = {"rows": 2, "padded": 2, "images": 1, "seconds": 0.1, "running": 1, "waiting": 0}
-        self.say("Stepped", jobs=[[self.job, done]], **counts)
+        jobs = (JobSteps(self.job, done),)
+        self.say(Stepped(rows=2, padded=2, images=1, seconds=0.1, running=1, waiting=0, jobs=jobs))
 
     def preview(self, step: int) -> None:
-        self.say("Previewed", (b"rgb",), job=self.job, index=0, step=step, width=1, height=1)
+        self.say(Previewed(self.job, index=0, step=step, width=1, height=1, pixels=b"rgb"))

@@ -10,7 +10,8 @@ from models.checkpoint import load
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.engine.engine import Engine
-from service.engine.job import Done, ImageKey, Job, Stepped
+from service.engine.events import Done, Stepped
+from service.engine.job import ImageKey, Job
 from tests.helpers.fake_runner import make_job, outcomes
 
 
@@ -23,14 +24,14 @@ def run_together(runner: TorchRunner, *jobs: Job) -> tuple[list[list[bytes]], li
     while engine.busy:
         engine.tick()
     assert set(outcomes(events).values()) == {"done"}
-    done = {event.job: event.pictures for event in events if type(event).__name__ == "Done"}
+    done = {event.job: event.images for event in events if type(event).__name__ == "Done"}
     return [done[job.id] for job in jobs], [event for event in events if isinstance(event, Stepped)]
 
 
 def run_jobs(runner: TorchRunner, *jobs: Job) -> dict[str, tuple[bytes, ...]]:
     """Job id -> images of jobs that run together."""
     done: dict[str, tuple[bytes, ...]] = {}
-    engine = Engine(runner, lambda e: isinstance(e, Done) and done.update({e.job: e.pictures}), 8, 4)
+    engine = Engine(runner, lambda e: isinstance(e, Done) and done.update({e.job: e.images}), 8, 4)
     for job in jobs:
         engine.submit(job)
     while engine.busy:

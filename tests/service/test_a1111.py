@@ -284,9 +284,9 @@ def test_no_picture_is_decoded_without_a_place_in_the_queue(path, how):
             return (await client.post(path, **how)).status_code
 
     assert asyncio.run(ask()) in (400, 422)
-    with supervisor.place():
+    with supervisor.reserve_slot():
         assert asyncio.run(ask()) == 429
-    assert supervisor.places == 0
+    assert supervisor.slots_in_use == 0
 
 
 @pytest.mark.parametrize("args", [["\ud800"], json.loads("[" * 400 + "]" * 400)])

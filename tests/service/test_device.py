@@ -14,7 +14,8 @@ from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.device.select import Verdicts, loss_told, out_of_memory_refused, suited
 from service.engine.engine import Call, Engine
-from service.engine.job import Done, Event, ImageKey, Job, Trouble
+from service.engine.events import Done, Event, Incident
+from service.engine.job import ImageKey, Job
 from service.errors import DeviceLost, OutOfMemory
 from service.worker.faults import FaultyRunner, read_faults
 from tests.checkpoints.tiny import tiny_model
@@ -126,7 +127,7 @@ def jobs() -> list[Job]:
 
 
 def pictures(events: list[Event]) -> dict[str, tuple[bytes, ...]]:
-    return {event.job: event.pictures for event in events if isinstance(event, Done)}
+    return {event.job: event.images for event in events if isinstance(event, Done)}
 
 
 @pytest.mark.parametrize("at", [1, 2, 4])
@@ -135,7 +136,7 @@ def test_a_job_whose_numbers_broke_runs_again_though_it_is_told_late(tiny: Path,
     assert pictures(run(LateRunner(tiny), jobs)) == expected
     events = run(LateRunner(tiny, at, times=1), jobs)
     assert pictures(events) == expected
-    assert sum(event == Trouble("non_finite", "step") for event in events) == 1
+    assert sum(event == Incident("non_finite", "step") for event in events) == 1
 
 
 def test_a_job_whose_numbers_break_again_is_refused_alone(tiny: Path, jobs):

@@ -24,7 +24,6 @@ from models.networks.autoencoder import Autoencoder
 from service.api.native import describe
 from service.device.registry import Registry
 from service.device.runner import TorchRunner, build
-from service.engine.job import Job
 from service.errors import InvalidRequest
 from service.requests import response
 from service.requests.resolve import Order, to_order
@@ -269,7 +268,6 @@ def test_the_task_of_a_request_is_one_of_the_models(loaded):
     name, _, runner = loaded
     order = order_of(runner, name, **BODIES[name])
     assert order.job.task == TASKS[name][0][0]
-    assert Job.from_message(*order.job.to_message()) == order.job
     again = kind(name).model_validate(
         BODIES[name] | response.parameters(order, 0) | {"model": "m"}
     )  # parameters are a request, apart from its pictures

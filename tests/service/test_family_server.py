@@ -15,7 +15,7 @@ from models.networks.autoencoder import Autoencoder
 from service.cli.main import main
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
-from service.engine.job import Done
+from service.engine.events import Done
 from service.requests.resolve import to_order
 from service.requests.response import enlarged as enlarged_of
 from service.requests.response import parts_of, pixels_of

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.engine.job import Previewed
+from service.engine.events import Previewed
 from service.errors import InvalidRequest
 from service.requests import response
 from service.requests.resolve import to_order

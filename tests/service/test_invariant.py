@@ -20,7 +20,8 @@ from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.device.select import even
 from service.engine.engine import Engine
-from service.engine.job import Done, Job
+from service.engine.events import Done
+from service.engine.job import Job
 from tests.helpers.clients import EIGHT, post, together
 from tests.helpers.environment import ROOT
 from tests.helpers.fake_runner import make_job
@@ -56,7 +57,7 @@ def random_job(name: str, draw: random.Random) -> Job:
 def pictures(runner: TorchRunner, jobs: Sequence[Job], draw: random.Random) -> dict[str, tuple[bytes, ...]]:
     """All of them, arriving one after the other at any time."""
     done: dict[str, tuple[bytes, ...]] = {}
-    engine = Engine(runner, lambda e: isinstance(e, Done) and done.update({e.job: e.pictures}), 8, 4)
+    engine = Engine(runner, lambda e: isinstance(e, Done) and done.update({e.job: e.images}), 8, 4)
     for job in jobs:
         engine.submit(job)
         for _ in range(draw.randrange(3)):

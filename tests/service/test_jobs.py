@@ -14,6 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from service.engine.events import Done, Failed, Previewed, QueuePosition, QueuePositions
 from service.errors import InvalidRequest, NotFound, QueueFull, ServiceError
 from service.requests import background as module
 from service.requests.background import Jobs, Record
@@ -51,7 +52,7 @@ class Service:
 
     async def end(self, record: Record) -> None:
         parts = {"queue": 0.1, "denoise": 0.2, "decode": 0.3}
-        self.worker(record).say("Done", (PIXELS,), job=record.id, warnings=["w"], **parts)
+        self.worker(record).say(Done(record.id, (PIXELS,), ("w",), **parts))
         await asyncio.wait({record.work})
         await asyncio.sleep(0)  # what is called back
 
@@ -60,10 +61,10 @@ def test_a_job_tells_its_place_its_steps_and_its_pictures():
     async def scenario():
         service = Service()
         record = await service.begun()
-        service.supervisor._waiting([(record.id, 2, 7.5)])
+        service.worker(record).say(QueuePositions((QueuePosition(record.id, 2, 7.5),)))
         status = await record.describe()
         assert (status.status, status.position, status.estimate) == ("queued", 2, 7.5)
-        service.worker(record).say("Started", job=record.id, steps=5)
+        service.worker(record).start(5)
         service.worker(record).step(3)
         status = await record.describe()
         assert (status.status, status.step, status.steps, status.position) == ("running", 3, 5, None)
@@ -71,7 +72,7 @@ def test_a_job_tells_its_place_its_steps_and_its_pictures():
         await service.end(record)
         status = await record.describe()
         assert (status.status, status.result.warnings, len(status.result.images)) == ("done", ["w"], 1)
-        assert service.supervisor.places == 0
+        assert service.supervisor.slots_in_use == 0
         assert service.jobs.find(record.id) is record
 
     run(scenario())
@@ -93,12 +94,12 @@ def test_events_tell_the_state_of_now_then_what_is_new_then_the_end(monkeypatch)
         assert (await news())[0] == "queued"
         assert await anext(events) is None  # silence is kept alive
         worker = service.worker(record)
-        worker.say("Started", job=record.id, steps=5)
+        worker.start(5)
         worker.step(1)
         worker.step(2)  # nobody has looked in between
         name, status = await news()
         assert (name, status.step, status.steps) == ("step", 2, 5)
-        worker.say("Previewed", (bytes(12),), job=record.id, index=0, step=2, width=2, height=2)
+        worker.say(Previewed(record.id, index=0, step=2, width=2, height=2, pixels=bytes(12)))
         name, preview = await news()
         assert (name, preview.step, preview.width, preview.media_type) == ("preview", 2, 2, "image/jpeg")
         assert (await anext(record.events()))[0] == "preview"  # who comes back sees where it is
@@ -114,14 +115,14 @@ def test_a_job_that_fails_says_why():
     async def scenario():
         service = Service()
         record = await service.begun()
-        service.worker(record).say("Failed", job=record.id, code="out_of_memory")
+        service.worker(record).say(Failed(record.id, "out_of_memory"))
         await asyncio.wait({record.work})
         status = await record.describe()
         assert (status.status, status.error.code, status.error.request_id) == ("failed", "out_of_memory", "r")
         late = await service.begun(request={"prompt": "p", "timeout": 0.01})
         await asyncio.wait({late.work})
         assert (await late.describe()).error.code == "deadline_exceeded"
-        assert service.supervisor.places == 0
+        assert service.supervisor.slots_in_use == 0
 
     run(scenario())
 
@@ -134,11 +135,11 @@ def test_cancelling_frees_the_place_at_any_moment():
         queued = await service.begun()
         await queued.cancel()
         running = await service.begun()
-        service.worker(running).say("Started", job=running.id, steps=5)
+        service.worker(running).start(5)
         await running.cancel()
         await asyncio.sleep(0)
         assert [record.status for record in (at_once, queued, running)] == ["cancelled"] * 3
-        assert service.supervisor.places == 0
+        assert service.supervisor.slots_in_use == 0
         done = await service.begun()
         await service.end(done)
         await done.cancel()

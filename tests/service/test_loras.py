@@ -16,7 +16,7 @@ from PIL import Image
 
 from service.device.registry import ModelPathError, Registry, boxed, locate_loras
 from service.device.runner import build
-from service.engine.job import Job, Network
+from service.engine.job import ModelKey
 from service.errors import InvalidRequest
 from service.requests.resolve import to_order
 from service.requests.schemas import GenerateRequest
@@ -116,15 +116,9 @@ def test_the_order_of_names_is_nothing():
         to_order(GenerateRequest(prompt="p", loras=loras), specs, Settings()).job
         for loras in ({"ink": 1.0, "oil": 0.5}, {"oil": 0.5, "ink": 1.0})
     )
-    assert one.network == other.network == Network("tiny", (("ink", 1.0), ("oil", 0.5)))
+    assert one.model_key == other.model_key == ModelKey("tiny", (("ink", 1.0), ("oil", 0.5)))
     with pytest.raises(InvalidRequest, match="there are none"):
         to_order(GenerateRequest(prompt="p", loras={"ink": 1.0}), {"tiny": tiny_spec()}, Settings())
-
-
-def test_a_job_survives_the_way_to_the_worker():
-    job = make_job("a", loras=(("ink", 0.5), ("oil", 1.0)))
-    plain, blobs = job.to_message()
-    assert Job.from_message(plain | {"loras": [list(pair) for pair in job.loras]}, blobs) == job
 
 
 def test_the_model_in_the_box_takes_one_too(tmp_path):
@@ -136,9 +130,9 @@ def test_the_model_in_the_box_takes_one_too(tmp_path):
     job = make_job("x", model="emoji", width=64, height=64, steps=2, loras=(("a", 0.5),))
     with_it, without = run_jobs(runner, job)["x"], run_jobs(runner, replace(job, loras=()))["x"]
     assert with_it != without
-    network = runner.registry.bundle(job.network)
+    network = runner.registry.bundle(job.model_key)
     assert network.unet.dtype == torch.bfloat16
-    precise = runner._precise(job.network)
+    precise = runner._precise(job.model_key)
     merged = next(
         c.target for c in runner.registry._loras["emoji"]["a"].changes if c.target.network == "unet"
     )
@@ -158,7 +152,7 @@ def registry_of(memory: int, sets: int) -> Registry[str]:
     return registry
 
 
-A, B, HALF = (Network("m", loras) for loras in ((("a", 1.0),), (("b", 1.0),), (("a", 0.5),)))
+A, B, HALF = (ModelKey("m", loras) for loras in ((("a", 1.0),), (("b", 1.0),), (("a", 0.5),)))
 
 
 def test_only_so_many_sets_are_merged_at_a_time_and_the_least_used_goes():
@@ -173,14 +167,14 @@ def test_only_so_many_sets_are_merged_at_a_time_and_the_least_used_goes():
 
 def test_what_is_merged_counts_and_goes_before_models():
     registry = registry_of(24, sets=9)
-    assert registry.ready(Network("k"), ())
+    assert registry.ready(ModelKey("k"), ())
     assert registry.ready(A, ())
-    assert not registry.ready(B, (A, Network("k")))
-    assert registry.ready(B, (Network("k"),))  # in the place of A
-    assert [registry.has(each) for each in (A, B, Network("k"))] == [False, True, True]
+    assert not registry.ready(B, (A, ModelKey("k")))
+    assert registry.ready(B, (ModelKey("k"),))  # in the place of A
+    assert [registry.has(each) for each in (A, B, ModelKey("k"))] == [False, True, True]
     assert registry.ready(A, (B,))  # in the place of k
     assert not registry.holds("k")
-    assert registry.ready(Network("k"), ())  # both make room
+    assert registry.ready(ModelKey("k"), ())  # both make room
     assert registry.holds("m")
     assert not registry.has(A)
 

@@ -73,7 +73,7 @@ async def txt2img(body: TextToImage, request: Request) -> Made:
 async def img2img(body: ImageToImage, request: Request) -> Made:
     """With a mask, its blurred edge fades from what is painted to the picture."""
     sampling = translate.sampling_of(body)
-    with request.app.state.supervisor.place():  # before its pictures are decoded
+    with request.app.state.supervisor.reserve_slot():  # before its pictures are decoded
         plan = await asyncio.to_thread(translate.picture_plan, body, sampling, desk_of(request))
     return await answer(body, sampling, plan, request)
 
@@ -92,7 +92,7 @@ async def extra_single_image(body: ExtraSingleImage, request: Request) -> ExtraR
     state.supervisor.check_open()
     known = translate.upscalers(state.supervisor.specs)
     refuse([("upscaler_1", name in known, f"must be one of {', '.join(known)}")])
-    with state.supervisor.place():
+    with state.supervisor.reserve_slot():
         wanted = await asyncio.to_thread(translate.enlarging_of, body, state.settings)
         file = await asyncio.to_thread(resampled, name, wanted)
     file = file or await enlarged(body, wanted, request)

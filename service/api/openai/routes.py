@@ -77,7 +77,7 @@ async def edit_image(
     Without one the whole picture is the start of a run; `strength` says how much of it may change.
     """
     state = request.app.state
-    with state.supervisor.place():  # before its mask is decoded
+    with state.supervisor.reserve_slot():  # before its mask is decoded
         wanted = await translate.from_edit(body, state.settings.max_input_pixels)
     return await answer(body, wanted, request, "image_edit")
 

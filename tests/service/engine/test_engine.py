@@ -11,25 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.engine import TELL_SECONDS, Call
-from service.engine.job import (
+from service.engine.events import (
     Cancelled,
     Decoded,
     Done,
     Failed,
-    ImageKey,
-    Job,
+    Incident,
     Previewed,
+    QueuePositions,
     Started,
     Stepped,
-    Trouble,
-    Waiting,
 )
+from service.engine.job import ImageKey, Job
 from tests.helpers.fake_runner import Clock, CountingRunner, engine_on, make_job, of, outcomes, run
 
 
 def test_images_come_back_in_the_order_of_their_seeds():
     events, _ = run([make_job("a", n=5, seed=7)], max_rows=4)
-    assert events[-1].pictures == (b"7", b"8", b"9", b"10", b"11")
+    assert events[-1].images == (b"7", b"8", b"9", b"10", b"11")
 
 
 def test_jobs_of_different_steps_share_calls():
@@ -106,18 +105,18 @@ def test_waiting_jobs_are_told_where_they_stand_and_when_they_end():
     engine, events = engine_on(CountingRunner((2,)))
     engine.submit(make_job("a", steps=3))
     engine.tick()
-    assert not of(events, Waiting), "nobody waits"
+    assert not of(events, QueuePositions), "nobody waits"
     engine.submit(make_job("b", steps=10))
     engine.submit(make_job("c", steps=20))
     engine.tick()
     pace = (0.01 + 0.02) / 2  # of the fake's steps, for one row
-    (told,) = of(events, Waiting)
-    assert [place[:2] for place in told.places] == [("b", 1), ("c", 2)]
-    assert told.places[0][2] == pytest.approx(pace * 2 * (2 + 10))
-    assert told.places[1][2] == pytest.approx(pace * 2 * (2 + 10 + 20))
+    (told,) = of(events, QueuePositions)
+    assert [place[:2] for place in told.positions] == [("b", 1), ("c", 2)]
+    assert told.positions[0][2] == pytest.approx(pace * 2 * (2 + 10))
+    assert told.positions[1][2] == pytest.approx(pace * 2 * (2 + 10 + 20))
     while engine.busy:
         engine.tick()
-    assert len(of(events, Waiting)) <= 1 + engine.clock() / TELL_SECONDS
+    assert len(of(events, QueuePositions)) <= 1 + engine.clock() / TELL_SECONDS
 
 
 def test_previews_come_as_often_as_asked_and_their_failure_is_none_of_the_job():
@@ -224,7 +223,7 @@ class History:
         for job in self.jobs.values():
             mine = [event for event in self.events if concerns(event, job.id)]
             names = [type(event).__name__ for event in mine]
-            waiting = [i for i, name in enumerate(names) if name == "Waiting"]
+            waiting = [i for i, name in enumerate(names) if name == "QueuePositions"]
             started = [i for i, name in enumerate(names) if name == "Started"]
             worked = [i for i, name in enumerate(names) if name in ("Stepped", "Previewed")]
             ended = [i for i, name in enumerate(names) if name in ("Done", "Failed", "Cancelled")]
@@ -242,17 +241,17 @@ class History:
     def check_end(self, job: Job, mine: list) -> None:
         if isinstance(end := mine[-1] if mine else None, Done):
             assert job.prompt in FINE
-            assert end.pictures == tuple(b"%d" % (job.seed + i) for i in range(job.n))
+            assert end.images == tuple(b"%d" % (job.seed + i) for i in range(job.n))
         elif isinstance(end, Failed):
             assert job.prompt not in FINE
             assert end.code == CODES.get(job.prompt, "job_failed")
 
 
 def concerns(event, job: str) -> bool:
-    if isinstance(event, Decoded | Trouble):
+    if isinstance(event, Decoded | Incident):
         return False
-    if isinstance(event, Waiting):
-        return any(name == job for name, _, _ in event.places)
+    if isinstance(event, QueuePositions):
+        return any(name == job for name, _, _ in event.positions)
     return any(name == job for name, _ in event.jobs) if isinstance(event, Stepped) else event.job == job
 
 

@@ -11,7 +11,8 @@ from models.checkpoint import load
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.engine.engine import Engine
-from service.engine.job import Done, Event, Job, Trouble
+from service.engine.events import Done, Event, Incident
+from service.engine.job import Job
 from service.worker.faults import Fault, FaultyRunner, read_faults
 from tests.helpers.clients import alone, error_of, together, worst_psnr
 from tests.helpers.fake_runner import CountingRunner, make_job, outcomes
@@ -65,7 +66,7 @@ def test_a_fault_is_its_jobs_alone(faults, code):
     events = run(FaultyRunner(CountingRunner((4, 8, 16)), read_faults(faults)), jobs)
     assert outcomes(events) == {"1": "done", "2": "done", "3": "done", "bad": code}
     stage, kind, _ = faults.split(":", 2)
-    told = {(event.kind, event.stage) for event in events if isinstance(event, Trouble)}
+    told = {(event.kind, event.stage) for event in events if isinstance(event, Incident)}
     expected = {"oom": "out_of_memory", "nan": "non_finite"}.get(kind)
     assert told == ({(expected, stage)} if expected else set())
 
@@ -83,7 +84,7 @@ def test_neighbours_of_a_poison_job_come_back_as_they_would_alone(tiny: Path, fa
     def pictures(faults: str, jobs: list[Job]) -> dict[str, tuple[bytes, ...]]:
         # One bucket, so that even the last bits say something.
         runner = FaultyRunner(TorchRunner(registry, (4,), invariant=True), read_faults(faults))
-        return {event.job: event.pictures for event in run(runner, jobs) if isinstance(event, Done)}
+        return {event.job: event.images for event in run(runner, jobs) if isinstance(event, Done)}
 
     expected = {job.id: pictures("", [job])[job.id] for job in jobs}
     survivors = "abc" if "nan" in faults else "ac"

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from service.engine.job import Previewed
+from service.engine.events import Failed, Previewed, QueuePosition, QueuePositions
 from service.errors import Draining, Loading, NotFound, QueueFull, ServiceError, Unavailable
 from service.settings import Settings
 from service.worker import supervisor as module
 from service.worker.progress import Progress, State
+from service.worker.protocol import Heartbeat, Ready
 from service.worker.supervisor import Life, Supervisor, WorkerFailed
 from tests.helpers.fake_runner import make_job
 from tests.helpers.supervisors import Worker, run, supervisor
@@ -26,7 +27,7 @@ BABBLE = "import os, sys; os.write(int(sys.argv[1]), bytes((0, 0, 0, 2, 0, 0, 0,
 async def ask(supervisor: Supervisor) -> Exception | None:
     """A request for one job; returns what it is refused with."""
     try:
-        with supervisor.place():
+        with supervisor.reserve_slot():
             await supervisor.run(make_job(str(id(object()))))
     except ServiceError as error:
         return error
@@ -35,7 +36,7 @@ async def ask(supervisor: Supervisor) -> Exception | None:
 
 def test_no_place_before_a_model_is_known():
     async def scenario():
-        with pytest.raises(Loading), supervisor(specs=False).place():
+        with pytest.raises(Loading), supervisor(specs=False).reserve_slot():
             pass
 
     run(scenario())
@@ -44,12 +45,12 @@ def test_no_place_before_a_model_is_known():
 def test_exactly_as_many_places_as_the_queue_has_and_a_failure_gives_its_place_back():
     async def scenario():
         full = supervisor(queue_size=2)
-        with full.place(), suppress(KeyError), full.place():
-            with pytest.raises(QueueFull) as refused, full.place():
+        with full.reserve_slot(), suppress(KeyError), full.reserve_slot():
+            with pytest.raises(QueueFull) as refused, full.reserve_slot():
                 pass
             assert refused.value.retry_after > 0
             raise KeyError
-        assert full.places == 0
+        assert full.slots_in_use == 0
 
     run(scenario())
 
@@ -61,7 +62,7 @@ def test_a_cancelled_request_leaves_nothing_behind():
         await asyncio.sleep(0)
         request.cancel()
         await asyncio.wait({request})
-        assert (service.places, service.running) == (0, 0)
+        assert (service.slots_in_use, service.running) == (0, 0)
         await service.drain()
 
     run(scenario())
@@ -72,7 +73,7 @@ def test_what_outlasts_the_drain_is_refused_and_so_is_what_comes_after():
         service = supervisor(drain_seconds=0)
         early = asyncio.create_task(ask(service))
         await asyncio.sleep(0)
-        with service.place():  # taken in time, its job comes too late
+        with service.reserve_slot():  # taken in time, its job comes too late
             await service.drain()
             with pytest.raises(Draining):
                 await service.run(make_job("late"))
@@ -93,22 +94,22 @@ def test_progress_goes_from_the_queue_through_the_steps_and_never_back():
     async def scenario():
         service, progress = supervisor(), Progress()
         task, worker = await begun(service, progress)
-        worker.say("Waiting", places=[["a", 2, 7.5], ["gone", 3, None]])
+        worker.say(QueuePositions((QueuePosition("a", 2, 7.5), QueuePosition("gone", 3, None))))
         assert progress.state == State("queued", 2, 7.5)
-        worker.say("Started", job="a", steps=5)
+        worker.start(5)
         worker.step(4)
         worker.preview(4)
         before = progress.state
         assert before == State("running", None, None, 4, 5, Previewed("a", 0, 4, 1, 1, b"rgb"))
         service._requeue()  # its worker died; the next repeats what was done
-        worker.say("Waiting", places=[["a", 1, 3.0]])
-        worker.say("Started", job="a", steps=5)
+        worker.say(QueuePositions((QueuePosition("a", 1, 3.0),)))
+        worker.start(5)
         worker.step(3)
         worker.preview(2)
         assert progress.state is before
         worker.step(5)
         assert progress.state.step == 5
-        worker.say("Failed", job="a", code="out_of_memory")
+        worker.say(Failed("a", "out_of_memory"))
         with suppress(ServiceError):
             await task
         assert progress.state.stage == "failed"
@@ -124,7 +125,7 @@ def test_a_watcher_sees_the_newest_state_and_skips_what_it_was_too_slow_for():
         task, worker = await begun(service, Progress())
         states = service.watch("a")
         assert (await anext(states)).stage == "queued"
-        worker.say("Started", job="a", steps=5)
+        worker.start(5)
         for step in range(1, 6):
             worker.step(step)
         assert (await anext(states)).step == 5
@@ -140,7 +141,7 @@ def test_jobs_given_up_are_counted_by_stage():
         for stage in ("queued", "running"):
             task, worker = await begun(service, Progress())
             if stage == "running":
-                worker.say("Started", job="a", steps=5)
+                worker.start(5)
             task.cancel()
             await asyncio.wait({task})
         for stage in ("queued", "running"):
@@ -194,13 +195,13 @@ def test_a_worker_that_loads_another_model_has_more_time_and_one_that_only_works
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     service, life = supervisor(), Life(None, None, None, heard=0.0, moved=0.0)
 
-    def beat_at(seconds: float, **header) -> bool:
-        """Whether the worker is overdue at a limit of 10 s, when it has said so."""
+    def beat_at(seconds: float, loading: bool) -> bool:
+        """Whether the worker is overdue at a limit of 10 s, when its heartbeat has come."""
         now[0] = life.heard = seconds
-        service._take(life, "Beat", {"turns": 3, "busy": True, "memory": 5} | header, ())
+        service._take(life, Heartbeat(ticks=3, busy=True, loading=loading, memory=5))
         return life.overdue(10)
 
-    service._take(life, "Ready", {"specs": [], "memory": 9, "parts": {"imports": 0.5}}, ())
+    service._take(life, Ready(specs=(), memory=9, parts=(("imports", 0.5),)))
     assert not beat_at(1, loading=False)
     assert beat_at(12, loading=False)
     assert not beat_at(13, loading=True)  # a request for a model that is not there
