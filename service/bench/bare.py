@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Sequence
 
 from service.bench.mix import Request
-from service.device.registry import locate_all
-from service.device.runner import build  # torch: this is the one module of the bench that loads it
+from service.device.loading import build  # torch: this is the one module of the bench that loads it
 from service.engine.engine import Engine
 from service.engine.events import Done, Event
 from service.engine.job import Job
+from service.model_paths import locate_all
 from service.requests.resolve import to_order
 from service.requests.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings

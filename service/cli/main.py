@@ -19,7 +19,10 @@ from models.formats.diffusers_read import CheckpointError, read_spec
 from models.spec import Spacing
 from service import logs
 from service.bench.arguments import add_arguments
-from service.device.registry import (
+from service.engine.events import Done, Event, Failed, Started, Stepped
+from service.engine.job import Done, Event, Failed, Job, Started, Stepped
+from service.errors import ServiceError, from_code
+from service.model_paths import (
     ModelPathError,
     locate_all,
     locate_embeddings,
@@ -27,9 +30,6 @@ from service.device.registry import (
     locate_vaes,
     read_specs,
 )
-from service.engine.events import Done, Event, Failed, Started, Stepped
-from service.engine.job import Job
-from service.errors import ServiceError, from_code
 from service.requests import images, resolve, response
 from service.requests.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
 from service.settings import (
@@ -415,7 +415,7 @@ def run_alone(job: Job, settings: Settings) -> Done:
     """One job on an engine in this process, with a progress bar. Raises the job's ServiceError."""
     from tqdm import tqdm
 
-    from service.device.runner import build  # torch
+    from service.device.loading import build  # torch
     from service.engine.engine import Engine
 
     places = locate_all(settings.model, settings.allow_pickle)

@@ -1,137 +1,19 @@
-"""Names of models -> where they are -> what they are; which are loaded. Knows no torch."""
+"""Which models are loaded, and which merged with LoRAs. Generic over the loaded model: no torch here."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from models.errors import CheckpointError
-from models.formats import companions, single_file
-from models.formats.diffusers_read import read_spec
 from models.spec import ModelSpec, Prediction
 from service.engine.job import ModelKey
-
-BOXED = ("emoji", "emoji-upscale")  # the models that come with the package
+from service.model_paths import read_specs
 
 Bundle = TypeVar("Bundle")
 Lora = TypeVar("Lora")
-
-
-LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in a folder of one
-PART = "="  # between a name and a path
-
-
-class ModelPathError(ValueError):
-    """A model, or a part of one, named at start-up that is not there."""
-
-
-def locate(name: str, allow_pickle: bool = False) -> tuple[str, Path]:
-    """Name and place of a model named at start-up: one in the box, a folder, or a single file.
-
-    A folder is called as it is named, a file by its stem. Raises ModelPathError, also for a pickled file that
-    is not allowed. Never for names in requests: those are looked up in what was loaded.
-    """
-    path = boxed(name) if name in BOXED else Path(name)
-    if path is not None and path.is_file():
-        if path.suffix != ".safetensors" and not allow_pickle:
-            raise ModelPathError(f"{name!r} is not a .safetensors file; pickled weights need --allow-pickle")
-        return single_file.name_of(path), path.resolve()
-    if path is None or not ((path / "model_index.json").is_file() or single_file.weights_of(path)):
-        ours = " or ".join(map(repr, BOXED))
-        raise ModelPathError(
-            f"no model at {name!r}: expected {ours}, a folder with a model_index.json, "
-            "a .safetensors file or a .ckpt file"
-        )
-    return path.resolve().name, path.resolve()
-
-
-def locate_loras(named: Iterable[str]) -> dict[str, Path]:
-    """Name -> file, of NAME=PATH; of a folder, the file in it. Raises ModelPathError."""
-    found: dict[str, Path] = {}
-    for one in named:
-        name, _, text = one.partition(PART)
-        path = Path(text)
-        inner = [path / file for file in LORA_FILES if (path / file).is_file()]
-        file = inner[0] if inner else path
-        if not file.is_file():
-            raise ModelPathError(f"no LoRA at {text!r}: expected a file, or a folder with {LORA_FILES[0]}")
-        if name in found:
-            raise ModelPathError(f"two LoRAs are called {name!r}; rename one of them")
-        found[name] = file.resolve()
-    return found
-
-
-def locate_vaes(named: Iterable[str], models: Collection[str]) -> dict[str, Path]:
-    """Model -> place of the VAE that it takes for its own, of MODEL=PATH or, for the only model, PATH.
-
-    Raises ModelPathError.
-    """
-    found: dict[str, Path] = {}
-    for one in named:
-        model, _, text = one.partition(PART)
-        if model not in models:
-            model, text = next(iter(models)), one
-            if len(models) > 1:
-                raise ModelPathError(
-                    f"the VAE {one!r} is for which of {', '.join(models)}? expected MODEL=PATH"
-                )
-        path = Path(text)
-        if not (path.is_file() or (path / "config.json").is_file()):
-            raise ModelPathError(f"no VAE at {text!r}: expected a file, or a folder with a config.json")
-        if model in found:
-            raise ModelPathError(f"two VAEs are for {model!r}")
-        found[model] = path.resolve()
-    return found
-
-
-def locate_embeddings(named: Iterable[str]) -> dict[str, Path]:
-    """Name -> file, of NAME=PATH. Raises ModelPathError, also for two names that differ in case only."""
-    found: dict[str, Path] = {}
-    for one in named:
-        name, _, text = one.partition(PART)
-        if not Path(text).is_file():
-            raise ModelPathError(f"no embedding at {text!r}: expected a file")
-        if name.lower() in map(str.lower, found):
-            raise ModelPathError(f"two embeddings are called {name!r}; rename one of them")
-        found[name] = Path(text).resolve()
-    return found
-
-
-def boxed(name: str) -> Path | None:
-    """The folder of a model in the box; None where the package came without."""
-    try:
-        return Path(str(resources.files("weights") / name))
-    except ModuleNotFoundError:
-        return None
-
-
-def locate_all(names: tuple[str, ...], allow_pickle: bool = False) -> dict[str, Path]:
-    """locate() for each; raises ModelPathError also for two of the same name."""
-    found: dict[str, Path] = {}
-    for name, path in (locate(name, allow_pickle) for name in names):
-        if found.setdefault(name, path) != path:
-            raise ModelPathError(f"two models are called {name!r}; rename one of them")
-    return found
-
-
-def read_specs(
-    paths: Mapping[str, Path], allow_pickle: bool = False, prediction: Prediction | None = None
-) -> dict[str, ModelSpec]:
-    """What the models are, each called as here; prediction: as of read_spec(). Raises CheckpointError, also
-    for one that makes nothing."""
-    specs = {
-        name: replace(read_spec(path, allow_pickle, prediction), name=name) for name, path in paths.items()
-    }
-    for name, spec in specs.items():
-        if spec.unet is None:
-            raise CheckpointError(f"{name} is a first stage alone, E and D: there is nothing to generate")
-        if spec.lacks_context:
-            raise CheckpointError(f"{name}: {companions.TEXT_WANTED}")
-    return specs
 
 
 class Registry(Generic[Bundle]):
@@ -177,7 +59,7 @@ class Registry(Generic[Bundle]):
         self._loras, self._apply, self._changed, self._sets = loras, apply, size, sets
         self.specs = {m: replace(spec, loras=tuple(loras.get(m, ()))) for m, spec in self.specs.items()}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
 
     def __getitem__(self, name: str) -> Bundle:
@@ -289,8 +171,3 @@ class Registry(Generic[Bundle]):
 
     def _holds_any(self, names: Iterable[str]) -> bool:
         return any(name in self._loaded for name in names)
-
-
-def first_of(specs: Mapping[str, ModelSpec]) -> str:
-    """The model of a request that names none: the first given at start-up."""
-    return next(iter(specs))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from cachetools import LRUCache
 
@@ -75,74 +74,3 @@ class Limits:
     def _under(self, rows: float) -> int:
         """The largest size of at most so many rows; 1, which means one image a call, below them all."""
         return max((size for size in self.sizes if size <= rows), default=1)
-
-
-class HostMemory:
-    """Memory of this process, as Linux tells it; peak() is None where it does not.
-
-    The allocator keeps pages that a call had, and the next may take them without any sign. So a call's peak
-    is counted from the smallest that the process has been since the models were loaded: too much, never too
-    little.
-    """
-
-    def __init__(self) -> None:
-        self._rest: int | None = None
-
-    def used(self) -> int:
-        """Bytes that this process has; 0 where nobody tells."""
-        try:
-            return read_kilobytes("/proc/self/status", "VmRSS")
-        except OSError:
-            return 0
-
-    def total(self) -> int:
-        """Bytes that the machine, or the process's control group, has; 0 where nobody tells."""
-        try:
-            return min(read_kilobytes("/proc/meminfo", "MemTotal"), group_limit())
-        except OSError:
-            return 0
-
-    def reset(self) -> None:
-        """Call it when models come or go."""
-        self._rest = None
-
-    def begin(self) -> bool:
-        """Before a call that is to be measured; False where nothing can be."""
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is used now
-            now = read_kilobytes("/proc/self/status", "VmRSS")
-        except OSError:
-            return False
-        self._rest = now if self._rest is None else min(self._rest, now)
-        return True
-
-    def end(self, rows: int, room: int) -> Use:
-        """After it; room: bytes that calls may take, 0 for what the machine has."""
-        peak = read_kilobytes("/proc/self/status", "VmHWM") - self._rest
-        held = read_kilobytes("/proc/self/status", "VmRSS") - self._rest  # the next call may have it again
-        return Use(rows, peak, room or available() + held)
-
-
-def read_kilobytes(file: str, name: str) -> int:
-    """A line `name: N kB` of a file under /proc, in bytes; 0 without one. Raises OSError."""
-    lines = Path(file).read_text().splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name + ":")), 0)
-
-
-def available() -> int:
-    """Bytes that this machine, or the control group that the process is in, can still give."""
-    free = read_kilobytes("/proc/meminfo", "MemAvailable")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, max(int(limit) - used, 0))
-
-
-def group_limit() -> float:
-    """Bytes that the control group may have; infinite without a limit."""
-    try:
-        return float(Path("/sys/fs/cgroup/memory.max").read_text().strip().replace("max", "inf"))
-    except (OSError, ValueError):
-        return float("inf")

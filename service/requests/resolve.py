@@ -16,7 +16,6 @@ from models.conditioning import prompts
 from models.sampling.samplers import SAMPLERS, SPACED, WITH_ETA, most_steps
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import Tiles, cut
-from service.device.registry import first_of
 from service.engine.job import MAX_SEED, Job
 from service.errors import InvalidRequest, NotFound, UnreadableBody, UnsupportedMedia
 from service.requests import images, labels
@@ -322,7 +321,7 @@ def given(value: Any, default: Any) -> Any:
 def find_model(name: str | None, specs: Mapping[str, ModelSpec], tasks: Collection[str]) -> ModelSpec:
     """Looked up, and nothing else: a name never becomes a path. No name: the first that does a task."""
     able = [key for key, spec in specs.items() if not {*tasks}.isdisjoint(spec.tasks)]
-    name = given(name, next(iter(able), first_of(specs)))
+    name = given(name, next(iter(able), next(iter(specs))))
     if name not in specs:
         raise NotFound(f"model: there is no such model; expected one of {', '.join(specs)}", param="model")
     return specs[name]

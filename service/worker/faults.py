@@ -123,9 +123,11 @@ def break_with(kind: str) -> None:
     if kind == "error":
         raise RuntimeError("a fault, as LDM_FAULTS asks")
     if kind == "device":
-        from service.device.select import loss_told  # torch: there in any process that runs jobs
+        from service.device.torch_errors import (
+            translate_device_lost,  # torch: there in any process that runs jobs
+        )
 
-        with loss_told():
+        with translate_device_lost():
             raise RuntimeError("CUDA error: an illegal memory access was encountered, as LDM_FAULTS asks")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from models.errors import CheckpointError
 from models.stopwatch import Stopwatch
 from service import logs
-from service.device.registry import locate_all
 from service.engine.engine import Engine
 from service.errors import DeviceLost
+from service.model_paths import locate_all
 from service.settings import Settings, read_settings
 from service.worker import protocol
 from service.worker.faults import FaultyRunner
@@ -105,7 +105,7 @@ def load(settings: Settings, link: Link, beat: HeartbeatThread) -> Engine:
     Raises CheckpointError or ValueError for a checkpoint, device or setting that another try does not change.
     """
     watch = Stopwatch()
-    from service.device.runner import build  # torch: seconds, during which the beat goes on
+    from service.device.loading import build  # torch: seconds, during which the beat goes on
 
     watch.lap("imports")
     runner = build(settings, locate_all(settings.model, settings.allow_pickle), watch)

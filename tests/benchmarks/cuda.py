@@ -34,9 +34,10 @@ from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.networks import kernels
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
+from service.device.determinism import configure_determinism
 from service.device.graphs import graphs_on
 from service.device.runner import TorchRunner
-from service.device.select import choose_device, choose_dtype, fix_arithmetic, suited
+from service.device.select import choose_device, choose_dtype, prepare_for_device
 from service.engine.engine import Engine
 from service.engine.events import Done, Event, Failed
 from service.engine.job import ImageKey, Job
@@ -53,8 +54,8 @@ PICTURES = (1, 4, 8, 16)
 CLIENTS = 16
 ASSERTION = """
 import torch
-from service.device import loss_told
-with loss_told():
+from service.device.torch_errors import translate_device_lost
+with translate_device_lost():
     torch.zeros(1, device="cuda")[torch.tensor([5], device="cuda")].sum().item()
 """
 
@@ -73,7 +74,7 @@ def main() -> None:
     args = parser().parse_args()
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    fix_arithmetic(0, invariant=False)
+    configure_determinism(0, invariant=False)
     begin = time.monotonic()
     setting = Setting(device, dtype, steps=args.steps)
     known = shapes.TINY if args.tiny else shapes.SHAPES
@@ -117,7 +118,7 @@ def bundle_of(spec, setting: Setting) -> LatentDiffusion:
     unet = made(lambda: UNet(spec.unet), setting)
     autoencoder = made(lambda: Autoencoder(spec.autoencoder), setting)
     whole = LatentDiffusion(spec, unet, autoencoder, shapes.conditioner(spec, words, setting))
-    return suited(whole, setting.device)
+    return prepare_for_device(whole, setting.device)
 
 
 @contextmanager

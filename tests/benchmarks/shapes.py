@@ -20,7 +20,7 @@ from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet, timestep_embedding
 from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, TokenSpec, UNetSpec
 from service.device.runner import TorchRunner
-from service.device.select import suited
+from service.device.select import prepare_for_device
 from service.engine.engine import Engine
 from service.engine.events import Done
 from service.engine.job import Job, ModelKey
@@ -318,7 +318,7 @@ def pictures(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
     )
     bundle = LatentDiffusion(spec, unet, autoencoder, conditioner(spec, words, setting))
     pipeline = rivals.pipeline(bundle, words, setting.compiled)
-    runner = TorchRunner(Held(suited(bundle, setting.device)), BUCKETS, device=setting.device)
+    runner = TorchRunner(Held(prepare_for_device(bundle, setting.device)), BUCKETS, device=setting.device)
     size = {"width": spec.defaults.width, "height": spec.defaults.height}
     generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
     starts = [torch.randn(spec.latent_shape(*size.values()), generator=g) for g in generators]

@@ -17,15 +17,15 @@ def test_checks_pass_or_were_not_made():
 
 
 def test_a_fast_path_that_is_off_is_found(monkeypatch):
-    suited = cuda.suited
+    prepare_for_device = cuda.prepare_for_device
 
     def off(bundle, device):
-        bundle = suited(bundle, device)
+        bundle = prepare_for_device(bundle, device)
         decode, eps = bundle.decode, bundle.denoiser
         monkeypatch.setattr(bundle, "decode", lambda z: decode(z) + 0.1)
         monkeypatch.setattr(bundle, "denoiser", lambda *given: 1.01 * eps(*given))
         return bundle
 
-    monkeypatch.setattr(cuda, "suited", off)
+    monkeypatch.setattr(cuda, "prepare_for_device", off)
     bad = [check.what for check in cuda.checks(TINY["ldm-text"], SETTING) if check.fine is False]
     assert bad == ["eps in torch.float32", "D in torch.float32"]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from models.adapters import replacement_vae
 from models.checkpoint import CheckpointError, load
-from service.device.registry import ModelPathError, locate_vaes
-from service.device.runner import build
+from service.device.loading import build
+from service.model_paths import ModelPathError, locate_vaes
 from service.settings import Settings
 from tests.checkpoints.tiny import tiny_model, write_tiny_model
 from tests.helpers.fake_runner import make_job

@@ -20,8 +20,8 @@ from service.api.a1111.masking import fill, region_of
 from service.api.a1111.schemas import ExtraSingleImage, TextToImage
 from service.api.a1111.translate import enlarging_of, png_of, sampling_of, shared, split
 from service.api.app import create_app
-from service.device.registry import locate_all, read_specs
 from service.errors import InvalidRequest
+from service.model_paths import locate_all, read_specs
 from service.settings import Settings
 from tests.helpers.servers import Server, wait_until
 

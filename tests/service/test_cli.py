@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from service import model_paths
 from service.cli import main
 from service.cli.main import parser, settings_of
-from service.device import registry
-from service.device.registry import ModelPathError
+from service.model_paths import ModelPathError
 from tests.checkpoints.ldm_files import published, write
 from tests.helpers.environment import ROOT
 from tests.helpers.servers import set_trap
@@ -119,7 +119,7 @@ def test_a_flag_without_a_value_is_a_setting_too(monkeypatch):
 def test_a_package_without_the_model_in_the_box_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "weights", None)  # as where no such package is
     with pytest.raises(ModelPathError, match="emoji"):
-        registry.locate("emoji")
+        model_paths.locate("emoji")
 
 
 def test_inspect_says_what_is_there_and_fails_where_something_is_not(tmp_path, capsys):

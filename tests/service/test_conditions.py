@@ -206,7 +206,7 @@ def test_every_task_shares_one_call_and_none_changes_another(runner):
 def test_guidance_compares_with_no_words_and_no_regions_but_with_the_same_mask(runner):
     job = scene_job(image=IMAGE.tobytes(), mask=MASK.tobytes(), regions=regions(2))
     begin(runner, job)
-    null, told = runner.jobs["a"].images[0].beside
+    null, told = runner.jobs["a"].images[0].concat
     assert null.shape == (1 + 4 + 3, 8, 8)
     assert torch.equal(null[:5], told[:5])
     assert not null[5:].any()
@@ -219,13 +219,13 @@ def test_mask_channels_hold_the_mask_and_the_latent_of_what_it_keeps(runner):
     x = torch.from_numpy(IMAGE).permute(2, 0, 1)[None] / 127.5 - 1
     z = bundle.encode(torch.where(torch.from_numpy(MASK >= 128), 0.0, x))[0]
     assert state.mask is None  # nothing is blended
-    assert torch.equal(state.images[0].beside[0, 0].nonzero().min(0).values, torch.tensor([2, 3]))
-    assert torch.allclose(state.images[0].beside[0, 1:5], z, atol=1e-5)
+    assert torch.equal(state.images[0].concat[0, 0].nonzero().min(0).values, torch.tensor([2, 3]))
+    assert torch.allclose(state.images[0].concat[0, 1:5], z, atol=1e-5)
 
 
 def test_without_a_mask_everything_is_to_be_painted(runner):
     begin(runner, scene_job(guidance_scale=1.0))
-    (row,) = runner.jobs["a"].images[0].beside
+    (row,) = runner.jobs["a"].images[0].concat
     assert (row[0] == 1).all()
     assert torch.equal(row[1:5], runner.registry["m"].encode(torch.zeros(1, 3, 64, 64))[0])
 

@@ -10,9 +10,11 @@ import torch
 
 from models.checkpoint import load
 from service.device import select
+from service.device.finite import FiniteChecker
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
-from service.device.select import Verdicts, loss_told, out_of_memory_refused, suited
+from service.device.select import prepare_for_device
+from service.device.torch_errors import translate_device_lost, translate_oom
 from service.engine.engine import Call, Engine
 from service.engine.events import Done, Event, Incident
 from service.engine.job import ImageKey, Job
@@ -51,18 +53,18 @@ def test_a_cpu_runs_in_the_type_that_it_is_faster_in(monkeypatch, amx, avx512, v
 )
 @pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
 def test_a_device_that_fails_for_good_is_lost(message, kind):
-    with pytest.raises(DeviceLost, match="CUDA error"), loss_told(), out_of_memory_refused():
+    with pytest.raises(DeviceLost, match="CUDA error"), translate_device_lost(), translate_oom():
         raise kind(message)
 
 
 @pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])
 def test_a_device_without_memory_is_not_lost(message):
-    with pytest.raises(OutOfMemory), loss_told(), out_of_memory_refused():
+    with pytest.raises(OutOfMemory), translate_device_lost(), translate_oom():
         raise RuntimeError(message)
 
 
 def test_another_error_is_its_jobs_own():
-    with pytest.raises(RuntimeError, match="shapes"), loss_told():
+    with pytest.raises(RuntimeError, match="shapes"), translate_device_lost():
         raise RuntimeError("shapes do not fit")
 
 
@@ -83,14 +85,14 @@ def test_a_lost_device_ends_the_loop_and_no_job(stage):
 
 
 def test_verdicts_that_are_late_come_with_the_next_call():
-    verdicts: Verdicts[str] = Verdicts(CPU, late=True)
+    checker: FiniteChecker[str] = FiniteChecker(CPU, late=True)
     flags = torch.tensor([True, False])
-    assert verdicts.give(["a", "b"], flags, verdicts.now()) == []
-    assert verdicts.seconds is None
-    assert verdicts.give(["a", "c"], flags, verdicts.now()) == ["b"]
-    assert verdicts.seconds > 0
-    assert verdicts.settle() == ["c"]
-    assert verdicts.settle() == []
+    assert checker.submit(["a", "b"], flags, checker.now()) == []
+    assert checker.seconds is None
+    assert checker.submit(["a", "c"], flags, checker.now()) == ["b"]
+    assert checker.seconds > 0
+    assert checker.flush() == ["c"]
+    assert checker.flush() == []
 
 
 class LateRunner(TorchRunner):
@@ -98,7 +100,7 @@ class LateRunner(TorchRunner):
 
     def __init__(self, tiny: Path, at: int = 0, times: int = 0) -> None:
         super().__init__(Registry({"m": tiny}, load), (4,), invariant=True)
-        self.verdicts = Verdicts(CPU, late=True)
+        self.finite_checker = FiniteChecker(CPU, late=True)
         self.at, self.times = at, times
 
     def step(self, keys: Sequence[ImageKey]) -> Call:
@@ -145,11 +147,11 @@ def test_a_job_whose_numbers_break_again_is_refused_alone(tiny: Path, jobs):
 
 
 def test_a_network_that_overflows_float16_runs_in_bfloat16():
-    kept = suited(tiny_model().to(dtype=torch.float16), CPU)
+    kept = prepare_for_device(tiny_model().to(dtype=torch.float16), CPU)
     assert (kept.unet.dtype, kept.autoencoder.dtype) == (torch.float16, torch.float16)
     loud = tiny_model()
     loud.autoencoder.decoder.conv_in.weight.mul_(5e4)
-    loud = suited(loud.to(dtype=torch.float16), CPU)
+    loud = prepare_for_device(loud.to(dtype=torch.float16), CPU)
     assert (loud.unet.dtype, loud.autoencoder.dtype) == (torch.float16, torch.bfloat16)
     x = loud.sample(["a cat"], [0], 2, 3.0)
     assert x.isfinite().all()

@@ -22,8 +22,9 @@ from models.formats import companions as words_of
 from models.latent_diffusion import LatentDiffusion
 from models.networks.autoencoder import Autoencoder
 from service.api.native import describe
+from service.device.loading import build
 from service.device.registry import Registry
-from service.device.runner import TorchRunner, build
+from service.device.runner import TorchRunner
 from service.errors import InvalidRequest
 from service.requests import response
 from service.requests.resolve import Order, to_order
@@ -308,7 +309,7 @@ def test_a_long_prompt_is_said_to_be_cut(loaded):
     said = list(runner.start(job))
     assert bool(said) == runner.specs["m"].reads_prompts
     if runner.specs["m"].reads_words:  # 77 less a begin and an end token
-        assert said == ["prompt is longer than the model reads; left out: apple"]
+        assert said == ["prompt is longer than the model can read; ignored: apple"]
 
 
 def test_without_a_text_encoder_the_model_that_needs_one_says_which(tmp_path):

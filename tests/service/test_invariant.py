@@ -16,9 +16,9 @@ import torch
 
 from models.checkpoint import load
 from models.sampling.samplers import SAMPLERS, SPACED
+from service.device.determinism import floor_power_of_two
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
-from service.device.select import even
 from service.engine.engine import Engine
 from service.engine.events import Done
 from service.engine.job import Job
@@ -69,9 +69,9 @@ def pictures(runner: TorchRunner, jobs: Sequence[Job], draw: random.Random) -> d
 
 @pytest.fixture
 def even_threads():
-    """As fix_arithmetic() has it, and as it was again."""
+    """As configure_determinism() has it, and as it was again."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(even(threads))
+    torch.set_num_threads(floor_power_of_two(threads))
     yield
     torch.set_num_threads(threads)
 
@@ -120,11 +120,11 @@ def files(answer: httpx.Response) -> list[str]:
 
 
 def test_with_two_threads_a_rows_place_changes_nothing():
-    """In a process of its own: MKL heeds what fix_arithmetic() tells it before its first product only."""
+    """In its own process: MKL reads its settings before the first matrix product only."""
     code = (
         "import torch\n"
-        "from service.device import fix_arithmetic\n"
-        "fix_arithmetic(2, invariant=True)\n"
+        "from service.device.determinism import configure_determinism\n"
+        "configure_determinism(2, invariant=True)\n"
         "from tests.benchmarks.cuda import bundle_of, unet_inputs\n"
         "from tests.benchmarks.shapes import TINY, Setting\n"
         "setting, spec = Setting(torch.device('cpu'), torch.float32), TINY['ldm-text'].spec\n"

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from service.device.registry import ModelPathError, Registry, boxed, locate_loras
-from service.device.runner import build
+from service.device.loading import build
+from service.device.registry import Registry
 from service.engine.job import ModelKey
 from service.errors import InvalidRequest
+from service.model_paths import ModelPathError, bundled, locate_loras
 from service.requests.resolve import to_order
 from service.requests.schemas import GenerateRequest
 from service.settings import SettingError, Settings, read_settings
@@ -123,7 +124,7 @@ def test_the_order_of_names_is_nothing():
 
 def test_the_model_in_the_box_takes_one_too(tmp_path):
     """In bfloat16, where what is merged is rounded once."""
-    emoji = boxed("emoji")
+    emoji = bundled("emoji")
     file = write_lora(tmp_path / "a.safetensors", as_peft(random_lora(shapes_of(emoji, *ATTENTION, *TEXT))))
     runner = build(Settings(dtype="bfloat16", device="cpu", lora=(f"a={file}",)), {"emoji": emoji})
     assert runner.specs["emoji"].loras == ("a",)
@@ -132,7 +133,7 @@ def test_the_model_in_the_box_takes_one_too(tmp_path):
     assert with_it != without
     network = runner.registry.bundle(job.model_key)
     assert network.unet.dtype == torch.bfloat16
-    precise = runner._precise(job.model_key)
+    precise = runner._in_float32(job.model_key)
     merged = next(
         c.target for c in runner.registry._loras["emoji"]["a"].changes if c.target.network == "unet"
     )
@@ -144,7 +145,7 @@ def test_the_model_in_the_box_takes_one_too(tmp_path):
 def registry_of(memory: int, sets: int) -> Registry[str]:
     """Bundles are words; a model takes 10 bytes, a LoRA 4."""
     registry = Registry(
-        {name: boxed("emoji") for name in ("m", "k")}, lambda path: "base", lambda spec: 10, memory
+        {name: bundled("emoji") for name in ("m", "k")}, lambda path: "base", lambda spec: 10, memory
     )
     loras = {name: {"a": 4, "b": 4} for name in ("m", "k")}
     registry.offer(loras, lambda base, chosen: f"{base}{chosen}", sum, sets)

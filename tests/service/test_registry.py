@@ -11,7 +11,8 @@ import torch
 from models.checkpoint.conversion import convert
 from models.checkpoint.folder import weights_in
 from models.formats.diffusers_read import CheckpointError
-from service.device.registry import ModelPathError, Registry, locate, locate_all
+from service.device.registry import Registry
+from service.model_paths import ModelPathError, locate, locate_all
 from tests.checkpoints.ldm_files import published, write
 from tests.checkpoints.tiny import tiny_model, tiny_spec
 

@@ -200,7 +200,7 @@ def test_a_precise_run_of_a_16_bit_model_is_in_float32_and_leaves_no_copy(tiny):
     assert runner.registry["m"].unet.dtype == torch.bfloat16
     made(runner, job)
     runner.discard("a")
-    assert not runner.precise
+    assert not runner.float32_copies
 
 
 def test_a_picture_that_overflows_16_bits_is_decoded_again_in_float32(tiny):

@@ -1,0 +1,101 @@
+"""Which calls produced NaN or Inf values, found without waiting for the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from service.device.transfer import start_download
+
+Owner = TypeVar("Owner")
+
+
+class TimePoint(Protocol):
+    """A point in the device's sequence of calls."""
+
+    def wait(self) -> None:
+        """Until the device has reached this point."""
+
+    def seconds_since(self, begin: TimePoint) -> float:
+        """Seconds between two points that the device has reached."""
+
+
+class CpuTimePoint:
+    """Now: a CPU has finished every call that was made."""
+
+    def __init__(self) -> None:
+        self.now = time.perf_counter()
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def seconds_since(self, begin: TimePoint) -> float:
+        assert isinstance(begin, CpuTimePoint)
+        return self.now - begin.now
+
+
+class CudaTimePoint:
+    """A point in the current stream of a CUDA device."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # no annotations in torch
+        self.event.record()
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+    def seconds_since(self, begin: TimePoint) -> float:
+        assert isinstance(begin, CudaTimePoint)
+        return float(begin.event.elapsed_time(self.event)) / 1000
+
+
+@dataclass(frozen=True)
+class PendingCheck(Generic[Owner]):
+    """A call whose result has not been looked at yet."""
+
+    owners: Sequence[Owner]
+    finite: Tensor  # (I,) bool, on the CPU once `end` is reached
+    begin: TimePoint
+    end: TimePoint
+
+
+class FiniteChecker(Generic[Owner]):
+    """Reports the owners of non-finite results, and how long calls took.
+
+    With `late` (the default on CUDA), the report on a call comes with the next submit(), or from flush(), so
+    that the device always has a call queued and never waits for the CPU.
+    """
+
+    def __init__(self, device: torch.device, late: bool | None = None) -> None:
+        self.cuda = device.type == "cuda"
+        self.late = self.cuda if late is None else late
+        self.seconds: float | None = None  # of the last call that was reported on; None unless late
+        self._pending: PendingCheck[Owner] | None = None
+
+    def now(self) -> TimePoint:
+        return CudaTimePoint() if self.cuda else CpuTimePoint()
+
+    def submit(self, owners: Sequence[Owner], finite: Tensor, begin: TimePoint) -> list[Owner]:
+        """Register a call's flags, (I,) bool, one an owner; returns the owners reported non-finite."""
+        previous = self._pending
+        flags = start_download(finite) if self.cuda else finite
+        self._pending = PendingCheck(owners, flags, begin, self.now())
+        return self._report(previous) if self.late else self.flush()
+
+    def flush(self) -> list[Owner]:
+        """Wait for the last call and report on it."""
+        last, self._pending = self._pending, None
+        return self._report(last)
+
+    def _report(self, check: PendingCheck[Owner] | None) -> list[Owner]:
+        if check is None:
+            return []
+        check.end.wait()
+        self.seconds = check.end.seconds_since(check.begin) if self.late else None
+        flags = check.finite.tolist()
+        return [owner for owner, finite in zip(check.owners, flags, strict=True) if not finite]

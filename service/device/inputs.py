@@ -1,0 +1,114 @@
+"""A job's bytes and texts -> tensors, and the latents that its images start from."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from models.conditioning.conditioner import Asked
+from models.conditioning.prompts import Reading
+from models.latent_diffusion import Known, LatentDiffusion
+from models.sampling.samplers import Plan
+from models.tiles import cut
+from service.device.state import ImageState, JobState
+from service.engine.job import Job
+
+TILE_SEED = 2**53  # between the noise seeds of two tiles: larger than any job's seed
+MASK_THRESHOLD = 128  # mask values from here on mean "repaint"
+
+
+def pixels_of(job: Job) -> np.ndarray:
+    """The job's input image: (H, W, 3) uint8; of a job that enlarges it, smaller than the result."""
+    scale = job.scale or 1
+    return np.frombuffer(job.image, np.uint8).reshape(job.height // scale, job.width // scale, 3)
+
+
+def masked_pixels(job: Job) -> np.ndarray:
+    """(H, W) bool: the pixels to repaint."""
+    return np.frombuffer(job.mask, np.uint8).reshape(job.height, job.width) >= MASK_THRESHOLD
+
+
+def image_of(job: Job, device: torch.device) -> Tensor:
+    """The job's input image x (1, 3, H, W) in [-1, 1]."""
+    x = torch.from_numpy(pixels_of(job).copy()).to(device, torch.float32).permute(2, 0, 1) / 127.5 - 1
+    return x[None].contiguous()
+
+
+def encode(bundle: LatentDiffusion, job: Job, device: torch.device) -> Tensor:
+    """The job's input image as a scaled latent (C, h, w)."""
+    return bundle.encode(image_of(job, device))[0]
+
+
+def masked_image(bundle: LatentDiffusion, job: Job, device: torch.device) -> Known:
+    """The input image without the pixels to repaint, for a UNet that takes it as concat channels."""
+    return bundle.known(image_of(job, device), torch.from_numpy(masked_pixels(job).copy()).to(device))
+
+
+def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:
+    """(1, h, w): 1 where a latent cell covers at least one pixel to repaint."""
+    return max_pool2d(torch.from_numpy(masked_pixels(job)).float()[None], factor).to(device)
+
+
+def conditioning_input(job: Job, cell: int) -> Asked:
+    """The job's prompts, labels, boxes and regions; a label of the regions covers cell x cell pixels."""
+    regions = None
+    if job.regions:
+        numbers = np.frombuffer(job.regions, np.uint16).astype(np.int64)
+        regions = torch.from_numpy(numbers.reshape(job.height // cell, job.width // cell))
+    size = (job.width, job.height)
+    return Asked(
+        job.prompt, job.negative_prompt, job.class_label, job.boxes, regions, size, prompt_options(job)
+    )
+
+
+def prompt_options(job: Job) -> Reading:
+    """How the job's prompts are tokenized."""
+    return Reading(job.prompt_weights, job.long_prompts == "chunk")
+
+
+def start_images(state: JobState, conditioning: Asked, rows: slice) -> None:
+    """Add the images' start states: noise, or the input image with noise added.
+
+    `rows`: which of the two guidance rows (unconditional, conditional) the job needs.
+    """
+    job, bundle, spec = state.job, state.bundle, state.bundle.spec
+    device, shape = bundle.device, spec.latent_shape(job.width, job.height)
+    masked = masked_image(bundle, job, device) if job.mask and spec.mask_channels else None
+    # A UNet that takes the masked image repaints from noise alone at full strength, as it was trained to.
+    if job.image and not (masked and job.strength == 1.0):
+        state.z = encode(bundle, job, device)
+    if job.mask and not masked:
+        state.mask = latent_mask(job, spec.autoencoder.factor, device)
+    concat = bundle.beside(*shape[1:], conditioning.regions, masked)
+    concat = None if concat is None else concat[rows]
+    signal, sigma = state.plan.start
+    for index in range(job.n):
+        generator = torch.Generator().manual_seed(job.seed + index)
+        noise = torch.randn(shape, generator=generator).to(device)
+        x = noise if state.z is None else signal * state.z + sigma * noise
+        start_noise = None if state.mask is None else noise
+        state.images.append(ImageState(with_history(x, state.plan), generator, concat, start_noise))
+
+
+def start_tiles(state: JobState) -> None:
+    """Add the start states of the tiles of an image to enlarge.
+
+    Each tile gets its part of one noise field and of the low-resolution image.
+    """
+    job, bundle = state.job, state.bundle
+    low = image_of(job, bundle.device)[0]
+    tiles = cut(low.shape[1], low.shape[2], bundle.spec.tile)
+    for index in range(job.n):
+        noise, noised = bundle.start_upscaling(low, job.seed + index, job.noise_level)
+        for tile in range(len(tiles.corners)):
+            rows, columns = tiles.slices(tile)
+            generator = torch.Generator().manual_seed((job.seed + index + tile * TILE_SEED) % 2**63)
+            x = with_history(noise[:, rows, columns], state.plan)
+            state.images.append(ImageState(x, generator, None, None, low=noised[:, rows, columns]))
+
+
+def with_history(x: Tensor, plan: Plan) -> Tensor:
+    """x (C, h, w) with empty room for the sampler's history: (1 + memory, C, h, w)."""
+    return torch.cat([x[None], torch.zeros(plan.memory, *x.shape, device=x.device)])

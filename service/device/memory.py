@@ -1,0 +1,124 @@
+"""How much memory a device has, and how much one call takes of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from service.engine.row_limits import Use
+
+
+class CudaMemory:
+    """Memory of a CUDA device, as torch's allocator counts it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._allocated_before = 0
+
+    def used(self) -> int:
+        """Bytes that this process holds. Asks the allocator only: the driver may be capturing a graph."""
+        return torch.cuda.memory_reserved(self.device)
+
+    def total(self) -> int:
+        """Bytes of the whole device."""
+        return int(torch.cuda.get_device_properties(self.device).total_memory)
+
+    def reset(self) -> None:
+        """Give unused cached memory back; call it after models were loaded or unloaded."""
+        torch.cuda.empty_cache()
+
+    def begin(self) -> bool:
+        """Start to measure a call; returns whether measuring is possible, which it always is here."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._allocated_before = torch.cuda.memory_allocated(self.device)
+        return True
+
+    def end(self, rows: int, room: int) -> Use:
+        """What the call since begin() took; `room`: bytes that calls may take, 0 for all that is free."""
+        peak = torch.cuda.max_memory_allocated(self.device) - self._allocated_before
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return Use(rows, peak, room or torch.cuda.mem_get_info(self.device)[0] + cached)
+
+
+class HostMemory:
+    """Memory of this process as Linux reports it; elsewhere nothing is measured.
+
+    The allocator keeps the pages of past calls and reuses them without any sign. So a call's peak is counted
+    from the smallest size that the process has had since the models were loaded: that may be too much but
+    never too little.
+    """
+
+    def __init__(self) -> None:
+        self._smallest: int | None = None
+
+    def used(self) -> int:
+        """Bytes of this process; 0 if unknown."""
+        try:
+            return read_kilobytes("/proc/self/status", "VmRSS")
+        except OSError:
+            return 0
+
+    def total(self) -> int:
+        """Bytes of the machine, or of the process's control group if that has fewer; 0 if unknown."""
+        try:
+            return int(min(read_kilobytes("/proc/meminfo", "MemTotal"), cgroup_limit()))
+        except OSError:
+            return 0
+
+    def reset(self) -> None:
+        """Forget the smallest size; call it after models were loaded or unloaded."""
+        self._smallest = None
+
+    def begin(self) -> bool:
+        """Start to measure a call; returns whether measuring is possible."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is used now
+            now = read_kilobytes("/proc/self/status", "VmRSS")
+        except OSError:
+            return False
+        self._smallest = now if self._smallest is None else min(self._smallest, now)
+        return True
+
+    def end(self, rows: int, room: int) -> Use:
+        """What the call since begin() took; `room`: bytes that calls may take, 0 for all that is free."""
+        smallest = self._smallest or 0
+        peak = read_kilobytes("/proc/self/status", "VmHWM") - smallest
+        reusable = read_kilobytes("/proc/self/status", "VmRSS") - smallest
+        return Use(rows, peak, room or available() + reusable)
+
+
+def memory_of(device: torch.device) -> CudaMemory | HostMemory:
+    return CudaMemory(device) if device.type == "cuda" else HostMemory()
+
+
+def free_cache() -> None:
+    """Give back the memory that torch keeps for later calls, so that the next call can use all there is."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # no annotations
+        torch.cuda.empty_cache()
+
+
+def read_kilobytes(file: str, name: str) -> int:
+    """The value of a line `name: N kB` of a file under /proc, in bytes; 0 without one. Raises OSError."""
+    lines = Path(file).read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name + ":")), 0)
+
+
+def available() -> int:
+    """Bytes that the machine, or the control group of this process, can still give."""
+    free = read_kilobytes("/proc/meminfo", "MemAvailable")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, max(int(limit) - used, 0))
+
+
+def cgroup_limit() -> float:
+    """Bytes that the control group of this process may use; infinite without a limit."""
+    try:
+        return float(Path("/sys/fs/cgroup/memory.max").read_text().strip().replace("max", "inf"))
+    except (OSError, ValueError):
+        return math.inf

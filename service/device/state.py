@@ -1,0 +1,50 @@
+"""What is held for each running job and each of its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.conditioning.text_encoder import Context
+from models.latent_diffusion import LatentDiffusion
+from models.sampling.samplers import Plan
+from service.engine.job import Job
+
+
+@dataclass
+class ImageState:
+    """One image (or one tile of an image to enlarge) between two UNet calls."""
+
+    state: Tensor  # (1 + memory, C, h, w) float32, on the device: x, then the sampler's history
+    generator: torch.Generator  # on the CPU, so that a seed means the same on every device
+    concat: Tensor | None  # (1 or 2, C', h, w): concat channels of the UNet's input, rows as JobState.context
+    start_noise: Tensor | None  # (C, h, w), if a mask is applied after each step
+    done: int = 0  # steps taken
+    noise: Tensor | None = None  # drawn for the next step; kept, so that a failed call draws no second one
+    low: Tensor | None = None  # (3, h, w), of a tile that has not begun: `concat` will be made from it
+    x_0: Tensor | None = None  # (C, h, w), the last step's prediction of the final latent; for previews
+
+    @property
+    def x(self) -> Tensor:
+        """(C, h, w): the latent itself."""
+        return self.state[0]
+
+
+@dataclass
+class JobState:
+    """What a job's images share, and the images."""
+
+    job: Job
+    bundle: LatentDiffusion
+    plan: Plan
+    context: Context | None  # 1 or 2 rows; with guidance the unconditional one first
+    z: Tensor | None  # (C, h, w), the latent of the input image
+    mask: Tensor | None  # (1, h, w), 1 where to repaint; None if the UNet takes the mask as concat channels
+    images: list[ImageState]
+
+    def previews(self, image: ImageState) -> bool:
+        """Whether a preview of the image is wanted after its next step."""
+        every = self.job.preview_every
+        return bool(every) and (image.done + 1) % every == 0

@@ -1,0 +1,139 @@
+"""Names and paths given at start-up (--model, --lora, --vae, --embedding) -> files on disk. No torch.
+
+Names in requests never reach this module: they are looked up among the models that were loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from models.errors import CheckpointError
+from models.formats import companions, single_file
+from models.formats.diffusers_read import read_spec
+from models.spec import ModelSpec, Prediction
+
+BUNDLED = ("emoji", "emoji-upscale")  # the models that come with the package
+LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # looked for in a LoRA folder
+
+
+class ModelPathError(ValueError):
+    """A model or an adapter named at start-up does not exist, or its name is taken."""
+
+
+def locate(name: str, allow_pickle: bool = False) -> tuple[str, Path]:
+    """(name, path) of a model given at start-up: a bundled model, a folder, or a single file.
+
+    A folder is named after its last path component (a symbolic link after the link), a file after its stem.
+    Raises ModelPathError, also for a pickle file unless pickles are allowed.
+    """
+    path = bundled(name) if name in BUNDLED else absolute(name)
+    if path is not None and path.is_file():
+        if path.suffix != ".safetensors" and not allow_pickle:
+            raise ModelPathError(f"{name!r} is not a .safetensors file; pickled weights need --allow-pickle")
+        return single_file.name_of(path), path
+    if path is None or not ((path / "model_index.json").is_file() or single_file.weights_of(path)):
+        bundled_names = " or ".join(map(repr, BUNDLED))
+        raise ModelPathError(
+            f"no model at {name!r}: expected {bundled_names}, a folder with a model_index.json, "
+            "a .safetensors file or a .ckpt file"
+        )
+    return path.name, path
+
+
+def locate_all(names: Iterable[str], allow_pickle: bool = False) -> dict[str, Path]:
+    """locate() for each; raises ModelPathError also when two different models have the same name."""
+    found: dict[str, Path] = {}
+    for name, path in (locate(name, allow_pickle) for name in names):
+        if found.setdefault(name, path) != path:
+            raise ModelPathError(f"two models are called {name!r}; rename one of them")
+    return found
+
+
+def locate_loras(arguments: Iterable[str]) -> dict[str, Path]:
+    """LoRA name -> file, from NAME=PATH; PATH may be a folder that holds the file. Raises ModelPathError."""
+    found: dict[str, Path] = {}
+    for argument in arguments:
+        name, _, text = argument.partition("=")
+        folder_files = [Path(text) / file for file in LORA_FILES if (Path(text) / file).is_file()]
+        file = folder_files[0] if folder_files else Path(text)
+        if not file.is_file():
+            raise ModelPathError(f"no LoRA at {text!r}: expected a file, or a folder with {LORA_FILES[0]}")
+        if name in found:
+            raise ModelPathError(f"two LoRAs are called {name!r}; rename one of them")
+        found[name] = absolute(file)
+    return found
+
+
+def locate_vaes(arguments: Iterable[str], models: Collection[str]) -> dict[str, Path]:
+    """Model name -> path of the VAE that replaces its own, from MODEL=PATH, or PATH if there is one model.
+
+    Raises ModelPathError.
+    """
+    found: dict[str, Path] = {}
+    for argument in arguments:
+        model, _, text = argument.partition("=")
+        if model not in models:
+            model, text = next(iter(models)), argument
+            if len(models) > 1:
+                raise ModelPathError(
+                    f"the VAE {argument!r} does not say which model it is for: expected MODEL=PATH, "
+                    f"with MODEL one of {', '.join(models)}"
+                )
+        path = Path(text)
+        if not (path.is_file() or (path / "config.json").is_file()):
+            raise ModelPathError(f"no VAE at {text!r}: expected a file, or a folder with a config.json")
+        if model in found:
+            raise ModelPathError(f"two VAEs are given for {model!r}")
+        found[model] = absolute(path)
+    return found
+
+
+def locate_embeddings(arguments: Iterable[str]) -> dict[str, Path]:
+    """Embedding name -> file, from NAME=PATH.
+
+    Raises ModelPathError, also for two names that differ in case only.
+    """
+    found: dict[str, Path] = {}
+    for argument in arguments:
+        name, _, text = argument.partition("=")
+        if not Path(text).is_file():
+            raise ModelPathError(f"no embedding at {text!r}: expected a file")
+        if name.lower() in map(str.lower, found):
+            raise ModelPathError(f"two embeddings are called {name!r}; rename one of them")
+        found[name] = absolute(text)
+    return found
+
+
+def bundled(name: str) -> Path | None:
+    """The folder of a bundled model; None if the package was installed without them."""
+    try:
+        return Path(str(resources.files("weights") / name))
+    except ModuleNotFoundError:
+        return None
+
+
+def absolute(path: str | Path) -> Path:
+    """The absolute path, with symbolic links kept: a link's own name and suffix are the ones that count."""
+    return Path(os.path.abspath(path))
+
+
+def read_specs(
+    paths: Mapping[str, Path], allow_pickle: bool = False, prediction: Prediction | None = None
+) -> dict[str, ModelSpec]:
+    """Name -> spec of each model, without reading its weights; `prediction` as in read_spec().
+
+    Raises CheckpointError, also for a model that cannot generate anything.
+    """
+    specs = {
+        name: replace(read_spec(path, allow_pickle, prediction), name=name) for name, path in paths.items()
+    }
+    for name, spec in specs.items():
+        if spec.unet is None:
+            raise CheckpointError(f"{name} is an autoencoder alone: without a UNet it cannot generate images")
+        if spec.lacks_context:
+            raise CheckpointError(f"{name}: {companions.TEXT_WANTED}")
+    return specs
