@@ -110,9 +110,9 @@ def test_which_model_it_is_for(other):
     assert locate_vaes([str(other)], ["a"]) == {"a": other}
     assert locate_vaes([f"b={other}"], ["a", "b"]) == {"b": other}
     for named, message in (
-        ([str(other)], "for which of a, b"),
+        ([str(other)], "with MODEL one of a, b"),
         (["a=nowhere"], "no VAE at 'nowhere'"),
-        ([f"a={other}"] * 2, "two VAEs are for 'a'"),
+        ([f"a={other}"] * 2, "two VAEs are given for 'a'"),
     ):
         with pytest.raises(ModelPathError, match=message):
             locate_vaes(named, ["a", "b"])
