@@ -20,7 +20,7 @@ from models.spec import Spacing
 from service import logs
 from service.bench.arguments import add_arguments
 from service.engine.events import Done, Event, Failed, Started, Stepped
-from service.engine.job import Done, Event, Failed, Job, Started, Stepped
+from service.engine.job import Job
 from service.errors import ServiceError, from_code
 from service.model_paths import (
     ModelPathError,

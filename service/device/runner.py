@@ -69,7 +69,7 @@ class TorchRunner:
         self.projections: dict[str, Projection] = {}  # model -> latent to preview
         self.note: Callable[[Incident], None] = lambda incident: (
             None
-        )  # called for each failure recovered here
+        )  # called for each recovered failure
         device = device or torch.device("cpu")
         self.memory = memory_of(device)
         self.graphs = graphs_on(device)

@@ -324,7 +324,7 @@ def test_a_first_stage_alone_has_nothing_to_generate(tmp_path):
     stage = Autoencoder(thin(FIRST_STAGES["vq-f16"]))
     fill_randomly(stage, 0)
     save_file(stage.state_dict(), tmp_path / "stage.safetensors")
-    with pytest.raises(CheckpointError, match="nothing to generate"):
+    with pytest.raises(CheckpointError, match="cannot generate images"):
         Registry({"m": tmp_path / "stage.safetensors"}, load)
 
 
