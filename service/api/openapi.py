@@ -1,4 +1,4 @@
-"""The description of the API as generators of clients understand it."""
+"""The OpenAPI document, in a form that client generators handle."""
 
 from __future__ import annotations
 
@@ -7,31 +7,72 @@ from typing import Any
 
 from fastapi import FastAPI
 
+MAX_INT32 = 2**31 - 1
+
 
 def install(app: FastAPI) -> None:
-    """Let the app describe itself in plain terms."""
-    made = app.openapi
-    app.openapi = lambda: app.openapi_schema if app.openapi_schema else plain(made())
+    """Make `app.openapi()` return the simplified document."""
+    build = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = simplify(build())
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI documents this way of extending it
 
 
-def text_of(app: FastAPI) -> str:
-    """The description as it is committed: service/openapi.json."""
+def document_text(app: FastAPI) -> str:
+    """The document as JSON text, as committed in service/openapi.json."""
     return json.dumps(app.openapi(), indent=1, ensure_ascii=False) + "\n"
 
 
-def plain(node: Any) -> Any:
-    """A description, changed in place: files are binary, and a field has one name.
-
-    Newer frameworks call an upload a `contentMediaType`, which generators take for text. `image[]` is another
-    spelling of `image` for forms; in most languages both would be one name.
-    """
+def simplify(node: Any) -> Any:
+    """Rewrite a part of the document, in place, where client generators fail on what the framework writes."""
     if isinstance(node, dict):
-        if node.get("contentMediaType") == "application/octet-stream":
-            del node["contentMediaType"]
-            node["format"] = "binary"
-        fields = node.get("properties", {})
-        for twin in [name for name in fields if name.endswith("[]") and name[:-2] in fields]:
-            del fields[twin]
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        plain(child)
+        mark_upload(node)
+        widen_integer(node)
+        allow_empty_text(node)
+        drop_properties(node)
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for child in children:
+        simplify(child)
     return node
+
+
+def mark_upload(schema: dict[str, Any]) -> None:
+    """Give a file upload `format: binary`; generators treat FastAPI's `contentMediaType` as text."""
+    if schema.get("contentMediaType") == "application/octet-stream":
+        del schema["contentMediaType"]
+        schema["format"] = "binary"
+
+
+def widen_integer(schema: dict[str, Any]) -> None:
+    """Give an integer that may pass 32 bits, such as a seed, `format: int64`; the default is 32 bits."""
+    if schema.get("type") == "integer" and schema.get("maximum", MAX_INT32 + 1) > MAX_INT32:
+        schema["format"] = "int64"
+
+
+def allow_empty_text(schema: dict[str, Any]) -> None:
+    """Make an enum with the empty string a plain string: generators cannot name the empty value."""
+    if "" in schema.get("enum", ()) or schema.get("const") == "":
+        schema.pop("enum", None)
+        schema.pop("const", None)
+
+
+def drop_properties(schema: dict[str, Any]) -> None:
+    """Leave out the properties that no client needs and that make generated code invalid.
+
+    A property that can only be null has no type. `image[]` is another name of `image` in forms, and most
+    languages would give both one name. `model_name` becomes getModelName, which PHP clients already have.
+    """
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return
+    for name in list(properties):
+        twin = name.endswith("[]") and name[:-2] in properties
+        if twin or name == "model_name" or properties[name].get("type") == "null":
+            del properties[name]
+            schema["required"] = [one for one in schema.get("required", ()) if one != name]
+    if not schema.get("required", True):
+        del schema["required"]

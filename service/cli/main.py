@@ -469,9 +469,9 @@ def list_models(args: argparse.Namespace) -> int:
 def print_description(args: argparse.Namespace) -> int:
     """The API's, as it is committed in service/openapi.json."""
     from service.api.app import create_app
-    from service.api.openapi import text_of
+    from service.api.openapi import document_text
 
-    print(text_of(create_app(Settings())), end="")
+    print(document_text(create_app(Settings())), end="")
     return 0
 
 

@@ -25,7 +25,7 @@ from schemathesis.checks import (
 )
 
 from service.api.app import create_app
-from service.api.openapi import text_of
+from service.api.openapi import document_text
 from service.settings import Settings
 from tests.helpers.environment import ROOT
 from tests.helpers.images import base64_of, file_of, noise
@@ -48,13 +48,13 @@ def served(start_server) -> Iterator[Server]:
 
 
 def test_the_committed_description_is_that_of_the_code():
-    assert json.loads(COMMITTED.read_text()) == json.loads(text_of(create_app(Settings()))), UPDATE
+    assert json.loads(COMMITTED.read_text()) == json.loads(document_text(create_app(Settings()))), UPDATE
 
 
 def test_the_command_prints_it():
     command = [sys.executable, "-m", "service.cli", "openapi"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert printed == text_of(create_app(Settings()))
+    assert printed == document_text(create_app(Settings()))
 
 
 # A client, made by a generator that people use.
