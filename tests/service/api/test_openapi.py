@@ -25,7 +25,7 @@ from schemathesis.checks import (
 )
 
 from service.api.app import create_app
-from service.api.openapi import document_text
+from service.api.openapi import document_text, simplify
 from service.settings import Settings
 from tests.helpers.environment import ROOT
 from tests.helpers.images import base64_of, file_of, noise
@@ -199,3 +199,34 @@ def test_no_drawn_request_has_an_answer_that_is_not_described(case, served):
         timeout=60,
     )
     served.check_alive()
+
+
+# What client generators fail on.
+
+
+def test_no_property_can_only_be_null():
+    for name, schema in described_schemas().items():
+        for key, value in schema.get("properties", {}).items():
+            assert value.get("type") != "null", f"{name}.{key}"
+
+
+def test_integers_that_may_pass_32_bits_say_so():
+    seed = described_schemas()["GenerateRequest"]["properties"]["seed"]["anyOf"][0]
+    assert (seed["type"], seed["format"]) == ("integer", "int64")
+
+
+def test_simplify_leaves_out_properties_that_generators_cannot_name():
+    schema = {
+        "properties": {
+            "image": {"type": "string"},
+            "image[]": {"type": "string"},
+            "nothing": {"type": "null"},
+            "mode": {"type": "string", "enum": ["", "None"]},
+        },
+        "required": ["nothing"],
+    }
+    assert simplify(schema) == {"properties": {"image": {"type": "string"}, "mode": {"type": "string"}}}
+
+
+def described_schemas() -> dict[str, Any]:
+    return json.loads(COMMITTED.read_text())["components"]["schemas"]
