@@ -1,27 +1,30 @@
-"""One tiny model, one server on it, for all tests that need them."""
+"""Fixtures that many test files share, how tests are grouped on workers, and which of them are fast.
+
+What is no fixture lives in tests/helpers, models of tests in tests/checkpoints. See tests/README.md.
+"""
 
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: pytest-xdist uses the cores
+
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
 
-import httpx
 import pytest
 
-from tests.helpers.environment import ROOT
-from tests.helpers.servers import PATIENCE, QUEUE_SIZE, Server, set_trap, wait_until
+from tests.helpers.servers import Server, serve, write_import_trap
+
+# Groups of tests that take longest, which start first. A file that is not named here is a group of its own.
+SLOWEST_FIRST = ("shared-server", "bundled-server", "test_cli.py")
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny model, called tiny."""
+    """The folder of a tiny model named tiny."""
     from tests.checkpoints.tiny import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
@@ -29,41 +32,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
-    """start_server(model, ..., LDM_X=...) as a context: a ready server of models, tiny if there are none.
+    """start_server(model, ..., LDM_X=...) is a context: a ready server of these models, by default of tiny.
 
-    It is started where folders called like our packages lie, none of which it may import.
+    Its current directory holds packages named models, service and weights, which it must not import.
     """
     trap = tmp_path_factory.mktemp("trap")
-    set_trap(trap)
+    write_import_trap(trap)
 
-    @contextmanager
-    def start(*models: Path, stderr: IO[str] | None = None, **settings: str) -> Iterator[Server]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        defaults = {"OMP_NUM_THREADS": "1", "LDM_DTYPE": "float32", "LDM_QUEUE_SIZE": str(QUEUE_SIZE)}
-        defaults["LDM_MAX_BODY_BYTES"] = str(2**20)
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} | defaults | settings
-        serve = [sys.executable, "-P", "-m", "service.cli", "serve"]
-        command = [*serve, "--model", *(models or (tiny,)), "--port", str(port)]
-        process = subprocess.Popen(command, env=environment, cwd=trap, stderr=stderr)
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
-                server = Server(process, client)
-                wait_until(lambda: server.is_ready)
-                yield server
-        finally:
-            process.kill()
-            process.wait()
+    def start(*models: Path | str, stderr: object = None, **settings: str) -> object:
+        return serve(models or (tiny,), trap, stderr, settings)
 
     return start
 
 
 @pytest.fixture(scope="session")
-def living(start_server) -> Iterator[Callable[[], Server]]:
-    """Gives the server that tests share; another one after a test in which it ended."""
+def shared_server(start_server) -> Iterator[Callable[[], Server]]:
+    """A function that gives the server of tiny that tests share, a new one if the last has ended."""
     with ExitStack() as stack:
-        servers = []
+        servers: list[Server] = []
 
         def give() -> Server:
             if servers and (code := servers[-1].process.poll()) is not None:
@@ -76,15 +62,42 @@ def living(start_server) -> Iterator[Callable[[], Server]]:
 
 
 @pytest.fixture(scope="session")
-def box(start_server) -> Iterator[Server]:
-    """A server of the models in the box."""
-    with start_server(Path("emoji"), Path("emoji-upscale")) as server:
+def bundled(start_server) -> Iterator[Server]:
+    """A server of the bundled models."""
+    with start_server("emoji", "emoji-upscale", LDM_DTYPE="auto") as server:
         yield server
 
 
 @pytest.fixture
-def server(living) -> Iterator[Server]:
-    """A server that tests share, and leave as it was."""
-    server = living()
+def server(shared_server) -> Iterator[Server]:
+    """The server of tiny that tests share. Every test leaves it idle."""
+    server = shared_server()
     yield server
     server.check_alive()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test as server or fast, and give tests that share a server or a file one worker."""
+    for item in items:
+        if "start_server" in item.fixturenames:
+            item.add_marker("server")
+        elif not item.get_closest_marker("slow"):
+            item.add_marker("fast")
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=rank)
+
+
+def group_of(item: pytest.Item) -> str:
+    """The name of the worker group of a test."""
+    if "shared_server" in item.fixturenames:
+        return "shared-server"
+    if "bundled" in item.fixturenames:
+        return "bundled-server"
+    return item.path.name
+
+
+def rank(item: pytest.Item) -> tuple[int, bool]:
+    """The slowest groups first, then other tests with a server, then the rest."""
+    group = group_of(item)
+    place = SLOWEST_FIRST.index(group) if group in SLOWEST_FIRST else len(SLOWEST_FIRST)
+    return place, item.get_closest_marker("server") is None

@@ -7,13 +7,17 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
+
+from tests.helpers.environment import ROOT
 
 # The most seconds that a busy machine may need for anything that must happen. No test sleeps this long.
 PATIENCE = 180.0
@@ -72,7 +76,7 @@ class Server:
         wait_until(lambda: self.worker() != killed)
 
     @contextmanager
-    def asked(self, body: dict) -> Iterator[socket.socket]:
+    def open_request(self, body: dict) -> Iterator[socket.socket]:
         """A client that sends a request and disconnects, at the latest with the end of the context."""
         content = json.dumps(body)
         request = (
@@ -85,7 +89,7 @@ class Server:
             yield connection
 
 
-def set_trap(folder: Path) -> None:
+def write_import_trap(folder: Path) -> None:
     """Write packages with the names of ours that raise an error when they are imported."""
     for name in ("models", "service", "weights"):
         (folder / name).mkdir()
@@ -100,3 +104,31 @@ def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
     while not holds():
         assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.02)
+
+
+@contextmanager
+def serve(
+    models: Sequence[Path | str], folder: Path, stderr: IO[str] | None, settings: Mapping[str, str]
+) -> Iterator[Server]:
+    """A ready server of models, started in a folder, killed at the end of the context."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    defaults = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "LDM_DTYPE": "float32",
+        "LDM_QUEUE_SIZE": str(QUEUE_SIZE),
+        "LDM_MAX_BODY_BYTES": str(2**20),
+    }
+    command = [sys.executable, "-P", "-m", "service.cli", "serve", "--model", *models, "--port", str(port)]
+    environment = os.environ | defaults | settings
+    process = subprocess.Popen(command, env=environment, cwd=folder, stderr=stderr)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
+            server = Server(process, client)
+            wait_until(lambda: server.is_ready)
+            yield server
+    finally:
+        process.kill()
+        process.wait()

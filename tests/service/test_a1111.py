@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's API, asked by a client library that was written for it, of the models in the box."""
+"""AUTOMATIC1111's API, asked by a client library that was written for it, of the models in the bundled."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SMALL = {"width": 128, "height": 128, "seed": 1, "cfg_scale": 3.0}
 
 
 @pytest.fixture(scope="module")
-def api(box: Server) -> webuiapi.WebUIApi:
-    url = box.client.base_url
+def api(bundled: Server) -> webuiapi.WebUIApi:
+    url = bundled.client.base_url
     return webuiapi.WebUIApi(host=url.host, port=url.port, sampler="DDIM", steps=4)
 
 
@@ -50,10 +50,10 @@ def left_half(size: tuple[int, int]) -> Image.Image:
     return mask
 
 
-def test_txt2img_makes_what_the_native_api_makes(box, api):
+def test_txt2img_makes_what_the_native_api_makes(bundled, api):
     for _ in range(2):  # the first after a start runs in smaller calls, where bits may differ
         made = api.txt2img(prompt=PROMPT, negative_prompt="pear", **SMALL, eta=0.0, batch_size=2, n_iter=1)
-    native = box.client.post(
+    native = bundled.client.post(
         "/generate",
         json={"prompt": PROMPT, "negative_prompt": "pear", "seed": 1, "n": 2, "steps": 4, "sampler": "ddim",
               "guidance_scale": 3.0, "prompt_weights": True, "long_prompts": "chunk"},
@@ -146,11 +146,11 @@ def test_extra_single_image_enlarges(api, apple):
         api.extra_single_image(small, upscaler_1="emoji-upscale", upscaling_resize=5)
 
 
-def test_progress_and_interrupt(box, api):
+def test_progress_and_interrupt(bundled, api):
     assert api.get_progress()["progress"] == 0.0
     asked = {"prompt": PROMPT, "steps": 1000, "width": 128, "height": 128, "sampler_name": "DDIM"}
     with ThreadPoolExecutor() as pool:
-        answer = pool.submit(box.client.post, "/sdapi/v1/txt2img", json=asked)
+        answer = pool.submit(bundled.client.post, "/sdapi/v1/txt2img", json=asked)
         wait_until(lambda: api.get_progress()["current_image"] is not None)
         told = api.get_progress()
         assert 0 < told["progress"] < 1
@@ -158,10 +158,12 @@ def test_progress_and_interrupt(box, api):
         assert (told["state"]["job_count"], told["state"]["sampling_steps"]) == (1, 1000)
         assert told["state"]["sampling_step"] >= 10
         assert Image.open(io.BytesIO(base64.b64decode(told["current_image"]))).format == "PNG"
-        assert box.client.get("/sdapi/v1/progress?skip_current_image=true").json()["current_image"] is None
+        assert (
+            bundled.client.get("/sdapi/v1/progress?skip_current_image=true").json()["current_image"] is None
+        )
         assert api.interrupt() is None
         assert answer.result().status_code == 499
-    wait_until(lambda: box.health()["jobs"] == 0)
+    wait_until(lambda: bundled.health()["jobs"] == 0)
     assert api.get_progress()["state"]["job_count"] == 0
     api.util_wait_for_ready(check_interval=0.1)
 
@@ -181,15 +183,15 @@ def test_what_clients_ask_at_start(api):
     assert api.refresh_checkpoints() is None
 
 
-def test_options_choose_the_model(box, api):
+def test_options_choose_the_model(bundled, api):
     api.util_set_model("emoji")
     assert api.util_get_current_model() == "emoji"
     assert api.set_options({"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"}) is None
-    told = box.client.post("/sdapi/v1/options", json=api.get_options())  # what is read can be written
+    told = bundled.client.post("/sdapi/v1/options", json=api.get_options())  # what is read can be written
     assert told.status_code == 200
-    unknown = box.client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "v1-5"})
+    unknown = bundled.client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "v1-5"})
     assert (unknown.status_code, unknown.json()["error"]["param"]) == (404, "sd_model_checkpoint")
-    other = box.client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
+    other = bundled.client.post("/sdapi/v1/options", json={"CLIP_stop_at_last_layers": 2})
     assert (other.status_code, other.json()["error"]["param"]) == (422, "CLIP_stop_at_last_layers")
     made = api.txt2img(prompt=PROMPT, **SMALL, override_settings={"sd_model_checkpoint": "emoji"})
     assert made.info["sd_model_name"] == "emoji"
@@ -223,8 +225,8 @@ def test_options_choose_the_model(box, api):
         ({"unheard_of": 1}, "unheard_of"),
     ],
 )
-def test_what_cannot_be_done_is_a_422_that_names_the_field(box, asked, param):
-    answer = box.client.post("/sdapi/v1/txt2img", json={"prompt": PROMPT, "steps": 2} | asked)
+def test_what_cannot_be_done_is_a_422_that_names_the_field(bundled, asked, param):
+    answer = bundled.client.post("/sdapi/v1/txt2img", json={"prompt": PROMPT, "steps": 2} | asked)
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, param), answer.text
 
 

@@ -18,15 +18,22 @@ from service.cli.main import parser, settings_of
 from service.model_paths import ModelPathError
 from tests.checkpoints.ldm_files import published, write
 from tests.helpers.environment import ROOT
-from tests.helpers.servers import set_trap
+from tests.helpers.servers import write_import_trap
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The current directory of the commands."""
     trap = tmp_path_factory.mktemp("current")
-    set_trap(trap)
+    write_import_trap(trap)
     return trap
+
+
+def read_image(file: Path) -> Image.Image:
+    """An image with all its pixels, of a file that is closed again."""
+    with Image.open(file) as image:
+        image.load()
+    return image
 
 
 def ldm(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
@@ -46,7 +53,7 @@ def test_generate_writes_a_picture_that_says_how_it_was_made(folder, tiny):
     done = ldm(folder, "generate", "--model", tiny, "red apple", "--seed", "7", "-o", "apple.png")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "apple.png  seed 7\n"
-    made = Image.open(folder / "apple.png")
+    made = read_image(folder / "apple.png")
     parameters = json.loads(made.text["parameters"])
     assert made.size == (64, 64)
     assert (parameters["prompt"], parameters["seed"]) == ("red apple", 7)
@@ -55,7 +62,7 @@ def test_generate_writes_a_picture_that_says_how_it_was_made(folder, tiny):
 def test_generate_numbers_several_pictures(folder, tiny):
     done = ldm(folder, "generate", "p", "-o", "p.jpg", "--model", tiny, "--n", "2", "--steps", "1")
     assert done.returncode == 0, done.stderr
-    assert {Image.open(folder / name).format for name in ("p-0.jpg", "p-1.jpg")} == {"JPEG"}
+    assert {read_image(folder / name).format for name in ("p-0.jpg", "p-1.jpg")} == {"JPEG"}
 
 
 def test_generate_starts_from_a_picture_and_inpaint_leaves_the_rest_as_it_was(folder, tiny):
@@ -71,10 +78,10 @@ def test_generate_starts_from_a_picture_and_inpaint_leaves_the_rest_as_it_was(fo
     assert done.returncode == 0, done.stderr
     assert "init_image is 40x24 and was resized to 32x32" in done.stderr
     assert "/2 [" in done.stderr  # half of the steps
-    assert Image.open(folder / "a.png").size == (32, 32)
+    assert read_image(folder / "a.png").size == (32, 32)
     done = ldm(folder, "inpaint", "sent.png", "mask.png", "a red apple", "-o", "b.png", *asked)
     assert done.returncode == 0, done.stderr
-    made, right = Image.open(folder / "b.png"), (20, 0, 40, 24)
+    made, right = read_image(folder / "b.png"), (20, 0, 40, 24)
     assert made.crop(right).tobytes() == sent.crop(right).tobytes()
     assert made.tobytes() != sent.tobytes()
 

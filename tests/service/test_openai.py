@@ -1,4 +1,4 @@
-"""The OpenAI Images API, asked by OpenAI's own client, of the models in the box."""
+"""The OpenAI Images API, asked by OpenAI's own client, of the models in the bundled."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ FEW = {"seed": 1, "steps": 4}
 
 
 @pytest.fixture(scope="module")
-def client(box: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{box.client.base_url}/v1", api_key="none", max_retries=0) as client:
+def client(bundled: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{bundled.client.base_url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -58,13 +58,13 @@ def hole(size: tuple[int, int], alpha: int = 0) -> Image.Image:
     return mask
 
 
-def test_generate_makes_what_the_native_api_makes(box, client):
+def test_generate_makes_what_the_native_api_makes(bundled, client):
     made = client.images.generate(
         model="emoji", prompt=PROMPT, n=2, size="128x128", quality="auto", background="auto", user="me",
         response_format="b64_json", moderation="low", output_format="png",
         extra_body=FEW | {"guidance_scale": 2.0, "negative_prompt": "pear"},
     )  # fmt: skip
-    native = box.client.post(
+    native = bundled.client.post(
         "/generate", json=FEW | {"prompt": PROMPT, "n": 2, "guidance_scale": 2.0, "negative_prompt": "pear"}
     ).json()
     assert [image.b64_json for image in made.data] == [image["data"] for image in native["images"]]
@@ -110,6 +110,7 @@ def test_several_pictures_are_refused(client, apple):
     assert caught.value.param == "image"
 
 
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # the client says so of variations
 def test_a_variation_is_a_run_from_the_picture(client, apple):
     made = client.images.create_variation(
         image=file_of(apple), n=2, response_format="b64_json", extra_body=FEW | {"strength": 0.5}
@@ -145,13 +146,13 @@ def test_a_stream_of_an_edit_has_events_of_its_own(client, apple):
     assert {opened(event.b64_json).format for event in told} == {"JPEG"}
 
 
-def test_leaving_a_stream_frees_its_place(box, client):
+def test_leaving_a_stream_frees_its_place(bundled, client):
     stream = client.images.generate(
         prompt=PROMPT, stream=True, partial_images=3, extra_body={"steps": 1000, "seed": 1}
     )
-    wait_until(lambda: box.health()["jobs"] == 1)
+    wait_until(lambda: bundled.health()["jobs"] == 1)
     stream.close()
-    wait_until(lambda: box.health()["jobs"] == 0)
+    wait_until(lambda: bundled.health()["jobs"] == 0)
 
 
 class Failed:
@@ -210,7 +211,7 @@ def test_what_cannot_be_done_is_a_400_that_names_the_field(client, asked, param)
     assert set(caught.value.body) >= {"message", "type", "param", "code"}
 
 
-def test_forms_are_checked_like_json(box, client, apple):
+def test_forms_are_checked_like_json(bundled, client, apple):
     def refused(**asked) -> openai.BadRequestError:
         with pytest.raises(openai.BadRequestError) as caught:
             client.images.edit(**{"image": file_of(apple), "prompt": "ghost"} | asked)
@@ -222,16 +223,18 @@ def test_forms_are_checked_like_json(box, client, apple):
     assert refused(extra_body={"steps": "many"}).param == "steps"
     assert refused(extra_body={"cfg": "2"}).param == "cfg"
     assert refused(mask=file_of(hole((64, 64)))).param == "mask"
-    none = box.client.post("/v1/images/edits", data={"prompt": "ghost"})
+    none = bundled.client.post("/v1/images/edits", data={"prompt": "ghost"})
     assert (none.status_code, none.json()["error"]["param"]) == (400, "image")
-    broken = box.client.post(
+    broken = bundled.client.post(
         "/v1/images/edits", content=b"no", headers={"content-type": "multipart/form-data"}
     )
     assert (broken.status_code, broken.json()["error"]["code"]) == (400, "unreadable_body")
     assert "form" in broken.json()["error"]["message"]
-    text = box.client.post("/v1/images/edits", files={"image": (None, "text"), "prompt": (None, "p")})
+    text = bundled.client.post("/v1/images/edits", files={"image": (None, "text"), "prompt": (None, "p")})
     assert (text.status_code, text.json()["error"]["param"].split(".")[0]) == (400, "image")
-    large = box.client.post("/v1/images/edits", files={"image": bytes(2**20 + 1)}, data={"prompt": "ghost"})
+    large = bundled.client.post(
+        "/v1/images/edits", files={"image": bytes(2**20 + 1)}, data={"prompt": "ghost"}
+    )
     assert large.status_code == 413
 
 

@@ -307,7 +307,7 @@ def test_a_deadline_that_passes_stops_the_work(server):
 
 
 def test_a_client_that_leaves_frees_its_rows_within_one_step(server):
-    with server.asked(SLOW), server.asked(SLOW) as leaver:
+    with server.open_request(SLOW), server.open_request(SLOW) as leaver:
         wait_for_running(server, 2)
         before = server.calls(over=2)
         wait_until(lambda: server.calls(over=2) > before)
@@ -323,7 +323,7 @@ def test_a_client_that_leaves_frees_its_rows_within_one_step(server):
 def test_a_full_queue_answers_429_at_once_and_empties_again(server):
     with ExitStack() as clients:
         for _ in range(QUEUE_SIZE):
-            clients.enter_context(server.asked(LONG))
+            clients.enter_context(server.open_request(LONG))
         wait_for_jobs(server, QUEUE_SIZE)
         for _ in range(5):
             answer = post(server, {"prompt": "p"})
