@@ -163,7 +163,7 @@ def test_a_start_imports_nothing_that_takes_seconds() -> None:
     """torch's compiler and the networks of transformers: a worker that loads and draws needs neither."""
     code = (
         "import sys, torch\n"
-        "import service.runner\n"
+        "import service.device.runner\n"
         "from models import checkpoint\n"
         "bundle = checkpoint.load('weights/emoji')\n"
         "with torch.inference_mode():\n"
