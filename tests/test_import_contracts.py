@@ -6,7 +6,7 @@ Imports are read from the source. What stands under `if TYPE_CHECKING:` is no im
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -39,10 +39,10 @@ def modules() -> dict[str, Path]:
 @cache
 def imports(name: str, lazy: bool) -> frozenset[str]:
     """What a module imports; lazy: inside functions too."""
-    return frozenset(found(ast.parse(modules()[name].read_text()), lazy))
+    return frozenset(targets_in(ast.parse(modules()[name].read_text()), lazy))
 
 
-def found(node: ast.AST, lazy: bool) -> Iterator[str]:
+def targets_in(node: ast.AST, lazy: bool) -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
@@ -51,9 +51,9 @@ def found(node: ast.AST, lazy: bool) -> Iterator[str]:
             parts = [f"{child.module}.{alias.name}" for alias in child.names]
             yield from (part if part in modules() else child.module for part in parts)
         elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            yield from found(ast.Module(child.orelse, []), lazy)
+            yield from targets_in(ast.Module(child.orelse, []), lazy)
         elif lazy or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from found(child, lazy)
+            yield from targets_in(child, lazy)
 
 
 def loaded_with(name: str) -> Iterator[str]:
@@ -67,23 +67,31 @@ def is_below(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def chain_to_torch(name: str, seen: set[str]) -> list[str]:
-    """The shortest description of how a module comes to load torch; empty where it does not."""
+def chain(name: str, goals: tuple[str, ...], seen: set[str]) -> list[str]:
+    """Modules by whose imports one of the goals is loaded with this module; empty where none is."""
     seen.add(name)
     for target in sorted(loaded_with(name)):
-        if target in TORCH:
+        if target in goals:
             return [name, target]
-        if target in modules() and target not in seen and (rest := chain_to_torch(target, seen)):
+        if target in modules() and target not in seen and (rest := chain(target, goals, seen)):
             return [name, *rest]
     return []
+
+
+def loading(names: Iterable[str], goals: tuple[str, ...]) -> set[str]:
+    return {" -> ".join(found) for name in names if (found := chain(name, goals, set()))}
 
 
 @pytest.mark.parametrize("package", WITHOUT_TORCH)
 def test_torch_is_not_loaded_by(package):
     names = [name for name in modules() if is_below(name, package)]
-    chains = {" -> ".join(chain) for name in names if (chain := chain_to_torch(name, set()))}
     assert names
-    assert not chains
+    assert not loading(names, TORCH)
+    assert not {name for name in names if imports(name, lazy=True) & {*TORCH}}
+
+
+def test_triton_is_loaded_only_where_a_function_asks_for_it():
+    assert not loading(modules().keys() - {"models.networks.triton_kernels"}, ("triton",))
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)

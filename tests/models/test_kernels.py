@@ -104,13 +104,6 @@ def test_in_16_bits_they_pass_the_check_that_admits_them(interpreted, dtype):
     assert 0 < kernels.error_of(interpreted, torch.device("cpu"), dtype) < bound
 
 
-def test_a_cpu_never_loads_them():
-    code = (
-        "import models.kernels as k, torch, sys; k.geglu(torch.ones(2, 4)); sys.exit('triton' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 class Wrong:
     """Kernels that halve what they should give."""
 
