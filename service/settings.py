@@ -1,235 +1,260 @@
-"""Settings: the one place that reads the environment, and the file of settings."""
+"""Settings from flags, environment variables and a file. No other module reads LDM_* variables."""
 
 from __future__ import annotations
 
 import difflib
 import os
-import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from service.setting_values import (
+    BYTES,
+    NAMED_EMBEDDING,
+    NAMED_PATH,
+    Parser,
+    boolean,
+    choice,
+    matching,
+    number,
+    read_buckets,
+    read_bytes,
+    read_device,
+    read_keys,
+    read_list,
+    read_models,
+    read_non_blank,
+)
 from service.worker.faults import Fault, read_faults
 
-DEVICES = ("auto", "cpu", "cuda")
+PREFIX = "LDM_"
+CONFIG = "LDM_CONFIG"  # environment variable that names the settings file; not itself a setting
+
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "json", "text")
 
-PREFIX = "LDM_"
-CONFIG = "LDM_CONFIG"  # names the file of settings; no setting itself
-
-SWITCHES = {"1": True, "true": True, "0": False, "false": False}
-WORD = re.compile(r"[^\s=()\[\]:\\]{1,64}=.")
-NAMED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}=.")
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-BYTES = "bytes, or a number with K, M or G"
-KEY = re.compile(r"[!-+\--~]{8,}")  # an API key: visible ASCII without a comma
-
 
 class SettingError(ValueError):
-    """A setting that cannot be: its key, its value, where it came from and what was expected."""
-
-
-@dataclass(frozen=True)
-class Parser:
-    """How text becomes a setting's value; read() raises ValueError for what is not `expected`.
-
-    secret: its value is never shown.
-    """
-
-    read: Callable[[str], Any]
-    expected: str
-    secret: bool = False
+    """A setting has an invalid value: names its key, its value, its source and what was expected."""
 
 
 class Given(NamedTuple):
-    """The text of a setting, what it is called there, and where it came from."""
+    """The text of a setting, the key that it was given under, and its source."""
 
     text: str
     key: str
     source: str
 
 
-def number(kind: type[int] | type[float], low: float, high: float) -> Parser:
-    def read(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError(text)
-        return value
-
-    noun = "a whole number" if kind is int else "a number"
-    return Parser(read, f"{noun} from {low} to {high}")
-
-
-def choice(*options: str) -> Parser:
-    def read(text: str) -> str:
-        if text not in options:
-            raise ValueError(text)
-        return text
-
-    return Parser(read, "one of " + ", ".join(options))
-
-
-def read_device(text: str) -> str:
-    kind, _, index = text.partition(":")
-    if text not in DEVICES and not (kind == "cuda" and index.isdecimal()):
-        raise ValueError(text)
-    return text
-
-
-def read_paths(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def read_models(text: str) -> tuple[str, ...]:
-    names = read_paths(text)
-    if not names:
-        raise ValueError(text)
-    return names
-
-
-def read_loras(text: str) -> tuple[str, ...]:
-    named = read_paths(text)
-    if not all(NAMED.match(part) for part in named):
-        raise ValueError(text)
-    return named
-
-
-def read_embeddings(text: str) -> tuple[str, ...]:
-    named = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not all(WORD.match(part) for part in named):
-        raise ValueError(text)
-    return named
-
-
-def read_buckets(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(part) for part in text.split(","))
-    if sizes != tuple(sorted(set(sizes))) or sizes[0] < 2 or sizes[-1] > 1024:
-        raise ValueError(text)
-    return sizes
-
-
-def switch() -> Parser:
-    def read(text: str) -> bool:
-        if text.lower() not in SWITCHES:
-            raise ValueError(text)
-        return SWITCHES[text.lower()]
-
-    return Parser(read, "1 or 0, true or false")
-
-
-def read_bytes(text: str) -> int:
-    """Whole bytes, or a number with k, M or G (powers of 1024)."""
-    unit = UNITS.get(text[-1:].upper(), 1)
-    value = float(text[:-1] if unit > 1 else text) * unit
-    if not 0 <= value < 2**50:
-        raise ValueError(text)
-    return int(value)
-
-
-def read_name(text: str) -> str:
-    if not text.strip():
-        raise ValueError(text)
-    return text
-
-
-def read_keys(text: str) -> tuple[str, ...]:
-    keys = tuple(part.strip() for part in text.split(","))
-    if not all(KEY.fullmatch(key) for key in keys):
-        raise ValueError(text)
-    return keys
-
-
-def setting(default: Any, parser: Parser) -> Any:
-    return field(default=default, metadata={"parser": parser}, repr=not parser.secret)
+def setting(default: Any, parser: Parser, meaning: str) -> Any:
+    """A field of Settings. `meaning` says what it does and what a wrong value costs: the command line's help
+    and the table in service/README.md show it."""
+    metadata = {"parser": parser, "meaning": " ".join(meaning.split())}
+    return field(default=default, metadata=metadata, repr=not parser.secret)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator chooses. Field `x_y` is read from LDM_X_Y and from `x_y` of a file.
+    """What an operator can set. Field `x_y` is the flag --x-y, the variable LDM_X_Y, and `x_y` in a file."""
 
-    Comments say what a wrong value costs.
-    """
-
+    # models
     model: tuple[str, ...] = setting(
-        ("emoji", "emoji-upscale"), Parser(read_models, "model names or folders, by commas")
+        ("emoji", "emoji-upscale"),
+        Parser(read_models, "model names or paths, separated by commas"),
+        """Models to serve: the name of a bundled model (emoji, emoji-upscale), or the path of a folder or a
+        single file. A request that names no model gets the first one that can do its task.""",
     )
-    host: str = setting("127.0.0.1", Parser(str, "an address to listen at"))
-    port: int = setting(8000, number(int, 0, 65535))
-    device: str = setting("auto", Parser(read_device, "auto, cpu, cuda or cuda:N"))
-    dtype: str = setting("auto", choice(*DTYPES))
-    # debug shows prompts, which no other level does.
-    log_level: str = setting("info", choice(*LOG_LEVELS))
-    log_format: str = setting("auto", choice(*LOG_FORMATS))  # auto: text for a terminal, else JSON
-    # Who has none of these keys gets a 401; neither setting: everybody may ask. The file has one a line.
-    api_keys: tuple[str, ...] = setting(
-        (), Parser(read_keys, "keys of at least 8 visible characters, by commas", secret=True)
+    allow_pickle: bool = setting(
+        False,
+        boolean(),
+        """Also read pickled weights (.ckpt, .bin, .pt). The reader never runs code that a file contains.""",
     )
-    api_key_file: str = setting("", Parser(read_name, "a file of keys, one a line"))
-    # Whether models named at start-up may be pickles (.ckpt, .bin). They never run code.
-    allow_pickle: bool = setting(False, switch())
+    prediction: Literal["epsilon", "v_prediction"] = setting(
+        "v_prediction",
+        choice("epsilon", "v_prediction"),
+        """What a single file of Stable Diffusion 2 predicts, unless a YAML file beside it says so: its
+        tensors do not show it. The wrong value gives images of noise.""",
+    )
+    vocabulary: str = setting(
+        "",
+        Parser(str, "the file vocab.txt, or its folder"),
+        """vocab.txt of bert-base-uncased, for the LDM paper's text models. Empty: looked for beside each
+        model and in the local cache of Hugging Face.""",
+    )
+    vae: tuple[str, ...] = setting(
+        (),
+        Parser(read_list, "PATH, or MODEL=PATH separated by commas"),
+        """A VAE (folder or file) that replaces a model's own; MODEL=PATH if several models are served. It
+        must have the shape of the model's own.""",
+    )
+    embedding: tuple[str, ...] = setting(
+        (),
+        Parser(matching(NAMED_EMBEDDING), "NAME=PATH, separated by commas"),
+        """Textual inversion embeddings: NAME becomes a word that prompts can use. Each must fit at least
+        one model.""",
+    )
+    lora: tuple[str, ...] = setting(
+        (),
+        Parser(matching(NAMED_PATH), "NAME=PATH, separated by commas"),
+        """LoRAs that requests can use by NAME. Each must fit at least one model.""",
+    )
+    lora_sets: int = setting(
+        4,
+        number(int, 1, 1024),
+        """Combinations of LoRAs (names and weights) kept merged at the same time, each as large as the
+        weights that it changes. Too few: jobs with another combination wait until one is free. Too many:
+        out of memory.""",
+    )
 
-    # BERT's vocab.txt or its folder, for the paper's text models; none: beside each, or in the local cache.
-    vocabulary: str = setting("", Parser(str, "a file vocab.txt, or its folder"))
-
-    # VAEs in the place of models' own, of the same shape.
-    vae: tuple[str, ...] = setting((), Parser(read_paths, "a path, or MODEL=PATH by commas"))
-    # Words that models learn beside their own (textual inversion). Each must fit a model.
-    embedding: tuple[str, ...] = setting((), Parser(read_embeddings, "NAME=PATH, by commas"))
-    # LoRAs that requests can ask for, by name. Each must fit a model.
-    lora: tuple[str, ...] = setting((), Parser(read_loras, "NAME=PATH, by commas"))
-    # Sets of them (names and weights) that are merged at a time, each as large as the weights it changes. Too
-    # few: jobs with another set wait until the jobs of one of these are done. Too many: out of memory.
-    lora_sets: int = setting(4, number(int, 1, 1024))
-
-    # What single files of Stable Diffusion 2 predict where no YAML file beside them says: no tensor shows it.
-    # The wrong word: pictures of noise.
-    prediction: str = setting("v_prediction", choice("epsilon", "v_prediction"))
-
-    # Row counts that a UNet call is padded to; the last is the most rows of a call. Kernels are chosen by
-    # row count, so a picture's last bits depend on the bucket: fewer buckets, fewer differences, more pad.
-    # Never one row alone: that is where kernels differ most.
+    # device
+    device: str = setting(
+        "auto",
+        Parser(read_device, "auto, cpu, cuda or cuda:N"),
+        """Device to run on; auto is CUDA if there is a CUDA device, otherwise the CPU.""",
+    )
+    dtype: str = setting(
+        "auto",
+        choice(*DTYPES),
+        """Floating-point type of the weights; auto is float16 on CUDA, and on a CPU bfloat16 if the CPU
+        multiplies it faster than float32, otherwise float32.""",
+    )
+    threads: int = setting(
+        0,
+        number(int, 0, 1024),
+        """CPU threads for tensor operations; 0: OMP_NUM_THREADS if it is set, otherwise the number of cores
+        that the process may use (CPU affinity and cgroup quota). Too many: threads wait for each other and
+        everything is slower. The last bits of an image can depend on it.""",
+    )
     buckets: tuple[int, ...] = setting(
-        (2, 4, 8, 16, 32), Parser(read_buckets, "rising whole numbers from 2 to 1024, by commas")
+        (2, 4, 8, 16, 32),
+        Parser(read_buckets, "increasing whole numbers from 2 to 1024, separated by commas"),
+        """Row counts that a UNet call is padded to; the last one is the most rows of a call. An image's
+        last bits depend on its bucket. Fewer buckets: more padding, fewer differences. One row alone is not
+        allowed, because it differs most.""",
     )
-    # Pictures decoded between two steps at most; they also end where they have taken a step's time.
-    decode_chunk: int = setting(4, number(int, 1, 1024))
-    # One bucket and nothing left to chance: the same bytes in any company, at the last bucket's cost a call.
-    invariant: bool = setting(False, switch())
-    threads: int = setting(0, number(int, 0, 1024))  # of a CPU; 0: torch's choice. Bits may depend on it
+    invariant: bool = setting(
+        False,
+        boolean(),
+        """Give the same bytes for a request whatever else runs: every UNet call has the size of the last
+        bucket, which lowers the throughput of light load.""",
+    )
+    decode_chunk: int = setting(
+        4,
+        number(int, 1, 1024),
+        """Most images decoded between two UNet calls. Decoding also stops after one UNet call's time.""",
+    )
+    step_memory: int = setting(
+        0,
+        Parser(read_bytes, BYTES),
+        """Bytes that one UNet call may take besides the weights; 0: all that the device has free. Too many:
+        jobs run out of memory and are repeated in smaller calls. Too few: small calls.""",
+    )
+    model_memory: int = setting(
+        0,
+        Parser(read_bytes, BYTES),
+        """Bytes for the weights of all loaded models together; 0: no limit. Less than all models take: they
+        are unloaded and loaded again as requests need them.""",
+    )
 
-    # Bytes that one UNet call may take beside the weights; 0: what the device has free. Too many: jobs run
-    # out of memory, and run again in smaller calls. Too few: smaller calls.
-    step_memory: int = setting(0, Parser(read_bytes, BYTES))
-    # Bytes that weights may take; 0: no limit. Below all models' together: they take turns, and load again.
-    model_memory: int = setting(0, Parser(read_bytes, BYTES))
-    # What breaks, and where: for tests only (service/faults.py).
-    faults: tuple[Fault, ...] = setting((), Parser(read_faults, "stage:kind:word, by commas"))
+    # server
+    host: str = setting(
+        "127.0.0.1",
+        Parser(str, "an address to listen on"),
+        """Address to listen on. 0.0.0.0 makes the service reachable from other machines.""",
+    )
+    port: int = setting(8000, number(int, 0, 65535), """Port to listen on.""")
+    api_key_file: str = setting(
+        "",
+        Parser(read_non_blank, "a file of API keys, one on each line"),
+        """File of API keys, one on each line. A request without one of them gets a 401. Without this
+        setting and api_keys, no key is needed.""",
+    )
+    api_keys: tuple[str, ...] = setting(
+        (),
+        Parser(read_keys, "keys of at least 8 visible characters, separated by commas", secret=True),
+        """API keys, as api_key_file. Not a flag, because every user of a machine can read the flags.""",
+    )
+    log_level: str = setting(
+        "info",
+        choice(*LOG_LEVELS),
+        """Least severe messages to log. debug logs prompts; no other level does.""",
+    )
+    log_format: str = setting(
+        "auto",
+        choice(*LOG_FORMATS),
+        """Format of the logs on stderr; auto is text on a terminal, otherwise JSON.""",
+    )
 
-    # Jobs accepted and not answered. Too few: needless 429s. Too many: answers that come too late.
-    queue_size: int = setting(64, number(int, 1, 100_000))
-    max_images: int = setting(16, number(int, 1, 1024))  # n of one request
-    max_pixels: int = setting(1024 * 1024, number(int, 1, 2**28))  # width * height of one picture
-    max_work: int = setting(10**9, number(int, 1, 10**15))  # n * steps * width * height of one request
-    max_input_pixels: int = setting(2**24, number(int, 1, 2**28))  # of one picture that a client sends
-    max_body_bytes: int = setting(2**25, number(int, 1024, 2**30))  # pictures in base64 included
-    # Of all bodies at a time. Too few: needless 429s. The memory that they take is up to four times that.
-    max_bodies_bytes: int = setting(2**28, number(int, 1024, 2**40))
+    # limits
+    queue_size: int = setting(
+        64,
+        number(int, 1, 100_000),
+        """Jobs accepted and not yet answered; more get a 429. Too few: needless 429s. Too many: answers
+        that come too late.""",
+    )
+    max_images: int = setting(16, number(int, 1, 1024), """Most images of one request (n).""")
+    max_pixels: int = setting(
+        1024 * 1024, number(int, 1, 2**28), """Most pixels (width * height) of one generated image."""
+    )
+    max_work: int = setting(
+        10**9, number(int, 1, 10**15), """Most work of one request: n * steps * width * height."""
+    )
+    max_input_pixels: int = setting(
+        2**24, number(int, 1, 2**28), """Most pixels of one image that a client sends."""
+    )
+    max_body_bytes: int = setting(
+        2**25,
+        number(int, 1024, 2**30),
+        """Most bytes of one request body, images in base64 included; a larger one gets a 413.""",
+    )
+    max_bodies_bytes: int = setting(
+        2**28,
+        number(int, 1024, 2**40),
+        """Most bytes of all request bodies at the same time. Too few: needless 429s. The memory that they
+        take is up to four times that.""",
+    )
+    jobs_kept: int = setting(
+        256,
+        number(int, 1, 1_000_000),
+        """Most finished jobs of POST /jobs that are kept. Too few: a 404 for clients that fetch late.""",
+    )
+    jobs_bytes: int = setting(
+        2**29,
+        Parser(read_bytes, BYTES),
+        """Most bytes of memory for the images of kept jobs; the newest job is kept in any case.""",
+    )
+    jobs_seconds: float = setting(
+        900.0,
+        number(float, 0.1, 30 * 86_400),
+        """Seconds that a finished job of POST /jobs is kept.""",
+    )
 
-    # Jobs of POST /jobs that have ended and can still be asked for: at most so many, for at most so long.
-    # Their pictures stay in memory: together at most so many bytes, or the newest job's alone. Too few of
-    # any of these: a 404 for who asks late.
-    jobs_kept: int = setting(256, number(int, 1, 1_000_000))
-    jobs_bytes: int = setting(2**29, Parser(read_bytes, BYTES))
-    jobs_seconds: float = setting(900.0, number(float, 0.1, 30 * 86_400))
-
-    timeout: float = setting(600.0, number(float, 0.001, 86_400))  # seconds of a request that names none
-    drain_seconds: float = setting(300.0, number(float, 0, 86_400))  # then running jobs are given up
-    # A worker that shows no progress for so long is replaced. Below a slow UNet call: replaced for ever.
-    stall_seconds: float = setting(120.0, number(float, 0.1, 86_400))
+    # time
+    timeout: float = setting(
+        600.0,
+        number(float, 0.001, 86_400),
+        """Seconds until a request gets a 504, unless it has a timeout of its own.""",
+    )
+    drain_seconds: float = setting(
+        300.0,
+        number(float, 0, 86_400),
+        """Seconds after SIGTERM until unfinished jobs are cancelled. The process manager must wait longer
+        than that (docker stop -t).""",
+    )
+    stall_seconds: float = setting(
+        120.0,
+        number(float, 0.1, 86_400),
+        """Seconds without progress after which a worker is replaced. Less than one UNet call takes: it is
+        replaced forever.""",
+    )
+    faults: tuple[Fault, ...] = setting(
+        (),
+        Parser(read_faults, "stage:kind:word, separated by commas"),
+        """Failures to inject, for tests only (service/worker/faults.py).""",
+    )
 
     @property
     def max_rows(self) -> int:
@@ -243,8 +268,8 @@ def parse(name: str, given: Given) -> Any:
     try:
         return parser.read(given.text)
     except ValueError:
-        shown = "one that is not shown" if parser.secret else repr(given.text)
-        message = f"{given.key} is {shown} (from {given.source}); expected {parser.expected}"
+        value = "a value that is not shown" if parser.secret else repr(given.text)
+        message = f"{given.key} is {value} (from {given.source}); expected {parser.expected}"
         raise SettingError(message) from None
 
 
@@ -270,50 +295,50 @@ def read_settings(
 
 
 def in_file(file: Path) -> Iterator[tuple[str, Given]]:
-    """The settings of a TOML file. Raises SettingError for what is no setting, or cannot be read."""
+    """The settings of a TOML file. Raises SettingError if it cannot be read or has an unknown key."""
     try:
         values = tomllib.loads(file.read_text())
     except OSError as error:
         raise SettingError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # no TOML, or no UTF-8
-        raise SettingError(f"{file} is no TOML file: {error}") from None
+    except ValueError as error:  # invalid TOML, or not UTF-8
+        raise SettingError(f"{file} is not a TOML file: {error}") from None
     names = [f.name for f in fields(Settings)]
     for key, value in values.items():
         if key not in names:
-            raise SettingError(f"{key} in {file} is no setting{instead(key, names)}")
+            raise SettingError(f"{key} in {file} is not a setting{suggestion(key, names)}")
         if isinstance(value, dict):
-            raise SettingError(f"{key} in {file} is a table; settings have no tables")
+            raise SettingError(f"{key} in {file} is a table; expected a value")
         yield key, Given(as_text(value), key, str(file))
 
 
-def instead(key: str, names: list[str]) -> str:
-    """What may have been meant."""
+def suggestion(key: str, names: list[str]) -> str:
+    """The closest setting's name, or all names."""
     near = difflib.get_close_matches(key, names, n=1)
     return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(names)}"
 
 
 def as_text(value: Any) -> str:
-    """A setting's value, or one of TOML, as a variable would have it."""
+    """A value of a setting or of a TOML file, as the text of an environment variable."""
     if isinstance(value, list | tuple):
         return ",".join(map(as_text, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def misspelt(environ: Mapping[str, str]) -> list[str]:
-    """A sentence for each variable that looks as if it were meant to be a setting, and is none."""
+def misspelled(environ: Mapping[str, str]) -> list[str]:
+    """A warning for each environment variable that looks like a misspelled setting."""
     known = [CONFIG, *(variable(f.name) for f in fields(Settings))]
     strange = (key for key in environ if key.startswith(PREFIX) and key not in known)
     near = ((key, difflib.get_close_matches(key, known, n=1, cutoff=0.8)) for key in strange)
-    return [f"{key} is no setting; did you mean {match[0]}?" for key, match in near if match]
+    return [f"{key} is not a setting; did you mean {match[0]}?" for key, match in near if match]
 
 
 def variable(name: str) -> str:
-    """The environment's name of a setting."""
+    """The environment variable of a setting."""
     return PREFIX + name.upper()
 
 
 def to_environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
-    """An environment whose settings are these, for a child process. Keys of the API are not its business."""
+    """The environment of a child process with the same settings, without the API keys."""
     private = {CONFIG, variable("api_keys"), variable("api_key_file")}
-    ours = {variable(f.name): as_text(getattr(settings, f.name)) for f in fields(Settings)}
-    return {key: value for key, value in (environ | ours).items() if key not in private}
+    own = {variable(f.name): as_text(getattr(settings, f.name)) for f in fields(Settings)}
+    return {key: value for key, value in {**environ, **own}.items() if key not in private}

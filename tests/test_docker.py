@@ -24,7 +24,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
 from service.api import health
-from service.cli.main import GRACE_SECONDS
+from service.cli.serve import GRACE_SECONDS
 from service.metrics import Metrics
 from service.settings import Settings, read_settings
 

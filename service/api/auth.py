@@ -13,7 +13,8 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from starlette.types import Scope
 
 from service.errors import Unauthorized
-from service.settings import SettingError, Settings, read_keys
+from service.setting_values import read_keys
+from service.settings import SettingError, Settings
 
 # Both are named in the API's description; what a client sent is read by Keys.
 bearer = HTTPBearer(auto_error=False, description="one of the API keys, if the service has any")

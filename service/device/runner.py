@@ -67,9 +67,7 @@ class TorchRunner:
         self.schedules = {name: Schedule(spec.schedule) for name, spec in registry.specs.items()}
         self.float32_copies: dict[ModelKey, LatentDiffusion] = {}  # for jobs that run again in float32
         self.projections: dict[str, Projection] = {}  # model -> latent to preview
-        self.note: Callable[[Incident], None] = lambda incident: (
-            None
-        )  # called for each recovered failure
+        self.note: Callable[[Incident], None] = lambda incident: None  # called for each recovered failure
         device = device or torch.device("cpu")
         self.memory = memory_of(device)
         self.graphs = graphs_on(device)

@@ -14,7 +14,8 @@ from PIL import Image
 
 from service import model_paths
 from service.cli import main
-from service.cli.main import parser, settings_of
+from service.cli.main import parser
+from service.cli.options import settings_of
 from service.model_paths import ModelPathError
 from tests.checkpoints.ldm_files import published, write
 from tests.helpers.environment import ROOT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 
-from service.cli.main import LINGER_SECONDS
+from service.cli.serve import LINGER_SECONDS
 from tests.benchmarks.drains import drain
 from tests.helpers.servers import PATIENCE, wait_until
 

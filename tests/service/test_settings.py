@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import SettingError, Settings, misspelt, read_settings, to_environment
+from service.settings import SettingError, Settings, misspelled, read_settings, to_environment
 from service.worker.faults import Fault
 
 
@@ -45,10 +45,10 @@ def test_flags_come_before_the_environment_before_the_file_before_defaults(confi
         ('port = "x"', ("port is 'x'", "FILE", "a whole number from 0 to 65535")),
         ("port = 80.5", ("port is '80.5'", "FILE", "a whole number")),
         ("invariant = 3", ("invariant is '3'", "FILE", "true or false")),
-        ("ports = 1", ("ports in FILE is no setting", "did you mean port?")),
-        ("[server]\nport = 1", ("server in FILE is no setting",)),
+        ("ports = 1", ("ports in FILE is not a setting", "did you mean port?")),
+        ("[server]\nport = 1", ("server in FILE is not a setting",)),
         ("host = {a = 1}", ("host in FILE is a table",)),
-        ("port = ", ("FILE is no TOML file",)),
+        ("port = ", ("FILE is not a TOML file",)),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path, line, named):
@@ -82,7 +82,7 @@ def test_keys_are_shown_nowhere():
 
 def test_a_variable_that_is_nearly_a_setting_is_told():
     environ = {"LDM_QUEUESIZE": "1", "LDM_PORT": "1", "LDM_CONFIG": "c", "LDM_PORT_8000_TCP_ADDR": "x"}
-    assert misspelt(environ) == ["LDM_QUEUESIZE is no setting; did you mean LDM_QUEUE_SIZE?"]
+    assert misspelled(environ) == ["LDM_QUEUESIZE is not a setting; did you mean LDM_QUEUE_SIZE?"]
 
 
 def test_a_child_process_has_the_same_settings_and_no_keys(config):

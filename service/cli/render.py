@@ -1,0 +1,278 @@
+"""`ldm generate`, `inpaint` and `upscale`: one request on an engine in this process, without a server."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from models.spec import Spacing
+from service.cli.options import ONE_SHOT, UsageError, add_settings, settings_of
+from service.engine.events import Done, Event, Failed, Started, Stepped
+from service.engine.job import Job
+from service.errors import ServiceError, from_code
+from service.model_paths import locate_all, locate_loras, locate_vaes, read_specs
+from service.requests import images, resolve, response
+from service.requests.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
+from service.settings import Given, Settings, parse
+
+# Fields of a request that are read from arguments of the same name.
+REQUEST_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "width",
+    "height",
+    "steps",
+    "guidance_scale",
+    "seed",
+    "n",
+    "sampler",
+    "eta",
+    "spacing",
+    "long_prompts",
+    "prompt_weights",
+    "strength",
+    "class_label",
+    "boxes",
+    "scale",
+    "noise_level",
+)
+
+
+def add_generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the image shows")
+    add_common(command)
+    add_scene(command)
+    command.add_argument("--init-image", metavar="FILE", help="start from this image")
+    command.set_defaults(command=generate)
+
+
+def add_inpaint(command: argparse.ArgumentParser) -> None:
+    command.add_argument("image", metavar="IMAGE", help="a PNG, JPEG or WebP file")
+    command.add_argument(
+        "mask", metavar="MASK", help="an image of the same size; white marks the pixels to repaint"
+    )
+    command.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the image shows")
+    add_common(command)
+    add_scene(command)
+    command.set_defaults(command=inpaint)
+
+
+def add_upscale(command: argparse.ArgumentParser) -> None:
+    command.add_argument("image", metavar="IMAGE", help="a PNG, JPEG or WebP file")
+    add_common(command)
+    command.add_argument("--prompt", help="what the image shows, for models that take a prompt")
+    command.add_argument(
+        "--scale", type=int, metavar="N", help="how many times as large (default: the model's own)"
+    )
+    command.add_argument(
+        "--noise-level", type=int, metavar="N", help="noise added to the input to hide its flaws"
+    )
+    command.set_defaults(command=upscale)
+
+
+def add_common(command: argparse.ArgumentParser) -> None:
+    """The arguments of all three commands."""
+    add = command.add_argument
+    add("-o", "--output", metavar="FILE", required=True, help="file to write; its suffix selects the format")
+    add("--negative-prompt", help="what the image should not show")
+    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
+    add("--seed", type=int, metavar="N", help="seed of the noise (default: drawn, and printed)")
+    add("--n", type=int, metavar="N", help="number of images, with seeds SEED, SEED + 1, ... (default: 1)")
+    add("--guidance-scale", type=float, metavar="X", help="strength of classifier-free guidance; 1: none")
+    add("--eta", type=float, metavar="X", help="noise that DDIM adds at each step, 0 to 1 (default: 0)")
+    add(
+        "--long-prompts",
+        metavar="HOW",
+        help="a prompt longer than the model can read: cut (default) or chunk",
+    )
+    add(
+        "--prompt-weights",
+        action="store_const",
+        const=True,
+        help="weigh words of prompts: (word:1.3) up, [word] down",
+    )
+    add("--sampler", help="the sampling method (default: ddim)")
+    add(
+        "--spacing",
+        help=f"spacing of the timesteps: {', '.join(get_args(Spacing))} (default: the sampler's own)",
+    )
+    add(
+        "--lora",
+        metavar="NAME=PATH[:WEIGHT]",
+        type=lora,
+        action="append",
+        default=[],
+        help="apply a LoRA, with weight 1 unless given; may be repeated",
+    )
+    add_settings(command, *ONE_SHOT)
+
+
+def add_scene(command: argparse.ArgumentParser) -> None:
+    """The arguments of `generate` and `inpaint` that describe the image."""
+    add = command.add_argument
+    add("--width", type=int, metavar="N", help="in pixels (default: the model's own)")
+    add("--height", type=int, metavar="N", help="in pixels (default: the model's own)")
+    add("--strength", type=float, metavar="X", help="how much of the input image to change, 0 to 1")
+    add("--class-label", metavar="LABEL", type=label, help="a class, by name or number, instead of a prompt")
+    add(
+        "--box",
+        dest="boxes",
+        metavar="LABEL,X,Y,W,H",
+        type=box,
+        action="append",
+        help="put LABEL there: left, top, width and height, as parts of the image's sides; may be repeated",
+    )
+    add("--segmentation", metavar="FILE", help="an image in the colours of the model's labels")
+
+
+def label(text: str) -> int | str:
+    """A class, by its number or its name."""
+    return int(text) if text.isdecimal() else text
+
+
+def lora(text: str) -> tuple[str, float]:
+    """NAME=PATH or NAME=PATH:WEIGHT -> (NAME=PATH, weight)."""
+    path, _, end = text.rpartition(":")
+    try:
+        argument, weight = path, float(end)
+    except ValueError:
+        argument, weight = text, 1.0
+    try:
+        (entry,) = parse("lora", Given(argument, "--lora", "the command line"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=PATH or NAME=PATH:WEIGHT") from None
+    return entry, weight
+
+
+def box(text: str) -> dict[str, Any]:
+    """LABEL,X,Y,W,H as a request's box."""
+    name, *numbers = text.rsplit(",", 4)
+    try:
+        x, y, w, h = map(float, numbers)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected LABEL,X,Y,W,H") from None
+    return {"name": name, "x": x, "y": y, "w": w, "h": h}
+
+
+def generate(args: argparse.Namespace) -> int:
+    return render(args, GenerateRequest, {"init_image": args.init_image, "segmentation": args.segmentation})
+
+
+def inpaint(args: argparse.Namespace) -> int:
+    files = {"image": args.image, "mask": args.mask, "segmentation": args.segmentation}
+    return render(args, InpaintRequest, files)
+
+
+def upscale(args: argparse.Namespace) -> int:
+    return render(args, UpscaleRequest, {"image": args.image})
+
+
+def render(args: argparse.Namespace, kind: type[PictureRequest], files: Mapping[str, str | None]) -> int:
+    """Run a request of this kind and write its images; `files`: field -> image file, if given."""
+    output = Path(args.output)
+    image_format = format_of(output)
+    settings = replace(settings_of(args, *ONE_SHOT), lora=tuple(entry for entry, _ in args.lora))
+    paths, loras = locate_all(settings.model, settings.allow_pickle), locate_loras(settings.lora)
+    specs = read_specs(paths, settings.allow_pickle, settings.prediction)
+    # Every LoRA is accepted here; whether it fits the model shows when it is loaded.
+    specs = {name: replace(spec, loras=tuple(loras)) for name, spec in specs.items()}
+    body = request_of(args, kind, {name: file for name, file in files.items() if file})
+    order = resolve.with_format(resolve.to_order(body, specs, settings), image_format, "output")
+    done = run_job(order.job, settings)
+    for index, parts in enumerate(response.parts_of(order, done)):
+        file = numbered(output, index, order.job.n)
+        write(file, response.file_of(order, index, parts))
+        print(f"{file}  seed {order.job.seed + index}")
+    for warning in order.warnings + done.warnings:
+        print(f"ldm: {warning}", file=sys.stderr)
+    return 0
+
+
+def format_of(output: Path) -> images.Format:
+    """The format of the output file, by its suffix.
+
+    Raises UsageError if no image can be written there, before any work is done.
+    """
+    suffix = output.suffix.lower()
+    if suffix not in images.SUFFIXES:
+        raise UsageError(f"--output is {str(output)!r}; expected the ending {', '.join(images.SUFFIXES)}")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"--output is {str(output)!r}; expected a folder that exists")
+    return images.SUFFIXES[suffix]
+
+
+def request_of(
+    args: argparse.Namespace, kind: type[PictureRequest], files: Mapping[str, str]
+) -> PictureRequest:
+    """The request body of the arguments. Raises InvalidRequest; UsageError for files that cannot be read."""
+    fields: dict[str, Any] = {
+        name: getattr(args, name) for name in REQUEST_FIELDS if getattr(args, name, None) is not None
+    }
+    fields["loras"] = {entry.partition("=")[0]: weight for entry, weight in args.lora}
+    fields |= {name: base64_of(Path(file)) for name, file in files.items()}
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        raise resolve.explain(error.errors()) from None
+
+
+def base64_of(file: Path) -> str:
+    """A file in base64. Raises UsageError if it cannot be read."""
+    try:
+        return base64.b64encode(file.read_bytes()).decode()
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file. Raises UsageError if that is not possible."""
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {error.strerror}") from None
+
+
+def numbered(file: Path, index: int, n: int) -> Path:
+    """FILE itself for one image; FILE-0, FILE-1, ... for several."""
+    return file if n == 1 else file.with_stem(f"{file.stem}-{index}")
+
+
+def run_job(job: Job, settings: Settings) -> Done:
+    """Run one job on an engine in this process, with a progress bar. Raises the job's ServiceError."""
+    from tqdm import tqdm
+
+    from service.device.loading import build  # torch
+    from service.engine.engine import Engine
+
+    paths = locate_all(settings.model, settings.allow_pickle)
+    vaes = locate_vaes(settings.vae, paths)
+    settings = replace(settings, vae=(str(vaes[job.model]),) if job.model in vaes else ())
+    runner = build(settings, {job.model: paths[job.model]})
+    results: list[Done | ServiceError] = []
+    with tqdm(total=job.n * job.steps, unit="step", leave=False) as bar:
+
+        def emit(event: Event) -> None:
+            if isinstance(event, Started):
+                bar.reset(event.steps)
+            elif isinstance(event, Stepped):
+                bar.update(dict(event.jobs)[job.id] - bar.n)
+            elif isinstance(event, Done):
+                results.append(event)
+            elif isinstance(event, Failed):
+                results.append(from_code(event.code))
+
+        engine = Engine(runner, emit, settings.max_rows, settings.decode_chunk)
+        engine.submit(job)
+        while engine.busy:
+            engine.tick()
+    result = results[0]
+    if isinstance(result, ServiceError):
+        raise result
+    return result

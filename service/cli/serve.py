@@ -1,0 +1,96 @@
+"""`ldm serve`: the HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from service import logs
+from service.api.app import create_app
+from service.model_paths import locate_all, locate_embeddings, locate_loras, locate_vaes
+from service.requests.background import Jobs
+from service.settings import Settings, misspelled
+from service.worker.supervisor import Supervisor
+
+# Seconds after the drain, 16 at most: for clients to fetch finished jobs, for clients that send another
+# request right after their answer (they get a 503, not a closed connection), and for answers being sent.
+COLLECT_SECONDS = 5.0
+LINGER_SECONDS = 1.0
+GRACE_SECONDS = 10
+
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> Exception | None:
+    """Serve until SIGTERM or SIGINT, then finish running jobs. A second signal ends at once.
+
+    Returns the reason if the server stopped because no worker could be started.
+    """
+    check_paths(settings)
+    logs.set_up(settings)
+    for warning in misspelled(os.environ):
+        log.warning("%s", warning)
+    server = DrainingServer(create_app(settings), settings)
+    server.run()
+    return server.supervisor.failure
+
+
+def check_paths(settings: Settings) -> None:
+    """Raise ModelPathError if a path is wrong: better at once than when the worker loads it."""
+    models = locate_all(settings.model, settings.allow_pickle)
+    locate_loras(settings.lora)
+    locate_vaes(settings.vae, models)
+    locate_embeddings(settings.embedding)
+
+
+class DrainingServer(uvicorn.Server):
+    """Drains before it stops listening, and stops if no worker can be started."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                log_level=settings.log_level,
+                access_log=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+        )
+        self.supervisor: Supervisor = app.state.supervisor
+        self.jobs: Jobs = app.state.jobs
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.tasks.append(self.loop.create_task(self.stop_on_failure()))
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.started:  # no request has been accepted yet
+            self.should_exit = True
+        elif self.supervisor.draining:
+            self.should_exit = self.force_exit = True
+        else:
+            self.loop.call_soon_threadsafe(self.begin_drain)
+
+    def begin_drain(self) -> None:
+        self.tasks.append(self.loop.create_task(self.drain()))
+
+    async def drain(self) -> None:
+        busy = self.supervisor.slots_in_use > 0
+        collected = self.loop.create_task(self.jobs.collected(COLLECT_SECONDS))
+        await asyncio.gather(self.supervisor.drain(), collected)
+        await asyncio.sleep(LINGER_SECONDS if busy else 0)
+        self.should_exit = True
+
+    async def stop_on_failure(self) -> None:
+        await self.supervisor.failed.wait()
+        self.should_exit = True

@@ -1,0 +1,126 @@
+"""`ldm models`, `inspect`, `convert`, `bench`, `openapi` and `settings`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import Field
+from pathlib import Path
+from typing import Any
+
+from models.formats.diffusers_read import read_spec
+from service.bench.arguments import add_arguments
+from service.cli.options import CHECKPOINT, NO_FLAG, ONE_SHOT, SETTINGS, add_settings, flag, settings_of
+from service.model_paths import locate_all
+from service.settings import DTYPES, Settings, as_text, variable
+
+
+def add_models(command: argparse.ArgumentParser) -> None:
+    add_settings(command, "model", *CHECKPOINT, several_models=True)
+    command.set_defaults(command=list_models)
+
+
+def list_models(args: argparse.Namespace) -> int:
+    """Print one line for each model."""
+    settings = settings_of(args, "model", *CHECKPOINT)
+    for name, path in locate_all(settings.model, settings.allow_pickle).items():
+        spec = read_spec(path, settings.allow_pickle, settings.prediction)
+        d = spec.defaults
+        defaults = f"{d.width}x{d.height}, {d.steps} steps, guidance {d.guidance_scale:g}"
+        print(f"{name}  {defaults}, {', '.join(spec.tasks)}")
+    return 0
+
+
+def add_inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("path", metavar="PATH", type=Path, help="a folder, or a .safetensors or .ckpt file")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    add_settings(command, *CHECKPOINT)
+    command.set_defaults(command=run_inspect)
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Print what a checkpoint is; returns 1 if it has missing or unexpected tensors."""
+    from models.checkpoint import inspection  # torch
+
+    settings = settings_of(args, *CHECKPOINT)
+    report = inspection.inspect(args.path, settings.allow_pickle, settings.prediction)
+    print(inspection.as_json(report) if args.json else inspection.as_text(report))
+    return 1 if report.problems else 0
+
+
+def add_convert(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="IN", type=Path, help="a folder, or a .safetensors or .ckpt file")
+    command.add_argument("target", metavar="OUT", type=Path, help="the folder to write: new or empty")
+    command.add_argument("--dtype", choices=DTYPES[1:], help="dtype of the weights (default: unchanged)")
+    add_settings(command, *CHECKPOINT)
+    command.set_defaults(command=run_convert)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Write a checkpoint as a folder of safetensors files; nothing is left behind if it fails."""
+    from models.checkpoint.conversion import convert  # torch
+
+    settings = settings_of(args, *CHECKPOINT)
+    convert(args.source, args.target, args.dtype, settings.allow_pickle, settings.prediction)
+    print(args.target)
+    return 0
+
+
+def add_bench(command: argparse.ArgumentParser) -> None:
+    add_arguments(command)
+    add_settings(command, *ONE_SHOT, "invariant")
+    command.set_defaults(command=run_bench)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Send requests to a server and report its throughput and latencies."""
+    from service.bench.command import bench
+
+    return bench(args, settings_of(args, *ONE_SHOT, "invariant"))
+
+
+def add_openapi(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=print_openapi)
+
+
+def print_openapi(args: argparse.Namespace) -> int:
+    """Print the OpenAPI document, as committed in service/openapi.json."""
+    from service.api.app import create_app
+    from service.api.openapi import document_text
+
+    print(document_text(create_app(Settings())), end="")
+    return 0
+
+
+def add_settings_table(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=print_settings)
+
+
+def print_settings(args: argparse.Namespace) -> int:
+    """Print the table of settings in service/README.md."""
+    print("\n".join(settings_table()))
+    return 0
+
+
+def settings_table() -> Iterator[str]:
+    """Every setting as a row of a Markdown table."""
+    yield "| flag | variable | default | meaning |"
+    yield "| --- | --- | --- | --- |"
+    for name, field in SETTINGS.items():
+        cells = (markdown_flag(name), f"`{variable(name)}`", markdown_default(field), markdown_meaning(field))
+        yield f"| {' | '.join(cells)} |"
+
+
+def markdown_flag(name: str) -> str:
+    return "none" if name in NO_FLAG else f"`{flag(name)}`"
+
+
+def markdown_default(field: Field[Any]) -> str:
+    default = as_text(field.default)
+    return f"`{default}`" if default else "none"
+
+
+def markdown_meaning(field: Field[Any]) -> str:
+    """The meaning, and the accepted values."""
+    text = f"{field.metadata['meaning']} Accepts {field.metadata['parser'].expected}."
+    return text.replace("|", r"\|").replace("*", r"\*")

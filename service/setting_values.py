@@ -1,0 +1,116 @@
+"""Text -> values of settings, each with a description of what is accepted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+DEVICES = ("auto", "cpu", "cuda")
+BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
+NAMED_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}=.")
+NAMED_EMBEDDING = re.compile(r"[^\s=()\[\]:\\]{1,64}=.")  # the name is a word of prompts
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+BYTES = "a number of bytes, or a number with K, M or G"
+API_KEY = re.compile(r"[!-+\--~]{8,}")  # visible ASCII without a comma
+
+
+@dataclass(frozen=True)
+class Parser:
+    """How text becomes a setting's value; read() raises ValueError for anything that is not `expected`.
+
+    secret: the value is never shown in messages.
+    """
+
+    read: Callable[[str], Any]
+    expected: str
+    secret: bool = False
+
+
+def number(kind: type[int] | type[float], low: float, high: float) -> Parser:
+    def read(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    noun = "a whole number" if kind is int else "a number"
+    return Parser(read, f"{noun} from {low} to {high}")
+
+
+def choice(*options: str) -> Parser:
+    def read(text: str) -> str:
+        if text not in options:
+            raise ValueError(text)
+        return text
+
+    return Parser(read, "one of " + ", ".join(options))
+
+
+def boolean() -> Parser:
+    def read(text: str) -> bool:
+        if text.lower() not in BOOLEANS:
+            raise ValueError(text)
+        return BOOLEANS[text.lower()]
+
+    return Parser(read, "1 or 0, true or false")
+
+
+def read_device(text: str) -> str:
+    kind, _, index = text.partition(":")
+    if text not in DEVICES and not (kind == "cuda" and index.isdecimal()):
+        raise ValueError(text)
+    return text
+
+
+def read_list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def read_models(text: str) -> tuple[str, ...]:
+    names = read_list(text)
+    if not names:
+        raise ValueError(text)
+    return names
+
+
+def matching(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, ...]]:
+    """Reads a list whose every entry begins with the pattern."""
+
+    def read(text: str) -> tuple[str, ...]:
+        entries = read_list(text)
+        if not all(pattern.match(entry) for entry in entries):
+            raise ValueError(text)
+        return entries
+
+    return read
+
+
+def read_buckets(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(part) for part in text.split(","))
+    if sizes != tuple(sorted(set(sizes))) or sizes[0] < 2 or sizes[-1] > 1024:
+        raise ValueError(text)
+    return sizes
+
+
+def read_bytes(text: str) -> int:
+    """Whole bytes, or a number with K, M or G (powers of 1024)."""
+    unit = UNITS.get(text[-1:].upper(), 1)
+    value = float(text[:-1] if unit > 1 else text) * unit
+    if not 0 <= value < 2**50:
+        raise ValueError(text)
+    return int(value)
+
+
+def read_non_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError(text)
+    return text
+
+
+def read_keys(text: str) -> tuple[str, ...]:
+    keys = tuple(part.strip() for part in text.split(","))
+    if not all(API_KEY.fullmatch(key) for key in keys):
+        raise ValueError(text)
+    return keys
