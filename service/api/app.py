@@ -31,8 +31,8 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.requests.background import Jobs
-from service.requests.resolve import explain
 from service.requests.schemas import error_responses
+from service.requests.validation_errors import explain
 from service.settings import Settings
 from service.worker.supervisor import Supervisor
 

@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from service.errors import InvalidRequest, UnreadableBody
-from service.requests.resolve import explain
+from service.requests.validation_errors import explain
 
 BROKEN_FORM = "the body must be a whole form"
 

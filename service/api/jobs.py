@@ -56,7 +56,8 @@ async def create_job(
 ) -> JobStatus:
     """Take a place in the queue and answer at once. The job goes on when the client leaves."""
     key = idempotency_key and (idempotency_key, *map(digest, sent_in(request.scope)))
-    record = await request.app.state.jobs.submit(body, key, request.state.request_id)
+    jobs: Jobs = request.app.state.jobs
+    record = await jobs.submit(body, key, request.state.request_id)
     response.headers["Location"] = f"/jobs/{record.id}"
     return await record.describe()
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -12,10 +11,12 @@ from fastapi import APIRouter, Header, Request, Response
 
 from models.sampling.samplers import SAMPLERS
 from models.spec import ModelSpec, Spacing
-from service.errors import ClientGone, DeadlineExceeded
-from service.requests import labels, resolve, response
-from service.requests.images import MEDIA_TYPES, Format
+from service.errors import ClientGone
+from service.requests import labels, response
+from service.requests.background import Jobs, Submission
+from service.requests.images import MEDIA_TYPES
 from service.requests.schemas import (
+    AnyRequest,
     GenerateRequest,
     GenerateResponse,
     InpaintRequest,
@@ -24,20 +25,18 @@ from service.requests.schemas import (
     ModelDefaults,
     ModelLimits,
     ModelList,
-    PictureRequest,
     UpscaleRequest,
     Upscaling,
     error_responses,
 )
 from service.settings import Settings
-from service.worker.supervisor import Supervisor
 
 router = APIRouter(tags=["native"])
 
 Result = TypeVar("Result")
 
-MAKE_ERRORS = (400, 404, 406, 408, 413, 415, 422, 429, 500, 503, 504, 507)
-PICTURE: dict[str, Any] = {
+GENERATE_ERRORS = (400, 404, 406, 408, 413, 415, 422, 429, 500, 503, 504, 507)
+IMAGE_RESPONSE: dict[str, Any] = {
     "description": "The pictures; with `Accept: image/png` (or jpeg, webp) and n = 1 the picture itself",
     "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()},
     "headers": {
@@ -47,14 +46,18 @@ PICTURE: dict[str, Any] = {
 }
 
 
-MAKES: dict[str, Any] = {
+GENERATE_RESPONSES: dict[str, Any] = {
     "response_model": GenerateResponse,
-    "responses": {200: PICTURE, **error_responses(*MAKE_ERRORS)},
+    "responses": {200: IMAGE_RESPONSE, **error_responses(*GENERATE_ERRORS)},
 }
 Accept = Annotated[str | None, Header(include_in_schema=False)]
 
 
-@router.post("/generate", **MAKES, summary="Make pictures from a prompt, and maybe from a picture")
+@router.post(
+    "/generate",
+    **GENERATE_RESPONSES,
+    summary="Generate images from a prompt or from an image",
+)
 async def generate(
     body: GenerateRequest, request: Request, accept: Accept = None
 ) -> GenerateResponse | Response:
@@ -62,7 +65,7 @@ async def generate(
     return await answer(body, request, accept)
 
 
-@router.post("/inpaint", **MAKES, summary="Paint a part of a picture anew")
+@router.post("/inpaint", **GENERATE_RESPONSES, summary="Paint a part of a picture anew")
 async def inpaint(
     body: InpaintRequest, request: Request, accept: Accept = None
 ) -> GenerateResponse | Response:
@@ -74,7 +77,7 @@ async def inpaint(
     return await answer(body, request, accept)
 
 
-@router.post("/upscale", **MAKES, summary="Enlarge a picture")
+@router.post("/upscale", **GENERATE_RESPONSES, summary="Enlarge a picture")
 async def upscale(
     body: UpscaleRequest, request: Request, accept: Accept = None
 ) -> GenerateResponse | Response:
@@ -86,34 +89,30 @@ async def upscale(
     return await answer(body, request, accept)
 
 
-async def answer(body: PictureRequest, request: Request, accept: str | None) -> GenerateResponse | Response:
-    """What all handlers that wait for pictures do. The place is held before anything costly happens."""
-    begin = time.monotonic()
-    state = request.app.state
-    with state.supervisor.reserve_slot():
-        bare = response.bare_format(accept, body)
-        work = make(body, bare, state.supervisor, begin)
-        made = await while_waited_for(request, work, body.timeout or state.settings.timeout)
-        return made.as_picture() if bare else await made.as_json()
+async def answer(body: AnyRequest, request: Request, accept: str | None) -> GenerateResponse | Response:
+    """What all handlers that wait for images do."""
+    output = response.negotiate(accept, body)
+    made = await run(request, lambda: Submission(body, output))
+    return made.as_image() if output else await made.as_json()
 
 
-async def make(
-    body: PictureRequest, bare: Format | None, supervisor: Supervisor, begin: float
-) -> response.Answer:
-    """The answer to a body, in the format of `bare` if it says one."""
-    order = await asyncio.to_thread(resolve.to_order, body, supervisor.specs, supervisor.settings)
-    order = resolve.with_format(order, bare, "Accept") if bare else order
-    return await response.make(order, supervisor, begin)
+async def run(request: Request, prepare: Callable[[], Submission]) -> response.Answer:
+    """Run a job for a client that waits for it. prepare: as for Jobs.start().
+
+    Raises as Jobs.start(), and ClientGone when the client leaves.
+    """
+    jobs: Jobs = request.app.state.jobs
+    return await while_connected(request, jobs.run(prepare, request.state.request_id))
 
 
-async def while_waited_for(request: Request, work: Coroutine[Any, Any, Result], seconds: float) -> Result:
-    """The result of `work`, cancelled when time is up (DeadlineExceeded) or the client goes (ClientGone)."""
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled when the client leaves (ClientGone)."""
     task, gone = asyncio.create_task(work), asyncio.create_task(disconnect(request))
     try:
-        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGone if gone.done() else DeadlineExceeded
+        raise ClientGone
     finally:
         task.cancel()
         gone.cancel()

@@ -12,7 +12,7 @@ from service.engine.engine import Engine
 from service.engine.events import Done, Event
 from service.engine.job import Job
 from service.model_paths import locate_all
-from service.requests.resolve import to_order
+from service.requests.resolve import resolve
 from service.requests.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings
 
@@ -46,4 +46,4 @@ class Bare:
         return self.images / (time.monotonic() - begin)
 
     def job(self, request: Request) -> Job:
-        return to_order(BODIES[request.path](**request.body), self.specs, self.settings).job
+        return resolve(BODIES[request.path](**request.body), self.specs, self.settings).to_job()

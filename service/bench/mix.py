@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image, ImageDraw
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.requests.resolve import explain
+from service.requests.validation_errors import explain
 
 PROMPTS = (
     "a red apple",

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
-
-from pydantic import ValidationError
 
 from models.spec import Spacing
 from service.cli.options import ONE_SHOT, UsageError, add_settings, settings_of
@@ -18,8 +15,10 @@ from service.engine.events import Done, Event, Failed, Started, Stepped
 from service.engine.job import Job
 from service.errors import ServiceError, from_code
 from service.model_paths import locate_all, locate_loras, locate_vaes, read_specs
-from service.requests import images, resolve, response
-from service.requests.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
+from service.requests import images
+from service.requests.resolve import OutputFormat, build_request, resolve
+from service.requests.response import Result, encode_image
+from service.requests.schemas import AnyRequest, GenerateRequest, InpaintRequest, UpscaleRequest
 from service.settings import Given, Settings, parse
 
 # Fields of a request that are read from arguments of the same name.
@@ -174,7 +173,7 @@ def upscale(args: argparse.Namespace) -> int:
     return render(args, UpscaleRequest, {"image": args.image})
 
 
-def render(args: argparse.Namespace, kind: type[PictureRequest], files: Mapping[str, str | None]) -> int:
+def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str, str | None]) -> int:
     """Run a request of this kind and write its images; `files`: field -> image file, if given."""
     output = Path(args.output)
     image_format = format_of(output)
@@ -184,13 +183,14 @@ def render(args: argparse.Namespace, kind: type[PictureRequest], files: Mapping[
     # Every LoRA is accepted here; whether it fits the model shows when it is loaded.
     specs = {name: replace(spec, loras=tuple(loras)) for name, spec in specs.items()}
     body = request_of(args, kind, {name: file for name, file in files.items() if file})
-    order = resolve.with_format(resolve.to_order(body, specs, settings), image_format, "output")
-    done = run_job(order.job, settings)
-    for index, parts in enumerate(response.parts_of(order, done)):
-        file = numbered(output, index, order.job.n)
-        write(file, response.file_of(order, index, parts))
-        print(f"{file}  seed {order.job.seed + index}")
-    for warning in order.warnings + done.warnings:
+    resolved = resolve(body, specs, settings, OutputFormat(image_format, "output"))
+    job = resolved.to_job()
+    result = Result(resolved, run_job(job, settings))
+    for index in range(job.n):
+        file = numbered(output, index, job.n)
+        write(file, encode_image(result, index))
+        print(f"{file}  seed {job.seed + index}")
+    for warning in resolved.warnings + result.done.warnings:
         print(f"ldm: {warning}", file=sys.stderr)
     return 0
 
@@ -208,25 +208,17 @@ def format_of(output: Path) -> images.Format:
     return images.SUFFIXES[suffix]
 
 
-def request_of(
-    args: argparse.Namespace, kind: type[PictureRequest], files: Mapping[str, str]
-) -> PictureRequest:
-    """The request body of the arguments. Raises InvalidRequest; UsageError for files that cannot be read."""
-    fields: dict[str, Any] = {
-        name: getattr(args, name) for name in REQUEST_FIELDS if getattr(args, name, None) is not None
-    }
+def request_of(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str, str]) -> AnyRequest:
+    """The request of the arguments. Raises InvalidRequest; UsageError for files that cannot be read."""
+    fields: dict[str, Any] = {name: getattr(args, name, None) for name in REQUEST_FIELDS}
     fields["loras"] = {entry.partition("=")[0]: weight for entry, weight in args.lora}
-    fields |= {name: base64_of(Path(file)) for name, file in files.items()}
-    try:
-        return kind(**fields)
-    except ValidationError as error:
-        raise resolve.explain(error.errors()) from None
+    return build_request(kind, fields | {name: read(Path(file)) for name, file in files.items()})
 
 
-def base64_of(file: Path) -> str:
-    """A file in base64. Raises UsageError if it cannot be read."""
+def read(file: Path) -> bytes:
+    """The content of a file. Raises UsageError if it cannot be read."""
     try:
-        return base64.b64encode(file.read_bytes()).decode()
+        return file.read_bytes()
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
 

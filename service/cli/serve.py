@@ -86,7 +86,7 @@ class DrainingServer(uvicorn.Server):
 
     async def drain(self) -> None:
         busy = self.supervisor.slots_in_use > 0
-        collected = self.loop.create_task(self.jobs.collected(COLLECT_SECONDS))
+        collected = self.loop.create_task(self.jobs.wait_until_fetched(COLLECT_SECONDS))
         await asyncio.gather(self.supervisor.drain(), collected)
         await asyncio.sleep(LINGER_SECONDS if busy else 0)
         self.should_exit = True

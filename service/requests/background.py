@@ -1,4 +1,4 @@
-"""Jobs that no request waits for: begun, watched, cancelled, and kept for a while when they have ended."""
+"""Jobs, which every API call runs through: started, watched, cancelled, and kept for a while if wanted."""
 
 from __future__ import annotations
 
@@ -6,43 +6,87 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from service.errors import DeadlineExceeded, InvalidRequest, NotFound, ServiceError, code_of, to_body
-from service.requests import resolve, response
-from service.requests.resolve import Order
-from service.requests.response import Answer
-from service.requests.schemas import AnyJob, ErrorDetail, JobPreview, JobStatus, SceneJob
+from service.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    ServiceError,
+    code_of,
+    to_body,
+)
+from service.requests import response
+from service.requests.resolve import OutputFormat, resolve
+from service.requests.resolved_request import NO_PREVIEWS, Previews, ResolvedRequest
+from service.requests.response import Answer, Result, timings_of
+from service.requests.schemas import (
+    AnyJob,
+    AnyRequest,
+    ErrorDetail,
+    GenerateRequest,
+    InpaintRequest,
+    JobPreview,
+    JobStatus,
+    SceneJob,
+    UpscaleRequest,
+)
 from service.worker.progress import Progress, Stage, State
 from service.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
-KEEP_ALIVE_SECONDS = 15.0  # of silence, after which something is sent, lest a proxy hang up
+KEEP_ALIVE_SECONDS = 15.0  # after so much silence an event stream sends a comment, or a proxy may hang up
+
+
+Task = Literal["generate", "inpaint", "upscale"]
+TASK_OF_REQUEST: dict[type[AnyRequest], Task] = {
+    GenerateRequest: "generate",
+    InpaintRequest: "inpaint",
+    UpscaleRequest: "upscale",
+}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A request to run. output: a file format that was chosen outside the request.
+
+    encode: makes the file of image `index` from the finished pixels; it runs off the event loop.
+    """
+
+    request: AnyRequest
+    output: OutputFormat | None = None
+    previews: Previews = NO_PREVIEWS
+    encode: Callable[[Result, int], bytes] = response.encode_image
 
 
 @dataclass(eq=False)
 class Record:
-    """One job of POST /jobs. work: ends with the answer; order: without its pictures."""
+    """One job. resolved: without its input images; work: ends with the answer."""
 
-    order: Order
-    task: str
+    resolved: ResolvedRequest
+    task: Task
     request_id: str
     progress: Progress
     work: asyncio.Task[Answer]
+    kept: bool = False  # it can be found for a while after its end
+    key: Hashable = None  # of submit()
+    awaited: bool = False  # run() raises its error, to somebody who counts it
     created: float = field(default_factory=time.time)
-    collected: bool = False  # somebody has asked for it since it ended
+    fetched: bool = False  # its end was read
 
     @property
     def id(self) -> str:
-        return self.order.job.id
+        return self.resolved.id
 
     @property
     def status(self) -> Stage:
-        """It runs until its files are there, which is after the worker is done with it."""
+        """A job runs until its files are encoded, which is after the worker is done with it."""
         if self.work.cancelled():
             return "cancelled"
         if self.work.done():
@@ -52,24 +96,24 @@ class Record:
 
     @property
     def bytes(self) -> int:
-        """Of its files, once they are there."""
+        """The size of its files, once they are encoded."""
         return sum(map(len, self.work.result().files)) if self.status == "done" else 0
 
     @property
     def error(self) -> ServiceError | None:
-        """What it failed with."""
+        """The error that it failed with."""
         error = self.work.exception() if self.status == "failed" else None
         return error if error is None or isinstance(error, ServiceError) else ServiceError()
 
     async def cancel(self) -> None:
-        """Give it up, wherever it is; one that has ended stays as it is."""
+        """Cancel the job, queued or running; a job that has ended stays as it is."""
         self.work.cancel()
         await asyncio.wait({self.work})
 
     async def describe(self) -> JobStatus:
-        """Where it stands, with the pictures once it is done."""
+        """Where the job stands, with the images once it is done."""
         state, status = self.progress.state, self.status
-        self.collected = self.collected or self.work.done()
+        self.fetched = self.fetched or self.work.done()
         return JobStatus(
             id=self.id,
             task=self.task,
@@ -84,23 +128,26 @@ class Record:
         )
 
     async def events(self) -> AsyncIterator[tuple[str, JobStatus | JobPreview] | None]:
-        """(name, what there is to say), from the state of now to the end; None after a while of silence."""
+        """(name, data) of each event, from the current state to the end; None after a while of silence."""
         shown: State | None = None
         async for state in self._states():
             if state is None:
                 yield None
                 continue
             if state.preview and (shown is None or state.preview is not shown.preview):
-                yield "preview", await asyncio.to_thread(response.preview_of, self.order, state.preview)
-            news = shown is None or replace(state, preview=shown.preview) != shown
-            if news and not self.work.done():  # else the end, below, is the news
+                yield (
+                    "preview",
+                    await asyncio.to_thread(response.to_job_preview, self.resolved, state.preview),
+                )
+            changed = shown is None or replace(state, preview=shown.preview) != shown
+            if changed and not self.work.done():  # else the final event, below, says it
                 yield "step" if self.status == "running" else "queued", await self.describe()
             shown = state
         await asyncio.wait({self.work})
         yield self.status, await self.describe()
 
     async def _states(self) -> AsyncIterator[State | None]:
-        """As Progress.watch(), with None for every while of silence."""
+        """As Progress.watch(), with None after each KEEP_ALIVE_SECONDS of silence."""
         state: State | None = None
         while state is None or not state.ended:
             try:
@@ -112,103 +159,147 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Keyed:
-    """What an Idempotency-Key stands for: the digest of a body, and the job that it began."""
+class IdempotencyEntry:
+    """What an Idempotency-Key stands for: the digest of a body, and the job that it started."""
 
     digest: bytes
     record: asyncio.Future[Record]
 
 
 class Jobs:
-    """All records: those under way, as many as the queue has places, and those that ended not long ago."""
+    """All jobs: open ones, at most as many as the queue has places, and ended ones that are still kept."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self.supervisor = supervisor
         self._records: dict[str, Record] = {}
         self._ended: dict[str, Hashable] = {}  # id -> key of submit(), in the order in which they ended
-        self._keys: dict[Hashable, Keyed] = {}
-        self._bytes = 0  # of all that ended
+        self._keys: dict[Hashable, IdempotencyEntry] = {}
+        self._bytes = 0  # of the files of all that ended
 
-    async def collected(self, seconds: float) -> None:
-        """Wait for who asked for the jobs of now to learn how they ended, at most so long after all have."""
+    async def wait_until_fetched(self, seconds: float) -> None:
+        """Wait until every open job has ended and its end was read, or `seconds` after the last one ended."""
         open_now = [record for record in self._records.values() if not record.work.done()]
         if open_now:
             await asyncio.wait({record.work for record in open_now})
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not all(record.collected for record in open_now):
+        while time.monotonic() < end and not all(record.fetched for record in open_now):
             await asyncio.sleep(POLL_SECONDS)
 
     def find(self, job_id: str) -> Record:
         """The record of a job. Raises NotFound."""
         if job_id not in self._records:
-            raise NotFound("there is no such job; it may have ended long ago")
+            raise NotFound("there is no such job; jobs are kept for a limited time after their end")
         return self._records[job_id]
 
-    async def follow(self, body: AnyJob, request_id: str) -> Record:
-        """A new job that nobody asks for by its id: forgotten as soon as it ends. Raises as submit()."""
-        return await self._begin(body, None, request_id, kept=False)
+    async def run(self, prepare: Callable[[], Submission], request_id: str) -> Answer:
+        """Start a job and wait for its answer. Cancelling this coroutine cancels the job.
+
+        Raises as start(), and ClientGone when somebody else cancelled the job.
+        """
+        record = await self.start(prepare, request_id)
+        record.awaited = True
+        try:
+            await asyncio.wait({record.work})
+            if record.work.cancelled():
+                raise ClientGone("the job was cancelled")
+            return record.work.result()
+        finally:
+            record.work.cancel()
+
+    async def start(
+        self,
+        prepare: Callable[[], Submission],
+        request_id: str,
+        kept: bool = False,
+        key: Hashable = None,
+    ) -> Record:
+        """Reserve a place in the queue, resolve the request in a thread, and start its job.
+
+        prepare: makes the submission, in that thread; it may decode images. The place is held until the
+        files are encoded; the deadline counts from here. kept: the job can be found for a while after its
+        end. Raises ServiceError; a request that is refused leaves nothing behind.
+        """
+        begin, service = time.monotonic(), self.supervisor
+        with ExitStack() as slot:
+            slot.enter_context(service.reserve_slot())
+            submission, resolved = await asyncio.to_thread(self._resolve, prepare)
+            seconds = submission.request.timeout or service.settings.timeout
+            progress = Progress()
+            coroutine = self._work(resolved, submission.encode, progress, begin, begin + seconds)
+            work = asyncio.create_task(coroutine)
+            task = TASK_OF_REQUEST[type(submission.request)]
+            record = Record(resolved.without_inputs(), task, request_id, progress, work, kept, key)
+            self._records[record.id] = record
+            held = slot.pop_all()  # not in the task: one that is cancelled at once never begins
+            work.add_done_callback(lambda _: self._end(record, held))
+            return record
+
+    def _resolve(self, prepare: Callable[[], Submission]) -> tuple[Submission, ResolvedRequest]:
+        submission, service = prepare(), self.supervisor
+        request, output, previews = submission.request, submission.output, submission.previews
+        return submission, resolve(request, service.specs, service.settings, output, previews)
+
+    async def _work(
+        self,
+        resolved: ResolvedRequest,
+        encode: Callable[[Result, int], bytes],
+        progress: Progress,
+        begin: float,
+        deadline: float,
+    ) -> Answer:
+        """Run the job, then encode its images, one at a time and off the event loop."""
+        job, resolved = resolved.to_job(), resolved.without_inputs()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                done = await self.supervisor.run(job, progress)
+                result = Result(resolved, done)
+                files = [await asyncio.to_thread(encode, result, index) for index in range(job.n)]
+        except TimeoutError:
+            raise DeadlineExceeded from None
+        timings = timings_of(done, time.monotonic() - begin)
+        self.supervisor.metrics.answered(job.n, timings)
+        return Answer(resolved, tuple(files), resolved.warnings + done.warnings, timings, int(time.time()))
 
     async def submit(self, body: AnyJob, key: Hashable, request_id: str) -> Record:
-        """A new job, or the one that the key (its Idempotency-Key and its sender, or None) began.
+        """A new job that is kept, or the one that the key (Idempotency-Key and sender, or None) started.
 
-        Raises as intake and Supervisor.reserve_slot() do.
+        Raises as start(), with fields named as in the body.
         """
         if key is None:
-            return await self._begin(body, None, request_id)
+            return await self._start_kept(body, None, request_id)
         digest = await asyncio.to_thread(digest_of, body)
-        if key not in self._keys:  # nothing is awaited from here until it is: twins find it
-            self._keys[key] = Keyed(digest, asyncio.ensure_future(self._begin(body, key, request_id)))
+        if key not in self._keys:  # no await between this and the assignment: a twin request finds the entry
+            starting = asyncio.ensure_future(self._start_kept(body, key, request_id))
+            self._keys[key] = IdempotencyEntry(digest, starting)
         known = self._keys[key]
         if known.digest != digest:
             param = "Idempotency-Key"
-            raise InvalidRequest(
-                f"{param} must be new for a new body; this one began another job", param=param
-            )
+            raise InvalidRequest(f"{param} was already used with another body", param=param)
         return await asyncio.shield(known.record)
 
-    async def _begin(self, body: AnyJob, key: Hashable, request_id: str, kept: bool = True) -> Record:
-        """Take a place, then the pictures, then begin; a request that is refused leaves nothing behind."""
-        begin, service = time.monotonic(), self.supervisor
+    async def _start_kept(self, body: AnyJob, key: Hashable, request_id: str) -> Record:
         try:
-            with ExitStack() as place:
-                place.enter_context(service.reserve_slot())
-                order = await asyncio.to_thread(to_order, body, service, kept)
-                previews = body.model_dump(include={"preview_every", "preview_decoded"})
-                order = replace(order, job=replace(order.job, **previews))
-                if isinstance(body, SceneJob):
-                    order = replace(order, preview_format=body.preview_format)
-                seconds = body.request.timeout or service.settings.timeout
-                progress = Progress()
-                work = asyncio.create_task(self._work(order, progress, begin, seconds))
-                record = Record(order.without_pictures(), body.task, request_id, progress, work)
-                self._records[record.id] = record
-                held = place.pop_all()  # not in the task itself: one cancelled at once never begins
-                work.add_done_callback(lambda _: self._end(record, key, held, kept))
-                return record
+            return await self.start(lambda: submission_of(body), request_id, kept=True, key=key)
+        except ServiceError as error:
+            self._keys.pop(key, None)
+            raise error.within("request") from None
         except BaseException:
             self._keys.pop(key, None)
             raise
 
-    async def _work(self, order: Order, progress: Progress, begin: float, seconds: float) -> Answer:
-        try:
-            async with asyncio.timeout(begin + seconds - time.monotonic()):
-                return await response.make(order, self.supervisor, begin, progress)
-        except TimeoutError:
-            raise DeadlineExceeded from None
-
-    def _end(self, record: Record, key: Hashable, place: ExitStack, kept: bool) -> None:
+    def _end(self, record: Record, slot: ExitStack) -> None:
         """Give the place back, and keep the record for a while if it is to be kept."""
-        place.close()
+        slot.close()
         record.progress.end(record.status)
-        if record.error:
+        if record.error and not record.awaited:
             self.supervisor.metrics.rejected.labels(code_of(record.error)).inc()
             log.info("job %s failed", record.id, exc_info=record.work.exception())
-        if not kept:
-            record.collected = True
+        if not record.kept:
+            record.fetched = True
             del self._records[record.id]
             return
         settings = self.supervisor.settings
-        self._ended[record.id] = key
+        self._ended[record.id] = record.key
         self._bytes += record.bytes
         while len(self._ended) > settings.jobs_kept or (
             self._bytes > settings.jobs_bytes and len(self._ended) > 1
@@ -222,14 +313,13 @@ class Jobs:
             self._keys.pop(self._ended.pop(job_id), None)
 
 
-def to_order(body: AnyJob, service: Supervisor, kept: bool) -> Order:
-    """As intake.to_order, with fields named as in the body that a job to be kept came in."""
-    try:
-        return resolve.to_order(body.request, service.specs, service.settings)
-    except ServiceError as error:
-        raise (error.within("request") if kept else error) from None
+def submission_of(body: AnyJob) -> Submission:
+    if not isinstance(body, SceneJob):
+        return Submission(body.request)
+    previews = Previews(body.preview_every, body.preview_decoded, body.preview_format)
+    return Submission(body.request, previews=previews)
 
 
 def digest_of(body: AnyJob) -> bytes:
-    """Equal for equal bodies, in whatever order their fields came."""
+    """Equal for equal bodies, whatever the order of their fields."""
     return hashlib.sha256(body.model_dump_json(exclude_unset=True).encode()).digest()

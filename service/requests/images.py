@@ -1,26 +1,28 @@
-"""Pictures in and out: clients' files and base64 -> uint8 pictures -> PNG, JPEG, WebP."""
+"""Images in and out: clients' files, base64 and pixels -> uint8 images -> PNG, JPEG and WebP files."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
 import re
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from service.errors import InvalidRequest
 
 Format = Literal["png", "jpeg", "webp"]
+Pixels = npt.NDArray[np.uint8]
+ImageSource = str | bytes | Image.Image  # base64 or a data: URL; a file; pixels
 
 MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+FORMAT_OF_MEDIA_TYPE: dict[str, Format] = {media_type: kind for kind, media_type in MEDIA_TYPES.items()}
 SUFFIXES: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-MOST_SIDE: dict[Format, int] = {"jpeg": 65_500, "webp": 16_383}  # pixels that a side may have
-OPTIONS: dict[Format, dict[str, Any]] = {
+MAX_SIDE_OF_FORMAT: dict[Format, int] = {"jpeg": 65_500, "webp": 16_383}  # pixels
+SAVE_OPTIONS: dict[Format, dict[str, Any]] = {
     "png": {"compress_level": 1},  # 6 takes five times as long for a tenth of the size
     "jpeg": {"quality": 95, "subsampling": 0},
     "webp": {"quality": 95, "method": 4},
@@ -28,38 +30,45 @@ OPTIONS: dict[Format, dict[str, Any]] = {
 
 DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,", re.IGNORECASE)
 WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
-HALF = 128
-# A progressive JPEG is decoded once for each of its scans: a small file can hold work for hours.
-SCAN, MOST_SCANS = b"\xff\xda", 100
+MASK_THRESHOLD = 128
+# A progressive JPEG is decoded once for each of its scans: a small file can hold hours of work.
+START_OF_SCAN, MAX_SCANS = b"\xff\xda", 100
 
 
-def encode(pixels: bytes, width: int, height: int, kind: Format, parameters: Mapping[str, Any]) -> bytes:
-    """A file of height x width x 3 bytes; a PNG carries `parameters` as JSON in a text chunk."""
-    picture = Image.frombytes("RGB", (width, height), pixels)
-    options = dict(OPTIONS[kind])
-    if kind == "png":
+def encode(pixels: Pixels, kind: Format, parameters: str = "") -> bytes:
+    """A file of (H, W, 3) pixels; a PNG carries `parameters`, if any, in a text chunk of that name."""
+    options = dict(SAVE_OPTIONS[kind])
+    if kind == "png" and parameters:
         options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_text("parameters", json.dumps(parameters))
+        options["pnginfo"].add_text("parameters", parameters)
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()
 
 
-def read_picture(text: str, param: str, max_pixels: int) -> Image.Image:
-    """The picture of field `param` as 8-bit RGB. Raises InvalidRequest.
+def read_image(source: ImageSource, param: str, max_pixels: int) -> Image.Image:
+    """The image of field `param` as 8-bit RGB. Raises InvalidRequest.
 
-    What is transparent shows white; of 16 bits the upper 8 stay; colour profiles are not applied.
+    Transparent pixels become white, 16-bit values keep their upper 8 bits, colour profiles are not applied.
     """
-    return flatten(decode(from_base64(text, param), param, max_pixels), WHITE)
+    return flatten(open_source(source, param, max_pixels), WHITE)
 
 
-def read_mask(text: str, param: str, max_pixels: int) -> Image.Image:
+def read_mask(source: ImageSource, param: str, max_pixels: int) -> Image.Image:
     """The mask of field `param`: 255 where it is at least half white, else 0. Raises InvalidRequest.
 
-    What is transparent counts as black, so that white paint on a transparent ground is a mask.
+    Transparent pixels count as black, so that white paint on a transparent background is a mask.
     """
-    grey = flatten(decode(from_base64(text, param), param, max_pixels), BLACK).convert("L")
-    return grey.point([0] * HALF + [255] * (256 - HALF))
+    grey = flatten(open_source(source, param, max_pixels), BLACK).convert("L")
+    return grey.point([0] * MASK_THRESHOLD + [255] * (256 - MASK_THRESHOLD))
+
+
+def open_source(source: ImageSource, param: str, max_pixels: int) -> Image.Image:
+    """The image of field `param` as it was sent, upright. Raises InvalidRequest."""
+    if isinstance(source, Image.Image):
+        check_size(source, param, max_pixels)
+        return source
+    return decode(from_base64(source, param) if isinstance(source, str) else source, param, max_pixels)
 
 
 def from_base64(text: str, param: str) -> bytes:
@@ -68,51 +77,53 @@ def from_base64(text: str, param: str) -> bytes:
     try:
         return base64.b64decode("".join(text[start.end() if start else 0 :].split()), validate=True)
     except ValueError:
-        raise InvalidRequest(f"{param} must be in base64 or a data: URL of that", param=param) from None
+        raise InvalidRequest(f"{param} must be base64 or a data: URL with base64", param=param) from None
 
 
 def decode(file: bytes, param: str, max_pixels: int) -> Image.Image:
-    """The upright picture of a file of ours, its size checked before a pixel is decoded."""
+    """The upright image of a PNG, JPEG or WebP file; its size is checked before pixels are decoded.
+
+    Raises InvalidRequest.
+    """
     try:
-        with Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP")) as picture:
-            check(picture, param, max_pixels)
-            if picture.format in ("JPEG", "MPO") and file.count(SCAN) > MOST_SCANS:
-                raise InvalidRequest(f"{param} must have at most {MOST_SCANS} scans", param=param)
-            return ImageOps.exif_transpose(picture)
+        with Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP")) as image:
+            check_size(image, param, max_pixels)
+            # A photograph with embedded previews of itself (MPO) has several frames but is not animated.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise InvalidRequest(f"{param} must be one image; this one is animated", param=param)
+            if image.format in ("JPEG", "MPO") and file.count(START_OF_SCAN) > MAX_SCANS:
+                raise InvalidRequest(f"{param} must have at most {MAX_SCANS} scans", param=param)
+            return ImageOps.exif_transpose(image)
     except InvalidRequest:
         raise
     except UnidentifiedImageError:
         raise InvalidRequest(f"{param} must be a PNG, JPEG or WebP file", param=param) from None
     except Image.DecompressionBombError:
         raise InvalidRequest(f"{param} must have at most {max_pixels} pixels", param=param) from None
-    except Exception:  # Pillow raises anything at all for a broken file
-        raise InvalidRequest(f"{param} must be a whole file; this one is broken", param=param) from None
+    except Exception:  # Pillow raises errors of any type for a broken file
+        raise InvalidRequest(f"{param} must be a complete file; this one is broken", param=param) from None
 
 
-def check(picture: Image.Image, param: str, max_pixels: int) -> None:
-    """Raise InvalidRequest for a picture whose header says too much."""
-    width, height = picture.size
+def check_size(image: Image.Image, param: str, max_pixels: int) -> None:
+    """Raise InvalidRequest for an image with more than max_pixels pixels."""
+    width, height = image.size
     if width * height > max_pixels:
-        raise InvalidRequest(
-            f"{param} must have at most {max_pixels} pixels, not {width}x{height}", param=param
-        )
-    # A photograph with previews of itself inside (MPO) counts its frames, but is no animation.
-    if getattr(picture, "is_animated", False) and picture.format != "MPO":
-        raise InvalidRequest(f"{param} must be one picture; this one is animated", param=param)
+        expected = f"must have at most {max_pixels} pixels, not {width}x{height}"
+        raise InvalidRequest(f"{param} {expected}", param=param)
 
 
-def flatten(picture: Image.Image, ground: tuple[int, int, int, int]) -> Image.Image:
-    """As 8-bit RGB, in front of a ground where it is transparent."""
-    if picture.mode.startswith("I"):  # 16-bit grey; Pillow cuts colours of 16 bits to their upper 8 itself
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        front = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", front.size, ground), front)
-    return picture.convert("RGB")
+def flatten(image: Image.Image, background: tuple[int, int, int, int]) -> Image.Image:
+    """As 8-bit RGB, on a background where it is transparent."""
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow itself cuts 16-bit colours to their upper 8 bits
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        front = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", front.size, background), front)
+    return image.convert("RGB")
 
 
-def grow(picture: Image.Image, width: int, height: int) -> bytes:
-    """The pixels of a canvas with the picture at its upper left; its last row and column fill the rest."""
-    pixels = np.asarray(picture)
+def extend(image: Image.Image, width: int, height: int) -> bytes:
+    """The pixels of a larger canvas: the image at its upper left, its last row and column repeated."""
+    pixels = np.asarray(image)
     missing = ((0, height - pixels.shape[0]), (0, width - pixels.shape[1]))
     return np.pad(pixels, missing + ((0, 0),) * (pixels.ndim - 2), mode="edge").tobytes()

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from models.conditioning import boxes as boxes_of
-from models.spec import ModelSpec
+from models.spec import ModelSpec, TokenSpec
 from service.errors import InvalidRequest
 from service.requests.schemas import Box
 
@@ -22,7 +22,7 @@ def colour_of(number: int) -> tuple[int, int, int]:
     for place in range(8):
         for channel in range(3):
             channels[channel] |= (number >> (3 * place + channel) & 1) << (7 - place)
-    return tuple(channels)
+    return channels[0], channels[1], channels[2]
 
 
 def number_of(label: int | str, spec: ModelSpec, param: str) -> int:
@@ -51,15 +51,15 @@ def from_boxes(boxes: Sequence[Box], spec: ModelSpec, h: int, w: int) -> np.ndar
     return regions
 
 
-def words(regions: np.ndarray, spec: ModelSpec) -> str:
+def to_prompt(regions: np.ndarray, spec: ModelSpec) -> str:
     """A prompt that says which labels there are, of numbers from 1 or 0 for none: "A, B and C"."""
     names = [spec.labels[number - 1] for number in np.unique(regions) if number]
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
-def as_objects(boxes: Sequence[Box], spec: ModelSpec) -> tuple[boxes_of.Box, ...]:
+def to_numbered_boxes(boxes: Sequence[Box], spec: ModelSpec) -> tuple[boxes_of.Box, ...]:
     """For a model that reads boxes. Raises InvalidRequest."""
-    most = spec.condition.objects
+    most = spec.condition.objects if isinstance(spec.condition, TokenSpec) else 0
     if len(boxes) > most:
         raise InvalidRequest(f"boxes must be at most {most} for this model", param="boxes")
     numbers = [number_of(box.name, spec, f"boxes.{index}.name") for index, box in enumerate(boxes)]
@@ -80,7 +80,7 @@ def from_colours(picture: Image.Image, spec: ModelSpec, h: int, w: int, param: s
     known = {colour_of(number): number for number in range(spec.label_count + 1)}
     pixels = np.asarray(picture.resize((w, h), Image.Resampling.NEAREST))
     colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
-    numbers = [known.get(tuple(int(part) for part in colour)) for colour in colours]
+    numbers = [known.get((int(red), int(green), int(blue))) for red, green, blue in colours]
     if None in numbers:
         strange = "#{:02x}{:02x}{:02x}".format(*colours[numbers.index(None)])
         raise InvalidRequest(

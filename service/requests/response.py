@@ -1,13 +1,12 @@
-"""From a finished job to what the client accepts: JSON around base64, or the picture itself."""
+"""From a finished job to what the client accepts: JSON with base64 files, or one image file by itself."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -17,53 +16,41 @@ from models.tiles import merge
 from service.engine.events import Done, Previewed
 from service.errors import NotAcceptable
 from service.requests import images
-from service.requests.images import MEDIA_TYPES, Format
-from service.requests.resolve import Order
-from service.requests.schemas import GenerateResponse, JobPreview, Picture, PictureRequest, Timings
-from service.worker.progress import Progress
-from service.worker.supervisor import Supervisor
+from service.requests.images import FORMAT_OF_MEDIA_TYPE, MEDIA_TYPES, Pixels
+from service.requests.resolve import OutputFormat
+from service.requests.resolved_request import ResolvedRequest
+from service.requests.schemas import GenerateResponse, ImageRequest, ImageResult, JobPreview, Timings
 
 JSON_TYPES = ("application/json", "application/*", "*/*")
-BARE = {media_type: kind for kind, media_type in MEDIA_TYPES.items()}
-HIDDEN = (
-    "id",
-    "priority",
-    "preview_every",
-    "preview_decoded",
-    "image",
-    "mask",
-    "regions",
-    "scale",
-    "noise_level",
-    "boxes",
-    "loras",
-)  # of a job; no parameters of the picture
 
 
-def bare_format(accept: str | None, body: PictureRequest) -> Format | None:
-    """The format of a picture sent by itself, or None for JSON. Raises NotAcceptable."""
-    wanted = preferred(accept or "*/*")
+def negotiate(accept: str | None, request: ImageRequest) -> OutputFormat | None:
+    """The format of an image that is sent by itself, or None for JSON. Raises NotAcceptable."""
+    wanted = preferred_type(accept or "*/*")
     if wanted is None:
-        raise NotAcceptable("expected application/json, image/png, image/jpeg or image/webp", param="Accept")
+        expected = "application/json, image/png, image/jpeg or image/webp"
+        raise NotAcceptable(f"Accept must allow {expected}", param="Accept")
     if wanted in JSON_TYPES:
         return None
-    kind = body.output_format or "png" if wanted == "image/*" else BARE[wanted]
-    if body.n != 1:
-        raise NotAcceptable("n must be 1 for a picture without JSON around it", param="n")
-    if body.output_format not in (None, kind):
+    kind = request.output_format or "png" if wanted == "image/*" else FORMAT_OF_MEDIA_TYPE[wanted]
+    if request.n != 1:
+        raise NotAcceptable("n must be 1 for an image without JSON around it", param="n")
+    if request.output_format not in (None, kind):
         raise NotAcceptable("output_format must agree with the Accept header", param="output_format")
-    return kind
+    return OutputFormat(kind, "Accept")
 
 
-def preferred(accept: str) -> str | None:
-    """The type with the largest q of those that we can send, the first of equals; None if none."""
+def preferred_type(accept: str) -> str | None:
+    """The media type with the largest q among those that we can send, the first of equals; None if none."""
     offers = [quality(part) for part in accept.split(",")]
-    known = [(q, kind) for q, kind in offers if q > 0 and kind in (*JSON_TYPES, *BARE, "image/*")]
+    known = [
+        (q, kind) for q, kind in offers if q > 0 and kind in (*JSON_TYPES, *FORMAT_OF_MEDIA_TYPE, "image/*")
+    ]
     return max(known, key=lambda offer: offer[0])[1] if known else None
 
 
 def quality(part: str) -> tuple[float, str]:
-    """(q, media type) of one part of an Accept header; a q that is no number counts as 0."""
+    """(q, media type) of one part of an Accept header; a malformed q counts as 0."""
     kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
     text = next((p[2:] for p in parameters if p.startswith("q=")), "1")
     try:
@@ -72,32 +59,74 @@ def quality(part: str) -> tuple[float, str]:
         return 0.0, kind
 
 
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The finished images of a request, as pixels."""
+
+    resolved: ResolvedRequest
+    done: Done
+
+    def pixels(self, index: int) -> Pixels:
+        """Image `index`: (height, width, 3), the client's part of the canvas. Slow where it is tiled."""
+        resolved, count = self.resolved, len(self.done.images) // self.resolved.parameters.n
+        parts = self.done.images[index * count :][:count]
+        if resolved.tiles:
+            return self._merged(parts)
+        canvas = np.frombuffer(parts[0], np.uint8).reshape(resolved.canvas_height, resolved.canvas_width, 3)
+        return canvas[: resolved.height, : resolved.width]
+
+    def _merged(self, parts: tuple[bytes, ...]) -> Pixels:
+        """The client's part of a canvas in tiles, at the requested scale."""
+        resolved, tiles, model_scale = self.resolved, self.resolved.tiles, self.resolved.model_scale
+        assert tiles is not None
+        shape = model_scale * tiles.size[0], model_scale * tiles.size[1], 3
+        arrays = (np.frombuffer(part, np.uint8).reshape(shape) for part in parts)
+        canvas = merge(arrays, tiles, model_scale).round().astype(np.uint8)
+        scale = resolved.parameters.scale or model_scale
+        height, width = (side // scale * model_scale for side in (resolved.height, resolved.width))
+        image = Image.fromarray(canvas[:height, :width])
+        if scale != model_scale:
+            image = image.resize((resolved.width, resolved.height), Image.Resampling.LANCZOS)
+        return np.asarray(image)
+
+
+def encode_image(result: Result, index: int) -> bytes:
+    """The file of image `index`; a PNG carries the parameters that make it again."""
+    parameters = json.dumps(result.resolved.parameters.of_image(index))
+    return images.encode(result.pixels(index), result.resolved.format, parameters)
+
+
 @dataclass(frozen=True)
 class Answer:
-    """The files of a finished order, and what there is to say about them; timings in seconds."""
+    """The files of a finished request. timings: seconds; created: seconds since 1970."""
 
-    order: Order
+    resolved: ResolvedRequest
     files: tuple[bytes, ...]
     warnings: tuple[str, ...]
     timings: Mapping[str, float]
-    created: int  # seconds since 1970
+    created: int
 
-    def as_picture(self) -> Response:
-        """The one picture by itself."""
-        headers = {"X-Seed": str(self.order.job.seed)}
-        return Response(self.files[0], media_type=MEDIA_TYPES[self.order.format], headers=headers)
+    def as_image(self) -> Response:
+        """The one image by itself."""
+        headers = {"X-Seed": str(self.resolved.parameters.seed)}
+        return Response(self.files[0], media_type=MEDIA_TYPES[self.resolved.format], headers=headers)
 
     async def as_json(self) -> GenerateResponse:
-        """The pictures in base64."""
-        job, texts = self.order.job, await asyncio.to_thread(lambda: list(map(base64.b64encode, self.files)))
-        size = {"width": self.order.width, "height": self.order.height}
-        kind = MEDIA_TYPES[self.order.format]
+        """The images in base64."""
+        texts = await asyncio.to_thread(lambda: list(map(base64.b64encode, self.files)))
+        resolved = self.resolved
         return GenerateResponse(
-            id=job.id,
-            model=job.model,
+            id=resolved.id,
+            model=resolved.parameters.model,
             created=self.created,
             images=[
-                Picture(data=text.decode(), media_type=kind, seed=job.seed + index, **size)
+                ImageResult(
+                    data=text.decode(),
+                    media_type=MEDIA_TYPES[resolved.format],
+                    seed=resolved.parameters.seed + index,
+                    width=resolved.width,
+                    height=resolved.height,
+                )
                 for index, text in enumerate(texts)
             ],
             timings=Timings(**self.timings),
@@ -105,61 +134,19 @@ class Answer:
         )
 
 
-async def make(
-    order: Order, supervisor: Supervisor, begin: float, progress: Progress | None = None
-) -> Answer:
-    """Run an order's job and encode its pictures, off the event loop; begin: when its request came."""
-    done = await supervisor.run(order.job, progress)
-    files = tuple(
-        [
-            await asyncio.to_thread(file_of, order, index, parts)
-            for index, parts in enumerate(parts_of(order, done))
-        ]
-    )
-    seconds = timings(done, time.monotonic() - begin)
-    supervisor.metrics.answered(order.job.n, seconds)
-    warnings = order.warnings + done.warnings
-    return Answer(order.without_pictures(), files, warnings, seconds, int(time.time()))
+def timings_of(done: Done, total: float) -> dict[str, float]:
+    """Seconds of each part; `total` is measured by the API process."""
+    parts = {"queue": done.queue, "denoise": done.denoise, "decode": done.decode, "total": total}
+    return {part: round(seconds, 6) for part, seconds in parts.items()}
 
 
-def parts_of(order: Order, done: Done) -> list[tuple[bytes, ...]]:
-    """The picture of each image by itself, or its tiles."""
-    count = len(done.images) // order.job.n
-    return [done.images[index * count :][:count] for index in range(order.job.n)]
-
-
-def file_of(order: Order, index: int, parts: Sequence[bytes]) -> bytes:
-    """The file of image `index`."""
-    shown = enlarged(order, parts) if order.tiles else pixels_of(order, parts[0])
-    return images.encode(shown, order.width, order.height, order.format, parameters(order, index))
-
-
-def pixels_of(order: Order, pixels: bytes) -> bytes:
-    """The client's part of a job's canvas."""
-    canvas = np.frombuffer(pixels, np.uint8).reshape(order.job.height, order.job.width, 3)
-    return canvas[: order.height, : order.width].tobytes()
-
-
-def enlarged(order: Order, parts: Sequence[bytes]) -> bytes:
-    """The client's part of a canvas in tiles, at the scale that was asked for."""
-    scale, (rows, columns) = order.job.scale, order.tiles.size
-    tiles = (np.frombuffer(part, np.uint8).reshape(scale * rows, scale * columns, 3) for part in parts)
-    canvas = merge(tiles, order.tiles, scale).round().astype(np.uint8)
-    height, width = (side // order.scale * scale for side in (order.height, order.width))
-    picture = Image.fromarray(canvas[:height, :width])
-    if order.scale != scale:
-        picture = picture.resize((order.width, order.height), Image.Resampling.LANCZOS)
-    return picture.tobytes()
-
-
-def preview_of(order: Order, preview: Previewed) -> JobPreview:
-    """A preview as a small file, without what the canvas has around the client's picture."""
-    job = order.job
+def to_job_preview(resolved: ResolvedRequest, preview: Previewed) -> JobPreview:
+    """A preview as a small file of the client's part of the canvas."""
     whole = np.frombuffer(preview.pixels, np.uint8).reshape(preview.height, preview.width, 3)
-    width = max(1, round(preview.width * order.width / job.width))
-    height = max(1, round(preview.height * order.height / job.height))
-    kind = order.preview_format
-    file = images.encode(whole[:height, :width].tobytes(), width, height, kind, {})
+    width = max(1, round(preview.width * resolved.width / resolved.canvas_width))
+    height = max(1, round(preview.height * resolved.height / resolved.canvas_height))
+    kind = resolved.previews.format
+    file = images.encode(whole[:height, :width], kind)
     return JobPreview(
         index=preview.index,
         step=preview.step,
@@ -168,31 +155,3 @@ def preview_of(order: Order, preview: Previewed) -> JobPreview:
         width=width,
         height=height,
     )
-
-
-def parameters(order: Order, index: int) -> dict[str, Any]:
-    """A request that makes image `index` again, apart from pictures that it starts from."""
-    job = order.job
-    hidden = HIDDEN if job.image and not job.scale else (*HIDDEN, "strength")
-    own = {"width": order.width, "height": order.height, "seed": job.seed + index, "n": 1}
-    if job.scale:
-        hidden = (*hidden, "width", "height", *(() if job.negative_prompt else ("negative_prompt",)))
-        own = {"scale": order.scale, "noise_level": job.noise_level, "seed": job.seed + index, "n": 1}
-    if order.boxes:
-        own["boxes"] = [box.model_dump() for box in order.boxes]
-    values = {key: value for key, value in asdict(job).items() if key not in hidden}
-    if not values["prompt"] or job.class_label is not None:  # a class that has a name is its prompt too
-        del values["prompt"]
-    unsaid = {"class_label": None, "spacing": None, "long_prompts": "cut", "prompt_weights": False}
-    for name, value in unsaid.items():
-        if values[name] == value:
-            del values[name]
-    if job.loras:
-        own["loras"] = dict(job.loras)
-    return values | own
-
-
-def timings(done: Done, total: float) -> dict[str, float]:
-    """Seconds of each part; `total` is the API process's own measure."""
-    parts = {"queue": done.queue, "denoise": done.denoise, "decode": done.decode, "total": total}
-    return {part: round(seconds, 6) for part, seconds in parts.items()}

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from PIL import Image
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidatorFunctionWrapHandler,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from models.spec import Spacing
 from service.engine.job import MAX_SEED
-from service.requests.images import Format
+from service.requests.images import Format, ImageSource
 from service.worker.progress import Stage
 
 MAX_SIDE = 8192
@@ -24,6 +33,18 @@ def not_blank(text: str) -> str:
     return text
 
 
+class _ImageSourceSchema:
+    """On the wire an image is text; inside the service it may also be a file's bytes or pixels."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(self.validate, core_schema.str_schema(strict=True))
+
+    @staticmethod
+    def validate(value: object, read_text: ValidatorFunctionWrapHandler) -> object:
+        return value if isinstance(value, bytes | Image.Image) else read_text(value)
+
+
+ImageInput = Annotated[ImageSource, _ImageSourceSchema()]
 PICTURE = "a PNG, JPEG or WebP file in base64 or as a data: URL"
 
 
@@ -42,7 +63,7 @@ class Box(BaseModel):
     h: Annotated[float, Field(gt=0, le=1)]
 
 
-class PictureRequest(BaseModel):
+class ImageRequest(BaseModel):
     """What all requests for pictures have in common. Defaults are the model's: GET /models tells them."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -84,7 +105,7 @@ class PictureRequest(BaseModel):
     timeout: Annotated[float | None, Field(gt=0, le=86_400, description="seconds until a 504")] = None
 
 
-class SceneRequest(PictureRequest):
+class SceneRequest(ImageRequest):
     """What requests for pictures of something have in common."""
 
     width: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="pixels")] = None
@@ -102,7 +123,7 @@ class SceneRequest(PictureRequest):
         Field(min_length=1, max_length=MAX_BOXES, description="what goes where; later ones lie on top"),
     ] = None
     segmentation: Annotated[
-        str | None,
+        ImageInput | None,
         Field(description=f"{PICTURE}: the colours of labels where they go, black elsewhere"),
     ] = None
 
@@ -117,24 +138,24 @@ class GenerateRequest(SceneRequest):
             "names are it then"
         ),
     ] = None
-    init_image: Annotated[str | None, Field(description=f"{PICTURE}, that the run starts from")] = None
+    init_image: Annotated[ImageInput | None, Field(description=f"{PICTURE}, that the run starts from")] = None
 
 
 class InpaintRequest(SceneRequest):
     """What to paint anew. The answer has the picture's size, and is the picture where the mask is black."""
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
-    image: Annotated[str, Field(description=PICTURE)]
-    mask: Annotated[str, Field(description=f"{PICTURE}, of the size of image; white: paint anew")]
+    image: Annotated[ImageInput, Field(description=PICTURE)]
+    mask: Annotated[ImageInput, Field(description=f"{PICTURE}, of the size of image; white: paint anew")]
 
 
-class UpscaleRequest(PictureRequest):
+class UpscaleRequest(ImageRequest):
     """What to enlarge."""
 
     prompt: Annotated[
         str, Field(max_length=MAX_TEXT, description="what it shows, for models that read prompts")
     ] = ""
-    image: Annotated[str, Field(description=PICTURE)]
+    image: Annotated[ImageInput, Field(description=PICTURE)]
     scale: Annotated[
         int | None,
         Field(ge=2, le=16, description="default: the model's own; for less, its picture is made smaller"),
@@ -147,6 +168,9 @@ class UpscaleRequest(PictureRequest):
     ] = None
 
 
+AnyRequest = GenerateRequest | InpaintRequest | UpscaleRequest
+
+
 class ErrorDetail(BaseModel):
     type: str
     message: str
@@ -155,7 +179,7 @@ class ErrorDetail(BaseModel):
     request_id: str
 
 
-class Picture(BaseModel):
+class ImageResult(BaseModel):
     data: Annotated[str, Field(description="the file, in base64")]
     media_type: str
     seed: int
@@ -176,7 +200,7 @@ class GenerateResponse(BaseModel):
     id: str
     model: str
     created: Annotated[int, Field(description="seconds since 1970")]
-    images: list[Picture]
+    images: list[ImageResult]
     timings: Timings
     warnings: list[str]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -29,9 +30,11 @@ from service.api.a1111.schemas import (
     TextToImage,
     UpscalerItem,
 )
-from service.api.a1111.translate import RESAMPLING, SAMPLERS, SCHEDULERS, Desk, Enlarging, Plan, Sampling
+from service.api.a1111.translate import RESAMPLING, SAMPLERS, SCHEDULERS, Desk, Enlarging, Sampling
 from service.api.dialect import DialectRoute
-from service.requests.resolve import given, refuse
+from service.requests.background import Submission
+from service.requests.checks import require
+from service.requests.resolve import coalesce
 from service.requests.schemas import error_responses
 
 
@@ -64,34 +67,33 @@ def desk_of(request: Request) -> Desk:
 @router.post("/txt2img", **MAKES, summary="A1111: pictures of a prompt")
 async def txt2img(body: TextToImage, request: Request) -> Made:
     """What is not served takes the values that change nothing; the rest is a 422."""
-    sampling = translate.sampling_of(body)
-    plan = translate.text_plan(body, sampling, desk_of(request))
-    return await answer(body, sampling, plan, request)
+    sampling, desk = translate.sampling_of(body), desk_of(request)
+    return await answer(body, sampling, lambda: translate.text_submission(body, sampling, desk), request)
 
 
 @router.post("/img2img", **MAKES, summary="A1111: pictures from a picture, or a part of it anew")
 async def img2img(body: ImageToImage, request: Request) -> Made:
     """With a mask, its blurred edge fades from what is painted to the picture."""
-    sampling = translate.sampling_of(body)
-    with request.app.state.supervisor.reserve_slot():  # before its pictures are decoded
-        plan = await asyncio.to_thread(translate.picture_plan, body, sampling, desk_of(request))
-    return await answer(body, sampling, plan, request)
+    sampling, desk = translate.sampling_of(body), desk_of(request)
+    return await answer(body, sampling, lambda: translate.image_submission(body, sampling, desk), request)
 
 
-async def answer(body: Processing, sampling: Sampling, plan: Plan, request: Request) -> Made:
-    """The pictures when they are done; leaving early cancels them."""
-    work = desk_of(request).make(plan.job, request.state.request_id)
-    made = await native.while_waited_for(request, work, request.app.state.settings.timeout)
-    return await asyncio.to_thread(translate.to_made, body, sampling, made, plan.finish)
+async def answer(
+    body: Processing, sampling: Sampling, prepare: Callable[[], Submission], request: Request
+) -> Made:
+    """The images when they are done; leaving early cancels them."""
+    work = desk_of(request).make(prepare, request.state.request_id)
+    made = await native.while_connected(request, work)
+    return await asyncio.to_thread(translate.to_made, body, sampling, made)
 
 
 @router.post("/extra-single-image", **MAKES, summary="A1111: enlarge a picture")
 async def extra_single_image(body: ExtraSingleImage, request: Request) -> ExtraResult:
     """By a model of `upscalers`, or by resampling; "None" gives the picture back as it is."""
-    state, name = request.app.state, given(body.upscaler_1, "None")
+    state, name = request.app.state, coalesce(body.upscaler_1, "None")
     state.supervisor.check_open()
     known = translate.upscalers(state.supervisor.specs)
-    refuse([("upscaler_1", name in known, f"must be one of {', '.join(known)}")])
+    require([("upscaler_1", name in known, f"must be one of {', '.join(known)}")])
     with state.supervisor.reserve_slot():
         wanted = await asyncio.to_thread(translate.enlarging_of, body, state.settings)
         file = await asyncio.to_thread(resampled, name, wanted)
@@ -110,9 +112,8 @@ def resampled(name: str, wanted: Enlarging) -> bytes | None:
 
 async def enlarged(body: ExtraSingleImage, wanted: Enlarging, request: Request) -> bytes:
     """The file, by a model."""
-    work = desk_of(request).make(translate.upscale_job(body, wanted.scale), request.state.request_id)
-    made = await native.while_waited_for(request, work, request.app.state.settings.timeout)
-    return await asyncio.to_thread(lambda: wanted.finish(translate.opened(made)))
+    work = desk_of(request).make(lambda: translate.upscale_submission(body, wanted), request.state.request_id)
+    return (await native.while_connected(request, work)).files[0]
 
 
 @router.get("/progress", **TELLS, summary="A1111: how far the oldest request is")

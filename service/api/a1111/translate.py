@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
+import json
 import math
 import re
 import secrets
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from models.spec import ModelSpec, Spacing
@@ -27,26 +28,18 @@ from service.api.a1111.schemas import (
     ProgressAnswer,
     ProgressState,
 )
-from service.engine.job import Job
 from service.errors import ClientGone, InvalidRequest, NotFound
 from service.requests import images, response
-from service.requests.background import Jobs, Record
-from service.requests.resolve import DOES, find_model, given, refuse, request_of
-from service.requests.response import Answer
-from service.requests.schemas import (
-    AnyJob,
-    GenerateJob,
-    GenerateRequest,
-    InpaintJob,
-    InpaintRequest,
-    PictureRequest,
-    UpscaleJob,
-    UpscaleRequest,
-)
+from service.requests.background import Jobs, Record, Submission
+from service.requests.checks import reads_tokens, require
+from service.requests.resolve import TASKS_OF, build_request, coalesce, find_model
+from service.requests.resolved_request import Previews
+from service.requests.response import Answer, Result
+from service.requests.schemas import GenerateRequest, ImageRequest, InpaintRequest, UpscaleRequest
 from service.settings import Settings
 
 VERSION = "ldm"
-PREVIEW_EVERY = 10  # steps; that API's default
+PREVIEWS = Previews(every=10, format="png")  # steps; that API's default
 STRENGTH, BLUR = 0.75, 4  # that API's defaults, of runs from pictures and of masks
 DRAWN = 2**32  # seeds that are drawn are below it, where clients expect them
 RESAMPLING = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
@@ -137,7 +130,7 @@ def sampling_of(body: Processing) -> Sampling:
             asked, scheduler = asked.removesuffix(f" {spelling}"), known
     name = SAMPLER_NAMES.get(asked, "")
     offered = SAMPLERS[name].ours if name else {}
-    refuse(
+    require(
         (
             ("sampler_name", bool(name), f"must be one of {', '.join(SAMPLERS)}"),
             ("scheduler", scheduler in offered, f"must be one of {', '.join(offered)} with {name}"),
@@ -161,7 +154,7 @@ def split(prompt: str) -> tuple[str, dict[str, float]]:
 
 def shared(body: Processing, sampling: Sampling, checkpoint: str | None) -> dict[str, Any]:
     """The fields of any request of ours, for the checks of its model. Raises InvalidRequest."""
-    n = given(body.batch_size, 1) * given(body.n_iter, 1)
+    n = coalesce(body.batch_size, 1) * coalesce(body.n_iter, 1)
     prompt, loras = split(body.prompt or "")
     override = body.override_settings
     kind = override and override.samples_format
@@ -183,90 +176,67 @@ def shared(body: Processing, sampling: Sampling, checkpoint: str | None) -> dict
     }
 
 
-Finish = Callable[[Image.Image], Image.Image]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A job, and what is done to its pictures before they are sent, if anything is."""
-
-    job: AnyJob
-    finish: Finish | None = None
-
-
-def reading(asked: Mapping[str, Any], kind: type[PictureRequest], desk: Desk) -> dict[str, Any]:
+def reading(asked: Mapping[str, Any], kind: type[ImageRequest], desk: Desk) -> dict[str, Any]:
     """Prompts are read as there, weights and chunks and all, by models that are told every word."""
-    spec = find_model(asked["model"], desk.specs, DOES[kind])
-    by_token = spec.reads_prompts and spec.context_shape[0] > 1
-    return {"prompt_weights": True, "long_prompts": "chunk"} if by_token else {}
+    spec = find_model(asked["model"], desk.specs, TASKS_OF[kind])
+    return {"prompt_weights": True, "long_prompts": "chunk"} if reads_tokens(spec) else {}
 
 
-def generate_plan(asked: Mapping[str, Any], desk: Desk) -> Plan:
-    request = request_of(GenerateRequest, asked | reading(asked, GenerateRequest, desk))
-    return Plan(
-        GenerateJob(task="generate", request=request, preview_every=PREVIEW_EVERY, preview_format="png")
-    )
+def generate_submission(asked: dict[str, Any], desk: Desk) -> Submission:
+    request = build_request(GenerateRequest, asked | reading(asked, GenerateRequest, desk))
+    return Submission(request, previews=PREVIEWS)
 
 
-def text_plan(body: Processing, sampling: Sampling, desk: Desk) -> Plan:
+def text_submission(body: Processing, sampling: Sampling, desk: Desk) -> Submission:
     """Raises InvalidRequest, and NotFound for the model."""
-    return generate_plan(shared(body, sampling, desk.checkpoint), desk)
+    return generate_submission(shared(body, sampling, desk.checkpoint), desk)
 
 
-def picture_plan(body: ImageToImage, sampling: Sampling, desk: Desk) -> Plan:
-    """Decodes pictures where there is a mask, which takes a while. Raises as text_plan()."""
+def image_submission(body: ImageToImage, sampling: Sampling, desk: Desk) -> Submission:
+    """Decodes images where there is a mask, which takes a while. Raises as text_submission()."""
     settings = desk.jobs.supervisor.settings
-    asked = shared(body, sampling, desk.checkpoint) | {"strength": given(body.denoising_strength, STRENGTH)}
+    asked = shared(body, sampling, desk.checkpoint) | {
+        "strength": coalesce(body.denoising_strength, STRENGTH)
+    }
     if body.mask is None:
-        return generate_plan(asked | {"init_image": body.init_images[0]}, desk)
+        return generate_submission(asked | {"init_image": body.init_images[0]}, desk)
     original = masked_of(body, settings.max_input_pixels)
-    size = given(body.width, original.picture.width), given(body.height, original.picture.height)
+    size = coalesce(body.width, original.picture.width), coalesce(body.height, original.picture.height)
     most = settings.max_pixels
-    refuse([("width", size[0] * size[1] <= most, f"times height must be at most {most}")])
+    require([("width", size[0] * size[1] <= most, f"times height must be at most {most}")])
     region: Region | None = None
-    if given(body.inpaint_full_res, True):
-        region = region_of(original.soft, given(body.inpaint_full_res_padding, 0), *size)
+    if coalesce(body.inpaint_full_res, True):
+        region = region_of(original.soft, coalesce(body.inpaint_full_res_padding, 0), *size)
         work = original.cropped(region).resized(*size)
     else:
         original = work = original.resized(*size)
     start = work.picture if body.inpainting_fill == 1 else work.filled()
-    pictures = {"image": text_of(start), "mask": text_of(work.hole)}
     asked |= reading(asked, InpaintRequest, desk) | {"width": None, "height": None}
-    request = request_of(InpaintRequest, asked | pictures)
-    job = InpaintJob(task="inpaint", request=request, preview_every=PREVIEW_EVERY, preview_format="png")
-    return Plan(job, put_back(original, region))
+    request = build_request(InpaintRequest, asked | {"image": start, "mask": work.hole})
+    paste = put_back(original, region)
+
+    def encode(result: Result, index: int) -> bytes:
+        whole = np.asarray(paste(Image.fromarray(result.pixels(index))))
+        parameters = json.dumps(result.resolved.parameters.of_image(index))
+        return images.encode(whole, result.resolved.format, parameters)
+
+    return Submission(request, previews=PREVIEWS, encode=encode)
 
 
 def masked_of(body: ImageToImage, max_pixels: int) -> Masked:
     """The picture and its blurred mask, white where to paint. Raises InvalidRequest."""
-    picture = images.read_picture(body.init_images[0], "init_images", max_pixels)
+    picture = images.read_image(body.init_images[0], "init_images", max_pixels)
     mask = images.decode(images.from_base64(body.mask, "mask"), "mask", max_pixels)
     width, height = picture.size
-    refuse([("mask", mask.size == picture.size, f"must have the size of the picture, {width}x{height}")])
-    return Masked(picture, soft_mask(mask, body.inpainting_mask_invert == 1, given(body.mask_blur, BLUR)))
+    require([("mask", mask.size == picture.size, f"must have the size of the picture, {width}x{height}")])
+    return Masked(picture, soft_mask(mask, body.inpainting_mask_invert == 1, coalesce(body.mask_blur, BLUR)))
 
 
-def text_of(picture: Image.Image) -> str:
-    return base64.b64encode(png_of(picture)).decode()
-
-
-def finished(answer: Answer, finish: Finish | None) -> list[str]:
-    """The files in base64."""
-    if finish is None:
-        return [base64.b64encode(file).decode() for file in answer.files]
-    kind, texts = answer.order.format, []
-    for index, file in enumerate(answer.files):
-        picture = finish(Image.open(io.BytesIO(file)).convert("RGB"))
-        told = response.parameters(answer.order, index)
-        texts.append(base64.b64encode(images.encode(picture.tobytes(), *picture.size, kind, told)).decode())
-    return texts
-
-
-def to_made(body: Processing, sampling: Sampling, answer: Answer, finish: Finish | None) -> Made:
-    """The answer in its words; composes pictures, which takes a while."""
+def to_made(body: Processing, sampling: Sampling, answer: Answer) -> Made:
+    """The answer in its words."""
     shown = {"init_images", "mask"} if not getattr(body, "include_init_images", None) else set()
     return Made(
-        images=finished(answer, finish),
+        images=[base64.b64encode(file).decode() for file in answer.files],
         parameters=body.model_dump(mode="json", exclude=shown),
         info=info_of(body, sampling, answer).model_dump_json(),
     )
@@ -274,23 +244,24 @@ def to_made(body: Processing, sampling: Sampling, answer: Answer, finish: Finish
 
 def info_of(body: Processing, sampling: Sampling, answer: Answer) -> Info:
     """Seeds, prompts and infotexts of all pictures."""
-    job, n = answer.order.job, answer.order.job.n
+    resolved = answer.resolved
+    job, n = resolved.parameters, resolved.parameters.n
     prompt, seeds = body.prompt or "", [job.seed + index for index in range(n)]
     return Info(
         prompt=prompt,
         all_prompts=[prompt] * n,
-        negative_prompt=job.negative_prompt,
-        all_negative_prompts=[job.negative_prompt] * n,
+        negative_prompt=resolved.negative_prompt,
+        all_negative_prompts=[resolved.negative_prompt] * n,
         seed=job.seed,
         all_seeds=seeds,
         subseed=job.seed,
         all_subseeds=seeds,
-        width=answer.order.width,
-        height=answer.order.height,
+        width=resolved.width,
+        height=resolved.height,
         sampler_name=sampling.name,
         cfg_scale=job.guidance_scale,
         steps=job.steps,
-        batch_size=given(body.batch_size, 1),
+        batch_size=coalesce(body.batch_size, 1),
         sd_model_name=job.model,
         denoising_strength=strength_of(body),
         infotexts=[infotext(prompt, body, sampling, answer, seed) for seed in seeds],
@@ -301,25 +272,26 @@ def info_of(body: Processing, sampling: Sampling, answer: Answer) -> Info:
 
 
 def strength_of(body: Processing) -> float | None:
-    return given(body.denoising_strength, STRENGTH) if isinstance(body, ImageToImage) else None
+    return coalesce(body.denoising_strength, STRENGTH) if isinstance(body, ImageToImage) else None
 
 
 def infotext(prompt: str, body: Processing, sampling: Sampling, answer: Answer, seed: int) -> str:
     """What that program writes into its files: the prompts, then `name: value` by commas."""
-    job: Job = answer.order.job
+    resolved = answer.resolved
+    job = resolved.parameters
     values = {
         "Steps": job.steps,
         "Sampler": sampling.name,
         "Schedule type": SCHEDULERS[sampling.scheduler].label,
         "CFG scale": job.guidance_scale,
         "Seed": seed,
-        "Size": f"{answer.order.width}x{answer.order.height}",
+        "Size": f"{resolved.width}x{resolved.height}",
         "Model": job.model,
         "Denoising strength": strength_of(body),
         "Version": VERSION,
     }
     last = ", ".join(f"{name}: {value}" for name, value in values.items() if value is not None)
-    negative = [f"Negative prompt: {job.negative_prompt}"] if job.negative_prompt else []
+    negative = [f"Negative prompt: {resolved.negative_prompt}"] if resolved.negative_prompt else []
     return "\n".join([prompt, *negative, last])
 
 
@@ -331,11 +303,11 @@ def stamp(seconds: float) -> str:
 
 
 def is_upscaler(spec: ModelSpec) -> bool:
-    return not {*DOES[UpscaleRequest]}.isdisjoint(spec.tasks)
+    return not {*TASKS_OF[UpscaleRequest]}.isdisjoint(spec.tasks)
 
 
 def makes_pictures(spec: ModelSpec) -> bool:
-    return not {*DOES[GenerateRequest], *DOES[InpaintRequest]}.isdisjoint(spec.tasks)
+    return not {*TASKS_OF[GenerateRequest], *TASKS_OF[InpaintRequest]}.isdisjoint(spec.tasks)
 
 
 def upscalers(specs: Mapping[str, ModelSpec]) -> Sequence[str]:
@@ -362,35 +334,34 @@ class Enlarging:
 
 def enlarging_of(body: ExtraSingleImage, settings: Settings) -> Enlarging:
     """What is asked for; decodes the picture. Raises InvalidRequest."""
-    picture = images.read_picture(body.image, "image", settings.max_input_pixels)
+    picture = images.read_image(body.image, "image", settings.max_input_pixels)
     width, height = picture.size
     most = settings.max_input_pixels
     if body.resize_mode == 1:
-        window = given(body.upscaling_resize_w, 512), given(body.upscaling_resize_h, 512)
+        window = coalesce(body.upscaling_resize_w, 512), coalesce(body.upscaling_resize_h, 512)
         names = "upscaling_resize_w", "upscaling_resize_h"
         fits = [
             (name, side <= most, f"must be at most {most}") for name, side in zip(names, window, strict=True)
         ]
-        refuse(fits)
+        require(fits)
         scale = max(window[0] / width, window[1] / height)
         size = max(window[0], round(width * scale)), max(window[1], round(height * scale))
-        window = window if given(body.upscaling_crop, True) else size
+        window = window if coalesce(body.upscaling_crop, True) else size
     else:
-        scale = given(body.upscaling_resize, 2.0)
+        scale = coalesce(body.upscaling_resize, 2.0)
         size = window = max(1, int(width * scale)), max(1, int(height * scale))
-    refuse([("upscaling_resize", size[0] * size[1] <= most, f"must leave at most {most} pixels")])
+    require([("upscaling_resize", size[0] * size[1] <= most, f"must leave at most {most} pixels")])
     return Enlarging(picture, size, window, scale)
 
 
-def upscale_job(body: ExtraSingleImage, scale: float) -> UpscaleJob:
+def upscale_submission(body: ExtraSingleImage, wanted: Enlarging) -> Submission:
     """By the next whole number; the rest is resampling. Raises InvalidRequest."""
-    asked = {"image": body.image, "model": body.upscaler_1, "scale": max(2, math.ceil(scale))}
-    return UpscaleJob(task="upscale", request=request_of(UpscaleRequest, asked))
+    asked = {"image": wanted.picture, "model": body.upscaler_1, "scale": max(2, math.ceil(wanted.scale))}
 
+    def encode(result: Result, index: int) -> bytes:
+        return wanted.finish(Image.fromarray(result.pixels(index)))
 
-def opened(answer: Answer) -> Image.Image:
-    """The one picture of an answer."""
-    return Image.open(io.BytesIO(answer.files[0])).convert("RGB")
+    return Submission(build_request(UpscaleRequest, asked), encode=encode)
 
 
 # What its clients share.
@@ -429,9 +400,10 @@ class Desk:
     def options(self) -> Options:
         return Options(sd_model_checkpoint=self._chosen or next(iter(self.specs), ""))
 
-    async def make(self, job: AnyJob, request_id: str) -> Answer:
-        """The answer; given up when this is cancelled. Raises as Jobs.follow(), and ClientGone."""
-        record = await self.jobs.follow(job, request_id)
+    async def make(self, prepare: Callable[[], Submission], request_id: str) -> Answer:
+        """The answer; given up when this is cancelled. Raises as Jobs.start(), and ClientGone."""
+        record = await self.jobs.start(prepare, request_id)
+        record.awaited = True
         self._under_way[record.id] = record
         try:
             await asyncio.wait({record.work})
@@ -458,9 +430,9 @@ class Desk:
             return ProgressAnswer(progress=0.0, eta_relative=0.0, state=none)
         state, picture = record.progress.state, None
         if with_picture and state.preview:
-            picture = (await asyncio.to_thread(response.preview_of, record.order, state.preview)).data
+            picture = (await asyncio.to_thread(response.to_job_preview, record.resolved, state.preview)).data
         done = state.step / state.steps if state.steps else 0.0
-        left = (time.time() - record.created) * (1 / done - 1) if done else given(state.estimate, 0.0)
+        left = (time.time() - record.created) * (1 / done - 1) if done else coalesce(state.estimate, 0.0)
         told = ProgressState(
             job=record.id,
             job_count=len(self._under_way),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Request
@@ -23,7 +23,7 @@ from service.api.openai.schemas import (
     PromptedRequest,
 )
 from service.errors import BadRequest, NotFound
-from service.requests.background import Record
+from service.requests.background import Record, Submission
 from service.requests.schemas import ErrorBody, GenerateRequest, InpaintRequest, error_responses
 
 
@@ -65,7 +65,7 @@ class Followed(StreamingResponse):
 @router.post("/images/generations", **MAKES, summary="OpenAI: a picture of a prompt")
 async def create_image(body: ImageGeneration, request: Request) -> ImagesResponse | StreamingResponse:
     """Of `quality`, `background` and the like, only values that change nothing are taken."""
-    return await answer(body, translate.from_generation(body), request, "image_generation")
+    return await answer(body, lambda: translate.from_generation(body), request, "image_generation")
 
 
 @router.post("/images/edits", **MAKES, summary="OpenAI: a picture from a picture, or a part of it anew")
@@ -76,10 +76,8 @@ async def edit_image(
 
     Without one the whole picture is the start of a run; `strength` says how much of it may change.
     """
-    state = request.app.state
-    with state.supervisor.reserve_slot():  # before its mask is decoded
-        wanted = await translate.from_edit(body, state.settings.max_input_pixels)
-    return await answer(body, wanted, request, "image_edit")
+    max_pixels = request.app.state.settings.max_input_pixels
+    return await answer(body, lambda: translate.from_edit(body, max_pixels), request, "image_edit")
 
 
 @router.post("/images/variations", **MAKES, summary="OpenAI: another picture like a picture")
@@ -87,19 +85,27 @@ async def vary_image(
     body: Annotated[ImageVariation, Form(media_type="multipart/form-data")], request: Request
 ) -> ImagesResponse:
     """A run from the picture without a prompt; `strength` says how much of it may change."""
-    return translate.to_answer(await native.answer(await translate.from_variation(body), request, None))
+    made = await native.run(request, lambda: Submission(translate.from_variation(body)))
+    return translate.to_answer(await made.as_json())
 
 
 async def answer(
-    body: PromptedRequest, wanted: GenerateRequest | InpaintRequest, request: Request, prefix: str
+    body: PromptedRequest,
+    translated: Callable[[], GenerateRequest | InpaintRequest],
+    request: Request,
+    prefix: str,
 ) -> ImagesResponse | StreamingResponse:
-    """The pictures when they are done, or their events from now on."""
+    """The images when they are done, or their events from now on."""
     if not body.stream:
-        return translate.to_answer(await native.answer(wanted, request, None))
+        made = await native.run(request, lambda: Submission(translated()))
+        return translate.to_answer(await made.as_json())
     state = request.app.state
-    state.supervisor.check_open()
-    job = translate.to_job(body, wanted, state.supervisor.specs)
-    record = await state.jobs.follow(job, request.state.request_id)
+
+    def prepare() -> Submission:
+        wanted = translated()
+        return Submission(wanted, previews=translate.previews_of(body, wanted, state.supervisor.specs))
+
+    record = await state.jobs.start(prepare, request.state.request_id)
     return Followed(record, translate.events(record, prefix, body.partial_images or 0))
 
 

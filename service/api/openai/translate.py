@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import io
 import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import PIL.Image
 from fastapi import UploadFile
 
 from models.spec import ModelSpec
@@ -27,13 +25,13 @@ from service.api.openai.schemas import (
 from service.errors import InvalidRequest
 from service.requests import images
 from service.requests.background import Record
+from service.requests.checks import require
 from service.requests.images import MEDIA_TYPES
-from service.requests.resolve import DOES, STRENGTH, find_model, given, refuse, request_of
+from service.requests.resolve import DEFAULT_STRENGTH, TASKS_OF, build_request, coalesce, find_model
+from service.requests.resolved_request import Previews
 from service.requests.schemas import (
-    GenerateJob,
     GenerateRequest,
     GenerateResponse,
-    InpaintJob,
     InpaintRequest,
     JobPreview,
     JobStatus,
@@ -49,7 +47,7 @@ def shared(body: ImageRequest) -> dict[str, Any]:
         "model": body.model,
         "n": body.n,
         "seed": body.seed,
-        "steps": given(body.steps, body.num_inference_steps),
+        "steps": coalesce(body.steps, body.num_inference_steps),
         "guidance_scale": body.guidance_scale,
         "negative_prompt": body.negative_prompt,
         "sampler": body.sampler,
@@ -76,57 +74,53 @@ def check(body: ImageRequest) -> None:
             ("n", not body.stream or body.n in (None, 1), "must be 1 with stream: events name no picture"),
             ("partial_images", bool(body.stream) or not body.partial_images, "must come with stream"),
         ]
-    refuse(rules)
+    require(rules)
 
 
 def from_generation(body: ImageGeneration) -> GenerateRequest:
     """A picture of a prompt."""
-    return request_of(GenerateRequest, shared(body))
+    return build_request(GenerateRequest, shared(body))
 
 
-async def from_edit(body: ImageEdit, max_pixels: int) -> GenerateRequest | InpaintRequest:
+def from_edit(body: ImageEdit, max_pixels: int) -> GenerateRequest | InpaintRequest:
     """With a mask what is transparent in it is painted anew, without one the run starts from the picture."""
     pictures = [*body.image, *body.images]
-    refuse(
+    require(
         (
             ("image", bool(pictures), "is required"),
             ("image", len(pictures) == 1, "must be one picture: these models start from one"),
         )
     )
-    picture = await text_of(pictures[0])
+    picture = file_of(pictures[0])
     asked = shared(body) | {"strength": body.strength}
     if body.mask is None:
-        return request_of(GenerateRequest, asked | {"init_image": picture})
-    file = await body.mask.read()
-    mask = await asyncio.to_thread(hole_of, file, max_pixels)
-    return request_of(InpaintRequest, asked | {"image": picture, "mask": mask})
+        return build_request(GenerateRequest, asked | {"init_image": picture})
+    mask = hole_of(file_of(body.mask), max_pixels)
+    return build_request(InpaintRequest, asked | {"image": picture, "mask": mask})
 
 
-async def from_variation(body: ImageVariation) -> GenerateRequest:
+def from_variation(body: ImageVariation) -> GenerateRequest:
     """A run from the picture that is told nothing else."""
-    picture = await text_of(body.image)
-    return request_of(GenerateRequest, shared(body) | {"strength": body.strength, "init_image": picture})
+    picture = file_of(body.image)
+    return build_request(GenerateRequest, shared(body) | {"strength": body.strength, "init_image": picture})
 
 
-async def text_of(file: UploadFile) -> str:
-    """An uploaded file in base64."""
-    return base64.b64encode(await file.read()).decode()
+def file_of(upload: UploadFile) -> bytes:
+    """The content of an uploaded file, which lies in memory or in a temporary file."""
+    return upload.file.read()
 
 
-def hole_of(file: bytes, max_pixels: int) -> str:
-    """A mask of ours, white where theirs is fully transparent: a PNG in base64. Raises InvalidRequest."""
+def hole_of(file: bytes, max_pixels: int) -> PIL.Image.Image:
+    """A mask of ours, white where theirs is fully transparent. Raises InvalidRequest."""
     picture = images.decode(file, "mask", max_pixels)
     if not picture.has_transparency_data:
         raise InvalidRequest("mask must be transparent where to paint anew; it has no alpha", param="mask")
-    alpha = picture.convert("RGBA").getchannel("A")
-    out = io.BytesIO()
-    alpha.point([255] + [0] * 255).save(out, "png", compress_level=1)
-    return base64.b64encode(out.getvalue()).decode()
+    return picture.convert("RGBA").getchannel("A").point([255] + [0] * 255)
 
 
 def able(spec: ModelSpec) -> bool:
     """Whether the model can be asked for anything here."""
-    return bool({*DOES[GenerateRequest], *DOES[InpaintRequest]} & {*spec.tasks})
+    return bool({*TASKS_OF[GenerateRequest], *TASKS_OF[InpaintRequest]} & {*spec.tasks})
 
 
 def to_answer(made: GenerateResponse) -> ImagesResponse:
@@ -140,22 +134,16 @@ def to_answer(made: GenerateResponse) -> ImagesResponse:
     )
 
 
-def to_job(
+def previews_of(
     body: PromptedRequest, wanted: GenerateRequest | InpaintRequest, specs: Mapping[str, ModelSpec]
-) -> GenerateJob | InpaintJob:
-    """A job that shows as many pictures on the way as asked for, evenly. Raises NotFound for the model."""
-    spec = find_model(wanted.model, specs, DOES[type(wanted)])
+) -> Previews:
+    """As many previews as the client asks for, spread evenly. Raises NotFound for the model."""
+    spec = find_model(wanted.model, specs, TASKS_OF[type(wanted)])
     from_picture = isinstance(wanted, GenerateRequest) and wanted.init_image is not None
-    share = given(wanted.strength, STRENGTH if from_picture else 1.0)
-    steps, partial = given(wanted.steps, spec.defaults.steps) * share, body.partial_images or 0
-    kind, task = (InpaintJob, "inpaint") if isinstance(wanted, InpaintRequest) else (GenerateJob, "generate")
-    return kind(
-        task=task,
-        request=wanted,
-        preview_every=max(1, int(steps / (partial + 1))) if partial else 0,
-        preview_decoded=True,
-        preview_format=wanted.output_format or "png",
-    )
+    share = coalesce(wanted.strength, DEFAULT_STRENGTH if from_picture else 1.0)
+    steps, partial = coalesce(wanted.steps, spec.defaults.steps) * share, body.partial_images or 0
+    every = max(1, int(steps / (partial + 1))) if partial else 0
+    return Previews(every, decoded=True, format=wanted.output_format or "png")
 
 
 async def events(record: Record, prefix: str, partial_images: int) -> AsyncIterator[str]:

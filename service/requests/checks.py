@@ -1,0 +1,172 @@
+"""Which requests a model and this service can serve. Each check raises InvalidRequest, naming the field."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from PIL import Image
+
+from models.conditioning import prompts
+from models.sampling.samplers import SAMPLERS, SPACED, WITH_ETA, most_steps
+from models.spec import ModelSpec
+from service.engine.job import MAX_SEED
+from service.errors import InvalidRequest
+from service.requests.images import MAX_SIDE_OF_FORMAT, Format
+from service.requests.resolved_request import ResolvedRequest
+from service.requests.schemas import GenerateRequest, InpaintRequest
+from service.settings import Settings
+
+TASK_OF_CONDITION = {
+    "class_label": "class-to-image",
+    "boxes": "layout-to-image",
+    "segmentation": "layout-to-image",
+}
+MAX_ERROR_CHARS = 64  # of a client's own text that an error message repeats
+NO_PROMPT = "is not supported by this model, which reads no prompts"
+
+
+def require(rules: Iterable[tuple[str, bool, str]]) -> None:
+    """Raise InvalidRequest for the first rule (field, whether it holds, what is expected) that fails."""
+    for param, holds, expected in rules:
+        if not holds:
+            raise InvalidRequest(f"{param} {expected}", param=param)
+
+
+def shorten(text: str) -> str:
+    """Client text as an error message repeats it: short, and valid UTF-8."""
+    return text.encode("utf-8", "replace").decode()[:MAX_ERROR_CHARS]
+
+
+def check_task(spec: ModelSpec, tasks: Collection[str]) -> None:
+    """The model does at least one of the tasks."""
+    able = not {*tasks}.isdisjoint(spec.tasks)
+    expected = f"must support {next(iter(tasks))}; {spec.name} supports {', '.join(spec.tasks)}"
+    require([("model", able, expected)])
+
+
+def check_conditions(request: GenerateRequest | InpaintRequest, spec: ModelSpec) -> None:
+    """The model takes the conditions of the request, they do not exclude each other, and none is missing."""
+    given = [name for name in TASK_OF_CONDITION if getattr(request, name) is not None]
+    inputs = " or ".join(spec.inputs) or "none"
+    for name in given:
+        supported = name in spec.inputs and TASK_OF_CONDITION[name] in spec.tasks
+        require([(name, supported, f"is not supported by this model; supported inputs: {inputs}")])
+    starts_from_nothing = isinstance(request, GenerateRequest) and not (
+        request.prompt is not None or request.init_image is not None
+    )
+    unconditioned = not given and bool(spec.inputs) and (starts_from_nothing or not spec.reads_prompts)
+    required = spec.inputs[0] if spec.inputs else "prompt"
+    require(
+        (
+            ("prompt", spec.reads_prompts or not request.prompt, NO_PROMPT),
+            (
+                "class_label",
+                not ("class_label" in given and request.prompt),
+                "cannot be combined with prompt: the label's name is the prompt",
+            ),
+            ("segmentation", not {"boxes", "segmentation"} <= {*given}, "cannot be combined with boxes"),
+            (required, not unconditioned or "unconditional" in spec.tasks, "is required"),
+        )
+    )
+
+
+def check_mask(request: InpaintRequest, image: Image.Image, mask: Image.Image) -> None:
+    """The mask fits its image and is white somewhere; width and height, if given, are the image's."""
+    width, height = image.size
+    require(
+        (
+            ("mask", mask.size == image.size, f"must have the size of image, {width}x{height}"),
+            ("mask", mask.getbbox() is not None, "is empty: white marks the pixels to repaint"),
+            ("width", request.width in (None, width), f"must be the width of image, {width}"),
+            ("height", request.height in (None, height), f"must be the height of image, {height}"),
+        )
+    )
+
+
+def check_limits(
+    resolved: ResolvedRequest, spec: ModelSpec, settings: Settings, size_field: str = "width"
+) -> None:
+    """The request is within the limits of the model and of this service.
+
+    size_field: the field that an error about the size names.
+    """
+    parameters = resolved.parameters
+    width, height, steps, n = resolved.canvas_width, resolved.canvas_height, parameters.steps, parameters.n
+    sampler, multiple, pixels = parameters.sampler, spec.size_multiple, width * height
+    max_pixels = settings.max_input_pixels if resolved.model_scale else settings.max_pixels
+    max_steps, work = most_steps(sampler, spec.schedule.timesteps), n * steps * pixels
+    too_large = (
+        f"times height must be at most {max_pixels}"
+        if size_field == "width"
+        else f"would be processed at {width}x{height}; width times height must be at most {max_pixels}"
+    )
+    too_much = f"is too large: n * steps * width * height is {work} and must be at most {settings.max_work}"
+    require(
+        (
+            ("width", width % multiple == 0, f"must be a multiple of {multiple}"),
+            ("height", height % multiple == 0, f"must be a multiple of {multiple}"),
+            (size_field, pixels <= max_pixels, too_large),
+            ("steps", steps <= max_steps, f"must be at most {max_steps}"),
+            ("n", n <= settings.max_images, f"must be at most {settings.max_images}"),
+            (costliest_field(resolved, spec, size_field), work <= settings.max_work, too_much),
+            ("sampler", sampler in SAMPLERS, f"must be one of {', '.join(SAMPLERS)}"),
+            (
+                "eta",
+                not parameters.eta or sampler in WITH_ETA,
+                f"must be 0 unless the sampler is {' or '.join(WITH_ETA)}",
+            ),
+            (
+                "spacing",
+                not parameters.spacing or sampler not in SPACED,
+                f"cannot be set for the samplers {' and '.join(SPACED)}",
+            ),
+            ("prompt", spec.reads_prompts or not resolved.prompt, NO_PROMPT),
+            ("negative_prompt", spec.reads_prompts or not resolved.negative_prompt, NO_PROMPT),
+            (
+                "guidance_scale",
+                spec.guided or parameters.guidance_scale == 1.0,
+                "must be 1: this model does not support classifier-free guidance",
+            ),
+            ("seed", parameters.seed + n - 1 <= MAX_SEED, f"plus n must be at most {MAX_SEED + 1}"),
+        )
+    )
+    check_prompt_options(resolved, spec)
+
+
+def check_prompt_options(resolved: ResolvedRequest, spec: ModelSpec) -> None:
+    """prompt_weights and long_prompts fit the model, and the weights in the prompts are within bounds."""
+    parameters, supported = resolved.parameters, reads_tokens(spec)
+    expected = "requires a model with per-token text conditioning"
+    rules = [
+        ("prompt_weights", supported or not parameters.prompt_weights, expected),
+        ("long_prompts", supported or parameters.long_prompts is None, expected),
+    ]
+    if parameters.prompt_weights:
+        limit = prompts.MOST_WEIGHT
+        for name, text in (("prompt", resolved.prompt), ("negative_prompt", resolved.negative_prompt)):
+            bounded = all(abs(piece.weight) <= limit for piece in prompts.parse(text))
+            rules.append((name, bounded, f"must have weights from {-limit:g} to {limit:g}"))
+    require(rules)
+
+
+def reads_tokens(spec: ModelSpec) -> bool:
+    """Whether each token of a prompt conditions the model, so that tokens can have weights."""
+    return spec.reads_prompts and spec.context_shape is not None and spec.context_shape[0] > 1
+
+
+def costliest_field(resolved: ResolvedRequest, spec: ModelSpec, size_field: str) -> str:
+    """The field that adds most to the cost of the request, relative to the model's defaults."""
+    defaults, parameters = spec.defaults, resolved.parameters
+    factors = {
+        "n": float(parameters.n),
+        "steps": parameters.steps / defaults.steps,
+        size_field: resolved.canvas_width * resolved.canvas_height / (defaults.width * defaults.height),
+    }
+    return max(factors, key=lambda name: factors[name])
+
+
+def check_format(width: int, height: int, kind: Format, field: str) -> None:
+    """The format can hold images of that size. field: the field that chose the format."""
+    side, limit = max(width, height), MAX_SIDE_OF_FORMAT.get(kind)
+    fits = limit is None or side <= limit
+    require([(field, fits, f"must be a format for sides of {side} pixels; {kind} allows at most {limit}")])

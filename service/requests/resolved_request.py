@@ -1,0 +1,161 @@
+"""A request with every default filled in and checked: its Job is built from it, its files carry it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from models.conditioning.boxes import Box as NumberedBox
+from models.spec import Spacing
+from models.tiles import Tiles
+from service.engine.job import Job
+from service.requests.images import Format
+from service.requests.schemas import Box
+
+
+class Parameters(BaseModel):
+    """The fields of a request that decide its images, apart from its input images. None: left out of files.
+
+    Files carry them as JSON. Posted again, with the input images, they make the same images.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    prompt: str | None
+    negative_prompt: str | None
+    width: int | None
+    height: int | None
+    steps: int
+    guidance_scale: float
+    seed: int
+    n: int
+    sampler: str
+    eta: float
+    strength: float | None = None
+    class_label: int | None = None
+    spacing: Spacing | None = None
+    long_prompts: str | None = None
+    prompt_weights: bool | None = None
+    scale: int | None = None
+    noise_level: int | None = None
+    boxes: list[Box] | None = None
+    loras: dict[str, float] | None = None
+
+    def of_image(self, index: int) -> dict[str, Any]:
+        """The parameters of image `index` alone, as plain values."""
+        alone = self.model_copy(update={"seed": self.seed + index, "n": 1})
+        return alone.model_dump(exclude_none=True)
+
+
+@dataclass(frozen=True)
+class Previews:
+    """Which previews a job sends while it runs. every: steps between two previews of an image; 0: none.
+
+    decoded: through the VAE decoder at full size, rather than by a projection of the latent.
+    """
+
+    every: int = 0
+    decoded: bool = False
+    format: Format = "jpeg"
+
+
+NO_PREVIEWS = Previews()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Input images and layouts, in the formats that Job describes."""
+
+    image: bytes = b""
+    mask: bytes = b""
+    regions: bytes = b""
+    boxes: tuple[NumberedBox, ...] = ()
+
+
+@dataclass(frozen=True)
+class ResolvedRequest:
+    """A request that can run. width, height: of the images that the client gets.
+
+    The job paints a canvas of canvas_width x canvas_height, of which the client gets the upper left part.
+    An upscaled canvas comes in tiles, `model_scale` times the size of the input; parameters.scale is the
+    scale that the client gets.
+    """
+
+    id: str
+    parameters: Parameters
+    width: int
+    height: int
+    canvas_width: int
+    canvas_height: int
+    format: Format
+    priority: int = 0
+    label_name: str = ""  # the name of parameters.class_label, for models that read prompts
+    model_scale: int = 0  # 0: the request does not upscale
+    tiles: Tiles | None = None
+    inputs: Inputs = field(default=Inputs(), repr=False)
+    warnings: tuple[str, ...] = ()
+    previews: Previews = NO_PREVIEWS
+
+    @property
+    def prompt(self) -> str:
+        """The prompt that the model reads: the label's name where a class was requested."""
+        return self.label_name or self.parameters.prompt or ""
+
+    @property
+    def negative_prompt(self) -> str:
+        return self.parameters.negative_prompt or ""
+
+    @property
+    def task(self) -> str:
+        """As in ModelSpec.tasks."""
+        if self.model_scale:
+            return "upscaling"
+        if self.inputs.mask:
+            return "inpainting"
+        if self.inputs.image:
+            return "image-to-image"
+        if self.inputs.regions or self.inputs.boxes:
+            return "layout-to-image"
+        if self.parameters.class_label is not None:
+            return "class-to-image"
+        return "text-to-image" if self.prompt else "unconditional"
+
+    def to_job(self) -> Job:
+        """The job for the engine."""
+        parameters, inputs = self.parameters, self.inputs
+        return Job(
+            id=self.id,
+            model=parameters.model,
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            width=self.canvas_width,
+            height=self.canvas_height,
+            steps=parameters.steps,
+            guidance_scale=parameters.guidance_scale,
+            seed=parameters.seed,
+            n=parameters.n,
+            sampler=parameters.sampler,
+            eta=parameters.eta,
+            priority=self.priority,
+            strength=1.0 if parameters.strength is None else parameters.strength,
+            image=inputs.image,
+            mask=inputs.mask,
+            regions=inputs.regions,
+            scale=self.model_scale,
+            noise_level=parameters.noise_level or 0,
+            preview_every=self.previews.every,
+            preview_decoded=self.previews.decoded,
+            class_label=parameters.class_label,
+            boxes=inputs.boxes,
+            spacing=parameters.spacing,
+            long_prompts=parameters.long_prompts or "cut",
+            prompt_weights=bool(parameters.prompt_weights),
+            loras=tuple(sorted((parameters.loras or {}).items())),
+        )
+
+    def without_inputs(self) -> ResolvedRequest:
+        """What is kept once the job has the input images."""
+        return replace(self, inputs=Inputs())
