@@ -17,8 +17,8 @@ from service.device.runner import TorchRunner
 from service.engine.job import ImageKey, Job
 from service.errors import InvalidRequest
 from service.requests.labels import colour_of
-from service.requests.resolve import Order, to_order
-from service.requests.response import parameters
+from service.requests.resolve import resolve
+from service.requests.resolved_request import ResolvedRequest
 from service.requests.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings
 from tests.checkpoints.tiny import random_model, scene_spec, tiny_spec
@@ -41,13 +41,14 @@ def runner(scene: Path) -> TorchRunner:
     return TorchRunner(Registry({"m": scene}, load), buckets=(2, 4, 8))
 
 
-def order_of(spec: ModelSpec | None = None, **body) -> Order:
+def order_of(spec: ModelSpec | None = None, **body) -> ResolvedRequest:
     kind = InpaintRequest if "mask" in body else GenerateRequest
-    return to_order(kind.model_validate(body), {"m": spec or scene_spec()}, Settings())
+    return resolve(kind.model_validate(body), {"m": spec or scene_spec()}, Settings())
 
 
-def cells(order: Order) -> np.ndarray:
-    return np.frombuffer(order.job.regions, np.uint16).reshape(order.job.height // 8, order.job.width // 8)
+def cells(order: ResolvedRequest) -> np.ndarray:
+    shape = order.canvas_height // 8, order.canvas_width // 8
+    return np.frombuffer(order.inputs.regions, np.uint16).reshape(shape)
 
 
 def painting(*strips: tuple[int, int, int], size: int = 64) -> str:
@@ -66,15 +67,15 @@ def test_what_is_saved_is_loaded_with_its_labels_and_its_layout(scene):
 
 
 def test_a_label_is_a_prompt_by_its_name_or_number():
-    assert order_of(class_label=1).job.prompt == order_of(class_label="dog").job.prompt == "dog"
+    assert order_of(class_label=1).prompt == order_of(class_label="dog").prompt == "dog"
 
 
 def test_what_goes_where_is_a_prompt_too_where_there_is_none():
     bird, cat = dict(BOX, name="bird", y=0.5), dict(BOX, name="cat", x=0.0)
-    assert order_of(boxes=[BOX]).job.prompt == "dog"
-    assert order_of(boxes=[BOX, bird]).job.prompt == "dog and bird"
-    assert order_of(boxes=[bird, BOX, cat]).job.prompt == "cat, dog and bird"
-    assert order_of(boxes=[BOX], prompt="a dog").job.prompt == "a dog"
+    assert order_of(boxes=[BOX]).prompt == "dog"
+    assert order_of(boxes=[BOX, bird]).prompt == "dog and bird"
+    assert order_of(boxes=[bird, BOX, cat]).prompt == "cat, dog and bird"
+    assert order_of(boxes=[BOX], prompt="a dog").prompt == "a dog"
 
 
 def test_boxes_fill_the_cells_under_them_and_later_ones_lie_on_top():
@@ -84,8 +85,8 @@ def test_boxes_fill_the_cells_under_them_and_later_ones_lie_on_top():
     expected[:2, 4:] = 2
     expected[0, 6] = 3
     assert (cells(order) == expected).all()
-    assert parameters(order, 0)["boxes"] == [BOX, over]
-    assert parameters(order, 0)["prompt"] == "dog and bird"
+    assert order.parameters.of_image(0)["boxes"] == [BOX, over]
+    assert order.parameters.of_image(0)["prompt"] == "dog and bird"
 
 
 def test_a_box_over_the_edge_ends_there():
@@ -95,7 +96,7 @@ def test_a_box_over_the_edge_ends_there():
 def test_boxes_of_a_picture_to_inpaint_are_parts_of_that_picture():
     picture, mask = np.zeros((40, 40, 3), np.uint8), np.full((40, 40), 255, np.uint8)
     order = order_of(image=png(picture), mask=png(mask), boxes=[BOX | {"x": 0.0, "w": 1.0, "h": 1.0}])
-    assert (order.job.width, order.job.height) == (48, 48)
+    assert (order.canvas_width, order.canvas_height) == (48, 48)
     assert (cells(order)[:5, :5] == 2).all()
     assert cells(order)[5].sum() == cells(order)[:, 5].sum() == 0
 
@@ -142,7 +143,7 @@ def test_a_model_of_text_alone_refuses_other_conditions(body):
 
 
 def test_nothing_at_all_is_asked_of_a_model_that_needs_no_condition():
-    assert order_of().job.prompt == ""
+    assert order_of().prompt == ""
 
 
 @pytest.mark.parametrize(
@@ -158,10 +159,10 @@ def test_nothing_at_all_is_asked_of_a_model_that_needs_no_condition():
     ],
 )
 def test_nothing_is_guided_where_nothing_is_asked_for(body, rows):
-    job = order_of(**body).job
+    job = order_of(**body).to_job()
     assert (job.rows, job.guidance_scale > 1) == (rows, rows == 2)
     zeros = replace(scene_spec(), zero_null=True)  # the empty prompt is not what guidance compares with
-    assert order_of(zeros, **body).job.rows == (rows if body else 2)
+    assert order_of(zeros, **body).to_job().rows == (rows if body else 2)
 
 
 def test_guidance_changes_nothing_where_nothing_is_asked_for(runner):

@@ -26,8 +26,8 @@ from service.device.loading import build
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.errors import InvalidRequest
-from service.requests import response
-from service.requests.resolve import Order, to_order
+from service.requests.resolve import resolve
+from service.requests.resolved_request import ResolvedRequest
 from service.requests.schemas import GenerateRequest, UpscaleRequest
 from service.settings import Settings
 from tests.checkpoints.ldm_models import FIRST_STAGES, ROWS, thin, write
@@ -51,10 +51,10 @@ OTHERS = {  # that run beside it
 }
 
 
-def order_of(runner: TorchRunner, name: str, **body) -> Order:
+def order_of(runner: TorchRunner, name: str, **body) -> ResolvedRequest:
     if kind(name) is GenerateRequest:
         body = {"width": SIDES.get(name, 64), "height": SIDES.get(name, 64)} | body
-    return to_order(kind(name).model_validate(body), runner.specs, Settings())
+    return resolve(kind(name).model_validate(body), runner.specs, Settings())
 
 
 @pytest.fixture(scope="module", params=ROWS)
@@ -179,13 +179,13 @@ def test_pictures_are_those_of_the_networks_alone_whatever_runs_beside(loaded):
     name, folder, runner = loaded
     order = order_of(runner, name, **BODIES[name], steps=STEPS, seed=11)
     scale = BODIES[name].get("guidance_scale", 1.0)
-    assert order.job.guidance_scale == scale
+    assert order.to_job().guidance_scale == scale
     beside = BODIES[name] | OTHERS.get(name, {})
-    others = [order_of(runner, name, **beside, steps=2 + seed, seed=seed, sampler=sampler).job
+    others = [order_of(runner, name, **beside, steps=2 + seed, seed=seed, sampler=sampler).to_job()
               for seed, sampler in ((1, "ddim"), (2, "plms"), (3, "euler_ancestral"))]  # fmt: skip
-    (pictures, *_), calls = run_together(runner, order.job, *others)
+    (pictures, *_), calls = run_together(runner, order.to_job(), *others)
     assert any(call.images == 4 for call in calls)
-    (alone,), _ = run_together(runner, order.job)
+    (alone,), _ = run_together(runner, order.to_job())
 
     bundle = runner.registry["m"]
     picture = expected(name, bundle, folder, 11, scale)
@@ -202,7 +202,7 @@ def test_pictures_are_those_of_the_networks_alone_whatever_runs_beside(loaded):
 def test_python_makes_what_the_service_makes(loaded):
     name, _, runner = loaded
     order = order_of(runner, name, **BODIES[name], steps=2, seed=3)
-    ((pictures,), _), bundle, job = run_together(runner, order.job), runner.registry["m"], order.job
+    ((pictures,), _), bundle, job = run_together(runner, order.to_job()), runner.registry["m"], order.to_job()
     if name == "bsr_sr":
         x = bundle.upscale(torch.from_numpy(SMALL).movedim(-1, 0)[None] / 127.5 - 1, [3], 2)
     else:
@@ -239,7 +239,7 @@ def test_guidance_is_refused_where_there_is_no_null_condition(loaded, scale):
     name, _, runner = loaded
     body = BODIES[name] | {"guidance_scale": scale}
     if runner.specs["m"].guided:
-        assert order_of(runner, name, **body).job.guidance_scale == scale
+        assert order_of(runner, name, **body).to_job().guidance_scale == scale
         return
     with pytest.raises(InvalidRequest, match="must be 1") as refused:
         order_of(runner, name, **body)
@@ -254,7 +254,7 @@ def test_what_a_model_needs_is_required_and_what_it_cannot_hear_is_refused(loade
             order_of(runner, name)
         assert refused.value.param == inputs[0]
     elif kind(name) is GenerateRequest:
-        assert order_of(runner, name).job.task == "unconditional"
+        assert order_of(runner, name).task == "unconditional"
     deaf = {"prompt": "red", "class_label": 1, "boxes": BOXES, "segmentation": painted(CLASSES)}
     if kind(name) is UpscaleRequest:
         deaf = {"prompt": "red"}
@@ -268,11 +268,11 @@ def test_what_a_model_needs_is_required_and_what_it_cannot_hear_is_refused(loade
 def test_the_task_of_a_request_is_one_of_the_models(loaded):
     name, _, runner = loaded
     order = order_of(runner, name, **BODIES[name])
-    assert order.job.task == TASKS[name][0][0]
+    assert order.task == TASKS[name][0][0]
     again = kind(name).model_validate(
-        BODIES[name] | response.parameters(order, 0) | {"model": "m"}
+        BODIES[name] | order.parameters.of_image(0) | {"model": "m"}
     )  # parameters are a request, apart from its pictures
-    assert to_order(again, runner.specs, Settings()).job.prompt == order.job.prompt
+    assert resolve(again, runner.specs, Settings()).prompt == order.prompt
 
 
 BLACK = np.zeros((64, 64, 3), np.uint8)
@@ -304,7 +304,7 @@ def test_what_is_no_label_or_does_not_fit_is_refused(loaded):
 def test_a_long_prompt_is_said_to_be_cut(loaded):
     name, _, runner = loaded
     body = BODIES[name] | ({"prompt": "red " * 75 + "apple"} if "prompt" in BODIES[name] else {})
-    job = order_of(runner, name, **body, steps=1).job
+    job = order_of(runner, name, **body, steps=1).to_job()
     runner.shape(job)
     said = list(runner.start(job))
     assert bool(said) == runner.specs["m"].reads_prompts

@@ -16,9 +16,8 @@ from service.cli.main import main
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.engine.events import Done
-from service.requests.resolve import to_order
-from service.requests.response import enlarged as enlarged_of
-from service.requests.response import parts_of, pixels_of
+from service.requests.resolve import resolve
+from service.requests.response import Result
 from service.settings import Settings
 from tests.checkpoints.ldm_models import FIRST_STAGES, thin, write
 from tests.helpers.clients import error_of, image_of
@@ -56,11 +55,9 @@ def ask(server: Server, name: str, **changes):
 def here(files: dict[str, Path], name: str) -> np.ndarray:
     """The same request on an engine in this process."""
     runner = TorchRunner(Registry({name: files[name]}, load), buckets=(2, 4, 8))
-    order = to_order(kind(name).model_validate(body_of(name)), runner.specs, Settings())
-    (pictures,), _ = run_together(runner, order.job)
-    (parts,) = parts_of(order, Done(order.job.id, tuple(pictures), (), 0, 0, 0))
-    raw = enlarged_of(order, parts) if order.tiles else pixels_of(order, parts[0])
-    return np.frombuffer(raw, np.uint8).reshape(order.height, order.width, 3)
+    resolved = resolve(kind(name).model_validate(body_of(name)), runner.specs, Settings())
+    (images,), _ = run_together(runner, resolved.to_job())
+    return Result(resolved, Done(resolved.id, tuple(images), (), 0, 0, 0)).pixels(0)
 
 
 @pytest.mark.parametrize("name", SERVED)

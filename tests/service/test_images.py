@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from service.errors import InvalidRequest
-from service.requests.images import from_base64, grow, read_mask, read_picture
-from service.requests.resolve import to_order
+from service.requests.images import extend, from_base64, read_image, read_mask
+from service.requests.resolve import resolve
 from service.requests.schemas import GenerateRequest
 from service.settings import Settings
 from tests.checkpoints.tiny import tiny_spec
@@ -25,13 +25,13 @@ ORIENTATION = 0x0112
 
 def read(picture: Image.Image, kind: str = "PNG", **options) -> np.ndarray:
     """What becomes of a picture that a client sends."""
-    return np.asarray(read_picture(base64_of(picture, kind, **options), "image", CAP))
+    return np.asarray(read_image(base64_of(picture, kind, **options), "image", CAP))
 
 
 def order(**body):
     """An order for the tiny model, by /generate."""
     body = GenerateRequest(**({"prompt": "p"} | body))
-    return to_order(body, {"tiny": tiny_spec()}, Settings(max_input_pixels=CAP, max_pixels=10**6))
+    return resolve(body, {"tiny": tiny_spec()}, Settings(max_input_pixels=CAP, max_pixels=10**6))
 
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
@@ -41,7 +41,7 @@ def test_an_8_bit_rgb_picture_is_read_as_it_is(kind, options):
 
 def test_a_jpeg_is_read_as_any_decoder_reads_it():
     file = file_of(noise(16, 16), "JPEG")
-    read = read_picture(base64_of(file), "image", CAP)
+    read = read_image(base64_of(file), "image", CAP)
     assert (np.asarray(read) == np.asarray(Image.open(io.BytesIO(file)))).all()
 
 
@@ -75,7 +75,7 @@ def test_a_picture_is_turned_as_its_exif_data_say():
 
 def test_a_photograph_with_a_preview_of_itself_is_one_picture():
     file = file_of(noise(16, 16), "MPO", save_all=True, append_images=[noise(8, 8)])
-    assert read_picture(base64_of(file), "image", CAP).size == (16, 16)
+    assert read_image(base64_of(file), "image", CAP).size == (16, 16)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ REFUSED = {
 @pytest.mark.parametrize(("text", "expected"), REFUSED.values(), ids=REFUSED)
 def test_what_is_no_picture_of_ours_is_refused_by_its_field(text, expected):
     with pytest.raises(InvalidRequest) as refused:
-        read_picture(text, "init_image", CAP)
+        read_image(text, "init_image", CAP)
     assert refused.value.param == "init_image"
     assert refused.value.message.startswith("init_image must")
     assert expected in refused.value.message
@@ -146,7 +146,7 @@ def test_what_is_no_picture_of_ours_is_refused_by_its_field(text, expected):
 
 def test_a_canvas_repeats_the_last_row_and_column():
     picture = Image.fromarray(np.array([[1, 2], [3, 4]], np.uint8))
-    assert list(grow(picture, 3, 4)) == [1, 2, 2, 3, 4, 4, 3, 4, 4, 3, 4, 4]
+    assert list(extend(picture, 3, 4)) == [1, 2, 2, 3, 4, 4, 3, 4, 4, 3, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -160,30 +160,30 @@ def test_a_canvas_repeats_the_last_row_and_column():
 )
 def test_a_run_from_a_picture_has_the_size_asked_for_or_the_pictures_own(asked, size):
     made = order(init_image=base64_of(noise(100, 50)), **asked)
-    assert (made.width, made.height) == (made.job.width, made.job.height) == size
-    assert len(made.job.image) == 3 * size[0] * size[1]
-    assert made.job.task == "image-to-image"
+    assert (made.width, made.height) == (made.canvas_width, made.canvas_height) == size
+    assert len(made.inputs.image) == 3 * size[0] * size[1]
+    assert made.task == "image-to-image"
     assert ("init_image is 100x50 and was resized" in "".join(made.warnings)) == (len(asked) < 2)
 
 
 def test_a_picture_of_a_size_that_the_model_takes_is_run_from_as_it_is():
     made = order(init_image=base64_of(noise(32, 48)), strength=1)
-    assert (made.job.image, made.job.strength, made.warnings) == (noise(32, 48).tobytes(), 1.0, ())
-    assert order(init_image=base64_of(noise(32, 48))).job.strength == 0.75
+    assert (made.inputs.image, made.parameters.strength, made.warnings) == (noise(32, 48).tobytes(), 1.0, ())
+    assert order(init_image=base64_of(noise(32, 48))).parameters.strength == 0.75
 
 
 def test_a_run_from_a_picture_needs_no_words():
     spec, asked = tiny_spec(), {"init_image": base64_of(noise(16, 16)), "strength": 0.5}
-    job = to_order(GenerateRequest(**asked), {"tiny": spec}, Settings()).job
+    job = resolve(GenerateRequest(**asked), {"tiny": spec}, Settings())
     assert (job.prompt, job.task) == ("", "image-to-image")
     with pytest.raises(InvalidRequest, match="prompt is required"):
-        to_order(GenerateRequest(), {"tiny": spec}, Settings())
+        resolve(GenerateRequest(), {"tiny": spec}, Settings())
 
 
 def test_a_model_is_asked_only_for_what_it_does():
     spec = replace(tiny_spec(), tasks=("text-to-image",))
     with pytest.raises(InvalidRequest, match="model must be one for image-to-image"):
-        to_order(GenerateRequest(prompt="p", init_image=base64_of(noise(16, 16))), {"tiny": spec}, Settings())
+        resolve(GenerateRequest(prompt="p", init_image=base64_of(noise(16, 16))), {"tiny": spec}, Settings())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from PIL import Image
 from service.engine.events import Previewed
 from service.errors import InvalidRequest
 from service.requests import response
-from service.requests.resolve import to_order
+from service.requests.resolve import resolve
 from service.requests.schemas import InpaintRequest
 from service.settings import Settings
 from tests.checkpoints.tiny import tiny_spec
@@ -29,7 +29,7 @@ def body_of(**changes) -> dict:
 
 
 def order(**changes):
-    return to_order(InpaintRequest(**body_of(**changes)), {"tiny": tiny_spec()}, Settings(max_pixels=10_000))
+    return resolve(InpaintRequest(**body_of(**changes)), {"tiny": tiny_spec()}, Settings(max_pixels=10_000))
 
 
 def kept(array: np.ndarray) -> np.ndarray:
@@ -39,14 +39,14 @@ def kept(array: np.ndarray) -> np.ndarray:
 
 def test_the_canvas_is_the_next_size_that_the_model_takes_and_the_answer_the_pictures_own():
     made = order()
-    assert (made.job.width, made.job.height) == (64, 48)
+    assert (made.canvas_width, made.canvas_height) == (64, 48)
     assert (made.width, made.height) == SIZE
-    assert (len(made.job.image), len(made.job.mask)) == (64 * 48 * 3, 64 * 48)
-    assert (made.job.task, made.job.strength, made.job.prompt) == ("inpainting", 1.0, "")
+    assert (len(made.inputs.image), len(made.inputs.mask)) == (64 * 48 * 3, 64 * 48)
+    assert (made.task, made.parameters.strength, made.prompt) == ("inpainting", 1.0, "")
 
 
 def test_parameters_are_those_of_the_request_without_its_pictures():
-    parameters = response.parameters(order(strength=0.5), 1)
+    parameters = order(strength=0.5).parameters.of_image(1)
     assert (parameters["width"], parameters["height"], parameters["seed"]) == (*SIZE, 2)
     assert parameters["strength"] == 0.5
     assert not {"image", "mask", "id"} & set(parameters)
@@ -55,7 +55,7 @@ def test_parameters_are_those_of_the_request_without_its_pictures():
 
 def test_a_preview_shows_the_clients_part_of_the_canvas():
     made = order()
-    preview = response.preview_of(made, Previewed(made.job.id, 0, 2, 8, 6, bytes(8 * 6 * 3)))
+    preview = response.to_job_preview(made, Previewed(made.id, 0, 2, 8, 6, bytes(8 * 6 * 3)))
     assert (preview.width, preview.height) == (6, 5)  # of 50x37, at an eighth
     assert Image.open(io.BytesIO(base64.b64decode(preview.data))).size == (6, 5)
 

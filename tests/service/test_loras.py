@@ -18,8 +18,7 @@ from service.device.loading import build
 from service.device.registry import Registry
 from service.engine.job import ModelKey
 from service.errors import InvalidRequest
-from service.model_paths import ModelPathError, bundled, locate_loras
-from service.requests.resolve import to_order
+from service.requests.resolve import resolve
 from service.requests.schemas import GenerateRequest
 from service.settings import SettingError, Settings, read_settings
 from tests.checkpoints.lora_files import (
@@ -114,12 +113,12 @@ def test_a_picture_says_which_it_was_made_with(serving):
 def test_the_order_of_names_is_nothing():
     specs = {"tiny": replace(tiny_spec(), loras=("ink", "oil"))}
     one, other = (
-        to_order(GenerateRequest(prompt="p", loras=loras), specs, Settings()).job
+        resolve(GenerateRequest(prompt="p", loras=loras), specs, Settings()).to_job()
         for loras in ({"ink": 1.0, "oil": 0.5}, {"oil": 0.5, "ink": 1.0})
     )
     assert one.model_key == other.model_key == ModelKey("tiny", (("ink", 1.0), ("oil", 0.5)))
     with pytest.raises(InvalidRequest, match="there are none"):
-        to_order(GenerateRequest(prompt="p", loras={"ink": 1.0}), {"tiny": tiny_spec()}, Settings())
+        resolve(GenerateRequest(prompt="p", loras={"ink": 1.0}), {"tiny": tiny_spec()}, Settings())
 
 
 def test_the_model_in_the_box_takes_one_too(tmp_path):

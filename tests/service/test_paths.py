@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import ServiceError
-from service.requests.resolve import to_order
-from service.requests.schemas import GenerateRequest, InpaintRequest, PictureRequest, UpscaleRequest
+from service.requests.resolve import resolve
+from service.requests.schemas import GenerateRequest, ImageRequest, InpaintRequest, UpscaleRequest
 from service.settings import Settings
 from tests.checkpoints.tiny import scene_spec, tiny_spec, upscaler_spec
 from tests.helpers.images import base64_of, noise
@@ -53,13 +53,13 @@ def watched() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("kind", WHOLE)
-def test_no_field_of_a_request_opens_a_file(kind: type[PictureRequest], word: str):
+def test_no_field_of_a_request_opens_a_file(kind: type[ImageRequest], word: str):
     tried = 0
     for name in kind.model_fields:
         for value in (word, {word: 1.0}, [word], [{"name": word, "x": 0, "y": 0, "w": 1, "h": 1}]):
             with watched() as done, suppress(ServiceError, ValidationError):
                 tried += 1
-                to_order(kind(**WHOLE[kind] | {name: value}), SPECS, Settings())
+                resolve(kind(**WHOLE[kind] | {name: value}), SPECS, Settings())
             assert not [what for what in done if MARK in what]
     assert tried >= 40
 

@@ -15,8 +15,7 @@ from PIL import Image
 from models.checkpoint import load, save
 from models.latent_diffusion import to_uint8
 from service.errors import InvalidRequest, NotFound
-from service.requests import response
-from service.requests.resolve import to_order
+from service.requests.resolve import resolve
 from service.requests.schemas import GenerateRequest, UpscaleRequest
 from service.settings import Settings
 from tests.checkpoints.tiny import random_model, tiny_spec, upscaler_spec
@@ -33,25 +32,25 @@ def body_of(**changes) -> dict:
 
 
 def order(**changes):
-    return to_order(UpscaleRequest(**body_of(**changes)), SPECS, Settings())
+    return resolve(UpscaleRequest(**body_of(**changes)), SPECS, Settings())
 
 
 def test_the_canvas_is_the_next_size_that_the_unet_takes_and_the_answer_four_times_the_pictures():
     made = order()
-    assert (made.job.width, made.job.height) == (4 * 46, 4 * 30)
+    assert (made.canvas_width, made.canvas_height) == (4 * 46, 4 * 30)
     assert (made.width, made.height) == (180, 120)
-    assert len(made.job.image) == 46 * 30 * 3
-    assert (made.job.task, made.job.scale, made.job.noise_level) == ("upscaling", 4, 2)
+    assert len(made.inputs.image) == 46 * 30 * 3
+    assert (made.task, made.model_scale, made.parameters.noise_level) == ("upscaling", 4, 2)
     assert len(made.tiles.corners) == 4 * 3
 
 
 def test_the_model_is_the_first_that_can_do_it():
-    assert order().job.model == "upscaler"
-    assert to_order(GenerateRequest(prompt="p"), SPECS, Settings()).job.model == "tiny"
+    assert order().parameters.model == "upscaler"
+    assert resolve(GenerateRequest(prompt="p"), SPECS, Settings()).parameters.model == "tiny"
 
 
 def test_parameters_are_those_of_the_request_without_its_picture():
-    parameters = response.parameters(order(scale=2, noise_level=0), 1)
+    parameters = order(scale=2, noise_level=0).parameters.of_image(1)
     assert (parameters["scale"], parameters["noise_level"], parameters["seed"]) == (2, 0, 2)
     assert set(parameters) <= set(UpscaleRequest.model_fields)
     json.dumps(parameters)
@@ -82,7 +81,7 @@ def test_what_cannot_be_done_is_refused_by_name(changes, param):
 
 def test_without_a_model_for_it_the_first_says_what_it_is_for():
     with pytest.raises(InvalidRequest, match="must be one for upscaling"):
-        to_order(UpscaleRequest(**body_of()), {"tiny": tiny_spec()}, Settings())
+        resolve(UpscaleRequest(**body_of()), {"tiny": tiny_spec()}, Settings())
     with pytest.raises(NotFound):
         order(model="?")
 
