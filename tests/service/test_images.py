@@ -182,7 +182,7 @@ def test_a_run_from_a_picture_needs_no_words():
 
 def test_a_model_is_asked_only_for_what_it_does():
     spec = replace(tiny_spec(), tasks=("text-to-image",))
-    with pytest.raises(InvalidRequest, match="model must be one for image-to-image"):
+    with pytest.raises(InvalidRequest, match="model must support image-to-image"):
         resolve(GenerateRequest(prompt="p", init_image=base64_of(noise(16, 16))), {"tiny": spec}, Settings())
 
 

@@ -18,6 +18,7 @@ from service.device.loading import build
 from service.device.registry import Registry
 from service.engine.job import ModelKey
 from service.errors import InvalidRequest
+from service.model_paths import ModelPathError, bundled, locate_loras
 from service.requests.resolve import resolve
 from service.requests.schemas import GenerateRequest
 from service.settings import SettingError, Settings, read_settings
@@ -117,7 +118,7 @@ def test_the_order_of_names_is_nothing():
         for loras in ({"ink": 1.0, "oil": 0.5}, {"oil": 0.5, "ink": 1.0})
     )
     assert one.model_key == other.model_key == ModelKey("tiny", (("ink", 1.0), ("oil", 0.5)))
-    with pytest.raises(InvalidRequest, match="there are none"):
+    with pytest.raises(InvalidRequest, match="available: none"):
         resolve(GenerateRequest(prompt="p", loras={"ink": 1.0}), {"tiny": tiny_spec()}, Settings())
 
 

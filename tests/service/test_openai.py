@@ -87,7 +87,7 @@ def test_an_edit_repaints_what_is_transparent_in_the_mask_and_nothing_else(clien
     before, after = np.asarray(apple), pixels(made.data[0].b64_json)
     assert (after[:, 64:] == before[:, 64:]).all()
     assert (after[:, :64] != before[:, :64]).any()
-    with pytest.raises(openai.BadRequestError, match="nowhere"):  # half transparent is not transparent
+    with pytest.raises(openai.BadRequestError, match="is empty"):  # half transparent is not transparent
         client.images.edit(image=file_of(apple), mask=file_of(hole(apple.size, 128)), prompt="ghost")
     with pytest.raises(openai.BadRequestError, match="no alpha"):
         client.images.edit(image=file_of(apple), mask=file_of(apple), prompt="ghost")

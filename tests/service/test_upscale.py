@@ -80,7 +80,7 @@ def test_what_cannot_be_done_is_refused_by_name(changes, param):
 
 
 def test_without_a_model_for_it_the_first_says_what_it_is_for():
-    with pytest.raises(InvalidRequest, match="must be one for upscaling"):
+    with pytest.raises(InvalidRequest, match="must support upscaling"):
         resolve(UpscaleRequest(**body_of()), {"tiny": tiny_spec()}, Settings())
     with pytest.raises(NotFound):
         order(model="?")
