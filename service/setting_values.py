@@ -11,6 +11,8 @@ DEVICES = ("auto", "cpu", "cuda")
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 NAMED_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}=.")
 NAMED_EMBEDDING = re.compile(r"[^\s=()\[\]:\\]{1,64}=.")  # the name is a word of prompts
+NAMED_MODEL = re.compile(r"[^\s=][^=]*=.")
+ORIGIN = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 BYTES = "a number of bytes, or a number with K, M or G"
 API_KEY = re.compile(r"[!-+\--~]{8,}")  # visible ASCII without a comma
@@ -85,6 +87,14 @@ def matching(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, ...]]:
         return entries
 
     return read
+
+
+def read_origins(text: str) -> tuple[str, ...]:
+    """Origins of web pages, or * alone."""
+    origins = read_list(text)
+    if origins != ("*",) and not all(ORIGIN.fullmatch(origin) for origin in origins):
+        raise ValueError(text)
+    return origins
 
 
 def read_buckets(text: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from service.setting_values import (
     BYTES,
     NAMED_EMBEDDING,
+    NAMED_MODEL,
     NAMED_PATH,
     Parser,
     boolean,
@@ -26,6 +27,7 @@ from service.setting_values import (
     read_list,
     read_models,
     read_non_blank,
+    read_origins,
 )
 from service.worker.faults import Fault, read_faults
 
@@ -176,6 +178,18 @@ class Settings:
         (),
         Parser(read_keys, "keys of at least 8 visible characters, separated by commas", secret=True),
         """API keys, as api_key_file. Not a flag, because every user of a machine can read the flags.""",
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        Parser(read_origins, "origins such as https://example.org separated by commas, or *"),
+        """Origins whose web pages may call this service from a browser; * allows every page. Empty: none
+        but the service's own.""",
+    )
+    alias: tuple[str, ...] = setting(
+        (),
+        Parser(matching(NAMED_MODEL), "NAME=MODEL, separated by commas"),
+        """Other names for models in the OpenAI API, for clients whose model names are fixed:
+        dall-e-3=emoji.""",
     )
     log_level: str = setting(
         "info",

@@ -1,9 +1,9 @@
-"""create_app(settings): the web application, its error answers and its life."""
+"""The web application: its routes, middleware, error responses and lifespan."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI, Request
@@ -11,12 +11,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+from starlette.types import Scope
 
-from service.api import health, jobs, native, openapi
+from service.api import docs, health, jobs, native, openapi
 from service.api.a1111 import routes as a1111
 from service.api.a1111.translate import Desk
 from service.api.auth import keys_of, require_key
-from service.api.middleware import BodyLimit, RequestContext
+from service.api.middleware import BodyLimit, HeadAndOptions, RequestContext
 from service.api.openai import routes as openai
 from service.errors import (
     InvalidRequest,
@@ -36,18 +39,25 @@ from service.requests.validation_errors import explain
 from service.settings import Settings
 from service.worker.supervisor import Supervisor
 
-# The framework's own errors, by status.
-FRAMEWORK = {401: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 400: UnreadableBody}
+# The errors that the framework raises itself, by status.
+FRAMEWORK_ERRORS: dict[int, type[ServiceError]] = {
+    400: UnreadableBody,
+    401: Unauthorized,
+    404: NotFound,
+    405: MethodNotAllowed,
+}
 
-# Who may ask: those who have a key, where there are keys; and everybody, of what says nothing about anyone's
-# requests. The description of the API and its page are public too. /metrics holds counts alone, and
-# Prometheus often asks without a key.
+# Routes that need an API key, where keys are set, and routes that never do. The latter reveal nothing about
+# anyone's requests; /metrics has only counts, and Prometheus often has no key.
 KEYED = (native.router, jobs.router, openai.router, a1111.router)
-PUBLIC = (health.router,)
+PUBLIC = (health.router, docs.router)
+
+CORS_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
+CORS_EXPOSED = ("X-Request-Id", "X-Seed", "Retry-After", "Location", "WWW-Authenticate")
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application; its lifespan holds the worker. Raises SettingError for keys that cannot be read."""
+    """The application; its lifespan runs the worker. Raises SettingError if API keys cannot be read."""
     keys = keys_of(settings)
     metrics = Metrics()
     supervisor = Supervisor(settings, metrics)
@@ -65,59 +75,85 @@ def create_app(settings: Settings) -> FastAPI:
         title="Latent diffusion",
         lifespan=lifespan,
         generate_unique_id_function=operation_id,
-        redirect_slashes=False,  # to an address of the Host header's making
+        redirect_slashes=False,  # the redirect would go to whatever the Host header says
+        docs_url=None,  # docs.router serves the page without the internet
+        redoc_url=None,
     )
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
     app.state.jobs, app.state.keys = Jobs(supervisor), keys
     app.state.desk, app.state.started = Desk(app.state.jobs), int(time.time())
-    app.add_middleware(
-        BodyLimit,
-        limit=settings.max_body_bytes,
-        room=settings.max_bodies_bytes,
-        metrics=metrics,
-        admits=keys.admits,
-    )
-    # Added last: outermost.
-    app.add_middleware(RequestContext, metrics=metrics, leaving=lambda: supervisor.draining)
-    app.add_exception_handler(ServiceError, on_service_error)
-    app.add_exception_handler(RequestValidationError, on_invalid)
-    app.add_exception_handler(HTTPException, on_framework_error)
     for router in KEYED:
         app.include_router(router, dependencies=[Depends(require_key)], responses=error_responses(401))
     for router in PUBLIC:
         app.include_router(router)
+    add_middleware(app, settings)
+    for kind in (ServiceError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, on_error)
     openapi.install(app)
     return app
+
+
+def add_middleware(app: FastAPI, settings: Settings) -> None:
+    """Wrap the application; the middleware that is added last sees a request first."""
+    metrics, supervisor, keys = app.state.metrics, app.state.supervisor, app.state.keys
+    app.add_middleware(
+        BodyLimit,
+        limit=settings.max_body_bytes,
+        total_limit=settings.max_bodies_bytes,
+        metrics=metrics,
+        admits=keys.admits,
+    )
+    app.add_middleware(HeadAndOptions, methods_of=lambda scope: allowed_methods(app, scope))
+    app.add_middleware(RequestContext, metrics=metrics, leaving=lambda: supervisor.draining)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=CORS_METHODS,
+            allow_headers=["*"],
+            expose_headers=CORS_EXPOSED,
+        )
+
+
+def allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
+    """The methods of the request's path, OPTIONS included; none if the path does not exist."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    routes = [*app.routes, *(route for router in (*KEYED, *PUBLIC) for route in router.routes)]
+    matching = [route for route in routes if isinstance(route, Route) and route.path_regex.match(path)]
+    methods = {method for route in matching for method in route.methods or ()}
+    if "GET" in methods:
+        methods.add("HEAD")
+    return sorted(methods | {"OPTIONS"}) if methods else []
 
 
 def operation_id(route: APIRoute) -> str:
     return route.name
 
 
-def respond(request: Request, error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The error's answer, counted."""
+async def on_error(request: Request, error: Exception) -> JSONResponse:
+    """The response to an error of the service, of request validation or of the framework; counted."""
+    failure = to_service_error(error, request)
+    request.state.error_code = code_of(failure)
     if request.method == "POST":
-        request.app.state.metrics.rejected.labels(code_of(error)).inc()
-    request.state.error_code = code_of(error)
-    headers = dict(headers or {})
-    if isinstance(error, Unauthorized):
+        request.app.state.metrics.rejected.labels(code_of(failure)).inc()
+    headers = {}
+    if isinstance(failure, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
-    return JSONResponse(to_body(error, request.state.request_id), status_of(error), headers)
+    if isinstance(failure, MethodNotAllowed):
+        headers["Allow"] = ", ".join(allowed_methods(request.app, request.scope))
+    if failure.retry_after is not None:
+        headers["Retry-After"] = str(failure.retry_after)
+    return JSONResponse(to_body(failure, request.state.request_id), status_of(failure), headers)
 
 
-async def on_service_error(request: Request, error: ServiceError) -> JSONResponse:
-    """Ours."""
-    return respond(request, error)
-
-
-async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Pydantic's."""
-    return respond(request, explain(error.errors(), request.headers.get("content-type", "")))
-
-
-async def on_framework_error(request: Request, error: HTTPException) -> JSONResponse:
-    """The framework's: unknown addresses and methods, bodies that are no JSON."""
-    kind = FRAMEWORK.get(error.status_code, InvalidRequest if error.status_code < 500 else ServiceError)
-    return respond(request, kind(), error.headers)  # a 405 says what is allowed
+def to_service_error(error: Exception, request: Request) -> ServiceError:
+    """Any handled exception as one of the service's own errors."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return explain(error.errors(), request.headers.get("content-type", ""))
+    if isinstance(error, HTTPException) and error.status_code in FRAMEWORK_ERRORS:
+        return FRAMEWORK_ERRORS[error.status_code]()
+    if isinstance(error, HTTPException) and error.status_code < 500:
+        return InvalidRequest()
+    return ServiceError()

@@ -1,4 +1,4 @@
-"""What every request passes through: its id and its line in the log, the body limit, the last resort."""
+"""Middleware: request ids and logging, HEAD and OPTIONS, and limits on request bodies."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import QueueFull, ServiceError, Stalled, TooLarge, code_of, status_of, to_body
-from service.logs import request_id as id_of_now
+from service.logs import request_id as current_request_id
 from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-SMALL = 2**16  # bytes of a body that hardly counts
+SMALL_BODY_BYTES = 2**16  # a body of this size is accepted however much memory other bodies take
 RETRY_SECONDS = 5
-SILENCE_SECONDS = 30.0  # in the middle of a body, after which the room that it holds is for others
-GONE = 499  # the status of an answer that nobody waited for
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # the others may say anything
-OF_BODIES = (b"content-type", b"content-length", b"transfer-encoding")
-CLOSE = (b"connection", b"close")
-WATCHED = ("/health", "/health/live", "/health/ready", "/metrics")  # asked so often that they fill a log
+BODY_STALL_SECONDS = 30.0  # without a new part of a body, after which its memory is given to others
+CLIENT_GONE_STATUS = 499
+METRIC_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others count as OTHER
+BODY_HEADERS = (b"content-type", b"content-length", b"transfer-encoding")
+CONNECTION_CLOSE = (b"connection", b"close")
+QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics")  # polled: logged at level debug
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -35,7 +35,7 @@ def header(scope: Scope, name: bytes) -> str:
 
 
 async def send_error(send: Send, error: ServiceError, request_id: str) -> None:
-    """The error body as a whole answer."""
+    """Send a complete error response."""
     body = json.dumps(to_body(error, request_id)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.retry_after is not None:
@@ -45,9 +45,9 @@ async def send_error(send: Send, error: ServiceError, request_id: str) -> None:
 
 
 class RequestContext:
-    """Gives each request an id, counts and logs its answer, and makes a plain 500 of what nobody caught.
+    """Gives each request an id, counts and logs its response, and turns unhandled exceptions into a 500.
 
-    leaving: whether the service is about to stop, and so each connection ends with its answer.
+    leaving: whether the service is about to stop; each connection then closes after its response.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, leaving: Callable[[], bool]) -> None:
@@ -58,96 +58,143 @@ class RequestContext:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        theirs = header(scope, b"x-request-id")
-        request_id = theirs if SAFE_ID.fullmatch(theirs) else uuid.uuid4().hex
+        client_id = header(scope, b"x-request-id")
+        request_id = client_id if SAFE_ID.fullmatch(client_id) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        token, begin, status = id_of_now.set(request_id), time.perf_counter(), 0
+        token, begin, status = current_request_id.set(request_id), time.perf_counter(), 0
 
-        async def tagged(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = [(b"x-request-id", request_id.encode())]
-                message["headers"] = [*message["headers"], *own, *([CLOSE] if self.leaving() else [])]
+                closing = [CONNECTION_CLOSE] if self.leaving() else []
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *closing]
             await send(message)
 
         try:
-            await self.app(scope, receive, tagged)
+            await self.app(scope, receive, send_with_id)
         except Exception:
-            log.exception("a request failed")
+            log.exception("unhandled exception in a request")
             if status:
                 raise
-            await send_error(tagged, ServiceError(), request_id)
+            await send_error(send_with_id, ServiceError(), request_id)
         finally:
-            self.note(scope, status, time.perf_counter() - begin)
-            id_of_now.reset(token)
+            self._record(scope, status, time.perf_counter() - begin)
+            current_request_id.reset(token)
 
-    def note(self, scope: Scope, status: int, seconds: float) -> None:
-        """Count and log an answer; status 0: the client left before there was one."""
-        route = getattr(scope.get("route"), "path", None)  # never the path itself, which may say anything
-        method = scope["method"] if scope["method"] in METHODS else "OTHER"
-        self.metrics.requests.labels(method, route or "none", str(status or GONE)).inc()
-        facts = {"method": method, "route": route, "status": status or GONE}
-        facts["seconds"] = round(seconds, 4)
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count and log a response; status 0: the client left before there was one."""
+        route = getattr(scope.get("route"), "path", None)  # a path itself may contain anything
+        method = scope["method"] if scope["method"] in METRIC_METHODS else "OTHER"
+        status = status or CLIENT_GONE_STATUS
+        self.metrics.requests.labels(method, route or "none", str(status)).inc()
+        facts = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
         if code := scope["state"].get("error_code"):
             facts["code"] = code
-        level = logging.DEBUG if route in WATCHED else logging.INFO
-        log.log(level, "%s %s %d %.3f s", method, route, status or GONE, seconds, extra=facts)
+        level = logging.DEBUG if route in QUIET_ROUTES else logging.INFO
+        log.log(level, "%s %s %d %.3f s", method, route, status, seconds, extra=facts)
+
+
+class HeadSent(Exception):  # noqa: N818 - it ends a streamed response and is no error
+    """The response to a HEAD request is complete; the application need not produce more."""
+
+
+class HeadAndOptions:
+    """Answers HEAD as GET without a body, and OPTIONS with the methods of the path.
+
+    methods_of: the methods of a request's path, none if the path does not exist.
+    """
+
+    def __init__(self, app: ASGIApp, methods_of: Callable[[Scope], Collection[str]]) -> None:
+        self.app = app
+        self.methods_of = methods_of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self._head(scope, receive, send)
+        elif scope["type"] == "http" and scope["method"] == "OPTIONS" and self._methods(scope):
+            allow = (b"allow", ", ".join(self._methods(scope)).encode())
+            await send({"type": "http.response.start", "status": 204, "headers": [allow]})
+            await send({"type": "http.response.body"})
+        else:
+            await self.app(scope, receive, send)
+
+    def _methods(self, scope: Scope) -> Collection[str]:
+        return METRIC_METHODS if scope["path"] == "*" else self.methods_of(scope)
+
+    async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the request as GET, send the headers, and drop the body; a stream ends at its first part."""
+
+        async def send_headers(message: Message) -> None:
+            if message["type"] != "http.response.body":
+                return await send(message)
+            await send({"type": "http.response.body"})
+            raise HeadSent
+
+        scope["method"] = "GET"
+        try:
+            await self.app(scope, receive, send_headers)
+        except HeadSent:
+            pass
+        finally:
+            scope["method"] = "HEAD"
 
 
 class BodyLimit:
-    """Takes the body in before the app sees it, however it is framed.
+    """Reads the whole body before the application sees the request, and limits its size.
 
-    limit: bytes of one body; room: bytes of all large ones together, since a body comes before there is a
-    place in the queue for it. The small ones always find room, lest those who send slowly shut out the rest.
-    admits: whose body is taken at all; for the app, the others have sent none, and it refuses them by itself.
+    limit: bytes of one body. total_limit: bytes of all large bodies together, since a body is read before
+    the request has a place in the queue; small bodies are always accepted, so that slow senders of large
+    ones cannot lock them out. admits: whether a request may send a body; without permission the application
+    sees an empty body and refuses the request itself.
     """
 
     def __init__(
-        self, app: ASGIApp, limit: int, room: int, metrics: Metrics, admits: Callable[[Scope], bool]
+        self, app: ASGIApp, limit: int, total_limit: int, metrics: Metrics, admits: Callable[[Scope], bool]
     ) -> None:
         self.app = app
-        self.admits = admits
         self.limit = limit
-        self.room = room
+        self.total_limit = total_limit
         self.metrics = metrics
-        self.held = 0
+        self.admits = admits
+        self.held = 0  # bytes of all bodies at this moment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if not self.admits(scope):
-            scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in OF_BODIES]
-            return await self._pass_on(scope, receive, send, b"")
+            scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in BODY_HEADERS]
+            return await self._forward(scope, receive, send, b"")
         body = bytearray()
         try:
-            whole = await self._read(scope, receive, body)
+            complete = await self._read(scope, receive, body)
         except ServiceError as error:
             scope["state"]["error_code"] = code_of(error)
             self.metrics.rejected.labels(code_of(error)).inc()
             return await send_error(send, error, scope["state"]["request_id"])
         else:
-            if whole:  # else the client left in the middle
-                await self._pass_on(scope, receive, send, bytes(body))
+            if complete:
+                await self._forward(scope, receive, send, bytes(body))
         finally:
             self.held -= len(body)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-        unread = [{"type": "http.request", "body": body, "more_body": False}]
+    async def _forward(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+        """Call the application with a body that was read."""
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def replay() -> Message:
+        async def receive_body() -> Message:
             return unread.pop() if unread else await receive()
 
-        await self.app(scope, replay, send)
+        await self.app(scope, receive_body, send)
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
-        """Fill `body`; whether it came to its end. Raises TooLarge, QueueFull or Stalled."""
+        """Fill `body`; False if the client left first. Raises TooLarge, QueueFull or Stalled."""
         length = header(scope, b"content-length")
         if length.isdecimal() and int(length) > self.limit:
             raise self._too_large()
         while True:
             try:
-                async with asyncio.timeout(SILENCE_SECONDS):
+                async with asyncio.timeout(BODY_STALL_SECONDS):
                     message = await receive()
             except TimeoutError:
                 raise Stalled from None
@@ -158,7 +205,7 @@ class BodyLimit:
             self.held += len(chunk)
             if len(body) > self.limit:
                 raise self._too_large()
-            if len(body) > SMALL and self.held > self.room:
+            if len(body) > SMALL_BODY_BYTES and self.held > self.total_limit:
                 raise QueueFull(retry_after=RETRY_SECONDS)
             if not message.get("more_body"):
                 return True

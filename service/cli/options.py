@@ -41,7 +41,7 @@ ONE_SHOT = (
     "prediction",
 )
 CHECKPOINT = ("allow_pickle", "prediction")  # the settings of commands that read a checkpoint's description
-REPEATABLE = ("lora", "vae", "embedding")  # each flag of these adds one entry
+REPEATABLE = ("lora", "vae", "embedding", "cors_origins", "alias")  # each flag of these adds one entry
 
 
 class UsageError(ValueError):

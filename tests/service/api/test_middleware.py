@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from service.api import middleware
-from service.api.middleware import SMALL, BodyLimit
+from service.api.middleware import SMALL_BODY_BYTES, BodyLimit
 from service.metrics import Metrics
 
-LARGE = SMALL + 1
+LARGE = SMALL_BODY_BYTES + 1
 
 
 class Client:
@@ -38,7 +38,9 @@ async def accept(scope, receive, send) -> None:
 
 def test_large_bodies_share_a_room_that_is_given_back_and_small_ones_always_fit():
     async def scenario():
-        app = BodyLimit(accept, limit=2 * LARGE, room=3 * LARGE, metrics=Metrics(), admits=lambda scope: True)
+        app = BodyLimit(
+            accept, limit=2 * LARGE, total_limit=3 * LARGE, metrics=Metrics(), admits=lambda scope: True
+        )
         first, second, third, small, too_large = (Client(app) for _ in range(5))
         await first.send(LARGE, more=False)
         await second.send(2 * LARGE)
@@ -56,10 +58,12 @@ def test_large_bodies_share_a_room_that_is_given_back_and_small_ones_always_fit(
 
 
 def test_who_stops_in_the_middle_of_a_body_gives_its_room_back(monkeypatch):
-    monkeypatch.setattr(middleware, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(middleware, "BODY_STALL_SECONDS", 0.2)
 
     async def scenario():
-        app = BodyLimit(accept, limit=2 * LARGE, room=3 * LARGE, metrics=Metrics(), admits=lambda scope: True)
+        app = BodyLimit(
+            accept, limit=2 * LARGE, total_limit=3 * LARGE, metrics=Metrics(), admits=lambda scope: True
+        )
         client = Client(app)
         await client.send(LARGE)
         assert app.held == LARGE

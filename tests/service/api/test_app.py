@@ -1,0 +1,117 @@
+"""HTTP behaviour of all routes: HEAD, OPTIONS, 405, CORS, and the documentation page."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.api.app import create_app
+from service.settings import Settings
+
+KEY = "a-key-of-the-tests"
+ORIGIN = "https://page.example"
+
+
+@pytest.fixture(scope="module")
+def client() -> TestClient:
+    """A client of an application whose worker does not run."""
+    return TestClient(create_app(Settings()), follow_redirects=False)
+
+
+@pytest.fixture(scope="module")
+def cors_client() -> TestClient:
+    return TestClient(create_app(Settings(cors_origins=(ORIGIN,), api_keys=(KEY,))))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/docs", "/docs/swagger-ui.css", "/openapi.json", "/health", "/metrics", "/v1/models", "/no"],
+)
+def test_head_is_get_without_a_body(client, path):
+    got, head = client.get(path), client.head(path)
+    assert head.content == b""
+    assert head.status_code == got.status_code
+    variable = {"x-request-id", "content-length" if path == "/metrics" else ""}
+    assert {k: v for k, v in head.headers.items() if k not in variable} == {
+        k: v for k, v in got.headers.items() if k not in variable
+    }
+
+
+def test_head_needs_a_key_where_get_does():
+    client = TestClient(create_app(Settings(api_keys=(KEY,))))
+    assert client.head("/v1/models").status_code == 401
+    assert client.head("/jobs/none", headers={"X-API-Key": KEY}).status_code == 404
+    assert client.head("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/generate", "OPTIONS, POST"),
+        ("HEAD", "/generate", "OPTIONS, POST"),
+        ("POST", "/jobs/some-id", "DELETE, GET, HEAD, OPTIONS"),
+        ("DELETE", "/sdapi/v1/options", "GET, HEAD, OPTIONS, POST"),
+        ("POST", "/docs", "GET, HEAD, OPTIONS"),
+    ],
+)
+def test_a_405_names_every_method_of_the_path(client, method, path, allowed):
+    answer = client.request(method, path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
+def test_options_names_the_methods_and_needs_no_key(cors_client):
+    answer = cors_client.options("/jobs/some-id")
+    assert (answer.status_code, answer.headers["allow"]) == (204, "DELETE, GET, HEAD, OPTIONS")
+    assert answer.content == b""
+    assert cors_client.options("/no/such/path", headers={"X-API-Key": KEY}).status_code == 404
+
+
+def test_without_the_setting_there_are_no_cors_headers(client):
+    headers = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    for answer in (client.options("/generate", headers=headers), client.get("/health", headers=headers)):
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_a_preflight_request_of_a_listed_origin_is_allowed(cors_client):
+    headers = {
+        "Origin": ORIGIN,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    answer = cors_client.options("/generate", headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    assert "authorization" in answer.headers["access-control-allow-headers"]
+    refused = cors_client.options("/generate", headers=headers | {"Origin": "https://other.example"})
+    assert "access-control-allow-origin" not in refused.headers
+
+
+def test_errors_carry_cors_headers_too(cors_client):
+    for path, status in (("/jobs/none", 401), ("/no/such/path", 404), ("/health", 200)):
+        answer = cors_client.get(path, headers={"Origin": ORIGIN})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, ORIGIN)
+    large = cors_client.post("/generate", content=bytes(2**26), headers={"Origin": ORIGIN, "X-API-Key": KEY})
+    assert (large.status_code, large.headers["access-control-allow-origin"]) == (413, ORIGIN)
+
+
+@pytest.mark.parametrize(
+    ("headers", "location"), [({}, "docs"), ({"X-Forwarded-Prefix": "/images/"}, "/images/docs")]
+)
+def test_the_root_leads_to_the_documentation(client, headers, location):
+    answer = client.get("/", headers=headers)
+    assert (answer.status_code, answer.headers["location"]) == (307, location)
+
+
+def test_the_documentation_page_loads_nothing_from_elsewhere(client):
+    page = client.get("/docs")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert (
+        "script-src" in page.headers["content-security-policy"]
+        or "default-src 'self'" in (page.headers["content-security-policy"])
+    )
+    assert "://" not in page.text
+    for name in ("swagger-ui.css", "swagger-ui-bundle.js", "initializer.js"):
+        assert f"docs/{name}" in page.text
+        assert client.get(f"/docs/{name}").status_code == 200
+    assert client.get("/docs/index.html").status_code == 404
