@@ -78,10 +78,10 @@ class Metrics:
         self.padded_rows.inc(event.padded - event.rows)
         self.step_seconds.observe(event.seconds)
 
-    def troubled(self, trouble: Incident) -> None:
+    def count_incident(self, incident: Incident) -> None:
         """Count what went wrong in the worker."""
-        counter = self.out_of_memory if trouble.kind == "out_of_memory" else self.non_finite
-        counter.labels(trouble.stage).inc()
+        counter = self.out_of_memory if incident.kind == "out_of_memory" else self.non_finite
+        counter.labels(incident.stage).inc()
 
     def started(self, total: float, parts: Mapping[str, float], memory: int) -> None:
         """Note a start that took so many seconds; memory: bytes of the device."""

@@ -23,7 +23,7 @@ from service.bench.load import Run, arrivals, closed, measure, opened
 from service.bench.mix import DEFAULT, Entry, Request, draw, read_mix, to_request
 from service.bench.report import report, table
 from service.settings import Settings
-from service.worker.supervisor import environment
+from service.worker.child import environment
 
 REQUESTS = 64  # where neither --requests nor --seconds says how long
 REFUSED = (400, 404, 413, 422)  # what no other try changes

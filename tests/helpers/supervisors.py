@@ -8,8 +8,9 @@ from collections.abc import Coroutine
 from service.engine.events import JobSteps, Previewed, Started, Stepped
 from service.metrics import Metrics
 from service.settings import Settings
+from service.worker.child import WorkerProcess
 from service.worker.protocol import Report
-from service.worker.supervisor import Life, Supervisor
+from service.worker.supervisor import Supervisor
 
 
 def supervisor(specs: bool = True, **settings) -> Supervisor:
@@ -29,11 +30,11 @@ class Worker:
 
     def __init__(self, service: Supervisor, job: str = "a") -> None:
         self.service = service
-        self.life = Life(None, None, None)
+        self.process = WorkerProcess(None, None, None)
         self.job = job
 
     def say(self, report: Report) -> None:
-        self.service._take(self.life, report)
+        self.service._handle(self.process, report)
 
     def start(self, steps: int) -> None:
         self.say(Started(self.job, steps))

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 import pytest
 from PIL import Image
 
-from service.worker.supervisor import STARTS
+from service.worker.supervisor import MAX_FAILURES
 from tests.helpers.clients import (
     EIGHT,
     LONG,
@@ -341,7 +341,7 @@ def test_a_killed_worker_loses_nothing(server):
 
 
 def test_a_worker_killed_again_and_again_before_it_is_ready_is_started_again(server):
-    for _ in range(STARTS + 1):
+    for _ in range(MAX_FAILURES + 1):
         server.kill_worker()
     assert post(server, {"prompt": "p"}).status_code == 200
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
 import socket
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from service.engine.events import Failed, Previewed, QueuePosition, QueuePositions
-from service.errors import Draining, Loading, NotFound, QueueFull, ServiceError, Unavailable
+from service.errors import Draining, JobFailed, Loading, NotFound, QueueFull, ServiceError, Unavailable
 from service.settings import Settings
-from service.worker import supervisor as module
+from service.worker import child
+from service.worker.child import WorkerProcess
 from service.worker.progress import Progress, State
-from service.worker.protocol import Heartbeat, Ready
-from service.worker.supervisor import Life, Supervisor, WorkerFailed
+from service.worker.protocol import MAGIC, PREFIX, Heartbeat, Ready, Rejected, encode
+from service.worker.supervisor import Supervisor, WorkerFailed
 from tests.helpers.fake_runner import make_job
 from tests.helpers.supervisors import Worker, run, supervisor
+
+
+def framed(text: bytes) -> bytes:
+    return PREFIX.pack(MAGIC, len(text), 0) + text
+
 
 BABBLE = "import os, sys; os.write(int(sys.argv[1]), bytes((0, 0, 0, 2, 0, 0, 0, 0)) + b'{}')"
 
@@ -101,7 +110,7 @@ def test_progress_goes_from_the_queue_through_the_steps_and_never_back():
         worker.preview(4)
         before = progress.state
         assert before == State("running", None, None, 4, 5, Previewed("a", 0, 4, 1, 1, b"rgb"))
-        service._requeue()  # its worker died; the next repeats what was done
+        service._requeue("kill", 1.0)  # its worker died; the next repeats what was done
         worker.say(QueuePositions((QueuePosition("a", 1, 3.0),)))
         worker.start(5)
         worker.step(3)
@@ -153,7 +162,7 @@ def test_jobs_given_up_are_counted_by_stage():
 def test_a_worker_that_cannot_start_or_be_read_is_replaced_until_one_fails_for_good(monkeypatch):
     starts = []
 
-    async def spawn(settings: Settings) -> Life:
+    async def spawn(settings: Settings) -> WorkerProcess:
         starts.append(settings)
         if len(starts) == 1:
             raise OSError("no memory for a process")
@@ -163,7 +172,7 @@ def test_a_worker_that_cannot_start_or_be_read_is_replaced_until_one_fails_for_g
         with theirs:
             command = [sys.executable, "-c", BABBLE, str(theirs.fileno())]
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-        return Life(process, *await asyncio.open_unix_connection(sock=ours))
+        return WorkerProcess(process, *await asyncio.open_unix_connection(sock=ours))
 
     async def scenario():
         service = supervisor()
@@ -175,7 +184,7 @@ def test_a_worker_that_cannot_start_or_be_read_is_replaced_until_one_fails_for_g
             assert not service.alive
             assert "no such model" in str(service.failure)
 
-    monkeypatch.setattr(module, "spawn", spawn)
+    monkeypatch.setattr(child, "spawn", spawn)
     run(scenario())
     assert len(starts) == 3
 
@@ -190,24 +199,86 @@ def test_a_model_that_is_not_there_ends_the_service_and_says_so(tmp_path: Path):
     run(scenario())
 
 
-def test_a_worker_that_loads_another_model_has_more_time_and_one_that_only_works_has_not(monkeypatch):
+def test_a_worker_that_loads_a_model_has_more_time_before_it_counts_as_stalled():
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    service, life = supervisor(), Life(None, None, None, heard=0.0, moved=0.0)
+    worker = WorkerProcess(None, None, None, clock=lambda: now[0])
 
-    def beat_at(seconds: float, loading: bool) -> bool:
-        """Whether the worker is overdue at a limit of 10 s, when its heartbeat has come."""
-        now[0] = life.heard = seconds
-        service._take(life, Heartbeat(ticks=3, busy=True, loading=loading, memory=5))
-        return life.overdue(10)
+    def stalled_at(seconds: float, loading: bool) -> bool:
+        """Whether it has stalled, at a limit of 10 s, when it sends a heartbeat without progress."""
+        now[0] = worker.last_message = seconds
+        worker.beat(Heartbeat(ticks=3, busy=True, loading=loading, memory=5))
+        return worker.is_stalled(10)
 
-    service._take(life, Ready(specs=(), memory=9, parts=(("imports", 0.5),)))
-    assert not beat_at(1, loading=False)
-    assert beat_at(12, loading=False)
-    assert not beat_at(13, loading=True)  # a request for a model that is not there
-    assert not beat_at(100, loading=True)
-    assert not beat_at(101, loading=False)
-    assert beat_at(112, loading=False)
-    told = service.metrics.registry.get_sample_value
-    assert [told("ldm_device_memory_bytes", {"kind": kind}) for kind in ("used", "total")] == [5, 9]
-    assert told("ldm_start_seconds", {"part": "imports"}) == 0.5
+    worker.become_ready()
+    assert not stalled_at(1, loading=False)
+    assert stalled_at(12, loading=False)
+    assert not stalled_at(13, loading=True)
+    assert not stalled_at(100, loading=True)
+    assert not stalled_at(101, loading=False)
+    assert stalled_at(112, loading=False)
+
+
+def test_a_worker_that_sends_nothing_has_stalled():
+    now = [0.0]
+    worker = WorkerProcess(None, None, None, clock=lambda: now[0])
+    now[0] = 9.9
+    assert not worker.is_stalled(10)
+    now[0] = 10.1
+    assert worker.is_stalled(10)
+
+
+def test_a_start_and_heartbeats_are_measured():
+    service = supervisor()
+    worker = Worker(service)
+    worker.say(Ready(specs=(), memory=9, parts=(("imports", 0.5),)))
+    worker.say(Heartbeat(ticks=3, busy=True, loading=False, memory=5))
+    value = service.metrics.registry.get_sample_value
+    assert [value("ldm_device_memory_bytes", {"kind": kind}) for kind in ("used", "total")] == [5, 9]
+    assert value("ldm_start_seconds", {"part": "imports"}) == 0.5
+
+
+def test_an_unreadable_message_is_counted_and_fails_the_job_that_it_may_have_ended():
+    async def scenario():
+        service = supervisor()
+        task, worker = await begun(service, Progress())
+        worker.process.reader = reader = asyncio.StreamReader()
+        for kind in ("Previewed", "Done"):
+            reader.feed_data(framed(json.dumps([kind, "a", ["rubbish"], []]).encode()))
+        reader.feed_data(encode(Heartbeat(ticks=1, busy=True, loading=False, memory=7)))
+        reader.feed_eof()
+        await service._listen(worker.process)
+        with pytest.raises(JobFailed):
+            await task
+        value = service.metrics.registry.get_sample_value
+        assert value("ldm_unreadable_messages_total") == 2
+        assert value("ldm_device_memory_bytes", {"kind": "used"}) == 7
+
+    run(scenario())
+
+
+def test_a_message_that_the_worker_cannot_read_fails_its_job():
+    async def scenario():
+        service = supervisor()
+        task, worker = await begun(service, Progress())
+        worker.say(Rejected(None, "rubbish"))
+        worker.say(Rejected("a", "rubbish"))
+        with pytest.raises(JobFailed):
+            await task
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [(-signal.SIGKILL, "kill"), (-signal.SIGTERM, "kill"), (-signal.SIGSEGV, "crash"), (1, "crash")],
+)
+def test_a_signal_from_elsewhere_is_a_kill_and_every_other_end_a_crash(code, cause):
+    assert WorkerProcess(SimpleNamespace(returncode=code), None, None).cause_of_end() == cause
+
+
+def test_a_kill_that_the_kernel_counts_as_out_of_memory_is_a_crash(monkeypatch):
+    counts = iter((3, 3, 4))
+    monkeypatch.setattr(child, "count_oom_kills", lambda: next(counts))
+    worker = WorkerProcess(SimpleNamespace(returncode=-signal.SIGKILL), None, None)
+    worker.beat(Heartbeat(ticks=1, busy=True, loading=False, memory=7))
+    assert worker.cause_of_end() == "crash"

@@ -1,0 +1,143 @@
+"""Which job makes the workers die? The rule, without clocks and processes.
+
+A worker's end has a cause:
+
+- "crash": it exited or was ended by a signal of its own making (SIGSEGV, SIGABRT, ...), it stalled, or the
+  kernel recorded that it killed a process for want of memory.
+- "kill": a signal such as SIGKILL, which an operator, a container runtime or the kernel may have sent.
+
+The rule:
+
+1. **Suspects.** A job is a suspect after 2 ends of workers in which it had started. An end before it had
+   started counts half, or fully if no job had started. A suspect runs alone; nothing else follows from it.
+2. **A fair chance.** A suspect is sent only to a worker that has been ready for the job's quiet time, 1 s at
+   first. Other jobs run meanwhile, and have finished before the suspect is sent. So workers that are killed
+   right after they became ready say nothing about any suspect.
+3. **Evidence** is only the end of a worker in which the job was alone.
+   - A crash always counts. A job is refused after 2.
+   - A kill counts if the job was a suspect, so had its fair chance. The job's next quiet time is half as long
+     again as the killed worker was ready, so that somebody who kills workers at some age or at intervals will
+     next kill one without the job, and that clears the job of all kills. A job is refused after 3 kills at
+     the same step, give or take one, or after 6 at any.
+
+The bound: S is the time of a worker's start, D the time that the job runs before its worker dies (the stall
+limit where it stalls), W the time that the jobs before it take, alone if they became suspects with it. A job
+that crashes its workers is refused after at most 6 (S + D) + 2 (W + 1 s), one that is killed at the same step
+each time after at most 7 S + 13 D + 9 W + 7 s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Cause = Literal["crash", "kill"]
+
+SUSPICION = 2.0  # ends of workers after which a job runs alone
+CRASHES = 2  # crashes of workers in which a job was alone, after which it is refused
+KILLS_AT_ONE_STEP = 3  # kills of workers in which a suspect was alone, after which it is refused
+KILLS = 6  # the same, at whatever steps
+QUIET_SECONDS = 1.0  # the first quiet time
+
+
+@dataclass
+class Record:
+    """What is known about one unanswered job."""
+
+    sent: bool = False  # to the worker that runs now
+    started: bool = False  # in that worker
+    steps: int = 0  # in that worker
+    suspicion: float = 0.0  # ends of workers that had the job
+    crashes: int = 0  # of workers in which it was alone
+    kills: list[int] = field(default_factory=list)  # its steps at each, of workers in which it was alone
+    quiet: float = QUIET_SECONDS  # that a worker must have been ready before the job is sent to it alone
+
+    @property
+    def suspect(self) -> bool:
+        return self.suspicion >= SUSPICION
+
+    @property
+    def guilty(self) -> bool:
+        """Whether the job is refused."""
+        last = self.kills[-KILLS_AT_ONE_STEP:]
+        repeated = len(last) == KILLS_AT_ONE_STEP and max(last) - min(last) <= 1
+        return self.crashes >= CRASHES or repeated or len(self.kills) >= KILLS
+
+
+class Quarantine:
+    """Decides which jobs a worker gets, and which are refused because workers die of them."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, Record] = {}
+
+    def add(self, job: str) -> None:
+        self._records[job] = Record()
+
+    def remove(self, job: str) -> bool:
+        """Forget a job that has its answer, or that nobody waits for; returns whether the worker had it."""
+        record = self._records.pop(job, None)
+        return record is not None and record.sent
+
+    def start(self, job: str) -> None:
+        """The worker has started a job. An unknown one is left alone, here and in step()."""
+        if record := self._records.get(job):
+            record.started = True
+
+    def step(self, job: str, steps: int) -> None:
+        """The worker has done so many steps of a job."""
+        if record := self._records.get(job):
+            record.steps = steps
+
+    def release(self, age: float) -> list[str]:
+        """The jobs to send now to a worker that has been ready for `age` seconds."""
+        first = self._first_suspect()
+        if first is None or age < first.quiet:
+            jobs = [job for job, record in self._records.items() if not (record.sent or record.suspect)]
+        elif any(record.sent for record in self._records.values()):
+            jobs = []
+        else:
+            jobs = [next(job for job, record in self._records.items() if record is first)]
+        for job in jobs:
+            self._records[job].sent = True
+        return jobs
+
+    def quiet_left(self, age: float) -> float:
+        """Seconds after which release() may have more to send although nothing has happened; 0 for none."""
+        first = self._first_suspect()
+        return 0.0 if first is None else max(0.0, first.quiet - age)
+
+    def end(self, cause: Cause, age: float) -> list[str]:
+        """The worker has ended after it was ready for `age` seconds. Returns the jobs to refuse.
+
+        Those are forgotten; all others may be sent to the next worker.
+        """
+        sent = [record for record in self._records.values() if record.sent]
+        if len(sent) == 1:
+            self._add_evidence(sent[0], cause, age)
+        for record in self._records.values():
+            if cause == "kill" and not record.sent:
+                record.kills, record.quiet = [], QUIET_SECONDS
+        self._add_suspicion(sent)
+        for record in sent:
+            record.sent, record.started, record.steps = False, False, 0
+        guilty = [job for job, record in self._records.items() if record.guilty]
+        for job in guilty:
+            del self._records[job]
+        return guilty
+
+    def _add_evidence(self, record: Record, cause: Cause, age: float) -> None:
+        if cause == "crash":
+            record.crashes += 1
+        elif record.suspect:
+            record.kills.append(record.steps)
+            record.quiet = 1.5 * age + 0.5
+
+    def _add_suspicion(self, sent: Sequence[Record]) -> None:
+        any_started = any(record.started for record in sent)
+        for record in sent:
+            record.suspicion += 1.0 if record.started or not any_started else 0.5
+
+    def _first_suspect(self) -> Record | None:
+        """The suspect that runs next, or that runs now."""
+        return next((record for record in self._records.values() if record.suspect), None)

@@ -1,0 +1,183 @@
+"""The rule for jobs that make workers die, on simulated workers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import repeat
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.worker.quarantine import QUIET_SECONDS, Cause, Quarantine
+
+NEVER = float("inf")
+TICK = 0.05  # seconds of a simulated step
+
+
+@dataclass
+class Poison:
+    """How a job makes its worker die: after so many of its steps, before it has even started (-1), or at any
+    step (None)."""
+
+    cause: Cause
+    step: int | None
+    draw: random.Random = field(default_factory=lambda: random.Random(1))
+
+    def strikes(self, steps: int) -> bool:
+        return self.draw.random() < 0.1 if self.step is None else steps == self.step
+
+
+@dataclass
+class World:
+    """Jobs (name -> steps), those of them that make workers die, and at which age somebody kills each worker.
+
+    Every job in the worker takes one step a tick.
+    """
+
+    jobs: dict[str, int]
+    kills: Iterator[float]
+    poisons: dict[str, Poison] = field(default_factory=dict)
+    lives: int = 0
+    seconds: float = 0.0  # for which workers were ready
+    refused_at: float = 0.0  # seconds, of the last refusal
+    done: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
+
+    def run(self, max_lives: int = 10_000) -> World:
+        """Until every job is done or refused."""
+        quarantine = Quarantine()
+        for job in self.jobs:
+            quarantine.add(job)
+        while len(self.done | self.refused) < len(self.jobs):
+            assert self.lives < max_lives, "the workers die for ever"
+            self.lives += 1
+            end = self.live(quarantine, next(self.kills))
+            if end and (guilty := quarantine.end(*end)):
+                self.refused.update(guilty)
+                self.refused_at = self.seconds
+        return self
+
+    def live(self, quarantine: Quarantine, kill_at: float) -> tuple[Cause, float] | None:
+        """One worker; its end, or None when no job is left."""
+        age, steps = 0.0, dict.fromkeys(quarantine.release(0.0), -1)
+        while len(self.done | self.refused) < len(self.jobs):
+            assert steps or quarantine.quiet_left(age) > 0, "nothing runs, and nothing will"
+            age += TICK
+            self.seconds += TICK
+            if age > kill_at:
+                return "kill", kill_at
+            for job in list(steps):
+                poison = self.poisons.get(job)
+                if poison and poison.strikes(steps[job]):
+                    return poison.cause, age
+                steps[job] += 1
+                if steps[job] == 0:
+                    quarantine.start(job)
+                quarantine.step(job, max(steps[job], 0))
+                if steps[job] >= self.jobs[job]:
+                    del steps[job]
+                    self.done.add(job)
+                    quarantine.remove(job)
+            steps |= dict.fromkeys(quarantine.release(age), -1)
+        return None
+
+
+def names(count: int, steps: Callable[[int], int]) -> dict[str, int]:
+    return {f"healthy {number}": steps(number) for number in range(count)}
+
+
+@settings(max_examples=1000)
+@given(st.integers(1, 8), st.lists(st.floats(0, QUIET_SECONDS), max_size=30))
+def test_no_job_is_refused_when_workers_are_killed_right_after_they_are_ready(count, ages):
+    world = World(names(count, lambda i: 20 + 7 * i), iter([*ages, *repeat(NEVER, 100)]))
+    assert world.run().refused == set()
+
+
+@settings(max_examples=1000)
+@given(st.integers(1, 4), st.integers(10, 200), st.floats(0, 20), st.integers(1, 30))
+def test_no_job_is_refused_when_workers_are_killed_at_one_age(count, steps, age, times):
+    world = World(names(count, lambda i: steps), iter([*repeat(age, times), *repeat(NEVER, 100)]))
+    assert world.run().refused == set()
+
+
+@settings(max_examples=1000)
+@given(st.integers(1, 4), st.integers(10, 200), st.floats(0, 10), st.floats(0.01, 0.3), st.randoms())
+def test_no_job_is_refused_when_workers_are_killed_at_about_one_age(count, steps, age, jitter, draw):
+    kills = (age * (1 + draw.uniform(-jitter, jitter)) for _ in range(30))
+    world = World(names(count, lambda i: steps), iter([*kills, *repeat(NEVER, 100)]))
+    assert world.run().refused == set()
+
+
+def test_no_job_is_refused_when_workers_are_killed_at_random():
+    """In 2,000 histories of 40 kills, each in the first seconds of a worker's life."""
+    refused = 0
+    for seed in range(2000):
+        draw = random.Random(seed)
+        longest = draw.uniform(0.5, 10)
+        kills = [draw.uniform(0, longest) for _ in range(40)]
+        jobs = names(draw.randint(1, 6), lambda i, draw=draw: draw.randint(5, 100))
+        refused += len(World(jobs, iter([*kills, *repeat(NEVER, 100)])).run().refused)
+    assert refused == 0
+
+
+@settings(max_examples=1000)
+@given(
+    st.integers(0, 6),
+    st.sampled_from(["crash", "kill"]),
+    st.integers(-1, 60),
+    st.integers(0, 6),
+)
+def test_a_job_that_makes_workers_die_is_refused_within_the_bound(count, cause, step, place):
+    jobs = list(names(count, lambda i: 20 + 5 * i).items())
+    jobs.insert(min(place, count), ("poison", 100))
+    world = World(dict(jobs), repeat(NEVER), {"poison": Poison(cause, step)}).run(8)
+    assert world.refused == {"poison"}
+    own, others = (step + 2) * TICK, sum(20 + 5 * i for i in range(count)) * TICK
+    bound = 6 * own + 2 * (others + 1) if cause == "crash" else 13 * own + 9 * others + 7
+    assert world.lives <= (6 if cause == "crash" else 7)
+    assert world.refused_at <= bound + 10 * TICK
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.sampled_from(["crash", "kill"]), st.integers(-1, 30)), max_size=4))
+def test_several_jobs_that_make_workers_die_are_all_refused_and_no_other(poisons):
+    guilty = {f"poison {number}": Poison(*poison) for number, poison in enumerate(poisons)}
+    jobs = names(4, lambda i: 20 + 5 * i) | dict.fromkeys(guilty, 100)
+    world = World(jobs, repeat(NEVER), guilty).run(8 + 8 * len(guilty))
+    assert world.refused == set(guilty)
+
+
+@pytest.mark.parametrize("cause", ["crash", "kill"])
+def test_a_job_that_makes_workers_die_is_found_although_others_kill_workers_too(cause):
+    for seed in range(100):
+        draw = random.Random(seed)
+        kills = (draw.choice((NEVER, draw.uniform(0, 3))) for _ in iter(int, 1))
+        world = World(names(3, lambda i: 30) | {"poison": 100}, kills, {"poison": Poison(cause, 4)})
+        assert world.run(1000).refused == {"poison"}
+
+
+def test_a_kill_at_another_step_each_time_is_evidence_too():
+    world = World({"poison": 1000, "healthy": 20}, repeat(NEVER), {"poison": Poison("kill", None)}).run(12)
+    assert world.refused == {"poison"}
+
+
+def test_suspects_run_one_at_a_time_and_others_together():
+    quarantine = Quarantine()
+    for job in "ab":
+        quarantine.add(job)
+    assert quarantine.release(0.0) == ["a", "b"]
+    for _ in range(2):
+        quarantine.release(0.0)
+        quarantine.end("crash", 1.0)
+    quarantine.add("c")
+    assert quarantine.release(0.0) == ["c"]
+    assert quarantine.quiet_left(0.4) == pytest.approx(0.6)
+    assert quarantine.release(1.0) == []
+    assert quarantine.remove("c")
+    assert quarantine.release(1.0) == ["a"]
+    assert quarantine.release(2.0) == []
+    quarantine.remove("a")
+    assert quarantine.release(2.0) == ["b"]
