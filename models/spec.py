@@ -1,6 +1,6 @@
 """What a model is, as frozen values: network shapes, schedule, defaults and tasks.
 
-Free of torch, so that a process that only checks requests can use it. Widths are absolute channel counts
+Imports no torch, so that a process that only checks requests can use it. Widths are absolute channel counts
 per level, finest level first.
 """
 
@@ -28,36 +28,31 @@ ALL_TASKS = (
 class UNetSpec:
     """Shape of a time-conditional UNet (Rombach et al. 2021, appendix E).
 
-    With a context every attention is a spatial transformer; without one (context_width 0) it is a plain block
-    of self-attention, and a depth says only whether it is there.
+    With a context every attention is a spatial transformer. Without one (context_width 0) it is a plain block
+    of self-attention, present where the depth is not 0.
     """
 
-    in_channels: int
+    in_channels: int  # of z and the concat channels
     out_channels: int
     channels: tuple[int, ...]  # width of each level
-    res_blocks: int  # residual blocks a level going down; one more going up
-    transformer_depth: tuple[
-        int, ...
-    ]  # transformer blocks after each residual block of a level; 0: no attention
+    res_blocks: int  # residual blocks per level going down; one more going up
+    transformer_depth: tuple[int, ...]  # per residual block of each level; 0: no attention
     middle_depth: int  # transformer blocks in the middle block
     heads: tuple[int, ...]  # attention heads of each level; the middle block uses the last
     context_width: int  # 0: the UNet takes no context
     groups: int = 32  # of every GroupNorm
-    linear_projection: bool = (
-        False  # transformer in/out projections: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
-    )
-    residual_resampling: bool = False  # residual blocks go down and up, not lone convolutions
-    scale_shift_norm: bool = False  # the timestep scales and shifts the second norm's output
-    noise_levels: int = 0  # that it knows, each by an embedding added to the timestep's; 0: none
-    # Levels whose transformers attend to the context twice, and not to themselves; () where none does.
-    cross_only: tuple[bool, ...] = ()
-    added_width: int = 0  # of one vector that is told beside the timestep: pooled text, then sizes; 0: none
-    size_width: int = 0  # that each of six numbers of sizes takes up in it (Podell et al. 2023, section 2.2)
+    linear_projection: bool = False  # in transformers: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
+    residual_resampling: bool = False  # residual blocks go down and up, instead of lone convolutions
+    scale_shift_norm: bool = False  # the timestep embedding scales and shifts the second norm's output
+    noise_levels: int = 0  # size of the table of noise level embeddings, added to the timestep's; 0: none
+    cross_only: tuple[bool, ...] = ()  # of each level: both attentions are to the context; (): none is so
+    added_width: int = 0  # of the pooled vector: text, then sizes; 0: none
+    size_width: int = 0  # embedding width of each of SDXL's six sizes (Podell et al. 2023, section 2.2)
 
     @property
     def factor(self) -> int:
         """Latent sides must be a multiple of this."""
-        return 2 ** (len(self.channels) - 1)
+        return 1 << (len(self.channels) - 1)
 
 
 @dataclass(frozen=True)
@@ -65,28 +60,28 @@ class AutoencoderSpec:
     """Shape of an autoencoder, with a Gaussian latent (KL) or a codebook (VQ) (section 3.1)."""
 
     channels: tuple[int, ...]  # width of each level
-    res_blocks: int  # residual blocks a level in E; one more in D
+    res_blocks: int  # residual blocks per level of the encoder; one more in the decoder
     latent_channels: int
     scale_factor: float  # the diffusion model sees scale_factor * E(x)
-    picture_channels: int = 3
+    image_channels: int = 3
     groups: int = 32
-    sample_size: int = 512  # picture side it was trained at
-    patch_size: int = 1  # E folds squares of so many pixels a side into channels first, D unfolds them last
+    sample_size: int = 512  # side of the images that it was trained on
+    patch_size: int = 1  # side of the squares that are folded into channels at the encoder's start
     codes: int = 0  # in the codebook of a VQ autoencoder; 0: KL
-    inner_channels: int | None = None  # of what E's and D's own networks give and take; None: the latent's
+    inner_channels: int | None = None  # between quant_conv and the encoder or decoder; None: latent_channels
     attention_levels: tuple[int, ...] = ()  # levels with attention after each residual block, 0 the finest
     middle_attention: bool = True
-    upcast: bool = False  # float16 cannot hold what is inside D: it runs in bfloat16 or float32 instead
+    upcast: bool = False  # activations overflow float16: it runs in bfloat16 or float32 instead
 
     @property
     def z_channels(self) -> int:
-        """Channels between E's own network and the latent (the reference's name for them)."""
+        """Channels between the encoder and quant_conv (the reference's name for them)."""
         return self.inner_channels or self.latent_channels
 
     @property
     def factor(self) -> int:
-        """Pixels a latent cell covers along one side (f in the paper)."""
-        return self.patch_size * 2 ** (len(self.channels) - 1)
+        """Pixels along one side of a latent cell (f in the paper)."""
+        return self.patch_size << (len(self.channels) - 1)
 
 
 @dataclass(frozen=True)
@@ -100,12 +95,12 @@ class ScheduleSpec:
     prediction: Prediction = "epsilon"
     spacing: Spacing = "leading"
     steps_offset: int = 1  # added to each timestep of the leading spacing
-    final_alpha_one: bool = False  # the last step goes to alpha_bar = 1 rather than to alpha_bar[0]
+    final_alpha_one: bool = False  # the last step goes to alpha_bar = 1 instead of alpha_bar[0]
 
 
 @dataclass(frozen=True)
 class TextSpec:
-    """Shape of a CLIP text transformer (Radford et al. 2021)."""
+    """Shape of a CLIP text transformer (Radford et al. 2021), and what its output is."""
 
     vocabulary: int
     width: int
@@ -117,15 +112,15 @@ class TextSpec:
     eos_id: int = 49407
     bos_id: int = 49406
     pad_id: int = 49407
-    projection: int = 0  # width of the one vector that a text comes to; 0: one vector a token
-    skipped: int = 0  # layers at the end that the vectors of the tokens do not go through
-    final_norm: bool = True  # the vectors of the tokens go through the last norm
-    pooled: int = 0  # width of one vector of the whole text beside those of its tokens; 0: none
+    projection: int = 0  # the output is one projected vector of this width per text; 0: one vector per token
+    skipped: int = 0  # last layers that the token vectors skip (1: the penultimate layer's output)
+    final_norm: bool = True  # the token vectors go through the final LayerNorm
+    pooled: int = 0  # width of the pooled vector that is made beside the token vectors; 0: none
 
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """Shape of a transformer over tokens: BERT's words, or boxes (Rombach et al. 2021, appendix E.2)."""
+    """Shape of a transformer over tokens of text (BERT's) or of boxes (Rombach et al. 2021, appendix E.2)."""
 
     vocabulary: int
     width: int
@@ -133,25 +128,25 @@ class TokenSpec:
     tokens: int
     heads: int = 8
     head_width: int = 64  # of every head, whatever the width
-    objects: int = 0  # boxes that its tokens can tell (models.boxes); 0: they are words
+    objects: int = 0  # most boxes of a layout (models.conditioning.boxes); 0: the tokens are text
 
 
 @dataclass(frozen=True)
 class ClassSpec:
-    """One learned vector a class."""
+    """A table of class embeddings."""
 
-    classes: int  # the null class, if there is one, included
+    classes: int  # the null class included, if there is one
     width: int
-    null: int | None = None  # the class that stands for none, the last; guidance compares with it
+    null: int | None = None  # the null class, which is the last; None: no guidance
 
 
 @dataclass(frozen=True)
 class SegmentationSpec:
-    """A map of classes, as channels beside the latent."""
+    """A segmentation map, as concat channels."""
 
     classes: int
     channels: int
-    halvings: int = 2  # of the map's size, to the latent's
+    halvings: int = 2  # how often the map is halved, down to the latent's size
 
 
 Condition = TokenSpec | ClassSpec | SegmentationSpec
@@ -160,34 +155,33 @@ CONDITIONS = {kind.__name__: kind for kind in (TokenSpec, ClassSpec, Segmentatio
 
 @dataclass(frozen=True)
 class Masking:
-    """How a mask, and the picture that it hides parts of, are told to a UNet that takes both beside z.
+    """How a UNet with mask channels takes the mask and the masked image.
 
-    The defaults are those of Stable Diffusion's inpainting.
+    The defaults are those of Stable Diffusion's inpainting models.
     """
 
-    mask_first: bool = True  # before E(masked picture), else after it
-    kept: float = 0.0  # what the mask is where the picture stays; 1 where it is painted anew
-    hidden: float = 0.0  # what hidden pixels are shown as, of [-1, 1]
-    nearest: bool = False  # a cell has the mask of one of its pixels; else it is painted where any of them is
+    mask_first: bool = True  # the mask is the channel before the masked image's latent, else after it
+    unmasked_value: float = 0.0  # of the mask where the image is kept; it is 1 where the image is repainted
+    masked_pixel: float = 0.0  # what masked pixels are set to before encoding, of [-1, 1]
+    nearest: bool = False  # a cell takes the mask of one pixel; else it is masked if any of its pixels is
 
 
 @dataclass(frozen=True)
 class UpscalingSpec:
-    """How a low-resolution picture goes beside the latent: a pixel on each cell, with noise on it or not.
+    """How a low-resolution image conditions an upscaler: as concat channels, one pixel per latent cell."""
 
-    The noise level is a timestep of a schedule of its own; the UNet is told which (Ho et al. 2022).
-    """
-
-    noise: ScheduleSpec | None = None  # None: the picture is taken as it is
+    # Schedule of the noise that is added to the low-resolution image; its timestep is the noise level, which
+    # the UNet is given too (Ho et al. 2022). None: no noise is added.
+    noise: ScheduleSpec | None = None
     max_noise_level: int = 0
-    # The latent is what E sees in the large picture less what it sees in the small one resampled, which is
-    # told to the UNet too (Li et al. 2022 do so with pixels).
+    # The latent is the difference between those of the large image and of the resampled small one, and the
+    # latter is a concat channel too (Li et al. 2022 do so with pixels).
     residual: bool = False
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request gets when it does not say."""
+    """Values for what a request leaves out."""
 
     width: int = 512
     height: int = 512
@@ -202,70 +196,77 @@ class Defaults:
 class ModelSpec:
     """One servable latent diffusion model.
 
-    tasks: what it can be asked for. A UNet that takes latents and nothing beside them inpaints by blending:
-    after each step, what is known is put back where the mask keeps it (models.samplers.keep). labels: names
-    that classes, boxes and regions are called by; label i is number i.
+    tasks: those it can do. A UNet without mask channels inpaints by blending latents: after each step the
+    given image is restored outside the mask (models.sampling.step.blend_unmasked). labels: names of classes,
+    boxes and regions, by index.
     """
 
     name: str
-    unet: UNetSpec | None  # None: a first stage alone
+    unet: UNetSpec | None  # None: an autoencoder alone
     autoencoder: AutoencoderSpec
     schedule: ScheduleSpec
-    texts: tuple[TextSpec, ...]  # of CLIP; the widths of several add up to the context's
+    texts: tuple[TextSpec, ...]  # CLIP text encoders; their widths add up to the context's
     defaults: Defaults = field(default_factory=Defaults)
     tasks: tuple[str, ...] = ALL_TASKS[:3]
-    upscaling: UpscalingSpec | None = None  # it enlarges a picture by the autoencoder's factor
-    mask_channels: bool = False  # the UNet takes a mask and the latent of the masked picture after z
-    masking: Masking = Masking()  # how, if it does
-    layout_channels: int = 0  # that tell the UNet which label belongs where, after those
+    upscaling: UpscalingSpec | None = None  # an upscaler, which enlarges by the autoencoder's factor
+    mask_channels: bool = False  # the UNet takes a mask and the masked image's latent as concat channels
+    masking: Masking = Masking()  # in what form
+    layout_channels: int = 0  # concat channels, after those, that hold which label is where
     labels: tuple[str, ...] = ()
-    condition: Condition | None = None  # any other conditioner with weights of its own
-    zero_null: bool = False  # guidance compares with a context of zeros where nothing is unwanted
-    loras: tuple[str, ...] = ()  # names of the changes of its weights that requests can ask for
-    embeddings: tuple[str, ...] = ()  # words of prompts that it has learned beside its own
+    condition: Condition | None = None  # a conditioner other than CLIP, with weights of its own
+    zero_null: bool = False  # guidance compares with a context of zeros where the negative prompt is empty
+    loras: tuple[str, ...] = ()  # names of the LoRAs that requests can use
+    embeddings: tuple[str, ...] = ()  # names of the textual inversion embeddings, usable as words of prompts
 
     @property
-    def beside(self) -> int:
-        """Channels that the UNet takes beside z."""
+    def unet_spec(self) -> UNetSpec:
+        """The UNet's shape. Raises ValueError for an autoencoder alone."""
+        if self.unet is None:
+            raise ValueError(f"{self.name} is an autoencoder alone and has no UNet")
+        return self.unet
+
+    @property
+    def concat_channels(self) -> int:
+        """Channels that the UNet takes after those of z."""
         masked = self.mask_channels * (1 + self.autoencoder.latent_channels)
-        low = self.autoencoder.picture_channels if self.upscaling else 0
+        low = self.autoencoder.image_channels if self.upscaling else 0
         resampled = self.autoencoder.latent_channels if self.upscaling and self.upscaling.residual else 0
         return masked + self.layout_channels + low + resampled
 
     @property
     def context_shape(self) -> tuple[int, int] | None:
-        """(L, C) of the context that the UNet is given; None where it is given none."""
+        """(L, C) of the UNet's context; None where it takes none."""
         if self.texts:
-            return (1 if self.texts[0].projection else self.texts[0].tokens), self.unet.context_width
+            return (1 if self.texts[0].projection else self.texts[0].tokens), self.unet_spec.context_width
         if isinstance(self.condition, TokenSpec):
             return self.condition.tokens, self.condition.width
         return (1, self.condition.width) if isinstance(self.condition, ClassSpec) else None
 
     @property
-    def lacks_context(self) -> bool:
-        """Whether its UNet expects a context and nothing makes one: its text encoder lies elsewhere."""
+    def lacks_text_encoder(self) -> bool:
+        """Whether the UNet takes a context that nothing makes: the text encoder is in another file."""
         return bool(self.unet and self.unet.context_width and not (self.texts or self.condition))
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether words tell it anything."""
-        return bool(self.texts) or self.reads_words
+        """Whether the model is conditioned on text."""
+        return bool(self.texts) or self.uses_bert_tokens
 
     @property
-    def reads_words(self) -> bool:
-        """Whether prompts are told in BERT's words, which its file does not hold."""
+    def uses_bert_tokens(self) -> bool:
+        """Whether prompts are tokenized with BERT's vocabulary, which the model's file does not hold."""
         return isinstance(self.condition, TokenSpec) and not self.condition.objects
 
     @property
     def guided(self) -> bool:
-        """Whether it knows a null condition, which guidance compares with."""
+        """Whether the model supports classifier-free guidance: it has a null condition."""
         return self.reads_prompts or (
             isinstance(self.condition, ClassSpec) and self.condition.null is not None
         )
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What tells it what to make, by the names of a request's fields."""
+        """Fields of a request that condition the model, of which the first is the main one."""
         if isinstance(self.condition, ClassSpec):
             return ("class_label",)
         if self.labels_pixels:
@@ -278,43 +279,43 @@ class ModelSpec:
 
     @property
     def label_count(self) -> int:
-        """Labels that there are, whether they have names or are numbers alone."""
+        """How many labels there are, named or not."""
         if isinstance(self.condition, ClassSpec):
             return self.condition.classes - (self.condition.null is not None)
         if isinstance(self.condition, SegmentationSpec):
             return self.condition.classes
         if isinstance(self.condition, TokenSpec) and self.condition.objects:
-            return self.condition.vocabulary - 1  # the last token stands for no object
+            return self.condition.vocabulary - 1  # the last token means "no object"
         return len(self.labels)
 
     @property
     def labels_pixels(self) -> bool:
-        """Whether maps of labels are of the picture's own size, and leave no pixel without a label."""
+        """Whether segmentation maps have the image's own size and a label for every pixel."""
         return isinstance(self.condition, SegmentationSpec)
 
     @property
     def label_cell(self) -> int:
-        """Pixels along a side of what has one label in a map of labels."""
-        halvings = self.condition.halvings if self.labels_pixels else 0
-        return self.autoencoder.factor // 2**halvings
+        """Side in pixels of one cell of a segmentation map."""
+        halvings = self.condition.halvings if isinstance(self.condition, SegmentationSpec) else 0
+        return self.autoencoder.factor >> halvings
 
     @property
     def size_multiple(self) -> int:
-        """Picture sides must be a multiple of this: the autoencoder's factor times the UNet's."""
+        """Image sides must be a multiple of this: the autoencoder's factor times the UNet's."""
         return self.autoencoder.factor * (self.unet.factor if self.unet else 1)
 
     @property
     def tile(self) -> int:
-        """Cells of a side of the tiles in which pictures are enlarged."""
+        """Side, in latent cells, of the tiles in which images are upscaled."""
         return self.defaults.width // self.autoencoder.factor
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(channels, rows, columns) of the latent of a width x height picture."""
+        """(channels, rows, columns) of the latent of a width x height image."""
         f = self.autoencoder.factor
         return (self.autoencoder.latent_channels, height // f, width // f)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain containers, for a message between processes."""
+        """Plain containers, for a message between processes."""
         kind = {} if self.condition is None else {"kind": type(self.condition).__name__}
         return asdict(self) | kind
 

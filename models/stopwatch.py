@@ -1,4 +1,4 @@
-"""Where the time of a start goes."""
+"""Measures how the time of loading a model is spent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Stopwatch:
-    """Seconds of parts that follow each other; parts of one name add up."""
+    """Seconds per named part of a sequence of work; parts of the same name add up."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.parts: dict[str, float] = {}
@@ -15,7 +15,7 @@ class Stopwatch:
         self._last = clock()
 
     def lap(self, name: str) -> None:
-        """What was done since the last lap was this."""
+        """Attribute the time since the previous lap to `name`."""
         now = self._clock()
         self.parts[name] = self.parts.get(name, 0.0) + now - self._last
         self._last = now

@@ -1,57 +1,62 @@
-"""Large pictures in overlapping tiles: where they lie, and how they fade into each other. Free of torch."""
+"""Large images in overlapping tiles: where the tiles are, and how they are blended. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class Tiles(NamedTuple):
-    """Tiles of one size (rows, columns) over a grid of cells: the upper left corner of each."""
+    """Tiles of one size (rows, columns) on a grid of cells, by their upper left corners."""
 
     size: tuple[int, int]
     corners: tuple[tuple[int, int], ...]
 
     def slices(self, index: int, factor: int = 1) -> tuple[slice, slice]:
-        """Rows and columns of a tile, of a picture in which a cell covers factor x factor pixels."""
+        """Rows and columns of a tile, in an image in which a cell covers factor x factor pixels."""
         ends = zip(self.corners[index], self.size, strict=True)
         rows, columns = (slice(factor * start, factor * (start + size)) for start, size in ends)
         return rows, columns
 
 
 def cut(h: int, w: int, side: int) -> Tiles:
-    """Squares of `side` cells, or of what there is, that overlap by at least a quarter."""
+    """Tiles of `side` x `side` cells, or as large as the grid, that overlap by at least a quarter."""
     size = min(h, side), min(w, side)
     return Tiles(size, tuple((top, left) for top in starts(h, size[0]) for left in starts(w, size[1])))
 
 
 def starts(size: int, tile: int) -> list[int]:
-    """Where tiles begin along a side; the last ends with the side."""
+    """First cells of the tiles along a side; the last tile ends with the side."""
     stride = tile - tile // 4
     return [*range(0, max(size - tile, 0), stride), max(size - tile, 0)]
 
 
-def merge(parts: Iterable[np.ndarray], tiles: Tiles, factor: int) -> np.ndarray:
-    """Tiles (f*rows, f*columns, C) of any numbers -> the whole (f*h, f*w, C) float32.
+def merge(parts: Iterable[NDArray[Any]], tiles: Tiles, factor: int) -> NDArray[np.float32]:
+    """Tiles (f*rows, f*columns, C) of any dtype -> the whole (f*h, f*w, C) float32.
 
-    Where tiles overlap, each counts the more the farther it is from its own border.
+    Where tiles overlap, a pixel's weight grows with its distance from the tile's border.
     """
     height, width = (factor * (last + n) for last, n in zip(tiles.corners[-1], tiles.size, strict=True))
     down, across = (ramp(factor * size, factor * size // 4) for size in tiles.size)
     fade = down[:, None, None] * across[:, None]
-    total, weight = 0.0, np.zeros((height, width, 1), np.float32)
+    total: NDArray[np.float32] | None = None
+    weight = np.zeros((height, width, 1), np.float32)
     for index, part in enumerate(parts):
         area = tiles.slices(index, factor)
-        if not index:
+        if total is None:
             total = np.zeros((height, width, part.shape[2]), np.float32)
         total[area] += fade * part
         weight[area] += fade
+    if total is None:
+        raise ValueError("no tiles to merge")
     return total / weight
 
 
-def ramp(size: int, fade: int) -> np.ndarray:
+def ramp(size: int, fade: int) -> NDArray[np.float32]:
     """(size,): weights of a tile along one side, rising and falling over `fade` pixels at its ends."""
     distance = np.arange(size, dtype=np.float32) + 1
-    return np.minimum(distance, distance[::-1]).clip(max=max(fade, 1)) / max(fade, 1)
+    weights: NDArray[np.float32] = np.minimum(distance, distance[::-1]).clip(max=max(fade, 1)) / max(fade, 1)
+    return weights

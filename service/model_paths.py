@@ -134,6 +134,6 @@ def read_specs(
     for name, spec in specs.items():
         if spec.unet is None:
             raise CheckpointError(f"{name} is an autoencoder alone: without a UNet it cannot generate images")
-        if spec.lacks_context:
+        if spec.lacks_text_encoder:
             raise CheckpointError(f"{name}: {companions.TEXT_WANTED}")
     return specs

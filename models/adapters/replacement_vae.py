@@ -24,7 +24,7 @@ from models.errors import CheckpointError
 from models.formats import keymaps, ldm
 from models.formats.config_files import read_json
 from models.formats.diffusers_read import autoencoder_spec, translated
-from models.latent_diffusion import LatentDiffusion, stage_dtype
+from models.latent_diffusion import LatentDiffusion, autoencoder_dtype
 from models.networks.autoencoder import Autoencoder
 from models.spec import AutoencoderSpec
 
@@ -41,7 +41,7 @@ def replaced(
 ) -> LatentDiffusion:
     """The model with the autoencoder at `path`. Raises CheckpointError as open_vae() does."""
     spec, part = open_vae(path, bundle.spec.autoencoder, device, allow_pickle)
-    assign(part, stage_dtype(spec, dtype, device))
+    assign(part, autoencoder_dtype(spec, dtype, device))
     autoencoder = part.network.requires_grad_(False).eval().to(device)
     return LatentDiffusion(
         replace(bundle.spec, autoencoder=spec), bundle.unet, autoencoder, bundle.conditioner

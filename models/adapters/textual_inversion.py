@@ -102,4 +102,4 @@ def learn(encoder: TextEncoder, name: str, vectors: Tensor) -> None:
     first = len(table)
     whole = torch.cat([table, vectors.to(table.device, table.dtype)])
     embeddings.token_embedding = nn.Embedding.from_pretrained(whole, freeze=True)
-    encoder.words[name.lower()] = tuple(range(first, first + len(vectors)))
+    encoder.learned_words[name.lower()] = tuple(range(first, first + len(vectors)))

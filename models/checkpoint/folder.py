@@ -41,7 +41,7 @@ from models.formats.diffusers_read import (
     write_configs,
 )
 from models.formats.safetensors import FLOATS, Stored
-from models.latent_diffusion import LatentDiffusion, stage_dtype
+from models.latent_diffusion import LatentDiffusion, autoencoder_dtype
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
 from models.spec import ModelSpec, Prediction, TextSpec, TokenSpec
@@ -138,7 +138,7 @@ def load(
     opened = open_model(path, device, allow_pickle, prediction)
     check(opened, path)
     watch.lap("headers")
-    stage = stage_dtype(opened.spec.autoencoder, dtype, device)
+    stage = autoencoder_dtype(opened.spec.autoencoder, dtype, device)
     for part in opened.parts:
         assign(part, stage if part.network is opened.networks.autoencoder else dtype)
         watch.lap(f"weights of {type(part.network).__name__}")

@@ -142,9 +142,9 @@ def notes(opened: Opened, path: Path) -> Iterator[str]:
     if (file := single_file.weights_of(path)) and single_file.is_guessed(file, opened.weights.stored):
         taken = opened.spec.schedule.prediction
         yield f"eps or v, no tensor shows: taken for {taken}; a YAML file beside it or --prediction tells"
-    if opened.spec.reads_words and companions.find(path) is None:
+    if opened.spec.uses_bert_tokens and companions.find(path) is None:
         yield companions.WANTED
-    if opened.spec.lacks_context:
+    if opened.spec.lacks_text_encoder:
         yield companions.TEXT_WANTED
 
 

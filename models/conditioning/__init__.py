@@ -1,1 +1,1 @@
-"""From prompts, classes, boxes and regions to the context of the UNet."""
+"""From prompts, classes, boxes and segmentation maps to the UNet's context and concat channels."""

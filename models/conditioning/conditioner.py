@@ -1,4 +1,4 @@
-"""What a request says, as a context for the UNet or as channels beside the latent."""
+"""Conditioners: from what a request asks for to the UNet's context or concat channels."""
 
 from __future__ import annotations
 
@@ -8,54 +8,58 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, interpolate, pad
-from transformers import BertTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from models.conditioning.boxes import Box, tokens
-from models.conditioning.prompts import Reading
-from models.conditioning.text_encoder import Context, Reader, TextEncoder, TokenTransformer, weighed
-from models.formats.companions import WANTED
-from models.formats.diffusers_read import CheckpointError
+from models.conditioning.prompt_tokenizer import PromptTokenizer
+from models.conditioning.prompts import PromptOptions
+from models.conditioning.text_encoder import Context, TextEncoder, apply_weights
+from models.errors import CheckpointError
+from models.networks.modules import module_list
+from models.networks.token_transformer import TokenTransformer
 from models.spec import ClassSpec, Condition, SegmentationSpec, TokenSpec
 
-GRAY = 128  # what a pixel under the mask is shown as to a UNet with mask channels
+PLAIN = PromptOptions()
 
 
-class Asked(NamedTuple):
-    """What a picture is to show. Each conditioner hears what it is for."""
+class ConditioningInput(NamedTuple):
+    """What an image is to show. Each conditioner uses the fields that it is for."""
 
     prompt: str = ""
     negative_prompt: str = ""
-    class_label: int | None = None  # None: of no class
+    class_label: int | None = None  # None: no class
     boxes: Sequence[Box] = ()
-    regions: Tensor | None = None  # (rows, columns) of labels counted from 1, or 0 for none
-    size: tuple[int, int] | None = None  # (width, height) of the picture; None: the model's own
-    reading: Reading = Reading()
+    regions: Tensor | None = None  # (rows, columns), a segmentation map of labels from 1; 0: no label
+    size: tuple[int, int] | None = None  # (width, height) of the image; None: the model's default
+    prompt_options: PromptOptions = PLAIN
 
     @property
     def prompts(self) -> tuple[str, str]:
-        """Without guidance's condition and with it."""
+        """The unconditional prompt and the conditional one."""
         return self.negative_prompt, self.prompt
 
 
 class LayoutProjection(nn.Module):
-    """Names -> the channels that their regions have beside the latent."""
+    """Label names -> the vectors that their regions have as concat channels."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
         self.projection = nn.Linear(width, channels)
 
     def forward(self, encoder: TextEncoder, ids: Tensor) -> Tensor:
-        """ids (K, L) of names -> (K, channels): their text's last token, projected."""
+        """ids (K, L) of names -> (K, channels): the end token's vector of each, projected."""
         states = encoder(ids).tokens
-        last = (ids == encoder.spec.eos_id).int().argmax(dim=1)
-        return self.projection(states[torch.arange(len(ids), device=ids.device), last])
+        end = (ids == encoder.spec.eos_id).int().argmax(dim=1)
+        channels: Tensor = self.projection(states[torch.arange(len(ids), device=ids.device), end])
+        return channels
 
 
 class TextConditioner(nn.Module):
-    """Prompts -> context, and where the model knows regions, labels -> channels beside the latent.
+    """Prompts -> context by CLIP text encoders; labels -> concat channels where the model takes layouts.
 
-    Every encoder reads the whole prompt, with its own tokenizer; their vectors of a token stand side by side.
-    The null context is that of the empty prompt, or zeros; where there is no region, its channels are 0.
+    Every encoder reads the whole prompt, with its own tokenizer; their token vectors are concatenated. The
+    unconditional context is that of the negative prompt; with zero_null it is zeros where that prompt is
+    empty.
     """
 
     def __init__(
@@ -66,114 +70,126 @@ class TextConditioner(nn.Module):
         zero_null: bool = False,
     ) -> None:
         super().__init__()
-        self.encoders = nn.ModuleList(encoders)
+        self.encoders = module_list(encoders)
         self.layout = layout
         self.labels = tuple(labels)
         self.zero_null = zero_null
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
-    def contexts(self, asked: Asked) -> Context:
-        """Without guidance's condition and with it: tokens (2, L, C), pooled (2, P) where there is such.
+    @property
+    def prompt_tokenizers(self) -> list[PromptTokenizer]:
+        """Of each encoder."""
+        return [encoder.prompt_tokenizer for encoder in self.encoders]
 
-        L is that of a chunk times self.chunks(asked). pooled is that of the first chunk, without weights.
+    def context_pair(self, inputs: ConditioningInput) -> Context:
+        """The unconditional context and the conditional one, as two rows.
+
+        tokens (2, L, C); pooled (2, P) if the model has it. L is the length of a chunk times
+        self.chunks(inputs). pooled is that of the first chunk, unweighted.
         """
-        count, readers = self.chunks(asked), [encoder.reader for encoder in self.encoders]
+        count = self.chunks(inputs)
         ids, weights = zip(
-            *(reader.table(asked.prompts, asked.reading, count) for reader in readers), strict=True
+            *(each.table(inputs.prompts, inputs.prompt_options, count) for each in self.prompt_tokenizers),
+            strict=True,
         )
-        tokens, pooled = self.encode(ids, weights)
-        both = Context(side_by_side(tokens, count), None if pooled is None else pooled[::count])
-        if not self.zero_null or asked.negative_prompt:
-            return both
-        return Context(*(None if told is None else without_first(told) for told in both))
+        states, pooled = self.encode(ids, weights)
+        pair = Context(join_chunks(states, count), None if pooled is None else pooled[::count])
+        if not self.zero_null or inputs.negative_prompt:
+            return pair
+        return Context(zero_first(pair.tokens), None if pair.pooled is None else zero_first(pair.pooled))
 
-    def chunks(self, asked: Asked) -> int:
-        """Contexts that the longer prompt fills."""
-        return longest(asked, [encoder.reader for encoder in self.encoders])
+    def chunks(self, inputs: ConditioningInput) -> int:
+        """Chunks of the longer prompt."""
+        return most_chunks(inputs, self.prompt_tokenizers)
 
     def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Token ids (B, n) of each encoder, padded and cut to the context length."""
+        """Token ids (B, n) for each encoder, padded and truncated to the context length."""
         return [encoder.tokenize(prompts) for encoder in self.encoders]
 
     def encode(self, ids: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None) -> Context:
-        """ids and weights (B, n) of each encoder -> tokens (B, L, C), pooled (B, P) where there is such."""
-        told = [
+        """ids and weights (B, n) for each encoder -> tokens (B, L, C), pooled (B, P) if the model has it."""
+        contexts: list[Context] = [
             encoder(each.to(device=self.device, dtype=torch.long))
             for encoder, each in zip(self.encoders, ids, strict=True)
         ]
-        pooled = [one.pooled for one in told if one.pooled is not None]
-        weights = weights or [None] * len(told)
-        tokens = torch.cat([weighed(one.tokens, w) for one, w in zip(told, weights, strict=True)], dim=-1)
-        return Context(tokens, torch.cat(pooled, dim=-1) if pooled else None)
+        pooled = [each.pooled for each in contexts if each.pooled is not None]
+        weights = weights or [None] * len(contexts)
+        states = [apply_weights(each.tokens, w) for each, w in zip(contexts, weights, strict=True)]
+        return Context(torch.cat(states, dim=-1), torch.cat(pooled, dim=-1) if pooled else None)
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> (B, L, C), cut to the context length."""
+        """Prompts -> (B, L, C), truncated to the context length."""
         return self.encode(self.tokenize(prompts)).tokens
 
     def from_ids(self, *ids: Tensor) -> Tensor:
-        """Token ids (B, n) of each encoder, or of all -> (B, L, C): a vector a token, or one of the text."""
+        """Token ids (B, n), one tensor for each encoder or for all -> (B, L, C)."""
         return self.encode(ids * len(self.encoders) if len(ids) == 1 else ids).tokens
 
     def from_regions(self, regions: Tensor) -> Tensor:
-        """regions (h, w), the number of a label counted from 1, or 0 for none -> (channels, h, w)."""
+        """A segmentation map (h, w) of labels from 1, 0 for none -> concat channels (channels, h, w)."""
+        if self.layout is None:
+            raise ValueError("this model takes no layout")
         encoder = self.encoders[0]
         present, index = regions.to(self.device).unique(return_inverse=True)
         ids = encoder.tokenize([self.labels[max(number - 1, 0)] for number in present.tolist()])
-        table = self.layout(encoder, ids.to(self.device)) * (present > 0)[:, None]
+        table: Tensor = self.layout(encoder, ids.to(self.device)) * (present > 0)[:, None]
         return table[index].movedim(-1, 0)
 
-    def overflow(self, prompt: str, reading: Reading = Reading()) -> str:  # noqa: B008
-        """The end of the prompt that is left out; '' if it fits."""
-        return self.encoders[0].reader.overflow(prompt, reading)
+    def overflow(self, prompt: str, options: PromptOptions = PLAIN) -> str:
+        """The end of the prompt that is truncated; '' if it fits."""
+        return self.encoders[0].prompt_tokenizer.overflow(prompt, options)
 
 
-def longest(asked: Asked, readers: Sequence[Reader]) -> int:
-    """Chunks that the longer prompt takes with the tokenizer that makes the most of it."""
-    return max(len(reader.chunks(prompt, asked.reading)) for reader in readers for prompt in asked.prompts)
+def most_chunks(inputs: ConditioningInput, tokenizers: Sequence[PromptTokenizer]) -> int:
+    """The most chunks that either prompt takes with any of the tokenizers."""
+    options = inputs.prompt_options
+    return max(len(each.chunks(prompt, options)) for each in tokenizers for prompt in inputs.prompts)
 
 
-def side_by_side(tokens: Tensor, count: int) -> Tensor:
-    """(B n, L, C), the n chunks of each prompt in turn -> (B, n L, C)."""
-    return tokens.unflatten(0, (-1, count)).flatten(1, 2)
+def join_chunks(states: Tensor, count: int) -> Tensor:
+    """Concatenates the n chunks of each prompt: (B n, L, C) -> (B, n L, C)."""
+    joined: Tensor = states.unflatten(0, (-1, count)).flatten(1, 2)
+    return joined
 
 
-def without_first(told: Tensor) -> Tensor:
-    """(2, ...) with zeros for the first."""
-    return torch.stack([torch.zeros_like(told[0]), told[1]])
+def zero_first(pair: Tensor) -> Tensor:
+    """(2, ...) with zeros for the first row."""
+    return torch.stack([torch.zeros_like(pair[0]), pair[1]])
 
 
 class TokenConditioner(nn.Module):
-    """Prompts in BERT's words -> context. The null context is that of the empty prompt."""
+    """Prompts in BERT's tokens -> context. The unconditional context is that of the negative prompt."""
 
-    def __init__(self, spec: TokenSpec, tokenizer: BertTokenizer | None = None) -> None:
+    def __init__(self, spec: TokenSpec, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """tokenizer: may be set later, before the first prompt; single files do not hold it."""
         super().__init__()
         self.transformer = TokenTransformer(spec)
         self.tokenizer = tokenizer
 
     @property
-    def reader(self) -> Reader:
-        """Raises CheckpointError where there is no tokenizer: single files carry none."""
+    def prompt_tokenizer(self) -> PromptTokenizer:
+        """Raises CheckpointError where no tokenizer was set."""
         if self.tokenizer is None:
-            raise CheckpointError(WANTED)
-        return Reader(self.tokenizer, self.transformer.spec.tokens)
+            raise CheckpointError("prompts need vocab.txt of bert-base-uncased beside the checkpoint")
+        return PromptTokenizer(self.tokenizer, self.transformer.spec.tokens)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Begin and end tokens added, padded and cut to the context length: (B, L) integers."""
-        return self.reader.table(prompts, Reading())[0]
+        """Token ids (B, L) with begin and end tokens, padded and truncated to the context length."""
+        return self.prompt_tokenizer.table(prompts, PLAIN)[0]
 
-    def chunks(self, asked: Asked) -> int:
-        """Contexts that the longer prompt fills."""
-        return longest(asked, [self.reader])
+    def chunks(self, inputs: ConditioningInput) -> int:
+        """Chunks of the longer prompt."""
+        return most_chunks(inputs, [self.prompt_tokenizer])
 
-    def contexts(self, asked: Asked) -> Context:
-        """Without guidance's condition and with it: (2, L, C), L that of a chunk times self.chunks(asked)."""
-        count = self.chunks(asked)
-        ids, weights = self.reader.table(asked.prompts, asked.reading, count)
-        return Context(side_by_side(weighed(self.from_ids(ids), weights), count))
+    def context_pair(self, inputs: ConditioningInput) -> Context:
+        """The unconditional context and the conditional one: (2, L, C), L that of all chunks."""
+        count = self.chunks(inputs)
+        ids, weights = self.prompt_tokenizer.table(inputs.prompts, inputs.prompt_options, count)
+        return Context(join_chunks(apply_weights(self.from_ids(ids), weights), count))
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, L, C)."""
@@ -181,80 +197,89 @@ class TokenConditioner(nn.Module):
 
     def from_ids(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, L, C)."""
-        return self.transformer(ids.to(device=self.transformer.device, dtype=torch.long))
+        states: Tensor = self.transformer(ids.to(device=self.transformer.device, dtype=torch.long))
+        return states
 
-    def overflow(self, prompt: str, reading: Reading = Reading()) -> str:  # noqa: B008
-        """The end of the prompt that is left out; '' if it fits."""
-        return self.reader.overflow(prompt, reading)
+    def overflow(self, prompt: str, options: PromptOptions = PLAIN) -> str:
+        """The end of the prompt that is truncated; '' if it fits."""
+        return self.prompt_tokenizer.overflow(prompt, options)
 
 
 class BoxConditioner(nn.Module):
-    """Scenes of boxes -> context. There is no null context."""
+    """Boxes -> context. There is no unconditional context, so guidance is not supported."""
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__()
         self.transformer = TokenTransformer(spec)
 
-    def contexts(self, asked: Asked) -> Context:
-        """The same twice, for nothing guides: (2, L, C)."""
-        return Context(self([asked.boxes]).expand(2, -1, -1))
+    def context_pair(self, inputs: ConditioningInput) -> Context:
+        """The conditional context twice: (2, L, C)."""
+        return Context(self.forward([inputs.boxes]).expand(2, -1, -1))
 
-    def forward(self, scenes: Sequence[Sequence[Box]]) -> Tensor:
-        """Boxes of each picture -> (B, L, C)."""
-        return self.from_ids(torch.tensor([tokens(boxes, self.transformer.spec) for boxes in scenes]))
+    def forward(self, layouts: Sequence[Sequence[Box]]) -> Tensor:
+        """The boxes of each image -> (B, L, C)."""
+        return self.from_ids(torch.tensor([tokens(boxes, self.transformer.spec) for boxes in layouts]))
 
     def from_ids(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, L, C)."""
-        return self.transformer(ids.to(device=self.transformer.device, dtype=torch.long))
+        states: Tensor = self.transformer(ids.to(device=self.transformer.device, dtype=torch.long))
+        return states
 
 
 class ClassConditioner(nn.Module):
-    """Numbers of classes -> a context of one vector. The null context is that of the null class, if any."""
+    """Class indices -> a context of one vector. The null class, if any, gives the unconditional context."""
 
     def __init__(self, spec: ClassSpec) -> None:
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding(spec.classes, spec.width)
 
-    def contexts(self, asked: Asked) -> Context:
-        """Without guidance's condition and with it: (2, 1, C); the same twice where nothing guides."""
-        told = self.spec.null if asked.class_label is None else asked.class_label
-        return Context(self([told if self.spec.null is None else self.spec.null, told]))
+    def context_pair(self, inputs: ConditioningInput) -> Context:
+        """The unconditional context and the conditional one: (2, 1, C); without a null class, the same twice.
+
+        Raises ValueError where no class is given and there is no null class to stand for it.
+        """
+        null = self.spec.null
+        label = null if inputs.class_label is None else inputs.class_label
+        if label is None:
+            raise ValueError("class_label is required: this model has no null class")
+        return Context(self.forward([label if null is None else null, label]))
 
     def forward(self, labels: Sequence[int] | Tensor) -> Tensor:
-        """B numbers from 0 -> (B, 1, C)."""
+        """B class indices -> (B, 1, C)."""
         device = self.embedding.weight.device
-        return self.embedding(torch.as_tensor(labels, dtype=torch.long, device=device))[:, None]
+        vectors: Tensor = self.embedding(torch.as_tensor(labels, dtype=torch.long, device=device))
+        return vectors[:, None]
 
 
 class SegmentationConditioner(nn.Module):
-    """Maps of classes -> channels beside the latent: each class has a colour, and sizes are halved."""
+    """Segmentation maps -> concat channels: a learned vector per class, halved to the latent's size."""
 
     def __init__(self, spec: SegmentationSpec) -> None:
         super().__init__()
         self.spec = spec
         self.channel_mapper = nn.Conv2d(spec.classes, spec.channels, 1, bias=False)
 
-    def contexts(self, asked: Asked) -> None:
-        """It makes channels alone."""
+    def context_pair(self, inputs: ConditioningInput) -> None:
+        """None: this conditioner makes concat channels alone."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Numbers of classes from 0, (B, H, W) -> (B, C, H / 2^n, W / 2^n)."""
-        return self.mixed(maps + 1)
+        """Class indices from 0, (B, H, W) -> (B, C, H / 2^n, W / 2^n)."""
+        return self.channels_of(maps + 1)
 
     def from_regions(self, regions: Tensor) -> Tensor:
-        """Numbers of classes from 1, 0 for none, (H, W) -> (C, H / 2^n, W / 2^n)."""
-        return self.mixed(regions[None])[0]
+        """Labels from 1, 0 for none, (H, W) -> (C, H / 2^n, W / 2^n)."""
+        return self.channels_of(regions[None])[0]
 
-    def mixed(self, maps: Tensor) -> Tensor:
-        """As from_regions, of (B, H, W).
+    def channels_of(self, maps: Tensor) -> Tensor:
+        """As from_regions, for a batch (B, H, W).
 
-        The reference halves a channel a class and mixes them then; both are linear, so to look the colour up
-        first is the same with far less memory.
+        The reference halves one-hot maps and then mixes their channels. Both are linear, so looking up the
+        mixed vectors first gives the same with far less memory.
         """
         weight = self.channel_mapper.weight
-        colours = pad(weight.flatten(1).T, (0, 0, 1, 0))  # (1 + classes, C), none first
-        y = embedding(maps.to(device=weight.device, dtype=torch.long), colours).movedim(-1, 1)
+        vectors = pad(weight.flatten(1).T, (0, 0, 1, 0))  # (1 + classes, C); zeros for no label come first
+        y = embedding(maps.to(device=weight.device, dtype=torch.long), vectors).movedim(-1, 1)
         for _ in range(self.spec.halvings):
             y = interpolate(y, scale_factor=0.5, mode="bilinear")
         return y
@@ -264,7 +289,7 @@ Conditioner = TextConditioner | TokenConditioner | BoxConditioner | ClassConditi
 
 
 def make_conditioner(condition: Condition | None) -> Conditioner | None:
-    """What a condition goes through; None where it has no weights of its own."""
+    """The conditioner of a condition; None for no condition."""
     if isinstance(condition, TokenSpec):
         return BoxConditioner(condition) if condition.objects else TokenConditioner(condition)
     if isinstance(condition, ClassSpec):

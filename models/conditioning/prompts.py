@@ -1,8 +1,9 @@
-"""Prompts with weights, and prompts of any length: text -> pieces -> tokens -> chunks. Free of torch.
+"""Prompts with weights, and prompts of any length: text -> pieces -> tokens -> chunks. Imports no torch.
 
-The grammar of weights is that of AUTOMATIC1111's web UI, which most prompts in the wild are written for:
-`(word)` has 1.1 times the weight, `[word]` 1 / 1.1 times, `(word:1.3)` 1.3 times, nested ones multiply, and a
-backslash before a bracket or a backslash makes it a plain character. What is never closed goes to the end.
+The grammar of weights is that of AUTOMATIC1111's web UI, for which most prompts in circulation are written:
+`(word)` has 1.1 times the weight, `[word]` 1 / 1.1 times, `(word:1.3)` 1.3 times, and nested weights
+multiply. A backslash before a bracket or a backslash makes it a plain character. An unclosed bracket reaches
+to the end.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-BRACKET = 1.1
-MOST_WEIGHT = 10.0  # of a token, in size; beyond, nothing is left of the rest of a prompt
-MOST_CHUNKS = 8  # contexts that one prompt may fill
+BRACKET_WEIGHT = 1.1
+MAX_WEIGHT = 10.0  # absolute weight of a token; with larger ones the rest of the prompt has no effect
+MAX_CHUNKS = 8  # chunks per prompt
 SYNTAX = re.compile(
     r"\\(?P<escaped>[()\[\]\\]?)"
     r"|(?P<open>[(\[])"
@@ -23,11 +24,11 @@ SYNTAX = re.compile(
 )
 
 
-class Reading(NamedTuple):
+class PromptOptions(NamedTuple):
     """How prompts are read."""
 
-    weighted: bool = False  # by the grammar above
-    chunked: bool = False  # what is longer than a context fills several, side by side; else it is cut
+    weighted: bool = False  # by the grammar of weights; else every character is text
+    chunked: bool = False  # a prompt longer than the context fills several chunks; else it is truncated
 
 
 class Piece(NamedTuple):
@@ -38,16 +39,16 @@ class Piece(NamedTuple):
 
 
 class Token(NamedTuple):
-    """One token; piece and place: where in which piece its text begins."""
+    """A token, and where its text begins: at which character of which piece."""
 
     id: int
     weight: float = 1.0
     piece: int = 0
-    place: int = 0
+    start: int = 0
 
 
-class Frame(NamedTuple):
-    """What stands around a chunk's tokens, to a length of so many with them."""
+class SpecialTokens(NamedTuple):
+    """The tokens around a chunk's own, and the length of a chunk with them."""
 
     begin: int
     end: int
@@ -60,18 +61,20 @@ class Frame(NamedTuple):
         return self.length - 2
 
     def ids(self, chunk: Sequence[Token]) -> list[int]:
-        empty = self.room - len(chunk)
-        return [self.begin, *(token.id for token in chunk), self.end, *[self.pad] * empty]
+        """The ids of a whole chunk, padded to its length."""
+        padding = self.room - len(chunk)
+        return [self.begin, *(token.id for token in chunk), self.end, *[self.pad] * padding]
 
     def weights(self, chunk: Sequence[Token]) -> list[float]:
+        """The weights of a whole chunk; special tokens have weight 1."""
         return [1.0, *(token.weight for token in chunk), *[1.0] * (self.length - 1 - len(chunk))]
 
 
 def parse(prompt: str) -> list[Piece]:
-    """The pieces of a prompt with weights, neighbours of equal weight in one; at least one."""
+    """The weighted pieces of a prompt, at least one; neighbouring pieces have different weights."""
     texts: list[str] = []
     weights: list[float] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # where each bracket that is open begins
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # index of the piece at which each open bracket began
 
     def close(bracket: str, factor: float) -> None:
         for index in range(opened[bracket].pop(), len(weights)):
@@ -83,13 +86,13 @@ def parse(prompt: str) -> list[Piece]:
         elif match["weight"] and opened["("]:
             close("(", float(match["weight"]))
         elif match["close"] == ")" and opened["("]:
-            close("(", BRACKET)
+            close("(", BRACKET_WEIGHT)
         elif match["close"] == "]" and opened["["]:
-            close("[", 1 / BRACKET)
+            close("[", 1 / BRACKET_WEIGHT)
         else:
             texts.append(match[0] if match["escaped"] is None else match["escaped"])
             weights.append(1.0)
-    for bracket, factor in (("(", BRACKET), ("[", 1 / BRACKET)):
+    for bracket, factor in (("(", BRACKET_WEIGHT), ("[", 1 / BRACKET_WEIGHT)):
         starts = opened[bracket]
         for index in range(starts[0] if starts else len(weights), len(weights)):
             weights[index] *= factor ** sum(start <= index for start in starts)
@@ -97,7 +100,7 @@ def parse(prompt: str) -> list[Piece]:
 
 
 def merged(pieces: Iterator[Piece]) -> list[Piece]:
-    """Neighbours of equal weight in one, empty ones dropped."""
+    """Joins neighbours of equal weight and drops empty pieces."""
     out: list[Piece] = []
     for piece in pieces:
         if out and out[-1].weight == piece.weight:
@@ -108,58 +111,61 @@ def merged(pieces: Iterator[Piece]) -> list[Piece]:
 
 
 def escape(text: str) -> str:
-    """A prompt with weights that says the text itself."""
+    """A weighted prompt that parses to the text itself, at weight 1."""
     return re.sub(r"([()\[\]\\])", r"\\\1", text)
 
 
-def pieces_of(prompt: str, reading: Reading) -> list[Piece]:
-    return parse(prompt) if reading.weighted else [Piece(prompt)]
+def pieces_of(prompt: str, options: PromptOptions) -> list[Piece]:
+    """The pieces of a prompt: as parse() reads it, or the whole text as one piece."""
+    return parse(prompt) if options.weighted else [Piece(prompt)]
 
 
 def tokens_of(
     pieces: Sequence[Piece],
     tokenize: Callable[[str], Sequence[tuple[int, int]]],
-    words: Mapping[str, Sequence[int]],
+    learned_words: Mapping[str, Sequence[int]],
 ) -> list[Token]:
-    """The tokens of pieces, each piece by itself.
+    """The tokens of pieces, each piece tokenized by itself.
 
-    tokenize: a text -> id and first character of each token; words: in lower case, and the ids that each
-    becomes wherever it stands by itself.
+    tokenize: text -> id and first character of each token; learned_words: in lower case, with the ids that
+    replace each of them where it stands as a word of its own.
     """
     out = []
     for index, (text, weight) in enumerate(pieces):
-        for begin, part in parted(text, words):
-            known = words.get(part.lower())
-            found = tokenize(part) if known is None else [(each, 0) for each in known]
-            out += [Token(each, weight, index, begin + place) for each, place in found]
+        for begin, part in split_on_words(text, learned_words):
+            ids = learned_words.get(part.lower())
+            found = tokenize(part) if ids is None else [(each, 0) for each in ids]
+            out += [Token(each, weight, index, begin + start) for each, start in found]
     return out
 
 
-def parted(text: str, words: Mapping[str, Sequence[int]]) -> Iterator[tuple[int, str]]:
-    """A text in parts, each with its first character's place: words that are known, and what is between."""
+def split_on_words(text: str, words: Mapping[str, Sequence[int]]) -> Iterator[tuple[int, str]]:
+    """Splits a text at the given words: (first character, part) of each word and of the text between."""
     if not words:
         yield 0, text
         return
-    longest = sorted(words, key=len, reverse=True)
-    pattern = "|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in longest)
-    place = 0
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = "|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in longest_first)
+    start = 0
     for part in re.split(f"({pattern})", text, flags=re.IGNORECASE):
         if part:
-            yield place, part
-        place += len(part)
+            yield start, part
+        start += len(part)
 
 
-def chunks_of(tokens: Sequence[Token], room: int, reading: Reading) -> list[Sequence[Token]]:
-    """At least one, each of at most `room`; what is beyond the last is left out."""
-    most = MOST_CHUNKS if reading.chunked else 1
+def chunks_of(tokens: Sequence[Token], room: int, options: PromptOptions) -> list[Sequence[Token]]:
+    """Chunks of at most `room` tokens, at least one; tokens past the last chunk are dropped."""
+    most = MAX_CHUNKS if options.chunked else 1
     return [tokens[begin : begin + room] for begin in range(0, max(len(tokens), 1), room)][:most]
 
 
-def left_out(pieces: Sequence[Piece], tokens: Sequence[Token], room: int, reading: Reading) -> str:
-    """The end of a prompt that its chunks have no place for; '' if there is none."""
-    kept = room * (MOST_CHUNKS if reading.chunked else 1)
+def truncated_text(
+    pieces: Sequence[Piece], tokens: Sequence[Token], room: int, options: PromptOptions
+) -> str:
+    """The end of a prompt that its chunks do not hold; '' if all fits."""
+    kept = room * (MAX_CHUNKS if options.chunked else 1)
     if len(tokens) <= kept:
         return ""
     first = tokens[kept]
     rest = "".join(piece.text for piece in pieces[first.piece + 1 :])
-    return (pieces[first.piece].text[first.place :] + rest).strip()
+    return (pieces[first.piece].text[first.start :] + rest).strip()

@@ -217,7 +217,7 @@ def stage_claims(options: Config, spec: AutoencoderSpec, file: Path) -> Iterator
     facts = {
         "z_channels": spec.z_channels,
         "num_res_blocks": spec.res_blocks,
-        "in_channels": spec.picture_channels,
+        "in_channels": spec.image_channels,
         "ch": spec.channels[0] // first(inner.get("ch_mult")),
         "double_z": not spec.codes,
     }

@@ -377,7 +377,7 @@ def autoencoder_spec(config: Config) -> AutoencoderSpec:
         res_blocks=only(config.get("layers_per_block", 1), "layers_per_block"),
         latent_channels=only(config["latent_channels"], "latent_channels"),
         scale_factor=float(config.get("scaling_factor", 0.18215)),
-        picture_channels=only(config.get("in_channels", 3), "in_channels"),
+        image_channels=only(config.get("in_channels", 3), "in_channels"),
         groups=config.get("norm_num_groups", 32),
         sample_size=max(size) if isinstance(size, list) else size,
         patch_size=only(config.get("patch_size", 1), "patch_size"),
@@ -433,7 +433,7 @@ def pooled_text_spec(config: Config) -> TextSpec:
 
 def with_text(spec: ModelSpec, folder: Path) -> ModelSpec:
     """The spec of a single file with the text encoder beside it, where it needs one and one is there."""
-    if not spec.lacks_context or not (folder / "text_encoder").is_dir():
+    if not spec.lacks_text_encoder or not (folder / "text_encoder").is_dir():
         return spec
     _, text = read_part(folder, "text_encoder", pooled_text_spec)
     if text.projection != spec.unet.context_width:
@@ -489,7 +489,7 @@ def sample_side(config: Config, spec: ModelSpec) -> tuple[int, int]:
 def check_fit(spec: ModelSpec, path: Path) -> None:
     """Refuse networks that do not fit together."""
     unet, latent = spec.unet, spec.autoencoder.latent_channels
-    expected = latent + spec.beside
+    expected = latent + spec.concat_channels
     if (unet.in_channels, unet.out_channels) != (expected, latent):
         raise CheckpointError(
             f"{path}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels where "
@@ -690,8 +690,8 @@ def autoencoder_config(spec: AutoencoderSpec) -> Config:
         | {
             "_class_name": WITH_TEXT["vae"],
             "_diffusers_version": "0.36.0",
-            "in_channels": spec.picture_channels,
-            "out_channels": spec.picture_channels,
+            "in_channels": spec.image_channels,
+            "out_channels": spec.image_channels,
             "block_out_channels": list(spec.channels),
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,

@@ -1,1 +1,1 @@
-"""The networks: UNet, autoencoder, CLIP text transformer, and the fused kernels that they call."""
+"""The networks: UNet, autoencoder, text transformers and fused kernels. Nothing here reads files."""

@@ -1,4 +1,4 @@
-"""Self- and cross-attention, and the spatial transformer that carries the condition into the UNet."""
+"""Self- and cross-attention, and the spatial transformer through which the context enters the UNet."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from models.networks.kernels import geglu, group_norm
+from models.networks.modules import module_list
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from x to a context; to itself without one (section 3.3)."""
+    """Multi-head attention from x to a context, or to x itself without one (section 3.3)."""
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
@@ -26,7 +27,8 @@ class CrossAttention(nn.Module):
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out: Tensor = self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
 
 
 class AttentionBlock(nn.Module):
@@ -45,7 +47,8 @@ class AttentionBlock(nn.Module):
         # The published weights hold q, k and v of the first head, then those of the next.
         y = y.unflatten(1, (self.heads, 3, -1)).transpose(-1, -2)  # (B, heads, 3, h*w, C / heads)
         y = scaled_dot_product_attention(*y.unbind(2)).transpose(-1, -2).flatten(1, 2)  # (B, C, h*w)
-        return x + self.proj_out(y).unflatten(2, x.shape[-2:])
+        out: Tensor = x + self.proj_out(y).unflatten(2, x.shape[-2:])
+        return out
 
 
 class GEGLU(nn.Module):
@@ -60,7 +63,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU and back, four times as wide inside."""
+    """GEGLU and a linear layer, four times as wide inside."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -68,13 +71,14 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        out: Tensor = self.net(x)
+        return out
 
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward; each behind a LayerNorm and a residual.
 
-    cross_only: the first attention is to the context too.
+    cross_only: the first attention is to the context as well.
     """
 
     def __init__(self, width: int, context_width: int, heads: int, cross_only: bool = False) -> None:
@@ -90,7 +94,8 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x), context if self.cross_only else None)
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        out: Tensor = x + self.ff(self.norm3(x))
+        return out
 
 
 class SpatialTransformer(nn.Module):
@@ -110,7 +115,7 @@ class SpatialTransformer(nn.Module):
         self.linear = linear
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList(
+        self.transformer_blocks = module_list(
             TransformerBlock(width, context_width, heads, cross_only) for _ in range(depth)
         )
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
@@ -126,4 +131,5 @@ class SpatialTransformer(nn.Module):
             y = block(y, context)
         y = self.proj_out(y) if self.linear else y
         y = y.transpose(1, 2).unflatten(2, size)
-        return x + (y if self.linear else self.proj_out(y))
+        out: Tensor = x + (y if self.linear else self.proj_out(y))
+        return out

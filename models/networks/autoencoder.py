@@ -1,4 +1,4 @@
-"""The autoencoder: E takes a picture to a latent, D takes it back (Rombach et al. 2021, section 3.1).
+"""The autoencoder: E encodes an image to a latent, D decodes it (Rombach et al. 2021, section 3.1).
 
 Module names equal the keys of the published CompVis checkpoints.
 """
@@ -18,17 +18,19 @@ from torch.nn.functional import (
 )
 
 from models.networks.kernels import group_norm
+from models.networks.modules import module_list
 from models.spec import AutoencoderSpec
 
-CELLS = 4096  # whose distances to all codes are taken at once
+CELLS_PER_LOOKUP = 4096  # latent cells whose distances to all codes are held in memory at once
 
 
 def norm(width: int, groups: int) -> nn.GroupNorm:
+    """The autoencoder's GroupNorm, with its published epsilon."""
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions as a residual."""
+    """Two convolutions with a residual connection."""
 
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
@@ -42,11 +44,12 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(group_norm(x, self.norm1, activate=True))
         h = self.conv2(group_norm(h, self.norm2, activate=True))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        out: Tensor = h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return out
 
 
 class AttentionBlock(nn.Module):
-    """One-head self-attention over all cells, as a residual."""
+    """One-head self-attention over all cells, with a residual connection."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -61,11 +64,12 @@ class AttentionBlock(nn.Module):
         y = group_norm(x, self.norm)
         q, k, v = (conv(y).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
         y = scaled_dot_product_attention(q, k, v)  # (B, 1, h*w, C)
-        return x + self.proj_out(y[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
+        out: Tensor = x + self.proj_out(y[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
+        return out
 
 
 class Middle(nn.Module):
-    """Residual block, attention unless there is none, residual block."""
+    """Residual block, attention where the spec has it, residual block."""
 
     def __init__(self, width: int, groups: int, attends: bool) -> None:
         super().__init__()
@@ -74,18 +78,20 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(width, width, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        out: Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return out
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided convolution, padded on the right and below only."""
+    """Half the size by a strided convolution, padded only on the right and at the bottom."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Upsample(nn.Module):
@@ -96,41 +102,48 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each with attention after it if the level attends."""
+    """The residual blocks of one resolution, each followed by attention where the level has it."""
+
+    downsample: Downsample  # of every level of the encoder but the last
+    upsample: Upsample  # of every level of the decoder but the finest
 
     def __init__(self, width_in: int, width_out: int, blocks: int, groups: int, attends: bool) -> None:
         super().__init__()
         widths = [width_in] + [width_out] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
-        self.attn = nn.ModuleList(AttentionBlock(width_out, groups) for _ in self.block if attends)
+        self.block = module_list(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
+        self.attn = module_list(AttentionBlock(width_out, groups) for _ in self.block if attends)
 
     def forward(self, x: Tensor) -> Tensor:
         for block, attend in zip_longest(self.block, self.attn):
             x = block(x)
             x = attend(x) if attend else x
         if hasattr(self, "downsample"):
-            return self.downsample(x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+            x = self.downsample(x)
+        elif hasattr(self, "upsample"):
+            x = self.upsample(x)
+        return x
 
 
 class Encoder(nn.Module):
-    """Picture to its latent; with a Gaussian one, to its mean and log-variance."""
+    """Image -> latent; of a Gaussian latent, mean and log-variance as channels."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
         width, self.patch_size = spec.channels[0], spec.patch_size
-        self.conv_in = nn.Conv2d(spec.picture_channels * spec.patch_size**2, width, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.conv_in = nn.Conv2d(spec.image_channels * spec.patch_size**2, width, 3, padding=1)
+        levels = []
         for index, out in enumerate(spec.channels):
             level = Level(width, out, spec.res_blocks, spec.groups, index in spec.attention_levels)
             if index < len(spec.channels) - 1:
                 level.downsample = Downsample(out)
-            self.down.append(level)
+            levels.append(level)
             width = out
+        self.down = module_list(levels)
         self.mid = Middle(width, spec.groups, spec.middle_attention)
         self.norm_out = norm(width, spec.groups)
         out = spec.z_channels if spec.codes else 2 * spec.z_channels
@@ -140,11 +153,12 @@ class Encoder(nn.Module):
         h = self.conv_in(pixel_unshuffle(x, self.patch_size))
         for level in self.down:
             h = level(h)
-        return self.conv_out(group_norm(self.mid(h), self.norm_out, activate=True))
+        out: Tensor = self.conv_out(group_norm(self.mid(h), self.norm_out, activate=True))
+        return out
 
 
 class Decoder(nn.Module):
-    """Latent to picture."""
+    """Latent -> image."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -158,9 +172,9 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(out)
             levels.append(level)
             width = out
-        self.up = nn.ModuleList(reversed(levels))  # the published index counts from the finest
+        self.up = module_list(reversed(levels))  # the published index counts from the finest
         self.norm_out = norm(width, spec.groups)
-        self.conv_out = nn.Conv2d(width, spec.picture_channels * spec.patch_size**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, spec.image_channels * spec.patch_size**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
@@ -171,27 +185,29 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """The vectors that a VQ latent's cells become (van den Oord et al. 2017, equation 1)."""
+    """Vector quantisation (van den Oord et al. 2017, equation 1)."""
 
     def __init__(self, codes: int, channels: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(codes, channels)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Each cell's nearest code: z (B, C, h, w) -> (B, C, h, w)."""
+        """Replaces each cell by its nearest code: z (B, C, h, w) -> (B, C, h, w)."""
         cells = z.movedim(1, -1)
-        # A distance to every code takes memory: so many cells at a time.
-        nearest = torch.cat([self.nearest(part) for part in cells.flatten(0, 2).split(CELLS)])
-        return self.embedding(nearest).unflatten(0, cells.shape[:3]).movedim(-1, 1).contiguous()
+        flat = cells.flatten(0, 2)
+        nearest = torch.cat([self.nearest(part) for part in flat.split(CELLS_PER_LOOKUP)])
+        codes: Tensor = self.embedding(nearest)
+        quantised: Tensor = codes.unflatten(0, cells.shape[:3]).movedim(-1, 1).contiguous()
+        return quantised
 
     def nearest(self, cells: Tensor) -> Tensor:
-        """cells (N, C) -> (N,) numbers of codes. |z|^2, the same for every code, is left out."""
+        """cells (N, C) -> indices of codes (N,), by |z - e|^2 without its |z|^2, which all codes share."""
         codes = self.embedding.weight.float()
         return (codes.square().sum(dim=1) - 2 * cells.float() @ codes.T).argmin(dim=1)
 
 
 class Autoencoder(nn.Module):
-    """E and D with a Gaussian latent, or with a codebook that D looks its cells up in."""
+    """Encoder and decoder, with a Gaussian latent (KL) or a codebook that quantises it (VQ)."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -206,23 +222,29 @@ class Autoencoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are held in."""
+        """The dtype of the weights."""
         return self.post_quant_conv.weight.dtype
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a Gaussian latent: x (B, 3, H, W) in [-1, 1] -> mean and log-variance, each (B, C, H/f, W/f),
-        unscaled."""
+        """Mean and log-variance of a Gaussian latent, unscaled.
+
+        x (B, 3, H, W) in [-1, 1] -> each (B, C, H/f, W/f).
+        """
         mean, logvar = self.quant_conv(self.encoder(x.to(self.dtype))).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, x: Tensor) -> Tensor:
-        """The latent's mode, or before its cells are looked up: x (B, 3, H, W) in [-1, 1] ->
-        (B, C, H/f, W/f), unscaled."""
-        if self.spec.codes:
-            return self.quant_conv(self.encoder(x.to(self.dtype)))
-        return self.moments(x)[0]
+        """The mode of a Gaussian latent, or a VQ latent before quantisation, unscaled.
+
+        x (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f).
+        """
+        if not self.spec.codes:
+            return self.moments(x)[0]
+        z: Tensor = self.quant_conv(self.encoder(x.to(self.dtype)))
+        return z
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled z (B, C, h, w) -> x (B, 3, f*h, f*w), about in [-1, 1]. Looks cells up first."""
+        """Unscaled z (B, C, h, w) -> x (B, 3, f*h, f*w), about in [-1, 1]. VQ quantises z first."""
         z = self.quantize(z) if self.spec.codes else z
-        return self.decoder(self.post_quant_conv(z.to(self.dtype)))
+        x: Tensor = self.decoder(self.post_quant_conv(z.to(self.dtype)))
+        return x

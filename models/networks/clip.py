@@ -1,15 +1,18 @@
-"""CLIP's text transformer (Radford et al. 2021, section 2.4), every layer's output within reach.
+"""CLIP's text transformer (Radford et al. 2021, section 2.4), which returns every layer's output.
 
-Module names equal the keys of the published `text_encoder/` folders without their prefix. Importing the same
-network from `transformers` takes three seconds, which loading the model in the box does not.
+Module names equal the keys of the published `text_encoder/` folders without their prefix. `transformers` has
+the same network, but importing it takes three seconds, longer than loading the bundled model.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from models.networks.modules import module_list
 from models.spec import TextSpec
 
 
@@ -18,11 +21,11 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 class Embeddings(nn.Module):
-    """A vector for each token plus one for its place."""
+    """The sum of a token embedding and a position embedding."""
 
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
@@ -31,11 +34,12 @@ class Embeddings(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, n) -> (B, n, C)."""
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+        vectors: Tensor = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+        return vectors
 
 
 class Attention(nn.Module):
-    """Self-attention in which a token sees itself and what stands before it."""
+    """Causal self-attention."""
 
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
@@ -51,11 +55,14 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, n, C / heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return out
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with the spec's activation between them."""
+
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[spec.activation]
@@ -63,11 +70,12 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(spec.intermediate, spec.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        out: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return out
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each behind a LayerNorm and beside a residual."""
+    """Attention and feed-forward, each behind a LayerNorm and with a residual connection."""
 
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
@@ -78,16 +86,19 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        out: Tensor = x + self.mlp(self.layer_norm2(x))
+        return out
 
 
 class Layers(nn.Module):
+    """The layers, whose outputs are all kept."""
+
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
+        self.layers = module_list(Layer(spec) for _ in range(spec.layers))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x (B, n, C) -> itself and the output of every layer, each (B, n, C)."""
+        """x (B, n, C) -> x and the output of every layer, each (B, n, C)."""
         states = [x]
         for layer in self.layers:
             states.append(layer(states[-1]))
@@ -95,7 +106,7 @@ class Layers(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Token ids -> the states between its layers. The final norm is the caller's to apply."""
+    """Token ids -> every layer's output. The caller applies the final norm to those that it uses."""
 
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
@@ -105,4 +116,5 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids: Tensor) -> list[Tensor]:
         """ids (B, n) -> the embeddings and the output of every layer, each (B, n, C)."""
-        return self.encoder(self.embeddings(ids))
+        states: list[Tensor] = self.encoder(self.embeddings(ids))
+        return states

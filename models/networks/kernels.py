@@ -1,6 +1,7 @@
-"""GroupNorm with SiLU, and GEGLU's product: torch's own, or on a GPU kernels that read and write once.
+"""GroupNorm with SiLU, and GEGLU's product: torch's operators, or fused kernels on a GPU.
 
-The plain form is the definition. Triton is imported when the first tensor of a GPU comes by, never on a CPU.
+The plain forms are the definition; the fused ones read and write memory once. Triton is imported when the
+first tensor on a GPU is met, never on a CPU.
 """
 
 from __future__ import annotations
@@ -15,26 +16,29 @@ from torch.nn.functional import gelu, silu
 
 log = logging.getLogger(__name__)
 
-CLOSE = 4e-3  # that a kernel's numbers may be from the plain form's in 16 bits, relative to the largest
+TOLERANCE = 4e-3  # largest error of a kernel in float16, relative to the largest value of the plain form
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, activate: bool = False) -> Tensor:
-    """x (B, C, h, w) normalised, then through SiLU if it is to be activated."""
+    """GroupNorm of x (B, C, h, w), followed by SiLU if `activate`."""
     fused = fused_for(x)
-    # By torch, a GPU's channels_last becomes contiguous here, and its convolutions turn it back.
+    # torch's GroupNorm would return a contiguous tensor here, which the next convolution converts back.
     if fused and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return fused.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, activate)
+        out: Tensor = fused.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, activate)
+        return out
     return plain_group_norm(x, norm, activate)
 
 
 def plain_group_norm(x: Tensor, norm: nn.GroupNorm, activate: bool) -> Tensor:
-    return silu(norm(x)) if activate else norm(x)
+    normalised: Tensor = norm(x)
+    return silu(normalised) if activate else normalised
 
 
 def geglu(x: Tensor) -> Tensor:
-    """The first half of x (..., 2 C), gated by the exact GELU of the other -> (..., C)."""
+    """The first half of x (..., 2 C), gated by the exact GELU of the other half -> (..., C)."""
     fused = fused_for(x)
-    return fused.geglu(x) if fused and x.is_contiguous() else plain_geglu(x)
+    gated: Tensor = fused.geglu(x) if fused and x.is_contiguous() else plain_geglu(x)
+    return gated
 
 
 def plain_geglu(x: Tensor) -> Tensor:
@@ -43,31 +47,31 @@ def plain_geglu(x: Tensor) -> Tensor:
 
 
 def fused_for(x: Tensor) -> ModuleType | None:
-    """The kernels for a tensor; None where torch's own is used: on a CPU, and where gradients are wanted."""
+    """The fused kernels for a tensor; None on a CPU and where gradients are needed."""
     return fused_on(x.device) if x.is_cuda and not torch.is_grad_enabled() else None
 
 
 @cache
 def fused_on(device: torch.device) -> ModuleType | None:
-    """The kernels of a GPU that has been seen to compile them and to give the plain form's numbers.
+    """The fused kernels, if they compile on this GPU and agree with the plain forms; else None.
 
-    Called first outside of any graph: it compiles, and waits for the device.
+    The first call must not be inside a captured graph: it compiles, and waits for the device.
     """
     try:
-        from models.networks import triton_kernels  # a C compiler is needed to run it, which slim images lack
+        from models.networks import triton_kernels  # needs a C compiler at run time, which slim images lack
 
-        off = error_of(triton_kernels, device)
+        error = largest_error(triton_kernels, device)
     except Exception:
-        log.warning("no fused kernels on %s: they cannot be built", device, exc_info=True)
+        log.warning("fused kernels are off on %s: they cannot be built", device, exc_info=True)
         return None
-    if not off <= CLOSE:
-        log.warning("no fused kernels on %s: they are off by %.1e", device, off)
+    if not error <= TOLERANCE:
+        log.warning("fused kernels are off on %s: their relative error is %.1e", device, error)
         return None
     return triton_kernels
 
 
-def error_of(fused: ModuleType, device: torch.device, dtype: torch.dtype = torch.float16) -> float:
-    """The largest error of the kernels against the plain form in float32, relative to the largest number."""
+def largest_error(fused: ModuleType, device: torch.device, dtype: torch.dtype = torch.float16) -> float:
+    """The largest error of the kernels against the plain forms in float32, relative to the largest value."""
     draw = torch.Generator().manual_seed(0)
     norm = nn.GroupNorm(4, 40, device=device)
     x = (
@@ -78,6 +82,6 @@ def error_of(fused: ModuleType, device: torch.device, dtype: torch.dtype = torch
     y = torch.randn(3, 5, 2 * 24, generator=draw).to(device, dtype)
     pairs = [(fused.geglu(y), plain_geglu(y.float()))]
     for activate in (False, True):
-        given = fused.group_norm(x, norm.weight.to(dtype), norm.bias.to(dtype), 4, norm.eps, activate)
-        pairs.append((given, plain_group_norm(x.float(), norm, activate)))
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+        out = fused.group_norm(x, norm.weight.to(dtype), norm.bias.to(dtype), 4, norm.eps, activate)
+        pairs.append((out, plain_group_norm(x.float(), norm, activate)))
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)

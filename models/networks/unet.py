@@ -14,6 +14,7 @@ from torch.nn.functional import avg_pool2d, interpolate, silu
 
 from models.networks.attention import AttentionBlock, SpatialTransformer
 from models.networks.kernels import group_norm
+from models.networks.modules import first_norm, module_list
 from models.spec import UNetSpec
 
 
@@ -28,11 +29,12 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 def same(x: Tensor) -> Tensor:
+    """No change of size."""
     return x
 
 
 def halve(x: Tensor) -> Tensor:
-    """Half the size: the mean of each 2x2 cells."""
+    """Half the size: the mean of each 2x2 square of cells."""
     return avg_pool2d(x, 2)
 
 
@@ -42,10 +44,10 @@ def double(x: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the timestep embedding, as a residual; it may resample on the way.
+    """Two convolutions with the timestep embedding between them and a residual connection; it may resample.
 
-    resize acts before the first convolution and on the skip connection. scale_shift: the embedding scales and
-    shifts what the second norm gives; else it is added before it.
+    resize: applied before the first convolution and on the skip connection. scale_shift: the embedding scales
+    and shifts the second norm's output, instead of being added to its input.
     """
 
     def __init__(
@@ -69,14 +71,15 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, C_in, h, w), emb (B, E) -> (B, C_out, h', w')."""
-        h = self.in_layers[2](self.resize(group_norm(x, self.in_layers[0], activate=True)))
+        h = self.in_layers[2](self.resize(group_norm(x, first_norm(self.in_layers), activate=True)))
         emb = self.emb_layers(emb)[:, :, None, None]
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
-            h = silu(group_norm(h, self.out_layers[0]) * (1 + scale) + shift)
+            h = silu(group_norm(h, first_norm(self.out_layers)) * (1 + scale) + shift)
         else:
-            h = group_norm(h + emb, self.out_layers[0], activate=True)
-        return self.skip_connection(self.resize(x)) + self.out_layers[3](h)
+            h = group_norm(h + emb, first_norm(self.out_layers), activate=True)
+        out: Tensor = self.skip_connection(self.resize(x)) + self.out_layers[3](h)
+        return out
 
 
 class Downsample(nn.Module):
@@ -87,7 +90,8 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        out: Tensor = self.op(x)
+        return out
 
 
 class Upsample(nn.Module):
@@ -98,11 +102,15 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(double(x))
+        out: Tensor = self.conv(double(x))
+        return out
 
 
-class Stage(nn.Sequential):
-    """Layers in a row, each given what it takes besides x."""
+class Stage(nn.ModuleList):
+    """Layers in sequence, each called with what it takes: the embedding, the context, or neither."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(layers)
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
         for layer in self:
@@ -116,7 +124,7 @@ class Stage(nn.Sequential):
 
 
 def attention(spec: UNetSpec, level: int, depth: int, cross_only: bool = False) -> list[nn.Module]:
-    """What attends after a residual block of a level: one module, or none where depth is 0."""
+    """The attention after a residual block of a level: one module, or none where depth is 0."""
     width, heads = spec.channels[level], spec.heads[level]
     if not depth:
         return []
@@ -130,7 +138,7 @@ def attention(spec: UNetSpec, level: int, depth: int, cross_only: bool = False) 
 
 
 class UNet(nn.Module):
-    """eps (or v) of a noised latent, given its timestep and, where it takes one, a context."""
+    """Predicts eps or v of a noised latent, from its timestep and what conditions it."""
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
@@ -145,37 +153,41 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
+        self.label_emb: nn.Embedding | nn.Sequential
         if spec.noise_levels:
             self.label_emb = nn.Embedding(spec.noise_levels, embedding)
         if spec.added_width:
             embed = (nn.Linear(spec.added_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
             self.label_emb = nn.Sequential(nn.Sequential(*embed))
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(spec.in_channels, width, 3, padding=1))])
-        skips = [width]  # widths of what goes across to the upward path
+        down = [Stage(nn.Conv2d(spec.in_channels, width, 3, padding=1))]
+        skips = [width]  # widths of the skip connections to the upward path
         for level in levels:
             for _ in range(spec.res_blocks):
                 blocks = attention(spec, level, spec.transformer_depth[level], cross_only[level])
-                self.input_blocks.append(Stage(res_block(width, spec.channels[level]), *blocks))
+                down.append(Stage(res_block(width, spec.channels[level]), *blocks))
                 width = spec.channels[level]
                 skips.append(width)
             if level != levels[-1]:
-                down = res_block(width, width, halve) if spec.residual_resampling else Downsample(width)
-                self.input_blocks.append(Stage(down))
+                halving = res_block(width, width, halve) if spec.residual_resampling else Downsample(width)
+                down.append(Stage(halving))
                 skips.append(width)
+        self.input_blocks = module_list(down)
 
         self.middle_block = Stage(
             res_block(width, width), *attention(spec, levels[-1], spec.middle_depth), res_block(width, width)
         )
 
-        self.output_blocks = nn.ModuleList()
+        up = []
         for level in reversed(levels):
             for index in range(spec.res_blocks + 1):
                 blocks = attention(spec, level, spec.transformer_depth[level], cross_only[level])
                 first, width = res_block(width + skips.pop(), spec.channels[level]), spec.channels[level]
                 if level and index == spec.res_blocks:
-                    up = res_block(width, width, double) if spec.residual_resampling else Upsample(width)
-                    blocks.append(up)
-                self.output_blocks.append(Stage(first, *blocks))
+                    blocks.append(
+                        res_block(width, width, double) if spec.residual_resampling else Upsample(width)
+                    )
+                up.append(Stage(first, *blocks))
+        self.output_blocks = module_list(up)
 
         self.out = nn.Sequential(
             nn.GroupNorm(spec.groups, width), nn.SiLU(), nn.Conv2d(width, spec.out_channels, 3, padding=1)
@@ -183,8 +195,8 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are held in."""
-        return self.out[2].weight.dtype
+        """The dtype of the weights."""
+        return first_norm(self.out).weight.dtype
 
     def forward(
         self,
@@ -194,8 +206,11 @@ class UNet(nn.Module):
         pooled: Tensor | None = None,
         noise_level: Tensor | None = None,
     ) -> Tensor:
-        """x (B, C_in, h, w), t (B,), context (B, L, C_ctx), pooled (B, P), noise_level (B,)
-        -> (B, C_out, h, w). pooled: the whole vector, of spec.added_width."""
+        """x (B, C_in, h, w) with the concat channels, t (B,) -> (B, C_out, h, w).
+
+        context: (B, L, C_ctx); pooled: (B, spec.added_width), added to the timestep embedding; noise_level:
+        (B,).
+        """
         emb = self.time_embed(timestep_embedding(t, self.spec.channels[0]).to(self.dtype))
         if pooled is not None:
             emb = emb + self.label_emb(pooled.to(self.dtype))
@@ -210,4 +225,5 @@ class UNet(nn.Module):
         x = self.middle_block(x, emb, context)
         for stage in self.output_blocks:
             x = stage(torch.cat([x, skips.pop()], dim=1), emb, context)
-        return self.out[2](group_norm(x, self.out[0], activate=True))
+        out: Tensor = self.out[2](group_norm(x, first_norm(self.out), activate=True))
+        return out

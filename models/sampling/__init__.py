@@ -1,1 +1,1 @@
-"""Noise schedules, samplers as tables of coefficients, and the guided denoiser."""
+"""Noise schedules, samplers as tables of coefficients, the update step, guidance and the denoiser."""

@@ -1,4 +1,4 @@
-"""From what the UNet predicts to eps, and guidance."""
+"""The denoiser: calls the UNet and converts its prediction to eps."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from models.sampling.schedule import Schedule
 
 
 class Denoiser:
-    """The UNet as a predictor of eps, whatever it was trained to predict."""
+    """Predicts eps with a UNet that was trained to predict eps or v."""
 
     def __init__(self, unet: nn.Module, schedule: Schedule) -> None:
         self.unet = unet
         self.schedule = schedule
         device = next(unet.parameters()).device
         ab = torch.from_numpy(schedule.alpha_bar)
-        # Tables of (T,) float32 beside the weights, whatever type those have; the roots are taken in float64.
+        # Tables of (T,), float32 whatever the dtype of the weights; the roots are taken in float64.
         self.sqrt_alpha_bar = ab.sqrt().to(device, torch.float32)
         self.sqrt_one_minus_alpha_bar = (1 - ab).sqrt().to(device, torch.float32)
 
@@ -26,33 +26,28 @@ class Denoiser:
         t: Tensor,
         context: Tensor | None = None,
         pooled: Tensor | None = None,
-        beside: Tensor | None = None,
-        level: Tensor | None = None,
+        concat_channels: Tensor | None = None,
+        alpha_sigma: Tensor | None = None,
         noise_level: Tensor | None = None,
     ) -> Tensor:
-        """x (B, C, h, w); t (B,); context (B, L, C_ctx); pooled (B, P), what it is told beside the timestep;
-        beside (B, C', h, w), channels that the UNet takes after those of x; level (B, 2), the alpha and sigma
-        of x, needed where t is not whole; noise_level (B,), of what is beside x.
-        -> eps (B, C, h, w), float32.
+        """x (B, C, h, w), t (B,) -> eps (B, C, h, w), float32.
+
+        context: (B, L, C_ctx), for cross-attention; pooled: (B, P), added to the timestep embedding;
+        concat_channels: (B, C', h, w), concatenated to x; alpha_sigma: (B, 2), of x, required where t is not
+        an integer; noise_level: (B,), of the low-resolution image in concat_channels.
         """
-        x_in = x if beside is None else torch.cat([x, beside.to(x.dtype)], dim=1)
-        out = self.unet(x_in, t, context, pooled, noise_level).float()
-        return self.eps_from_v(out, x, t, level) if self.schedule.spec.prediction == "v_prediction" else out
+        x_in = x if concat_channels is None else torch.cat([x, concat_channels.to(x.dtype)], dim=1)
+        out: Tensor = self.unet(x_in, t, context, pooled, noise_level).float()
+        if self.schedule.spec.prediction == "v_prediction":
+            return self.eps_from_v(out, x, t, alpha_sigma)
+        return out
 
-    def eps_from_v(self, v: Tensor, x: Tensor, t: Tensor, level: Tensor | None = None) -> Tensor:
+    def eps_from_v(self, v: Tensor, x: Tensor, t: Tensor, alpha_sigma: Tensor | None = None) -> Tensor:
         """eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x (Salimans and Ho 2022, appendix D)."""
-        if level is None:
+        if alpha_sigma is None:
             index = t.long()
-            level = torch.stack([self.sqrt_alpha_bar[index], self.sqrt_one_minus_alpha_bar[index]], dim=1)
-        alpha, sigma = level[:, :, None, None, None].unbind(1)
+            alpha_sigma = torch.stack(
+                [self.sqrt_alpha_bar[index], self.sqrt_one_minus_alpha_bar[index]], dim=1
+            )
+        alpha, sigma = alpha_sigma[:, :, None, None, None].unbind(1)
         return alpha * v + sigma * x.float()
-
-
-def guide(eps_uncond: Tensor, eps_cond: Tensor, scale: Tensor | float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2021, equation 6, with scale = 1 + w).
-
-    eps: (B, C, h, w); scale: a number, or (B,) for one of each row. -> (B, C, h, w).
-    """
-    if isinstance(scale, Tensor) and scale.dim():
-        scale = scale[:, None, None, None]
-    return eps_uncond + scale * (eps_cond - eps_uncond)

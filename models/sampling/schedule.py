@@ -1,10 +1,16 @@
-"""The noise schedule: betas, alpha_bar, and which timesteps are visited."""
+"""The noise schedule: betas, alpha_bar, and which timesteps are visited. Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 
 from models.spec import ScheduleSpec, Spacing
+
+Floats = NDArray[np.float64]
+Timesteps = NDArray[np.int64]
 
 
 class Schedule:
@@ -12,51 +18,59 @@ class Schedule:
 
     def __init__(self, spec: ScheduleSpec) -> None:
         self.spec = spec
-        self.betas = betas(spec)  # (T,) float64
-        self.alpha_bar = np.cumprod(1.0 - self.betas)  # (T,) float64
+        self.betas = betas(spec)  # (T,)
+        self.alpha_bar: Floats = np.cumprod(1.0 - self.betas, dtype=np.float64)  # (T,)
 
     def __len__(self) -> int:
-        """T, how many timesteps the table has."""
+        """T, the number of training timesteps."""
         return self.spec.timesteps
 
     @property
     def final_alpha_bar(self) -> float:
-        """The alpha_bar that the last step goes to."""
+        """The alpha_bar at which the last step ends."""
         return 1.0 if self.spec.final_alpha_one else float(self.alpha_bar[0])
 
-    def timesteps(self, steps: int, spacing: Spacing | None = None) -> np.ndarray:
-        """Exactly `steps` distinct timesteps of the table, descending: (steps,) int64.
+    def timesteps(self, steps: int, spacing: Spacing | None = None) -> Timesteps:
+        """Exactly `steps` distinct timesteps, descending: (steps,).
 
-        spacing: the spec's own unless given. "leading" has the reference's whole stride, T // steps, unless
-        that would leave out more than a tenth of the table, and drops as much of the offset as would leave
-        the table; "trailing" starts at T - 1, and "linspace" ends at 0 too (Lin et al. 2023, table 2).
-        Raises ValueError for steps outside 1..T.
+        spacing: the schedule's own by default. Raises ValueError for steps outside 1..T.
         """
         if not 1 <= steps <= len(self):
             raise ValueError(f"steps must be 1 to {len(self)}, not {steps}")
         return SPACINGS[spacing or self.spec.spacing](steps, len(self), self.spec.steps_offset)
 
 
-def betas(spec: ScheduleSpec) -> np.ndarray:
-    """(T,) float64. "scaled_linear" is linear in sqrt(beta), which the LDM code calls linear."""
+def betas(spec: ScheduleSpec) -> Floats:
+    """(T,). "scaled_linear" is linear in sqrt(beta), which the LDM code calls linear."""
     if spec.beta_schedule == "scaled_linear":
         return np.linspace(spec.beta_start**0.5, spec.beta_end**0.5, spec.timesteps) ** 2
     return np.linspace(spec.beta_start, spec.beta_end, spec.timesteps)
 
 
-def leading(steps: int, total: int, offset: int) -> np.ndarray:
-    even = total % steps > total // 10  # at the latest from a tenth of T on, the stride itself is rough
-    t = np.arange(steps, dtype=np.int64)  # integers: no rounding to go wrong
-    t = t * total // steps if even else t * (total // steps)
+def leading(steps: int, total: int, offset: int) -> Timesteps:
+    """Multiples of the integer stride total // steps, plus the offset, as the LDM code has them.
+
+    Where that stride would leave out more than a tenth of the timesteps, they are spread evenly instead; the
+    offset is reduced where it would lead past the last timestep.
+    """
+    spread_evenly = total % steps > total // 10
+    t = np.arange(steps, dtype=np.int64)
+    t = t * total // steps if spread_evenly else t * (total // steps)
     return (t + min(offset, total - 1 - int(t[-1])))[::-1].copy()
 
 
-def trailing(steps: int, total: int, offset: int) -> np.ndarray:
+def trailing(steps: int, total: int, offset: int) -> Timesteps:
+    """Evenly spaced, starting at the last timestep (Lin et al. 2023, table 2)."""
     return np.round(total - np.arange(steps) * total / steps).astype(np.int64) - 1
 
 
-def linspace(steps: int, total: int, offset: int) -> np.ndarray:
+def linspace(steps: int, total: int, offset: int) -> Timesteps:
+    """Evenly spaced, from the last timestep to 0 (Lin et al. 2023, table 2)."""
     return np.round(np.linspace(0, total - 1, steps)).astype(np.int64)[::-1].copy()
 
 
-SPACINGS = {"leading": leading, "trailing": trailing, "linspace": linspace}
+SPACINGS: dict[Spacing, Callable[[int, int, int], Timesteps]] = {
+    "leading": leading,
+    "trailing": trailing,
+    "linspace": linspace,
+}

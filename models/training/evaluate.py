@@ -179,7 +179,9 @@ class Painter:
 
     def regions(self, maps: Sequence[np.ndarray]) -> list[Tensor]:
         """What stands beside the latent for label numbers (h, w) each."""
-        return [self.bundle.beside(*map.shape, torch.from_numpy(map.astype(np.int64))) for map in maps]
+        return [
+            self.bundle.concat_channels(*map.shape, torch.from_numpy(map.astype(np.int64))) for map in maps
+        ]
 
     @torch.inference_mode()
     def around(self, pictures: Pictures, holes: np.ndarray) -> list[Tensor]:
@@ -187,8 +189,8 @@ class Painter:
         device, given = self.bundle.device, []
         for picture, hole in zip(pictures, holes, strict=True):
             x = to_x(torch.from_numpy(picture)[None]).to(device)
-            known = self.bundle.known(x, torch.from_numpy(hole).to(device))
-            given.append(self.bundle.beside(*known.z.shape[1:], known=known))
+            known = self.bundle.encode_masked(x, torch.from_numpy(hole).to(device))
+            given.append(self.bundle.concat_channels(*known.z.shape[1:], masked=known))
         return given
 
 

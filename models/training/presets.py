@@ -98,7 +98,7 @@ SHARP_AUTOENCODER = AutoencoderSpec(
 )
 UPSCALING = UpscalingSpec(ScheduleSpec(0.0001, 0.02, "linear"), max_noise_level=100, residual=True)
 UPSCALER = UNetSpec(
-    in_channels=2 * SHARP_AUTOENCODER.latent_channels + SHARP_AUTOENCODER.picture_channels,
+    in_channels=2 * SHARP_AUTOENCODER.latent_channels + SHARP_AUTOENCODER.image_channels,
     out_channels=SHARP_AUTOENCODER.latent_channels,
     channels=(64, 96),
     res_blocks=1,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from models.latent_diffusion import LatentDiffusion
-from models.sampling.denoiser import guide
-from models.sampling.samplers import keep, step
+from models.sampling.guidance import guide
+from models.sampling.step import blend_unmasked, step
 from service.device.graphs import Graphs
 from service.device.state import ImageState, JobState
 from service.device.transfer import upload
@@ -44,8 +44,8 @@ def advance(
     """
     state = stack_states(images)  # (I, 1 + m, C, h, w)
     x = state[:, 0]
-    lines = [state.plan.lines[image.done] for state, image in zip(states, images, strict=True)]
-    table = torch.from_numpy(np.stack(lines))  # (I, ...) float64: one line of Plan.lines an image
+    lines = [state.plan.coeffs[image.done] for state, image in zip(states, images, strict=True)]
+    table = torch.from_numpy(np.stack(lines))  # (I, ...) float64: one line of Plan.coeffs an image
     coeffs = upload(table.float(), x.device)
     eps = predict(states, images, x, coeffs, size, graphs or Graphs())
     state = step(state, eps, coeffs, draw_noise(images, table))
@@ -171,7 +171,7 @@ def apply_masks(
     if not masked:
         return x
     index_tensor = upload(torch.tensor(masked), x.device)
-    kept = keep(
+    kept = blend_unmasked(
         x[index_tensor], torch.stack(zs), torch.stack(noises), torch.stack(masks), coeffs[index_tensor]
     )
     return x.index_copy(0, index_tensor, kept)
@@ -181,5 +181,5 @@ def keep_x_0(states: Sequence[JobState], images: Sequence[ImageState], x: Tensor
     """Store x_0 = (x - sigma eps) / alpha of the images that are previewed after this step."""
     for index, (state, image) in enumerate(zip(states, images, strict=True)):
         if state.previews(image):
-            alpha, sigma = map(float, state.plan.lines[image.done, 1:3])
+            alpha, sigma = map(float, state.plan.coeffs[image.done, 1:3])
             image.x_0 = (x[index] - sigma * eps[index]) / alpha

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from models.conditioning.conditioner import Asked
-from models.conditioning.prompts import Reading
-from models.latent_diffusion import Known, LatentDiffusion
+from models.conditioning.conditioner import ConditioningInput
+from models.conditioning.prompts import PromptOptions
+from models.latent_diffusion import LatentDiffusion, MaskedImage
 from models.sampling.samplers import Plan
 from models.tiles import cut
 from service.device.state import ImageState, JobState
@@ -41,9 +41,9 @@ def encode(bundle: LatentDiffusion, job: Job, device: torch.device) -> Tensor:
     return bundle.encode(image_of(job, device))[0]
 
 
-def masked_image(bundle: LatentDiffusion, job: Job, device: torch.device) -> Known:
+def masked_image(bundle: LatentDiffusion, job: Job, device: torch.device) -> MaskedImage:
     """The input image without the pixels to repaint, for a UNet that takes it as concat channels."""
-    return bundle.known(image_of(job, device), torch.from_numpy(masked_pixels(job).copy()).to(device))
+    return bundle.encode_masked(image_of(job, device), torch.from_numpy(masked_pixels(job).copy()).to(device))
 
 
 def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:
@@ -51,24 +51,24 @@ def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:
     return max_pool2d(torch.from_numpy(masked_pixels(job)).float()[None], factor).to(device)
 
 
-def conditioning_input(job: Job, cell: int) -> Asked:
+def conditioning_input(job: Job, cell: int) -> ConditioningInput:
     """The job's prompts, labels, boxes and regions; a label of the regions covers cell x cell pixels."""
     regions = None
     if job.regions:
         numbers = np.frombuffer(job.regions, np.uint16).astype(np.int64)
         regions = torch.from_numpy(numbers.reshape(job.height // cell, job.width // cell))
     size = (job.width, job.height)
-    return Asked(
+    return ConditioningInput(
         job.prompt, job.negative_prompt, job.class_label, job.boxes, regions, size, prompt_options(job)
     )
 
 
-def prompt_options(job: Job) -> Reading:
+def prompt_options(job: Job) -> PromptOptions:
     """How the job's prompts are tokenized."""
-    return Reading(job.prompt_weights, job.long_prompts == "chunk")
+    return PromptOptions(job.prompt_weights, job.long_prompts == "chunk")
 
 
-def start_images(state: JobState, conditioning: Asked, rows: slice) -> None:
+def start_images(state: JobState, conditioning: ConditioningInput, rows: slice) -> None:
     """Add the images' start states: noise, or the input image with noise added.
 
     `rows`: which of the two guidance rows (unconditional, conditional) the job needs.
@@ -81,7 +81,7 @@ def start_images(state: JobState, conditioning: Asked, rows: slice) -> None:
         state.z = encode(bundle, job, device)
     if job.mask and not masked:
         state.mask = latent_mask(job, spec.autoencoder.factor, device)
-    concat = bundle.beside(*shape[1:], conditioning.regions, masked)
+    concat = bundle.concat_channels(*shape[1:], conditioning.regions, masked)
     concat = None if concat is None else concat[rows]
     signal, sigma = state.plan.start
     for index in range(job.n):
@@ -111,4 +111,4 @@ def start_tiles(state: JobState) -> None:
 
 def with_history(x: Tensor, plan: Plan) -> Tensor:
     """x (C, h, w) with empty room for the sampler's history: (1 + memory, C, h, w)."""
-    return torch.cat([x[None], torch.zeros(plan.memory, *x.shape, device=x.device)])
+    return torch.cat([x[None], torch.zeros(plan.history, *x.shape, device=x.device)])

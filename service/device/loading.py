@@ -70,7 +70,7 @@ def check_companions(
 ) -> None:
     """Raise CheckpointError if a model's vocabulary file is missing."""
     for name, spec in specs.items():
-        if spec.reads_words and companions.find(paths[name], vocabulary) is None:
+        if spec.uses_bert_tokens and companions.find(paths[name], vocabulary) is None:
             raise CheckpointError(f"{name}: {companions.WANTED}")
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.conditioning.conditioner import Asked
-from models.latent_diffusion import LatentDiffusion, to_uint8, told_rows
+from models.conditioning.conditioner import ConditioningInput
+from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.preview import Projection
+from models.sampling.guidance import cfg_rows
 from models.sampling.samplers import Plan, plan
 from models.sampling.schedule import Schedule
 from models.spec import ModelSpec
@@ -98,7 +99,7 @@ class TorchRunner:
         """(L, C). Only a loaded model's tokenizer shows how many chunks a long prompt takes."""
         if job.long_prompts == "cut" or not self.registry.holds(job.model):
             return self.specs[job.model].context_shape
-        conditioning = Asked(job.prompt, job.negative_prompt, reading=prompt_options(job))
+        conditioning = ConditioningInput(job.prompt, job.negative_prompt, prompt_options=prompt_options(job))
         return self.registry[job.model].context_shape(conditioning)
 
     @translate_device_lost()
@@ -123,9 +124,9 @@ class TorchRunner:
     def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
         with translate_oom():
             bundle = self._in_float32(job.model_key) if precise else self.registry.bundle(job.model_key)
-            rows = told_rows(job.guidance_scale)
+            rows = cfg_rows(job.guidance_scale)
             conditioning = conditioning_input(job, bundle.spec.label_cell)
-            context = bundle.contexts(conditioning)
+            context = bundle.context_pair(conditioning)
             context = None if context is None else context.rows(rows)
             state = JobState(job, bundle, self.plans[job.id][0], context, None, None, [])
             if job.scale:
@@ -155,7 +156,7 @@ class TorchRunner:
         self._encode_new_tiles(states, images)
         new_states, use = self._advance(states, images, size)
         for state, image, new in zip(states, images, new_states, strict=True):
-            image.state, image.done, image.noise = new[: 1 + state.plan.memory], image.done + 1, None
+            image.state, image.done, image.noise = new[: 1 + state.plan.history], image.done + 1, None
         # The only wait for the device in a step: for this call on a CPU, for the previous one on a GPU.
         finite = torch.isfinite(new_states).flatten(1).all(1)
         non_finite = self.finite_checker.submit(states, finite, begin)
@@ -167,7 +168,7 @@ class TorchRunner:
         for state, image in zip(states, images, strict=True):
             if image.low is not None:
                 with translate_oom():
-                    concat = state.bundle.beside_tile(image.low)
+                    concat = state.bundle.tile_concat_channels(image.low)
                 image.concat, image.low = concat.expand(state.job.rows, -1, -1, -1), None
 
     def _current_jobs(self, states: Sequence[JobState]) -> tuple[str, ...]:
@@ -241,7 +242,7 @@ class TorchRunner:
     def finish(self, key: ImageKey) -> bytes:
         state = self.jobs[key.job]
         image = state.images[key.index]
-        z = state.bundle.completed(image.x[None], image.concat)  # (1, C, h, w)
+        z = state.bundle.add_residual_base(image.x[None], image.concat)  # (1, C, h, w)
         x = self._decode(state.bundle, z)
         if not torch.isfinite(x).all() and state.bundle.autoencoder.dtype != torch.float32:
             self.note(Incident("non_finite", "decode"))

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from PIL import Image
 
 from models.conditioning import prompts
-from models.sampling.samplers import SAMPLERS, SPACED, WITH_ETA, most_steps
+from models.sampling.samplers import ETA_SAMPLERS, OWN_SPACING, SAMPLERS, max_steps
 from models.spec import ModelSpec
 from service.engine.job import MAX_SEED
 from service.errors import InvalidRequest
@@ -94,7 +94,7 @@ def check_limits(
     width, height, steps, n = resolved.canvas_width, resolved.canvas_height, parameters.steps, parameters.n
     sampler, multiple, pixels = parameters.sampler, spec.size_multiple, width * height
     max_pixels = settings.max_input_pixels if resolved.model_scale else settings.max_pixels
-    max_steps, work = most_steps(sampler, spec.schedule.timesteps), n * steps * pixels
+    max_steps, work = max_steps(sampler, spec.schedule.timesteps), n * steps * pixels
     too_large = (
         f"times height must be at most {max_pixels}"
         if size_field == "width"
@@ -112,13 +112,13 @@ def check_limits(
             ("sampler", sampler in SAMPLERS, f"must be one of {', '.join(SAMPLERS)}"),
             (
                 "eta",
-                not parameters.eta or sampler in WITH_ETA,
-                f"must be 0 unless the sampler is {' or '.join(WITH_ETA)}",
+                not parameters.eta or sampler in ETA_SAMPLERS,
+                f"must be 0 unless the sampler is {' or '.join(ETA_SAMPLERS)}",
             ),
             (
                 "spacing",
-                not parameters.spacing or sampler not in SPACED,
-                f"cannot be set for the samplers {' and '.join(SPACED)}",
+                not parameters.spacing or sampler not in OWN_SPACING,
+                f"cannot be set for the samplers {' and '.join(OWN_SPACING)}",
             ),
             ("prompt", spec.reads_prompts or not resolved.prompt, NO_PROMPT),
             ("negative_prompt", spec.reads_prompts or not resolved.negative_prompt, NO_PROMPT),
@@ -142,7 +142,7 @@ def check_prompt_options(resolved: ResolvedRequest, spec: ModelSpec) -> None:
         ("long_prompts", supported or parameters.long_prompts is None, expected),
     ]
     if parameters.prompt_weights:
-        limit = prompts.MOST_WEIGHT
+        limit = prompts.MAX_WEIGHT
         for name, text in (("prompt", resolved.prompt), ("negative_prompt", resolved.negative_prompt)):
             bounded = all(abs(piece.weight) <= limit for piece in prompts.parse(text))
             rules.append((name, bounded, f"must have weights from {-limit:g} to {limit:g}"))

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from models.conditioning import prompts
-from models.sampling.samplers import SPACED
+from models.sampling.samplers import OWN_SPACING
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import cut
 from service.engine.job import MAX_SEED
@@ -203,7 +203,7 @@ def with_defaults(
         eta=coalesce(request.eta, defaults.eta),
         strength=strength,
         class_label=label,
-        spacing=coalesce(request.spacing, None if sampler in SPACED else spec.schedule.spacing),
+        spacing=coalesce(request.spacing, None if sampler in OWN_SPACING else spec.schedule.spacing),
         long_prompts=None if request.long_prompts == "cut" else request.long_prompts,
         prompt_weights=request.prompt_weights or None,
         boxes=scene.boxes if scene else None,

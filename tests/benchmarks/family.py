@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
 from models.checkpoint import load
-from models.conditioning.conditioner import Asked
+from models.conditioning.conditioner import ConditioningInput
 from models.latent_diffusion import LatentDiffusion
 from models.spec import AutoencoderSpec, ClassSpec, Condition, TokenSpec, UNetSpec
 from tests.benchmarks import rivals
@@ -225,7 +225,7 @@ def clip_error(model: LatentDiffusion, folder: Path) -> float:
     prompts = ["red apple", "a sunset behind a mountain range"]
     ids = byte_tokenizer()(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
     theirs = F.normalize(network(input_ids=ids).text_embeds, dim=-1)
-    ours = torch.cat([model.contexts(Asked(prompt=prompt)).tokens[1] for prompt in prompts])
+    ours = torch.cat([model.context_pair(ConditioningInput(prompt=prompt)).tokens[1] for prompt in prompts])
     return error(ours * theirs.shape[-1] ** 0.5, theirs * theirs.shape[-1] ** 0.5)
 
 

@@ -48,7 +48,7 @@ def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, b
     told = model.conditioner.encode(ids_of(row))
     x, t, context, pooled, levels = unet_inputs(row, cells)
     if pooled is not None:
-        pooled = torch.cat([pooled, model.sizes(*SIZE).expand(2, -1)], dim=-1)
+        pooled = torch.cat([pooled, model.size_embedding(*SIZE).expand(2, -1)], dim=-1)
     ours = {
         "eps": model.unet(x, t, context, pooled, levels),
         "D": model.autoencoder.decode(latents(cells)),

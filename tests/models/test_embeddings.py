@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from models.adapters import textual_inversion
 from models.checkpoint import load, save
-from models.conditioning.conditioner import Asked
+from models.conditioning.conditioner import ConditioningInput
 from models.errors import CheckpointError
 from tests.checkpoints.tiny import random_model, tiny_model, tiny_spec, xl_spec
 
@@ -66,13 +66,14 @@ def test_a_word_of_known_vectors_is_what_they_were_taken_from_in_both_encoders(t
         for key, encoder in zip(("clip_l", "clip_g"), model.conditioner.encoders, strict=True)
     }
     save_file(pair, tmp_path / "pair.safetensors")
-    before = model.contexts(Asked("a cat here", "cat"))
+    before = model.context_pair(ConditioningInput("a cat here", "cat"))
     textual_inversion.teach(model, [textual_inversion.read("Thing", tmp_path / "pair.safetensors")])
-    after = model.contexts(Asked("a thing here", "THING"))
+    after = model.context_pair(ConditioningInput("a thing here", "THING"))
     torch.testing.assert_close(after.tokens, before.tokens)
     torch.testing.assert_close(after.pooled, before.pooled)
     assert torch.equal(
-        model.copy(torch.float32).contexts(Asked("a thing here", "THING")).tokens, after.tokens
+        model.copy(torch.float32).context_pair(ConditioningInput("a thing here", "THING")).tokens,
+        after.tokens,
     )
 
 

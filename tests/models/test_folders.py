@@ -9,8 +9,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import safe_open
 
 from models.checkpoint import CheckpointError, load, read_spec, save
-from models.conditioning.conditioner import Asked
-from models.latent_diffusion import stage_dtype
+from models.conditioning.conditioner import ConditioningInput
+from models.latent_diffusion import autoencoder_dtype
 from models.spec import ModelSpec
 from tests.checkpoints import sd_folders
 from tests.helpers.numbers import LIMIT, relative_error
@@ -48,7 +48,7 @@ def texts_of(reference):
 @torch.inference_mode()
 def test_context(pair):
     reference, ours = pair
-    context, (tokens, pooled) = ours.contexts(Asked(PROMPT, UNWANTED)), texts_of(reference)
+    context, (tokens, pooled) = ours.context_pair(ConditioningInput(PROMPT, UNWANTED)), texts_of(reference)
     assert relative_error(context.tokens, tokens) <= LIMIT
     if pooled is not None:
         assert relative_error(context.pooled[:, : pooled.shape[1]], pooled) <= LIMIT
@@ -68,7 +68,7 @@ def test_eps(pair):
         sizes = torch.tensor([64, 128, 0, 0, 64, 128])
         text = noise(2, spec.added_width - 6 * spec.size_width, seed=2)
         given = {"added_cond_kwargs": {"text_embeds": text, "time_ids": sizes.expand(2, -1)}}
-        pooled = torch.cat([text, ours.sizes(128, 64).expand(2, -1)], dim=1)
+        pooled = torch.cat([text, ours.size_embedding(128, 64).expand(2, -1)], dim=1)
     assert config.cross_attention_dim == spec.context_width
     theirs = reference.unet(x, t, context, **given).sample
     assert relative_error(ours.unet(x, t, context, pooled, level), theirs) <= LIMIT
@@ -104,8 +104,10 @@ def test_a_guided_run(pair, monkeypatch):
         mask = torch.zeros(1, 1, 64, 64)
         mask[:, :, 8:40, 16:56] = 1
         theirs = reference(PROMPT, image=x, mask_image=mask, strength=1.0, **start).images
-        known = ours.known(2 * x - 1, mask[0, 0] > 0.5)
-        picture = ours.sample([PROMPT], [0], 3, 5.0, beside=[ours.beside(8, 8, known=known)])
+        known = ours.encode_masked(2 * x - 1, mask[0, 0] > 0.5)
+        picture = ours.sample(
+            [PROMPT], [0], 3, 5.0, concat_channels=[ours.concat_channels(8, 8, masked=known)]
+        )
     else:
         theirs = reference(PROMPT, **start).images
         picture = ours.sample([PROMPT], [0], 3, 5.0)
@@ -134,7 +136,7 @@ def test_diffusers_reads_what_is_written(pair, tmp_path):
     loaded = load(tmp_path / "m")
     assert (loaded.spec.unet, loaded.spec.zero_null) == (ours.spec.unet, ours.spec.zero_null)
     assert ModelSpec.from_dict(json.loads(json.dumps(loaded.spec.to_dict()))) == loaded.spec
-    told = [model.contexts(Asked(PROMPT, UNWANTED)) for model in (ours, loaded)]
+    told = [model.context_pair(ConditioningInput(PROMPT, UNWANTED)) for model in (ours, loaded)]
     assert torch.equal(told[0].tokens, told[1].tokens)
 
 
@@ -225,7 +227,7 @@ def test_a_first_stage_that_overflows_has_another_type(xl):
     assert (model.unet.dtype, model.autoencoder.dtype) == (torch.float16, torch.bfloat16)
     assert model.to(dtype=torch.float16).autoencoder.dtype == torch.bfloat16
     assert model.to(dtype=torch.float32).autoencoder.dtype == torch.float32
-    assert stage_dtype(model.spec.autoencoder, None, "cpu") is None
+    assert autoencoder_dtype(model.spec.autoencoder, None, "cpu") is None
     assert load(xl, dtype=torch.bfloat16).autoencoder.dtype == torch.bfloat16
     z = torch.randn(1, 4, 8, 8)
     assert model.to(dtype=torch.float16).decode(z).isfinite().all()

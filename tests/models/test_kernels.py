@@ -100,8 +100,8 @@ def test_geglu_is_that_of_torch(interpreted, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_in_16_bits_they_pass_the_check_that_admits_them(interpreted, dtype):
-    bound = kernels.CLOSE * (1 if dtype == torch.float16 else 8)
-    assert 0 < kernels.error_of(interpreted, torch.device("cpu"), dtype) < bound
+    bound = kernels.TOLERANCE * (1 if dtype == torch.float16 else 8)
+    assert 0 < kernels.largest_error(interpreted, torch.device("cpu"), dtype) < bound
 
 
 class Wrong:
@@ -123,14 +123,14 @@ def test_kernels_that_are_wrong_or_that_cannot_be_loaded_are_not_used(monkeypatc
     if found is None:
         monkeypatch.delattr("models.networks.triton_kernels")
     assert kernels.fused_on.__wrapped__(torch.device("cpu")) is None
-    assert "no fused kernels" in caplog.text
+    assert "fused kernels are off" in caplog.text
 
 
 COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from models import triton_kernels as k
+from models.networks import triton_kernels as k
 half, full, whole = "*fp16", "*fp32", "i32"
 shape = dict(cells=whole, channels=whole)
 tile = dict(rows=k.ROWS, span=k.WIDTH)

@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d
 
 from models.adapters import lora
 from models.checkpoint import CheckpointError, load
-from models.conditioning.conditioner import Asked
+from models.conditioning.conditioner import ConditioningInput
 from models.formats import keymaps
 from tests.checkpoints.lora_files import (
     ATTENTION,
@@ -32,7 +32,7 @@ from tests.checkpoints.sd_folders import write as write_row
 from tests.checkpoints.tiny import upscaler_spec
 
 LIMIT = 1e-5
-ASKED = Asked("red apple", "blue")
+ASKED = ConditioningInput("red apple", "blue")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def outputs(bundle):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 8, 8, generator=generator)
     with torch.inference_mode():
-        context = bundle.contexts(ASKED).tokens
+        context = bundle.context_pair(ASKED).tokens
         return bundle.unet(x, torch.tensor([5, 700]), context), context
 
 
@@ -293,7 +293,7 @@ def test_a_file_of_sdxl_changes_both_text_encoders_and_the_unet(large, style, tm
         theirs = pipeline.unet(x, t, told, added_cond_kwargs=added).sample
         for weight, same in ((1.0, True), (0.0, False)):
             changed = lora.apply(ours, [(fitting["a"], weight)])
-            context = changed.contexts(Asked("red apple", size=(64, 64)))
+            context = changed.context_pair(ConditioningInput("red apple", size=(64, 64)))
             tokens, extra = context.tokens[1:], context.pooled[1:]
             eps = changed.unet(x, t, tokens, extra)
             pairs = [(eps, theirs), (tokens, told), (extra[:, : pooled.shape[1]], pooled)]

@@ -10,24 +10,29 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from models.checkpoint.tokenizers import clip
-from models.conditioning.conditioner import Asked
+from models.conditioning.conditioner import ConditioningInput
+from models.conditioning.prompt_tokenizer import PromptTokenizer
 from models.conditioning.prompts import (
-    MOST_CHUNKS,
-    Frame,
+    MAX_CHUNKS,
     Piece,
-    Reading,
+    PromptOptions,
+    SpecialTokens,
     Token,
     chunks_of,
     escape,
-    left_out,
     parse,
     pieces_of,
     tokens_of,
+    truncated_text,
 )
-from models.conditioning.text_encoder import Reader
 from tests.checkpoints.tiny import random_model, tiny_spec, xl_spec
 
-CUT, WEIGHTED, CHUNKED, BOTH = Reading(), Reading(True), Reading(False, True), Reading(True, True)
+CUT, WEIGHTED, CHUNKED, BOTH = (
+    PromptOptions(),
+    PromptOptions(True),
+    PromptOptions(False, True),
+    PromptOptions(True, True),
+)
 GRAMMAR = [  # as AUTOMATIC1111's web UI reads them
     ("", [("", 1)]),
     ("a cat", [("a cat", 1)]),
@@ -88,17 +93,22 @@ def test_nested_brackets_multiply(text, up, down):
 @given(st.integers(0, 40), st.integers(1, 7), st.booleans())
 @example(0, 5, True)
 def test_chunks_hold_every_token_in_its_place(count, room, chunked):
-    tokens, frame = [Token(index, 1 + index, 0, index) for index in range(count)], Frame(97, 98, 99, room + 2)
-    chunks = chunks_of(tokens, room, Reading(chunked=chunked))
+    tokens, frame = (
+        [Token(index, 1 + index, 0, index) for index in range(count)],
+        SpecialTokens(97, 98, 99, room + 2),
+    )
+    chunks = chunks_of(tokens, room, PromptOptions(chunked=chunked))
     kept = [token for chunk in chunks for token in chunk]
-    assert kept == tokens[: room * (MOST_CHUNKS if chunked else 1)]
+    assert kept == tokens[: room * (MAX_CHUNKS if chunked else 1)]
     for chunk in chunks:
         ids, weights = frame.ids(chunk), frame.weights(chunk)
         assert len(ids) == len(weights) == frame.length
         assert ids == [97, *(token.id for token in chunk), 98, *[99] * (room - len(chunk))]
         assert weights[1 : 1 + len(chunk)] == [token.weight for token in chunk]
         assert {weights[0], *weights[1 + len(chunk) :]} == {1}
-    assert left_out([Piece("x" * count)], tokens, room, Reading(chunked=chunked)) == "x" * (count - len(kept))
+    assert truncated_text([Piece("x" * count)], tokens, room, PromptOptions(chunked=chunked)) == "x" * (
+        count - len(kept)
+    )
 
 
 def test_a_word_that_is_known_is_its_ids_wherever_it_stands_by_itself():
@@ -109,7 +119,7 @@ def test_a_word_that_is_known_is_its_ids_wherever_it_stands_by_itself():
     read = tokens_of([Piece("a"), Piece("bCat Cat,", 2.0), Piece("cat-toy<dog>")], letters, words)
     assert [token.id for token in read] == [97, *map(ord, "bCat "), 1, 2, ord(","), 3, 4]
     assert [token.weight for token in read] == [1.0] + [2.0] * 8 + [1.0] * 2
-    assert [token.place for token in read[-2:]] == [0, 7]
+    assert [token.start for token in read[-2:]] == [0, 7]
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +131,13 @@ def test_a_prompt_as_it_is_has_the_tokenizers_ids(tokenizer):
     texts = [text for text, _ in json.loads((Path(__file__).parent / "clip_ids.json").read_text())]
     texts += ["", " ", "a photo of a cat " * 30]
     how = {"padding": "max_length", "max_length": 77, "truncation": True}
-    ids, weights = Reader(tokenizer, 77).table(texts, CUT)
+    ids, weights = PromptTokenizer(tokenizer, 77).table(texts, CUT)
     assert ids.tolist() == tokenizer(texts, **how)["input_ids"]
     assert weights is None
 
 
 def test_what_is_left_out_is_told_without_brackets(tokenizer):
-    reader = Reader(tokenizer, 77)
+    reader = PromptTokenizer(tokenizer, 77)
     prompt = "(red " * 70 + "green [blue] " + "(cat:1.5) " * 10
     assert reader.overflow(prompt, WEIGHTED).startswith("cat")
     assert reader.overflow(prompt, BOTH) == ""
@@ -136,8 +146,8 @@ def test_what_is_left_out_is_told_without_brackets(tokenizer):
     assert reader.overflow("cat " * 75, CUT) == ""
 
 
-def contexts(model, prompt, negative, reading):
-    return model.contexts(Asked(prompt, negative, reading=reading))
+def context_pair(model, prompt, negative, reading):
+    return model.context_pair(ConditioningInput(prompt, negative, prompt_options=reading))
 
 
 @pytest.fixture(scope="module", params=[tiny_spec, xl_spec])
@@ -149,15 +159,18 @@ def model(request):
 def test_chunks_stand_side_by_side_and_the_shorter_prompt_is_filled_up(model):
     text = "red apple " * 9 + "on a blue table"  # letters are tokens here
     room = model.spec.texts[0].tokens - 2
-    tokens = tokens_of(pieces_of(text, CUT), model.conditioner.encoders[0].reader.split, {})
-    begin = tokens[room].place
-    whole = contexts(model, text, "no", CHUNKED)
+    tokens = tokens_of(pieces_of(text, CUT), model.conditioner.encoders[0].prompt_tokenizer.split, {})
+    begin = tokens[room].start
+    whole = context_pair(model, text, "no", CHUNKED)
     parts = [
-        contexts(model, part, negative, CUT) for part, negative in ((text[:begin], "no"), (text[begin:], ""))
+        context_pair(model, part, negative, CUT)
+        for part, negative in ((text[:begin], "no"), (text[begin:], ""))
     ]
     length = model.spec.texts[0].tokens
     assert whole.tokens.shape[1] == 2 * length
-    assert model.context_shape(Asked(text, "no", reading=CHUNKED)) == tuple(whole.tokens.shape[1:])
+    assert model.context_shape(ConditioningInput(text, "no", prompt_options=CHUNKED)) == tuple(
+        whole.tokens.shape[1:]
+    )
     torch.testing.assert_close(whole.tokens[1], torch.cat([part.tokens[1] for part in parts]))
     empty = model.conditioner([""])[0]
     torch.testing.assert_close(whole.tokens[0], torch.cat([parts[0].tokens[0], empty]))
@@ -167,8 +180,8 @@ def test_chunks_stand_side_by_side_and_the_shorter_prompt_is_filled_up(model):
 
 @torch.inference_mode()
 def test_weights_multiply_vectors_and_keep_the_mean_of_each_encoders_context(model):
-    plain = contexts(model, "red apple here", "green", CUT)
-    weighted = contexts(model, "red (apple:1.5) here", "green", WEIGHTED)
+    plain = context_pair(model, "red apple here", "green", CUT)
+    weighted = context_pair(model, "red (apple:1.5) here", "green", WEIGHTED)
     begin = 1 + len("red")
     factors = torch.ones(model.spec.texts[0].tokens, 1)
     factors[begin : begin + len("apple")] = 1.5
@@ -186,6 +199,6 @@ def test_weights_multiply_vectors_and_keep_the_mean_of_each_encoders_context(mod
 
 @torch.inference_mode()
 def test_a_prompt_without_brackets_is_the_same_however_it_is_read(model):
-    plain = contexts(model, "red apple", "green", CUT)
+    plain = context_pair(model, "red apple", "green", CUT)
     for reading in (WEIGHTED, CHUNKED, BOTH):
-        assert torch.equal(contexts(model, "red apple", "green", reading).tokens, plain.tokens)
+        assert torch.equal(context_pair(model, "red apple", "green", reading).tokens, plain.tokens)

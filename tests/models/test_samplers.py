@@ -13,8 +13,9 @@ from diffusers import (
 )
 
 from models.sampling.denoiser import Denoiser
-from models.sampling.samplers import SAMPLERS, SPACED, keep, most_steps, plan, step
+from models.sampling.samplers import OWN_SPACING, SAMPLERS, max_steps, plan
 from models.sampling.schedule import Schedule
+from models.sampling.step import blend_unmasked, step
 from models.spec import ScheduleSpec
 
 SHAPE = (2, 4, 8, 8)
@@ -43,7 +44,7 @@ def test_ddim_follows_the_reference(spacing, steps, eta, final_alpha_one):
     generator = torch.Generator().manual_seed(0)
     theirs = torch.randn(SHAPE, generator=generator)
     ours = theirs[:, None]
-    for line, t in zip(torch.from_numpy(table.lines), reference.timesteps, strict=True):
+    for line, t in zip(torch.from_numpy(table.coeffs), reference.timesteps, strict=True):
         noise = torch.randn(SHAPE, generator=generator)
         ours = step(ours, eps_of(ours[:, 0], t), line.expand(2, -1), noise)
         theirs = reference.step(eps_of(theirs, t), t, theirs, eta=eta, variance_noise=noise).prev_sample
@@ -113,7 +114,7 @@ def test_samplers_follow_their_references(sampler, spacing, steps, prediction, m
     spec = ScheduleSpec(final_alpha_one=True, prediction=prediction)
     reference, asked = reference_of(sampler, spec, spacing, steps)
     schedule, network = Schedule(spec), Network()
-    table = plan(schedule, sampler, steps, spacing=None if sampler in SPACED else spacing)
+    table = plan(schedule, sampler, steps, spacing=None if sampler in OWN_SPACING else spacing)
     np.testing.assert_allclose(table.timesteps, asked, rtol=0, atol=2e-3)
     fresh = iter(torch.randn(steps + 2, *SHAPE, generator=torch.Generator().manual_seed(1)))
     for module in ("ddpm", "lcm", "euler_ancestral_discrete"):
@@ -122,34 +123,34 @@ def test_samplers_follow_their_references(sampler, spacing, steps, prediction, m
         )
     noises = torch.randn(steps + 2, *SHAPE, generator=torch.Generator().manual_seed(1))
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    ours = torch.zeros(2, 1 + table.memory, *SHAPE[1:])
+    ours = torch.zeros(2, 1 + table.history, *SHAPE[1:])
     ours[:, 0] = x
-    alphas = [*table.lines[1:, 1], 1.0]
-    theirs = x / table.lines[0, 1] if sampler in ON_RATIO else x
+    alphas = [*table.coeffs[1:, 1], 1.0]
+    theirs = x / table.coeffs[0, 1] if sampler in ON_RATIO else x
     for index, t in enumerate(reference.timesteps):
-        lines = torch.from_numpy(table.lines[index]).float().expand(2, -1)
+        lines = torch.from_numpy(table.coeffs[index]).float().expand(2, -1)
         told = torch.full((2,), asked[index])
         scaled = reference.scale_model_input(theirs, t)
         theirs = reference.step(network(scaled, told), t, theirs).prev_sample
         noise = noises[index] if table.needs_noise[index] else None
-        eps = Denoiser(network, schedule)(ours[:, 0], lines[:, 0], level=lines[:, 1:3])
+        eps = Denoiser(network, schedule)(ours[:, 0], lines[:, 0], alpha_sigma=lines[:, 1:3])
         ours = step(ours, eps, lines, noise)
         expected = theirs * alphas[index] if sampler in ON_RATIO else theirs
         assert (ours[:, 0] - expected).norm() <= 1e-4 * expected.norm(), index
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in SPACED])
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in OWN_SPACING])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_a_spacing_may_be_the_schedules_or_the_runs(sampler, spacing):
     own, given = Schedule(ScheduleSpec(spacing=spacing)), Schedule(ScheduleSpec())
-    lines = plan(own, sampler, 12).lines
-    assert np.array_equal(lines, plan(given, sampler, 12, spacing=spacing).lines)
-    assert np.array_equal(lines, plan(given, sampler, 12).lines) == (spacing == "leading")
+    lines = plan(own, sampler, 12).coeffs
+    assert np.array_equal(lines, plan(given, sampler, 12, spacing=spacing).coeffs)
+    assert np.array_equal(lines, plan(given, sampler, 12).coeffs) == (spacing == "leading")
     for steps in (2, 3, 333, 999, 1000):
-        assert np.isfinite(plan(given, sampler, steps, spacing=spacing).lines).all()
+        assert np.isfinite(plan(given, sampler, steps, spacing=spacing).coeffs).all()
 
 
-@pytest.mark.parametrize("sampler", SPACED)
+@pytest.mark.parametrize("sampler", OWN_SPACING)
 def test_a_sampler_with_a_spacing_of_its_own_takes_no_other(sampler):
     with pytest.raises(ValueError, match="spacing"):
         plan(Schedule(ScheduleSpec()), sampler, 10, spacing="trailing")
@@ -160,9 +161,9 @@ def test_every_sampler_leads_back_to_the_picture_by_its_true_noise(sampler):
     schedule = Schedule(ScheduleSpec(final_alpha_one=True))
     table = plan(schedule, sampler, 9)
     z, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
-    state = torch.zeros(1, 1 + table.memory, 4, 8, 8)
+    state = torch.zeros(1, 1 + table.history, 4, 8, 8)
     state[:, 0] = table.start[0] * z + table.start[1] * noise
-    for row in table.lines:
+    for row in table.coeffs:
         line = torch.from_numpy(row)
         eps = (state[:, 0] - line[1] * z) / line[2]  # what leads to z from wherever the fresh noise has led
         fresh = torch.randn(z.shape) if line[3] else None
@@ -173,18 +174,18 @@ def test_every_sampler_leads_back_to_the_picture_by_its_true_noise(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_takes_any_number_of_steps_and_any_share_of_them(sampler):
     schedule = Schedule(ScheduleSpec())
-    for spacing in (None,) if sampler in SPACED else ("leading", "trailing", "linspace"):
+    for spacing in (None,) if sampler in OWN_SPACING else ("leading", "trailing", "linspace"):
         for steps in (1, 2, 3, 7, 50, 333, 1000):
-            if steps <= most_steps(sampler, 1000):
+            if steps <= max_steps(sampler, 1000):
                 for strength in (1.0, 0.4, 0.01, 0.001):
                     table = plan(schedule, sampler, steps, strength=strength, spacing=spacing)
-                    assert np.isfinite(table.lines).all()
+                    assert np.isfinite(table.coeffs).all()
     with pytest.raises(ValueError, match="steps"):
-        plan(schedule, sampler, most_steps(sampler, 1000) + 1)
+        plan(schedule, sampler, max_steps(sampler, 1000) + 1)
 
 
 def test_every_row_has_a_line_of_its_own():
-    lines = torch.from_numpy(plan(Schedule(ScheduleSpec()), "ddim", 5, eta=1.0).lines)
+    lines = torch.from_numpy(plan(Schedule(ScheduleSpec()), "ddim", 5, eta=1.0).coeffs)
     x, eps, noise = torch.randn(3, 5, 4, 8, 8).unbind()
     together = step(x[:, None], eps, lines, noise)
     for row in range(5):
@@ -198,7 +199,7 @@ def test_the_true_noise_leads_back_to_the_picture():
     x_0, noise = torch.randn(2, 1, 4, 8, 8).unbind()
     ab = schedule.alpha_bar[int(table.timesteps[0])]
     x = ab**0.5 * x_0 + (1 - ab) ** 0.5 * noise
-    for line in torch.from_numpy(table.lines):
+    for line in torch.from_numpy(table.coeffs):
         x = step(x[:, None], noise, line[None])[:, 0]
     torch.testing.assert_close(x, x_0, rtol=0, atol=1e-4)
 
@@ -209,11 +210,11 @@ def test_every_number_of_steps_has_finite_lines(eta):
     for steps in range(1, 1001):
         table = plan(schedule, "ddim", steps, eta)
         assert len(table) == steps
-        assert np.isfinite(table.lines).all()
+        assert np.isfinite(table.coeffs).all()
 
 
 def test_low_precision_rows_step_in_float32():
-    lines = torch.from_numpy(plan(Schedule(ScheduleSpec()), "ddim", 5).lines)[:1]
+    lines = torch.from_numpy(plan(Schedule(ScheduleSpec()), "ddim", 5).coeffs)[:1]
     x, eps = torch.randn(2, 1, 4, 8, 8).bfloat16().unbind()
     assert step(x[:, None], eps, lines).dtype == torch.float32
 
@@ -231,7 +232,7 @@ def test_strength_leaves_out_the_first_steps():
     schedule = Schedule(ScheduleSpec())
     whole, part = plan(schedule, "ddim", 20), plan(schedule, "ddim", 20, strength=0.3)
     assert len(part) == 6
-    assert np.array_equal(part.lines, whole.lines[14:])
+    assert np.array_equal(part.coeffs, whole.coeffs[14:])
     assert len(plan(schedule, "ddim", 20, strength=0.001)) == 1
 
 
@@ -240,7 +241,7 @@ def test_a_run_from_a_picture_and_its_noise_leads_back_to_it():
     z, noise = torch.randn(2, 1, 4, 8, 8).unbind()
     signal, sigma = table.start
     x = signal * z + sigma * noise
-    for line in torch.from_numpy(table.lines):
+    for line in torch.from_numpy(table.coeffs):
         x = step(x[:, None], noise, line[None])[:, 0]
     torch.testing.assert_close(x, z, rtol=0, atol=1e-4)
 
@@ -250,13 +251,13 @@ def test_what_is_known_is_as_noisy_as_the_rest_and_clean_at_the_end():
     z, noise, painted = torch.randn(3, 1, 4, 8, 8).unbind()
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
-    for line, t_next in zip(torch.from_numpy(table.lines), table.timesteps[1:], strict=False):
+    for line, t_next in zip(torch.from_numpy(table.coeffs), table.timesteps[1:], strict=False):
         ab = Schedule(ScheduleSpec()).alpha_bar[int(t_next)]
-        x = keep(painted, z, noise, mask, line[None])
+        x = blend_unmasked(painted, z, noise, mask, line[None])
         assert torch.equal(x[..., :4], painted[..., :4])
         known = ab**0.5 * z + (1 - ab) ** 0.5 * noise
         torch.testing.assert_close(x[..., 4:], known[..., 4:])
-    last = keep(painted, z, noise, mask, torch.from_numpy(table.lines[-1:]))
+    last = blend_unmasked(painted, z, noise, mask, torch.from_numpy(table.coeffs[-1:]))
     assert torch.equal(last[..., 4:], z[..., 4:])
 
 

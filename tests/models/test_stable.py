@@ -71,7 +71,7 @@ def outputs(row: Row, model, networks: Reference) -> dict[str, tuple[torch.Tenso
     if row.size_width:
         numbers = torch.tensor([[96, 64, 0, 0, 96, 64]] * 2)
         options = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": numbers}}
-        added = torch.cat([pooled, model.sizes(64, 96).expand(2, -1)], dim=-1)
+        added = torch.cat([pooled, model.size_embedding(64, 96).expand(2, -1)], dim=-1)
     levels = torch.tensor([20, 350]) if row.noise_levels else None
     if row.noise_levels:
         options = {"class_labels": levels}

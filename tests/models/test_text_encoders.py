@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from models.checkpoint.folder import weights_in
-from models.conditioning.conditioner import Asked
+from models.conditioning.conditioner import ConditioningInput
 from models.networks.unet import timestep_embedding
 from models.spec import ModelSpec
 from tests.checkpoints.tiny import random_model, xl_spec
@@ -39,7 +39,7 @@ def reference(encoder):
 
 @torch.inference_mode()
 def test_tokens_of_all_encoders_and_the_pooled_text_of_the_last(model):
-    context = model.contexts(Asked(PROMPT, "blue pear"))
+    context = model.context_pair(ConditioningInput(PROMPT, "blue pear"))
     assert (context.tokens.shape, context.pooled.shape) == ((2, 77, 32 + 48), (2, 24 + 6 * 8))
     ids = model.conditioner.tokenize(["blue pear", PROMPT])
     first, second = (
@@ -53,15 +53,20 @@ def test_tokens_of_all_encoders_and_the_pooled_text_of_the_last(model):
 
 @torch.inference_mode()
 def test_sizes_are_told_after_the_pooled_text(model):
-    told = model.contexts(Asked(PROMPT, size=(96, 64))).pooled[:, 24:]
+    told = model.context_pair(ConditioningInput(PROMPT, size=(96, 64))).pooled[:, 24:]
     numbers = torch.tensor([64, 96, 0, 0, 64, 96])  # height first: original, crop, target
     assert torch.equal(told, timestep_embedding(numbers, 8).flatten().expand(2, -1))
-    assert torch.equal(model.contexts(Asked(PROMPT)).pooled[1, 24:32], timestep_embedding(numbers[:1], 8)[0])
+    assert torch.equal(
+        model.context_pair(ConditioningInput(PROMPT)).pooled[1, 24:32], timestep_embedding(numbers[:1], 8)[0]
+    )
 
 
 @torch.inference_mode()
 def test_nothing_unwanted_is_a_context_of_zeros(model):
-    context, unwanted = model.contexts(Asked(PROMPT)), model.contexts(Asked(PROMPT, "blue pear"))
+    context, unwanted = (
+        model.context_pair(ConditioningInput(PROMPT)),
+        model.context_pair(ConditioningInput(PROMPT, "blue pear")),
+    )
     assert not context.tokens[0].any()
     assert not context.pooled[0, :24].any()
     assert torch.equal(context.pooled[0, 24:], context.pooled[1, 24:])  # sizes are told all the same
@@ -71,10 +76,16 @@ def test_nothing_unwanted_is_a_context_of_zeros(model):
 
 @torch.inference_mode()
 def test_what_is_pooled_reaches_the_unet(model):
-    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), model.contexts(Asked(PROMPT, "pear"))
+    x, t, context = (
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([3, 700]),
+        model.context_pair(ConditioningInput(PROMPT, "pear")),
+    )
     eps = model.unet(x, t, context.tokens, context.pooled)
     assert relative_error(model.unet(x, t, context.tokens, context.pooled.flip(0)), eps) > 0.01
-    pictures = [model.sample([Asked(PROMPT, size=size)], [1], 2, 3.0) for size in ((64, 64), (128, 64))]
+    pictures = [
+        model.sample([ConditioningInput(PROMPT, size=size)], [1], 2, 3.0) for size in ((64, 64), (128, 64))
+    ]
     assert relative_error(*pictures) > 0.001
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.sampling.samplers import SAMPLERS, most_steps, plan, step
+from models.sampling.samplers import SAMPLERS, max_steps, plan
 from models.sampling.schedule import Schedule
+from models.sampling.step import step
 from models.spec import ScheduleSpec
 from tests.helpers.reference_schedule import their_alpha_bar, their_timesteps
 
@@ -75,10 +76,10 @@ def their_plms(x, count, betas):
 def ours(x, sampler, count, betas, eta=0.0, noises=None):
     """The same of our plan and our step, which work in float32."""
     table = plan(Schedule(ScheduleSpec(*betas)), sampler, count, eta)
-    state = torch.zeros(1, 1 + table.memory, *x.shape)
+    state = torch.zeros(1, 1 + table.history, *x.shape)
     state[0, 0] = torch.from_numpy(x)
     asked, passed = [], []
-    for done, line in enumerate(torch.from_numpy(table.lines)):
+    for done, line in enumerate(torch.from_numpy(table.coeffs)):
         t = line[0].item()
         eps = torch.from_numpy(eps_of(state[0, 0].double().numpy(), t))[None]
         noise = torch.from_numpy(noises[done])[None] if eta else None
@@ -152,7 +153,7 @@ def test_ours_takes_as_many_steps_as_asked_within_the_table_and_ends_where_their
         assert t[0] <= 999
         assert t[-1] in (0, 1)
         # What is left of x in the last step is sqrt(alpha_bar_end / alpha_bar_t).
-        x_factor, signal = table.lines[-1, 6], table.lines[-1, 1]
+        x_factor, signal = table.coeffs[-1, 6], table.coeffs[-1, 1]
         np.testing.assert_allclose(x_factor * signal, end**0.5, rtol=1e-12)
 
 
@@ -160,5 +161,5 @@ def test_ours_takes_as_many_steps_as_asked_within_the_table_and_ends_where_their
 def test_every_sampler_takes_as_many_steps_as_asked(sampler):
     schedule = Schedule(ScheduleSpec(0.0015, 0.0195))
     for count in STEPS_GONE_WRONG:
-        if count <= most_steps(sampler, 1000):
+        if count <= max_steps(sampler, 1000):
             assert len(plan(schedule, sampler, count)) == count + (sampler == "plms")

@@ -76,7 +76,7 @@ def test_tiles_start_from_one_field_of_noise(upscaler):
     z = upscaler.denoise(
         noise[None, :, :, 12:],
         2,
-        lambda x, t: upscaler.denoiser(x, t, beside=beside[None, :, :, 12:], noise_level=levels),
+        lambda x, t: upscaler.denoiser(x, t, concat_channels=beside[None, :, :, 12:], noise_level=levels),
     )
     assert torch.allclose(whole[..., 64:], upscaler.decode(z)[..., 16:], atol=1e-4)
 
@@ -95,10 +95,10 @@ def test_a_residual_is_added_to_what_the_resampled_picture_has(tmp_path):
     assert load(tmp_path / "residual").spec == spec
     low = torch.rand(1, 3, 16, 16) * 2 - 1
     noised = bundle.start_upscaling(low[0], 0, 0)[1]
-    beside = bundle.beside_tile(noised)
+    beside = bundle.tile_concat_channels(noised)
     base = bundle.encode(resample(noised[None], 4))
     assert torch.equal(beside, torch.cat([noised, base[0]]))
-    assert torch.equal(bundle.completed(torch.zeros_like(base), beside[None]), base)
+    assert torch.equal(bundle.add_residual_base(torch.zeros_like(base), beside[None]), base)
     assert bundle.upscale(low, [0], 2).shape == (1, 3, 64, 64)
     assert relative_error(resample(low, 4), interpolate(low, scale_factor=4, mode="bicubic")) < 0.05
 

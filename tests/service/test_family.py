@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
 from models.checkpoint import CheckpointError, load
-from models.conditioning.conditioner import Asked
+from models.conditioning.conditioner import ConditioningInput
 from models.formats import companions as words_of
 from models.latent_diffusion import LatentDiffusion
 from models.networks.autoencoder import Autoencoder
@@ -207,12 +207,12 @@ def test_python_makes_what_the_service_makes(loaded):
         x = bundle.upscale(torch.from_numpy(SMALL).movedim(-1, 0)[None] / 127.5 - 1, [3], 2)
     else:
         regions = torch.from_numpy(CLASSES + 1) if "segmentation" in BODIES[name] else None
-        asked = Asked(job.prompt, job.negative_prompt, job.class_label, job.boxes, regions)
+        asked = ConditioningInput(job.prompt, job.negative_prompt, job.class_label, job.boxes, regions)
         beside = None
         if name == "inpainting_big":
             picture = torch.from_numpy(IMAGE).movedim(-1, 0)[None] / 127.5 - 1
-            known = bundle.known(picture, torch.from_numpy(MASK >= 128))
-            beside = [bundle.beside(16, 16, known=known)]
+            known = bundle.encode_masked(picture, torch.from_numpy(MASK >= 128))
+            beside = [bundle.concat_channels(16, 16, masked=known)]
         size = (job.width, job.height)
         x = bundle.sample([asked], [3], 2, job.guidance_scale, beside, size)
     picture = ((x[0].clamp(-1, 1) + 1) * 127.5).movedim(0, -1).numpy()
@@ -228,7 +228,7 @@ def test_what_is_listed_is_so(loaded):
     assert (listed.tasks, listed.inputs, listed.guided, listed.label_count) == TASKS[name]
     assert listed.defaults.width == listed.defaults.height == ROWS[name].side
     assert (listed.defaults.guidance_scale > 1) == listed.guided
-    assert spec.unet.in_channels == spec.autoencoder.latent_channels + spec.beside
+    assert spec.unet.in_channels == spec.autoencoder.latent_channels + spec.concat_channels
     assert len(listed.labels) == (182 if name == "semantic_synthesis" else 0)  # whose colours are needed
     if name == "inpainting_big":
         assert listed.inpainting == "mask channels"
@@ -308,7 +308,7 @@ def test_a_long_prompt_is_said_to_be_cut(loaded):
     runner.shape(job)
     said = list(runner.start(job))
     assert bool(said) == runner.specs["m"].reads_prompts
-    if runner.specs["m"].reads_words:  # 77 less a begin and an end token
+    if runner.specs["m"].uses_bert_tokens:  # 77 less a begin and an end token
         assert said == ["prompt is longer than the model can read; ignored: apple"]
 
 

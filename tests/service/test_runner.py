@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from models.checkpoint import load
-from models.sampling.samplers import SAMPLERS, plan, step
+from models.sampling.samplers import SAMPLERS, plan
+from models.sampling.step import step
 from service.device import batch
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
@@ -49,7 +50,7 @@ def test_no_memory_for_the_text_or_the_picture_is_an_error_of_its_own(runner, mo
     monkeypatch.setattr(runner.registry["m"], "decode", out_of_memory)
     with pytest.raises(OutOfMemory):
         runner.finish(KEY)
-    monkeypatch.setattr(runner.registry["m"], "contexts", out_of_memory)
+    monkeypatch.setattr(runner.registry["m"], "context_pair", out_of_memory)
     with pytest.raises(OutOfMemory):
         runner.start(job)
 
@@ -72,7 +73,7 @@ def test_a_run_from_a_picture_starts_from_its_noised_latent_and_is_that_of_the_s
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
         x = (line.start[0] * bundle.encode(x) + line.start[1] * noise)[:, None]
         context = bundle.conditioner([job.prompt])
-        for row in torch.from_numpy(line.lines):
+        for row in torch.from_numpy(line.coeffs):
             x = step(x, bundle.denoiser(x[:, 0], row[:1], context), row[None])
         expected = (bundle.decode(x[:, 0])[0].clamp(-1, 1) + 1) * 127.5
     difference = pixels(runner, job) - expected.permute(1, 2, 0).numpy()

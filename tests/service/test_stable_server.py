@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.checkpoint import load
-from models.conditioning.conditioner import Asked
+from models.conditioning.conditioner import ConditioningInput
 from models.latent_diffusion import pixels_last, to_uint8
 from tests.checkpoints import sd_files
 from tests.helpers.clients import image_of
@@ -48,7 +48,7 @@ def test_a_prompt_gives_what_the_models_own_arithmetic_has(server, files, name):
     """SDXL is told the size; what Stable Diffusion 2 predicts is told by LDM_PREDICTION."""
     pixels = ask(server, name, width=64, height=128)
     model = load(files[name], prediction="epsilon")
-    x = model.sample([Asked("red apple", "blue")], [5], 2, 3.0, size=(64, 128))
+    x = model.sample([ConditioningInput("red apple", "blue")], [5], 2, 3.0, size=(64, 128))
     assert pixels.shape == (128, 64, 3)
     assert psnr(pixels, bytes_of(x[0])) > 40
 
@@ -67,7 +67,7 @@ def test_a_picture_comes_back_four_times_as_large(server, files):
     low = noise(24, 16)
     pixels = ask(server, "sd-x4", "/upscale", image=base64_of(low), noise_level=30)
     x = torch.from_numpy(np.asarray(low).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-    made = load(files["sd-x4"]).upscale(x, [5], 2, 30, [Asked("red apple", "blue")], 3.0)
+    made = load(files["sd-x4"]).upscale(x, [5], 2, 30, [ConditioningInput("red apple", "blue")], 3.0)
     assert pixels.shape == (64, 96, 3)
     assert psnr(pixels, bytes_of(made[0])) > 40
 

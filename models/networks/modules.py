@@ -1,0 +1,22 @@
+"""What torch's containers of modules do not say to a type checker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar, cast
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def module_list(modules: Iterable[M]) -> Sequence[M]:
+    """An nn.ModuleList, typed as a sequence of its modules."""
+    return cast("Sequence[M]", nn.ModuleList(modules))
+
+
+def first_norm(layers: nn.Sequential) -> nn.GroupNorm:
+    """The GroupNorm that a sequence of layers begins with."""
+    norm = layers[0]
+    assert isinstance(norm, nn.GroupNorm)
+    return norm
