@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from models.conditioning.boxes import Box
+from models.sampling.guidance import row_count
 from models.spec import Spacing
 
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON client can hold
@@ -86,14 +87,9 @@ class Job:
         return "text-to-image" if self.prompt else "unconditional"
 
     @property
-    def needs_both(self) -> bool:
-        """Whether guidance compares two predictions; at 0 and 1 one of them says it all."""
-        return self.guidance_scale not in (0.0, 1.0)
-
-    @property
     def rows(self) -> int:
-        """Rows that one image costs in a UNet call."""
-        return 2 if self.needs_both else 1
+        """Rows that one image costs in a UNet call: 2 with guidance, else 1."""
+        return row_count(self.guidance_scale)
 
 
 @dataclass(frozen=True)
