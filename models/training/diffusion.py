@@ -16,7 +16,7 @@ from torch.nn.functional import max_pool2d
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.conditioning.conditioner import GRAY, LayoutProjection
+from models.conditioning.conditioner import LayoutProjection
 from models.conditioning.text_encoder import TextEncoder
 from models.latent_diffusion import LatentDiffusion
 from models.networks.autoencoder import Autoencoder
@@ -24,7 +24,7 @@ from models.networks.unet import UNet
 from models.sampling.schedule import Schedule
 from models.spec import ScheduleSpec, TextSpec, UNetSpec
 from models.training.first_stage import to_x
-from models.training.scenes import SIZE, Atlas, Scene, draw_scene, without_hidden
+from models.training.scenes import GRAY, SIZE, Atlas, Scene, draw_scene, without_hidden
 from models.training.trainer import Budget, Trainer
 
 CHUNK = 64  # scenes encoded at once

@@ -23,6 +23,7 @@ FONT_SHA256 = (
 )
 FONT_SIZE = 109  # the only size the font's bitmaps come in
 SIZE = 128  # side of a scene
+GRAY = 128  # value of masked pixels in images that the UNet sees: Masking.masked_pixel as uint8
 COLOURS = {
     "white": (255, 255, 255),
     "black": (20, 20, 20),

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from models.conditioning.conditioner import GRAY
 from models.latent_diffusion import LatentDiffusion
 from models.training.evaluate import (
     Painter,
@@ -20,7 +19,7 @@ from models.training.evaluate import (
     related_prompts,
     to_pictures,
 )
-from models.training.scenes import SIZE, Atlas, caption_of, held_out_scenes
+from models.training.scenes import GRAY, SIZE, Atlas, caption_of, held_out_scenes
 
 CAPTION = 46  # pixels below each picture, for three lines
 LINE = 22  # characters
