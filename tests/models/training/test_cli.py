@@ -15,6 +15,11 @@ from models.training.diffusion import timestep_density
 from tests.helpers.environment import needs_font
 
 
+def image_size(file):
+    with Image.open(file) as image:
+        return image.size
+
+
 @needs_font
 def test_one_command_makes_a_model_that_is_measured_part_after_part(
     tmp_path: Path, capsys, monkeypatch
@@ -34,7 +39,7 @@ def test_one_command_makes_a_model_that_is_measured_part_after_part(
     assert loaded.spec.autoencoder.scale_factor != 1.0
     assert loaded.spec.labels == ("red apple", "rocket")
     assert all(file.stat().st_size < 16 * 2**20 for file in model.rglob("*.safetensors"))
-    sizes = {file.stem: Image.open(file).size for file in (model / "sheets").iterdir()}
+    sizes = {file.stem: image_size(file) for file in (model / "sheets").iterdir()}
     assert sizes["text-to-image"] == (824, 736)
     assert sizes["layout-to-image"][1] == sizes["inpainting"][1] > sizes["unconditional"][1]
     assert sizes["256x128"][0] > sizes["192x128"][0]
