@@ -94,7 +94,7 @@ def check_limits(
     width, height, steps, n = resolved.canvas_width, resolved.canvas_height, parameters.steps, parameters.n
     sampler, multiple, pixels = parameters.sampler, spec.size_multiple, width * height
     max_pixels = settings.max_input_pixels if resolved.model_scale else settings.max_pixels
-    max_steps, work = max_steps(sampler, spec.schedule.timesteps), n * steps * pixels
+    step_limit, work = max_steps(sampler, spec.schedule.timesteps), n * steps * pixels
     too_large = (
         f"times height must be at most {max_pixels}"
         if size_field == "width"
@@ -106,7 +106,7 @@ def check_limits(
             ("width", width % multiple == 0, f"must be a multiple of {multiple}"),
             ("height", height % multiple == 0, f"must be a multiple of {multiple}"),
             (size_field, pixels <= max_pixels, too_large),
-            ("steps", steps <= max_steps, f"must be at most {max_steps}"),
+            ("steps", steps <= step_limit, f"must be at most {step_limit}"),
             ("n", n <= settings.max_images, f"must be at most {settings.max_images}"),
             (costliest_field(resolved, spec, size_field), work <= settings.max_work, too_much),
             ("sampler", sampler in SAMPLERS, f"must be one of {', '.join(SAMPLERS)}"),
