@@ -19,7 +19,8 @@ import pytest
 from tests.helpers.servers import Server, serve, write_import_trap
 
 # Groups of tests that take longest, which start first. A file that is not named here is a group of its own.
-SLOWEST_FIRST = ("shared-server", "bundled-server", "test_cli.py")
+SLOWEST_FIRST = ("shared_server", "bundled", "test_cli.py", "families")
+SHARED = ("shared_server", "bundled", "families")  # fixtures of servers whose tests are a group, in any file
 
 
 @pytest.fixture(scope="session")
@@ -89,11 +90,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def group_of(item: pytest.Item) -> str:
     """The name of the worker group of a test."""
-    if "shared_server" in item.fixturenames:
-        return "shared-server"
-    if "bundled" in item.fixturenames:
-        return "bundled-server"
-    return item.path.name
+    return next((name for name in SHARED if name in item.fixturenames), item.path.name)
 
 
 def rank(item: pytest.Item) -> tuple[int, bool]:

@@ -1,8 +1,7 @@
-"""Models of the latent diffusion paper over HTTP: one server of six single files."""
+"""Models of the latent diffusion paper over HTTP, from single files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from service.engine.events import Done
 from service.requests.resolve import resolve
 from service.requests.response import Result
 from service.settings import Settings
-from tests.checkpoints.ldm_models import FIRST_STAGES, thin, write
+from tests.checkpoints.ldm_models import FIRST_STAGES, thin
 from tests.helpers.clients import error_of, image_of
 from tests.helpers.images import IMAGE, MASK, psnr
 from tests.helpers.ldm_requests import BODIES, TASKS, kind
@@ -31,18 +30,6 @@ PATHS = {"inpainting_big": "/inpaint", "bsr_sr": "/upscale"}
 SIZED = ("celebahq", "cin256-v2", "layout2img", "semantic_synthesis")
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {name: write(folder, name) for name in SERVED}
-
-
-@pytest.fixture(scope="module")
-def family(start_server, files) -> Iterator[Server]:
-    with start_server(*files.values()) as server:
-        yield server
-
-
 def body_of(name: str, **changes) -> dict:
     size = {"width": 64, "height": 64} if name in SIZED else {}
     return {"model": name, "seed": 5, "steps": 3} | size | BODIES[name] | changes
@@ -52,18 +39,18 @@ def ask(server: Server, name: str, **changes):
     return server.client.post(PATHS.get(name, "/generate"), json=body_of(name, **changes))
 
 
-def here(files: dict[str, Path], name: str) -> np.ndarray:
+def here(ldm_files: dict[str, Path], name: str) -> np.ndarray:
     """The same request on an engine in this process."""
-    runner = TorchRunner(Registry({name: files[name]}, load), buckets=(2, 4, 8))
+    runner = TorchRunner(Registry({name: ldm_files[name]}, load), buckets=(2, 4, 8))
     resolved = resolve(kind(name).model_validate(body_of(name)), runner.specs, Settings())
     (images,), _ = run_together(runner, resolved.to_job())
     return Result(resolved, Done(resolved.id, tuple(images), (), 0, 0, 0)).pixels(0)
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_a_picture_comes_back_as_the_engine_makes_it(family, files, name):
-    pixels = image_of(ask(family, name))
-    assert psnr(pixels, here(files, name)) > 40
+def test_an_image_is_the_one_that_the_engine_makes(families, ldm_files, name):
+    pixels = image_of(ask(families, name))
+    assert psnr(pixels, here(ldm_files, name)) > 40
     if name == "inpainting_big":
         assert (pixels[MASK == 0] == IMAGE[MASK == 0]).all()
         assert (pixels[MASK > 0] != IMAGE[MASK > 0]).any()
@@ -71,14 +58,14 @@ def test_a_picture_comes_back_as_the_engine_makes_it(family, files, name):
         assert pixels.shape == (4 * 16, 4 * 24, 3)
 
 
-def test_all_models_are_asked_at_once(family):
+def test_requests_to_all_models_at_once(families):
     with ThreadPoolExecutor(12) as pool:
-        asked = [pool.submit(ask, family, name, n=2) for name in (*SERVED, *SERVED)]
-        assert [each.result().status_code for each in asked] == [200] * 12
+        responses = [pool.submit(ask, families, name, n=2) for name in (*SERVED, *SERVED)]
+        assert [each.result().status_code for each in responses] == [200] * 12
 
 
-def test_each_model_says_what_it_takes(family):
-    listed = {model["name"]: model for model in family.client.get("/models").json()["models"]}
+def test_each_model_is_listed_with_its_tasks_and_inputs(families):
+    listed = {model["name"]: model for model in families.client.get("/models").json()["models"]}
     for name in SERVED:
         model = listed[name]
         found = (model["tasks"], model["inputs"], model["guided"], model["label_count"])
@@ -101,25 +88,25 @@ def test_each_model_says_what_it_takes(family):
         ("bsr_sr", {"noise_level": 1}, "noise_level"),
     ],
 )
-def test_what_a_model_cannot_do_is_refused_by_name(family, name, changes, param):
-    assert error_of(ask(family, name, **changes), 422)["param"] == param
+def test_an_unsupported_input_is_refused_by_name(families, name, changes, param):
+    assert error_of(ask(families, name, **changes), 422)["param"] == param
 
 
-def test_the_model_of_a_request_that_names_none_is_the_first_that_does_the_task(family):
+def test_the_model_of_a_request_that_names_none_is_the_first_that_does_the_task(families):
     for name in ("celebahq", "inpainting_big", "bsr_sr"):
-        response = ask(family, name, model=None)
+        response = ask(families, name, model=None)
         assert response.json()["model"] == name
 
 
-def test_a_job_of_a_class_is_watched_and_says_how_to_make_it_again(family):
+def test_a_class_conditional_job_reports_its_steps(families):
     request = {"task": "generate", "request": body_of("cin256-v2"), "preview_every": 1}
-    path = family.client.post("/jobs", json=request).headers["location"]
-    wait_until(lambda: family.client.get(path).json()["status"] not in ("queued", "running"))
-    status = family.client.get(path).json()
+    path = families.client.post("/jobs", json=request).headers["location"]
+    wait_until(lambda: families.client.get(path).json()["status"] not in ("queued", "running"))
+    status = families.client.get(path).json()
     assert (status["status"], status["step"]) == ("done", 3)
 
 
-def test_a_first_stage_alone_is_refused_with_what_it_is(tmp_path, capsys):
+def test_an_autoencoder_alone_is_refused(tmp_path, capsys):
     file = tmp_path / "vq-f4.safetensors"
     save_file(Autoencoder(thin(FIRST_STAGES["vq-f4"])).state_dict(), file)
     assert main(["generate", "--model", str(file), "-o", str(tmp_path / "x.png")]) == 2

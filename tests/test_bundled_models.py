@@ -1,14 +1,12 @@
-"""The models in the box, as someone meets it who has just cloned the repository."""
+"""The bundled models, as a user meets them in a fresh clone."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -35,11 +33,11 @@ from tests.helpers.environment import ROOT, needs_font
 from tests.helpers.images import png
 from tests.helpers.servers import Server
 
-BOX, UPSCALER = ROOT / "weights" / "emoji", ROOT / "weights" / "emoji-upscale"
-NAMES = (BOX / "names.txt").read_text().splitlines()
+EMOJI, UPSCALER = ROOT / "weights" / "emoji", ROOT / "weights" / "emoji-upscale"
+NAMES = (EMOJI / "names.txt").read_text().splitlines()
 
 
-def test_the_command_draws_a_red_thing_on_a_blue_background(tmp_path: Path) -> None:
+def test_the_command_generates_a_red_apple_on_a_blue_background(tmp_path: Path) -> None:
     file = tmp_path / "apple.png"
     prompt = "red apple on a blue background"
     command = [sys.executable, "-m", "service.cli", "generate", prompt, "-o", str(file), "--seed", "2"]
@@ -54,8 +52,8 @@ def test_the_command_draws_a_red_thing_on_a_blue_background(tmp_path: Path) -> N
 
 @needs_font
 @torch.inference_mode()
-def test_most_held_out_prompts_are_recognised_and_shuffled_ones_are_not() -> None:
-    bundle, judge = load(BOX), Judge(Atlas())
+def test_most_held_out_prompts_are_recognised_in_their_images() -> None:
+    bundle, judge = load(EMOJI), Judge(Atlas())
     pairs = held_out_prompts(NAMES, 16)
     pictures = {}
 
@@ -64,7 +62,7 @@ def test_most_held_out_prompts_are_recognised_and_shuffled_ones_are_not() -> Non
         return pictures["all"]
 
     accuracy = named_object_accuracy(judge, pairs, draw)
-    assert accuracy.top5 >= 0.6  # its card has the figure over 600 prompts
+    assert accuracy.top5 >= 0.6  # the model card has the figure over 600 prompts
     assert accuracy.background == 1.0
     shuffled = named_object_accuracy(judge, pairs, lambda prompts: np.roll(pictures["all"], 1, axis=0))
     assert shuffled.top5 <= 0.2
@@ -72,94 +70,91 @@ def test_most_held_out_prompts_are_recognised_and_shuffled_ones_are_not() -> Non
 
 @needs_font
 @torch.inference_mode()
-def test_two_objects_stand_where_the_prompt_says() -> None:
-    drawn, placed = related_objects(Judge(Atlas()), Painter(load(BOX), 20, 3.0, 16), NAMES, 16)
-    assert placed >= 0.5  # by chance half of `drawn`; its card has the figure over 200 prompts
+def test_two_objects_are_where_the_prompt_says() -> None:
+    drawn, placed = related_objects(Judge(Atlas()), Painter(load(EMOJI), 20, 3.0, 16), NAMES, 16)
+    assert placed >= 0.5  # by chance half of `drawn`; the model card has the figure over 200 prompts
     assert placed > 0.75 * drawn
 
 
-@pytest.fixture(scope="module")
-def box(start_server) -> Iterator[Server]:
-    """A server of both, as it comes."""
-    with start_server(BOX, UPSCALER, LDM_DTYPE="auto") as server:
-        yield server
-
-
 def made(server: Server, path: str = "/generate", **body) -> np.ndarray:
-    """The first picture, uint8 (H, W, 3)."""
+    """The first image of a response, uint8 (H, W, 3)."""
     return image_of(server.client.post(path, json={"seed": 1} | body))
 
 
-def test_it_says_what_it_can_do(box: Server) -> None:
-    model, upscaler = box.client.get("/models").json()["models"]
+def test_together_they_do_every_task(bundled: Server) -> None:
+    model, upscaler = bundled.client.get("/models").json()["models"]
     assert {*model["tasks"], *upscaler["tasks"]} == set(ALL_TASKS)
     assert upscaler["upscaling"]["scale"] == 4
     assert model["inpainting"] == "mask channels"
     assert [label["name"] for label in model["labels"]] == NAMES
 
 
-def test_a_class_is_a_prompt_by_another_name(box: Server) -> None:
-    expected = made(box, prompt="ghost")
-    assert (made(box, class_label="ghost") == expected).all()
-    assert (made(box, class_label=NAMES.index("ghost")) == expected).all()
+def test_a_class_label_is_the_prompt_of_its_name(bundled: Server) -> None:
+    expected = made(bundled, prompt="ghost")
+    assert (made(bundled, class_label="ghost") == expected).all()
+    assert (made(bundled, class_label=NAMES.index("ghost")) == expected).all()
 
 
-def test_boxes_and_regions_are_filled_and_nothing_else_is(box: Server) -> None:
+def test_boxes_and_segmentations_place_objects(bundled: Server) -> None:
     inside = []
     for name in ("red apple", "ghost", "watermelon", "soccer ball"):
-        pixels = made(box, prompt=name, boxes=[{"name": name, "x": 0.25, "y": 0.25, "w": 0.75, "h": 0.75}])
+        pixels = made(
+            bundled, prompt=name, boxes=[{"name": name, "x": 0.25, "y": 0.25, "w": 0.75, "h": 0.75}]
+        )
         inside.append(overlap(extent(pixels), (32, 32, 128, 128)) > 0.5)
-    assert sum(inside) >= 3  # nearly all, says the card
+    assert sum(inside) >= 3  # nearly all, according to the model card
     regions = np.zeros((16, 16, 3), np.uint8)
     regions[4:, 4:] = colour_of(NAMES.index(name) + 1)
-    assert (made(box, prompt=name, segmentation=png(regions)) == pixels).all()
+    assert (made(bundled, prompt=name, segmentation=png(regions)) == pixels).all()
 
 
-def test_a_hole_is_filled_with_what_is_asked_and_the_rest_stays(box: Server) -> None:
+def test_inpainting_follows_the_prompt_and_keeps_the_rest(bundled: Server) -> None:
     sent = np.full((128, 128, 3), COLOURS["blue"], np.uint8)
     sent[:8] = np.random.default_rng(0).integers(0, 256, (8, 128, 3))
     mask = np.zeros((128, 128), np.uint8)
     mask[16:112, 16:112] = 255
     body = {"image": png(sent), "mask": png(mask), "prompt": "red apple on a blue background"}
-    filled = made(box, "/inpaint", **body)
+    filled = made(bundled, "/inpaint", **body)
     assert (filled[mask == 0] == sent[mask == 0]).all()
     red, green, blue = filled[48:96, 48:80].reshape(-1, 3).mean(0)
     assert red > 2 * max(green, blue)
 
 
-def test_it_needs_no_condition_and_no_particular_size(box: Server) -> None:
-    assert made(box).shape == (128, 128, 3)
-    wide = made(box, prompt="owl on a green background", width=256)
+def test_a_prompt_is_optional_and_sizes_may_vary(bundled: Server) -> None:
+    assert made(bundled).shape == (128, 128, 3)
+    wide = made(bundled, prompt="owl on a green background", width=256)
     assert wide.shape == (128, 256, 3)
     assert nearest_colour(background(wide)) == "green"
 
 
 @needs_font
-def test_small_pictures_come_back_larger_and_nearer_to_the_original_than_by_resampling(box: Server) -> None:
+def test_upscaling_is_nearer_to_the_original_than_resampling(bundled: Server) -> None:
     scenes = np.stack([scene.picture for scene in held_out_scenes(Atlas(), 8, seed=9)])
     low = smaller(scenes)
-    made_larger = np.stack([made(box, "/upscale", image=png(picture)) for picture in low])
-    assert psnr(made_larger, scenes) > psnr(larger(low), scenes) + 1.0  # its card has the figure over more
+    made_larger = np.stack([made(bundled, "/upscale", image=png(picture)) for picture in low])
+    assert (
+        psnr(made_larger, scenes) > psnr(larger(low), scenes) + 1.0
+    )  # the model card has the figure over more
 
 
-def test_a_large_picture_is_enlarged_without_seams_and_keeps_its_colours(box: Server) -> None:
+def test_a_large_image_is_upscaled_without_seams(bundled: Server) -> None:
     row, column = np.mgrid[:90, :150]
     sent = np.stack([row * 2, column, 255 - row - column // 2], axis=-1).clip(0, 255).astype(np.uint8)
-    pixels = made(box, "/upscale", image=png(sent))
+    pixels = made(bundled, "/upscale", image=png(sent))
     assert pixels.shape == (360, 600, 3)
     assert psnr(pixels, larger(sent[None])[0]) > 34
     jumps = np.abs(np.diff(pixels.astype(int), axis=1)).mean(axis=(0, 2))
-    assert jumps[8:-8].max() < 4  # a smooth picture has no place where it jumps, but its edge
+    assert jumps[8:-8].max() < 4  # a smooth image jumps nowhere but at its edge
 
 
-def test_they_are_small_and_say_what_they_claim() -> None:
-    files = [file for file in BOX.parent.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+def test_they_are_small_and_have_a_model_card() -> None:
+    files = [file for file in EMOJI.parent.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     assert sum(file.stat().st_size for file in files) < 40 * 2**20
     assert len(NAMES) >= 150
-    assert all((folder / "README.md").is_file() for folder in (BOX, UPSCALER))
+    assert all((folder / "README.md").is_file() for folder in (EMOJI, UPSCALER))
 
 
-def test_a_start_imports_nothing_that_takes_seconds() -> None:
+def test_a_worker_imports_neither_the_compiler_nor_transformers_networks() -> None:
     """torch's compiler and the networks of transformers: a worker that loads and draws needs neither."""
     code = (
         "import sys, torch\n"

@@ -1,0 +1,94 @@
+"""SDXL, its inpainting and the 4x upscaler over HTTP, from folders: the images that `diffusers` makes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+
+from models.checkpoint import load
+from tests.helpers.clients import error_of, image_of
+from tests.helpers.images import base64_of, noise, psnr
+
+REQUEST = {"prompt": "red apple on a blue background!", "guidance_scale": 4.0, "seed": 7, "steps": 3}
+
+
+@torch.inference_mode()
+def theirs(pipeline, **options):
+    """The image that a pipeline makes from the noise of seed 7, (H, W, 3) from 0 to 255."""
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    given = {"prompt": REQUEST["prompt"], "guidance_scale": 4.0, "num_inference_steps": 3, "latents": start}
+    return pipeline(**(given | options), output_type="np").images[0] * 255
+
+
+@pytest.mark.parametrize("unwanted", [None, "blue pear"])
+def test_generate(families, sd_pipelines, unwanted):
+    body = {"model": "xl"} | REQUEST | ({"negative_prompt": unwanted} if unwanted else {})
+    pixels = image_of(families.client.post("/generate", json=body))
+    assert pixels.std() > 10
+    assert psnr(pixels, theirs(sd_pipelines["xl"], negative_prompt=unwanted)) > 45
+
+
+def test_generate_at_another_size(families, sd_pipelines):
+    pixels = image_of(families.client.post("/generate", json={"model": "xl", "width": 96} | REQUEST))
+    start = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(7))
+    assert psnr(pixels, theirs(sd_pipelines["xl"], latents=start, width=96, height=64)) > 45
+
+
+def test_inpaint(families, sd_pipelines, monkeypatch):
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    shown, mask = noise(64, 64), np.zeros((64, 64), np.uint8)
+    mask[8:40, 16:56] = 255
+    body = {
+        "model": "xl-inpainting",
+        "image": base64_of(shown),
+        "mask": base64_of(Image.fromarray(mask)),
+    } | REQUEST
+    pixels = image_of(families.client.post("/inpaint", json=body))
+    x = torch.from_numpy(np.asarray(shown).copy()).movedim(-1, 0)[None] / 255
+    hole = torch.from_numpy(mask)[None, None] / 255
+    expected = theirs(sd_pipelines["xl-inpainting"], image=x, mask_image=hole, strength=1.0)
+    assert (pixels[mask == 0] == np.asarray(shown)[mask == 0]).all()
+    assert psnr(pixels[mask > 0], expected[mask > 0]) > 45
+
+
+def test_upscale(families, sd_pipelines):
+    low, generator = noise(8, 8), torch.Generator().manual_seed(7)
+    torch.randn(4, 8, 8, generator=generator)  # ours draws the start before the noise on the low image
+    body = {"model": "x4-upscaler", "image": base64_of(low), "noise_level": 350} | REQUEST
+    pixels = image_of(families.client.post("/upscale", json=body))
+    x = torch.from_numpy(np.asarray(low).copy()).movedim(-1, 0)[None] / 255
+    expected = theirs(sd_pipelines["x4-upscaler"], image=x, noise_level=350, generator=generator)
+    assert pixels.shape == (32, 32, 3)
+    assert psnr(pixels, expected) > 45
+
+
+@torch.inference_mode()
+def test_upscale_in_tiles_with_prompt_and_guidance(families, sd_folders):
+    low = noise(24, 16)  # tiles of 8x8
+    body = {"model": "x4-upscaler", "image": base64_of(low)} | REQUEST
+    pixels = image_of(families.client.post("/upscale", json=body))
+    x = torch.from_numpy(np.asarray(low).copy()).movedim(-1, 0)[None].float() / 127.5 - 1
+    made = load(sd_folders["x4-upscaler"]).upscale(x, [7], 3, 20, [REQUEST["prompt"]], 4.0)
+    assert pixels.shape == (64, 96, 3)
+    expected = ((made[0].clamp(-1, 1) + 1) * 127.5).movedim(0, -1).numpy()
+    alone = slice(0, 24)  # within the first tile; where tiles overlap, the service blends bytes
+    assert psnr(pixels[alone, alone], expected[alone, alone]) > 45
+    assert psnr(pixels, expected) > 25
+    silent = image_of(families.client.post("/upscale", json=body | {"prompt": ""}))
+    assert psnr(pixels, silent) < 40  # the prompt makes a difference
+
+
+def test_noise_of_more_than_350_is_refused(families):
+    body = {"model": "x4-upscaler", "image": base64_of(noise(8, 8)), "noise_level": 351}
+    assert error_of(families.client.post("/upscale", json=body), 422)["param"] == "noise_level"
+
+
+def test_each_model_is_listed_with_its_tasks(families):
+    listed = {model["name"]: model for model in families.client.get("/models").json()["models"]}
+    assert listed["xl"]["tasks"] == ["text-to-image", "image-to-image", "inpainting"]
+    assert listed["xl-inpainting"]["inpainting"] == "mask channels"
+    assert listed["x4-upscaler"]["upscaling"] == {"scale": 4, "max_noise_level": 350}
+    assert listed["x4-upscaler"]["defaults"]["noise_level"] == 20
