@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from models.adapters import lora, replacement_vae, textual_inversion
 from models.checkpoint import load
@@ -19,8 +23,11 @@ from service.device.determinism import configure_determinism
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.device.select import choose_device, choose_dtype, prepare_for_device
+from service.device.threads import choose_threads, read_host
 from service.model_paths import locate_embeddings, locate_loras, locate_vaes
 from service.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None = None) -> TorchRunner:
@@ -30,7 +37,7 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
     """
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    configure_determinism(settings.threads, settings.invariant)
+    configure_cpu(settings)
     vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
     vaes = {paths[name]: path for name, path in locate_vaes(settings.vae, paths).items()}
     embeddings: list[textual_inversion.Embedding] = []
@@ -63,6 +70,17 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
         watch.lap("device")
     registry.load_all()
     return TorchRunner(registry, settings.buckets, settings.invariant, settings.step_memory, device)
+
+
+def configure_cpu(settings: Settings) -> None:
+    """Set the number of CPU threads and the arithmetic, and log the number."""
+    default = torch.get_num_threads()
+    threads = choose_threads(settings.threads, default, os.environ, read_host())
+    # Setting torch's own default again would change how it starts threads, so it is left alone.
+    unchanged = threads.number == default and not settings.threads
+    configure_determinism(0 if unchanged else threads.number, settings.invariant)
+    rounded = "" if torch.get_num_threads() == threads.number else ", rounded down to a power of two"
+    log.info("threads: %d, %s%s", torch.get_num_threads(), threads.reason, rounded)
 
 
 def check_companions(
