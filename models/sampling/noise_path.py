@@ -116,6 +116,14 @@ def whole_karras_path(schedule: Schedule, steps: int, spacing: Spacing | None) -
     return karras_path(schedule, steps, spacing, whole_schedule=True)
 
 
+def exponential_path(schedule: Schedule, steps: int, spacing: Spacing | None) -> NoisePath:
+    """Points evenly spaced in log(ratio) between the spacing's first and last, at fractional timesteps."""
+    table, t = schedule_ratios(schedule), schedule.timesteps(steps, spacing)
+    log_ratio = np.linspace(np.log(table[t[0]]), np.log(table[t[-1]]), steps)
+    fractional = np.interp(log_ratio, np.log(table), np.arange(len(table)))
+    return path_of_ratios(fractional, np.exp(log_ratio))
+
+
 def lcm_path(schedule: Schedule, steps: int, spacing: Spacing | None) -> NoisePath:
     """Timesteps among the LCM_TIMESTEPS of the distillation. Raises ValueError for more steps than those."""
     known = min(LCM_TIMESTEPS, len(schedule))

@@ -17,7 +17,7 @@ from starlette.types import Scope
 
 from service.api import docs, health, jobs, native, openapi
 from service.api.a1111 import routes as a1111
-from service.api.a1111.translate import Desk
+from service.api.a1111.session import A1111Session
 from service.api.auth import keys_of, require_key
 from service.api.middleware import BodyLimit, HeadAndOptions, RequestContext
 from service.api.openai import routes as openai
@@ -81,7 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
     app.state.jobs, app.state.keys = Jobs(supervisor), keys
-    app.state.desk, app.state.started = Desk(app.state.jobs), int(time.time())
+    app.state.a1111, app.state.started = A1111Session(app.state.jobs), int(time.time())
     for router in KEYED:
         app.include_router(router, dependencies=[Depends(require_key)], responses=error_responses(401))
     for router in PUBLIC:

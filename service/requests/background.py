@@ -56,13 +56,15 @@ TASK_OF_REQUEST: dict[type[AnyRequest], Task] = {
 class Submission:
     """A request to run. output: a file format that was chosen outside the request.
 
-    encode: makes the file of image `index` from the finished pixels; it runs off the event loop.
+    encode: makes the file of image `index` from the finished pixels; it runs off the event loop. warnings:
+    for the client, beside those of the request itself.
     """
 
     request: AnyRequest
     output: OutputFormat | None = None
     previews: Previews = NO_PREVIEWS
     encode: Callable[[Result, int], bytes] = response.encode_image
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -237,7 +239,8 @@ class Jobs:
     def _resolve(self, prepare: Callable[[], Submission]) -> tuple[Submission, ResolvedRequest]:
         submission, service = prepare(), self.supervisor
         request, output, previews = submission.request, submission.output, submission.previews
-        return submission, resolve(request, service.specs, service.settings, output, previews)
+        resolved = resolve(request, service.specs, service.settings, output, previews)
+        return submission, replace(resolved, warnings=submission.warnings + resolved.warnings)
 
     async def _work(
         self,

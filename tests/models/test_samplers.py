@@ -57,16 +57,26 @@ FOLLOWED = {
     "plms": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": True}),
     "euler": (EulerDiscreteScheduler, {}),
     "euler_karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "euler_exponential": (EulerDiscreteScheduler, {"use_exponential_sigmas": True}),
     "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "euler_ancestral_karras": (EulerAncestralDiscreteScheduler, {}),
+    "euler_ancestral_exponential": (EulerAncestralDiscreteScheduler, {}),
     "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
     "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpmpp_2m_exponential": (DPMSolverMultistepScheduler, {}),
     "unipc": (UniPCMultistepScheduler, {}),
     "lcm": (LCMScheduler, {}),
 }
 # Theirs go down by 1000 // steps from wherever they are, which with other points between is not where they
 # ask next. There, what they compute is compared on a schedule that has our points and no others.
 STRIDING = ("ddim", "plms")
-ON_RATIO = ("euler", "euler_karras", "euler_ancestral")  # published on x / alpha
+ON_RATIO = tuple(name for name in SAMPLERS if name.startswith("euler"))  # published on x / alpha
+# Diffusers has no option for these: the reference takes the noise levels of another sampler.
+SAME_NOISE_LEVELS = {
+    "euler_ancestral_karras": "euler_karras",
+    "euler_ancestral_exponential": "euler_exponential",
+    "dpmpp_2m_exponential": "euler_exponential",
+}
 SPACINGS = [("leading", 10), ("leading", 30), ("trailing", 8), ("trailing", 30), ("linspace", 10)]
 
 
@@ -102,6 +112,9 @@ def reference_of(sampler, spec, spacing, steps):
         **spaced, **options,
     )  # fmt: skip
     reference.set_timesteps(steps)
+    if sampler in SAME_NOISE_LEVELS:
+        other, _ = reference_of(SAME_NOISE_LEVELS[sampler], spec, spacing, steps)
+        reference.sigmas, reference.timesteps = other.sigmas, other.timesteps
     return reference, reference.timesteps.tolist()
 
 

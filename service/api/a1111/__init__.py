@@ -1,1 +1,1 @@
-"""The API of AUTOMATIC1111 on the same engine."""
+"""The API of AUTOMATIC1111's web UI."""

@@ -1,116 +1,116 @@
-"""What AUTOMATIC1111 does around inpainting: which region is painted, at which size, and how it is put back.
+"""Inpainting as A1111 does it: the mask, the region to repaint, its size, and how the result is put back.
 
-The mask's edge is blurred; the painted picture shows through it, the original behind.
+The mask's edge is blurred; there the repainted image fades into the original.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from service.api.a1111.resizing import resize
+
 HALF = 128
 Region = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
 
 
 @dataclass(frozen=True, eq=False)
-class Masked:
-    """picture: RGB; soft: L, of its size, 255 where it is painted anew and less at a blurred edge."""
+class MaskedImage:
+    """image: RGB; mask: L, of its size, 255 where the image is repainted and less at a blurred edge."""
 
-    picture: Image.Image
-    soft: Image.Image
+    image: Image.Image
+    mask: Image.Image
 
     @property
-    def hole(self) -> Image.Image:
-        """255 where it is painted anew, else 0."""
-        return self.soft.point([0] * HALF + [255] * (256 - HALF))
+    def binary_mask(self) -> Image.Image:
+        """255 where the image is repainted, else 0."""
+        return self.mask.point([0] * HALF + [255] * (256 - HALF))
 
-    def resized(self, width: int, height: int) -> Masked:
-        size = (width, height)
-        if self.picture.size == size:
+    def resized(self, width: int, height: int, mode: int = 0) -> MaskedImage:
+        if self.image.size == (width, height):
             return self
-        how = Image.Resampling.LANCZOS
-        return Masked(self.picture.resize(size, how), self.soft.resize(size, how))
+        return MaskedImage(resize(self.image, width, height, mode), resize(self.mask, width, height, mode))
 
-    def cropped(self, region: Region) -> Masked:
-        return Masked(self.picture.crop(region), self.soft.crop(region))
+    def cropped(self, region: Region) -> MaskedImage:
+        return MaskedImage(self.image.crop(region), self.mask.crop(region))
 
     def filled(self) -> Image.Image:
-        """The picture with the colours around the hole in it."""
-        return fill(self.picture, np.asarray(self.hole) > 0)
+        """The image, its masked pixels replaced by the colours around them."""
+        return fill(self.image, np.asarray(self.binary_mask) > 0)
 
 
-def soft_mask(picture: Image.Image, invert: bool, blur: int) -> Image.Image:
-    """L, from a client's mask: what is opaque, if some of it is not, else what is white."""
-    alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
-    if alpha is not None and alpha.getextrema() != (255, 255):
-        mask = alpha.point([0] * (HALF + 1) + [255] * (255 - HALF))
+def read_mask(file: Image.Image, invert: bool, blur: tuple[int, int], rounded: bool = True) -> Image.Image:
+    """A client's mask as L: its opacity if it has transparent pixels, else its brightness.
+
+    blur: standard deviations in x and y, in pixels. rounded: opacity counts as 0 or 255.
+    """
+    alpha = file.convert("RGBA").getchannel("A") if file.has_transparency_data else None
+    if alpha is None or alpha.getextrema() == (255, 255):
+        mask = file.convert("L")
     else:
-        mask = picture.convert("L")
+        mask = alpha.point([0] * (HALF + 1) + [255] * (255 - HALF)) if rounded else alpha
     mask = ImageOps.invert(mask) if invert else mask
-    return mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask
+    return mask.filter(ImageFilter.GaussianBlur(blur)) if any(blur) else mask
 
 
-def region_of(soft: Image.Image, padding: int, width: int, height: int) -> Region:
-    """Around all that is not black, with the proportions of width x height as far as there is room."""
-    left, upper, right, lower = soft.getbbox() or (0, 0, *soft.size)
-    left, right = max(0, left - padding), min(soft.width, right + padding)
-    upper, lower = max(0, upper - padding), min(soft.height, lower + padding)
-    wide, high = right - left, lower - upper
-    if wide * height < high * width:
-        left, right = widened(left, right, round(high * width / height), soft.width)
+def region_of(mask: Image.Image, padding: int, width: int, height: int) -> Region:
+    """The box around the mask, widened to the proportions of width x height as far as the image reaches."""
+    left, upper, right, lower = mask.getbbox() or (0, 0, *mask.size)
+    left, right = max(0, left - padding), min(mask.width, right + padding)
+    upper, lower = max(0, upper - padding), min(mask.height, lower + padding)
+    w, h = right - left, lower - upper
+    if w * height < h * width:
+        left, right = widened(left, right, round(h * width / height), mask.width)
     else:
-        upper, lower = widened(upper, lower, round(wide * height / width), soft.height)
+        upper, lower = widened(upper, lower, round(w * height / width), mask.height)
     return left, upper, right, lower
 
 
 def widened(low: int, high: int, length: int, limit: int) -> tuple[int, int]:
-    """The interval about the same middle, of `length` or as much as fits between 0 and the limit."""
+    """The interval with the same middle, of `length` or as much as fits between 0 and the limit."""
     length = min(max(length, high - low), limit)
     start = min(max(0, (low + high - length) // 2), limit - length)
     return start, start + length
 
 
-def put_back(original: Masked, region: Region | None) -> Callable[[Image.Image], Image.Image]:
-    """What makes the whole picture of a painted one: of its region, or of all of it."""
-    left, upper, right, lower = region or (0, 0, *original.picture.size)
+def paste_into(original: MaskedImage, region: Region | None) -> Callable[[Image.Image], Image.Image]:
+    """A function that puts the repainted region (None: the whole image) into the original."""
+    left, upper, right, lower = region or (0, 0, *original.image.size)
 
-    def paste(painted: Image.Image) -> Image.Image:
+    def paste(repainted: Image.Image) -> Image.Image:
         size = (right - left, lower - upper)
-        if painted.size != size:
-            painted = painted.resize(size, Image.Resampling.LANCZOS)
-        whole = original.picture.copy()
-        whole.paste(painted, (left, upper), original.soft.crop((left, upper, right, lower)))
+        if repainted.size != size:
+            repainted = repainted.resize(size, Image.Resampling.LANCZOS)
+        whole = original.image.copy()
+        whole.paste(repainted, (left, upper), original.mask.crop((left, upper, right, lower)))
         return whole
 
     return paste
 
 
-def fill(picture: Image.Image, hole: np.ndarray) -> Image.Image:
-    """The hole (H, W) from what is around it: means of known pixels at halved sizes, made larger again."""
+def fill(image: Image.Image, hole: np.ndarray) -> Image.Image:
+    """The image, its hole (H, W) filled from the pixels around it.
+
+    Known pixels are averaged at sizes halved again and again; holes take the average, made larger again.
+    """
     if not hole.any() or hole.all():
-        return picture
+        return image
     known = ~hole
     height, width = known.shape
     odd = ((0, height % 2), (0, width % 2))
     weights = np.pad(known, odd).astype(np.float64)
-    colours = np.pad(np.asarray(picture), (*odd, (0, 0))) * weights[..., None]
-    count, total = fours(weights), fours(colours)
+    colours = np.pad(np.asarray(image), (*odd, (0, 0))) * weights[..., None]
+    count, total = sums_of_four(weights), sums_of_four(colours)
     small = Image.fromarray((total / np.maximum(count, 1)[..., None]).round().astype(np.uint8))
     large = fill(small, count == 0).resize((width, height), Image.Resampling.BILINEAR)
-    return Image.composite(picture, large, Image.fromarray((known * 255).astype(np.uint8)))
+    return Image.composite(image, large, Image.fromarray((known * 255).astype(np.uint8)))
 
 
-def fours(values: np.ndarray) -> np.ndarray:
-    """Sums of 2 x 2: (2h, 2w, ...) -> (h, w, ...)."""
+def sums_of_four(values: np.ndarray) -> np.ndarray:
+    """Sums of squares of 2 x 2 pixels: (2h, 2w, ...) -> (h, w, ...)."""
     rows = values[::2] + values[1::2]
-    return rows[:, ::2] + rows[:, 1::2]
-
-
-def png_of(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "png", compress_level=1)
-    return file.getvalue()
+    sums: np.ndarray = rows[:, ::2] + rows[:, 1::2]
+    return sums

@@ -1,152 +1,174 @@
-"""Wire bodies of AUTOMATIC1111's API. Fields that are not served take the values that change nothing.
+"""Request and response bodies of A1111's API.
 
-Every field may be null, as there. The limits of what is handed on are those of POST /generate.
+Every field may be null, as there, and unknown fields are accepted and ignored. Fields have A1111's own types;
+which of their values are served is checked later (checks.py, samplers.py, options.py).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
-Off = Literal[False] | None
+from service.requests.schemas import PICTURE as IMAGE
 
 
-def repeatable(value: Any) -> Any:
-    """Raises ValueError for what an answer cannot repeat as JSON: half a character, or lists too deep."""
-    to_json({"parameters": {"value": value}})
+def serialisable(value: Any) -> Any:
+    """Raise ValueError for values that no answer can repeat: NaN, lone surrogates, deep nesting."""
+    to_json(value)
+    json.dumps(value, allow_nan=False)
     return value
 
 
-Anything = Annotated[Any, AfterValidator(repeatable), Field(description="changes nothing")]
-Zero = Annotated[float, Field(ge=0, le=0)] | None
-One = Annotated[float, Field(ge=1, le=1)] | None
-Empty = Annotated[str, Field(max_length=0)] | None
-NoModel = Literal["", "None"] | None
-Side = Annotated[int, Field(ge=1)] | None
-PICTURE = "a PNG, JPEG or WebP file in base64 or as a data: URL"
+NEUTRAL_ONLY = Field(description="accepted at values that change nothing")
+NO_EFFECT = Field(description="no effect")
+Anything = Annotated[Any, AfterValidator(serialisable)]
+AnyList = Annotated[list[Any], AfterValidator(serialisable)]
+AnyObject = Annotated[dict[str, Any], AfterValidator(serialisable)]
+Side = Annotated[int, Field(ge=1)]
+Blur = Annotated[int, Field(ge=0, le=64)]
 
 
-class OverrideSettings(BaseModel):
-    """Options for one request."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    sd_model_checkpoint: str | None = None
-    sd_vae: Literal["Automatic", "None"] | None = None
-    CLIP_stop_at_last_layers: Annotated[int, Field(ge=1, le=1)] | None = None
-    samples_format: Literal["png", "jpg", "jpeg", "webp"] | None = None
+class Body(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
-class Processing(BaseModel):
-    """What txt2img and img2img have in common."""
+class Processing(Body):
+    """Fields that txt2img and img2img share."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    prompt: str | None = None
+    prompt: Annotated[str | None, Field(description="may name LoRAs as <lora:name:weight>")] = None
     negative_prompt: str | None = None
-    seed: Annotated[int | None, Field(ge=-1, description="-1: drawn")] = None
+    seed: Annotated[int | None, Field(ge=-1, description="-1: drawn at random")] = None
     steps: int | None = None
     cfg_scale: float | None = None
-    width: Side = None
-    height: Side = None
+    width: Side | None = None
+    height: Side | None = None
     batch_size: Annotated[int | None, Field(ge=1)] = None
-    n_iter: Annotated[int | None, Field(ge=1)] = None
+    n_iter: Annotated[int | None, Field(ge=1, description="batches; batch_size * n_iter images")] = None
     sampler_name: str | None = None
     sampler_index: Annotated[str | None, Field(description="older name of sampler_name")] = None
     scheduler: str | None = None
-    eta: Annotated[float | None, Field(description="of DDIM; 1 for ancestral samplers")] = None
-    override_settings: OverrideSettings | None = None
-    override_settings_restore_afterwards: Literal[True] | None = None
-    send_images: Literal[True] | None = None
+    eta: Annotated[float | None, Field(description="of DDIM; 0 or 1 with Euler a")] = None
+    override_settings: Annotated[
+        AnyObject | None, Field(description="options for this request: sd_model_checkpoint, samples_format")
+    ] = None
+    override_settings_restore_afterwards: Annotated[
+        bool | None, Field(description="false: the checkpoint stays chosen for later requests")
+    ] = None
+    disable_extra_networks: Annotated[
+        bool | None, Field(description="true: LoRAs that the prompt names are not applied")
+    ] = None
+    send_images: Annotated[bool | None, Field(description="false: the answer has no images")] = None
 
-    save_images: Off = None
-    styles: Annotated[list[str], Field(max_length=0)] | None = None
-    subseed_strength: Zero = None
-    seed_resize_from_h: Annotated[int, Field(ge=-1, le=0)] | None = None
-    seed_resize_from_w: Annotated[int, Field(ge=-1, le=0)] | None = None
-    restore_faces: Off = None
-    tiling: Off = None
-    s_churn: Zero = None
-    s_noise: One = None
-    s_min_uncond: Zero = None
-    script_name: NoModel = None
-    alwayson_scripts: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    refiner_checkpoint: NoModel = None
-    token_merging_ratio: Zero = None
-    infotext: Empty = None
-    force_task_id: None = None
-    firstpass_image: None = None
+    alwayson_scripts: Annotated[
+        AnyObject | None, Field(description="accepted without arguments, or switched off")
+    ] = None
+    infotext: Annotated[str | None, NEUTRAL_ONLY] = None
+    refiner_checkpoint: Annotated[str | None, NEUTRAL_ONLY] = None
+    refiner_switch_at: Annotated[float | None, NEUTRAL_ONLY] = None
+    restore_faces: Annotated[bool | None, NEUTRAL_ONLY] = None
+    s_churn: Annotated[float | None, NEUTRAL_ONLY] = None
+    s_min_uncond: Annotated[float | None, NEUTRAL_ONLY] = None
+    s_noise: Annotated[float | None, NEUTRAL_ONLY] = None
+    script_name: Annotated[str | None, NEUTRAL_ONLY] = None
+    seed_resize_from_h: Annotated[int | None, NEUTRAL_ONLY] = None
+    seed_resize_from_w: Annotated[int | None, NEUTRAL_ONLY] = None
+    subseed_strength: Annotated[float | None, NEUTRAL_ONLY] = None
+    tiling: Annotated[bool | None, NEUTRAL_ONLY] = None
+    token_merging_ratio: Annotated[float | None, NEUTRAL_ONLY] = None
 
-    # Without what they belong to, which is refused above, they mean nothing.
-    subseed: Anything = None
-    s_tmin: Anything = None
-    s_tmax: Anything = None
-    script_args: Anything = None
-    refiner_switch_at: Anything = None
-    token_merging_ratio_hr: Anything = None
-    do_not_save_samples: Anything = None
-    do_not_save_grid: Anything = None
-    disable_extra_networks: Off = None
-    comments: Anything = None
+    comments: Annotated[Anything, NO_EFFECT] = None
+    do_not_save_grid: Annotated[bool | None, NO_EFFECT] = None
+    do_not_save_samples: Annotated[bool | None, NO_EFFECT] = None
+    firstpass_image: Annotated[str | None, NO_EFFECT] = None
+    force_task_id: Annotated[str | None, NO_EFFECT] = None
+    s_tmax: Annotated[float | None, NO_EFFECT] = None
+    s_tmin: Annotated[float | None, NO_EFFECT] = None
+    save_images: Annotated[bool | None, NO_EFFECT] = None
+    script_args: Annotated[AnyList | AnyObject | None, NO_EFFECT] = None
+    styles: Annotated[list[str] | None, NO_EFFECT] = None
+    subseed: Annotated[int | None, NO_EFFECT] = None
+    token_merging_ratio_hr: Annotated[float | None, NO_EFFECT] = None
 
 
 class TextToImage(Processing):
     """POST /sdapi/v1/txt2img."""
 
-    enable_hr: Off = None
-    denoising_strength: Anything = None
-    firstphase_width: Anything = None
-    firstphase_height: Anything = None
-    hr_scale: Anything = None
-    hr_upscaler: Anything = None
-    hr_second_pass_steps: Anything = None
-    hr_resize_x: Anything = None
-    hr_resize_y: Anything = None
-    hr_checkpoint_name: Anything = None
-    hr_sampler_name: Anything = None
-    hr_scheduler: Anything = None
-    hr_prompt: Anything = None
-    hr_negative_prompt: Anything = None
-    hr_cfg: Anything = None
+    enable_hr: Annotated[bool | None, NEUTRAL_ONLY] = None
+    denoising_strength: Annotated[float | None, NO_EFFECT] = None
+    firstphase_width: Annotated[Anything, NO_EFFECT] = None
+    firstphase_height: Annotated[Anything, NO_EFFECT] = None
+    hr_scale: Annotated[Anything, NO_EFFECT] = None
+    hr_upscaler: Annotated[Anything, NO_EFFECT] = None
+    hr_second_pass_steps: Annotated[Anything, NO_EFFECT] = None
+    hr_resize_x: Annotated[Anything, NO_EFFECT] = None
+    hr_resize_y: Annotated[Anything, NO_EFFECT] = None
+    hr_checkpoint_name: Annotated[Anything, NO_EFFECT] = None
+    hr_sampler_name: Annotated[Anything, NO_EFFECT] = None
+    hr_scheduler: Annotated[Anything, NO_EFFECT] = None
+    hr_prompt: Annotated[Anything, NO_EFFECT] = None
+    hr_negative_prompt: Annotated[Anything, NO_EFFECT] = None
+    hr_cfg: Annotated[Anything, NO_EFFECT] = None
 
 
 class ImageToImage(Processing):
     """POST /sdapi/v1/img2img."""
 
-    init_images: Annotated[list[str], Field(min_length=1, max_length=1, description=PICTURE)]
-    denoising_strength: Annotated[float | None, Field(description="default: 0.75")] = None
-    mask: Annotated[str | None, Field(description=f"{PICTURE}; white, or what is opaque: paint anew")] = None
-    mask_blur: Annotated[int | None, Field(ge=0, le=64, description="pixels; default: 4")] = None
-    mask_blur_x: Annotated[int, Field(ge=4, le=4)] | None = None
-    mask_blur_y: Annotated[int, Field(ge=4, le=4)] | None = None
-    mask_round: Literal[True] | None = None
+    init_images: Annotated[list[str], Field(min_length=1, description=f"one image: {IMAGE}")]
+    denoising_strength: Annotated[
+        float | None, Field(description="0: the image stays as it is; default: 0.75")
+    ] = None
+    resize_mode: Annotated[
+        int | None,
+        Field(ge=0, le=3, description="to width x height: 0: stretch; 1: crop; 2: fill; 3: not supported"),
+    ] = None
+    mask: Annotated[
+        str | None, Field(description=f"{IMAGE}; white pixels, or opaque ones, are repainted")
+    ] = None
+    mask_blur: Annotated[Blur | None, Field(description="pixels, instead of mask_blur_x and mask_blur_y")] = (
+        None
+    )
+    mask_blur_x: Annotated[Blur | None, Field(description="pixels; default: 4")] = None
+    mask_blur_y: Annotated[Blur | None, Field(description="pixels; default: 4")] = None
+    mask_round: Annotated[
+        bool | None, Field(description="false: a mask with transparency keeps its shades")
+    ] = None
     inpainting_mask_invert: Annotated[int | None, Field(ge=0, le=1)] = None
     inpainting_fill: Annotated[
-        int | None, Field(ge=0, le=1, description="0: start from the colours around; 1: from the picture")
+        int | None,
+        Field(
+            ge=0,
+            le=3,
+            description="what the masked pixels start from: 0: the colours around them; 1: the image; "
+            "2: latent noise; 3: latent nothing",
+        ),
     ] = None
     inpaint_full_res: Annotated[
-        bool | None, Field(description="paint the masked region alone, at width x height; default: true")
+        bool | None, Field(description="repaint the masked region alone, at width x height; default: true")
     ] = None
-    inpaint_full_res_padding: Annotated[int | None, Field(ge=0, description="pixels around it")] = None
-    include_init_images: Annotated[bool | None, Field(description="repeat them in `parameters`")] = None
-    resize_mode: Annotated[int, Field(ge=0, le=0)] | None = None
-    initial_noise_multiplier: One = None
-    latent_mask: None = None
-    image_cfg_scale: Anything = None
+    inpaint_full_res_padding: Annotated[
+        int | None, Field(ge=0, description="pixels around the masked region; default: 0")
+    ] = None
+    include_init_images: Annotated[
+        bool | None, Field(description="repeat init_images and mask in `parameters`")
+    ] = None
+    initial_noise_multiplier: Annotated[float | None, NEUTRAL_ONLY] = None
+    latent_mask: Annotated[str | None, NEUTRAL_ONLY] = None
+    image_cfg_scale: Annotated[float | None, NO_EFFECT] = None
 
 
-class Made(BaseModel):
-    """The answer of both."""
+class ProcessingResponse(BaseModel):
+    """The answer of txt2img and img2img."""
 
     images: Annotated[list[str], Field(description="files in base64")]
     parameters: Annotated[dict[str, Any], Field(description="the request")]
-    info: Annotated[str, Field(description="JSON: the seeds, prompts and infotexts of the pictures")]
+    info: Annotated[str, Field(description="JSON: seeds, prompts, infotexts and warnings")]
 
 
 class Info(BaseModel):
-    """What Made.info says."""
+    """The JSON in ProcessingResponse.info."""
 
     prompt: str
     all_prompts: list[str]
@@ -166,7 +188,7 @@ class Info(BaseModel):
     restore_faces: bool = False
     face_restoration_model: str | None = None
     sd_model_name: str
-    sd_model_hash: str | None = None
+    sd_model_hash: str = ""
     sd_vae_name: str | None = None
     sd_vae_hash: str | None = None
     seed_resize_from_w: int = -1
@@ -183,82 +205,119 @@ class Info(BaseModel):
     warnings: list[str]
 
 
-class ExtraSingleImage(BaseModel):
-    """POST /sdapi/v1/extra-single-image."""
+class Extras(Body):
+    """Fields that extra-single-image and extra-batch-images share."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    image: Annotated[str, Field(description=PICTURE)]
     resize_mode: Annotated[
-        int | None, Field(ge=0, le=1, description="0: by upscaling_resize; 1: to width and height")
+        int | None,
+        Field(ge=0, le=1, description="0: by a factor, upscaling_resize; 1: to upscaling_resize_w, _h"),
     ] = None
     upscaling_resize: Annotated[float | None, Field(gt=0, le=16, description="default: 2")] = None
-    upscaling_resize_w: Side = None
-    upscaling_resize_h: Side = None
-    upscaling_crop: bool | None = None
-    upscaler_1: Annotated[str | None, Field(description="of GET /sdapi/v1/upscalers; default: None")] = None
-    upscaler_2: Anything = None
-    extras_upscaler_2_visibility: Zero = None
-    gfpgan_visibility: Zero = None
-    codeformer_visibility: Zero = None
-    codeformer_weight: Anything = None
-    show_extras_results: Literal[True] | None = None
-    upscale_first: Anything = None
+    upscaling_resize_w: Annotated[Side | None, Field(description="default: 512")] = None
+    upscaling_resize_h: Annotated[Side | None, Field(description="default: 512")] = None
+    upscaling_crop: Annotated[bool | None, Field(description="crop to width and height; default: true")] = (
+        None
+    )
+    upscaler_1: Annotated[
+        str | None, Field(description="a name from GET /sdapi/v1/upscalers; default: None")
+    ] = None
+    extras_upscaler_2_visibility: Annotated[float | None, NEUTRAL_ONLY] = None
+    gfpgan_visibility: Annotated[float | None, NEUTRAL_ONLY] = None
+    codeformer_visibility: Annotated[float | None, NEUTRAL_ONLY] = None
+    show_extras_results: Annotated[
+        bool | None, Field(description="false: the answer has no image; default: true")
+    ] = None
+    upscaler_2: Annotated[Anything, NO_EFFECT] = None
+    codeformer_weight: Annotated[Anything, NO_EFFECT] = None
+    upscale_first: Annotated[Anything, NO_EFFECT] = None
 
 
-class ExtraResult(BaseModel):
+class ExtraSingleImage(Extras):
+    """POST /sdapi/v1/extra-single-image."""
+
+    image: Annotated[str, Field(description=IMAGE)]
+
+
+class FileData(Body):
+    """One image of extra-batch-images."""
+
+    data: Annotated[str, Field(description=IMAGE)]
+    name: Annotated[str | None, NO_EFFECT] = None
+
+
+class ExtraBatchImages(Extras):
+    """POST /sdapi/v1/extra-batch-images."""
+
+    imageList: Annotated[list[FileData], Field(min_length=1)]  # noqa: N815 - A1111's name
+
+
+class ExtraSingleResponse(BaseModel):
     html_info: str = ""
     image: Annotated[str, Field(description="a PNG file in base64")]
 
 
+class ExtraBatchResponse(BaseModel):
+    html_info: str = ""
+    images: Annotated[list[str], Field(description="PNG files in base64")]
+
+
+class PNGInfo(Body):
+    """POST /sdapi/v1/png-info."""
+
+    image: Annotated[str, Field(description=IMAGE)]
+
+
+class PNGInfoResponse(BaseModel):
+    info: Annotated[str, Field(description="the parameters that the file carries; empty if none")]
+    items: Annotated[dict[str, Any], Field(description="other texts in the file")]
+    parameters: Annotated[dict[str, str], Field(description="the parameters, by name")]
+
+
 class ProgressState(BaseModel):
-    """Counters of the request that is shown; the others of this API wait or run beside it."""
+    """Counters of the oldest request of this API; the others wait or run at the same time."""
 
     skipped: bool = False
     interrupted: bool = False
     stopping_generation: bool = False
     job: str
-    job_count: Annotated[int, Field(description="requests of this API under way")]
+    job_count: Annotated[int, Field(description="requests of this API that are not finished")]
     job_timestamp: str
     job_no: int = 0
     sampling_step: int
     sampling_steps: int
 
 
-class ProgressAnswer(BaseModel):
-    progress: Annotated[float, Field(description="0 to 1, of the oldest request of this API under way")]
-    eta_relative: Annotated[float, Field(description="seconds; 0: not known")]
+class ProgressResponse(BaseModel):
+    progress: Annotated[float, Field(description="0 to 1, of the oldest request of this API")]
+    eta_relative: Annotated[float, Field(description="seconds left; 0: not known")]
     state: ProgressState
     current_image: Annotated[str | None, Field(description="a PNG file in base64")] = None
     textinfo: str | None = None
 
 
 class Options(BaseModel):
-    """Those of the options that there are here; all but the first take no other value."""
+    """Options, at the values that are in effect."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
     sd_model_checkpoint: str
-    sd_checkpoint_hash: Literal[""] = ""
-    sd_vae: Literal["Automatic"] = "Automatic"
-    CLIP_stop_at_last_layers: Annotated[int, Field(ge=1, le=1)] = 1
-    samples_format: Literal["png"] = "png"
-    enable_pnginfo: Literal[True] = True
-    eta_ddim: Annotated[float, Field(ge=0, le=0)] = 0.0
-    eta_ancestral: Annotated[float, Field(ge=1, le=1)] = 1.0
-    img2img_fix_steps: Literal[False] = False
+    sd_checkpoint_hash: str = ""
+    samples_format: str
 
 
-class NewOptions(OverrideSettings):
-    """What POST /sdapi/v1/options takes."""
+class NewOptions(BaseModel):
+    """POST /sdapi/v1/options. Options that change images are accepted at values that change nothing."""
 
-    sd_model_checkpoint: Annotated[str | None, Field(description="of GET /sdapi/v1/sd-models")] = None
-    sd_checkpoint_hash: Literal[""] | None = None
-    samples_format: Literal["png"] | None = None
-    enable_pnginfo: Literal[True] | None = None
-    eta_ddim: Zero = None
-    eta_ancestral: One = None
-    img2img_fix_steps: Off = None
+    model_config = ConfigDict(extra="allow")
+
+    sd_model_checkpoint: Annotated[
+        str | None, Field(description="a model from GET /sdapi/v1/sd-models, for requests that name none")
+    ] = None
+    samples_format: Annotated[str | None, Field(description="png, jpg or webp")] = None
+
+
+class Empty(BaseModel):
+    """{}"""
 
 
 class SDModel(BaseModel):
@@ -304,13 +363,23 @@ class ScriptsList(BaseModel):
     img2img: list[str] = []
 
 
+class EmbeddingItem(BaseModel):
+    """A textual inversion embedding; its size is not known to this process."""
+
+    step: int | None = None
+    sd_checkpoint: str | None = None
+    sd_checkpoint_name: str | None = None
+    shape: int
+    vectors: int
+
+
 class Embeddings(BaseModel):
-    loaded: dict[str, Any] = {}
-    skipped: dict[str, Any] = {}
+    loaded: Annotated[dict[str, EmbeddingItem], Field(description="of the chosen model, by name")]
+    skipped: Annotated[dict[str, EmbeddingItem], Field(description="of other models, by name")]
 
 
 class Memory(BaseModel):
-    """Of the worker's device; this process does not see it."""
+    """Statistics that A1111 measures and this service does not."""
 
-    ram: dict[str, Any] = {"error": "not measured"}
-    cuda: dict[str, Any] = {"error": "not measured"}
+    ram: dict[str, Any] = {"error": "not available"}
+    cuda: dict[str, Any] = {"error": "not available"}

@@ -1,0 +1,119 @@
+"""Unsupported parts of a request: refused where they would change the image, else ignored.
+
+A1111 ignores unknown fields, unknown styles and more; so does this service, with a sentence in the answer's
+`info.warnings`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from models.spec import ModelSpec
+from service.api.a1111.options import NEUTRAL_IMG2IMG, NEUTRAL_SAMPLER, check_options
+from service.api.a1111.samplers import SamplerChoice
+from service.api.a1111.schemas import ImageToImage, Processing
+from service.errors import InvalidRequest
+from service.requests.checks import require
+
+MAX_NAMES = 20  # ignored names that a warning repeats
+MAX_NAME_CHARS = 64
+SETTINGS = "override_settings"
+CLIP_SKIP = "CLIP_stop_at_last_layers"
+
+# Field -> the values that change nothing; null is always one. All other values are refused.
+NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    "enable_hr": (False,),
+    "infotext": ("",),
+    "initial_noise_multiplier": (1.0,),
+    "latent_mask": ("",),
+    "restore_faces": (False,),
+    "s_min_uncond": (0.0,),
+    "script_name": ("", "None"),
+    "subseed_strength": (0.0,),
+    "tiling": (False,),
+    "token_merging_ratio": (0.0,),
+}
+
+
+def check_unsupported(body: Processing, choice: SamplerChoice, spec: ModelSpec) -> list[str]:
+    """Refuse what would change the image and is not done here; return warnings of what is ignored.
+
+    Raises InvalidRequest.
+    """
+    check_fields(body)
+    check_scripts(body.alwayson_scripts or {})
+    ignored = [*(body.model_extra or {})]
+    if body.save_images:
+        ignored.append("save_images")
+    ignored += check_settings(body, choice, spec)
+    warnings = [*choice.warnings, *ignored_warning("These fields have no effect here", ignored)]
+    warnings += ignored_warning("These styles do not exist", body.styles or ())
+    return warnings + ignored_warning("These scripts do not exist", body.alwayson_scripts or ())
+
+
+def check_fields(body: Processing) -> None:
+    for name, neutral in NEUTRAL_FIELDS.items():
+        value = getattr(body, name, None)
+        expected = " or ".join(map(json.dumps, neutral))
+        require([(name, value is None or value in neutral, f"is not supported; it must be {expected}")])
+    resized = (body.seed_resize_from_w or 0) > 0 and (body.seed_resize_from_h or 0) > 0
+    switches = body.refiner_switch_at is None or body.refiner_switch_at < 1
+    refined = body.refiner_checkpoint not in (None, "", "None") and switches
+    rules = [
+        ("seed_resize_from_w", not resized, "is not supported; it must be -1 or 0"),
+        ("refiner_checkpoint", not refined, "is not supported; it must be empty"),
+    ]
+    if isinstance(body, ImageToImage):
+        rules.append(("init_images", len(body.init_images) == 1, "must hold one image"))
+        rules.append(("resize_mode", body.resize_mode != 3, "must be 0, 1 or 2"))
+    require(rules)
+
+
+def check_settings(body: Processing, choice: SamplerChoice, spec: ModelSpec) -> list[str]:
+    """Names of options in override_settings that are ignored. Raises InvalidRequest."""
+    options = dict(body.override_settings or {})
+    ignored = []
+    if len(spec.texts) > 1 and options.pop(CLIP_SKIP, 1) != 1:  # SDXL, for which A1111 has no clip skip
+        ignored.append(f"{SETTINGS}.{CLIP_SKIP}")
+    tables = [NEUTRAL_SAMPLER.get(choice.name, {})]
+    if isinstance(body, ImageToImage):
+        tables.append(NEUTRAL_IMG2IMG)
+    return ignored + check_options(options, *tables, within=SETTINGS)
+
+
+def check_scripts(scripts: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest for an extension's script that would do something."""
+    for name, script in scripts.items():
+        arguments = script.get("args") if isinstance(script, dict) else script
+        if not switched_off(arguments):
+            shown = shown_name(name)
+            raise InvalidRequest(
+                f"alwayson_scripts.{shown} is not supported; it must have no arguments or be switched off",
+                param=f"alwayson_scripts.{shown}",
+            )
+
+
+def switched_off(arguments: Any) -> bool:
+    """Whether a script's arguments are none, begin with false, or are units that are all disabled."""
+    if not arguments or not isinstance(arguments, list):
+        return not arguments
+    if arguments[0] is False:
+        return True
+    units = [unit for unit in arguments if unit is not None]
+    return all(isinstance(unit, dict) and unit.get("enabled") is False for unit in units)
+
+
+def ignored_warning(reason: str, names: Iterable[str]) -> list[str]:
+    """One sentence that repeats the first of the client's names; none where there are none."""
+    known = [shown_name(name) for name in names]
+    if not known:
+        return []
+    more = ", ..." if len(known) > MAX_NAMES else ""
+    return [f"{reason} and are ignored: {', '.join(known[:MAX_NAMES])}{more}"]
+
+
+def shown_name(name: str) -> str:
+    """A client's own name, shortened, as text that UTF-8 can hold."""
+    return name.encode("utf-8", "replace").decode()[:MAX_NAME_CHARS]

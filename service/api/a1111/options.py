@@ -1,0 +1,132 @@
+"""A1111's options (settings of the program that a request may override): which of them change an image.
+
+An option that changes images, and that this service does not have, is accepted at the values that change
+nothing. All other options (file names, user interface, memory, ...) are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from service.errors import InvalidRequest
+
+CHECKPOINT = "sd_model_checkpoint"
+FORMAT = "samples_format"
+FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
+
+# Option -> the values that change nothing, A1111's default first.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "CLIP_stop_at_last_layers": (1,),
+    "always_discard_next_to_last_sigma": (False,),
+    "comma_padding_backtrack": (20,),
+    "ddim_discretize": ("uniform",),
+    "emphasis": ("Original",),
+    "enable_batch_seeds": (True,),
+    "enable_emphasis": (True,),
+    "enable_quantization": (False,),
+    "eta_ancestral": (1.0,),
+    "eta_ddim": (0.0,),
+    "eta_noise_seed_delta": (0,),
+    "extra_networks_default_multiplier": (1.0,),
+    "face_restoration": (False,),
+    "forge_additional_modules": ([],),
+    "fp8_storage": ("Disable",),
+    "k_sched_type": ("Automatic",),
+    "pad_cond_uncond": (False,),
+    "pad_cond_uncond_v0": (False,),
+    "randn_source": ("GPU", "CPU"),
+    "return_mask": (False,),
+    "return_mask_composite": (False,),
+    "rho": (0.0,),
+    "s_churn": (0.0,),
+    "s_min_uncond": (0.0,),
+    "s_noise": (1.0,),
+    "sd_hypernetwork": ("None", ""),
+    "sd_lora": ("None", ""),
+    "sd_noise_schedule": ("Default",),
+    "sd_unet": ("Automatic", "None"),
+    "sd_vae": ("Automatic", "None", ""),
+    "sd_vae_decode_method": ("Full",),
+    "sd_vae_encode_method": ("Full",),
+    "sdxl_clip_l_skip": (False,),
+    "sdxl_crop_left": (0,),
+    "sdxl_crop_top": (0,),
+    "sgm_noise_multiplier": (False,),
+    "sigma_max": (0.0,),
+    "sigma_min": (0.0,),
+    "skip_early_cond": (0.0,),
+    "tiling": (False,),
+    "token_merging_ratio": (0.0,),
+    "use_downcasted_alpha_bar": (False,),
+    "use_old_emphasis_implementation": (False,),
+    "use_old_karras_scheduler_sigmas": (False,),
+}
+# The same, of options that only img2img uses.
+NEUTRAL_IMG2IMG: Mapping[str, tuple[Any, ...]] = {
+    "img2img_background_color": ("#ffffff", "#fff", "white"),
+    "img2img_color_correction": (False,),
+    "img2img_extra_noise": (0.0,),
+    "img2img_fix_steps": (False,),
+    "initial_noise_multiplier": (1.0,),
+    "inpainting_mask_weight": (1.0,),
+    "token_merging_ratio_img2img": (0.0,),
+    "upscaler_for_img2img": (None, "None", "", "Lanczos"),
+}
+# The same, of options that only one sampler uses.
+NEUTRAL_SAMPLER: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "UniPC": {
+        "uni_pc_lower_order_final": (True,),
+        "uni_pc_order": (3, 2),
+        "uni_pc_skip_type": ("time_uniform",),
+        "uni_pc_variant": ("bh1", "bh2"),
+    }
+}
+SERVED = (CHECKPOINT, FORMAT)
+ONLY_SOMETIMES = {*NEUTRAL_IMG2IMG, *(name for table in NEUTRAL_SAMPLER.values() for name in table)}
+
+
+def check_options(
+    options: Mapping[str, Any], *tables: Mapping[str, tuple[Any, ...]], within: str = ""
+) -> list[str]:
+    """Refuse options that would change an image; return the names of those that are ignored.
+
+    tables: further tables like NEUTRAL that apply. within: the field that holds the options, for errors.
+    Raises InvalidRequest.
+    """
+    ignored = []
+    for name, value in options.items():
+        param = f"{within}.{name}" if within else name
+        neutral = next((table[name] for table in (NEUTRAL, *tables) if name in table), None)
+        if neutral is not None:
+            if value is not None and value not in neutral:
+                expected = " or ".join(json.dumps(known) for known in neutral)
+                raise InvalidRequest(f"{param} must be {expected}", param=param)
+        elif name not in (*SERVED, *ONLY_SOMETIMES):
+            ignored.append(param)
+    return ignored
+
+
+def read_text(options: Mapping[str, Any], name: str, within: str = "") -> str | None:
+    """The text of an option; None where it is missing, null or empty. Raises InvalidRequest."""
+    value, param = options.get(name), f"{within}.{name}" if within else name
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequest(f"{param} must be a string", param=param)
+    return value or None
+
+
+def read_format(options: Mapping[str, Any], within: str = "") -> str | None:
+    """The file format for answers that `samples_format` names. Raises InvalidRequest."""
+    name, param = read_text(options, FORMAT, within), f"{within}.{FORMAT}" if within else FORMAT
+    if name is None:
+        return None
+    if name.lower() not in FORMATS:
+        raise InvalidRequest(f"{param} must be one of {', '.join(FORMATS)}", param=param)
+    return FORMATS[name.lower()]
+
+
+def defaults() -> dict[str, Any]:
+    """Every option that changes images, at A1111's default."""
+    tables: Collection[Mapping[str, tuple[Any, ...]]] = (NEUTRAL, NEUTRAL_IMG2IMG, *NEUTRAL_SAMPLER.values())
+    return {name: values[0] for table in tables for name, values in table.items()}

@@ -1,0 +1,114 @@
+"""State that the clients of A1111's API share: the chosen model and file format, and the running requests.
+
+A1111 has one model and runs one request at a time, and its clients read the state of both. Here they are the
+model of requests that name none, and the oldest request of this API that is not finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Mapping
+
+from models.spec import ModelSpec
+from service.api.a1111 import options
+from service.api.a1111.schemas import Options, ProgressResponse, ProgressState
+from service.errors import ClientGone, NotFound
+from service.requests import response
+from service.requests.background import Jobs, Record, Submission
+from service.requests.resolve import TASKS_OF, coalesce
+from service.requests.response import Answer
+from service.requests.schemas import GenerateRequest, InpaintRequest
+
+HASH = re.compile(r"\s*\[[0-9A-Za-z]*\]$")  # at the end of a model's title
+SUFFIX = re.compile(r"\.(safetensors|ckpt|pth?|bin)$", re.IGNORECASE)
+
+
+class A1111Session:
+    def __init__(self, jobs: Jobs) -> None:
+        self.jobs = jobs
+        self.format = "png"  # of answers, as A1111 calls it
+        self._checkpoint: str | None = None
+        self._running: dict[str, Record] = {}  # the oldest first
+
+    @property
+    def specs(self) -> Mapping[str, ModelSpec]:
+        """The models that make images from text or images. Raises as Supervisor.check_open()."""
+        self.jobs.supervisor.check_open()
+        return {name: spec for name, spec in self.jobs.supervisor.specs.items() if makes_images(spec)}
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The model of requests that name none; None: the first that does the task."""
+        return self._checkpoint
+
+    def find(self, name: str, param: str) -> str:
+        """The model that A1111's name for a checkpoint means: NAME, NAME [hash] or NAME.safetensors.
+
+        Raises NotFound, naming `param`.
+        """
+        specs = self.specs
+        plain = HASH.sub("", name.strip())
+        for candidate in (name, plain, SUFFIX.sub("", plain), SUFFIX.sub("", re.split(r"[/\\]", plain)[-1])):
+            if candidate in specs:
+                return candidate
+        raise NotFound(f"{param} must be one of {', '.join(specs)}", param=param)
+
+    def choose(self, name: str, param: str = options.CHECKPOINT) -> None:
+        """Set the model of requests that name none. Raises NotFound."""
+        self._checkpoint = self.find(name, param)
+
+    def options(self) -> Options:
+        checkpoint = self._checkpoint or next(iter(self.specs), "")
+        return Options(sd_model_checkpoint=checkpoint, samples_format=self.format, **options.defaults())
+
+    async def run(self, prepare: Callable[[], Submission], request_id: str) -> Answer:
+        """As Jobs.run(), for progress() and interrupt() to see."""
+        record = await self.jobs.start(prepare, request_id)
+        record.awaited = True
+        self._running[record.id] = record
+        try:
+            await asyncio.wait({record.work})
+            if record.work.cancelled():
+                raise ClientGone("the request was interrupted")
+            return record.work.result()
+        finally:
+            del self._running[record.id]
+            record.work.cancel()
+
+    def _oldest(self) -> Record | None:
+        return next(iter(self._running.values()), None)
+
+    def interrupt(self) -> None:
+        """End the oldest request."""
+        if record := self._oldest():
+            record.work.cancel()
+
+    async def progress(self, with_image: bool) -> ProgressResponse:
+        """The progress of the oldest request; all zeros without one."""
+        record = self._oldest()
+        if record is None:
+            none = ProgressState(job="", job_count=0, job_timestamp="0", sampling_step=0, sampling_steps=0)
+            return ProgressResponse(progress=0.0, eta_relative=0.0, state=none)
+        state, image = record.progress.state, None
+        if with_image and state.preview:
+            image = (await asyncio.to_thread(response.to_job_preview, record.resolved, state.preview)).data
+        done = state.step / state.steps if state.steps else 0.0
+        left = (time.time() - record.created) * (1 / done - 1) if done else coalesce(state.estimate, 0.0)
+        counters = ProgressState(
+            job=record.id,
+            job_count=len(self._running),
+            job_timestamp=timestamp(record.created),
+            sampling_step=state.step,
+            sampling_steps=state.steps,
+        )
+        return ProgressResponse(progress=done, eta_relative=left, state=counters, current_image=image)
+
+
+def makes_images(spec: ModelSpec) -> bool:
+    return not {*TASKS_OF[GenerateRequest], *TASKS_OF[InpaintRequest]}.isdisjoint(spec.tasks)
+
+
+def timestamp(seconds: float) -> str:
+    return time.strftime("%Y%m%d%H%M%S", time.gmtime(seconds))

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from models.sampling import samplers
+from service.api.a1111.samplers import SAMPLERS, choose_sampler
+from service.api.a1111.schemas import TextToImage
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "ours"),
+    [
+        ("Euler a", "automatic", ("euler_ancestral", None)),
+        ("Euler a", "Automatic", ("euler_ancestral", None)),
+        ("Euler a", "", ("euler_ancestral", None)),
+        ("k_euler_a", None, ("euler_ancestral", None)),
+        ("Euler a", "Karras", ("euler_ancestral_karras", None)),
+        ("Euler a Karras", None, ("euler_ancestral_karras", None)),
+        ("Euler a", "exponential", ("euler_ancestral_exponential", None)),
+        ("Euler", "Karras", ("euler_karras", None)),
+        ("Euler", "simple", ("euler", "trailing")),
+        ("euler", "SGM Uniform", ("euler", "trailing")),
+        ("DPM++ 2M", "Automatic", ("dpmpp_2m_karras", None)),
+        ("DPM++ 2M", "Karras", ("dpmpp_2m_karras", None)),
+        ("DPM++ 2M Karras", "Automatic", ("dpmpp_2m_karras", None)),
+        ("DPM++ 2M Karras", "Exponential", ("dpmpp_2m_karras", None)),
+        ("DPM++ 2M SGM Uniform", None, ("dpmpp_2m", "trailing")),
+        ("DPM++ 2M", "polyexponential", ("dpmpp_2m_exponential", None)),
+        ("DPM++ 2M", "uniform", ("dpmpp_2m", "linspace")),
+        ("PLMS", None, ("plms", None)),
+        ("DDIM", "normal", ("ddim", None)),
+        (None, None, ("euler", None)),
+    ],
+)
+def test_samplers_by_a1111s_names(name, scheduler, ours):
+    choice = choose_sampler(TextToImage(sampler_name=name, scheduler=scheduler))
+    assert (choice.sampler, choice.spacing) == ours
+
+
+def test_every_combination_is_a_sampler_of_ours():
+    assert {ours for row in SAMPLERS.values() for ours, _ in row.ours.values()} <= {*samplers.SAMPLERS}
+
+
+def test_eta_is_for_ddim_and_turns_euler_a_into_euler():
+    assert choose_sampler(TextToImage(sampler_name="DDIM", eta=0.5)).eta == 0.5
+    assert choose_sampler(TextToImage(sampler_name="UniPC", eta=1.0)).eta is None
+    assert choose_sampler(TextToImage(sampler_name="Euler a", eta=0)).sampler == "euler"
+    assert choose_sampler(TextToImage(sampler_name="Euler a Karras", eta=0)).sampler == "euler_karras"
+
+
+def test_euler_a_without_noise_is_euler_over_http(bundled):
+    small = {"prompt": "apple", "steps": 3, "width": 64, "height": 64, "seed": 1}
+    images, names = [], []
+    for sampler in ({"sampler_name": "Euler a", "eta": 0}, {"sampler_name": "Euler"}):
+        answer = bundled.client.post("/sdapi/v1/txt2img", json=small | sampler).json()
+        images.append(answer["images"])
+        names.append(json.loads(answer["info"])["sampler_name"])
+    assert images[0] == images[1]
+    assert names == ["Euler a", "Euler"]
