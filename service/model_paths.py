@@ -12,9 +12,10 @@ from importlib import resources
 from pathlib import Path
 
 from models.errors import CheckpointError
-from models.formats import companions, single_file
-from models.formats.diffusers_read import read_spec
-from models.spec import ModelSpec, Prediction
+from models.formats import companions
+from models.formats.identify import Source, identify, is_checkpoint
+from models.formats.single_file import model_name
+from models.spec import Prediction
 
 BUNDLED = ("emoji", "emoji-upscale")  # the models that come with the package
 LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # looked for in a LoRA folder
@@ -34,8 +35,8 @@ def locate(name: str, allow_pickle: bool = False) -> tuple[str, Path]:
     if path is not None and path.is_file():
         if path.suffix != ".safetensors" and not allow_pickle:
             raise ModelPathError(f"{name!r} is not a .safetensors file; pickled weights need --allow-pickle")
-        return single_file.name_of(path), path
-    if path is None or not ((path / "model_index.json").is_file() or single_file.weights_of(path)):
+        return model_name(path), path
+    if path is None or not is_checkpoint(path):
         bundled_names = " or ".join(map(repr, BUNDLED))
         raise ModelPathError(
             f"no model at {name!r}: expected {bundled_names}, a folder with a model_index.json, "
@@ -121,19 +122,20 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(path))
 
 
-def read_specs(
-    paths: Mapping[str, Path], allow_pickle: bool = False, prediction: Prediction | None = None
-) -> dict[str, ModelSpec]:
-    """Name -> spec of each model, without reading its weights; `prediction` as in read_spec().
+def identify_all(
+    paths: Mapping[str, Path | Source], allow_pickle: bool = False, prediction: Prediction | None = None
+) -> dict[str, Source]:
+    """Identify the checkpoint of each model, without reading its weights; arguments as for identify().
 
-    Raises CheckpointError, also for a model that cannot generate anything.
+    The models get the names given here. A model that is identified already stays as it is. Raises
+    CheckpointError, also for a model that cannot generate anything.
     """
-    specs = {
-        name: replace(read_spec(path, allow_pickle, prediction), name=name) for name, path in paths.items()
-    }
-    for name, spec in specs.items():
-        if spec.unet is None:
+    sources = {}
+    for name, path in paths.items():
+        source = path if isinstance(path, Source) else identify(path, allow_pickle, prediction)
+        if source.spec.unet is None:
             raise CheckpointError(f"{name} is an autoencoder alone: without a UNet it cannot generate images")
-        if spec.lacks_text_encoder:
-            raise CheckpointError(f"{name}: {companions.TEXT_WANTED}")
-    return specs
+        if source.spec.lacks_text_encoder:
+            raise CheckpointError(f"{name}: {companions.TEXT_ENCODER_MISSING}")
+        sources[name] = replace(source, spec=replace(source.spec, name=name))
+    return sources

@@ -1,7 +1,7 @@
-"""Learned words (textual inversion, Gal et al. 2022): vectors that a word of a prompt becomes.
+"""Learned embeddings (textual inversion, Gal et al. 2022): vectors that replace a word of a prompt.
 
-A file holds them by the word's name, as `emb_params`, under `string_to_param`, or, for two text encoders,
-as `clip_l` and `clip_g`.
+A file has them under the word itself, as `emb_params`, below `string_to_param`, or, for two text encoders, as
+`clip_l` and `clip_g`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint.folder import open_weights
+from models.checkpoint.weights import open_weights
 from models.conditioning.conditioner import TextConditioner
 from models.conditioning.text_encoder import TextEncoder
 from models.errors import CheckpointError
@@ -21,12 +21,13 @@ from models.formats.safetensors import FLOATS
 from models.latent_diffusion import LatentDiffusion
 from models.spec import ModelSpec
 
-PAIR = ("clip_l", "clip_g")  # of the first text encoder, of the second
+ENCODER_KEYS = ("clip_l", "clip_g")  # for the first and the second text encoder
+MAX_LISTED_KEYS = 4  # in an error message
 
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """vectors: of each text encoder (k, C), float32 on the CPU."""
+    """vectors: for each text encoder (k, C), float32 on the CPU."""
 
     name: str
     vectors: tuple[Tensor, ...]
@@ -36,22 +37,22 @@ class Embedding:
         return tuple(vectors.shape[1] for vectors in self.vectors)
 
     def fits(self, spec: ModelSpec) -> bool:
-        return bool(spec.texts) and self.widths == widths_of(spec)
+        return bool(spec.texts) and self.widths == token_widths(spec)
 
 
-def widths_of(spec: ModelSpec) -> tuple[int, ...]:
-    """Of the vectors of tokens, one for each text encoder."""
+def token_widths(spec: ModelSpec) -> tuple[int, ...]:
+    """Width of a token's vector in each text encoder."""
     return tuple(text.width for text in spec.texts)
 
 
-def read(name: str, file: Path, allow_pickle: bool = False) -> Embedding:
+def read_embedding(name: str, file: Path, allow_pickle: bool = False) -> Embedding:
     """The vectors in a file. Raises CheckpointError."""
     weights = open_weights(file, "cpu", allow_pickle)
-    keys = PAIR if set(weights.stored) == set(PAIR) else tuple(weights.stored)
-    if keys != PAIR and len(keys) != 1:
-        found = ", ".join(sorted(keys)[:4]) or "nothing"
+    keys = ENCODER_KEYS if set(weights.stored) == set(ENCODER_KEYS) else tuple(weights.stored)
+    if keys != ENCODER_KEYS and len(keys) != 1:
+        found = ", ".join(sorted(keys)[:MAX_LISTED_KEYS]) or "nothing"
         raise CheckpointError(
-            f"embedding {name} ({file}) holds {found}; expected one tensor, or clip_l and clip_g"
+            f"embedding {name} ({file}) has the tensors {found}; expected one tensor, or clip_l and clip_g"
         )
     for key in keys:
         entry = weights.stored[key]
@@ -61,45 +62,46 @@ def read(name: str, file: Path, allow_pickle: bool = False) -> Embedding:
             )
     vectors = tuple(torch.atleast_2d(weights.read(key).float()) for key in keys)
     if not all(torch.isfinite(each).all() for each in vectors):
-        raise CheckpointError(f"embedding {name} ({file}) has numbers that are not finite")
+        raise CheckpointError(f"embedding {name} ({file}) has NaN or infinite values")
     return Embedding(name, vectors)
 
 
-def read_all(
+def read_embeddings(
     files: Mapping[str, Path], specs: Iterable[ModelSpec], allow_pickle: bool = False
 ) -> tuple[Embedding, ...]:
-    """The embeddings of files by name. Raises CheckpointError for one that fits no model."""
+    """The embeddings in files by name. Raises CheckpointError for one that fits none of the models."""
     specs = list(specs)
-    found = tuple(read(name, file, allow_pickle) for name, file in files.items())
-    for one in found:
-        if not any(one.fits(spec) for spec in specs):
-            reading = [f"{spec.name} takes {shown(widths_of(spec))}" for spec in specs if spec.texts]
-            models = ", ".join(reading) or "no model has a text encoder of CLIP's"
+    found = tuple(read_embedding(name, file, allow_pickle) for name, file in files.items())
+    for embedding in found:
+        if not any(embedding.fits(spec) for spec in specs):
+            expected = [f"{spec.name} takes {joined(token_widths(spec))}" for spec in specs if spec.texts]
+            models = ", ".join(expected) or "no model has a CLIP text encoder"
             raise CheckpointError(
-                f"embedding {one.name} ({files[one.name]}) has vectors {shown(one.widths)} wide; {models}"
+                f"embedding {embedding.name} ({files[embedding.name]}) has vectors "
+                f"{joined(embedding.widths)} wide; {models}"
             )
     return found
 
 
-def shown(widths: Sequence[int]) -> str:
+def joined(widths: Sequence[int]) -> str:
     return " and ".join(map(str, widths))
 
 
-def teach(bundle: LatentDiffusion, embeddings: Iterable[Embedding]) -> LatentDiffusion:
-    """Let a model know the words that fit it, in place; returns it."""
-    for one in embeddings:
-        if one.fits(bundle.spec) and isinstance(bundle.conditioner, TextConditioner):
-            for encoder, vectors in zip(bundle.conditioner.encoders, one.vectors, strict=True):
-                learn(encoder, one.name, vectors)
+def add_embeddings(bundle: LatentDiffusion, embeddings: Iterable[Embedding]) -> LatentDiffusion:
+    """Add the embeddings that fit to a model, in place; returns it."""
+    for embedding in embeddings:
+        if embedding.fits(bundle.spec) and isinstance(bundle.conditioner, TextConditioner):
+            for encoder, vectors in zip(bundle.conditioner.encoders, embedding.vectors, strict=True):
+                extend_vocabulary(encoder, embedding.name, vectors)
     return bundle
 
 
 @torch.no_grad()
-def learn(encoder: TextEncoder, name: str, vectors: Tensor) -> None:
-    """Append vectors (k, C) to the encoder's table, under ids of their own."""
+def extend_vocabulary(encoder: TextEncoder, name: str, vectors: Tensor) -> None:
+    """Append vectors (k, C) to the encoder's token embeddings, under new ids for the word `name`."""
     embeddings = encoder.transformer.embeddings
     table = embeddings.token_embedding.weight
     first = len(table)
-    whole = torch.cat([table, vectors.to(table.device, table.dtype)])
-    embeddings.token_embedding = nn.Embedding.from_pretrained(whole, freeze=True)
+    extended = torch.cat([table, vectors.to(table.device, table.dtype)])
+    embeddings.token_embedding = nn.Embedding.from_pretrained(extended, freeze=True)
     encoder.learned_words[name.lower()] = tuple(range(first, first + len(vectors)))

@@ -1,7 +1,8 @@
 """Weights in and out: load, save and describe a checkpoint."""
 
-from models.checkpoint.folder import load, save
+from models.checkpoint.loading import load
+from models.checkpoint.saving import save
 from models.errors import CheckpointError
-from models.formats.diffusers_read import read_spec
+from models.formats.identify import read_spec
 
 __all__ = ["CheckpointError", "load", "read_spec", "save"]

@@ -1,29 +1,39 @@
-"""Networks without memory, whose weights are still to come from a file."""
+"""Builds networks on the meta device, without allocating or initialising weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-DRAWN = frozenset({"normal_", "uniform_", "kaiming_uniform_"})
+INITIALISERS = frozenset({"normal_", "uniform_", "kaiming_uniform_"})
 
 
-class Undrawn(TorchFunctionMode):
-    """Draws no initial values. On the meta device there are none, but the first to be drawn there costs a
-    second: torch imports its compiler for it."""
+class SkipInitialisation(TorchFunctionMode):
+    """Draws no initial values.
 
-    def __torch_function__(self, func: Callable, types, args=(), kwargs=None):
+    On the meta device these have no effect, but drawing the first one takes a second there: torch imports its
+    compiler.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in DRAWN:
+        if getattr(func, "__name__", "") in INITIALISERS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Networks made inside are on the meta device: their parameters have shapes and nothing else."""
-    with torch.device("meta"), Undrawn():
+    """Networks made inside are on the meta device: their parameters have shapes and no values."""
+    with torch.device("meta"), SkipInitialisation():
         yield

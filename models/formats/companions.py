@@ -1,6 +1,6 @@
-"""What the paper's text models need and no single file carries: BERT's words, CLIP's text encoder.
+"""Files that text models of the latent diffusion paper need and that no single file contains.
 
-Free of torch.
+These are BERT's vocabulary and CLIP's text encoder.
 """
 
 from __future__ import annotations
@@ -9,40 +9,39 @@ from pathlib import Path
 
 from models.errors import CheckpointError
 
-NAME = "vocab.txt"
-PUBLISHED = ("google-bert/bert-base-uncased", "bert-base-uncased")  # its names at Hugging Face
-WANTED = (
-    f"prompts need {NAME} of bert-base-uncased: beside the checkpoint, in the local Hugging Face cache, "
-    "or named by LDM_VOCABULARY"
+VOCABULARY_FILE = "vocab.txt"
+BERT_REPOSITORIES = ("google-bert/bert-base-uncased", "bert-base-uncased")  # at Hugging Face
+VOCABULARY_MISSING = (
+    f"prompts need {VOCABULARY_FILE} of bert-base-uncased: next to the checkpoint, in the local Hugging Face "
+    "cache, or named by LDM_VOCABULARY"
 )
-
-
-TEXT_WANTED = (
-    "prompts need CLIP ViT-L/14's text encoder beside the checkpoint, which holds none: "
+TEXT_ENCODER_MISSING = (
+    "prompts need CLIP ViT-L/14's text encoder, which the checkpoint does not contain; expected next to it: "
     "text_encoder/config.json, text_encoder/model.safetensors with text_projection.weight, and tokenizer/"
 )
 
 
-def find(checkpoint: Path, given: Path | None = None) -> Path | None:
-    """The file of words for a checkpoint: the one given, the one beside it, or the cached one.
+def find_vocabulary(folder: Path, given: Path | None = None) -> Path | None:
+    """BERT's vocabulary for a checkpoint in `folder`, or None.
 
-    given: the file, or its folder. Raises CheckpointError where what was given is not there.
+    The first of: the file given (or the one in the folder given), the one next to the checkpoint, the one in
+    the local Hugging Face cache. Raises CheckpointError if a path was given and no vocabulary is there.
     """
     if given is not None:
-        file = given / NAME if given.is_dir() else given
-        if not file.is_file() or file.name != NAME:
-            raise CheckpointError(f"{given} is no {NAME}, and no folder with one")
+        file = given / VOCABULARY_FILE if given.is_dir() else given
+        if not file.is_file() or file.name != VOCABULARY_FILE:
+            raise CheckpointError(f"{given} is neither a {VOCABULARY_FILE} file nor a folder with one")
         return file
-    beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / NAME
-    return beside if beside.is_file() else cached()
+    adjacent = folder / VOCABULARY_FILE
+    return adjacent if adjacent.is_file() else find_cached_vocabulary()
 
 
-def cached() -> Path | None:
-    """What an earlier download by `transformers` has left; never asks the network."""
-    from huggingface_hub import try_to_load_from_cache  # a second
+def find_cached_vocabulary() -> Path | None:
+    """The file that an earlier download by `transformers` left; never uses the network."""
+    from huggingface_hub import try_to_load_from_cache  # importing it takes a second
 
-    for name in PUBLISHED:
-        found = try_to_load_from_cache(name, NAME)
+    for repository in BERT_REPOSITORIES:
+        found = try_to_load_from_cache(repository, VOCABULARY_FILE)
         if isinstance(found, str):
             return Path(found)
     return None

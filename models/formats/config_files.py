@@ -1,11 +1,12 @@
-"""Small files of settings: JSON and YAML, as plain containers. Free of torch."""
+"""Reads small configuration files, JSON and YAML, as plain containers, in bounded time and memory."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -13,37 +14,86 @@ from models.errors import CheckpointError
 
 Config = dict[str, Any]
 
-OWN_FILE = "ldm.json"  # what a published layout has no place for
-LIMIT = 2**20  # bytes
+MAX_JSON_BYTES = 2**20
+MAX_YAML_BYTES = 2**18  # published configurations have a few kilobytes
+MAX_YAML_EVENTS = 10_000  # values, and beginnings and ends of containers
+MAX_YAML_DEPTH = 64
+MAX_YAML_SCALAR = 2**12  # characters of a value that may be a number: YAML's base 60 takes quadratic time
+MAX_ERROR_CHARS = 80  # of a value that an error repeats
+
+# The parser in C, if PyYAML was built with it: the one in Python takes 50 times as long.
+YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_json(path: Path) -> Config:
-    """A JSON object from a file. Raises CheckpointError where there is none."""
-    return read_object(path, "JSON", json.loads)
+    """The JSON object in a file. Raises CheckpointError if there is none."""
+    return read_object(path, "JSON", parse_json, MAX_JSON_BYTES)
 
 
 def read_yaml(path: Path) -> Config:
-    """A YAML mapping from a file, of plain values only. Raises CheckpointError where there is none."""
-    return read_object(path, "YAML", unshared_yaml)
+    """The YAML mapping in a file, of plain values only. Raises CheckpointError if there is none."""
+    return read_object(path, "YAML", parse_yaml, MAX_YAML_BYTES)
 
 
-def unshared_yaml(text: str) -> Any:
-    """Raises ValueError for references to other parts: a few of them can stand for more than memory holds."""
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-        raise ValueError("it refers to parts of itself (*name)")
-    return yaml.safe_load(text)
-
-
-def read_object(path: Path, form: str, parse: Callable[[str], Any]) -> Config:
+def read_object(path: Path, form: str, parse: Callable[[str], Any], max_bytes: int) -> Config:
     try:
-        if path.stat().st_size > LIMIT:
-            raise CheckpointError(f"{path} is larger than {LIMIT} bytes")
+        if path.stat().st_size > max_bytes:
+            raise CheckpointError(f"{path} is larger than {max_bytes} bytes")
         value = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())  # YAML's take several lines
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())  # YAML's messages have several lines
         raise CheckpointError(f"{path} cannot be read as {form}: {reason}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a {form} object")
+        raise CheckpointError(f"{path} must contain a {form} object")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError also for NaN, Infinity and numbers as large, and RecursionError for deep nesting."""
+    return json.loads(text, parse_constant=refuse_constant, parse_float=finite_float)
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:MAX_ERROR_CHARS]} is too large a number")
+    return value
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises ValueError for a document whose size in memory, or the time to read it, is not bounded by its
+    length: references to other parts, deep nesting, very many values, very long numbers."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=YAML_LOADER)):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it refers to other parts of itself (*name)")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.ScalarEvent) and may_be_number(event):
+            raise ValueError(f"it has a value of more than {MAX_YAML_SCALAR} characters without quotes")
+        if depth > MAX_YAML_DEPTH or count > MAX_YAML_EVENTS:
+            limits = f"{MAX_YAML_DEPTH} levels or {MAX_YAML_EVENTS} values"
+            raise ValueError(f"it has more than {limits}")
+    return yaml.load(text, Loader=YAML_LOADER)
+
+
+def may_be_number(event: yaml.ScalarEvent) -> bool:
+    """Whether a very long value would be parsed further, rather than taken as text."""
+    return len(event.value) > MAX_YAML_SCALAR and bool(event.tag or event.implicit[0])
+
+
+def shortened(value: Any) -> str:
+    """A value as an error message repeats it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a deeply nested list
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= MAX_ERROR_CHARS else text[:MAX_ERROR_CHARS] + "..."

@@ -1,7 +1,7 @@
-"""The latent diffusion paper's models, known by the names and shapes of their tensors.
+"""The latent diffusion paper's models in single files, recognised by the names and shapes of their tensors.
 
-Their files say nothing else about themselves. Free of torch. Networks' shapes are read off the tensors; what
-no tensor shows (heads, betas, the factor of latents, the picture's size) stands in a table.
+Network shapes are read off the tensors. What no tensor shows (attention heads, betas, the latents' scale
+factor, the image size) comes from hints or from a table of the published models.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from models.errors import CheckpointError
+from models.formats.hints import Hints
 from models.spec import (
     ALL_TASKS,
     AutoencoderSpec,
@@ -18,7 +19,6 @@ from models.spec import (
     Defaults,
     Masking,
     ModelSpec,
-    Prediction,
     ScheduleSpec,
     SegmentationSpec,
     TokenSpec,
@@ -29,71 +29,58 @@ from models.spec import (
 Shapes = Mapping[str, tuple[int, ...]]
 
 UNET, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
-WORDS = 77  # tokens of a text; boxes have another number
+FIRST_STAGE_ALONE = "first stage alone"  # name of the family of files with an autoencoder and nothing else
+TEXT_TOKENS = 77  # context length of the text models; models of boxes have another one
+HEAD_WIDTH = 32  # channels of an attention head where no table and no hint says otherwise
 
 
 @dataclass(frozen=True)
-class Row:
+class Family:
     """What the tensors of a kind of model do not show (Rombach et al. 2021 and its configurations)."""
 
-    side: int  # of pictures, in pixels
+    published: str  # names of the published checkpoints
+    image_size: int  # pixels along a side
     beta_end: float
-    heads: int | None = None  # at every level; None: as many as are 32 wide
+    heads: int | None = None  # at every level; None: as many as are HEAD_WIDTH wide
     beta_start: float = 0.0015
     scale_factor: float = 1.0
     guidance_scale: float = 1.0
     tasks: tuple[str, ...] = ()
-    masking: Masking | None = None  # it is told a mask and the picture that the mask hides parts of
+    masking: Masking | None = None  # for UNets that take a mask and the masked image as channels
     upscaling: UpscalingSpec | None = None
 
 
-ROWS = {
-    "unconditional VQ": Row(256, 0.0195, tasks=("unconditional",)),
-    "unconditional KL": Row(256, 0.0155, heads=8, tasks=("unconditional",)),
-    "class": Row(256, 0.0195, tasks=("class-to-image",)),
-    "class or none": Row(256, 0.0195, heads=1, guidance_scale=3.0, tasks=("class-to-image",)),
-    "text VQ": Row(256, 0.0195, guidance_scale=5.0, tasks=ALL_TASKS[:3]),
-    "text KL": Row(
-        256, 0.012, heads=8, beta_start=0.00085, scale_factor=0.18215, guidance_scale=5.0, tasks=ALL_TASKS[:3]
+FAMILIES = {
+    "unconditional VQ": Family("celebahq, ffhq, lsun_beds", 256, 0.0195, tasks=("unconditional",)),
+    "unconditional KL": Family("lsun_churches", 256, 0.0155, heads=8, tasks=("unconditional",)),
+    "class-conditional": Family("cin256", 256, 0.0195, tasks=("class-to-image",)),
+    "class-conditional with guidance": Family(
+        "cin256-v2", 256, 0.0195, heads=1, guidance_scale=3.0, tasks=("class-to-image",)
     ),
-    "masked picture": Row(
+    "text VQ": Family("text2img256", 256, 0.0195, guidance_scale=5.0, tasks=ALL_TASKS[:3]),
+    "text KL": Family(
+        "txt2img-1p4B",
+        256,
+        0.012,
+        heads=8,
+        beta_start=0.00085,
+        scale_factor=0.18215,
+        guidance_scale=5.0,
+        tasks=ALL_TASKS[:3],
+    ),
+    "inpainting": Family(
+        "inpainting_big",
         512,
         0.0205,
         heads=8,
         tasks=("inpainting",),
         masking=Masking(mask_first=False, unmasked_value=-1.0, masked_pixel=-1.0, nearest=True),
     ),
-    "low-resolution picture": Row(256, 0.0155, tasks=("upscaling",), upscaling=UpscalingSpec()),
-    "boxes": Row(256, 0.0205, tasks=("layout-to-image",)),
-    "segmentation": Row(256, 0.0205, heads=8, tasks=("layout-to-image",)),
-    "neighbours": Row(768, 0.015, scale_factor=0.22765929, guidance_scale=5.0),
+    "super-resolution": Family("bsr_sr", 256, 0.0155, tasks=("upscaling",), upscaling=UpscalingSpec()),
+    "boxes": Family("layout2img-openimages256", 256, 0.0205, tasks=("layout-to-image",)),
+    "segmentation": Family("semantic_synthesis", 256, 0.0205, heads=8, tasks=("layout-to-image",)),
+    "retrieval-augmented": Family("rdm768", 768, 0.015, scale_factor=0.22765929, guidance_scale=5.0),
 }
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a file beside the weights says; None: nothing. Tensors come before it, the table after it."""
-
-    kind: str | None = None  # a key of ROWS
-    side: int | None = None  # of pictures, in pixels
-    heads: int | tuple[int, ...] | None = None  # at every level, or at each
-    head_width: int | None = None  # in the place of heads
-    scale_factor: float | None = None
-    schedule: ScheduleSpec | None = None
-    prediction: Prediction | None = None
-
-
-def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Those under a prefix, without it."""
-    return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-
-
-def count(shapes: Shapes, pattern: str) -> int:
-    """How many of pattern.format(0), pattern.format(1), ... are there, up to the first that is not."""
-    number = 0
-    while pattern.format(number) in shapes:
-        number += 1
-    return number
 
 
 def recognise(
@@ -101,83 +88,102 @@ def recognise(
     name: str,
     betas: tuple[float, float] | None = None,
     scale_factor: float | None = None,
-    said: Said | None = None,
-) -> ModelSpec:
-    """What the model in a single file is; a first stage alone has no UNet.
+    hints: Hints | None = None,
+) -> tuple[ModelSpec, str]:
+    """Spec and family of the model in a single file. The spec of a first stage alone has no UNet.
 
-    betas, scale_factor: the first and last beta, and the factor, where the file holds them. Raises
-    CheckpointError for a file that is neither.
+    betas, scale_factor: the first and last beta, and the latents' factor, if the file contains them. Raises
+    CheckpointError if the tensors are of neither a latent diffusion model nor a first stage.
     """
-    said = said or Said()
+    hints = hints or Hints()
     try:
         if "encoder.conv_in.weight" in shapes:
-            return first_stage_alone(shapes, name, said)
+            return first_stage_alone(shapes, name, hints), FIRST_STAGE_ALONE
         if UNET + "out.2.weight" in shapes:
-            return whole_model(shapes, name, betas, scale_factor, said)
+            return recognise_model(shapes, name, betas, scale_factor, hints)
     except (KeyError, IndexError, ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{name}: tensors of no known structure: {error}") from error
-    raise CheckpointError(f"{name} holds neither a latent diffusion model nor a first stage")
+    raise CheckpointError(f"{name} contains neither a latent diffusion model nor a first stage")
 
 
-def first_stage_alone(shapes: Shapes, name: str, said: Said) -> ModelSpec:
-    side = said.side or 256
-    spec = autoencoder_spec(shapes, side, 1.0 if said.scale_factor is None else said.scale_factor)
-    return ModelSpec(name, None, spec, ScheduleSpec(), (), Defaults(width=side, height=side), tasks=())
+def first_stage_alone(shapes: Shapes, name: str, hints: Hints) -> ModelSpec:
+    size = hints.image_size or 256
+    spec = autoencoder_spec(shapes, size, 1.0 if hints.scale_factor is None else hints.scale_factor)
+    return ModelSpec(name, None, spec, ScheduleSpec(), (), Defaults(width=size, height=size), tasks=())
 
 
-def whole_model(
-    shapes: Shapes, name: str, betas: tuple[float, float] | None, scale_factor: float | None, said: Said
-) -> ModelSpec:
-    condition, unet = condition_spec(below(shapes, CONDITION)), below(shapes, UNET)
-    row = ROWS[said.kind or kind(shapes, condition)]
-    side = said.side or row.side
-    scale = next(s for s in (scale_factor, said.scale_factor, row.scale_factor) if s is not None)
-    schedule = said.schedule or ScheduleSpec(beta_start=row.beta_start, beta_end=row.beta_end)
+def recognise_model(
+    shapes: Shapes, name: str, betas: tuple[float, float] | None, scale_factor: float | None, hints: Hints
+) -> tuple[ModelSpec, str]:
+    condition = condition_spec(below(shapes, CONDITION))
+    key = hints.family or family_of(shapes, condition)
+    family = FAMILIES[key]
+    size = hints.image_size or family.image_size
+    scale = next(s for s in (scale_factor, hints.scale_factor, family.scale_factor) if s is not None)
+    schedule = hints.schedule or ScheduleSpec(beta_start=family.beta_start, beta_end=family.beta_end)
     if betas:
         schedule = replace(schedule, beta_start=betas[0], beta_end=betas[1])
-    if said.prediction:
-        schedule = replace(schedule, prediction=said.prediction)
-    return ModelSpec(
+    if hints.prediction:
+        schedule = replace(schedule, prediction=hints.prediction)
+    if hints.heads or hints.head_width:
+        heads, head_width = hints.heads, hints.head_width or HEAD_WIDTH
+    else:
+        heads, head_width = family.heads, HEAD_WIDTH
+    spec = ModelSpec(
         name=name,
-        unet=unet_spec(unet, *heads_of(said, row)),
-        autoencoder=autoencoder_spec(below(shapes, FIRST_STAGE), side, scale),
+        unet=unet_spec(below(shapes, UNET), heads, head_width),
+        autoencoder=autoencoder_spec(below(shapes, FIRST_STAGE), size, scale),
         schedule=schedule,
         texts=(),
-        defaults=Defaults(side, side, steps=50, guidance_scale=row.guidance_scale),
-        tasks=row.tasks,
+        defaults=Defaults(size, size, steps=50, guidance_scale=family.guidance_scale),
+        tasks=family.tasks,
         condition=condition,
-        mask_channels=row.masking is not None,
-        masking=row.masking or Masking(),
-        upscaling=row.upscaling,
+        mask_channels=family.masking is not None,
+        masking=family.masking or Masking(),
+        upscaling=family.upscaling,
         layout_channels=condition.channels if isinstance(condition, SegmentationSpec) else 0,
     )
+    return spec, key
 
 
-def kind(shapes: Shapes, condition: Condition | None) -> str:
-    """The row of a model."""
-    head = "VQ" if FIRST_STAGE + "quantize.embedding.weight" in shapes else "KL"
+def family_of(shapes: Shapes, condition: Condition | None) -> str:
+    """Which of FAMILIES a model's tensors belong to."""
+    latent = "VQ" if FIRST_STAGE + "quantize.embedding.weight" in shapes else "KL"
     if isinstance(condition, TokenSpec):
-        return "boxes" if condition.objects else f"text {head}"
+        return "boxes" if condition.objects else f"text {latent}"
     if isinstance(condition, ClassSpec):
-        return "class" if condition.null is None else "class or none"
+        return "class-conditional" if condition.null is None else "class-conditional with guidance"
     if isinstance(condition, SegmentationSpec):
         return "segmentation"
     if CONDITION + "encoder.conv_in.weight" in shapes:
-        return "masked picture"
+        return "inpainting"
     if f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight" in shapes:
-        return "neighbours"
+        return "retrieval-augmented"
     if shapes[UNET + "input_blocks.0.0.weight"][1] != shapes[UNET + "out.2.weight"][0]:
-        return "low-resolution picture"
-    return f"unconditional {head}"
+        return "super-resolution"
+    return f"unconditional {latent}"
+
+
+def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    """The tensors whose names start with a prefix, under their names without it."""
+    return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+
+
+def count(shapes: Shapes, pattern: str) -> int:
+    """How many of pattern.format(0), pattern.format(1), ... exist, up to the first that does not."""
+    number = 0
+    while pattern.format(number) in shapes:
+        number += 1
+    return number
 
 
 def condition_spec(shapes: Shapes) -> Condition | None:
-    """Of the conditioner that has weights of its own."""
+    """Spec of a conditioner that has weights of its own."""
     if "transformer.token_emb.weight" in shapes:
         vocabulary, width = shapes["transformer.token_emb.weight"]
         layers = count(shapes, "transformer.attn_layers.layers.{}.0.weight") // 2
         tokens = shapes["transformer.pos_emb.emb.weight"][0]
-        objects = 0 if tokens == WORDS else (tokens - 2) // 3  # three tokens each, and two for the crop
+        objects = 0 if tokens == TEXT_TOKENS else (tokens - 2) // 3  # three tokens a box, two for the crop
         return TokenSpec(vocabulary, width, layers, tokens, objects=objects)
     if "embedding.weight" in shapes:
         classes, width = shapes["embedding.weight"]
@@ -188,23 +194,8 @@ def condition_spec(shapes: Shapes) -> Condition | None:
     return None
 
 
-def heads_of(said: Said, row: Row) -> tuple[int | tuple[int, ...] | None, int]:
-    """Heads at every level or at each, or None and the width of one."""
-    if said.heads or said.head_width:
-        return said.heads, said.head_width or 32
-    return row.heads, 32
-
-
-def heads_at(width: int, heads: int, head_width: int | None) -> int:
-    """Of a level. Raises ValueError where they do not divide it."""
-    part = heads if head_width is None else head_width
-    if width % part:
-        raise ValueError(f"heads do not divide {width} channels: {part}{' wide' if head_width else ''}")
-    return heads if head_width is None else width // head_width
-
-
-def unet_spec(shapes: Shapes, heads: int | tuple[int, ...] | None, head_width: int = 32) -> UNetSpec:
-    """heads: at every level, or at each; None: as many as are head_width wide."""
+def unet_spec(shapes: Shapes, heads: int | tuple[int, ...] | None, head_width: int = HEAD_WIDTH) -> UNetSpec:
+    """Spec of a UNet. heads: at every level, or at each; None: as many as are head_width wide."""
     blocks = count(shapes, "output_blocks.{}.0.in_layers.2.weight")
     per_level = res_blocks_up(shapes, blocks)
     first = [1 + index * per_level for index in range(blocks // per_level)]  # of each level going down
@@ -232,8 +223,16 @@ def unet_spec(shapes: Shapes, heads: int | tuple[int, ...] | None, head_width: i
     )
 
 
+def heads_at(width: int, heads: int, head_width: int | None) -> int:
+    """Heads of a level of `width` channels. Raises ValueError if they do not divide it."""
+    divisor = heads if head_width is None else head_width
+    if width % divisor:
+        raise ValueError(f"heads do not divide {width} channels: {divisor}{' wide' if head_width else ''}")
+    return heads if head_width is None else width // head_width
+
+
 def res_blocks_up(shapes: Shapes, blocks: int) -> int:
-    """Residual blocks a level going up: its last is the first with an upsampler, all are with one level."""
+    """Residual blocks of a level going up: as far as the first upsampler, or all if there is one level."""
     ends = [f"{place}.{layer}.weight" for place in (1, 2) for layer in ("conv", "in_layers.2")]
     for index in range(blocks):
         if any(f"output_blocks.{index}.{end}" in shapes for end in ends):
@@ -242,13 +241,13 @@ def res_blocks_up(shapes: Shapes, blocks: int) -> int:
 
 
 def depth(shapes: Shapes, module: str) -> int:
-    """Transformer blocks in a module; 1 for plain attention, 0 where nothing attends."""
+    """Transformer blocks in a module; 1 for plain attention, 0 without attention."""
     if f"{module}.qkv.weight" in shapes:
         return 1
     return count(shapes, module + ".transformer_blocks.{}.norm1.weight")
 
 
-def autoencoder_spec(shapes: Shapes, side: int, scale_factor: float) -> AutoencoderSpec:
+def autoencoder_spec(shapes: Shapes, image_size: int, scale_factor: float) -> AutoencoderSpec:
     levels = count(shapes, "encoder.down.{}.block.0.conv1.weight")
     inner, latent = shapes["decoder.conv_in.weight"][1], shapes["post_quant_conv.weight"][1]
     return AutoencoderSpec(
@@ -257,7 +256,7 @@ def autoencoder_spec(shapes: Shapes, side: int, scale_factor: float) -> Autoenco
         latent_channels=latent,
         scale_factor=scale_factor,
         image_channels=shapes["encoder.conv_in.weight"][1],
-        sample_size=side,
+        sample_size=image_size,
         codes=shapes.get("quantize.embedding.weight", (0,))[0],
         inner_channels=None if inner == latent else inner,
         attention_levels=tuple(

@@ -1,227 +1,169 @@
-"""A model in one file: where it is, what it is called, what it is. Free of torch.
-
-Tensors come first, then what stands beside the file (a YAML file of CompVis's, or an ldm.json of ours), then
-the tables of the paper's models and of Stable Diffusion's.
-"""
+"""Identifies the model in a single file by its tensors, its header, and the files next to it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from models.errors import CheckpointError
-from models.formats import compvis_yaml, keymaps, ldm, stable_diffusion
-from models.formats.config_files import OWN_FILE, Config, read_json, read_yaml
-from models.formats.pickles import read_records
-from models.formats.safetensors import Stored, safetensors_header, safetensors_metadata, values
+from models.formats import compvis_yaml, keymaps, ldm, ldm_json, stable_diffusion
+from models.formats.hints import Hints
+from models.formats.pickles import read_pickle
+from models.formats.safetensors import Header, read_safetensors, read_values
+from models.formats.stable_diffusion import EncoderLocation
 from models.sampling.schedule import Schedule
-from models.spec import BetaSchedule, ModelSpec, Prediction, ScheduleSpec, Spacing
+from models.spec import ModelSpec, Prediction, ScheduleSpec
 
-WEIGHTS = "model.safetensors"  # in a folder of ours
-OWN_KEY = "compvis"  # in its ldm.json
-NAMELESS = "model"  # a stem that says nothing: the folder's name does
-TOLERANCE = 1e-4  # relative, of betas and factors: some are float32
+GENERIC_STEM = "model"  # a file name that identifies nothing; the folder's name is used instead
+TOLERANCE = 1e-4  # relative, between betas and factors of two sources: some are float32
 
-
-def weights_of(path: Path) -> Path | None:
-    """The one file that a model's weights are in; None for a diffusers folder, or for nothing."""
-    if path.is_file():
-        return path
-    inner = path / WEIGHTS
-    return inner if inner.is_file() and own_folder(inner) else None
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def own_folder(file: Path) -> Path | None:
-    """The folder of a single file that ldm convert wrote."""
-    own = file.parent / OWN_FILE
-    return file.parent if file.name == WEIGHTS and own.is_file() and OWN_KEY in read_json(own) else None
-
-
-def name_of(file: Path) -> str:
-    """What a single file's model is called."""
-    return file.resolve().parent.name if file.stem == NAMELESS else file.stem
-
-
-def read_header(file: Path, allow_pickle: bool) -> dict[str, Stored]:
-    """The tensors of a file. Raises CheckpointError, also for a pickled one that is not allowed."""
-    if file.suffix == ".safetensors":
-        return safetensors_header(file)
-    if not allow_pickle:
-        raise CheckpointError(f"{file} is not a .safetensors file; pickled weights need allow_pickle")
-    return read_records(file)
-
-
-def describe(file: Path, allow_pickle: bool, prediction: Prediction | None = None) -> ModelSpec:
+@dataclass(frozen=True)
+class SingleFile:
     """What the model in a single file is.
 
-    prediction: of a Stable Diffusion 2 file that neither says itself nor is told beside it. Raises
-    CheckpointError, also where two sources contradict.
+    family: a key of ldm.FAMILIES or stable_diffusion.FAMILIES, or ldm.FIRST_STAGE_ALONE. text_encoders:
+    where in the file they are. notes: what a user should know, and is no error.
     """
-    stored = read_header(file, allow_pickle)
-    betas = values(file, stored["betas"]) if "betas" in stored else None
-    scale = factor(file, stored["scale_factor"]) if "scale_factor" in stored else None
-    note = None if own_folder(file) else compvis_yaml.find(file)
-    config = read_yaml(note) if note else None
-    said = own_said(file.parent / OWN_FILE) if own_folder(file) else None
-    if config is not None:
-        said = compvis_yaml.said(config, note)
-        claimed = said.scale_factor
-        if scale is not None and claimed and not near(claimed, scale):
-            raise CheckpointError(f"{note}: scale_factor is {claimed}, but the weights have {scale}")
-    shapes = {key: entry.shape for key, entry in stored.items()}
-    first_last = None if betas is None else ends(file, betas)
-    if stable_diffusion.is_one(shapes):
-        said = with_prediction(file, shapes, said, prediction)
-        spec = stable_diffusion.recognise(shapes, name_of(file), first_last, said)
-    else:
-        spec = ldm.recognise(shapes, name_of(file), first_last, scale, said)
-    if config is not None:
-        check_ends(note, said, spec)
-        compvis_yaml.check(config, spec, note)
-    if betas is not None:
-        check_betas(file, betas, spec.schedule)
-    if spec.upscaling and (low := stored.get(keymaps.LOW_SCALE + "betas")):
-        check_betas(file, values(file, low), spec.upscaling.noise)
-    if spec.defaults.width % spec.size_multiple:
-        raise CheckpointError(f"{file}: pictures of {spec.defaults.width} pixels are no multiple of "
-                              f"{spec.size_multiple}")  # fmt: skip
-    return spec
+
+    spec: ModelSpec
+    family: str
+    header: Header
+    text_encoders: tuple[EncoderLocation, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def with_prediction(
-    file: Path, shapes: ldm.Shapes, said: ldm.Said | None, given: Prediction | None
-) -> ldm.Said:
-    """What is predicted: as the file beside says, or the file itself; given, where none of them does."""
-    said = said or ldm.Said()
-    asked = given if stable_diffusion.is_open(shapes) else None
-    found = said.prediction or own_prediction(file, shapes) or asked
-    return replace(said, prediction=found)
+def model_name(file: Path) -> str:
+    """The name of a single file's model."""
+    return file.resolve().parent.name if file.stem == GENERIC_STEM else file.stem
 
 
-def own_prediction(file: Path, shapes: ldm.Shapes) -> Prediction | None:
-    """What a file says of itself, by a tensor of that name or in words; None: nothing."""
-    if stable_diffusion.V_MARK in shapes:
+def read_header(file: Path, allow_pickle: bool) -> Header:
+    """The tensors of a file. Raises CheckpointError, also for a pickled one if these are not allowed."""
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    if not allow_pickle:
+        raise CheckpointError(f"{file} is not a .safetensors file; pickled weights need allow_pickle")
+    return read_pickle(file)
+
+
+def identify_single_file(
+    file: Path, own: ldm_json.LdmJson | None, allow_pickle: bool, prediction: Prediction | None
+) -> SingleFile:
+    """own: the ldm.json of a converted file. prediction: used if neither the file nor one next to it says.
+
+    Raises CheckpointError, also if two sources contradict each other.
+    """
+    header = read_header(file, allow_pickle)
+    betas = read_betas(file, header)
+    scale_factor = read_scale_factor(file, header)
+    config = None if own else compvis_yaml.find_config(file)
+    hints = own.hints() if own else config.hints() if config else Hints()
+    if config and scale_factor is not None and hints.scale_factor:
+        check_equal(config.file, "scale_factor", hints.scale_factor, scale_factor)
+    found = recognise(file, header, betas, scale_factor, hints, prediction)
+    if config:
+        if found.spec.unet and hints.schedule:
+            check_equal(
+                config.file, "linear_start", hints.schedule.beta_start, found.spec.schedule.beta_start
+            )
+            check_equal(config.file, "linear_end", hints.schedule.beta_end, found.spec.schedule.beta_end)
+        config.check(found.spec)
+    check_betas(file, betas, found.spec.schedule)
+    if found.spec.upscaling and found.spec.upscaling.noise:
+        low_resolution_betas = read_array(file, header, keymaps.LOW_SCALE + "betas")
+        check_betas(file, low_resolution_betas, found.spec.upscaling.noise)
+    if found.spec.defaults.width % found.spec.size_multiple:
+        raise CheckpointError(
+            f"{file}: the image size, {found.spec.defaults.width} pixels, is not a multiple of "
+            f"{found.spec.size_multiple}"
+        )
+    return found
+
+
+def recognise(
+    file: Path,
+    header: Header,
+    betas: Array | None,
+    scale_factor: float | None,
+    hints: Hints,
+    prediction: Prediction | None,
+) -> SingleFile:
+    """Of which family the tensors are, and the spec that follows."""
+    shapes, name = header.shapes, model_name(file)
+    ends = None if betas is None else (rounded(betas[0]), rounded(betas[-1]))
+    encoders = stable_diffusion.find_text_encoders(shapes) if ldm.UNET + "out.2.weight" in shapes else ()
+    if not encoders:
+        if ldm.UNET + "out.2.weight" in shapes and stable_diffusion.is_refiner(shapes):
+            raise CheckpointError(f"{name} is SDXL's refiner, which is not supported: SDXL's base model is")
+        spec, family = ldm.recognise(shapes, name, ends, scale_factor, hints)
+        return SingleFile(spec, family, header)
+    ambiguous = stable_diffusion.prediction_is_ambiguous(shapes, encoders)
+    found = hints.prediction or own_prediction(header)
+    chosen = found or (prediction if ambiguous else None)
+    spec, family = stable_diffusion.recognise(shapes, encoders, name, ends, replace(hints, prediction=chosen))
+    notes = (prediction_note(spec),) if ambiguous and not found else ()
+    return SingleFile(spec, family, header, encoders, notes)
+
+
+def own_prediction(header: Header) -> Prediction | None:
+    """What the UNet predicts, if a file says it by a marking tensor or in its metadata."""
+    if stable_diffusion.V_PREDICTION_KEY in header.tensors:
         return "v_prediction"
-    words = safetensors_metadata(file) if file.suffix == ".safetensors" else {}
-    return stable_diffusion.WORDS.get(words.get(stable_diffusion.WORDS_KEY))
+    return stable_diffusion.METADATA_PREDICTIONS.get(header.metadata.get(stable_diffusion.METADATA_KEY, ""))
 
 
-def is_guessed(file: Path, stored: Mapping[str, Stored]) -> bool:
-    """Whether nothing says what a file's UNet predicts."""
-    shapes = {key: entry.shape for key, entry in stored.items()}
-    if not stable_diffusion.is_one(shapes) or not stable_diffusion.is_open(shapes):
-        return False
-    note = compvis_yaml.find(file)
-    said = compvis_yaml.said(read_yaml(note), note) if note else None
-    return with_prediction(file, shapes, said, None).prediction is None
+def prediction_note(spec: ModelSpec) -> str:
+    return (
+        f"no tensor shows whether the UNet predicts epsilon or v: assuming {spec.schedule.prediction}; "
+        "a YAML file next to the checkpoint or --prediction can say otherwise"
+    )
 
 
-def kind_of(file: Path, stored: Mapping[str, Stored], spec: ModelSpec) -> str | None:
-    """The row of the table that a single file's model is of; None for a first stage alone."""
-    if spec.unet is None:
+def read_array(file: Path, header: Header, key: str) -> Array | None:
+    stored = header.tensors.get(key)
+    return read_values(file, stored) if stored else None
+
+
+def read_scale_factor(file: Path, header: Header) -> float | None:
+    """The latents' scale factor, if the file contains it."""
+    values = read_array(file, header, "scale_factor")
+    if values is None:
         return None
-    if stable_diffusion.is_one(shapes := {key: entry.shape for key, entry in stored.items()}):
-        return stable_diffusion.kind(shapes, spec.schedule.prediction)
-    if own_folder(file) and (said := own_said(file.parent / OWN_FILE)).kind:
-        return said.kind
-    return ldm.kind(shapes, spec.condition)
-
-
-def near(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=TOLERANCE)
-
-
-def factor(file: Path, stored: Stored) -> float:
-    """The factor of latents that a file holds."""
-    numbers = values(file, stored)
-    if numbers.size != 1 or not 0 < numbers.item() < math.inf:
+    if values.size != 1 or not 0 < values.item() < math.inf:
         raise CheckpointError(f"{file}: its scale_factor is not one number above 0")
-    return numbers.item()
+    return float(values.item())
 
 
-def ends(file: Path, betas: np.ndarray) -> tuple[float, float]:
-    """The first and last beta of a file, to seven digits: its numbers are float32."""
-    if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
-        raise CheckpointError(f"{file}: its betas are no numbers between 0 and 1")
-    return float(f"{betas[0]:.6e}"), float(f"{betas[-1]:.6e}")
+def read_betas(file: Path, header: Header) -> Array | None:
+    """The betas, if the file contains them."""
+    betas = read_array(file, header, "betas")
+    if betas is not None and (betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all()):
+        raise CheckpointError(f"{file}: its betas are not numbers between 0 and 1")
+    return betas
 
 
-def check_betas(file: Path, betas: np.ndarray, spec: ScheduleSpec) -> None:
+def rounded(beta: float) -> float:
+    """To seven digits: files have float32."""
+    return float(f"{beta:.6e}")
+
+
+def check_betas(file: Path, betas: Array | None, spec: ScheduleSpec) -> None:
+    """Raise CheckpointError unless a file's betas, if it contains them, are those of a schedule."""
+    if betas is None:
+        return
     expected = Schedule(spec).betas
     if betas.shape != expected.shape or not np.allclose(betas, expected, rtol=TOLERANCE, atol=1e-8):
-        raise CheckpointError(f"{file}: its betas are not {len(expected)} whose roots are evenly spaced")
+        raise CheckpointError(f"{file}: its betas are not {len(expected)} with evenly spaced square roots")
 
 
-def check_ends(note: Path, said: ldm.Said, spec: ModelSpec) -> None:
-    """The betas of a file beside the weights against theirs."""
-    if spec.unet and said.schedule:
-        for option, claimed, actual in (
-            ("linear_start", said.schedule.beta_start, spec.schedule.beta_start),
-            ("linear_end", said.schedule.beta_end, spec.schedule.beta_end),
-        ):
-            if not near(claimed, actual):
-                raise CheckpointError(f"{note}: {option} is {claimed}, but the weights have {actual}")
-
-
-def own_said(file: Path) -> ldm.Said:
-    """What our ldm.json says of a single file. Raises CheckpointError, naming what it cannot be."""
-    own = read_json(file)[OWN_KEY]
-    known = {field.name for field in fields(ldm.Said)} - {"head_width", "prediction"}
-    if not isinstance(own, dict) or own.keys() - known:
-        raise CheckpointError(f"{file}: {OWN_KEY} may hold {', '.join(sorted(known))} only")
-    for option, value in own.items():
-        if not OPTIONS[option](value):
-            raise CheckpointError(f"{file}: {option} cannot be {str(value)[:80]}")
-    schedule = own.get("schedule")
-    return ldm.Said(
-        kind=own.get("kind"),
-        side=own.get("side"),
-        heads=tuple(own["heads"]) if own.get("heads") else None,
-        scale_factor=own.get("scale_factor"),
-        schedule=schedule and ScheduleSpec(**schedule),
-    )
-
-
-def is_whole(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= 2**16
-
-
-def is_schedule(value: Any) -> bool:
-    """A whole ScheduleSpec, as its fields."""
-    if not isinstance(value, dict) or set(value) != {field.name for field in fields(ScheduleSpec)}:
-        return False
-    numbers = (value["beta_start"], value["beta_end"])
-    return (
-        all(type(number) is float and 0 < number < 1 for number in numbers)
-        and value["beta_schedule"] in get_args(BetaSchedule)
-        and value["prediction"] in get_args(Prediction)
-        and value["spacing"] in get_args(Spacing)
-        and is_whole(value["timesteps"])
-        and type(value["steps_offset"]) is int
-        and type(value["final_alpha_one"]) is bool
-    )
-
-
-OPTIONS = {
-    "kind": lambda value: isinstance(value, str) and value in ldm.ROWS,
-    "side": is_whole,
-    "heads": lambda value: isinstance(value, list) and all(map(is_whole, value)),
-    "scale_factor": lambda value: type(value) in (int, float) and 0 < value < math.inf,
-    "schedule": is_schedule,
-}
-
-
-def own_config(spec: ModelSpec, kind: str | None) -> Config:
-    """What own_said() reads of a model; kind: its row of the table, None for a first stage alone."""
-    config: Config = {
-        "side": spec.autoencoder.sample_size,
-        "scale_factor": spec.autoencoder.scale_factor,
-    }
-    if spec.unet:
-        config |= {"kind": kind, "heads": list(spec.unet.heads), "schedule": asdict(spec.schedule)}
-    return config
+def check_equal(file: Path, option: str, claimed: float, actual: float) -> None:
+    """Raise CheckpointError if a configuration and the weights have different numbers."""
+    if not math.isclose(claimed, actual, rel_tol=TOLERANCE):
+        raise CheckpointError(f"{file}: {option} is {claimed}, but the weights have {actual}")

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from models.formats.identify import Source
 from models.spec import Spacing
 from service.cli.options import ONE_SHOT, UsageError, add_settings, settings_of
 from service.engine.events import Done, Event, Failed, Started, Stepped
 from service.engine.job import Job
 from service.errors import ServiceError, from_code
-from service.model_paths import locate_all, locate_loras, locate_vaes, read_specs
+from service.model_paths import identify_all, locate_all, locate_loras, locate_vaes
 from service.requests import images
 from service.requests.resolve import OutputFormat, build_request, resolve
 from service.requests.response import Result, encode_image
@@ -179,13 +180,13 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     image_format = format_of(output)
     settings = replace(settings_of(args, *ONE_SHOT), lora=tuple(entry for entry, _ in args.lora))
     paths, loras = locate_all(settings.model, settings.allow_pickle), locate_loras(settings.lora)
-    specs = read_specs(paths, settings.allow_pickle, settings.prediction)
+    sources = identify_all(paths, settings.allow_pickle, settings.prediction)
     # Every LoRA is accepted here; whether it fits the model shows when it is loaded.
-    specs = {name: replace(spec, loras=tuple(loras)) for name, spec in specs.items()}
+    specs = {name: replace(source.spec, loras=tuple(loras)) for name, source in sources.items()}
     body = request_of(args, kind, {name: file for name, file in files.items() if file})
     resolved = resolve(body, specs, settings, OutputFormat(image_format, "output"))
     job = resolved.to_job()
-    result = Result(resolved, run_job(job, settings))
+    result = Result(resolved, run_job(job, settings, sources))
     for index in range(job.n):
         file = numbered(output, index, job.n)
         write(file, encode_image(result, index))
@@ -236,17 +237,16 @@ def numbered(file: Path, index: int, n: int) -> Path:
     return file if n == 1 else file.with_stem(f"{file.stem}-{index}")
 
 
-def run_job(job: Job, settings: Settings) -> Done:
+def run_job(job: Job, settings: Settings, sources: Mapping[str, Source]) -> Done:
     """Run one job on an engine in this process, with a progress bar. Raises the job's ServiceError."""
     from tqdm import tqdm
 
     from service.device.loading import build  # torch
     from service.engine.engine import Engine
 
-    paths = locate_all(settings.model, settings.allow_pickle)
-    vaes = locate_vaes(settings.vae, paths)
+    vaes = locate_vaes(settings.vae, sources)
     settings = replace(settings, vae=(str(vaes[job.model]),) if job.model in vaes else ())
-    runner = build(settings, {job.model: paths[job.model]})
+    runner = build(settings, {job.model: sources[job.model]})
     results: list[Done | ServiceError] = []
     with tqdm(total=job.n * job.steps, unit="step", leave=False) as bar:
 

@@ -8,7 +8,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
-from models.formats.diffusers_read import read_spec
+from models.formats.identify import read_spec
 from service.bench.arguments import add_arguments
 from service.cli.options import CHECKPOINT, NO_FLAG, ONE_SHOT, SETTINGS, add_settings, flag, settings_of
 from service.model_paths import locate_all

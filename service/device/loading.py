@@ -13,9 +13,10 @@ import torch
 
 from models.adapters import lora, replacement_vae, textual_inversion
 from models.checkpoint import load
-from models.checkpoint.folder import weights_in
+from models.checkpoint.parts import count_parameters
 from models.errors import CheckpointError
 from models.formats import companions
+from models.formats.identify import Source
 from models.latent_diffusion import LatentDiffusion
 from models.spec import ModelSpec
 from models.stopwatch import Stopwatch
@@ -30,7 +31,9 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 
-def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None = None) -> TorchRunner:
+def build(
+    settings: Settings, paths: Mapping[str, Path | Source], watch: Stopwatch | None = None
+) -> TorchRunner:
     """A runner with as many models loaded as fit in memory, at least the first one.
 
     `watch` takes the time of each part. Raises CheckpointError, or ValueError for an unknown device.
@@ -39,29 +42,29 @@ def build(settings: Settings, paths: Mapping[str, Path], watch: Stopwatch | None
     dtype = choose_dtype(settings.dtype, device)
     configure_cpu(settings)
     vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
-    vaes = {paths[name]: path for name, path in locate_vaes(settings.vae, paths).items()}
+    vaes = locate_vaes(settings.vae, paths)
     embeddings: list[textual_inversion.Embedding] = []
 
-    def load_model(path: Path) -> LatentDiffusion:
-        bundle = load(path, device, dtype, settings.allow_pickle, vocabulary, watch, settings.prediction)
-        if path in vaes:
-            bundle = replacement_vae.replaced(bundle, vaes[path], device, dtype, settings.allow_pickle)
-        return prepare_for_device(textual_inversion.teach(bundle, embeddings), device)
+    def load_model(source: Source) -> LatentDiffusion:
+        bundle = load(source, device, dtype, vocabulary=vocabulary, watch=watch)
+        if vae := vaes.get(source.spec.name):
+            bundle = replacement_vae.with_vae(bundle, vae, device, dtype, settings.allow_pickle)
+        return prepare_for_device(textual_inversion.add_embeddings(bundle, embeddings), device)
 
     registry = Registry(
         paths,
         load_model,
-        lambda spec: weights_in(spec) * dtype.itemsize,
+        lambda spec: count_parameters(spec) * dtype.itemsize,
         settings.model_memory,
         settings.allow_pickle,
         settings.prediction,
     )
-    check_companions(registry.specs, paths, vocabulary)
+    check_companions(registry.sources, vocabulary)
     for name, spec in registry.specs.items():
-        if paths[name] in vaes:  # a VAE that does not fit must fail now, not when its model is loaded
-            replacement_vae.open_vae(vaes[paths[name]], spec.autoencoder, "cpu", settings.allow_pickle)
+        if vae := vaes.get(name):  # a VAE that does not fit must fail now, not when its model is loaded
+            replacement_vae.open_vae(vae, spec.autoencoder, "cpu", settings.allow_pickle)
     if files := locate_embeddings(settings.embedding):
-        embeddings += textual_inversion.read_all(files, registry.specs.values(), settings.allow_pickle)
+        embeddings += textual_inversion.read_embeddings(files, registry.specs.values(), settings.allow_pickle)
         registry.specs = {name: with_embeddings(spec, embeddings) for name, spec in registry.specs.items()}
     if files := locate_loras(settings.lora):
         loras = lora.open_loras(files, registry.specs, device, settings.allow_pickle)
@@ -83,13 +86,11 @@ def configure_cpu(settings: Settings) -> None:
     log.info("threads: %d, %s%s", torch.get_num_threads(), threads.reason, rounded)
 
 
-def check_companions(
-    specs: Mapping[str, ModelSpec], paths: Mapping[str, Path], vocabulary: Path | None
-) -> None:
+def check_companions(sources: Mapping[str, Source], vocabulary: Path | None) -> None:
     """Raise CheckpointError if a model's vocabulary file is missing."""
-    for name, spec in specs.items():
-        if spec.uses_bert_tokens and companions.find(paths[name], vocabulary) is None:
-            raise CheckpointError(f"{name}: {companions.WANTED}")
+    for name, source in sources.items():
+        if source.spec.uses_bert_tokens and companions.find_vocabulary(source.folder, vocabulary) is None:
+            raise CheckpointError(f"{name}: {companions.VOCABULARY_MISSING}")
 
 
 def with_embeddings(spec: ModelSpec, embeddings: Sequence[textual_inversion.Embedding]) -> ModelSpec:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from models.formats.identify import Source
 from models.spec import ModelSpec, Prediction
 from service.engine.job import ModelKey
-from service.model_paths import read_specs
+from service.model_paths import identify_all
 
 Bundle = TypeVar("Bundle")
 Lora = TypeVar("Lora")
@@ -19,22 +20,22 @@ Lora = TypeVar("Lora")
 class Registry(Generic[Bundle]):
     """Models by name: what they are, always; their bundles, as many as the memory allows.
 
-    load: place -> bundle; size: spec -> bytes of its weights; memory: bytes for all weights together, 0 for
+    load: source -> bundle; size: spec -> bytes of its weights; memory: bytes for all weights together, 0 for
     no limit. Of what must go, the least recently used goes first. Raises CheckpointError for a model
     that cannot be read. Beside a model there are its copies with sets of LoRAs, where offer() has some.
     """
 
     def __init__(
         self,
-        paths: Mapping[str, Path],
-        load: Callable[[Path], Bundle],
+        paths: Mapping[str, Path | Source],
+        load: Callable[[Source], Bundle],
         size: Callable[[ModelSpec], int] = lambda spec: 0,
         memory: int = 0,
         allow_pickle: bool = False,
         prediction: Prediction | None = None,
     ) -> None:
-        self.specs = read_specs(paths, allow_pickle, prediction)
-        self._paths = dict(paths)
+        self.sources = identify_all(paths, allow_pickle, prediction)
+        self.specs = {name: source.spec for name, source in self.sources.items()}
         self._load = load
         self._sizes = {name: size(spec) for name, spec in self.specs.items()} if memory else {}
         self._memory = memory
@@ -60,7 +61,7 @@ class Registry(Generic[Bundle]):
         self.specs = {m: replace(spec, loras=tuple(loras.get(m, ()))) for m, spec in self.specs.items()}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
+        return iter(self.sources)
 
     def __getitem__(self, name: str) -> Bundle:
         """The bundle, loaded now if it is not. Raises KeyError for a name not given at start-up."""
@@ -135,14 +136,14 @@ class Registry(Generic[Bundle]):
             self._unload(other)
         self.loading = True
         try:
-            self._loaded[name] = self._load(self._paths[name])
+            self._loaded[name] = self._load(self.sources[name])
         finally:
             self.loading = False
         return True
 
     def load_all(self) -> None:
         """Load the first model, and those after it that fit beside what is loaded."""
-        for name in self._paths:
+        for name in self.sources:
             self.load(name, tuple(self._loaded))
 
     def _chosen(self, network: ModelKey) -> list[tuple[Lora, float]]:

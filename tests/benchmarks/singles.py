@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from models.checkpoint import load, tokenizers
-from models.formats.safetensors import safetensors_header
+from models.formats.safetensors import read_safetensors
 from tests.benchmarks.family import LIMIT, compare, error
 from tests.checkpoints import sd_files
 from tests.checkpoints.sd_files import TOKENS, Reference, Row
@@ -114,7 +114,7 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def fill(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to their places in a file that has these already."""
-    stored = safetensors_header(file)
+    stored = read_safetensors(file).tensors
     with file.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as places:
         for key, value in tensors.items():
             entry = stored[key]

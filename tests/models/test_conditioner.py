@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import BertTokenizer
 
 from models.conditioning.conditioner import ClassConditioner, SegmentationConditioner, TokenConditioner
-from models.formats.diffusers_read import CheckpointError
+from models.errors import CheckpointError
 from models.spec import ClassSpec, SegmentationSpec, TokenSpec
 from tests.checkpoints.tiny import fill_randomly
 from tests.helpers.numbers import LIMIT, relative_error

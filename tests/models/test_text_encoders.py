@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from models.checkpoint.folder import weights_in
+from models.checkpoint.parts import count_parameters
 from models.conditioning.conditioner import ConditioningInput
 from models.networks.unet import timestep_embedding
 from models.spec import ModelSpec
@@ -93,4 +93,4 @@ def test_a_spec_with_several_encoders_survives_a_message(model):
     spec = xl_spec()
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     networks = (model.unet, model.autoencoder, model.conditioner)
-    assert weights_in(spec) == sum(p.numel() for network in networks for p in network.parameters())
+    assert count_parameters(spec) == sum(p.numel() for network in networks for p in network.parameters())

@@ -133,7 +133,7 @@ def test_a_package_without_the_model_in_the_box_says_so(monkeypatch):
 def test_inspect_says_what_is_there_and_fails_where_something_is_not(tmp_path, capsys):
     file = write(tmp_path, "celebahq")
     assert main.main(["inspect", str(file)]) == 0
-    assert "unconditional (celebahq" in capsys.readouterr().out
+    assert "unconditional VQ (celebahq" in capsys.readouterr().out
     assert main.main(["inspect", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "celebahq"
     write(tmp_path, "celebahq", lambda tensors: tensors.update(more=torch.zeros(1)))
@@ -141,7 +141,7 @@ def test_inspect_says_what_is_there_and_fails_where_something_is_not(tmp_path, c
     assert "1 unexpected keys: more" in capsys.readouterr().out
     file.write_bytes(file.read_bytes()[:1000])
     assert main.main(["inspect", str(file)]) == 2
-    assert "corrupt or cut short" in capsys.readouterr().err
+    assert "corrupt or truncated" in capsys.readouterr().err
 
 
 def test_pickles_are_read_with_a_flag_or_a_variable_only(tmp_path, capsys, monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from models.checkpoint.conversion import convert
-from models.checkpoint.folder import weights_in
-from models.formats.diffusers_read import CheckpointError
+from models.checkpoint.parts import count_parameters
+from models.errors import CheckpointError
 from service.device.registry import Registry
 from service.model_paths import ModelPathError, locate, locate_all
 from tests.checkpoints.ldm_files import published, write
@@ -27,7 +27,7 @@ def paths(tiny: Path, tmp_path_factory) -> dict[str, Path]:
 
 def registry_of(paths: dict[str, Path], memory: int) -> Registry[str]:
     """Bundles are their names; each takes 10 bytes."""
-    return Registry(paths, lambda path: path.name, lambda spec: 10, memory)
+    return Registry(paths, lambda source: source.path.name, lambda spec: 10, memory)
 
 
 def loaded(registry: Registry) -> list[str]:
@@ -35,7 +35,7 @@ def loaded(registry: Registry) -> list[str]:
 
 
 def test_what_models_are_is_known_without_their_weights(paths):
-    registry = Registry(paths, lambda path: pytest.fail("loaded"))
+    registry = Registry(paths, lambda source: pytest.fail("loaded"))
     assert [spec.name for spec in registry.specs.values()] == list(NAMES)
     assert registry.specs["a"].unet == tiny_spec().unet
 
@@ -73,7 +73,8 @@ def test_beside_busy_ones_that_leave_no_room_nothing_is_loaded(paths):
 def test_the_weights_of_a_model_are_counted_without_making_them():
     bundle = tiny_model()
     networks = (bundle.unet, bundle.autoencoder, bundle.conditioner)
-    assert weights_in(bundle.spec) == sum(p.numel() for network in networks for p in network.parameters())
+    expected = sum(p.numel() for network in networks for p in network.parameters())
+    assert count_parameters(bundle.spec) == expected
 
 
 def test_single_files_are_called_by_their_stem_or_their_folder(tmp_path):
@@ -94,10 +95,10 @@ def test_single_files_are_called_by_their_stem_or_their_folder(tmp_path):
 def test_what_a_pickle_is_is_known_when_it_is_allowed(tmp_path):
     torch.save({"state_dict": published("celebahq")}, tmp_path / "celeb.ckpt")
     paths = locate_all((str(tmp_path / "celeb.ckpt"),), allow_pickle=True)
-    registry = Registry(paths, lambda path: pytest.fail("loaded"), allow_pickle=True)
+    registry = Registry(paths, lambda source: pytest.fail("loaded"), allow_pickle=True)
     assert registry.specs["celeb"].tasks == ("unconditional",)
     with pytest.raises(CheckpointError, match="allow_pickle"):
-        Registry(paths, lambda path: pytest.fail("loaded"))
+        Registry(paths, lambda source: pytest.fail("loaded"))
 
 
 def test_a_converted_folder_is_a_model(tmp_path):

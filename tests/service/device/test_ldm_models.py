@@ -331,7 +331,7 @@ def test_a_first_stage_alone_has_nothing_to_generate(tmp_path):
 def test_words_that_are_nowhere_are_asked_for_by_name_and_taken_from_where_they_are_given(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(words_of, "cached", lambda: None)
+    monkeypatch.setattr(words_of, "find_cached_vocabulary", lambda: None)
     file = write(tmp_path, "text2img256")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -342,7 +342,7 @@ def test_words_that_are_nowhere_are_asked_for_by_name_and_taken_from_where_they_
     for given in (elsewhere, elsewhere / "vocab.txt"):
         runner = build(replace(settings, vocabulary=str(given)), {"m": file})
         assert runner.registry["m"].conditioner.tokenize(["red"])[0, :3].tolist() == [2, 5, 3]
-    with pytest.raises(CheckpointError, match="no vocab"):
+    with pytest.raises(CheckpointError, match="neither a vocab"):
         load(file, vocabulary=tmp_path)
-    monkeypatch.setattr(words_of, "cached", lambda: elsewhere / "vocab.txt")
+    monkeypatch.setattr(words_of, "find_cached_vocabulary", lambda: elsewhere / "vocab.txt")
     assert load(file).conditioner.tokenizer is not None

@@ -16,7 +16,7 @@ import webuiapi
 from PIL import Image
 
 from service.api.app import create_app
-from service.model_paths import locate_all, read_specs
+from service.model_paths import identify_all, locate_all
 from service.settings import Settings
 from tests.helpers.servers import wait_until
 
@@ -277,7 +277,8 @@ def test_png_info_reads_what_files_carry(bundled, api):
 def test_no_image_is_decoded_without_a_place_in_the_queue(path, body):
     app = create_app(Settings(queue_size=1))
     supervisor = app.state.supervisor
-    supervisor.specs = read_specs(locate_all(("emoji",)))
+    sources = identify_all(locate_all(("emoji",)))
+    supervisor.specs = {name: source.spec for name, source in sources.items()}
 
     async def post() -> int:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:

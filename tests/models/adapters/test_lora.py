@@ -14,9 +14,12 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import conv2d
 
 from models.adapters import lora
+from models.adapters.lora_targets import find_targets
 from models.checkpoint import CheckpointError, load
 from models.conditioning.conditioner import ConditioningInput
 from models.formats import keymaps
+from models.formats.adapters import METADATA_KEY, read_lora_scales
+from models.formats.safetensors import read_safetensors
 from tests.checkpoints.lora_files import (
     ATTENTION,
     CONVOLUTIONS,
@@ -164,7 +167,7 @@ def test_the_alpha_in_a_file_of_diffusers_counts(base, changes, tmp_path):
     tensors = as_peft(changes)
     plain, told = (
         write_lora(tmp_path / "plain.safetensors", tensors),
-        write_lora(tmp_path / "told.safetensors", tensors, {lora.METADATA: own}),
+        write_lora(tmp_path / "told.safetensors", tensors, {METADATA_KEY: own}),
     )
     one, other = opened(base, plain, told)
     twice = lora.apply(base, [(one, 2.0)])
@@ -247,9 +250,9 @@ def test_an_alpha_that_is_no_number_is_refused(base, tmp_path):
     "own", ["[]", "[" * 100_000, '{"unet.alpha_pattern": [3]}', '{"unet.alpha_pattern": {"(": 3}}']
 )
 def test_a_damaged_configuration_in_a_header_is_one_sentence(tmp_path, own):
-    file = write_lora(tmp_path / "bad.safetensors", {"a": torch.zeros(1)}, {lora.METADATA: own})
+    file = write_lora(tmp_path / "bad.safetensors", {"a": torch.zeros(1)}, {METADATA_KEY: own})
     with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
-        lora.told_of(file)
+        read_lora_scales(file, read_safetensors(file))
 
 
 def test_a_file_belongs_to_every_model_that_it_fits(base, changes, tmp_path):
@@ -305,7 +308,7 @@ def test_names_of_compvis_are_those_of_sdxl(large):
     """At its own depth, as diffusers translates them."""
     shape = {"channels": (32, 64, 96), "heads": (2, 2, 2), "groups": 8}
     depth = {"res_blocks": 2, "transformer_depth": (0, 2, 3), "middle_depth": 3}
-    targets = lora.targets_of(replace(large[1].spec, unet=replace(large[1].spec.unet, **shape, **depth)))
+    targets = find_targets(replace(large[1].spec, unet=replace(large[1].spec.unet, **shape, **depth)))
     blocks = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
     native = [name for name in targets if name.startswith(blocks) and "_transformer_blocks_" in name]
     config = SimpleNamespace(layers_per_block=2)

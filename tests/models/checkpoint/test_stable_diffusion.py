@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +12,12 @@ from safetensors.torch import save_file
 from models.checkpoint import CheckpointError, load
 from models.checkpoint.conversion import convert
 from models.checkpoint.inspection import inspect
-from models.formats.diffusers_read import read_spec
+from models.formats.identify import read_spec
 from models.spec import ModelSpec
 from tests.checkpoints import sd_files
 from tests.checkpoints.sd_files import Reference, Row
 from tests.helpers.numbers import LIMIT, relative_error
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = tuple(sd_files.ROWS)
 PROMPTS = ["red apple", "a photo of a cat! and a dog, by night"]
 FACTS = {  # prediction, factor of latents, side
@@ -167,8 +165,8 @@ def test_what_stable_diffusion_2_predicts(tmp_path):
 
     eps, v = ("epsilon", 512), ("v_prediction", 768)
     assert (found(), found("epsilon"), found("v_prediction")) == (v, eps, v)
-    assert "taken for v_prediction" in inspect(file).notes[0]
-    assert "taken for epsilon" in inspect(file, prediction="epsilon").notes[0]
+    assert "assuming v_prediction" in inspect(file).notes[0]
+    assert "assuming epsilon" in inspect(file, prediction="epsilon").notes[0]
     note.write_text("model: {params: {parameterization: v}}")
     assert (found(), found("epsilon")) == (v, v)
     assert not inspect(file).notes
@@ -195,7 +193,7 @@ def test_what_others_predict_is_known_or_said(tmp_path):
     assert read_spec(file).schedule.prediction == "v_prediction"
     told = outline(tmp_path, "sd2", words={"modelspec.prediction_type": "epsilon"})
     assert (read_spec(told).schedule.prediction, read_spec(told).defaults.width) == ("epsilon", 512)
-    assert not [note for note in inspect(told).notes if "eps or v" in note]
+    assert not [note for note in inspect(told).notes if "epsilon or v" in note]
     file = outline(tmp_path, "sdxl", lambda tensors: tensors.update(v_pred=torch.zeros(0)))
     assert load(file).spec.schedule.prediction == "v_prediction"
 
@@ -316,7 +314,7 @@ def test_tensors_without_meaning_are_known_by_name(tmp_path):
         (
             "sd1",
             lambda ts: ts.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 8, 3, 3)}),
-            "takes 8 and gives 4 channels where 4 and 4 are expected",
+            "8 input and 4 output channels, expected 4 and 4",
         ),
         (
             "sd1",

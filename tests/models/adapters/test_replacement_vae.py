@@ -49,7 +49,7 @@ def test_from_every_layout_it_is_the_autoencoder_of_diffusers(tiny, other, tmp_p
     with torch.inference_mode():
         decoded, encoded = reference.decode(z).sample, reference.encode(x).latent_dist.mode()
         for path in layouts(other, tmp_path).values():
-            changed = replacement_vae.replaced(base, path)
+            changed = replacement_vae.with_vae(base, path)
             for ours, theirs in (
                 (changed.autoencoder.decode(z), decoded),
                 (changed.autoencoder.encode(x), encoded),
@@ -70,7 +70,10 @@ def folder_of(other: Path, target: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"scaling_factor": 0.13025}, "another model's: its scaling_factor is 0.13025, the model's 0.18215"),
+        (
+            {"scaling_factor": 0.13025},
+            "for another model: its scaling_factor is 0.13025, the model's 0.18215",
+        ),
         ({"latent_channels": 8}, "its latent_channels is 8, the model's 4"),
         ({"norm_num_groups": 4}, "its groups is 4, the model's 8"),
         ({"use_quant_conv": False}, "use_quant_conv"),

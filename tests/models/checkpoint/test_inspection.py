@@ -6,11 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoint import CheckpointError, load, save
+from models.checkpoint import CheckpointError, load, save, single_file
 from models.checkpoint.conversion import convert
-from models.checkpoint.folder import Weights
-from models.checkpoint.inspection import FAMILIES, as_json, as_text, inspect
-from models.formats.ldm import ROWS as KINDS
+from models.checkpoint.inspection import as_json, as_text, inspect
+from models.checkpoint.weights import Weights
 from tests.checkpoints import sd_folders
 from tests.checkpoints.ldm_files import ROWS, published, write
 from tests.checkpoints.tiny import random_model, upscaler_spec, write_tiny_model
@@ -32,20 +31,16 @@ def test_each_model_is_named_in_either_form(tmp_path, name):
     assert [report.layout for report in reports] == ["single file (ckpt)", "folder of a single file"]
 
 
-def test_every_row_has_a_name():
-    assert FAMILIES.keys() == KINDS.keys()
-
-
 def test_lines_for_people_and_for_machines(tmp_path):
     report = inspect(write(tmp_path, "celebahq"))
     text = as_text(report)
     for line in (
         "celebahq",
-        "family       unconditional (celebahq, ffhq, lsun_beds)",
-        "pictures     256x256, of latents 3x128x128",
+        "family        unconditional VQ (celebahq, ffhq, lsun_beds)",
+        "images        256x256, from latents of 3x128x128",
         "parameters, float32, averaged (EMA)",
-        "schedule     1000 steps, betas 0.0015 to 0.0195 (scaled_linear), predicts epsilon",
-        "conditioner  none of its own",
+        "schedule      1000 steps, betas 0.0015 to 0.0195 (scaled_linear), predicts epsilon",
+        "conditioner   none with weights of its own",
     ):
         assert line in text
     assert json.loads(as_json(report))["latent"] == [3, 128, 128]
@@ -82,14 +77,12 @@ def test_folders_and_first_stages(tmp_path):
 
 def test_no_weight_is_read(tmp_path, monkeypatch):
     file = write(tmp_path, "inpainting_big")
-    from models.checkpoint import folder
 
-    def unread(file, device, allow_pickle):
-        weights = folder.single_file.read_header(file, allow_pickle)
-        return Weights(weights, lambda name: pytest.fail(f"{name} was read"))
+    def unread(file, header, device):
+        return Weights(header.tensors, lambda name: pytest.fail(f"{name} was read"))
 
-    monkeypatch.setattr(folder, "open_weights", unread)
-    assert inspect(file).notes[0].startswith("the first stage is there twice")
+    monkeypatch.setattr(single_file, "map_weights", unread)
+    assert inspect(file).notes[0].startswith("the file has the first stage twice")
     with pytest.raises(pytest.fail.Exception, match="was read"):
         load(file)
 
@@ -103,7 +96,7 @@ def test_what_is_no_model_is_an_error(tmp_path):
 def test_an_upscaler_is_called_one(tmp_path):
     save(random_model(upscaler_spec()), tmp_path / "up")
     report = inspect(tmp_path / "up")
-    assert report.family == "super-resolution, 4x, told the noise on the picture"
+    assert report.family == "super-resolution, 4x with noise conditioning"
     assert report.tasks == ("upscaling",)
     assert not report.problems
 

@@ -23,7 +23,9 @@ def test_contexts_are_those_of_diffusers(tmp_path, vectors, count):
     save(tiny_model(), tmp_path / "tiny", torch.float32)
     file = tmp_path / "mycat.safetensors"
     save_file({"mycat": vectors[:count].contiguous()}, file)
-    ours = textual_inversion.teach(load(tmp_path / "tiny"), [textual_inversion.read("mycat", file)])
+    ours = textual_inversion.add_embeddings(
+        load(tmp_path / "tiny"), [textual_inversion.read_embedding("mycat", file)]
+    )
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "tiny", safety_checker=None)
     plain, _ = theirs.encode_prompt("a photo of mycat", "cpu", 1, False)
     theirs.load_textual_inversion(str(file), token="mycat")
@@ -53,8 +55,8 @@ def test_every_form_of_file_is_read(tmp_path, vectors, name):
     else:
         torch.save(content, file)
         with pytest.raises(CheckpointError, match="allow_pickle"):
-            textual_inversion.read("cat", file)
-    assert torch.equal(textual_inversion.read("cat", file, allow_pickle=True).vectors[0], vectors)
+            textual_inversion.read_embedding("cat", file)
+    assert torch.equal(textual_inversion.read_embedding("cat", file, allow_pickle=True).vectors[0], vectors)
 
 
 @torch.inference_mode()
@@ -67,7 +69,9 @@ def test_a_word_of_known_vectors_is_what_they_were_taken_from_in_both_encoders(t
     }
     save_file(pair, tmp_path / "pair.safetensors")
     before = model.context_pair(ConditioningInput("a cat here", "cat"))
-    textual_inversion.teach(model, [textual_inversion.read("Thing", tmp_path / "pair.safetensors")])
+    textual_inversion.add_embeddings(
+        model, [textual_inversion.read_embedding("Thing", tmp_path / "pair.safetensors")]
+    )
     after = model.context_pair(ConditioningInput("a thing here", "THING"))
     torch.testing.assert_close(after.tokens, before.tokens)
     torch.testing.assert_close(after.pooled, before.pooled)
@@ -80,7 +84,7 @@ def test_a_word_of_known_vectors_is_what_they_were_taken_from_in_both_encoders(t
 def test_a_wrong_width_names_both(tmp_path):
     save_file({"emb_params": torch.ones(2, 48)}, tmp_path / "wide.safetensors")
     with pytest.raises(CheckpointError, match="48 wide; tiny takes 32, xl takes 32 and 48"):
-        textual_inversion.read_all({"w": tmp_path / "wide.safetensors"}, [tiny_spec(), xl_spec()])
+        textual_inversion.read_embeddings({"w": tmp_path / "wide.safetensors"}, [tiny_spec(), xl_spec()])
 
 
 ONES = torch.ones(2, 32)
@@ -91,4 +95,4 @@ ODD = [{"a": ONES, "b": ONES}, {"a": ONES[None]}, {"a": ONES.int()}, {"a": ONES 
 def test_what_is_no_embedding_is_refused(tmp_path, content):
     save_file({key: value.clone() for key, value in content.items()}, tmp_path / "odd.safetensors")
     with pytest.raises(CheckpointError, match="embedding w"):
-        textual_inversion.read("w", tmp_path / "odd.safetensors")
+        textual_inversion.read_embedding("w", tmp_path / "odd.safetensors")

@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from models.checkpoint import CheckpointError, load, read_spec, save
-from models.checkpoint.folder import autoencoder_names, unet_names
+from models.checkpoint.parts import autoencoder_names, unet_names
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
 from models.spec import AutoencoderSpec, UNetSpec
@@ -152,7 +152,7 @@ def test_wrong_keys_are_named(folder, file, key):
 )
 def test_damaged_weights_are_one_sentence(folder, file, damage):
     (folder / file).write_bytes(damage((folder / file).read_bytes()))
-    with pytest.raises(CheckpointError, match=r"safetensors is corrupt or cut short"):
+    with pytest.raises(CheckpointError, match=r"safetensors is corrupt or truncated"):
         load(folder)
 
 
@@ -228,7 +228,7 @@ def test_what_is_not_supported_is_named(folder, file, change):
 
 def test_networks_that_do_not_fit_are_refused(folder):
     edit_json(folder / "unet/config.json", in_channels=9)
-    with pytest.raises(CheckpointError, match="takes 9"):
+    with pytest.raises(CheckpointError, match="9 input"):
         read_spec(folder)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoint import CheckpointError, folder, load, save
+from models.checkpoint import CheckpointError, load, save, single_file
+from models.checkpoint.parts import ALIGNMENT
 from models.conditioning.conditioner import make_conditioner
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
@@ -154,13 +155,13 @@ def test_a_vocabulary_beside_the_file_is_taken(tmp_path):
 
 def reads(monkeypatch):
     """Which tensors of files are read from now on."""
-    seen, plain = [], folder.open_weights
+    seen, original = [], single_file.map_weights
 
-    def opened(file, device, allow_pickle):
-        weights = plain(file, device, allow_pickle)
+    def recorded(file, header, device):
+        weights = original(file, header, device)
         return weights._replace(read=lambda name: seen.append(name) or weights.read(name))
 
-    monkeypatch.setattr(folder, "open_weights", opened)
+    monkeypatch.setattr(single_file, "map_weights", recorded)
     return seen
 
 
@@ -187,7 +188,7 @@ def test_weights_of_the_files_own_type_stay_in_the_file(tmp_path, form):
     mapped = [range(int(first, 16), int(last, 16)) for first, last in maps]
     places = [weight.data_ptr() for weight in model.unet.parameters()]
     inside = [place for place in places if any(place in part for part in mapped)]
-    assert all(place % folder.ALIGNMENT == 0 for place in places)
+    assert all(place % ALIGNMENT == 0 for place in places)
     if form == "ckpt":  # whose tensors all begin at such addresses
         assert len(inside) == len(places)
     converted = load(file, dtype=torch.bfloat16, allow_pickle=True)

@@ -157,9 +157,9 @@ def test_shards_are_read_strictly(xl, tmp_path):
     index = json.loads(file.read_text())
     first = index["weight_map"]["conv_in.weight"]
     for name, expected in (
-        ("../x.safetensors", "beside it"),
+        ("../x.safetensors", "in its folder"),
         ("no.safetensors", "is missing"),
-        (3, "beside it"),
+        (3, "in its folder"),
     ):
         file.write_text(json.dumps({"weight_map": index["weight_map"] | {"conv_in.weight": name}}))
         with pytest.raises(CheckpointError, match=expected):
@@ -167,7 +167,7 @@ def test_shards_are_read_strictly(xl, tmp_path):
     file.write_text(json.dumps({"weight_map": index["weight_map"] | {"conv_in.weight": sorted(
         set(index["weight_map"].values()) - {first})[0]}}))  # fmt: skip
     with pytest.raises(
-        CheckpointError, match=r"does not say what its files hold: 1 other keys: conv_in\.weight"
+        CheckpointError, match=r"does not match its files: 1 different keys: conv_in\.weight"
     ):
         load(folder)
     file.write_text(json.dumps(index))
@@ -203,10 +203,10 @@ def test_pickled_shards_need_to_be_allowed(tmp_path):
     [
         ("model_index.json", {"requires_aesthetics_score": True}, "requires_aesthetics_score"),
         ("model_index.json", {"text_encoder": [None, None]}, "text_encoder"),
-        ("unet/config.json", {"projection_class_embeddings_input_dim": 2560}, "2560 numbers beside"),
+        ("unet/config.json", {"projection_class_embeddings_input_dim": 2560}, "2560 numbers of pooled text"),
         ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type"),
         ("unet/config.json", {"only_cross_attention": True}, "only_cross_attention"),
-        ("text_encoder_2/config.json", {"hidden_size": 64}, "the text encoders make 96"),
+        ("text_encoder_2/config.json", {"hidden_size": 64}, "the text encoders give 96"),
         ("unet/config.json", {"num_class_embeds": 10}, "noise levels"),
     ],
 )

@@ -1,0 +1,194 @@
+"""A model on the meta device, the tensors that its files have for it, and whether they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.checkpoint.meta import shapes_only
+from models.checkpoint.weights import Weights, summarise_keys
+from models.conditioning.conditioner import (
+    Conditioner,
+    LayoutProjection,
+    TextConditioner,
+    make_conditioner,
+)
+from models.conditioning.text_encoder import TextEncoder
+from models.errors import CheckpointError
+from models.formats import keymaps
+from models.formats.identify import Source
+from models.formats.safetensors import FLOATS
+from models.networks.autoencoder import Autoencoder
+from models.networks.unet import UNet
+from models.spec import ModelSpec
+
+PROJECTION = "text_projection.weight"
+HALVES = ("float16", "bfloat16")  # of one size: a network that has both has a damaged header
+ALIGNMENT = 64  # bytes; torch aligns memory and .ckpt files so, safetensors files need not be
+
+
+class Part(NamedTuple):
+    """A network on the meta device, and the tensors that its file has for it."""
+
+    network: nn.Module
+    names: Mapping[str, str]  # native parameter -> name in the file
+    weights: Weights
+
+
+class Networks(NamedTuple):
+    """The networks of a model; text encoders have no tokenizer yet."""
+
+    unet: UNet | None
+    autoencoder: Autoencoder
+    conditioner: Conditioner | None
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model on the meta device, and where its weights are: none is read yet."""
+
+    source: Source
+    networks: Networks
+    parts: tuple[Part, ...]
+    leftover: tuple[str, ...] = ()  # tensors of no network
+    averaged: bool = False  # the UNet's weights are averages over its training (EMA)
+    duplicates: Mapping[str, str] | None = None  # tensors of a second first stage -> of the first
+    weights: Weights | None = None  # all of a single file
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.source.spec
+
+
+def make_networks(spec: ModelSpec) -> Networks:
+    """The networks of a model, with initial values."""
+    conditioner = make_conditioner(spec.condition)
+    if spec.texts:
+        channels = spec.layout_channels
+        layout = LayoutProjection(spec.texts[0].width, channels) if channels else None
+        encoders = [TextEncoder(text, None) for text in spec.texts]
+        conditioner = TextConditioner(encoders, layout, spec.labels, spec.zero_null)
+    return Networks(UNet(spec.unet) if spec.unet else None, Autoencoder(spec.autoencoder), conditioner)
+
+
+def make_on_meta(source: Source) -> Networks:
+    """The networks without memory. Raises CheckpointError for shapes that no network has."""
+    try:
+        with shapes_only():
+            return make_networks(source.spec)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{source.path}: networks of no known structure: {error}") from error
+
+
+def count_parameters(spec: ModelSpec) -> int:
+    """How many numbers the networks of a model have."""
+    with shapes_only():
+        networks = make_networks(spec)
+    return sum(weight.numel() for network in networks if network for weight in network.parameters())
+
+
+def unet_names(unet: UNet) -> dict[str, str]:
+    """Native parameter -> name in a diffusers folder."""
+    table = keymaps.unet(unet.spec)
+    return {key: keymaps.rename(key, table) for key in unet.state_dict()}
+
+
+def autoencoder_names(autoencoder: Autoencoder) -> dict[str, str]:
+    """Native parameter -> name in a diffusers folder."""
+    table = keymaps.autoencoder(autoencoder.spec)
+    return {key: keymaps.rename(key, table) for key in autoencoder.state_dict()}
+
+
+def text_names(text: TextEncoder) -> dict[str, str]:
+    """Native parameter -> name in a diffusers folder, without the prefix text_model."""
+    return {key: key.removeprefix("transformer.") for key in text.state_dict()}
+
+
+def prefixed_text_names(text: TextEncoder) -> dict[str, str]:
+    """Native parameter -> name in a diffusers folder, as it is written."""
+    return {
+        key: name if name == PROJECTION else keymaps.TEXT_PREFIX + name
+        for key, name in text_names(text).items()
+    }
+
+
+def normalise_attention(weights: Weights) -> Weights:
+    """An autoencoder's tensors under the current names, with the attention's matrices (C, C) as 1x1
+    convolutions (C, C, 1, 1)."""
+    renamed = weights.renamed({keymaps.OLDER_ATTENTION.get(key, key): key for key in weights.stored})
+    shaped = {
+        key: replace(entry, shape=(*entry.shape, 1, 1))
+        if is_attention_matrix(key) and len(entry.shape) == 2
+        else entry
+        for key, entry in renamed.stored.items()
+    }
+    return Weights(shaped, renamed.read)
+
+
+def is_attention_matrix(name: str) -> bool:
+    """Whether a tensor of an autoencoder is linear in the diffusers layout and a convolution here."""
+    return name in keymaps.OLDER_ATTENTION.values()
+
+
+def without_text_prefix(weights: Weights) -> Weights:
+    """A text encoder's tensors without the prefix text_model, and without buffers."""
+    names = {key.removeprefix(keymaps.TEXT_PREFIX): key for key in weights.stored}
+    return weights.renamed({new: old for new, old in names.items() if new not in keymaps.TEXT_IGNORED})
+
+
+def mismatches(part: Part) -> dict[str, list[str]]:
+    """What is wrong with a network's tensors in its file: kind of problem -> names; empty if all fit."""
+    stored = part.weights.stored
+    shapes = {part.names[key]: tuple(value.shape) for key, value in part.network.state_dict().items()}
+    found = {key: stored[key] for key in shapes if key in stored}
+    counts = [sum(entry.dtype == name for entry in found.values()) for name in HALVES]
+    rarer = HALVES[counts.index(min(counts))] if min(counts) else None
+    accepted = [name for name in FLOATS if name != rarer]
+    misshaped = {key: entry.shape for key, entry in found.items() if entry.shape != shapes[key]}
+    problems = {
+        "missing": [key for key in shapes if key not in stored],
+        "unexpected": [key for key in stored if key not in shapes],
+        "misshaped": [f"{key} {shape} (expected {shapes[key]})" for key, shape in misshaped.items()],
+        "mistyped": [f"{key} {entry.dtype}" for key, entry in found.items() if entry.dtype not in accepted],
+    }
+    return {problem: keys for problem, keys in problems.items() if keys}
+
+
+def problems(opened: OpenedModel) -> list[str]:
+    """What is wrong with the tensors of a model, one sentence each, without reading one."""
+    found = [
+        f"{type(part.network).__name__}: {summarise_keys(problem, keys)}"
+        for part in opened.parts
+        for problem, keys in mismatches(part).items()
+    ]
+    if opened.leftover:
+        found.append(summarise_keys("unexpected", list(opened.leftover)))
+    return found
+
+
+def check(opened: OpenedModel) -> None:
+    """Raise CheckpointError unless every network has all its tensors and no tensor is left over."""
+    for problem in problems(opened):
+        raise CheckpointError(f"{opened.source.path}: {problem}")
+    for copy, key in (opened.duplicates or {}).items():
+        weights = opened.weights
+        if weights and (key not in weights.stored or not torch.equal(weights.read(copy), weights.read(key))):
+            raise CheckpointError(f"{copy} differs from {key}: the conditioner is another first stage")
+
+
+def assign(part: Part, dtype: torch.dtype) -> None:
+    """Give a network on the meta device its weights, after check()."""
+    state = {}
+    for key, value in part.network.state_dict().items():
+        tensor = part.weights.read(part.names[key])  # on its device already: the type is converted there
+        state[key] = aligned(tensor.to(dtype)).reshape(value.shape)
+    part.network.load_state_dict(state, strict=True, assign=True)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """On the CPU, at an aligned address: otherwise the last bits of results would depend on the file."""
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT else tensor

@@ -1,0 +1,154 @@
+"""The tensors of files, each read when it is needed."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.errors import CheckpointError
+from models.formats.config_files import read_json, shortened
+from models.formats.safetensors import Header, Stored
+from models.formats.single_file import read_header
+
+INDEX_SUFFIX = ".index.json"
+VARIANTS = ("", ".fp16")
+MAX_LISTED_KEYS = 4  # in an error message
+MAX_KEY_CHARS = 200  # of each of them
+
+
+class FileNames(NamedTuple):
+    """What the files of a network are called, without suffixes, in safetensors and pickled."""
+
+    safe: str
+    pickled: str
+
+    @property
+    def safe_file(self) -> str:
+        """The file of a network that is written as one."""
+        return f"{self.safe}.safetensors"
+
+
+NETWORK_FILES = FileNames("diffusion_pytorch_model", "diffusion_pytorch_model")
+TEXT_FILES = FileNames("model", "pytorch_model")
+
+
+class Weights(NamedTuple):
+    """Tensors in one or more files. read: reads one to the device, in the file's type."""
+
+    stored: Mapping[str, Stored]
+    read: Callable[[str], Tensor]
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """Some or all of the tensors under other names; names: new -> old."""
+        stored = {new: self.stored[old] for new, old in names.items()}
+        return Weights(stored, lambda new: self.read(names[new]))
+
+    def selected(self, keys: Iterator[str] | set[str] | list[str]) -> Weights:
+        """Some of the tensors, under their names."""
+        return self.renamed({key: key for key in keys})
+
+
+def open_weights(file: Path, device: torch.device | str, allow_pickle: bool) -> Weights:
+    """The tensors of one file. Raises CheckpointError, also for a pickled one if these are not allowed."""
+    return map_weights(file, read_header(file, allow_pickle), device)
+
+
+def map_weights(file: Path, header: Header, device: torch.device | str) -> Weights:
+    """The tensors of a file whose header was read. The file is mapped into memory."""
+    stored = header.tensors
+    if file.suffix == ".safetensors":
+        with translated(file):
+            tensors = safe_open(file, framework="pt", device=str(device))
+        return Weights(stored, partial(read_safetensor, file, tensors))
+    with translated(file), file.open("rb") as stream:
+        # Private: what is written to a tensor does not reach the file.
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    return Weights(stored, lambda name: tensor_in(data, stored[name]).to(device))
+
+
+@contextmanager
+def translated(file: Path) -> Iterator[None]:
+    """Errors of reading a file become a CheckpointError."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is corrupt or truncated: {error}") from error
+
+
+def read_safetensor(file: Path, tensors: safe_open, name: str) -> Tensor:
+    with translated(file):
+        tensor: Tensor = tensors.get_tensor(name)
+        return tensor
+
+
+def tensor_in(data: mmap.mmap, stored: Stored) -> Tensor:
+    """A view of a mapped file; a copy if the tensor has gaps or is not aligned to its numbers."""
+    dtype: torch.dtype = getattr(torch, stored.dtype)
+    if not stored.extent:
+        return torch.empty(stored.shape, dtype=dtype)
+    buffer: mmap.mmap | bytearray = data
+    start = stored.start
+    if start % dtype.itemsize:
+        buffer, start = bytearray(data[start : start + stored.extent]), 0
+    flat = torch.frombuffer(buffer, dtype=dtype, count=stored.extent // dtype.itemsize, offset=start)
+    return flat.as_strided(stored.shape, stored.stride).contiguous()
+
+
+def open_network(folder: Path, names: FileNames, device: torch.device | str, allow_pickle: bool) -> Weights:
+    """The tensors of a network in a folder: in one file, or in several with an index; pickled ones last."""
+    for stem, suffix in ((names.safe, ".safetensors"), (names.pickled, ".bin")):
+        for variant in VARIANTS:
+            file = folder / f"{stem}{variant}{suffix}"
+            # Older files have the variant at the end.
+            indexes = [
+                folder / f"{stem}{suffix}.index{variant}.json",
+                file.with_name(file.name + INDEX_SUFFIX),
+            ]
+            index = next((index for index in indexes if index.is_file()), None)
+            if not file.is_file() and index is None:
+                continue
+            if suffix == ".bin" and not allow_pickle:
+                found = (index or file).name
+                raise CheckpointError(f"{folder} has pickled weights only ({found}); these need allow_pickle")
+            if index is None or file.is_file():
+                return open_weights(file, device, allow_pickle)
+            return open_shards(index, suffix, device, allow_pickle)
+    raise CheckpointError(f"{folder / names.safe_file} is missing")
+
+
+def open_shards(index: Path, suffix: str, device: torch.device | str, allow_pickle: bool) -> Weights:
+    """The tensors of a network in several files, next to an index that says which tensor is in which file."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{index}: weight_map must be an object that names {suffix} files")
+    for name in files.values():
+        # A name with a folder in it could lead anywhere.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
+            raise CheckpointError(
+                f"{index}: weight_map must name {suffix} files in its folder, not {shortened(name)}"
+            )
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent / name} is missing; {index.name} names it")
+    names = sorted(set(files.values()))
+    shards = {name: open_weights(index.parent / name, device, allow_pickle) for name in names}
+    location = {key: name for name, shard in shards.items() for key in shard.stored}
+    if location != files:
+        wrong = [key for key in {**files, **location} if location.get(key) != files.get(key)]
+        raise CheckpointError(f"{index} does not match its files: {summarise_keys('different', wrong)}")
+    stored = {key: shards[name].stored[key] for key, name in location.items()}
+    return Weights(stored, lambda key: shards[location[key]].read(key))
+
+
+def summarise_keys(problem: str, keys: list[str]) -> str:
+    """How many keys have a problem, and the first of them by name."""
+    more = f" and {len(keys) - MAX_LISTED_KEYS} more" if len(keys) > MAX_LISTED_KEYS else ""
+    listed = ", ".join(key[:MAX_KEY_CHARS] for key in sorted(keys)[:MAX_LISTED_KEYS])
+    return f"{len(keys)} {problem} keys: {listed}{more}"
