@@ -178,8 +178,8 @@ def apply_masks(
 
 
 def keep_x_0(states: Sequence[JobState], images: Sequence[ImageState], x: Tensor, eps: Tensor) -> None:
-    """Store x_0 = (x - sigma eps) / alpha of the images that are previewed after this step."""
+    """Store x_0 = (x - sigma eps) / alpha of the images that may be shown before they are finished."""
     for index, (state, image) in enumerate(zip(states, images, strict=True)):
-        if state.previews(image):
+        if state.keeps_x_0:
             alpha, sigma = map(float, state.plan.coeffs[image.done, 1:3])
             image.x_0 = (x[index] - sigma * eps[index]) / alpha

@@ -84,10 +84,14 @@ def start_images(state: JobState, conditioning: ConditioningInput, rows: slice) 
     concat = bundle.concat_channels(*shape[1:], conditioning.regions, masked)
     concat = None if concat is None else concat[rows]
     signal, sigma = state.plan.start
+    fill_mask = latent_mask(job, spec.autoencoder.factor, device) if job.latent_fill != "image" else None
     for index in range(job.n):
         generator = torch.Generator().manual_seed(job.seed + index)
         noise = torch.randn(shape, generator=generator).to(device)
-        x = noise if state.z is None else signal * state.z + sigma * noise
+        z = state.z
+        if z is not None and fill_mask is not None:
+            z = (1 - fill_mask) * z + (fill_mask * noise if job.latent_fill == "noise" else 0)
+        x = noise if z is None else signal * z + sigma * noise
         start_noise = None if state.mask is None else noise
         state.images.append(ImageState(with_history(x, state.plan), generator, concat, start_noise))
 

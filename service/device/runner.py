@@ -225,7 +225,7 @@ class TorchRunner:
     def preview(self, key: ImageKey) -> Preview:
         state = self.jobs[key.job]
         model, image = state.job.model, state.images[key.index]
-        z = image.x if image.x_0 is None else image.x_0
+        z = state.latent_of(image)
         if state.job.preview_decoded:
             pixels = rgb_bytes(self._decode(state.bundle, z[None]))
         else:
@@ -242,7 +242,7 @@ class TorchRunner:
     def finish(self, key: ImageKey) -> bytes:
         state = self.jobs[key.job]
         image = state.images[key.index]
-        z = state.bundle.add_residual_base(image.x[None], image.concat)  # (1, C, h, w)
+        z = state.bundle.add_residual_base(state.latent_of(image)[None], image.concat)  # (1, C, h, w)
         x = self._decode(state.bundle, z)
         if not torch.isfinite(x).all() and state.bundle.autoencoder.dtype != torch.float32:
             self.note(Incident("non_finite", "decode"))

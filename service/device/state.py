@@ -24,7 +24,7 @@ class ImageState:
     done: int = 0  # steps taken
     noise: Tensor | None = None  # drawn for the next step; kept, so that a failed call draws no second one
     low: Tensor | None = None  # (3, h, w), of a tile that has not begun: `concat` will be made from it
-    x_0: Tensor | None = None  # (C, h, w), the last step's prediction of the final latent; for previews
+    x_0: Tensor | None = None  # (C, h, w), the last step's prediction of the final latent; see keeps_x_0
 
     @property
     def x(self) -> Tensor:
@@ -44,7 +44,11 @@ class JobState:
     mask: Tensor | None  # (1, h, w), 1 where to repaint; None if the UNet takes the mask as concat channels
     images: list[ImageState]
 
-    def previews(self, image: ImageState) -> bool:
-        """Whether a preview of the image is wanted after its next step."""
-        every = self.job.preview_every
-        return bool(every) and (image.done + 1) % every == 0
+    @property
+    def keeps_x_0(self) -> bool:
+        """Whether the images may be shown before they are finished: in previews, or when interrupted."""
+        return bool(self.job.preview_every)
+
+    def latent_of(self, image: ImageState) -> Tensor:
+        """(C, h, w), to decode: the latent, or while steps are left the prediction of the final latent."""
+        return image.x if image.x_0 is None or image.done == len(self.plan) else image.x_0

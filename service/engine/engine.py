@@ -187,6 +187,17 @@ class Engine:
             self._forget(job)
             self.emit(Cancelled(job))
 
+    def interrupt(self, job: str) -> None:
+        """Take no more steps of a job that has started; its images are decoded as they are."""
+        progress = self.jobs.get(job)
+        if progress is None or not progress.started:
+            return
+        self.scheduler.remove(job)
+        progress.denoised = self.clock()
+        ready = {key.index for key in self.latents if key.job == job} | set(progress.pictures)
+        left = (index for index in range(progress.units) if index not in ready)
+        self.latents.extend(ImageKey(job, index) for index in left)
+
     def tick(self) -> None:
         """At most one UNet call, and about as long of D."""
         self._open_door()

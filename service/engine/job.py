@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from models.conditioning.boxes import Box
 from models.sampling.guidance import row_count
 from models.spec import Spacing
 
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON client can hold
+
+
+LatentFill = Literal["image", "noise", "zeros"]
 
 
 class ModelKey(NamedTuple):
@@ -65,6 +68,7 @@ class Job:
     long_prompts: str = "cut"  # or "chunk": as many contexts side by side as they fill
     prompt_weights: bool = False  # prompts have the grammar of models.prompts
     loras: tuple[tuple[str, float], ...] = ()  # as in ModelKey
+    latent_fill: LatentFill = "image"  # what masked latent cells start from, before noise is added
 
     @property
     def model_key(self) -> ModelKey:

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from service.engine.job import LatentFill
 from service.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -57,7 +58,7 @@ class Submission:
     """A request to run. output: a file format that was chosen outside the request.
 
     encode: makes the file of image `index` from the finished pixels; it runs off the event loop. warnings:
-    for the client, beside those of the request itself.
+    for the client, beside those of the request itself. latent_fill: as in Job.
     """
 
     request: AnyRequest
@@ -65,6 +66,7 @@ class Submission:
     previews: Previews = NO_PREVIEWS
     encode: Callable[[Result, int], bytes] = response.encode_image
     warnings: tuple[str, ...] = ()
+    latent_fill: LatentFill = "image"
 
 
 @dataclass(eq=False)
@@ -240,7 +242,8 @@ class Jobs:
         submission, service = prepare(), self.supervisor
         request, output, previews = submission.request, submission.output, submission.previews
         resolved = resolve(request, service.specs, service.settings, output, previews)
-        return submission, replace(resolved, warnings=submission.warnings + resolved.warnings)
+        warnings = submission.warnings + resolved.warnings
+        return submission, replace(resolved, warnings=warnings, latent_fill=submission.latent_fill)
 
     async def _work(
         self,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from models.conditioning.boxes import Box as NumberedBox
 from models.spec import Spacing
 from models.tiles import Tiles
-from service.engine.job import Job
+from service.engine.job import Job, LatentFill
 from service.requests.images import Format
 from service.requests.schemas import Box
 
@@ -98,6 +98,7 @@ class ResolvedRequest:
     inputs: Inputs = field(default=Inputs(), repr=False)
     warnings: tuple[str, ...] = ()
     previews: Previews = NO_PREVIEWS
+    latent_fill: LatentFill = "image"
 
     @property
     def prompt(self) -> str:
@@ -154,6 +155,7 @@ class ResolvedRequest:
             long_prompts=parameters.long_prompts or "cut",
             prompt_weights=bool(parameters.prompt_weights),
             loras=tuple(sorted((parameters.loras or {}).items())),
+            latent_fill=self.latent_fill,
         )
 
     def without_inputs(self) -> ResolvedRequest:

@@ -25,6 +25,7 @@ from service.worker.protocol import (
     Command,
     Fatal,
     Heartbeat,
+    Interrupt,
     Ready,
     Rejected,
     Report,
@@ -97,6 +98,8 @@ def drain(inbox: queue.SimpleQueue[Command], engine: Engine) -> None:
                 engine.submit(job)
             case Cancel(job_id):
                 engine.cancel(job_id)
+            case Interrupt(job_id):
+                engine.interrupt(job_id)
 
 
 def load(settings: Settings, link: Link, beat: HeartbeatThread) -> Engine:

@@ -41,6 +41,13 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Interrupt:
+    """Take no more steps of a job that has started; it ends with its images as they are."""
+
+    job: str
+
+
+@dataclass(frozen=True)
 class Ready:
     """The worker takes jobs. memory: bytes of the device; parts: what the start spent its seconds on."""
 
@@ -74,7 +81,7 @@ class Rejected:
     reason: str
 
 
-Command = Submit | Cancel  # to the worker
+Command = Submit | Cancel | Interrupt  # to the worker
 Report = Event | Ready | Heartbeat | Fatal | Rejected  # from the worker
 
 

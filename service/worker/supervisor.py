@@ -42,6 +42,7 @@ from service.worker.protocol import (
     Cancel,
     Fatal,
     Heartbeat,
+    Interrupt,
     Ready,
     Rejected,
     Report,
@@ -158,6 +159,11 @@ class Supervisor:
             return await ticket.answer
         finally:
             self._close(ticket)
+
+    def interrupt(self, job_id: str) -> None:
+        """End a job early, with its images as they are; a job that is not running is left alone."""
+        if (ticket := self._tickets.get(job_id)) and ticket.running and self._worker:
+            self._worker.send(Interrupt(job_id))
 
     def watch(self, job_id: str) -> AsyncIterator[State]:
         """The state of an unanswered job: now, and after each change. Raises NotFound."""

@@ -131,11 +131,12 @@ async def extra_batch_images(body: ExtraBatchImages, request: Request) -> ExtraB
 
 
 async def upscaled(body: Extras, file: str, param: str, request: Request) -> bytes:
-    """The finished file of an image: of a job where a model is needed, else resampled."""
+    """The finished file of an image, by a model; without one, or when interrupted, by resampling."""
     settings = request.app.state.settings
     if extras.needs_model(body):
         done = await run(lambda: extras.submission(body, file, param, settings), request)
-        return done.files[0]
+        if done.files:
+            return done.files[0]
     with request.app.state.supervisor.reserve_slot():
         return await asyncio.to_thread(extras.resample, body, file, param, settings)
 
@@ -169,7 +170,7 @@ async def progress(request: Request, skip_current_image: bool = False) -> Progre
 
 @sdapi.post("/interrupt", **READ, summary="Interrupt the oldest request")
 async def interrupt(request: Request) -> Empty:
-    """Of the requests of this API: the one that GET /sdapi/v1/progress describes."""
+    """The one that GET /sdapi/v1/progress describes: it is answered at once, with its images as they are."""
     session_of(request).interrupt()
     return Empty()
 

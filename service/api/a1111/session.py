@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping
 from models.spec import ModelSpec
 from service.api.a1111 import options
 from service.api.a1111.schemas import Options, ProgressResponse, ProgressState
-from service.errors import ClientGone, NotFound
+from service.errors import NotFound
 from service.requests import response
 from service.requests.background import Jobs, Record, Submission
 from service.requests.resolve import TASKS_OF, coalesce
 from service.requests.response import Answer
 from service.requests.schemas import GenerateRequest, InpaintRequest
 
+NO_IMAGES = "The request was interrupted before its first step: there are no images."
 HASH = re.compile(r"\s*\[[0-9A-Za-z]*\]$")  # at the end of a model's title
 SUFFIX = re.compile(r"\.(safetensors|ckpt|pth?|bin)$", re.IGNORECASE)
 
@@ -31,6 +32,7 @@ class A1111Session:
         self.format = "png"  # of answers, as A1111 calls it
         self._checkpoint: str | None = None
         self._running: dict[str, Record] = {}  # the oldest first
+        self._interrupted: set[str] = set()  # ids of running ones
 
     @property
     def specs(self) -> Mapping[str, ModelSpec]:
@@ -64,26 +66,33 @@ class A1111Session:
         return Options(sd_model_checkpoint=checkpoint, samples_format=self.format, **options.defaults())
 
     async def run(self, prepare: Callable[[], Submission], request_id: str) -> Answer:
-        """As Jobs.run(), for progress() and interrupt() to see."""
+        """As Jobs.run(), with progress() and interrupt(); interrupted before its start, it has no images."""
         record = await self.jobs.start(prepare, request_id)
         record.awaited = True
         self._running[record.id] = record
         try:
             await asyncio.wait({record.work})
             if record.work.cancelled():
-                raise ClientGone("the request was interrupted")
+                return Answer(record.resolved, (), (NO_IMAGES,), {}, int(time.time()))
             return record.work.result()
         finally:
             del self._running[record.id]
+            self._interrupted.discard(record.id)
             record.work.cancel()
 
     def _oldest(self) -> Record | None:
         return next(iter(self._running.values()), None)
 
     def interrupt(self) -> None:
-        """End the oldest request."""
-        if record := self._oldest():
+        """End the oldest request, with its images as they are."""
+        record = self._oldest()
+        if record is None:
+            return
+        self._interrupted.add(record.id)
+        if record.task == "upscale" or record.progress.state.stage == "queued":
             record.work.cancel()
+        else:
+            self.jobs.supervisor.interrupt(record.id)
 
     async def progress(self, with_image: bool) -> ProgressResponse:
         """The progress of the oldest request; all zeros without one."""
@@ -97,6 +106,7 @@ class A1111Session:
         done = state.step / state.steps if state.steps else 0.0
         left = (time.time() - record.created) * (1 / done - 1) if done else coalesce(state.estimate, 0.0)
         counters = ProgressState(
+            interrupted=record.id in self._interrupted,
             job=record.id,
             job_count=len(self._running),
             job_timestamp=timestamp(record.created),

@@ -20,6 +20,7 @@ from service.api.a1111.resizing import resize
 from service.api.a1111.samplers import SamplerChoice
 from service.api.a1111.schemas import ImageToImage, Info, Processing, ProcessingResponse
 from service.api.a1111.session import A1111Session, timestamp
+from service.engine.job import LatentFill
 from service.errors import InvalidRequest
 from service.requests import images
 from service.requests.background import Submission
@@ -35,6 +36,7 @@ STRENGTH, BLUR = 0.75, 4  # A1111's defaults for img2img and masks
 DRAWN = 2**32  # drawn seeds are smaller, as in A1111
 NETWORK = re.compile(r"<(\w+):([^<>]*)>")
 WEIGHT = re.compile(r"(-?(\d+(\.\d+)?|\.\d+))?")  # unambiguous: no backtracking on long texts
+LATENT_FILL: dict[int, LatentFill] = {2: "noise", 3: "zeros"}  # inpainting_fill: latent noise or nothing
 BLANK_MASK = "The mask is empty: the whole image was processed."
 
 
@@ -88,7 +90,8 @@ def inpaint_submission(
         parameters = json.dumps(result.resolved.parameters.of_image(index))
         return images.encode(whole, result.resolved.format, parameters)
 
-    return Submission(request, previews=PREVIEWS, encode=encode, warnings=warnings)
+    fill = LATENT_FILL.get(body.inpainting_fill or 0, "image")
+    return Submission(request, previews=PREVIEWS, encode=encode, warnings=warnings, latent_fill=fill)
 
 
 def unchanged_answer(body: ImageToImage, choice: SamplerChoice, session: A1111Session) -> Answer:

@@ -61,6 +61,21 @@ def test_a_cancelled_job_is_out_of_the_next_call():
     assert Cancelled("a") in events
 
 
+def test_an_interrupted_job_ends_with_its_images_as_they_are():
+    runner = CountingRunner()
+    engine, events = engine_on(runner)
+    engine.submit(make_job("a", steps=100, n=2, prompt="interrupted"))
+    engine.submit(make_job("b", steps=20))
+    for _ in range(5):
+        engine.tick()
+    for name in ("a", "a", "unknown"):
+        engine.interrupt(name)
+    while engine.busy:
+        engine.tick()
+    assert [(event.job, len(event.images)) for event in of(events, Done)] == [("a", 2), ("b", 1)]
+    assert runner.steps[ImageKey("a", 0)] == 5
+
+
 def test_what_does_not_fit_is_split_and_calls_stay_small_for_a_while():
     engine, events = engine_on(CountingRunner((2, 4, 8), holds=4))
     for i in range(8):

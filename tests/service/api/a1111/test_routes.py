@@ -198,10 +198,41 @@ def test_progress_and_interrupt(bundled, api):
         without = bundled.client.get("/sdapi/v1/progress?skip_current_image=true").json()
         assert without["current_image"] is None
         assert api.interrupt() == {}
-        assert answer.result().status_code == 499
+        assert answer.result().status_code == 200
+    assert decoded(answer.result().json()["images"][0]).size == (128, 128)
     wait_until(lambda: bundled.health()["jobs"] == 0)
     assert api.get_progress()["state"]["job_count"] == 0
     api.util_wait_for_ready(check_interval=0.1)
+
+
+def test_an_interrupted_request_has_the_predicted_image(bundled, api):
+    asked = TINY | {"steps": 300, "width": 128, "height": 128, "sampler_name": "Euler"}
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(bundled.client.post, "/sdapi/v1/txt2img", json=asked)
+        wait_until(lambda: api.get_progress()["state"]["sampling_step"] >= 100)
+        api.interrupt()
+        image = decoded(answer.result().json()["images"][0])
+    finished = bundled.client.post("/sdapi/v1/txt2img", json=asked | {"steps": 20}).json()
+    assert np.abs(array(image) - array(decoded(finished["images"][0]))).mean() < 40
+
+
+def test_a_request_that_waits_is_interrupted_without_images(bundled, api):
+    slow = TINY | {"steps": 1000, "width": 256, "height": 256}
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(bundled.client.post, "/sdapi/v1/txt2img", json=slow) for _ in range(2)]
+        wait_until(lambda: api.get_progress()["state"]["job_count"] == 2)
+        while not all(answer.done() for answer in answers):
+            api.interrupt()
+    assert [answer.result().status_code for answer in answers] == [200, 200]
+
+
+@pytest.mark.parametrize("fill", [2, 3])
+def test_masked_pixels_may_start_from_latent_noise_or_nothing(api, apple, fill):
+    strengths = {"denoising_strength": 0.5, "inpaint_full_res": False}
+    made = inpainted(api, apple, inpainting_fill=fill, **strengths)
+    assert (made[:, 64:] == array(apple)[:, 64:]).all()
+    for other in {0, 1, 2, 3} - {fill}:
+        assert (made != inpainted(api, apple, inpainting_fill=other, **strengths)).any()
 
 
 def test_what_clients_read_at_start(bundled, api):
