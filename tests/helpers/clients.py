@@ -15,8 +15,8 @@ from tests.helpers.images import psnr
 from tests.helpers.servers import Server, wait_until
 
 EIGHT = ("ddim", "ddpm", "plms", "euler", "euler_ancestral", "dpmpp_2m_karras", "unipc", "lcm")
-LONG = {"prompt": "long", "steps": 1000, "width": 128, "height": 128}  # ten seconds on an idle core
-SLOW = {"prompt": "slow", "steps": 1000, "width": 256, "height": 256}  # a tenth of a second a step
+LONG = {"prompt": "long", "steps": 1000, "width": 128, "height": 128}  # does not end within a test
+SLOW = {"prompt": "slow", "steps": 1000, "width": 256, "height": 256}  # about 0.1 s a step
 
 
 def image_of(answer: httpx.Response, index: int = 0) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""The whole path, over HTTP, on a tiny model: real processes, real signals.
+"""The native API over HTTP: what a request gives, what is refused, and how requests share UNet calls.
 
-Nothing waits for seconds to pass, only for things to happen, so that a slow machine makes these tests slow
+Nothing waits for seconds to pass, only for conditions to hold, so that a slow machine makes these tests slow
 and not wrong.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import signal
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,6 @@ from contextlib import ExitStack
 import pytest
 from PIL import Image
 
-from service.worker.supervisor import MAX_FAILURES
 from tests.helpers.clients import (
     EIGHT,
     LONG,
@@ -34,15 +32,15 @@ from tests.helpers.clients import (
     worst_psnr,
 )
 from tests.helpers.images import psnr
-from tests.helpers.servers import PATIENCE, QUEUE_SIZE, wait_until
+from tests.helpers.servers import QUEUE_SIZE, wait_until
 
 MIXED = [
-    {"prompt": f"picture {i}", "steps": steps, "guidance_scale": 1.0 + i, "seed": 100 + i}
+    {"prompt": f"image {i}", "steps": steps, "guidance_scale": 1.0 + i, "seed": 100 + i}
     for i, steps in enumerate((10, 14, 18, 22, 27, 31, 36, 40))
 ]
 
 
-def test_the_answer_says_what_was_made(server):
+def test_a_response_describes_its_images(server):
     answer = post(server, {"prompt": "red apple", "seed": 0, "n": 2}).json()
     assert set(answer) == {"id", "model", "created", "images", "timings", "warnings"}
     assert set(answer["timings"]) == {"queue", "denoise", "decode", "total"}
@@ -57,31 +55,31 @@ def test_the_answer_says_what_was_made(server):
         assert (made.format, made.size) == ("PNG", (64, 64)) == ("PNG", (image["width"], image["height"]))
 
 
-def test_the_same_seed_makes_the_same_picture_and_another_seed_another(server):
+def test_the_same_seed_gives_the_same_image_and_another_seed_another(server):
     first, again, other = (post(server, {"prompt": "red apple", "seed": seed}) for seed in (8, 8, 9))
     assert first.json()["images"][0]["data"] == again.json()["images"][0]["data"]
     assert psnr(image_of(first), image_of(other)) < 40
 
 
-def test_a_missing_seed_is_drawn_and_makes_the_same_picture_again(server):
+def test_a_missing_seed_is_drawn_and_returned(server):
     first = post(server, {"prompt": "red apple"})
     seed = first.json()["images"][0]["seed"]
     assert (image_of(first) == image_of(post(server, {"prompt": "red apple", "seed": seed}))).all()
 
 
-def test_image_i_of_n_is_the_picture_of_seed_plus_i(server):
+def test_image_i_of_n_has_the_seed_plus_i(server):
     both = post(server, {"prompt": "red apple", "seed": 5, "n": 2, "eta": 1.0})
     second = post(server, {"prompt": "red apple", "seed": 6, "eta": 1.0})
     assert psnr(image_of(both, 1), image_of(second)) >= 40
     assert psnr(image_of(both, 0), image_of(second)) < 40
 
 
-def test_width_and_height_are_the_pictures(server):
+def test_width_and_height_are_those_of_the_image(server):
     assert image_of(post(server, {"prompt": "red apple", "width": 96, "height": 64})).shape == (64, 96, 3)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_accept_gives_the_picture_itself(server, kind):
+def test_accept_gives_the_image_as_a_file(server, kind):
     answer = post(server, {"prompt": "red apple", "seed": 3, "steps": 2}, accept=f"image/{kind}")
     assert answer.headers["content-type"] == f"image/{kind}"
     assert answer.headers["x-seed"] == "3"
@@ -89,7 +87,7 @@ def test_accept_gives_the_picture_itself(server, kind):
     assert Image.open(io.BytesIO(answer.content)).format == kind.upper()
 
 
-def test_accept_that_fits_no_answer_is_refused(server):
+def test_an_unsupported_accept_is_refused(server):
     assert error_of(post(server, {"prompt": "p"}, accept="text/html"), 406)["param"] == "Accept"
     assert error_of(post(server, {"prompt": "p", "n": 2}, accept="image/png"), 406)["param"] == "n"
 
@@ -102,11 +100,11 @@ def test_a_png_carries_its_parameters(server):
     assert (parameters["seed"], parameters["steps"]) == (3, 2)
 
 
-def test_a_prompt_that_is_cut_is_a_warning(server):
+def test_a_prompt_that_is_cut_gives_a_warning(server):
     assert "prompt is longer" in post(server, {"prompt": "word " * 100, "steps": 1}).json()["warnings"][0]
 
 
-def test_eight_requests_at_once_share_calls_and_change_no_picture(server):
+def test_eight_requests_at_once_share_calls_and_change_no_image(server):
     expected = alone(server, MIXED)
     before = server.calls(over=4)
     with ThreadPoolExecutor(len(MIXED)) as pool:
@@ -114,9 +112,9 @@ def test_eight_requests_at_once_share_calls_and_change_no_picture(server):
     assert server.calls(over=4) > before
 
 
-def test_eight_samplers_at_once_share_calls_and_change_no_picture(server):
+def test_eight_samplers_at_once_share_calls_and_change_no_image(server):
     bodies = [
-        {"prompt": f"picture {i}", "steps": 40, "seed": i, "sampler": sampler}
+        {"prompt": f"image {i}", "steps": 40, "seed": i, "sampler": sampler}
         for i, sampler in enumerate(EIGHT)
     ]
     expected = alone(server, bodies)
@@ -126,7 +124,7 @@ def test_eight_samplers_at_once_share_calls_and_change_no_picture(server):
     assert server.calls(over=8) > before
 
 
-def test_a_spacing_is_heeded_and_told(server):
+def test_a_spacing_changes_the_image_and_is_among_its_parameters(server):
     spacings = ("leading", "trailing", "linspace")
     answers = [post(server, {"prompt": "p", "seed": 1, "spacing": spacing}) for spacing in spacings]
     default = image_of(post(server, {"prompt": "p", "seed": 1}))
@@ -170,7 +168,7 @@ BAD = [
 
 
 def complete(body: dict) -> dict:
-    """With a prompt, unless the body is about that."""
+    """The body with a prompt, unless it is about the prompt."""
     return body if "prompt" in body or not body else {"prompt": "p"} | body
 
 
@@ -179,24 +177,24 @@ def test_a_bad_value_is_refused_by_its_field(server, body, status, param):
     error = error_of(post(server, complete(body)), status)
     assert error["param"] == param
     assert error["message"].startswith(param)
-    assert len(error["message"]) > len(param) + 5  # what was expected
+    assert len(error["message"]) > len(param) + 5  # it says what is accepted
     assert "passwd" not in error["message"]
 
 
-def test_bad_values_are_refused_at_once_while_other_jobs_go_on(server):
-    body = {"prompt": "undisturbed", "steps": 600, "seed": 4}
+def test_bad_values_are_refused_at_once_while_other_jobs_run(server):
+    body = {"prompt": "undisturbed", "steps": 400, "seed": 4}
     (expected,) = alone(server, [body])
     with ThreadPoolExecutor(1) as pool:
         answers = together(server, pool, [body])
         wait_for_running(server, 1)
         seconds = []
-        for bad, status, _ in BAD:
+        for bad, status, _ in BAD[::2]:
             begin = time.monotonic()
             error_of(post(server, complete(bad)), status)
             seconds.append(time.monotonic() - begin)
         assert not answers[0].done()
         assert worst_psnr([expected], answers) >= 40
-    assert statistics.median(seconds) < 0.25  # milliseconds; more only where the machine is busy elsewhere
+    assert statistics.median(seconds) < 0.25  # milliseconds on an idle machine
 
 
 UNREADABLE = [
@@ -206,18 +204,18 @@ UNREADABLE = [
     (b"[]", "application/json", 400),
     (b"[" * 100_000, "application/json", 400),
     (b'{"prompt": "p", "seed": ' + b"9" * 5000 + b"}", "application/json", 400),
-    (b'{"prompt": "p", "\\ud800": 1}', "application/json", 400),  # a name that UTF-8 cannot repeat
+    (b'{"prompt": "p", "\\ud800": 1}', "application/json", 400),  # a name that UTF-8 cannot encode
     (b'{"prompt": "p"}', "text/plain", 415),
 ]
 
 
 @pytest.mark.parametrize(("content", "kind", "status"), UNREADABLE, ids=range(len(UNREADABLE)))
-def test_a_body_that_is_no_json_object_is_refused(server, content, kind, status):
+def test_a_body_must_be_a_json_object(server, content, kind, status):
     answer = server.client.post("/generate", content=content, headers={"Content-Type": kind})
     assert error_of(answer, status)["type"] == "invalid_request_error"
 
 
-def test_a_body_over_the_limit_is_refused_however_it_is_framed(server):
+def test_a_body_over_the_limit_is_refused_with_and_without_content_length(server):
     def chunks():
         for _ in range(40):
             yield b" " * 50_000
@@ -233,10 +231,10 @@ def test_unknown_addresses_and_methods_have_the_error_format(server):
     assert error_of(server.client.get("/nowhere"), 404)["code"] == "not_found"
     answer = server.client.get("/generate")
     assert error_of(answer, 405)["code"] == "method_not_allowed"
-    assert answer.headers["allow"] == "POST"
+    assert answer.headers["allow"] == "OPTIONS, POST"
 
 
-def test_the_description_names_every_error(server):
+def test_the_openapi_document_describes_every_error(server):
     paths = server.client.get("/openapi.json").json()["paths"]
     operations = [operation for path in paths.values() for operation in path.values()]
     names = {operation["operationId"] for operation in operations}
@@ -252,7 +250,7 @@ def test_the_description_names_every_error(server):
     assert "image/png" in made[0]["content"]
 
 
-def test_models_tells_tasks_defaults_limits_and_samplers(server):
+def test_models_lists_tasks_defaults_limits_and_samplers(server):
     (model,) = server.client.get("/models").json()["models"]
     assert (model["name"], model["tasks"]) == ("tiny", ["text-to-image", "image-to-image", "inpainting"])
     assert (model["defaults"]["width"], model["defaults"]["steps"]) == (64, 5)
@@ -292,13 +290,13 @@ def test_health_and_metrics_of_an_idle_service(server):
     assert 0 < sum(seconds[:-1]) <= seconds[-1]
 
 
-def test_a_deadline_that_passes_stops_the_work(server):
+def test_a_deadline_that_passes_cancels_the_job(server):
     assert error_of(post(server, LONG | {"timeout": 0.3}), 504)["code"] == "deadline_exceeded"
     wait_for_jobs(server, 0)
     wait_for_running(server, 0)
 
 
-def test_a_client_that_leaves_frees_its_rows_within_one_step(server):
+def test_a_client_that_disconnects_frees_its_rows_within_one_step(server):
     with server.open_request(SLOW), server.open_request(SLOW) as leaver:
         wait_for_running(server, 2)
         before = server.calls(over=2)
@@ -306,7 +304,7 @@ def test_a_client_that_leaves_frees_its_rows_within_one_step(server):
         leaver.close()
         shared, calls = server.calls(over=2), server.calls()
         wait_until(lambda: server.calls() >= calls + 5)
-        # The call under way when it left; one more where that call ended before the news came.
+        # The call that was running when it left, and one more if that call ended before the news came.
         assert server.calls(over=2) <= shared + 2
         assert server.health()["jobs"] == 1
     wait_for_jobs(server, 0)
@@ -324,68 +322,3 @@ def test_a_full_queue_answers_429_at_once_and_empties_again(server):
         assert server.client.get("/health/ready").status_code == 200
     wait_for_jobs(server, 0)
     assert post(server, {"prompt": "p"}).status_code == 200
-
-
-def test_a_killed_worker_loses_nothing(server):
-    bodies = [{"prompt": f"kept {i}", "steps": 250 + 50 * i, "seed": i} for i in range(3)]
-    expected = alone(server, bodies)
-    restarts = server.metric("ldm_worker_restarts_total")
-    with ThreadPoolExecutor(len(bodies)) as pool:
-        answers = together(server, pool, bodies)
-        wait_for_running(server, len(bodies))
-        server.kill_worker()
-        assert not server.is_ready
-        assert server.client.get("/health/live").status_code == 200
-        assert worst_psnr(expected, answers) >= 40
-    assert server.metric("ldm_worker_restarts_total") == restarts + 1
-
-
-def test_a_worker_killed_again_and_again_before_it_is_ready_is_started_again(server):
-    for _ in range(MAX_FAILURES + 1):
-        server.kill_worker()
-    assert post(server, {"prompt": "p"}).status_code == 200
-
-
-def test_jobs_outlive_more_killed_workers_than_a_job_that_kills_them_is_given(server):
-    bodies = [LONG | {"seed": i} for i in range(2)]
-    expected = alone(server, bodies)
-    with ThreadPoolExecutor(2) as pool:
-        answers = together(server, pool, bodies)
-        for calls in (5, 40, 15, 30):  # each at another step
-            wait_until(lambda: server.is_ready)
-            wait_until(lambda: server.metric("ldm_jobs_running") >= 1)
-            before = server.calls()
-            wait_until(lambda before=before, calls=calls: server.calls() >= before + calls)
-            server.kill_worker()
-        assert worst_psnr(expected, answers) >= 40
-
-
-def test_a_worker_leaves_signals_to_the_service(server):
-    for number in (signal.SIGTERM, signal.SIGINT):
-        worker = server.signal_worker(number)
-    assert post(server, {"prompt": "p", "steps": 50}).status_code == 200
-    assert server.worker() == worker
-
-
-def test_a_stalled_worker_is_replaced_and_sigterm_drains(start_server):
-    body = {"prompt": "p", "steps": 300, "seed": 1}
-    with start_server(LDM_STALL_SECONDS="10") as server, ThreadPoolExecutor(1) as pool:
-        (expected,) = alone(server, [body])
-        answers = together(server, pool, [body])
-        wait_for_running(server, 1)
-        stalled = server.signal_worker(signal.SIGSTOP)
-        assert worst_psnr([expected], answers) >= 40
-        assert server.worker() != stalled
-
-        (last,) = together(server, pool, [body | {"steps": 800}])
-        wait_for_running(server, 1)
-        server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: server.health()["status"] == "draining")
-        refused = post(server, body)
-        assert error_of(refused, 503)["code"] == "draining"
-        assert int(refused.headers["retry-after"]) > 0
-        assert server.client.get("/health/ready").status_code == 503
-        assert server.client.get("/health/live").status_code == 200
-        assert not last.done()
-        assert last.result().status_code == 200
-        assert server.process.wait(PATIENCE) == 0
