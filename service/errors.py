@@ -1,36 +1,36 @@
-"""What can go wrong with a request, and the one table to HTTP statuses.
+"""Everything that can go wrong with a request, and its HTTP status.
 
 ServiceError
-├── InvalidRequest          the body says something that cannot be done
-│   ├── BadRequest          ... to an API that calls that a 400
-│   ├── UnreadableBody      ... is no JSON at all
-│   └── UnsupportedMedia    ... is sent as something else than JSON
-├── Unauthorized            the request has no API key, or none of ours
-├── NotAcceptable           no answer the client accepts fits the request
-├── NotFound                no such model, page or job
+├── InvalidRequest          a field of the body has a value that is not possible
+│   ├── BadRequest          the same, for APIs that use 400 instead of 422
+│   ├── UnreadableBody      the body is not JSON
+│   └── UnsupportedMedia    the body has the wrong content type
+├── Unauthorized            the API key is missing or unknown
+├── NotAcceptable           the Accept header allows no type that this request can have
+├── NotFound                unknown model, path or job
 ├── MethodNotAllowed
-├── TooLarge                the body passes its limit
-├── Stalled                 the rest of the body does not come
-├── QueueFull               every place is taken
+├── TooLarge                the body exceeds its limit
+├── Stalled                 the rest of the body did not arrive in time
+├── QueueFull
 ├── Unavailable
-│   ├── Loading             no model is ready yet
-│   └── Draining            the service is about to stop
-├── DeadlineExceeded        the request's time is up
-├── ClientGone              nobody waits for the answer
+│   ├── Loading             no model is loaded yet
+│   └── Draining            the service is shutting down
+├── DeadlineExceeded        the request's timeout has passed
+├── ClientGone              the client closed the connection
 ├── OutOfMemory             the job does not fit in memory, even alone
-└── JobFailed               the job, and only it, could not be made
-    ├── NonFinite           its picture holds numbers that are none
-    └── WorkerLost          it took the worker down with it
+└── JobFailed               this job failed; other jobs are not affected
+    ├── NonFinite           the model produced NaN or Inf values, also in float32
+    └── WorkerLost          the worker process crashed each time that it ran this job
 """
 
-# ruff: noqa: N818 - named after what happened, as HTTP names it
+# ruff: noqa: N818 - the names have no suffix Error, like HTTP's reason phrases
 from __future__ import annotations
 
 
 class ServiceError(Exception):
-    """Anything that has an answer in the error body of its own.
+    """An error with an HTTP status and an error body.
 
-    param: the field at fault, if one is; retry_after: seconds after which trying again makes sense.
+    `param`: the field at fault, if there is one; `retry_after`: seconds until another try makes sense.
     """
 
     default = "the service failed"
@@ -47,7 +47,7 @@ class ServiceError(Exception):
         return str(self.args[0])
 
     def within(self, field: str) -> ServiceError:
-        """The same of a request that came as a field of another; one that names no field stays as it is."""
+        """The error of a request that is nested in `field` of another one; unchanged if it names no field."""
         if self.param is None:
             return self
         named = f"{field}.{self.message}" if self.message.startswith(self.param) else self.message
@@ -71,19 +71,19 @@ class UnsupportedMedia(InvalidRequest):
 
 
 class Unauthorized(ServiceError):
-    default = "an API key is needed: Authorization: Bearer KEY, or X-API-Key: KEY"
+    default = "an API key is required: Authorization: Bearer KEY, or X-API-Key: KEY"
 
 
 class NotAcceptable(ServiceError):
-    default = "the Accept header fits no answer to this request"
+    default = "the Accept header allows no type that this request can be answered with"
 
 
 class NotFound(ServiceError):
-    default = "there is nothing here"
+    default = "not found"
 
 
 class MethodNotAllowed(ServiceError):
-    default = "this address does not take that method"
+    default = "this path does not support that method"
 
 
 class TooLarge(ServiceError):
@@ -91,7 +91,7 @@ class TooLarge(ServiceError):
 
 
 class Stalled(ServiceError):
-    default = "the rest of the body did not come"
+    default = "the rest of the body did not arrive in time"
 
 
 class QueueFull(ServiceError):
@@ -103,19 +103,19 @@ class Unavailable(ServiceError):
 
 
 class Loading(Unavailable):
-    default = "the model is still loading; try again soon"
+    default = "the model is still loading; try again later"
 
 
 class Draining(Unavailable):
-    default = "the service is about to stop"
+    default = "the service is shutting down"
 
 
 class DeadlineExceeded(ServiceError):
-    default = "the request's time is up"
+    default = "the request's timeout has passed"
 
 
 class ClientGone(ServiceError):
-    default = "the client has left"
+    default = "the client closed the connection"
 
 
 class OutOfMemory(ServiceError):
@@ -123,20 +123,22 @@ class OutOfMemory(ServiceError):
 
 
 class JobFailed(ServiceError):
-    default = "the picture could not be made"
+    default = "the image could not be generated"
 
 
 class NonFinite(JobFailed):
-    default = "the model made numbers that are no picture"
+    default = "the model produced NaN or Inf values"
 
 
 class WorkerLost(JobFailed):
-    default = "the worker died each time that it ran this request"
+    default = "the worker process crashed each time that it ran this request"
 
 
 class DeviceLost(BaseException):
-    """The device fails at everything from now on, whichever job asks; the process must end, and no handler
-    of what a job does wrong may keep it: no ServiceError, and no Exception."""
+    """The device fails at every call from now on, whatever the job, so the worker process must end.
+
+    A BaseException, so that no handler for a job's errors catches it.
+    """
 
 
 # Exception -> (HTTP status, "type" of the error body, "code" of the error body).
@@ -173,19 +175,19 @@ def status_of(error: ServiceError) -> int:
 
 
 def code_of(error: BaseException) -> str:
-    """The code that stands for an error in the body and in messages between processes."""
+    """The code of an error in error bodies and in messages between processes."""
     if isinstance(error, ServiceError):
         return TABLE[type(error)][2]
     return TABLE[JobFailed][2]
 
 
 def from_code(code: str) -> ServiceError:
-    """The inverse of code_of, with the fixed message of its kind."""
+    """The inverse of code_of(), with the default message."""
     return BY_CODE.get(code, JobFailed)()
 
 
 def to_body(error: ServiceError, request_id: str) -> dict[str, dict[str, str | None]]:
-    """The wire body of an error."""
+    """The JSON body of an error."""
     _, kind, code = TABLE[type(error)]
     return {
         "error": {

@@ -1,6 +1,6 @@
-"""Logs: one JSON object a line, or plain text for a terminal; every line of a request has its id.
+"""Logs: one JSON object on each line, or text on a terminal. Lines about a request carry its id.
 
-What a client wrote (prompts, paths, headers) is in no line above the debug level.
+Text from clients (prompts, paths, headers) is logged at the debug level only.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from contextvars import ContextVar
 
 from service.settings import Settings
 
-# Of the request that is being answered; what it starts (tasks, threads) inherits it.
+# The id of the current request; tasks and threads that it starts inherit it.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-FIELDS = ("method", "route", "status", "seconds", "code", "job", "rows", "parts")  # of records that have them
+# Attributes of a log record that become fields of its line.
+FIELDS = ("method", "route", "status", "seconds", "code", "job", "rows", "parts")
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonFormatter(logging.Formatter):
-    """time (UTC), level, logger, message, request_id, what FIELDS the record has, and its traceback."""
+    """Fields: time (UTC), level, logger, message, request_id, those of FIELDS that are set, traceback."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_msec_format = "%s.%03dZ"
     default_time_format = "%Y-%m-%dT%H:%M:%S"
 
@@ -41,7 +42,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """For people: the request's id comes last."""
+    """Text for a terminal: the request's id at the end of the first line."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -50,20 +51,20 @@ class TextFormatter(logging.Formatter):
 
 
 def identify(record: logging.LogRecord) -> bool:
-    """A filter that adds the id of the request, where there is one."""
+    """A logging filter that adds the id of the current request, if any."""
     if request_id.get():
         record.request_id = request_id.get()
     return True
 
 
 def set_up(settings: Settings) -> None:
-    """Send all logs of this process to stderr, as the settings say."""
+    """Send all logs of this process to stderr, in the format and from the level of the settings."""
     handler = logging.StreamHandler()
     handler.addFilter(identify)
     as_text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
     handler.setFormatter(TextFormatter(TEXT) if as_text else JsonFormatter())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
-    # Libraries that tell addresses and paths of every request at the debug level.
+    # These libraries log the address and path of every request at the debug level.
     for name in ("httpx", "httpcore", "multipart", "PIL", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))

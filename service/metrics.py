@@ -1,8 +1,8 @@
-"""Counters and histograms, in a registry of each app's own."""
+"""Prometheus metrics. Every application has a registry of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,55 +16,74 @@ from prometheus_client import (
 from service.engine.events import Incident, Stepped
 from service.errors import TABLE
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # bucket bounds of histograms
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """What the service counts; names and units are those of the Prometheus text."""
+    """The service's metrics; their names and units are part of its interface."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a line more for each, that no chart shows
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no annotation here
         self.registry = CollectorRegistry()
-        r = self.registry
-        self.requests = Counter(
-            "ldm_requests", "Answers, by route", ["method", "route", "status"], registry=r
+        self.requests = self._counter("ldm_requests", "HTTP responses", "method", "route", "status")
+        self.rejected = self._counter(
+            "ldm_rejected", "Requests answered with an error, by its code", "reason"
         )
-        self.rejected = Counter("ldm_rejected", "Requests refused, by reason", ["reason"], registry=r)
-        self.cancelled = Counter("ldm_cancelled", "Jobs given up, by stage", ["stage"], registry=r)
-        self.images = Counter("ldm_images", "Pictures answered", registry=r)
-        self.out_of_memory = Counter(
-            "ldm_out_of_memory", "Times that memory ran out, mended or not, by stage", ["stage"], registry=r
+        self.cancelled = self._counter("ldm_cancelled", "Jobs cancelled, by stage (queued, running)", "stage")
+        self.images = self._counter("ldm_images", "Images returned to clients")
+        self.out_of_memory = self._counter(
+            "ldm_out_of_memory",
+            "Out-of-memory errors on the device by stage, including those recovered by a retry",
+            "stage",
         )
-        self.non_finite = Counter(
-            "ldm_non_finite", "Times that numbers were none, mended or not, by stage", ["stage"], registry=r
+        self.non_finite = self._counter(
+            "ldm_non_finite",
+            "NaN or Inf values detected by stage, including those recovered in float32",
+            "stage",
         )
-        self.worker_restarts = Counter("ldm_worker_restarts", "Workers that ended", registry=r)
-        self.unreadable_messages = Counter(
-            "ldm_unreadable_messages",
-            "Unreadable messages to or from the worker",
-            registry=r,
+        self.worker_restarts = self._counter("ldm_worker_restarts", "Worker processes that exited")
+        self.unreadable_messages = self._counter(
+            "ldm_unreadable_messages", "Messages between server and worker that could not be decoded"
         )
-        self.jobs_running = Gauge("ldm_jobs_running", "Jobs that have begun", registry=r)
-        self.jobs_waiting = Gauge("ldm_jobs_waiting", "Jobs accepted and not begun", registry=r)
-        self.queue_size = Gauge("ldm_queue_size", "Jobs that may be accepted and not answered", registry=r)
-        self.ready = Gauge("ldm_ready", "1 where a model is loaded and nothing drains", registry=r)
-        self.device_memory = Gauge(
-            "ldm_device_memory_bytes", "Of the device: used by the worker, and in total", ["kind"], registry=r
+        self.jobs_running = self._gauge("ldm_jobs_running", "Jobs that have started")
+        self.jobs_waiting = self._gauge("ldm_jobs_waiting", "Jobs in the queue that have not started")
+        self.queue_size = self._gauge(
+            "ldm_queue_size", "Limit of jobs accepted and not yet answered (setting queue_size)"
         )
-        self.start_seconds = Gauge(
-            "ldm_start_seconds", "Of the worker's last start: parts, and total", ["part"], registry=r
+        self.ready = self._gauge("ldm_ready", "1 if a model is loaded and the service is not shutting down")
+        self.device_memory = self._gauge(
+            "ldm_device_memory_bytes", "Device memory used by the worker (used) and available (total)", "kind"
         )
-        self.unet_rows = Histogram("ldm_unet_rows", "Rows of a UNet call", buckets=ROWS, registry=r)
-        self.padded_rows = Counter("ldm_unet_padded_rows", "Rows run only to fill a bucket", registry=r)
-        self.step_seconds = Histogram("ldm_step_seconds", "One UNet call", buckets=SECONDS, registry=r)
-        self.decode_seconds = Histogram("ldm_decode_seconds", "D, a picture", buckets=SECONDS, registry=r)
-        self.part_seconds = Histogram(
-            "ldm_request_seconds", "Parts of a request: queue, denoise, decode, total", ["part"],
-            buckets=SECONDS, registry=r,
-        )  # fmt: skip
+        self.start_seconds = self._gauge(
+            "ldm_start_seconds", "Duration of the worker's last start, by part and in total", "part"
+        )
+        self.unet_rows = self._histogram("ldm_unet_rows", "Rows of a UNet call without padding", ROWS)
+        self.padded_rows = self._counter("ldm_unet_padded_rows", "Padding rows added to UNet calls")
+        self.step_seconds = self._histogram("ldm_step_seconds", "Duration of a UNet call", SECONDS)
+        self.decode_seconds = self._histogram(
+            "ldm_decode_seconds", "Duration of the VAE decoding of an image", SECONDS
+        )
+        self.part_seconds = self._histogram(
+            "ldm_request_seconds",
+            "Duration of a request by part (queue, denoise, decode, total)",
+            SECONDS,
+            "part",
+        )
+        self._create_series()
 
-        for stage in ("load", "start", "step", "decode"):  # a rate needs the zero before the first
+    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        return Counter(name, documentation, labels, registry=self.registry)
+
+    def _gauge(self, name: str, documentation: str, *labels: str) -> Gauge:
+        return Gauge(name, documentation, labels, registry=self.registry)
+
+    def _histogram(self, name: str, documentation: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(name, documentation, labels, buckets=buckets, registry=self.registry)
+
+    def _create_series(self) -> None:
+        """Report 0 for every known label value: a rate needs a sample before the first event."""
+        for stage in ("load", "start", "step", "decode"):
             self.out_of_memory.labels(stage)
             self.non_finite.labels(stage)
         for stage in ("queued", "running"):
@@ -79,18 +98,18 @@ class Metrics:
         self.step_seconds.observe(event.seconds)
 
     def count_incident(self, incident: Incident) -> None:
-        """Count what went wrong in the worker."""
+        """Count a failure in the worker, recovered or not."""
         counter = self.out_of_memory if incident.kind == "out_of_memory" else self.non_finite
         counter.labels(incident.stage).inc()
 
     def started(self, total: float, parts: Mapping[str, float], memory: int) -> None:
-        """Note a start that took so many seconds; memory: bytes of the device."""
+        """Record a worker's start: its seconds in total and by part, and the bytes of the device's memory."""
         self.device_memory.labels("total").set(memory)
-        for part, seconds in (parts | {"total": total}).items():
+        for part, seconds in {**parts, "total": total}.items():
             self.start_seconds.labels(part).set(seconds)
 
-    def answered(self, images: int, timings: dict[str, float]) -> None:
-        """Count one job that was answered; timings in seconds."""
+    def answered(self, images: int, timings: Mapping[str, float]) -> None:
+        """Count an answered job; `timings` in seconds."""
         self.images.inc(images)
         for part, seconds in timings.items():
             self.part_seconds.labels(part).observe(seconds)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from service import bench
 
 
-def above_zero(kind: type[int] | type[float]):
+def above_zero(kind: type[int] | type[float]) -> Callable[[str], float]:
     """A number above 0, for argparse."""
 
     def number(text: str) -> float:

@@ -97,7 +97,7 @@ def server(url: str | None, settings: Settings) -> Iterator[str]:
 
 
 @contextmanager
-def started(settings: Settings) -> Iterator[tuple[subprocess.Popen, str]]:
+def started(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process and the address of a server that is ready, and that lives as long as the context."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -113,7 +113,7 @@ def started(settings: Settings) -> Iterator[tuple[subprocess.Popen, str]]:
         process.wait()
 
 
-def wait_until_ready(process: subprocess.Popen, url: str) -> None:
+def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
     """Raises ValueError where it ends instead."""
     while process.poll() is None:
         with suppress(httpx.TransportError):

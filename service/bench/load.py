@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import httpx
 from tqdm import tqdm
@@ -83,7 +83,7 @@ class Run:
     """A load, and what is seen of it. seconds: from the first request to the last answer."""
 
     client: httpx.AsyncClient
-    bar: tqdm
+    bar: tqdm[NoReturn]
     begin: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     answers: list[Answer] = field(default_factory=list)

@@ -43,7 +43,7 @@ class CudaTimePoint:
     """A point in the current stream of a CUDA device."""
 
     def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # no annotations in torch
+        self.event = torch.cuda.Event(enable_timing=True)
         self.event.record()
 
     def wait(self) -> None:

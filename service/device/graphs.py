@@ -1,4 +1,4 @@
-"""Calls of networks, recorded once and replayed without Python: a CUDA graph for each shape of inputs."""
+"""Network calls captured as CUDA graphs and replayed without Python: one graph for each shape of inputs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-MOST = 24  # graphs kept: each holds its inputs, its output and some megabytes of the driver's
-WARM_UPS = 2  # calls before a recording: libraries choose their kernels and take their workspaces in them
+MAX_GRAPHS = 24  # each holds its inputs, its output and some megabytes of the driver's
+WARM_UPS = 2  # calls before a capture: in them, libraries choose kernels and allocate workspaces
 
 Function = Callable[..., Tensor]
 Inputs = tuple[Tensor | None, ...]
 
 
 class Recording(Protocol):
-    """One call that can be made again."""
+    """One call that can be repeated with other values."""
 
     def replay(self, inputs: Inputs) -> Tensor:
-        """The call with other numbers of the same shapes; the result is the caller's own."""
+        """The call with other inputs of the same shapes; the result is not overwritten later."""
 
 
 Recorder = Callable[[Function, Inputs], Recording]
@@ -34,37 +34,40 @@ Recorder = Callable[[Function, Inputs], Recording]
 
 @dataclass
 class Entry:
-    """What is known of one kind of call."""
+    """Calls of one network with inputs of one set of shapes."""
 
-    network: weakref.ref[nn.Module]  # not the network itself: a graph keeps no weights alive
+    network: weakref.ref[nn.Module]  # weak: a graph must not keep the weights of an unloaded model alive
     recording: Recording | None = None
     calls: int = 0
     failed: bool = False
 
 
 class Graphs:
-    """Makes calls: the first of a kind as it is, later ones from a recording, the least recently used of
-    which go first. What cannot be recorded is called as it is. Without a recorder everything is.
+    """Runs calls: the first with a set of input shapes directly, later ones by replaying a recording.
+
+    The least recently used recordings are dropped first. Calls that cannot be recorded run directly, and
+    without a recorder all do.
     """
 
-    def __init__(self, record: Recorder | None = None, most: int = MOST) -> None:
+    def __init__(self, record: Recorder | None = None, max_graphs: int = MAX_GRAPHS) -> None:
         self._record = record
-        self._entries: LRUCache[Hashable, Entry] = LRUCache(most)
+        self._entries: LRUCache[Hashable, Entry] = LRUCache(max_graphs)
         self._paused = False
 
     def run(self, network: nn.Module, function: Function, *inputs: Tensor | None) -> Tensor:
-        """function(*inputs), whose weights are those of the network."""
+        """function(*inputs), a function that uses the weights of `network`."""
         if self._record is None:
             return function(*inputs)
         entry = self._entry(network, inputs)
         entry.calls += 1
-        if self._paused or entry.calls == 1 or not self._recorded(entry, function, inputs):
+        if self._paused or entry.calls == 1:
             return function(*inputs)
-        return entry.recording.replay(inputs)
+        recording = self._recording(entry, function, inputs)
+        return function(*inputs) if recording is None else recording.replay(inputs)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Calls as they are, for as long as the context lasts: to measure what they take."""
+        """Inside this context calls run directly, so that their memory can be measured."""
         self._paused = True
         try:
             yield
@@ -72,72 +75,77 @@ class Graphs:
             self._paused = False
 
     def prune(self) -> None:
-        """Forget recordings of networks that have gone."""
+        """Forget recordings of networks that were unloaded."""
         for key in [key for key, entry in self._entries.items() if entry.network() is None]:
             del self._entries[key]
 
     def clear(self) -> None:
-        """Forget all, so that their memory can be given back."""
+        """Forget all recordings, so that their memory can be freed."""
         self._entries.clear()
 
     def _entry(self, network: nn.Module, inputs: Inputs) -> Entry:
         key = (id(network), *(None if x is None else (x.shape, x.dtype) for x in inputs))
         entry = self._entries.get(key)
-        if entry is None or entry.network() is not network:  # another one may have come to its address
+        if entry is None or entry.network() is not network:  # the id may belong to a new network
             self.prune()
             entry = self._entries[key] = Entry(weakref.ref(network))
         return entry
 
-    def _recorded(self, entry: Entry, function: Function, inputs: Inputs) -> bool:
-        """Whether there is a recording, made now if there was none."""
-        if entry.recording is None and not entry.failed:
+    def _recording(self, entry: Entry, function: Function, inputs: Inputs) -> Recording | None:
+        """The recording, made now if there is none; None if the call cannot be recorded."""
+        if entry.recording is None and not entry.failed and self._record is not None:
             try:
                 entry.recording = self._record(function, inputs)
             except Exception:
                 entry.failed = True
-                log.warning("a call cannot be recorded; it is made as it is", exc_info=True)
-        return entry.recording is not None
+                log.warning(
+                    "a network call cannot be captured as a CUDA graph; it runs without", exc_info=True
+                )
+        return entry.recording
 
 
 class CudaRecorder:
-    """Records CUDA graphs, all in one pool of memory: they never run at the same time, and a result is copied
-    out before another of them may write over it.
+    """Captures CUDA graphs, all in one memory pool.
+
+    They can share it because they never run at the same time, and each result is copied before another graph
+    can overwrite it.
     """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Function, inputs: Inputs) -> CudaRecording:
-        """A function that neither waits for the device nor looks at its numbers."""
-        given = tuple(None if x is None else x.clone() for x in inputs)
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(here)
+        """Capture a call. The function must not wait for the device nor read tensor values."""
+        static_inputs = tuple(None if x is None else x.clone() for x in inputs)
+        current = torch.cuda.current_stream()
+        side = torch.cuda.Stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
-                function(*given)
-        here.wait_stream(side)
+                function(*static_inputs)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = function(*given)
-        return CudaRecording(graph, given, out)
+            out = function(*static_inputs)
+        return CudaRecording(graph, static_inputs, out)
 
 
 @dataclass(frozen=True)
 class CudaRecording:
-    """A graph, and where it reads and writes."""
+    """A graph, and the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    given: Inputs
+    inputs: Inputs
     out: Tensor
 
     def replay(self, inputs: Inputs) -> Tensor:
-        for to, x in zip(self.given, inputs, strict=True):
-            if to is not None:
-                to.copy_(x)
+        for target, x in zip(self.inputs, inputs, strict=True):
+            if target is not None and x is not None:
+                target.copy_(x)
         self.graph.replay()
         return self.out.clone()
 
 
 def graphs_on(device: torch.device) -> Graphs:
-    """Graphs where the device has them."""
+    """CUDA graphs on a CUDA device; elsewhere every call runs directly."""
     return Graphs(CudaRecorder() if device.type == "cuda" else None)

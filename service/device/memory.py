@@ -95,7 +95,7 @@ def memory_of(device: torch.device) -> CudaMemory | HostMemory:
 
 def free_cache() -> None:
     """Give back the memory that torch keeps for later calls, so that the next call can use all there is."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # no annotations
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 

@@ -1,9 +1,10 @@
-"""Which models are loaded, and which merged with LoRAs. Generic over the loaded model: no torch here."""
+"""Which models are loaded, and which are merged with LoRAs, within a limit of memory. Imports no torch."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,11 +19,12 @@ Lora = TypeVar("Lora")
 
 
 class Registry(Generic[Bundle]):
-    """Models by name: what they are, always; their bundles, as many as the memory allows.
+    """Models by name: the specs of all, and the loaded models (bundles) of as many as memory allows.
 
-    load: source -> bundle; size: spec -> bytes of its weights; memory: bytes for all weights together, 0 for
-    no limit. Of what must go, the least recently used goes first. Raises CheckpointError for a model
-    that cannot be read. Beside a model there are its copies with sets of LoRAs, where offer() has some.
+    `load`: source -> bundle; `size`: spec -> bytes of the weights; `memory`: bytes for all weights together, 0
+    for no limit. The least recently used models are unloaded first. Besides the models themselves it holds
+    copies of them with LoRAs merged, once offer() was called. Raises CheckpointError for a model that cannot
+    be read.
     """
 
     def __init__(
@@ -39,136 +41,150 @@ class Registry(Generic[Bundle]):
         self._load = load
         self._sizes = {name: size(spec) for name, spec in self.specs.items()} if memory else {}
         self._memory = memory
-        self._loaded: OrderedDict[str, Bundle] = OrderedDict()  # the least recently used first
-        self._merged: OrderedDict[ModelKey, Bundle] = OrderedDict()  # the same, of models with LoRAs
+        self._loaded: OrderedDict[str, Bundle] = OrderedDict()  # least recently used first
+        self._merged: OrderedDict[ModelKey, Bundle] = OrderedDict()  # copies with LoRAs, in the same order
         self._loras: Mapping[str, Mapping[str, Any]] = {}
-        self._sets = 0
-        self.loading = False  # right now, in another thread than the one that asks
+        self._max_merged = 0
+        self.loading = False  # True while a model loads; read by another thread
 
     def offer(
         self,
         loras: Mapping[str, Mapping[str, Lora]],
         apply: Callable[[Bundle, Sequence[tuple[Lora, float]]], Bundle],
         size: Callable[[Sequence[Lora]], int],
-        sets: int,
+        max_merged: int,
     ) -> None:
-        """Let models be asked for with LoRAs.
+        """Make LoRAs available.
 
-        loras: those that fit, by model and name; apply: a bundle beside the one given, which stays as it is;
-        size: bytes that it takes beside it; sets: how many such bundles there are at a time, at most.
+        `loras`: model -> name -> LoRA, of those that fit; `apply`: makes a copy of a bundle with LoRAs of the
+        given weights merged; `size`: bytes of such a copy; `max_merged`: most copies at the same time.
         """
-        self._loras, self._apply, self._changed, self._sets = loras, apply, size, sets
+        self._loras, self._apply, self._copy_size, self._max_merged = loras, apply, size, max_merged
         self.specs = {m: replace(spec, loras=tuple(loras.get(m, ()))) for m, spec in self.specs.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sources)
 
     def __getitem__(self, name: str) -> Bundle:
-        """The bundle, loaded now if it is not. Raises KeyError for a name not given at start-up."""
+        """The model, loaded now if necessary. Raises KeyError for a name not given at start-up."""
         if name not in self._loaded:
             self.load(name, self._loaded.keys())
         self._loaded.move_to_end(name)
         return self._loaded[name]
 
-    def bundle(self, network: ModelKey) -> Bundle:
-        """The model, or the model with its LoRAs, made now if it is not there. Raises KeyError."""
-        model = self[network.model]
-        if not network.loras:
+    def bundle(self, key: ModelKey) -> Bundle:
+        """The model with its LoRAs merged, loaded and merged now if necessary. Raises KeyError."""
+        model = self[key.model]
+        if not key.loras:
             return model
-        if network not in self._merged:
-            self._merged[network] = self.changed(model, network)
-        self._merged.move_to_end(network)
-        return self._merged[network]
+        if key not in self._merged:
+            self._merged[key] = self.merged(model, key)
+        self._merged.move_to_end(key)
+        return self._merged[key]
 
-    def changed(self, model: Bundle, network: ModelKey) -> Bundle:
-        """A bundle of the network's model with its LoRAs."""
-        return self._apply(model, self._chosen(network)) if network.loras else model
+    def merged(self, model: Bundle, key: ModelKey) -> Bundle:
+        """A copy of `model` with the LoRAs of `key`; the model itself if there are none."""
+        return self._apply(model, self._loras_of(key)) if key.loras else model
 
     def holds(self, name: str) -> bool:
+        """Whether the model is loaded."""
         return name in self._loaded
 
-    def has(self, network: ModelKey) -> bool:
-        """Whether a job can run on it right now."""
-        return self.holds(network.model) and (not network.loras or network in self._merged)
+    def has(self, key: ModelKey) -> bool:
+        """Whether the model is loaded and its LoRAs are merged."""
+        return self.holds(key.model) and (not key.loras or key in self._merged)
 
-    def ready(self, network: ModelKey, busy: Collection[ModelKey]) -> bool:
-        """Load and merge what is missing of a network, in the place of what is not busy; False if it does not
-        fit beside the busy."""
+    def ready(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
+        """Load the model and merge its LoRAs if necessary, unloading what is not busy.
+
+        False if it does not fit beside the busy models.
+        """
         models = {other.model for other in busy}
-        if not self.holds(network.model):
-            if self._memory:  # what is merged goes first: it is made again in no time
+        if not self.holds(key.model):
+            if self._memory:  # merged copies go first, because they are quick to make again
                 self._forget(other for other in list(self._merged) if other not in busy)
-            if not self.load(network.model, models):
+            if not self.load(key.model, models):
                 return False
-        return self.has(network) or self._merge(network, busy)
+        return self.has(key) or self._merge(key, busy)
 
-    def _merge(self, network: ModelKey, busy: Collection[ModelKey]) -> bool:
-        """Merge a network's LoRAs into a copy of its model, as ready()."""
-        size = self._changed([lora for lora, _ in self._chosen(network)])
+    def _merge(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
+        """Merge the LoRAs of `key` into a copy of its loaded model; as ready()."""
+        size = self._merged_size(key)
         idle = [other for other in self._merged if other not in busy]
-        if len(self._merged) - len(idle) >= self._sets:
+        if len(self._merged) - len(idle) >= self._max_merged:
             return False
-        while idle and (len(self._merged) >= self._sets or not self._fits(size)):
+        while idle and (len(self._merged) >= self._max_merged or not self._fits(size)):
             self._forget([idle.pop(0)])
-        needed = {other.model for other in busy} | {network.model}
+        needed = {other.model for other in busy} | {key.model}
         for model in [model for model in self._loaded if model not in needed]:
             if not self._fits(size):
                 self._unload(model)
         if busy and not self._fits(size):
             return False
-        self.loading = True
-        try:
-            self.bundle(network)
-        finally:
-            self.loading = False
+        with self._while_loading():
+            self.bundle(key)
         return True
 
     def load(self, name: str, busy: Collection[str] = ()) -> bool:
-        """Load a model, in the place of others that are not busy; False if it does not fit beside the busy.
+        """Load a model, unloading others that are not busy.
 
-        Beside nothing it is loaded whatever its size.
+        False if it does not fit beside the busy models. Without a loaded busy model it is loaded whatever its
+        size.
         """
-        if self._taken(busy) + self._sizes.get(name, 0) > self._memory > 0 and self._holds_any(busy):
+        size = self._sizes.get(name, 0)
+        if self._used_by(busy) + size > self._memory > 0 and any(map(self.holds, busy)):
             return False
         for other in [other for other in self._loaded if other not in busy]:
-            if self._fits(self._sizes.get(name, 0)):
+            if self._fits(size):
                 break
             self._unload(other)
-        self.loading = True
-        try:
+        with self._while_loading():
             self._loaded[name] = self._load(self.sources[name])
-        finally:
-            self.loading = False
         return True
 
     def load_all(self) -> None:
-        """Load the first model, and those after it that fit beside what is loaded."""
+        """Load the first model, then each of the others that fits beside those already loaded."""
         for name in self.sources:
             self.load(name, tuple(self._loaded))
 
-    def _chosen(self, network: ModelKey) -> list[tuple[Lora, float]]:
-        """A network's LoRAs and their weights."""
-        return [(self._loras[network.model][name], weight) for name, weight in network.loras]
+    def unload_idle(self, busy: Collection[ModelKey]) -> None:
+        """Unload every model and every merged copy that is not busy."""
+        self._forget(key for key in list(self._merged) if key not in busy)
+        models = {key.model for key in busy}
+        for name in [name for name in self._loaded if name not in models]:
+            self._unload(name)
+
+    @contextmanager
+    def _while_loading(self) -> Iterator[None]:
+        self.loading = True
+        try:
+            yield
+        finally:
+            self.loading = False
+
+    def _loras_of(self, key: ModelKey) -> list[tuple[Any, float]]:
+        """The LoRAs and their weights."""
+        return [(self._loras[key.model][name], weight) for name, weight in key.loras]
+
+    def _merged_size(self, key: ModelKey) -> int:
+        """Bytes of the merged copy."""
+        return self._copy_size([lora for lora, _ in self._loras_of(key)])
 
     def _unload(self, name: str) -> None:
-        """Forget a model, and what is merged with it."""
-        self._forget(network for network in list(self._merged) if network.model == name)
+        """Unload a model and its merged copies."""
+        self._forget(key for key in list(self._merged) if key.model == name)
         del self._loaded[name]
 
-    def _forget(self, networks: Iterable[ModelKey]) -> None:
-        for network in networks:
-            del self._merged[network]
+    def _forget(self, keys: Iterable[ModelKey]) -> None:
+        for key in keys:
+            del self._merged[key]
 
     def _fits(self, size: int) -> bool:
-        """Whether so many bytes go beside all that is loaded."""
-        return not self._memory or self._taken(self._loaded) + size <= self._memory
+        """Whether `size` more bytes fit beside everything that is loaded."""
+        return not self._memory or self._used_by(self._loaded) + size <= self._memory
 
-    def _taken(self, names: Iterable[str]) -> int:
-        """Bytes of those of these models that are loaded, and of what is merged with them."""
-        there = {name for name in names if name in self._loaded}
-        merged = (self._chosen(network) for network in self._merged if network.model in there)
-        beside = (self._changed([lora for lora, _ in chosen]) for chosen in merged)
-        return sum(self._sizes.get(name, 0) for name in there) + sum(beside)
-
-    def _holds_any(self, names: Iterable[str]) -> bool:
-        return any(name in self._loaded for name in names)
+    def _used_by(self, names: Iterable[str]) -> int:
+        """Bytes of those of these models that are loaded, with their merged copies."""
+        loaded = {name for name in names if name in self._loaded}
+        copies = sum(self._merged_size(key) for key in self._merged if key.model in loaded)
+        return sum(self._sizes.get(name, 0) for name in loaded) + copies

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.conditioning.conditioner import ConditioningInput
+from models.conditioning.conditioner import ConditioningInput, TextConditioner, TokenConditioner
 from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.preview import Projection
 from models.sampling.guidance import cfg_rows
@@ -112,6 +112,13 @@ class TorchRunner:
             self._after_swap()
         return loaded
 
+    @translate_device_lost()
+    def make_room(self, busy: Collection[ModelKey]) -> None:
+        """Unload models that are not busy, and free what is only kept to make later calls faster."""
+        self.registry.unload_idle(busy)
+        self._free()
+        self._after_swap()
+
     def _after_swap(self) -> None:
         """Forget what belongs to unloaded models, and what was measured: the free memory is different now."""
         self.projections = {m: p for m, p in self.projections.items() if self.registry.holds(m)}
@@ -142,7 +149,7 @@ class TorchRunner:
         if model.unet is not None and model.unet.dtype == torch.float32:
             return self.registry.bundle(key)
         if key not in self.float32_copies:
-            self.float32_copies[key] = self.registry.changed(model.copy(torch.float32), key)
+            self.float32_copies[key] = self.registry.merged(model.copy(torch.float32), key)
         return self.float32_copies[key]
 
     @translate_device_lost()
@@ -284,7 +291,7 @@ def with_kept_pixels(job: Job, pixels: np.ndarray) -> np.ndarray:
 
 def prompt_warnings(bundle: LatentDiffusion, job: Job) -> Iterator[str]:
     """A warning for each prompt that is longer than the model can read."""
-    if not bundle.spec.reads_prompts:
+    if not isinstance(bundle.conditioner, TextConditioner | TokenConditioner):
         return
     for name, text in (("prompt", job.prompt), ("negative_prompt", job.negative_prompt)):
         if cut_off := bundle.conditioner.overflow(text, prompt_options(job)):

@@ -75,7 +75,7 @@ def test_another_shape_type_set_of_inputs_or_network_is_another_recording():
 
 def test_the_least_recently_used_goes_first():
     tapes, network = Tapes(), nn.Identity()
-    graphs = Graphs(tapes, most=2)
+    graphs = Graphs(tapes, max_graphs=2)
 
     def call(rows: int) -> None:
         graphs.run(network, double, torch.ones(rows))
@@ -99,7 +99,7 @@ def test_what_cannot_be_recorded_is_called_as_it_is_and_tried_once(caplog):
     graphs, network, x = Graphs(record), nn.Identity(), torch.ones(2)
     assert all(torch.equal(graphs.run(network, double, x), 2 * x) for _ in range(4))
     assert len(tries) == 1
-    assert "cannot be recorded" in caplog.text
+    assert "cannot be captured" in caplog.text
 
 
 def test_a_network_that_is_gone_is_not_kept_and_not_taken_for_another():

@@ -12,6 +12,7 @@ from models.checkpoint.conversion import convert
 from models.checkpoint.parts import count_parameters
 from models.errors import CheckpointError
 from service.device.registry import Registry
+from service.engine.job import ModelKey
 from service.model_paths import ModelPathError, locate, locate_all
 from tests.checkpoints.ldm_files import published, write
 from tests.checkpoints.tiny import tiny_model, tiny_spec
@@ -104,3 +105,10 @@ def test_what_a_pickle_is_is_known_when_it_is_allowed(tmp_path):
 def test_a_converted_folder_is_a_model(tmp_path):
     convert(write(tmp_path, "celebahq"), tmp_path / "faces")
     assert locate(str(tmp_path / "faces")) == ("faces", tmp_path / "faces")
+
+
+def test_idle_models_are_unloaded_to_make_room(paths):
+    registry = registry_of(paths, 0)
+    registry.load_all()
+    registry.unload_idle([ModelKey("b")])
+    assert loaded(registry) == ["b"]
