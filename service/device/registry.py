@@ -21,7 +21,7 @@ Lora = TypeVar("Lora")
 class Registry(Generic[Bundle]):
     """Models by name: the specs of all, and the loaded models (bundles) of as many as memory allows.
 
-    `load`: source -> bundle; `size`: spec -> bytes of the weights; `memory`: bytes for all weights together, 0
+    `load`: source -> bundle; `size`: spec -> bytes of the weights; `memory`: bytes for all weights, 0
     for no limit. The least recently used models are unloaded first. Besides the models themselves it holds
     copies of them with LoRAs merged, once offer() was called. Raises CheckpointError for a model that cannot
     be read.
