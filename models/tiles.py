@@ -57,6 +57,7 @@ def merge(parts: Iterable[NDArray[Any]], tiles: Tiles, factor: int) -> NDArray[n
 
 def ramp(size: int, fade: int) -> NDArray[np.float32]:
     """(size,): weights of a tile along one side, rising and falling over `fade` pixels at its ends."""
-    distance = np.arange(size, dtype=np.float32) + 1
-    weights: NDArray[np.float32] = np.minimum(distance, distance[::-1]).clip(max=max(fade, 1)) / max(fade, 1)
-    return weights
+    distance: NDArray[np.float32] = np.arange(1, size + 1, dtype=np.float32)
+    limit = np.float32(max(fade, 1))
+    nearer_end: NDArray[np.float32] = np.minimum(distance, distance[::-1])
+    return (nearer_end.clip(max=limit) / limit).astype(np.float32, copy=False)

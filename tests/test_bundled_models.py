@@ -24,7 +24,7 @@ from models.training.evaluate import (
     overlap,
     psnr,
     related_objects,
-    to_pictures,
+    to_images,
 )
 from models.training.scenes import COLOURS, Atlas, held_out_scenes
 from service.requests.labels import colour_of
@@ -42,11 +42,11 @@ def test_the_command_generates_a_red_apple_on_a_blue_background(tmp_path: Path) 
     prompt = "red apple on a blue background"
     command = [sys.executable, "-m", "service.cli", "generate", prompt, "-o", str(file), "--seed", "2"]
     subprocess.run(command, cwd=ROOT, check=True)
-    picture = np.asarray(Image.open(file))
-    assert nearest_colour(background(picture)) == "blue"
-    left, top, right, bottom = extent(picture)
+    image = np.asarray(Image.open(file))
+    assert nearest_colour(background(image)) == "blue"
+    left, top, right, bottom = extent(image)
     x, y = (left + right) // 2, (top + bottom) // 2
-    red, green, blue = picture[y - 16 : y + 16, x - 16 : x + 16].reshape(-1, 3).mean(0)
+    red, green, blue = image[y - 16 : y + 16, x - 16 : x + 16].reshape(-1, 3).mean(0)
     assert red > 2 * max(green, blue)
 
 
@@ -55,16 +55,16 @@ def test_the_command_generates_a_red_apple_on_a_blue_background(tmp_path: Path) 
 def test_most_held_out_prompts_are_recognised_in_their_images() -> None:
     bundle, judge = load(EMOJI), Judge(Atlas())
     pairs = held_out_prompts(NAMES, 16)
-    pictures = {}
+    images = {}
 
     def draw(prompts: list[str]) -> np.ndarray:
-        pictures["all"] = to_pictures(bundle.sample(prompts, range(len(prompts)), 10, 3.0))
-        return pictures["all"]
+        images["all"] = to_images(bundle.sample(prompts, range(len(prompts)), 10, 3.0))
+        return images["all"]
 
     accuracy = named_object_accuracy(judge, pairs, draw)
     assert accuracy.top5 >= 0.6  # the model card has the figure over 600 prompts
     assert accuracy.background == 1.0
-    shuffled = named_object_accuracy(judge, pairs, lambda prompts: np.roll(pictures["all"], 1, axis=0))
+    shuffled = named_object_accuracy(judge, pairs, lambda prompts: np.roll(images["all"], 1, axis=0))
     assert shuffled.top5 <= 0.2
 
 
@@ -129,9 +129,9 @@ def test_a_prompt_is_optional_and_sizes_may_vary(bundled: Server) -> None:
 
 @needs_font
 def test_upscaling_is_nearer_to_the_original_than_resampling(bundled: Server) -> None:
-    scenes = np.stack([scene.picture for scene in held_out_scenes(Atlas(), 8, seed=9)])
+    scenes = np.stack([scene.image for scene in held_out_scenes(Atlas(), 8, seed=9)])
     low = smaller(scenes)
-    made_larger = np.stack([made(bundled, "/upscale", image=png(picture)) for picture in low])
+    made_larger = np.stack([made(bundled, "/upscale", image=png(image)) for image in low])
     assert (
         psnr(made_larger, scenes) > psnr(larger(low), scenes) + 1.0
     )  # the model card has the figure over more

@@ -6,17 +6,19 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from models.conditioning.conditioner import LayoutProjection
+from models.conditioning.conditioner import LayoutProjection, TextConditioner
 from models.conditioning.text_encoder import TextEncoder
 from models.latent_diffusion import LatentDiffusion
 from models.networks.autoencoder import Autoencoder
@@ -24,66 +26,82 @@ from models.networks.unet import UNet
 from models.sampling.schedule import Schedule
 from models.spec import ScheduleSpec, TextSpec, UNetSpec
 from models.training.first_stage import to_x
-from models.training.scenes import GRAY, SIZE, Atlas, Scene, draw_scene, without_hidden
+from models.training.scenes import (
+    GRAY,
+    SIZE,
+    Atlas,
+    Floats,
+    Mask,
+    Pixels,
+    Scene,
+    draw_scene,
+    without_occluded,
+)
 from models.training.trainer import Budget, Trainer
 
 CHUNK = 64  # scenes encoded at once
-SHORT, DROPPED = 0.1, 0.1  # shares of captions that leave the background out, and of empty ones
-HOLED = 0.4  # share of scenes that are also encoded with a hole
-SILENT = 0.8  # share of those that have no words, and nothing behind the hole of which nothing else is seen
-SILENT_KINDS = {"one": 0.8, "related": 0.2}  # of their scenes
-SILENT_HOLES = (0, 1, 1, 2, 2)  # kinds of theirs: most hide a part of an object
-SEEN = 0.1  # weight of the error outside a hole, where the picture is known
-KNOWN = 0.9  # how often a scene with words is learned with what is around its hole; without words always
-EVEN = 0.3  # share of updates whose timestep is any, as likely
-LESSON = (0.25, 0.45)  # part of a run in which only who stands where is learned, once names are known
-REPEATED = 4  # from then on every so many updates are of the lesson
-DECISIVE = 0.25  # alpha_bar below which that is decided
-LAID_OUT = 0.15  # how often the regions of a scene are told, by turns as boxes and as silhouettes
+# Shares of the training data.
+SHORT_SHARE = 0.1  # of captions: without the background
+EMPTY_SHARE = 0.1  # of captions: replaced by the empty one, for classifier-free guidance
+MASKED_SHARE = 0.4  # of scenes: also encoded with a mask
+UNCAPTIONED_SHARE = 0.8  # of masked scenes: without a caption, and without objects that the mask covers whole
+UNCAPTIONED_KINDS = {"one": 0.8, "related": 0.2}  # their kinds, as in scenes.KINDS
+UNCAPTIONED_MASKS = (0, 1, 1, 2, 2)  # kinds of their masks, as in draw_mask; most cover a part of an object
+MASK_USED_SHARE = 0.9  # of captioned masked scenes: trained with the mask, as all uncaptioned ones are
+LAYOUT_SHARE = 0.15  # of scenes: trained with their layout, half as boxes and half as silhouettes
+UNIFORM_SHARE = 0.3  # of updates: timesteps are drawn uniformly
+UNMASKED_WEIGHT = 0.1  # weight of the error outside the mask, where the image is given
+# The spatial-relations phase of a run; see train().
+RELATIONS_PHASE = (0.25, 0.45)  # its begin and end, as shares of the run
+RELATIONS_EVERY = 4  # after the phase, every so many updates are of its kind
+RELATIONS_MAX_ALPHA_BAR = 0.25  # its timesteps have an alpha_bar below this
 
 
 class SceneNetwork(nn.Module):
-    """The UNet with what conditions it: text, what is around a hole, and named regions."""
+    """The UNet with what conditions it: text, a masked image, and a layout of named regions."""
 
-    def __init__(self, unet: UNetSpec, text: TextSpec, layout_channels: int, tokenizer) -> None:
+    def __init__(
+        self, unet: UNetSpec, text: TextSpec, layout_channels: int, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         super().__init__()
         self.unet = UNet(unet)
         self.text_encoder = TextEncoder(text, tokenizer)
         self.layout = LayoutProjection(text.width, layout_channels)
 
     def forward(self, z_t: Tensor, t: Tensor, batch: Batch, names: Tensor) -> Tensor:
-        """z_t (B, C, h, w), t (B,), names (K, L): ids of all names -> v (B, C, h, w)."""
+        """z_t (B, C, h, w), t (B,), names (K, L): token ids of all names -> v (B, C, h, w)."""
         present, regions = batch.regions.unique(return_inverse=True)
-        told = self.layout(self.text_encoder, names[(present.long() - 1).clamp(min=0)])
-        table = told * (present > 0)[:, None]  # 0: no name
+        vectors = self.layout(self.text_encoder, names[(present.long() - 1).clamp(min=0)])
+        table = vectors * (present > 0)[:, None]  # 0: no name
         layout = table[regions].movedim(-1, 1)  # (B, channels, h, w)
         x = torch.cat([z_t, batch.mask, batch.masked, layout.to(z_t.dtype)], dim=1)
-        return self.unet(x, t, self.text_encoder(batch.ids).tokens)
+        v: Tensor = self.unet(x, t, self.text_encoder(batch.ids).tokens)
+        return v
 
 
 class Batch(NamedTuple):
-    """What an update learns from."""
+    """The data of one update."""
 
     z: Tensor  # (B, C, h, w), scaled
     ids: Tensor  # (B, L), of the caption, or of the empty one
-    mask: Tensor  # (B, 1, h, w), 1: to be painted
-    masked: Tensor  # (B, C, h, w), scaled latent of the picture with gray where the mask is 1
-    regions: Tensor  # (B, h, w), number of the name from 1, or 0
+    mask: Tensor  # (B, 1, h, w), 1 where the image is to be repainted
+    masked: Tensor  # (B, C, h, w), scaled latent of the image with gray where the mask is 1
+    regions: Tensor  # (B, h, w), index of the name from 1, or 0
 
 
 class Chunk(NamedTuple):
-    """CHUNK scenes, the first HOLED of them with a hole."""
+    """CHUNK scenes, of which the first M have a mask."""
 
-    pictures: np.ndarray  # uint8 (N, 128, 128, 3)
-    hidden: np.ndarray  # uint8 (M, 128, 128, 3), with gray in the holes
-    holes: np.ndarray  # bool (M, 128, 128)
-    captions: tuple[str, ...]  # long and short of each scene in turn
-    boxes: np.ndarray  # (N, h, w), numbers of names from 1, or 0
-    regions: np.ndarray  # (N, h, w)
-    counts: np.ndarray  # (N,), of objects
+    images: Pixels  # (N, 128, 128, 3)
+    masked: Pixels  # (M, 128, 128, 3), with gray under the masks
+    masks: Mask  # (M, 128, 128)
+    captions: tuple[str, ...]  # the long and the short one of each scene in turn
+    boxes: NDArray[np.int16]  # (N, h, w), index of the name from 1, or 0
+    regions: NDArray[np.int16]  # (N, h, w)
+    counts: NDArray[np.int64]  # (N,), of objects
 
 
-class Chunks(Dataset):
+class Chunks(Dataset[Chunk]):
     """Drawn scenes; a chunk is the same whichever process draws it."""
 
     def __init__(self, names: Sequence[str], count: int, seed: int, factor: int) -> None:
@@ -95,23 +113,23 @@ class Chunks(Dataset):
 
     def __getitem__(self, index: int) -> Chunk:
         rng = np.random.default_rng([self.seed, index])
-        holed = round(HOLED * CHUNK)
-        silent = round(SILENT * holed)
-        scenes = [draw_scene(self.atlas, rng, kinds=SILENT_KINDS) for _ in range(silent)]
-        scenes += [draw_scene(self.atlas, rng) for _ in range(CHUNK - silent)]
-        holes = np.stack(
-            [draw_hole(rng, scene, SILENT_HOLES) for scene in scenes[:silent]]
-            + [draw_hole(rng, scene) for scene in scenes[silent:holed]]
+        masked_count = round(MASKED_SHARE * CHUNK)
+        uncaptioned = round(UNCAPTIONED_SHARE * masked_count)
+        scenes = [draw_scene(self.atlas, rng, kinds=UNCAPTIONED_KINDS) for _ in range(uncaptioned)]
+        scenes += [draw_scene(self.atlas, rng) for _ in range(CHUNK - uncaptioned)]
+        masks = np.stack(
+            [draw_mask(rng, scene, UNCAPTIONED_MASKS) for scene in scenes[:uncaptioned]]
+            + [draw_mask(rng, scene) for scene in scenes[uncaptioned:masked_count]]
         )
-        for index in range(silent):
-            scenes[index] = without_hidden(self.atlas, scenes[index], holes[index])
-        known = np.stack([scene.picture for scene in scenes[:holed]])
+        for index in range(uncaptioned):
+            scenes[index] = without_occluded(self.atlas, scenes[index], masks[index])
+        images = np.stack([scene.image for scene in scenes])
         maps = [layouts(scene, self.number, self.factor) for scene in scenes]
         boxes, regions = (np.stack(part) for part in zip(*maps, strict=True))
         return Chunk(
-            np.stack([scene.picture for scene in scenes]),
-            np.where(holes[:, :, :, None], GRAY, known).astype(np.uint8),
-            holes,
+            images,
+            np.where(masks[:, :, :, None], GRAY, images[:masked_count]).astype(np.uint8),
+            masks,
             tuple(text for scene in scenes for text in (scene.caption, scene.short_caption)),
             boxes,
             regions,
@@ -120,35 +138,41 @@ class Chunks(Dataset):
 
 
 def draw_latents(
-    autoencoder: Autoencoder, encoder: TextEncoder, names: Sequence[str], count: int, seed: int,
-    device: torch.device, workers: int = 0,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Draw scenes, in so many processes beside this one, and encode them once.
+    autoencoder: Autoencoder,
+    encoder: TextEncoder,
+    names: Sequence[str],
+    count: int,
+    seed: int,
+    device: torch.device,
+    workers: int = 0,
+) -> dict[str, Tensor]:
+    """Draws scenes, in as many worker processes, and encodes them once.
 
-    latents, masked (N, C, h, w) unscaled bfloat16; ids (N, 2, L) of both captions; masks (N, 1, h, w), 1
-    everywhere where `holed` (N,) is not; boxes and regions (N, h, w), numbers of names from 1, or 0; `counts`
-    (N,) of objects.
+    latents, masked (N, C, h, w), unscaled bfloat16; ids (N, 2, L) of both captions; masks (N, 1, h, w), 1
+    everywhere for scenes without a mask; has_mask (N,); boxes and regions (N, h, w), indices of names from 1,
+    or 0; counts (N,) of objects; gray (1, C, h, w), the latent of a fully masked image; names (K, L), token
+    ids.
     """
     factor = autoencoder.spec.factor
     parts: dict[str, list[Tensor]] = defaultdict(list)
 
-    def encode(pictures: np.ndarray) -> Tensor:
-        x = to_x(torch.from_numpy(pictures)).to(device)
+    def encode(images: Pixels) -> Tensor:
+        x = to_x(torch.from_numpy(images)).to(device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             return autoencoder.encode(x).bfloat16()
 
     gray = encode(np.full((1, SIZE, SIZE, 3), GRAY, np.uint8))
-    chunks = DataLoader(
-        Chunks(names, count, seed, factor), batch_size=None, num_workers=workers, collate_fn=same
+    chunks: DataLoader[Chunk] = DataLoader(
+        Chunks(names, count, seed, factor), batch_size=None, num_workers=workers, collate_fn=identity
     )
     for chunk in tqdm(chunks, desc="latents", unit_scale=CHUNK, unit="scene"):
-        holes = len(chunk.holes)
+        masked = len(chunk.masks)
         masks = torch.ones(CHUNK, 1, SIZE // factor, SIZE // factor, dtype=torch.uint8)
-        masks[:holes, 0] = max_pool2d(torch.from_numpy(chunk.holes).float(), factor).byte()
-        parts["latents"].append(encode(chunk.pictures))
-        parts["masked"].append(torch.cat([encode(chunk.hidden), gray.expand(CHUNK - holes, -1, -1, -1)]))
+        masks[:masked, 0] = max_pool2d(torch.from_numpy(chunk.masks).float(), factor).byte()
+        parts["latents"].append(encode(chunk.images))
+        parts["masked"].append(torch.cat([encode(chunk.masked), gray.expand(CHUNK - masked, -1, -1, -1)]))
         parts["masks"].append(masks)
-        parts["holed"].append(torch.arange(CHUNK) < holes)
+        parts["has_mask"].append(torch.arange(CHUNK) < masked)
         parts["ids"].append(encoder.tokenize(chunk.captions).view(CHUNK, 2, -1))
         parts["boxes"].append(torch.from_numpy(chunk.boxes))
         parts["regions"].append(torch.from_numpy(chunk.regions))
@@ -157,19 +181,22 @@ def draw_latents(
     return data | {"gray": gray, "names": encoder.tokenize(names).to(device)}
 
 
-def same(chunk: Chunk) -> Chunk:
-    """What the loader makes of a chunk: nothing else."""
+def identity(chunk: Any) -> Any:
+    """The loader's collate function: chunks are used as they are drawn."""
     return chunk
 
 
-def draw_hole(rng: np.random.Generator, scene: Scene, kinds: Sequence[int] = (0, 1, 2)) -> np.ndarray:
-    """What to paint anew, bool (128, 128). Kinds: 0 an object's surroundings, 1 a box, 2 a thick stroke."""
-    kind, mask = kinds[rng.integers(len(kinds))], Image.new("1", (SIZE, SIZE))
+def draw_mask(rng: np.random.Generator, scene: Scene, kinds: Sequence[int] = (0, 1, 2)) -> Mask:
+    """The pixels to repaint, (128, 128).
+
+    Kinds: 0 a box around an object, 1 a random box, 2 a thick stroke.
+    """
+    kind, mask = kinds[int(rng.integers(len(kinds)))], Image.new("1", (SIZE, SIZE))
     draw = ImageDraw.Draw(mask)
     if kind == 0:
         left, top, right, bottom = scene.boxes()[rng.integers(len(scene.names))]
-        wide = rng.integers(0, 12, 4)
-        draw.rectangle((left - wide[0], top - wide[1], right + wide[2], bottom + wide[3]), fill=1)
+        margins = rng.integers(0, 12, 4)
+        draw.rectangle((left - margins[0], top - margins[1], right + margins[2], bottom + margins[3]), fill=1)
     elif kind == 1:
         width, height = rng.integers(24, 97, 2)
         left, top = rng.integers(0, SIZE - width + 1), rng.integers(0, SIZE - height + 1)
@@ -180,8 +207,10 @@ def draw_hole(rng: np.random.Generator, scene: Scene, kinds: Sequence[int] = (0,
     return np.asarray(mask)
 
 
-def layouts(scene: Scene, number: Mapping[str, int], factor: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes and silhouettes of a scene at the latent's size, (h, w) int16: numbers of names, or 0."""
+def layouts(
+    scene: Scene, number: Mapping[str, int], factor: int
+) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+    """Boxes and silhouettes of a scene at the latent's size, each (h, w): indices of names from 1, or 0."""
     numbers = np.array([0, *(number[name] for name in scene.names)], np.int16)
     boxes = np.zeros((SIZE, SIZE), np.int16)
     for index, (left, top, right, bottom) in enumerate(scene.boxes(), 1):
@@ -193,55 +222,55 @@ def layouts(scene: Scene, number: Mapping[str, int], factor: int) -> tuple[np.nd
 def batches(
     data: dict[str, Tensor], scale: float, empty: Tensor, size: int, seed: int, chosen: Tensor
 ) -> Iterator[Batch]:
-    """Endless random batches: captions shortened or dropped, holes and layouts told at random.
+    """Endless random batches: captions shortened or dropped, masks and layouts used at random.
 
-    chosen (N,): true for the scenes to learn from.
+    scale: of the latents; empty (1, L): token ids of the empty caption; chosen (N,): the scenes to train on.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen, device = chosen.nonzero()[:, 0], empty.device
     gray = data["gray"].float() * scale
 
-    def chance(part: float, size: int) -> Tensor:
-        return (torch.rand(size, generator=generator) < part).to(device)
+    def chance(share: float, size: int) -> Tensor:
+        return (torch.rand(size, generator=generator) < share).to(device)
 
     while True:
         for part in torch.randperm(len(chosen), generator=generator).to(device).split(size):
             index, n = chosen[part], len(part)
-            # A scene without words lacks what its hole hides: without the hole it would teach empty pictures.
-            silent = (data["ids"][index, 0] == empty).all(1)
-            known = data["holed"][index] & (chance(KNOWN, n) | silent)
-            laid_out, boxed = chance(LAID_OUT, n), chance(0.5, n)
-            nothing = chance(DROPPED, n)
-            ids = data["ids"][index, chance(SHORT, n).long()]
-            regions = torch.where(boxed[:, None, None], data["boxes"][index], data["regions"][index])
-            tell = (laid_out & ~nothing)[:, None, None]
-            here = known[:, None, None, None]
+            # Uncaptioned scenes always keep their mask: without it they would teach images that lack objects.
+            uncaptioned = (data["ids"][index, 0] == empty).all(1)
+            masked = data["has_mask"][index] & (chance(MASK_USED_SHARE, n) | uncaptioned)
+            with_layout, as_boxes = chance(LAYOUT_SHARE, n), chance(0.5, n)
+            unconditional = chance(EMPTY_SHARE, n)
+            ids = data["ids"][index, chance(SHORT_SHARE, n).long()]
+            regions = torch.where(as_boxes[:, None, None], data["boxes"][index], data["regions"][index])
+            show_layout = (with_layout & ~unconditional)[:, None, None]
+            show_masked = masked[:, None, None, None]
             yield Batch(
                 data["latents"][index].float() * scale,
-                torch.where(nothing[:, None], empty, ids),
-                torch.where(here, data["masks"][index].float(), 1.0),
-                torch.where(here, data["masked"][index].float() * scale, gray),
-                torch.where(tell, regions, 0),
+                torch.where(unconditional[:, None], empty, ids),
+                torch.where(show_masked, data["masks"][index].float(), 1.0),
+                torch.where(show_masked, data["masked"][index].float() * scale, gray),
+                torch.where(show_layout, regions, 0),
             )
 
 
-def in_holes(batch: Batch) -> Tensor:
-    """Weight of each cell's error, (B, 1, h, w), of mean 1 in each picture: most is in its hole."""
-    weight = batch.mask.clamp(min=SEEN)
+def mask_weights(batch: Batch) -> Tensor:
+    """Weight of each cell's error, (B, 1, h, w), of mean 1 in each image and larger inside its mask."""
+    weight = batch.mask.clamp(min=UNMASKED_WEIGHT)
     return weight / weight.mean((2, 3), keepdim=True)
 
 
-def timestep_density(alpha_bar: np.ndarray) -> Tensor:
+def timestep_density(alpha_bar: Floats) -> Tensor:
     """How often training draws each timestep: (T,), sums to 1.
 
-    The logit-normal density of Esser et al. 2024 (section 3.1) over the angle that the signal's and the
-    noise's parts make: shapes are decided at middle noise, so most updates go there. A share is spread over
-    all timesteps: which of two objects stands where is decided while there is hardly anything but noise.
+    The logit-normal density of Esser et al. 2024 (section 3.1) over the angle between signal and noise:
+    shapes are decided at middle noise, so most updates go there. A share is spread over all timesteps,
+    because where objects are is decided while there is hardly anything but noise.
     """
     angle = np.arccos(np.sqrt(alpha_bar)) / (np.pi / 2)  # 0: no noise, 1: noise only
     logit = np.log(angle / (1 - angle))
     density = np.exp(-0.5 * logit**2) / (angle * (1 - angle)) * np.gradient(angle)
-    density = (1 - EVEN) * density / density.sum() + EVEN / len(density)
+    density = (1 - UNIFORM_SHARE) * density / density.sum() + UNIFORM_SHARE / len(density)
     return torch.from_numpy(density)
 
 
@@ -252,12 +281,12 @@ def v_error(
     density: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Error of the predicted v (Salimans and Ho 2022) at random timesteps.
+    """Mean squared error of the predicted v (Salimans and Ho 2022) at random timesteps.
 
-    predict: z_t (B, C, h, w), t (B,) -> v; alpha_bar, density (T,). weight: of each cell, (B, 1, h, w) with
+    predict: z_t (B, C, h, w), t (B,) -> v; alpha_bar, density: (T,). weight: of each cell, (B, 1, h, w) with
     mean 1; None: the same for all.
     """
-    quantiles = (torch.arange(len(z)) + torch.rand(len(z))).to(z.device) / len(z)  # one of each share
+    quantiles = (torch.arange(len(z)) + torch.rand(len(z))).to(z.device) / len(z)  # stratified
     t = torch.searchsorted(density.cumsum(0), quantiles).clamp(max=len(density) - 1)
     ab = alpha_bar[t][:, None, None, None]
     eps = torch.randn_like(z)
@@ -267,19 +296,19 @@ def v_error(
 
 
 def start_from(network: SceneNetwork, bundle: LatentDiffusion) -> None:
-    """Take over what a smaller or older model has learned.
+    """Copies the weights of a trained model, which may be smaller or older, into the network.
 
-    Tokens are matched by their text; of a layer that has grown, what is new starts at zero.
+    Tokens are matched by their text; new input channels of the UNet start at zero.
     """
-    old, new = (
-        bundle.conditioner.encoders[0].tokenizer.get_vocab(),
-        network.text_encoder.tokenizer.get_vocab(),
-    )
-    text, shared = bundle.conditioner.encoders[0].state_dict(), sorted(new.keys() & old.keys())
-    rows = network.text_encoder.state_dict()
+    if bundle.unet is None or not isinstance(bundle.conditioner, TextConditioner):
+        raise ValueError(f"{bundle.spec.name} is not a text-to-image model to start from")
+    old_encoder, encoder = bundle.conditioner.encoders[0], network.text_encoder
+    old, new = (each.prompt_tokenizer.tokenizer.get_vocab() for each in (old_encoder, encoder))
+    text, shared = old_encoder.state_dict(), sorted(new.keys() & old.keys())
+    rows = encoder.state_dict()
     key = next(key for key in text if key.endswith("token_embedding.weight"))
     rows[key][[new[token] for token in shared]] = text[key][[old[token] for token in shared]]
-    network.text_encoder.load_state_dict(text | {key: rows[key]})
+    encoder.load_state_dict(text | {key: rows[key]})
     unet, key = bundle.unet.state_dict(), "input_blocks.0.0.weight"
     grown = torch.zeros_like(network.unet.state_dict()[key])
     grown[:, : unet[key].shape[1]] = unet[key]
@@ -289,39 +318,51 @@ def start_from(network: SceneNetwork, bundle: LatentDiffusion) -> None:
 
 
 def train(
-    network: SceneNetwork, schedule: ScheduleSpec, data: dict[str, Tensor], scale: float,
-    budget: Budget, state: Path, device: torch.device,
-) -> bool:  # fmt: skip
-    """Train the network to predict v on cached latents; resumes from `state`. Whether the budget is spent.
+    network: SceneNetwork,
+    schedule: ScheduleSpec,
+    data: dict[str, Tensor],
+    scale: float,
+    budget: Budget,
+    state: Path,
+    device: torch.device,
+) -> bool:
+    """Trains the network to predict v on cached latents; resumes from `state`. True once the budget is spent.
 
-    A part of the run is a lesson: scenes of two objects alone, in the noise where their places are decided.
-    The mean over all scenes and relations tells nothing of who stands where, and the mix of all scenes does
-    not leave that plateau. The lesson does, in some hundred updates where names are known and two thousand
-    where they hardly are. Repeated in the mix, it is learned further.
+    A part of the run, the spatial-relations phase, trains on scenes of two objects alone, at the noise levels
+    where their positions are decided. The mix of all scenes does not learn which of two objects goes where:
+    the average over scenes and relations has no gradient towards it. The phase learns it in some hundred
+    updates once names are known, and in two thousand where they hardly are; repeating it within the mix
+    refines it.
     """
-    trainer, alpha_bar = Trainer(network, budget, state, device), Schedule(schedule).alpha_bar
-    always = timestep_density(alpha_bar).to(device, torch.float32)
-    alpha_bar = torch.from_numpy(alpha_bar).to(device, torch.float32)
-    decisive = (alpha_bar < DECISIVE).float()
-    decisive /= decisive.sum()
+    trainer, table = Trainer(network, budget, state, device), Schedule(schedule).alpha_bar
+    mixed_density = timestep_density(table).to(device, torch.float32)
+    alpha_bar = torch.from_numpy(table).to(device, torch.float32)
+    relations_density = (alpha_bar < RELATIONS_MAX_ALPHA_BAR).float()
+    relations_density /= relations_density.sum()
     empty = network.text_encoder.tokenize([""]).to(device)
-    two = (data["counts"] == 2) & ~data["holed"]
-    mix, lesson = (
+    two_objects = (data["counts"] == 2) & ~data["has_mask"]
+    mix, relations = (
         batches(data, scale, empty, budget.batch, trainer.progress.updates, chosen)
-        for chosen in (torch.ones_like(two), two)
+        for chosen in (torch.ones_like(two_objects), two_objects)
     )
-    begin, end = (60 * budget.minutes * part for part in LESSON) if two.any() else (math.inf, math.inf)
+    begin, end = math.inf, math.inf
+    if two_objects.any():
+        begin, end = (60 * budget.minutes * part for part in RELATIONS_PHASE)
 
     def stream() -> Iterator[tuple[Batch, Tensor]]:
         while True:
             spent, updates = trainer.progress.seconds, trainer.progress.updates
-            in_lesson = spent >= begin and (spent < end or updates % REPEATED == 0)
-            yield (next(lesson), decisive) if in_lesson else (next(mix), always)
+            on_relations = spent >= begin and (spent < end or updates % RELATIONS_EVERY == 0)
+            yield (next(relations), relations_density) if on_relations else (next(mix), mixed_density)
 
     def loss(drawn: tuple[Batch, Tensor]) -> Tensor:
         batch, density = drawn
         return v_error(
-            lambda z_t, t: network(z_t, t, batch, data["names"]), batch.z, alpha_bar, density, in_holes(batch)
+            lambda z_t, t: network(z_t, t, batch, data["names"]),
+            batch.z,
+            alpha_bar,
+            density,
+            mask_weights(batch),
         )
 
     return trainer.run(stream(), loss, "diffusion")

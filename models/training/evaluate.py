@@ -1,29 +1,34 @@
-"""Does a model draw what it is asked for? Named-object accuracy, and the autoencoder's fidelity.
+"""Evaluation of a trained model: named-object accuracy by task, and the autoencoder's fidelity.
 
-Named-object accuracy: the border's median colour is the background; what differs from it is cropped, padded
-to a square, and compared with every glyph of the font put on the same background and treated the same way.
+Named-object accuracy: the median colour of the border is the background; the pixels that differ from it are
+cropped, padded to a square, and compared with every glyph of the font on the same background.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.latent_diffusion import LatentDiffusion, to_uint8
-from models.training.diffusion import draw_hole
+from models.latent_diffusion import LatentDiffusion, MaskedImage, to_uint8
+from models.training.diffusion import draw_mask
 from models.training.first_stage import to_x
 from models.training.scenes import (
     COLOURS,
     RELATIONS,
     SIZE,
     Atlas,
+    Floats,
+    Integers,
+    Mask,
+    Pixels,
     Scene,
     bounds,
     caption_of,
@@ -31,16 +36,17 @@ from models.training.scenes import (
     held_out_scenes,
 )
 
-SIDE = 24  # pixels a side at which glyphs are compared
-BATCH = 32  # pictures drawn at once
-DIFFERS = 30.0  # distance in RGB from which a pixel is not background
+SIDE = 24  # side in pixels at which glyphs are compared
+BATCH = 32  # images drawn at once
+BACKGROUND_DISTANCE = 30.0  # pixels further than this from the background's RGB belong to an object
+BEST_MEAN_ERROR = 1.0  # squared error below which no smaller one is distinguished: one level
 
-Pictures = np.ndarray  # uint8 (B, H, W, 3)
+Images = Pixels  # (B, H, W, 3)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares over all prompts."""
+    """Shares of all prompts whose image shows the named object (top 1, top 5) and the right background."""
 
     count: int
     top1: float
@@ -48,185 +54,211 @@ class Accuracy:
     background: float
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal to noise of two uint8 arrays, in dB."""
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+def psnr(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Peak signal-to-noise ratio of two uint8 arrays, in dB."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     return float(10 * np.log10(255.0**2 / max(error, 1e-12)))
 
 
-def background(picture: np.ndarray) -> np.ndarray:
-    """The median colour of the border, float (3,)."""
-    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-    return np.median(border, axis=0).astype(np.float64)
+def background(image: Pixels) -> Floats:
+    """The median colour of the border, (3,)."""
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    colour: Floats = np.median(border, axis=0).astype(np.float64)
+    return colour
 
 
-def nearest_colour(colour: np.ndarray) -> str:
-    """The nearest of the named colours."""
+def nearest_colour(colour: Floats) -> str:
+    """The name of the nearest of COLOURS."""
     return min(COLOURS, key=lambda name: float(np.linalg.norm(np.subtract(COLOURS[name], colour))))
 
 
-def cut_out(picture: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Crop what differs from the background, pad to a square, shrink: float (SIDE, SIDE, 3)."""
-    apart = np.linalg.norm(picture.astype(np.float64) - colour, axis=-1) > DIFFERS
-    left, top, right, bottom = bounds(apart)
+def foreground(image: Pixels, colour: Floats) -> Mask:
+    """The pixels that differ from a background colour, (H, W)."""
+    apart: Mask = np.linalg.norm(image.astype(np.float64) - colour, axis=-1) > BACKGROUND_DISTANCE
+    return apart
+
+
+def cut_out(image: Pixels, colour: Floats) -> NDArray[np.float32]:
+    """Crops the foreground, pads it to a square and resizes it: (SIDE, SIDE, 3)."""
+    left, top, right, bottom = bounds(foreground(image, colour))
     if not right:
         return np.broadcast_to(colour, (SIDE, SIDE, 3)).astype(np.float32)
-    crop = picture[top:bottom, left:right]
-    side = max(crop.shape[:2])
-    square = Image.new("RGB", (side, side), tuple(int(c) for c in colour.round()))
+    crop = image[top:bottom, left:right]
+    side = max(crop.shape[0], crop.shape[1])
+    red, green, blue = (int(c) for c in colour.round())
+    square = Image.new("RGB", (side, side), (red, green, blue))
     square.paste(Image.fromarray(crop), ((side - crop.shape[1]) // 2, (side - crop.shape[0]) // 2))
     return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
 
 
 class Judge:
-    """Ranks all glyphs by their likeness to the object of a picture."""
+    """Ranks all glyphs by their similarity to the object in an image."""
 
     def __init__(self, atlas: Atlas) -> None:
         self.names = atlas.names
         glyphs = [np.asarray(atlas.glyph(name, 96).convert("RGBA")) for name in self.names]
-        self._glyphs = [np.pad(g, [((SIZE - n) // 2, SIZE - n - (SIZE - n) // 2) for n in g.shape[:2]]
-                               + [(0, 0)]) for g in glyphs]  # fmt: skip
-        self._references: dict[tuple[int, ...], np.ndarray] = {}
+        self._glyphs = [centred(glyph) for glyph in glyphs]
+        self._tables: dict[tuple[int, ...], NDArray[np.float32]] = {}  # by background
 
-    def rank(self, picture: np.ndarray, colour: np.ndarray | None = None) -> list[str]:
-        """All names, the most alike first. picture uint8 (H, W, 3); colour: of its background, if known."""
-        colour = (background(picture) if colour is None else colour).round()
-        object_ = cut_out(picture, colour).ravel()
-        distance = np.square(self._on(colour) - object_).sum(axis=1)
+    def rank(self, image: Pixels, colour: Floats | None = None) -> list[str]:
+        """All names, the most similar first. image (H, W, 3); colour: of its background, if known."""
+        colour = (background(image) if colour is None else colour).round()
+        object_ = cut_out(image, colour).ravel()
+        distance = np.square(self._references(colour) - object_).sum(axis=1)
         return [self.names[i] for i in distance.argsort()]
 
-    def _on(self, colour: np.ndarray) -> np.ndarray:
-        # Backgrounds come out of D a little off; steps of 16 keep the tables few and cost no accuracy.
+    def _references(self, colour: Floats) -> NDArray[np.float32]:
+        """Every glyph on a background, cut out: (glyphs, SIDE * SIDE * 3)."""
+        # Decoded backgrounds vary a little; rounding to steps of 16 keeps tables few and costs no accuracy.
         key = tuple(int(c) // 16 * 16 + 8 for c in colour)
-        if key not in self._references:
+        if key not in self._tables:
             base = np.array(key, dtype=np.float64)
-            self._references[key] = np.stack(
-                [cut_out(self._put(g, base), base).ravel() for g in self._glyphs]
-            )
-        return self._references[key]
+            self._tables[key] = np.stack([cut_out(self._put(g, base), base).ravel() for g in self._glyphs])
+        return self._tables[key]
 
     @staticmethod
-    def _put(glyph: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    def _put(glyph: Pixels, colour: Floats) -> Pixels:
         alpha = glyph[..., 3:].astype(np.float64) / 255
-        return (glyph[..., :3] * alpha + colour * (1 - alpha)).round().astype(np.uint8)
+        blended: Pixels = (glyph[..., :3] * alpha + colour * (1 - alpha)).round().astype(np.uint8)
+        return blended
+
+
+def centred(glyph: Pixels) -> Pixels:
+    """A glyph in the middle of a transparent canvas: (SIZE, SIZE, 4)."""
+    margins = [((SIZE - n) // 2, SIZE - n - (SIZE - n) // 2) for n in glyph.shape[:2]]
+    return np.pad(glyph, [*margins, (0, 0)])
 
 
 def held_out_prompts(names: Sequence[str], count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(name, colour) pairs that training never saw, in a fixed random order; repeated when too few."""
+    """Held-out (name, colour) pairs in a fixed random order; repeated if there are too few."""
     pairs = [(name, colour) for name in names for colour in COLOURS if held_out(name, colour)]
     order = np.random.default_rng(seed).permutation(len(pairs))
     return [pairs[order[i % len(pairs)]] for i in range(count)] if pairs else []
 
 
 def named_object_accuracy(
-    judge: Judge, pairs: Sequence[tuple[str, str]], draw: Callable[[list[str]], Pictures], batch: int = BATCH
+    judge: Judge, pairs: Sequence[tuple[str, str]], draw: Callable[[list[str]], Images], batch: int = BATCH
 ) -> Accuracy:
-    """Draw "NAME on a COLOUR background" for each pair and judge it."""
+    """Draws "NAME on a COLOUR background" for each pair and ranks the result."""
     top1 = top5 = right = 0
     for start in range(0, len(pairs), batch):
         chunk = pairs[start : start + batch]
-        pictures = draw([caption_of(*pair) for pair in chunk])
-        for (name, colour), picture in zip(chunk, pictures, strict=True):
-            ranked = judge.rank(picture)[:5]
+        images = draw([caption_of(*pair) for pair in chunk])
+        for (name, colour), image in zip(chunk, images, strict=True):
+            ranked = judge.rank(image)[:5]
             top1, top5 = top1 + (ranked[0] == name), top5 + (name in ranked)
-            right += nearest_colour(background(picture)) == colour
+            right += nearest_colour(background(image)) == colour
     n = max(1, len(pairs))
     return Accuracy(len(pairs), top1 / n, top5 / n, right / n)
 
 
-def to_pictures(x: Tensor) -> Pictures:
-    """x (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
-    return to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+def to_images(x: Tensor) -> Images:
+    """x (B, 3, H, W) in [-1, 1] -> (B, H, W, 3)."""
+    images: Images = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+    return images
 
 
 @torch.inference_mode()
-def reconstructed(bundle: LatentDiffusion, pictures: Pictures) -> Pictures:
-    """D(E(x)) of each."""
-    batches = to_x(torch.from_numpy(pictures)).split(BATCH)
-    return np.concatenate([to_pictures(bundle.decode(bundle.encode(x.to(bundle.device)))) for x in batches])
+def reconstructed(bundle: LatentDiffusion, images: Images) -> Images:
+    """D(E(x)) of each image."""
+    batches = to_x(torch.from_numpy(images)).split(BATCH)
+    return np.concatenate([to_images(bundle.decode(bundle.encode(x.to(bundle.device)))) for x in batches])
 
 
 def fidelity(bundle: LatentDiffusion, atlas: Atlas, count: int = 128) -> float:
-    """PSNR in dB of D(E(x)) over held-out scenes, of their mean squared error."""
-    scenes = np.stack([scene.picture for scene in held_out_scenes(atlas, count)])
+    """PSNR in dB of D(E(x)) over held-out scenes, from the mean squared error of all."""
+    scenes = np.stack([scene.image for scene in held_out_scenes(atlas, count)])
     return psnr(scenes, reconstructed(bundle, scenes))
 
 
 class Painter:
-    """Draws batches of pictures with a model, each with a seed of its own."""
+    """Draws images with a model in batches, every image with a new seed."""
 
     def __init__(self, bundle: LatentDiffusion, steps: int, guidance_scale: float, total: int) -> None:
         self.bundle = bundle
         self.steps = steps
         self.guidance_scale = guidance_scale
-        self.bar = tqdm(total=total, desc="pictures", leave=False)
+        self.bar = tqdm(total=total, desc="images", leave=False)
         self.drawn = 0
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str], beside: Sequence[Tensor] | None = None) -> Pictures:
-        """One picture a prompt; beside: of each, as LatentDiffusion.beside() makes it."""
+    def __call__(self, prompts: Sequence[str], concat_channels: Sequence[Tensor] | None = None) -> Images:
+        """One image per prompt; concat_channels: of each, from for_layouts() or for_inpainting()."""
         parts = []
         for start in range(0, len(prompts), BATCH):
             part = slice(start, start + BATCH)
             chosen = prompts[part]
             seeds = range(self.drawn, self.drawn + len(chosen))
-            given = None if beside is None else beside[part]
+            given = None if concat_channels is None else concat_channels[part]
             x = self.bundle.sample(chosen, seeds, self.steps, self.guidance_scale, given)
-            parts.append(to_pictures(x))
+            parts.append(to_images(x))
             self.drawn += len(chosen)
             self.bar.update(len(chosen))
         return np.concatenate(parts)
 
-    def regions(self, maps: Sequence[np.ndarray]) -> list[Tensor]:
-        """What stands beside the latent for label numbers (h, w) each."""
-        return [
-            self.bundle.concat_channels(*map.shape, torch.from_numpy(map.astype(np.int64))) for map in maps
-        ]
+    def for_layouts(self, maps: Sequence[Integers]) -> list[Tensor]:
+        """Concat channels for maps of label numbers, (h, w) each."""
+        made = []
+        for map in maps:
+            h, w = map.shape
+            made.append(self._concat_channels(h, w, regions=torch.from_numpy(map.astype(np.int64))))
+        return made
 
     @torch.inference_mode()
-    def around(self, pictures: Pictures, holes: np.ndarray) -> list[Tensor]:
-        """What stands beside the latent for pictures with holes, bool (B, H, W)."""
-        device, given = self.bundle.device, []
-        for picture, hole in zip(pictures, holes, strict=True):
-            x = to_x(torch.from_numpy(picture)[None]).to(device)
-            known = self.bundle.encode_masked(x, torch.from_numpy(hole).to(device))
-            given.append(self.bundle.concat_channels(*known.z.shape[1:], masked=known))
-        return given
+    def for_inpainting(self, images: Images, masks: Mask) -> list[Tensor]:
+        """Concat channels for images (B, H, W, 3) and masks (B, H, W)."""
+        device, made = self.bundle.device, []
+        for image, mask in zip(images, masks, strict=True):
+            x = to_x(torch.from_numpy(image)[None]).to(device)
+            masked = self.bundle.encode_masked(x, torch.from_numpy(mask).to(device))
+            h, w = masked.z.shape[1:]
+            made.append(self._concat_channels(h, w, masked=masked))
+        return made
+
+    def _concat_channels(
+        self, h: int, w: int, regions: Tensor | None = None, masked: MaskedImage | None = None
+    ) -> Tensor:
+        channels = self.bundle.concat_channels(h, w, regions, masked)
+        if channels is None:
+            raise ValueError(f"{self.bundle.spec.name} takes neither masks nor layouts")
+        return channels
 
 
-def right_objects(judge: Judge, names: Sequence[str], pictures: Pictures) -> float:
-    """Share of pictures whose object is the one named."""
-    return float(np.mean([judge.rank(p)[0] == name for name, p in zip(names, pictures, strict=True)]))
+def right_objects(judge: Judge, names: Sequence[str], images: Images) -> float:
+    """Share of images whose most similar glyph is the one named."""
+    return float(np.mean([judge.rank(p)[0] == name for name, p in zip(names, images, strict=True)]))
 
 
 class Related(NamedTuple):
-    """A prompt for two objects, and what its picture, cut in two along an axis, is to show on each side."""
+    """A prompt for two objects, and the name that each half of the image should show."""
 
     prompt: str
-    axis: int
+    axis: int  # along which the image is halved
     names: tuple[str, str]
 
 
 def related_prompts(names: Sequence[str], count: int, seed: int = 1) -> list[Related]:
-    """Random pairs in random relations; of no name is the background held out."""
-    rng, asked = np.random.default_rng(seed), []
-    while len(asked) < count:
+    """Random pairs in random relations, without pairs of a name and a held-out background."""
+    rng = np.random.default_rng(seed)
+    related: list[Related] = []
+    while len(related) < count:
         pair = [names[i] for i in rng.permutation(len(names))[:2]]
         relation, colour = list(RELATIONS)[rng.integers(4)], list(COLOURS)[rng.integers(len(COLOURS))]
         if any(held_out(name, colour) for name in pair):
-            continue  # two names together are new enough
+            continue  # the combination of two names is what is new here
         axis, direction = RELATIONS[relation]
         prompt = f"{pair[0]} {relation} {pair[1]} on a {colour} background"
-        asked.append(Related(prompt, 1 - axis, tuple(pair[::direction])))
-    return asked
+        first, second = pair[::direction]
+        related.append(Related(prompt, 1 - axis, (first, second)))
+    return related
 
 
 def related_objects(judge: Judge, paint: Painter, names: Sequence[str], count: int) -> tuple[float, float]:
-    """Shares of pictures of two objects that are both the right ones, and each on its side too."""
-    asked, drawn, placed = related_prompts(names, count), 0, 0
-    for (_, axis, pair), picture in zip(asked, paint([each.prompt for each in asked]), strict=True):
-        colour = background(picture)
-        found = tuple(judge.rank(part, colour)[0] for part in np.split(picture, 2, axis=axis))
+    """Shares of images that show both objects, and that show each of them on its side."""
+    prompts, drawn, placed = related_prompts(names, count), 0, 0
+    for (_, axis, pair), image in zip(prompts, paint([each.prompt for each in prompts]), strict=True):
+        colour = background(image)
+        found = tuple(judge.rank(part, colour)[0] for part in np.split(image, 2, axis=axis))
         drawn, placed = drawn + (found in (pair, pair[::-1])), placed + (found == pair)
     return drawn / count, placed / count
 
@@ -234,31 +266,31 @@ def related_objects(judge: Judge, paint: Painter, names: Sequence[str], count: i
 def boxed_objects(
     judge: Judge, paint: Painter, names: Sequence[str], count: int
 ) -> tuple[float, float, float]:
-    """Shares of pictures that show what the label of a box says, that fill the box, and that do both.
+    """Shares of images that show the object of a box, that fill the box, and that do both.
 
-    The label is the prompt too, as it is wherever there is no other.
+    The prompt is the label, as it is by default in requests.
     """
     rng, f = np.random.default_rng(2), paint.bundle.spec.autoencoder.factor
-    asked, maps, boxes = [], [], []
+    labels, maps, boxes = [], [], []
     for _ in range(count):
         side = f * int(rng.integers(8, 14))
         left, top = (f * int(v) for v in rng.integers(0, (SIZE - side) // f + 1, 2))
         number = int(rng.integers(len(names)))
         regions = np.zeros((SIZE // f, SIZE // f), np.int64)
         regions[top // f : (top + side) // f, left // f : (left + side) // f] = number + 1
-        asked.append(names[number])
+        labels.append(names[number])
         maps.append(regions)
         boxes.append((left, top, left + side, top + side))
-    pictures = paint(asked, paint.regions(maps))
-    named = [judge.rank(p)[0] == name for name, p in zip(asked, pictures, strict=True)]
-    placed = [overlap(extent(p), box) > 0.5 for p, box in zip(pictures, boxes, strict=True)]
+    images = paint(labels, paint.for_layouts(maps))
+    named = [judge.rank(p)[0] == name for name, p in zip(labels, images, strict=True)]
+    placed = [overlap(extent(p), box) > 0.5 for p, box in zip(images, boxes, strict=True)]
     both = [a and b for a, b in zip(named, placed, strict=True)]
     return float(np.mean(named)), float(np.mean(placed)), float(np.mean(both))
 
 
-def extent(picture: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of what differs from the background."""
-    return bounds(np.linalg.norm(picture.astype(np.float64) - background(picture), axis=-1) > DIFFERS)
+def extent(image: Pixels) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the foreground."""
+    return bounds(foreground(image, background(image)))
 
 
 def overlap(a: Sequence[int], b: Sequence[int]) -> float:
@@ -268,48 +300,54 @@ def overlap(a: Sequence[int], b: Sequence[int]) -> float:
     return shared / max(sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)) - shared, 1)
 
 
-def object_holes(scenes: Sequence[Scene], margin: int = 6) -> np.ndarray:
-    """Over the object of each scene, bool (B, H, W)."""
-    holes = np.zeros((len(scenes), SIZE, SIZE), bool)
-    for hole, scene in zip(holes, scenes, strict=True):
+def object_masks(scenes: Sequence[Scene], margin: int = 6) -> Mask:
+    """Masks over the object of each scene, (B, H, W)."""
+    masks = np.zeros((len(scenes), SIZE, SIZE), bool)
+    for mask, scene in zip(masks, scenes, strict=True):
         left, top, right, bottom = scene.boxes()[0]
-        hole[max(top - margin, 0) : bottom + margin, max(left - margin, 0) : right + margin] = True
-    return holes
+        mask[max(top - margin, 0) : bottom + margin, max(left - margin, 0) : right + margin] = True
+    return masks
 
 
-def random_holes(scenes: Sequence[Scene]) -> np.ndarray:
-    """Over background and up to half of an object, bool (B, H, W)."""
-    rng, holes = np.random.default_rng(3), []
+def random_masks(scenes: Sequence[Scene]) -> Mask:
+    """Masks over background and at most half of each object, (B, H, W)."""
+    rng, masks = np.random.default_rng(3), []
     for scene in scenes:
-        hole = draw_hole(rng, scene, kinds=(1, 2))
-        while hole[scene.regions > 0].mean() > 0.5:
-            hole = draw_hole(rng, scene, kinds=(1, 2))
-        holes.append(hole)
-    return np.stack(holes)
+        mask = draw_mask(rng, scene, kinds=(1, 2))
+        while mask[scene.regions > 0].mean() > 0.5:
+            mask = draw_mask(rng, scene, kinds=(1, 2))
+        masks.append(mask)
+    return np.stack(masks)
 
 
-def filled_holes(paint: Painter, scenes: Sequence[Scene]) -> tuple[float, float]:
-    """How much nearer than the mean of what is known a filling without a prompt comes, PSNR in dB.
+def inpainting_gain(paint: Painter, scenes: Sequence[Scene]) -> tuple[float, float]:
+    """Gain in PSNR, in dB, of inpainting without a prompt over filling masks with the mean unmasked colour.
 
-    The mean over pictures, and of the squared error of all their pixels, which the worst of them make up.
+    Averaged over images, and computed from the squared error of all masked pixels, where the worst images
+    dominate.
     """
-    pictures, holes = np.stack([scene.picture for scene in scenes]), random_holes(scenes)
-    made = paint([""] * len(scenes), paint.around(pictures, holes))
-    errors = np.array([hole_errors(*each) for each in zip(pictures, holes, made, strict=True)])
-    errors = errors.clip(min=1.0)  # less than a level is none
-    pooled = holes.sum((1, 2)) @ errors
-    return tuple(float(10 * np.log10(e[..., 0] / e[..., 1]).mean()) for e in (errors, pooled))
+    images, masks = np.stack([scene.image for scene in scenes]), random_masks(scenes)
+    made = paint([""] * len(scenes), paint.for_inpainting(images, masks))
+    errors = np.array([masked_errors(*each) for each in zip(images, masks, made, strict=True)])
+    errors = errors.clip(min=BEST_MEAN_ERROR)
+    pooled = masks.sum((1, 2)) @ errors
+    each, of_all = (float(10 * np.log10(e[..., 0] / e[..., 1]).mean()) for e in (errors, pooled))
+    return each, of_all
 
 
-def hole_errors(picture: np.ndarray, hole: np.ndarray, made: np.ndarray) -> tuple[float, float]:
-    """Mean squared error inside a hole, bool (H, W): of the mean of what is known, and of what was made."""
-    mean = picture[~hole].mean(axis=0).round()
-    return tuple(float(np.square(fill - picture[hole]).mean()) for fill in (mean, made[hole].astype(float)))
+def masked_errors(image: Pixels, mask: Mask, made: Pixels) -> tuple[float, float]:
+    """Mean squared error inside a mask (H, W), of the mean unmasked colour and of the image that was made."""
+    mean = image[~mask].mean(axis=0).round()
+    by_mean, by_model = (np.square(fill - image[mask]) for fill in (mean, made[mask].astype(float)))
+    return float(by_mean.mean()), float(by_model.mean())
 
 
 def shuffled(bundle: LatentDiffusion) -> LatentDiffusion:
-    """The model with the numbers of every weight of its UNet in another order: it has learned nothing."""
+    """The model with every weight of its UNet shuffled: a baseline that has learned nothing."""
+    if bundle.unet is None:
+        raise ValueError(f"{bundle.spec.name} has no UNet")
     other = bundle.copy(bundle.unet.dtype)
+    assert other.unet is not None
     generator = torch.Generator().manual_seed(0)
     for weight in other.unet.parameters():
         order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
@@ -321,7 +359,7 @@ def shuffled(bundle: LatentDiffusion) -> LatentDiffusion:
 def report(
     bundle: LatentDiffusion, names: Sequence[str], count: int, steps: int, guidance_scale: float
 ) -> Iterator[str]:
-    """One sentence for each figure, as it is known; reproducible on the same hardware."""
+    """Yields one line per figure; reproducible on the same hardware."""
     atlas, part = Atlas(), max(count // 3, 1)
     judge = Judge(atlas)
     paint = Painter(bundle, steps, guidance_scale, count + 5 * part)
@@ -340,14 +378,14 @@ def report(
         f"both {both:.1%}"
     )
     scenes = held_out_scenes(Atlas(names), part)
-    pictures = np.stack([scene.picture for scene in scenes])
-    made = paint([s.caption for s in scenes], paint.around(pictures, object_holes(scenes)))
+    images = np.stack([scene.image for scene in scenes])
+    made = paint([s.caption for s in scenes], paint.for_inpainting(images, object_masks(scenes)))
     right = right_objects(judge, [scene.names[0] for scene in scenes], made)
-    yield f"inpainting with a prompt, {len(scenes)} holes: top-1 {right:.1%}"
-    each, pooled = filled_holes(paint, scenes)
+    yield f"inpainting with a prompt, {len(scenes)} masks: top-1 {right:.1%}"
+    each, pooled = inpainting_gain(paint, scenes)
     yield (
-        f"inpainting without, {len(scenes)} holes: PSNR against the mean colour {each:+.1f} dB a picture, "
-        f"{pooled:+.1f} dB of all pixels"
+        f"inpainting without, {len(scenes)} masks: PSNR against the mean colour {each:+.1f} dB per image, "
+        f"{pooled:+.1f} dB over all pixels"
     )
     paint.bundle = shuffled(bundle)
     accuracy = named_object_accuracy(judge, held_out_prompts(names, part), paint)

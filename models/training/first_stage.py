@@ -1,4 +1,4 @@
-"""Training of the autoencoder: reconstruction and a slight pull of the latent to a unit Gaussian."""
+"""Training of the autoencoder: reconstruction error and a small KL penalty."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from torch.nn.functional import l1_loss, mse_loss
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from models.networks.autoencoder import Autoencoder
-from models.training.scenes import Atlas, draw_scene
+from models.training.scenes import Atlas, Pixels, draw_scene
 from models.training.trainer import Budget, Trainer
 
-KL_WEIGHT = 1e-4  # of the divergence averaged over the latent's numbers
+KL_WEIGHT = 1e-4  # of the divergence per element of the latent
 
 
-class Scenes(IterableDataset):
-    """An endless stream of drawn pictures, uint8 (128, 128, 3), over every glyph of the font."""
+class Scenes(IterableDataset[Pixels]):
+    """An endless stream of drawn images (128, 128, 3), over every glyph of the font."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[Pixels]:
         worker = get_worker_info()
         rng, atlas = np.random.default_rng([self.seed, worker.id if worker else 0]), Atlas()
         while True:
-            yield draw_scene(atlas, rng, sizes=(56, 121)).picture.copy()
+            yield draw_scene(atlas, rng, sizes=(56, 121)).image.copy()
 
 
-def to_x(pictures: Tensor) -> Tensor:
+def to_x(images: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    return pictures.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
 def loss(autoencoder: Autoencoder, x: Tensor, only_decoder: bool = False) -> Tensor:
     """Reconstruction error plus KL divergence of q(z | x) from a unit Gaussian (section 3.1).
 
-    only_decoder: E is taken as it is, and learns nothing.
+    only_decoder: the encoder is frozen.
     """
     with torch.set_grad_enabled(not only_decoder):
         mean, logvar = (m.float() for m in autoencoder.moments(x))
@@ -52,10 +52,17 @@ def loss(autoencoder: Autoencoder, x: Tensor, only_decoder: bool = False) -> Ten
 
 
 def train(
-    autoencoder: Autoencoder, budget: Budget, state: Path, device: torch.device, only_decoder: bool = False,
+    autoencoder: Autoencoder,
+    budget: Budget,
+    state: Path,
+    device: torch.device,
+    only_decoder: bool = False,
     workers: int = 1,
-) -> bool:  # fmt: skip
-    """Train E and D, or D alone, on drawn scenes; resumes from `state`. Whether the budget is spent."""
+) -> bool:
+    """Trains the autoencoder, or its decoder alone, on drawn scenes; resumes from `state`.
+
+    Returns True once the budget is spent.
+    """
     if only_decoder:
         for part in (autoencoder.encoder, autoencoder.quant_conv):
             part.requires_grad_(False)

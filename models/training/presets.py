@@ -1,4 +1,4 @@
-"""The shapes of the models in the box, which `ldm train` makes."""
+"""The shapes of the bundled models, which `ldm train` makes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ AUTOENCODER = AutoencoderSpec(
     sample_size=SIZE,
     patch_size=4,
 )
-LAYOUT = 16  # channels that tell which name belongs where
+LAYOUT = 16  # concat channels of the layout
 UNET = UNetSpec(
-    in_channels=2 * AUTOENCODER.latent_channels + 1 + LAYOUT,  # z, mask, E(masked picture), layout
+    in_channels=2 * AUTOENCODER.latent_channels + 1 + LAYOUT,  # z, mask, masked image's latent, layout
     out_channels=AUTOENCODER.latent_channels,
     channels=(128, 192),
     res_blocks=1,
@@ -41,8 +41,8 @@ UNET = UNetSpec(
     heads=(4, 4),
     context_width=CONTEXT,
 )
-# Betas that leave next to nothing of the picture at the last timestep: sampling starts from pure noise, and a
-# flat background shows any difference between that and what training ended at.
+# With these betas next to nothing of the image is left at the last timestep: sampling starts from pure noise,
+# and flat backgrounds would show any difference to the noise that training ended at.
 SCHEDULE = ScheduleSpec(
     beta_start=0.0001,
     beta_end=0.02,
@@ -86,7 +86,7 @@ def model_spec(name: str, text: TextSpec, scale_factor: float, labels: Sequence[
     )
 
 
-# The upscaler. A cell of its latent is a pixel of the picture that it enlarges, which lies beside it.
+# The upscaler: one latent cell for each pixel of the low-resolution image, which is a concat channel.
 SHARP_AUTOENCODER = AutoencoderSpec(
     channels=(64, 96),
     res_blocks=1,
@@ -94,7 +94,7 @@ SHARP_AUTOENCODER = AutoencoderSpec(
     scale_factor=1.0,  # set once the latents are known
     sample_size=SIZE,
     patch_size=2,
-    middle_attention=False,  # a tile must not look different for what else is in it
+    middle_attention=False,  # a tile must not depend on its other content
 )
 UPSCALING = UpscalingSpec(ScheduleSpec(0.0001, 0.02, "linear"), max_noise_level=100, residual=True)
 UPSCALER = UNetSpec(

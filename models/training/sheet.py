@@ -1,4 +1,4 @@
-"""Sheets of captioned pictures, one for each task, the same for everyone who makes them."""
+"""Sheets of captioned images, one per task, with fixed seeds."""
 
 from __future__ import annotations
 
@@ -11,66 +11,69 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models.latent_diffusion import LatentDiffusion
 from models.training.evaluate import (
+    Images,
     Painter,
-    Pictures,
     held_out_prompts,
-    object_holes,
-    random_holes,
+    object_masks,
+    random_masks,
     related_prompts,
-    to_pictures,
+    to_images,
 )
-from models.training.scenes import GRAY, SIZE, Atlas, caption_of, held_out_scenes
+from models.training.scenes import GRAY, SIZE, Atlas, Integers, caption_of, held_out_scenes
 
-CAPTION = 46  # pixels below each picture, for three lines
-LINE = 22  # characters
-GAP = 8
+CAPTION_HEIGHT = 46  # pixels below each image, for three lines
+LINE_CHARS = 22
+GAP = 8  # pixels between images
 COLUMNS = 6
-GRAYS = np.array([225, 130, 60], np.uint8)  # of where no box is, and of boxes
-WIDE = ((192, 128), (256, 128))  # larger than anything in training
+GRAYS = np.array([225, 130, 60], np.uint8)  # of the background of layouts, then of their boxes
+WIDE_SIZES = ((192, 128), (256, 128))  # larger than any training image
 
-Captioned = tuple[Pictures, Sequence[str]]
+Captioned = tuple[Images, Sequence[str]]
 
 
 def sheets(bundle: LatentDiffusion, names: Sequence[str], steps: int) -> Iterator[tuple[str, Image.Image]]:
-    """(task, sheet) for all that the model in the box does; nothing is chosen by hand."""
+    """(task, sheet) for every task of the bundled model; no image is chosen by hand."""
     paint = Painter(bundle, steps, bundle.spec.defaults.guidance_scale, total=12 * COLUMNS)
     yield "text-to-image", lay_out(*of_prompts(paint, names), COLUMNS)
     yield "two-objects", lay_out(*of_relations(paint, names), COLUMNS)
     yield "layout-to-image", lay_out(*of_layouts(paint, names), COLUMNS)
-    yield "inpainting", lay_out(*of_holes(paint, names), COLUMNS)
+    yield "inpainting", lay_out(*of_masks(paint, names), COLUMNS)
     yield "unconditional", lay_out(paint([""] * COLUMNS), [""] * COLUMNS, COLUMNS)
-    for width, height in WIDE:
+    for width, height in WIDE_SIZES:
         yield f"{width}x{height}", lay_out(*of_size(paint, names, width, height), 3)
 
 
 def of_prompts(paint: Painter, names: Sequence[str]) -> Captioned:
-    """Held-out (name, colour) pairs."""
+    """Prompts of held-out (name, colour) pairs."""
     prompts = [caption_of(*pair) for pair in held_out_prompts(names, 4 * COLUMNS, seed=1)]
     return paint(prompts), prompts
 
 
 def of_relations(paint: Painter, names: Sequence[str]) -> Captioned:
-    """Two objects, one beside or over the other."""
+    """Prompts of two objects in a relation."""
     prompts = [each.prompt for each in related_prompts(names, 2 * COLUMNS, seed=7)]
     return paint(prompts), prompts
 
 
 def of_layouts(paint: Painter, names: Sequence[str]) -> Captioned:
-    """Boxes, one and then two, and what fills them: their labels are the prompt."""
+    """Layouts of one box, then of two, and the images made from them; the prompt is their labels."""
     rng, f = np.random.default_rng(4), paint.bundle.spec.autoencoder.factor
     rows, captions = [], []
     for boxes in (1, 2):
-        numbers = [rng.permutation(len(names))[:boxes] + 1 for _ in range(COLUMNS)]
+        numbers = [(rng.permutation(len(names))[:boxes] + 1).tolist() for _ in range(COLUMNS)]
         maps = [boxes_of(rng, some, SIZE // f) for some in numbers]
         words = [" and ".join(names[number - 1] for number in some) for some in numbers]
         gray = np.stack([GRAYS[np.unique(regions, return_inverse=True)[1]] for regions in maps])
-        rows += [gray.repeat(f, 1).repeat(f, 2)[..., None].repeat(3, -1), paint(words, paint.regions(maps))]
+        rows += [
+            gray.repeat(f, 1).repeat(f, 2)[..., None].repeat(3, -1),
+            paint(words, paint.for_layouts(maps)),
+        ]
         captions += [*[""] * COLUMNS, *words]
     return np.concatenate(rows), captions
 
 
-def boxes_of(rng: np.random.Generator, numbers: Sequence[int], cells: int) -> np.ndarray:
-    """A box for each number, side by side, as (cells, cells) of the numbers or 0."""
+def boxes_of(rng: np.random.Generator, numbers: Sequence[int], cells: int) -> Integers:
+    """A box for each number, side by side: (cells, cells) of the numbers, or 0."""
     regions, width = np.zeros((cells, cells), np.int64), cells // len(numbers)
     for index, number in enumerate(numbers):
         side = int(rng.integers(width // 2 + 2, width - 1)) if len(numbers) == 1 else width - 1
@@ -79,36 +82,39 @@ def boxes_of(rng: np.random.Generator, numbers: Sequence[int], cells: int) -> np
     return regions
 
 
-def of_holes(paint: Painter, names: Sequence[str]) -> Captioned:
-    """Pictures with a hole and what comes there: over an object with a prompt, anywhere without one."""
+def of_masks(paint: Painter, names: Sequence[str]) -> Captioned:
+    """Masked images and their inpainting: over an object with a prompt, anywhere without one."""
     scenes = held_out_scenes(Atlas(names), COLUMNS, seed=5)
-    pictures, captions = np.stack([scene.picture for scene in scenes]), [scene.caption for scene in scenes]
-    rows, below = [], []
-    for holes, prompts in ((object_holes(scenes), captions), (random_holes(scenes), [""] * COLUMNS)):
-        made = paint(prompts, paint.around(pictures, holes))
-        rows += [np.where(holes[..., None], fill, pictures) for fill in (np.uint8(GRAY), made)]
+    images, captions = np.stack([scene.image for scene in scenes]), [scene.caption for scene in scenes]
+    rows: list[Images] = []
+    below: list[str] = []
+    for masks, prompts in ((object_masks(scenes), captions), (random_masks(scenes), [""] * COLUMNS)):
+        made = paint(prompts, paint.for_inpainting(images, masks))
+        rows += [np.where(masks[..., None], fill, images) for fill in (np.uint8(GRAY), made)]
         below += [*[""] * COLUMNS, *(prompt or "no prompt" for prompt in prompts)]
     return np.concatenate(rows), below
 
 
 @torch.inference_mode()
 def of_size(paint: Painter, names: Sequence[str], width: int, height: int) -> Captioned:
-    """Three held-out prompts at a size that training never had."""
+    """Three held-out prompts at a size that was not trained on."""
     prompts = [caption_of(*pair) for pair in held_out_prompts(names, 3, seed=6)]
     x = paint.bundle.sample(prompts, range(3), paint.steps, paint.guidance_scale, size=(width, height))
-    return to_pictures(x), prompts
+    return to_images(x), prompts
 
 
-def lay_out(pictures: Pictures, captions: Sequence[str], columns: int) -> Image.Image:
-    """pictures uint8 (B, H, W, 3), row by row, each with its caption below."""
-    _, height, width, _ = pictures.shape
-    rows = -(-len(pictures) // columns)
-    out = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + CAPTION + GAP) + GAP), "white")
+def lay_out(images: Images, captions: Sequence[str], columns: int) -> Image.Image:
+    """A sheet of images (B, H, W, 3), row by row, each with its caption below."""
+    _, height, width, _ = images.shape
+    rows = -(-len(images) // columns)
+    out = Image.new(
+        "RGB", (columns * (width + GAP) + GAP, rows * (height + CAPTION_HEIGHT + GAP) + GAP), "white"
+    )
     draw, font = ImageDraw.Draw(out), ImageFont.load_default(11)
-    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x = GAP + index % columns * (width + GAP)
-        y = GAP + index // columns * (height + CAPTION + GAP)
-        out.paste(Image.fromarray(picture), (x, y))
-        lines = "\n".join(wrap(caption, LINE))
+        y = GAP + index // columns * (height + CAPTION_HEIGHT + GAP)
+        out.paste(Image.fromarray(image), (x, y))
+        lines = "\n".join(wrap(caption, LINE_CHARS))
         draw.multiline_text((x, y + height + 2), lines, "black", font, spacing=1)
     return out

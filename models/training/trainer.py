@@ -1,4 +1,4 @@
-"""What both training runs share: the update, the moving average, the learning rate, saving and resuming."""
+"""The training loop: updates, a moving average of the weights, the learning rate, saving and resuming."""
 
 from __future__ import annotations
 
@@ -18,35 +18,34 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Budget:
-    """How long and how fast to train. The run ends after `minutes`, summed over all resumed parts, and this
-    part of it after `stop_after` minutes, where that is sooner."""
+    """How long and how fast to train."""
 
-    minutes: float
+    minutes: float  # of the whole run, summed over all times that it was resumed
     learning_rate: float
     batch: int
     warmup: int = 100  # updates
     save_every: float = 120.0  # seconds
     average: float = 0.999  # decay of the moving average of the weights
-    stop_after: float = math.inf
+    stop_after: float = math.inf  # minutes after which this process stops, for a later one to resume
 
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """How far a run has come."""
 
     updates: int = 0
     seconds: float = 0.0
 
 
 class Trainer:
-    """Trains one module (or bundle of modules) on batches from an iterator.
+    """Trains one module on batches from an iterator.
 
-    The learning rate follows a cosine over the time budget, so that a slower machine makes fewer updates
-    rather than an unfinished schedule.
+    The learning rate follows a cosine over the time budget, so that a slower machine makes fewer updates but
+    still completes the schedule.
     """
 
     def __init__(self, network: nn.Module, budget: Budget, path: Path, device: torch.device) -> None:
-        """`path`: the state file, outside the repository; a run resumes from it where it exists."""
+        """path: the state file; a run resumes from it if it exists."""
         self.network = network.to(device)
         self.averaged = copy.deepcopy(network).requires_grad_(False).eval()
         self.budget, self.path, self.device = budget, path, device
@@ -58,7 +57,10 @@ class Trainer:
             self._resume()
 
     def run(self, batches: Iterator[Any], loss_of: Callable[[Any], Tensor], title: str) -> bool:
-        """Update until the budget is spent; False where this part ended sooner. loss_of: batch -> scalar."""
+        """Updates until the budget is spent (True) or this process stops sooner (False).
+
+        loss_of: batch -> scalar.
+        """
         total, saved, smooth = 60 * self.budget.minutes, time.monotonic(), math.nan
         stop = min(total, self.progress.seconds + 60 * self.budget.stop_after)
         self.network.train()
@@ -102,14 +104,16 @@ class Trainer:
             torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay)
 
     def save(self) -> None:
-        """Write the state whole or not at all."""
+        """Writes the state atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        state = {"network": self.network, "averaged": self.averaged, "optimizer": self.optimizer}
-        torch.save(
-            {name: part.state_dict() for name, part in state.items()} | {"progress": vars(self.progress)},
-            partial,
-        )
+        state = {
+            "network": self.network.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": vars(self.progress),
+        }
+        torch.save(state, partial)
         os.replace(partial, self.path)
 
     def _resume(self) -> None:

@@ -1,4 +1,4 @@
-"""Training of the upscaler: a first stage on sharp crops, then latents from low-resolution pictures."""
+"""Training of the upscaler: its autoencoder on sharp crops, then its UNet on residual latents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.latent_diffusion import resample
@@ -24,20 +24,20 @@ from models.training.scenes import Atlas
 from models.training.trainer import Budget, Trainer
 
 CHUNK = 64  # crops encoded at once
-PART = 64  # pixels of a side that the first stage learns from at once
-VARIANTS = 3  # bad pictures of each sharp one
-UNTOUCHED = 0.6  # share of them that no noise comes on top of
+PART = 64  # side in pixels of the parts of crops that the autoencoder trains on
+VARIANTS = 3  # degraded images of each sharp one
+NOISELESS_SHARE = 0.6  # of them that are trained at noise level 0
 
 
 def draw_crops(count: int, seed: int) -> Tensor:
-    """Sharp pictures, uint8 (N, 128, 128, 3)."""
+    """Draws sharp images, uint8 (N, 128, 128, 3)."""
     atlas, rng = Atlas(), np.random.default_rng(seed)
     drawn = (draw_crop(atlas, rng) for _ in tqdm(range(count), desc="crops"))
     return torch.from_numpy(np.stack(list(drawn)))
 
 
 def parts(crops: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of parts of crops, x (B, 3, 64, 64)."""
+    """Endless batches of random parts of crops, x (B, 3, 64, 64)."""
     rng, most = np.random.default_rng(seed), crops.shape[1] - PART + 1
     while True:
         index = rng.integers(len(crops), size=size).tolist()
@@ -49,7 +49,7 @@ def parts(crops: Tensor, size: int, seed: int) -> Iterator[Tensor]:
 def train_first_stage(
     spec: AutoencoderSpec, crops: Tensor, budget: Budget, state: Path, device: torch.device
 ) -> None:
-    """Train E and D on parts of crops; resumes from `state`."""
+    """Trains the autoencoder on parts of crops; resumes from `state`."""
     autoencoder = Autoencoder(spec)
     trainer = Trainer(autoencoder, budget, state, device)
     stream = parts(crops, budget.batch, trainer.progress.updates)
@@ -57,18 +57,21 @@ def train_first_stage(
 
 
 class Batch(NamedTuple):
-    """What an update learns from."""
+    """The data of one update."""
 
-    z: Tensor  # (B, C, h, w), scaled: what the resampled picture lacks
-    beside: Tensor  # (B, 3 + C, h, w): the low-resolution picture with noise on it, and it resampled, scaled
-    level: Tensor  # (B,), of that noise
+    z: Tensor  # (B, C, h, w), scaled residual: latent of the sharp image minus that of the resampled one
+    concat_channels: Tensor  # (B, 3 + C, h, w): the noised small image, its resampled latent
+    level: Tensor  # (B,), noise level of the low-resolution image
 
 
 @torch.no_grad()
 def encode_crops(
     autoencoder: Autoencoder, crops: Tensor, seed: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """latents (N, C, h, w) unscaled bfloat16; low (N, variants, 3, h, w), uint8."""
+    """Encodes crops, and degrades them.
+
+    latents (N, C, h, w), unscaled bfloat16; low (N, VARIANTS, 3, h, w), uint8.
+    """
     rng, latents, low = np.random.default_rng(seed), [], []
     for chunk in tqdm(crops.split(CHUNK), desc="latents", unit_scale=CHUNK, unit="crop"):
         with torch.autocast(device.type, torch.bfloat16):
@@ -80,13 +83,13 @@ def encode_crops(
 
 @torch.no_grad()
 def encode_resampled(autoencoder: Autoencoder, low: Tensor) -> Tensor:
-    """low (B, 3, h, w) -> unscaled latent (B, C, h, w) of it at the full size, float32."""
+    """low (B, 3, h, w) -> unscaled latent (B, C, h, w) of it resampled to the full size, float32."""
     with torch.autocast(low.device.type, torch.bfloat16):
         return autoencoder.encode(resample(low, autoencoder.spec.factor)).float()
 
 
 def residuals(autoencoder: Autoencoder, data: dict[str, Tensor], count: int = 512) -> Tensor:
-    """What some resampled pictures lack, unscaled (N, C, h, w), float32."""
+    """Residual latents of the first `count` crops, unscaled (N, C, h, w), float32."""
     low = data["low"][:count, 0].float() / 127.5 - 1
     base = torch.cat([encode_resampled(autoencoder, part) for part in low.split(CHUNK)])
     return data["latents"][:count].float() - base
@@ -95,18 +98,23 @@ def residuals(autoencoder: Autoencoder, data: dict[str, Tensor], count: int = 51
 def batches(
     data: dict[str, Tensor], autoencoder: Autoencoder, scale: float, spec: UpscalingSpec, size: int, seed: int
 ) -> Iterator[Batch]:
-    """Endless random batches: a bad picture of each crop, with noise of a random level on it."""
+    """Endless random batches: a degraded image of each crop, with noise of a random level.
+
+    scale: of the latents. Raises ValueError if the spec has no noise schedule.
+    """
+    if spec.noise is None:
+        raise ValueError("training an upscaler requires a noise schedule")
     generator, count, device = torch.Generator().manual_seed(seed), len(data["latents"]), data["low"].device
     alpha_bar = torch.from_numpy(Schedule(spec.noise).alpha_bar).to(device, torch.float32)
 
-    def whole(limit: int, size: int) -> Tensor:
+    def integers(limit: int, size: int) -> Tensor:
         return torch.randint(limit, (size,), generator=generator).to(device)
 
     while True:
-        index, variant = whole(count, size), whole(VARIANTS, size)
+        index, variant = integers(count, size), integers(VARIANTS, size)
         low = data["low"][index, variant].float() / 127.5 - 1
-        untouched = torch.rand(size, generator=generator).to(device) < UNTOUCHED
-        level = torch.where(untouched, 0, whole(spec.max_noise_level + 1, size))
+        noiseless = torch.rand(size, generator=generator).to(device) < NOISELESS_SHARE
+        level = torch.where(noiseless, 0, integers(spec.max_noise_level + 1, size))
         signal = alpha_bar[level][:, None, None, None]
         low = signal.sqrt() * low + (1 - signal).sqrt() * torch.randn_like(low)
         base = encode_resampled(autoencoder, low)
@@ -115,8 +123,9 @@ def batches(
 
 
 def make_network(spec: UNetSpec) -> UNet:
-    """Its noise levels begin as sinusoids, so that those next to each other are alike from the start."""
+    """A UNet whose noise level embeddings start as sinusoids, so that neighbouring levels are similar."""
     network = UNet(spec)
+    assert isinstance(network.label_emb, nn.Embedding)
     levels = network.label_emb.weight
     with torch.no_grad():
         levels.copy_(timestep_embedding(torch.arange(len(levels)), levels.shape[1]))
@@ -124,19 +133,27 @@ def make_network(spec: UNetSpec) -> UNet:
 
 
 def train(
-    spec: UNetSpec, upscaling: UpscalingSpec, schedule: ScheduleSpec, data: dict[str, Tensor],
-    autoencoder: Autoencoder, scale: float, budget: Budget, state: Path, device: torch.device,
-) -> None:  # fmt: skip
-    """Train the UNet to predict v of what resampled pictures lack; resumes from `state`."""
-    network, alpha_bar = make_network(spec), Schedule(schedule).alpha_bar
+    spec: UNetSpec,
+    upscaling: UpscalingSpec,
+    schedule: ScheduleSpec,
+    data: dict[str, Tensor],
+    autoencoder: Autoencoder,
+    scale: float,
+    budget: Budget,
+    state: Path,
+    device: torch.device,
+) -> None:
+    """Trains the UNet to predict v of residual latents; resumes from `state`."""
+    network, table = make_network(spec), Schedule(schedule).alpha_bar
     trainer = Trainer(network, budget, state, device)
-    # Few steps are enough to follow a picture that is there: those at much noise count as all others do.
-    density = torch.from_numpy(np.gradient(np.arccos(np.sqrt(alpha_bar)))).to(device, torch.float32)
-    alpha_bar = torch.from_numpy(alpha_bar).to(device, torch.float32)
+    # Uniform in the angle between signal and noise: upscaling takes few steps, of which each matters alike.
+    density = torch.from_numpy(np.gradient(np.arccos(np.sqrt(table)))).to(device, torch.float32)
+    alpha_bar = torch.from_numpy(table).to(device, torch.float32)
 
     def loss(batch: Batch) -> Tensor:
         def predict(z_t: Tensor, t: Tensor) -> Tensor:
-            return network(torch.cat([z_t, batch.beside], dim=1), t, noise_level=batch.level)
+            v: Tensor = network(torch.cat([z_t, batch.concat_channels], dim=1), t, noise_level=batch.level)
+            return v
 
         return v_error(predict, batch.z, alpha_bar, density)
 

@@ -1,7 +1,7 @@
 """A small CLIP-style byte-pair vocabulary for captions of drawn scenes.
 
-CLIP's own 49,408 tokens would outweigh the rest of a small model; this one holds every word of the captions
-as a token of its own and falls back to bytes for all else.
+CLIP's own 49,408 token embeddings would be larger than the rest of a small model. This vocabulary has a token
+for every word of the captions and falls back to bytes for everything else.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from models.training.scenes import COLOURS, known_glyphs
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 Pair = tuple[str, str]
+PHRASES = (  # of captions, besides names and colours
+    *("a", "an", "the", "on", "left of", "right of", "above", "below", "and", "with", "background"),
+    *("small", "large", "upside down", "tilted", "two", "three", "four", "to", "striped", "dotted"),
+)
 
 
 def caption_words() -> Counter[str]:
-    """Words of every possible caption, with how many captions' parts hold them."""
-    phrases = [*known_glyphs(), *COLOURS, "a", "an", "the", "on", "left of", "right of", "above", "below",
-               "and", "with", "background", "small", "large", "upside down", "tilted", "two", "three", "four",
-               "to", "striped", "dotted"]  # fmt: skip
+    """The words of all captions, each with the number of phrases that contain it."""
+    phrases = [*known_glyphs(), *COLOURS, *PHRASES]
     return Counter(word for phrase in phrases for word in phrase.replace("-", " ").split())
 
 
@@ -45,7 +47,7 @@ def learn_merges(words: Counter[str]) -> list[Pair]:
 
 
 def merge(symbols: list[str], pair: Pair) -> list[str]:
-    """Join each neighbouring occurrence of a pair."""
+    """Joins every occurrence of a pair of neighbouring symbols."""
     out: list[str] = []
     for symbol in symbols:
         if out and (out[-1], symbol) == pair:
@@ -56,9 +58,10 @@ def merge(symbols: list[str], pair: Pair) -> list[str]:
 
 
 def build_tokenizer(tokens: int, words: Iterable[str] | None = None) -> CLIPTokenizer:
-    """A CLIP tokenizer over the captions' words; `tokens` is the context length."""
+    """A CLIP tokenizer over the given words, the captions' by default; `tokens` is the context length."""
     merges = learn_merges(caption_words() if words is None else Counter(words))
     alphabet = sorted(ByteLevel.alphabet())
     entries = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges), BEGIN, END]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(entries))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=tokens)
+    # transformers annotates merges as strings, and takes pairs.
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=tokens)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The upscaler's data: sharp pictures, bad ones a quarter of their size; and the measure of tiles."""
+"""The upscaler's data: sharp images, bad ones a quarter of their size; and the measure of tiles."""
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ from tests.helpers.environment import needs_font
 
 
 def test_dead_leaves_have_shapes_and_no_two_are_alike() -> None:
-    pictures = [dead_leaves(np.random.default_rng(seed)) for seed in range(6)]
-    for picture in pictures:
-        assert picture.shape == (SIZE, SIZE, 3)
-        assert picture.std() > 3
-    assert psnr(pictures[0], pictures[1]) < 20
-    assert (dead_leaves(np.random.default_rng(0)) == pictures[0]).all()
+    images = [dead_leaves(np.random.default_rng(seed)) for seed in range(6)]
+    for image in images:
+        assert image.shape == (SIZE, SIZE, 3)
+        assert image.std() > 3
+    assert psnr(images[0], images[1]) < 20
+    assert (dead_leaves(np.random.default_rng(0)) == images[0]).all()
 
 
 @needs_font
@@ -32,9 +32,9 @@ def test_crops_are_of_glyphs_and_of_leaves() -> None:
 
 def test_bad_pictures_are_the_same_picture_a_quarter_of_its_size() -> None:
     rng = np.random.default_rng(0)
-    picture = dead_leaves(rng)
-    clean = smaller([picture])[0]
-    kinds = [psnr(degrade(picture, rng), clean) for _ in range(40)]
+    image = dead_leaves(rng)
+    clean = smaller([image])[0]
+    kinds = [psnr(degrade(image, rng), clean) for _ in range(40)]
     assert min(kinds) > 12  # every one shows it
     assert np.mean(np.array(kinds) > 30) > 0.3  # many are only resampled
     assert np.mean(np.array(kinds) < 30) > 0.2  # and many are worse
@@ -43,8 +43,8 @@ def test_bad_pictures_are_the_same_picture_a_quarter_of_its_size() -> None:
 
 
 def test_smaller_and_larger_are_inverse_in_size() -> None:
-    picture = dead_leaves(np.random.default_rng(1))
-    assert larger(smaller([picture])).shape == (1, SIZE, SIZE, 3)
+    image = dead_leaves(np.random.default_rng(1))
+    assert larger(smaller([image])).shape == (1, SIZE, SIZE, 3)
 
 
 def test_jumps_where_tiles_begin_are_seen() -> None:
@@ -69,8 +69,8 @@ def test_noise_of_the_level_that_the_network_is_told_lies_on_the_pictures() -> N
     data = {"latents": torch.zeros(4, 4, 8, 8), "low": torch.full((4, 3, 3, 8, 8), 255, dtype=torch.uint8)}
     spec = UpscalingSpec(ScheduleSpec(0.0001, 0.02, "linear"), 350, residual=True)
     batch = next(batches(data, autoencoder, 2.0, spec, 64, seed=0))
-    assert torch.allclose(batch.beside[:, 3:], -batch.z)  # nothing but what the resampled picture has
-    spread = batch.beside[:, :3].flatten(1).std(1)
+    assert torch.allclose(batch.concat_channels[:, 3:], -batch.z)  # nothing but what the resampled image has
+    spread = batch.concat_channels[:, :3].flatten(1).std(1)
     assert (spread[batch.level == 0] < 0.02).all()
     assert (spread[batch.level > 200] > 0.3).all()
     assert 0.4 < (batch.level == 0).float().mean() < 0.8

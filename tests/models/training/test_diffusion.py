@@ -8,7 +8,7 @@ import torch
 
 from models.sampling.schedule import Schedule
 from models.training import diffusion, presets
-from models.training.diffusion import Batch, in_holes, v_error
+from models.training.diffusion import Batch, mask_weights, v_error
 from models.training.trainer import Budget, Progress
 
 
@@ -19,7 +19,7 @@ def masked(mask: torch.Tensor) -> Batch:
 def test_errors_count_most_in_a_hole_and_all_alike_where_everything_is_painted() -> None:
     mask = torch.ones(2, 1, 4, 4)
     mask[1, 0, 1:] = 0.0
-    everywhere, hole = in_holes(masked(mask))
+    everywhere, hole = mask_weights(masked(mask))
     assert torch.equal(everywhere, torch.ones(1, 4, 4))
     assert hole.mean().item() == pytest.approx(1.0)
     assert hole[0, 0, 0] == 10 * hole[0, 3, 3]
@@ -32,7 +32,7 @@ def test_the_error_of_a_cell_counts_by_its_weight() -> None:
 
     def error(wrong: slice) -> float:
         def predict(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            v = z_t.clone()  # of a picture of zeros at this noise: alpha eps
+            v = z_t.clone()  # of a image of zeros at this noise: alpha eps
             v[..., wrong, :] += 1.0
             return v
 
@@ -55,7 +55,7 @@ def test_who_stands_where_is_a_lesson_of_its_own(monkeypatch) -> None:
         "boxes": torch.zeros(count, 2, 2),
         "regions": torch.zeros(count, 2, 2),
         "counts": number % 4,
-        "holed": number < 4,
+        "has_mask": number < 4,
     }
 
     class Recorder:
@@ -83,7 +83,7 @@ def test_who_stands_where_is_a_lesson_of_its_own(monkeypatch) -> None:
     assert set().union(*(scenes for update, (scenes, _) in enumerate(seen[80]) if update % 4)) == set(
         range(count)
     )
-    noisy = torch.from_numpy(Schedule(presets.SCHEDULE).alpha_bar < diffusion.DECISIVE)
+    noisy = torch.from_numpy(Schedule(presets.SCHEDULE).alpha_bar < diffusion.RELATIONS_MAX_ALPHA_BAR)
     for density in (seen[35][0][1], seen[80][0][1]):
         assert density.sum().item() == pytest.approx(1.0)
         assert torch.equal(density > 0, noisy)

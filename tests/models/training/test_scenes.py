@@ -10,17 +10,17 @@ import pytest
 
 from models.spec import ModelSpec
 from models.training import presets
-from models.training.diffusion import draw_hole, layouts
+from models.training.diffusion import draw_mask, layouts
 from models.training.evaluate import (
     Judge,
     background,
     boxed_objects,
-    filled_holes,
+    inpainting_gain,
     held_out_prompts,
     named_object_accuracy,
     nearest_colour,
     psnr,
-    random_holes,
+    random_masks,
     related_objects,
 )
 from models.training.scenes import (
@@ -38,7 +38,7 @@ from models.training.scenes import (
     known_glyphs,
     related,
     scene_of,
-    without_hidden,
+    without_occluded,
 )
 
 if not FONT.exists() and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"):
@@ -71,7 +71,7 @@ def test_scenes_never_show_a_held_out_pair(atlas: Atlas) -> None:
         assert not held_out(name, colour)
         assert scene.short_caption == name
         assert scene.names == (name,)
-        assert nearest_colour(background(scene.picture)) == colour
+        assert nearest_colour(background(scene.image)) == colour
 
 
 def test_two_objects_stand_as_the_caption_says(atlas: Atlas) -> None:
@@ -96,7 +96,7 @@ def test_the_regions_are_where_the_objects_are(atlas: Atlas, kind: str) -> None:
         scene = draw_scene(atlas, rng, kinds={kind: 1})
         assert set(np.unique(scene.regions)) == set(range(len(scene.names) + 1))
         if kind != "fancy":
-            apart = np.abs(scene.picture.astype(int) - background(scene.picture)).sum(-1) > 120
+            apart = np.abs(scene.image.astype(int) - background(scene.image)).sum(-1) > 120
             assert (scene.regions[apart] > 0).mean() > 0.9
         boxes, silhouettes = layouts(scene, dict.fromkeys(scene.names, 7), factor=8)
         assert boxes.shape == silhouettes.shape == (16, 16)
@@ -108,42 +108,42 @@ def test_holes_hide_some_of_a_scene(atlas: Atlas) -> None:
     rng = np.random.default_rng(3)
     scene = draw_scene(atlas, rng, kinds={"one": 1})
     for kind in range(3):
-        shares = [draw_hole(rng, scene, (kind,)).mean() for _ in range(10)]
+        shares = [draw_mask(rng, scene, (kind,)).mean() for _ in range(10)]
         assert min(shares) > 0
         assert max(shares) < 1
-    assert (draw_hole(rng, scene, (0,)) | (scene.regions == 0)).all()
+    assert (draw_mask(rng, scene, (0,)) | (scene.regions == 0)).all()
 
 
 def test_what_a_hole_hides_wholly_is_gone_and_what_is_seen_of_it_stays(atlas: Atlas) -> None:
     left, right = Placed("fire", 50, 31, 64), Placed("cactus", 50, 96, 64)
     scene = scene_of(atlas, [left, right], "blue", "fire left of cactus")
-    hole = np.zeros((SIZE, SIZE), bool)
-    hole[:, :80] = True  # all of the fire, some of the cactus
-    rest = without_hidden(atlas, scene, hole)
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[:, :80] = True  # all of the fire, some of the cactus
+    rest = without_occluded(atlas, scene, mask)
     assert rest.names == ("cactus",)
     assert rest.caption == rest.short_caption == ""
-    assert (rest.picture[:, :60] == COLOURS["blue"]).all()
-    assert np.array_equal(rest.picture[~hole], scene.picture[~hole])
+    assert (rest.image[:, :60] == COLOURS["blue"]).all()
+    assert np.array_equal(rest.image[~mask], scene.image[~mask])
     assert set(np.unique(rest.regions)) == {0, 1}
 
 
 def test_the_same_seed_draws_the_same_scene(atlas: Atlas) -> None:
     a, b = (draw_scene(atlas, np.random.default_rng(7)) for _ in range(2))
     assert a.caption == b.caption
-    assert np.array_equal(a.picture, b.picture)
+    assert np.array_equal(a.image, b.image)
 
 
 def drawn(atlas: Atlas, captions: Sequence[str]) -> np.ndarray:
     """What the captions say, drawn as it should be."""
-    pictures = []
+    images = []
     for caption in captions:
         words, colour = caption.removesuffix(" background").split(" on a ")
         placed = [Placed(words, 80, 60, 66)]
         for relation in RELATIONS:
             if f" {relation} " in words:
                 placed = related(np.random.default_rng(0), words.split(f" {relation} "), relation)
-        pictures.append(compose(atlas, flat(colour), placed)[0])
-    return np.stack(pictures)
+        images.append(compose(atlas, flat(colour), placed)[0])
+    return np.stack(images)
 
 
 def test_the_measure_recognises_what_was_drawn_and_nothing_else(atlas: Atlas) -> None:
@@ -173,19 +173,19 @@ class Boxes:
     def __init__(self, atlas: Atlas, move: int = 0, spec: ModelSpec | None = None) -> None:
         self.atlas, self.move, self.bundle = atlas, move, SimpleNamespace(spec=spec)
 
-    def regions(self, maps: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    def for_layouts(self, maps: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         return maps
 
     def __call__(self, prompts: Sequence[str], maps: Sequence[np.ndarray]) -> np.ndarray:
-        pictures = []
+        images = []
         for numbers in maps:
             rows, columns = np.nonzero(numbers)
             x, y = (8 * (int(side.min() + side.max()) + 1) // 2 for side in (columns, rows))
             name = NAMES[numbers.max() - 1]
             size = 8 * (int(np.ptp(columns)) + 1)
             placed = Placed(name, size, x + self.move, y)
-            pictures.append(compose(self.atlas, flat("blue"), [placed])[0])
-        return np.stack(pictures)
+            images.append(compose(self.atlas, flat("blue"), [placed])[0])
+        return np.stack(images)
 
 
 def test_the_measure_of_boxes_asks_for_the_object_and_its_place(atlas: Atlas) -> None:
@@ -195,12 +195,12 @@ def test_the_measure_of_boxes_asks_for_the_object_and_its_place(atlas: Atlas) ->
 
 
 class Filler:
-    """Paints what it is told to, whatever the hole."""
+    """Paints what it is told to, whatever the mask."""
 
     def __init__(self, made: np.ndarray) -> None:
         self.made = made
 
-    def around(self, pictures: np.ndarray, holes: np.ndarray) -> None:
+    def for_inpainting(self, images: np.ndarray, masks: np.ndarray) -> None:
         return None
 
     def __call__(self, prompts: list[str], beside: None) -> np.ndarray:
@@ -209,16 +209,16 @@ class Filler:
 
 def test_the_measure_of_filling_is_none_for_the_mean_colour_and_much_for_what_was_there(atlas: Atlas) -> None:
     scenes = [draw_scene(atlas, np.random.default_rng(n), kinds={"one": 1}) for n in range(8)]
-    pictures, holes = np.stack([scene.picture for scene in scenes]), random_holes(scenes)
-    hidden = [hole[scene.regions > 0].mean() for hole, scene in zip(holes, scenes, strict=True)]
+    images, masks = np.stack([scene.image for scene in scenes]), random_masks(scenes)
+    hidden = [mask[scene.regions > 0].mean() for mask, scene in zip(masks, scenes, strict=True)]
     assert max(hidden) <= 0.5
     assert np.mean(hidden) > 0.05
-    means = [picture[~hole].mean(0).round() for picture, hole in zip(pictures, holes, strict=True)]
-    colours = np.broadcast_to(np.array(means, np.uint8)[:, None, None], pictures.shape)
-    assert filled_holes(Filler(colours), scenes) == pytest.approx((0.0, 0.0))
-    each, pooled = filled_holes(Filler(pictures // 2 + 64), scenes)
+    means = [image[~mask].mean(0).round() for image, mask in zip(images, masks, strict=True)]
+    colours = np.broadcast_to(np.array(means, np.uint8)[:, None, None], images.shape)
+    assert inpainting_gain(Filler(colours), scenes) == pytest.approx((0.0, 0.0))
+    each, pooled = inpainting_gain(Filler(images // 2 + 64), scenes)
     assert (each, pooled) > (0.0, 0.0)
-    best = filled_holes(Filler(pictures), scenes)
+    best = inpainting_gain(Filler(images), scenes)
     assert each < best[0] < 50
     assert pooled < best[1] < 50
 

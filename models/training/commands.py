@@ -1,0 +1,201 @@
+"""What each part of `ldm train` does, from its parsed arguments.
+
+Modules of one part are imported where it needs them: some take seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import checkpoint
+from models.latent_diffusion import LatentDiffusion
+from models.networks.autoencoder import Autoencoder
+from models.spec import AutoencoderSpec
+from models.training.presets import AUTOENCODER, DEFAULTS, SHARP_AUTOENCODER, TOKENS
+from models.training.trainer import Budget
+from models.training.vocabulary import build_tokenizer
+
+MAX_FILE_BYTES = 15 * 2**20  # of a file of weights: some hosts refuse larger ones
+
+
+def budget_of(args: argparse.Namespace) -> Budget:
+    return Budget(args.minutes, args.learning_rate, args.batch, stop_after=args.stop_after)
+
+
+def read_names(file: Path) -> list[str]:
+    """The names in a file, one per line."""
+    return file.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def train_autoencoder(args: argparse.Namespace) -> bool:
+    from models.training import first_stage
+
+    autoencoder = Autoencoder(AUTOENCODER)
+    if args.start:
+        autoencoder.load_state_dict(checkpoint.load(args.start).autoencoder.state_dict())
+    state, device = args.state / "autoencoder.pt", torch.device(args.device)
+    return first_stage.train(autoencoder, budget_of(args), state, device, args.only_decoder, args.workers)
+
+
+def train_diffusion(args: argparse.Namespace) -> bool:
+    from models.training import diffusion
+    from models.training.presets import LAYOUT, SCHEDULE, UNET, text_spec
+
+    device = torch.device(args.device)
+    names, tokenizer = read_names(args.names), build_tokenizer(TOKENS)
+    network = diffusion.SceneNetwork(UNET, text_spec(tokenizer), LAYOUT, tokenizer)
+    if args.start:
+        diffusion.start_from(network, checkpoint.load(args.start))
+    autoencoder = trained(AUTOENCODER, args.state / "autoencoder.pt").to(device)
+    data = cached(
+        args.state / "latents.pt",
+        lambda: diffusion.draw_latents(
+            autoencoder, network.text_encoder, names, args.scenes, 1, device, args.workers
+        ),
+    )
+    scale = scale_factor(data["latents"])
+    state = args.state / "diffusion.pt"
+    return diffusion.train(network, SCHEDULE, data, scale, budget_of(args), state, device)
+
+
+def export_model(args: argparse.Namespace) -> None:
+    bundle = with_decoder(args) if args.start else trained_model(args)
+    checkpoint.save(bundle, args.output, shard=MAX_FILE_BYTES)
+    shutil.copyfile(args.names, args.output / "names.txt")
+
+
+def with_decoder(args: argparse.Namespace) -> LatentDiffusion:
+    """The model of --start, with the autoencoder trained by `autoencoder --only-decoder`."""
+    bundle = checkpoint.load(args.start)
+    bundle.autoencoder.load_state_dict(averaged(args.state / "autoencoder.pt"))
+    return bundle
+
+
+def trained_model(args: argparse.Namespace) -> LatentDiffusion:
+    """The model of finished training runs."""
+    from models.conditioning.conditioner import TextConditioner
+    from models.training.diffusion import SceneNetwork
+    from models.training.presets import LAYOUT, UNET, model_spec, text_spec
+
+    tokenizer = build_tokenizer(TOKENS)
+    text = text_spec(tokenizer)
+    network = SceneNetwork(UNET, text, LAYOUT, tokenizer)
+    network.load_state_dict(averaged(args.state / "diffusion.pt"))
+    scale = scale_factor(torch.load(args.state / "latents.pt", weights_only=True)["latents"])
+    names = read_names(args.names)
+    spec = model_spec(args.output.resolve().name, text, scale, names)
+    conditioner = TextConditioner([network.text_encoder], network.layout, names)
+    autoencoder = trained(AUTOENCODER, args.state / "autoencoder.pt")
+    return LatentDiffusion(spec, network.unet, autoencoder, conditioner)
+
+
+def train_sharp_autoencoder(args: argparse.Namespace) -> None:
+    from models.training import upscaler
+
+    crops, state = drawn_crops(args), args.state / "sharp_autoencoder.pt"
+    upscaler.train_first_stage(SHARP_AUTOENCODER, crops, budget_of(args), state, torch.device(args.device))
+
+
+def drawn_crops(args: argparse.Namespace) -> Tensor:
+    """Sharp images, drawn now or by an earlier run."""
+    from models.training.upscaler import draw_crops
+
+    return cached(args.state / "crops.pt", lambda: {"crops": draw_crops(args.crops, seed=1)})["crops"]
+
+
+def train_upscaler(args: argparse.Namespace) -> None:
+    from models.training import upscaler
+    from models.training.presets import SCHEDULE, UPSCALER, UPSCALING
+
+    device = torch.device(args.device)
+    autoencoder = trained(SHARP_AUTOENCODER, args.state / "sharp_autoencoder.pt").to(device)
+    data = cached(
+        args.state / "sharp_latents.pt",
+        lambda: upscaler.encode_crops(autoencoder, drawn_crops(args), seed=2, device=device),
+    )
+    scale, state = scale_factor(upscaler.residuals(autoencoder, data)), args.state / "upscaler.pt"
+    upscaler.train(UPSCALER, UPSCALING, SCHEDULE, data, autoencoder, scale, budget_of(args), state, device)
+
+
+def export_upscaler(args: argparse.Namespace) -> None:
+    from models.networks.unet import UNet
+    from models.training.presets import UPSCALER, upscaler_spec
+    from models.training.upscaler import residuals
+
+    unet = UNet(UPSCALER)
+    unet.load_state_dict(averaged(args.state / "upscaler.pt"))
+    autoencoder = trained(SHARP_AUTOENCODER, args.state / "sharp_autoencoder.pt")
+    data = torch.load(args.state / "sharp_latents.pt", weights_only=True)
+    scale = scale_factor(residuals(autoencoder, data))
+    spec = upscaler_spec(args.output.resolve().name, scale)
+    checkpoint.save(LatentDiffusion(spec, unet, autoencoder, None), args.output, shard=MAX_FILE_BYTES)
+
+
+def trained(spec: AutoencoderSpec, state: Path) -> Autoencoder:
+    """The autoencoder of a finished run."""
+    autoencoder = Autoencoder(spec).requires_grad_(False).eval()
+    autoencoder.load_state_dict(averaged(state))
+    return autoencoder
+
+
+def averaged(state: Path) -> dict[str, Tensor]:
+    """The averaged weights in a state file."""
+    weights: dict[str, Tensor] = torch.load(state, map_location="cpu", weights_only=True)["averaged"]
+    return weights
+
+
+def scale_factor(latents: Tensor) -> float:
+    """The factor that gives the latents a standard deviation of 1 (section D.1), to four digits."""
+    return float(f"{1 / latents.float().std().item():.4g}")
+
+
+def cached(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The result of make(), from this or an earlier run."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(make(), file)
+    data: dict[str, Tensor] = torch.load(file, weights_only=True)
+    return data
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from models.training import evaluate, evaluate_upscaler
+
+    bundle = loaded(args)
+    if "upscaling" in bundle.spec.tasks:
+        lines = evaluate_upscaler.report(bundle, args.count, args.steps or bundle.spec.defaults.steps)
+    else:
+        steps, scale = args.steps or DEFAULTS.steps, args.guidance_scale
+        lines = evaluate.report(bundle, names_of(args), args.count, steps, scale)
+    for line in lines:
+        print(line, flush=True)
+
+
+def draw_sheets(args: argparse.Namespace) -> None:
+    from models.training import evaluate_upscaler, sheet
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    bundle = loaded(args)
+    steps = args.steps or bundle.spec.defaults.steps
+    if "upscaling" in bundle.spec.tasks:
+        drawn = evaluate_upscaler.sheets(bundle, steps)
+    else:
+        drawn = sheet.sheets(bundle, names_of(args), steps)
+    for task, image in drawn:
+        image.save(args.output / f"{task}.png", optimize=True)
+
+
+def loaded(args: argparse.Namespace) -> LatentDiffusion:
+    """The model that the arguments name."""
+    return checkpoint.load(args.model, args.device, getattr(torch, args.dtype))
+
+
+def names_of(args: argparse.Namespace) -> list[str]:
+    """The names that the model was trained to draw."""
+    return read_names(args.names or args.model / "names.txt")
