@@ -166,9 +166,7 @@ def test_shards_are_read_strictly(xl, tmp_path):
             load(folder)
     file.write_text(json.dumps({"weight_map": index["weight_map"] | {"conv_in.weight": sorted(
         set(index["weight_map"].values()) - {first})[0]}}))  # fmt: skip
-    with pytest.raises(
-        CheckpointError, match=r"does not match its files: 1 different keys: conv_in\.weight"
-    ):
+    with pytest.raises(CheckpointError, match=r"does not match its files: 1 different keys: conv_in\.weight"):
         load(folder)
     file.write_text(json.dumps(index))
     with safe_open(file.parent / first, "pt") as held:
