@@ -29,7 +29,6 @@ from service.setting_values import (
     read_non_blank,
     read_origins,
 )
-from service.worker.faults import Fault, read_faults
 
 PREFIX = "LDM_"
 CONFIG = "LDM_CONFIG"  # environment variable that names the settings file; not itself a setting
@@ -264,10 +263,10 @@ class Settings:
         """Seconds without progress after which a worker is replaced. Less than one UNet call takes: it is
         replaced forever.""",
     )
-    faults: tuple[Fault, ...] = setting(
-        (),
-        Parser(read_faults, "stage:kind:word, separated by commas"),
-        """Failures to inject, for tests only (service/worker/faults.py).""",
+    faults: str = setting(
+        "",
+        Parser(str, "stage:kind:word, separated by commas"),
+        """Failures to inject, for tests only; parsed by the worker (service/worker/faults.py).""",
     )
 
     @property

@@ -25,7 +25,7 @@ class Bare:
     def __init__(self, settings: Settings) -> None:
         runner = build(settings, locate_all(settings.model, settings.allow_pickle))
         self.settings, self.specs = settings, runner.specs
-        self.engine = Engine(runner, self.emit, settings.max_rows, settings.decode_chunk)
+        self.engine = Engine(runner, self.emit, settings.max_rows, settings.decode_chunk, time.monotonic)
         self.images = 0
 
     def emit(self, event: Event) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -260,7 +261,7 @@ def run_job(job: Job, settings: Settings, sources: Mapping[str, Source]) -> Done
             elif isinstance(event, Failed):
                 results.append(from_code(event.code))
 
-        engine = Engine(runner, emit, settings.max_rows, settings.decode_chunk)
+        engine = Engine(runner, emit, settings.max_rows, settings.decode_chunk, time.monotonic)
         engine.submit(job)
         while engine.busy:
             engine.tick()

@@ -25,6 +25,7 @@ from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.device.select import choose_device, choose_dtype, prepare_for_device
 from service.device.threads import choose_threads, read_host
+from service.device.torch_errors import translate_oom
 from service.model_paths import locate_embeddings, locate_loras, locate_vaes
 from service.settings import Settings
 
@@ -46,10 +47,11 @@ def build(
     embeddings: list[textual_inversion.Embedding] = []
 
     def load_model(source: Source) -> LatentDiffusion:
-        bundle = load(source, device, dtype, vocabulary=vocabulary, watch=watch)
-        if vae := vaes.get(source.spec.name):
-            bundle = replacement_vae.with_vae(bundle, vae, device, dtype, settings.allow_pickle)
-        return prepare_for_device(textual_inversion.add_embeddings(bundle, embeddings), device)
+        with translate_oom():
+            bundle = load(source, device, dtype, vocabulary=vocabulary, watch=watch)
+            if vae := vaes.get(source.spec.name):
+                bundle = replacement_vae.with_vae(bundle, vae, device, dtype, settings.allow_pickle)
+            return prepare_for_device(textual_inversion.add_embeddings(bundle, embeddings), device)
 
     registry = Registry(
         paths,

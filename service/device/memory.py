@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from service.engine.row_limits import Use
+from service.engine.row_limits import MemoryUse
 
 
 class CudaMemory:
@@ -35,11 +35,11 @@ class CudaMemory:
         self._allocated_before = torch.cuda.memory_allocated(self.device)
         return True
 
-    def end(self, rows: int, room: int) -> Use:
+    def end(self, rows: int, room: int) -> MemoryUse:
         """What the call since begin() took; `room`: bytes that calls may take, 0 for all that is free."""
         peak = torch.cuda.max_memory_allocated(self.device) - self._allocated_before
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return Use(rows, peak, room or torch.cuda.mem_get_info(self.device)[0] + cached)
+        return MemoryUse(rows, peak, room or torch.cuda.mem_get_info(self.device)[0] + cached)
 
 
 class HostMemory:
@@ -81,12 +81,12 @@ class HostMemory:
         self._smallest = now if self._smallest is None else min(self._smallest, now)
         return True
 
-    def end(self, rows: int, room: int) -> Use:
+    def end(self, rows: int, room: int) -> MemoryUse:
         """What the call since begin() took; `room`: bytes that calls may take, 0 for all that is free."""
         smallest = self._smallest or 0
         peak = read_kilobytes("/proc/self/status", "VmHWM") - smallest
         reusable = read_kilobytes("/proc/self/status", "VmRSS") - smallest
-        return Use(rows, peak, room or available() + reusable)
+        return MemoryUse(rows, peak, room or available() + reusable)
 
 
 def memory_of(device: torch.device) -> CudaMemory | HostMemory:

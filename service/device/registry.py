@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ from typing import Any, Generic, TypeVar
 from models.formats.identify import Source
 from models.spec import ModelSpec, Prediction
 from service.engine.job import ModelKey
+from service.errors import OutOfMemory
 from service.model_paths import identify_all
+
+log = logging.getLogger(__name__)
 
 Bundle = TypeVar("Bundle")
 Lora = TypeVar("Lora")
@@ -143,9 +147,14 @@ class Registry(Generic[Bundle]):
         return True
 
     def load_all(self) -> None:
-        """Load the first model, then each of the others that fits beside those already loaded."""
+        """Load the first model, and those after it that fit beside what is loaded. Raises OutOfMemory."""
         for name in self.sources:
-            self.load(name, tuple(self._loaded))
+            try:
+                self.load(name, tuple(self._loaded))
+            except OutOfMemory:
+                if not self._loaded:
+                    raise
+                log.warning("model %s does not fit beside the loaded ones; requests will load it", name)
 
     def unload_idle(self, busy: Collection[ModelKey]) -> None:
         """Unload every model and every merged copy that is not busy."""

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from models.conditioning.conditioner import ConditioningInput, TextConditioner, TokenConditioner
@@ -33,13 +34,14 @@ from service.device.registry import Registry
 from service.device.state import ImageState, JobState
 from service.device.torch_errors import translate_device_lost, translate_oom
 from service.device.transfer import download
-from service.engine.engine import Call, Preview
 from service.engine.events import Incident
 from service.engine.job import ImageKey, Job, ModelKey, Shape
-from service.engine.row_limits import Use
+from service.engine.row_limits import MemoryUse
+from service.engine.runner import Call, Preview
 from service.errors import NonFinite, OutOfMemory
 
 MEASURE_EVERY = 64  # calls of a group's largest size between two measurements of its memory
+MAX_PLANS = 1024  # kept; a plan depends on the sampler, steps, eta, strength and spacing
 MAX_WARNING_CHARS = 80  # characters of a cut-off prompt that a warning repeats
 
 
@@ -64,7 +66,7 @@ class TorchRunner:
         self.invariant = invariant
         self.room = room  # bytes that one UNet call may take; 0: all that is free
         self.jobs: dict[str, JobState] = {}
-        self.plans: dict[str, tuple[Plan, Shape]] = {}
+        self.plans: LRUCache[Hashable, Plan] = LRUCache(MAX_PLANS)
         self.schedules = {name: Schedule(spec.schedule) for name, spec in registry.specs.items()}
         self.float32_copies: dict[ModelKey, LatentDiffusion] = {}  # for jobs that run again in float32
         self.projections: dict[str, Projection] = {}  # model -> latent to preview
@@ -81,19 +83,19 @@ class TorchRunner:
         """Name -> spec of every model, loaded or not."""
         return self.registry.specs
 
-    def shape(self, job: Job, precise: bool = False) -> Shape:
+    def shape(self, job: Job, full_precision: bool = False) -> Shape:
         spec = self.specs[job.model]
         channels, h, w = spec.latent_shape(job.width, job.height)
         size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
-        sampling_plan, _ = self.plans.get(job.id) or (self._plan(job), None)
-        group = (job.model_key, (channels, *size), self._context_shape(job), precise)
-        shape = Shape(group, len(sampling_plan), size[0] * size[1], len(corners))
-        self.plans[job.id] = sampling_plan, shape
-        return shape
+        group = (job.model_key, (channels, *size), self._context_shape(job), full_precision)
+        return Shape(group, len(self._plan(job)), size[0] * size[1], len(corners))
 
     def _plan(self, job: Job) -> Plan:
-        schedule = self.schedules[job.model]
-        return plan(schedule, job.sampler, job.steps, job.eta, job.strength, job.spacing)
+        settings = (job.sampler, job.steps, job.eta, job.strength, job.spacing)
+        key = (job.model, *settings)
+        if key not in self.plans:
+            self.plans[key] = plan(self.schedules[job.model], *settings)
+        return self.plans[key]
 
     def _context_shape(self, job: Job) -> tuple[int, int] | None:
         """(L, C). Only a loaded model's tokenizer shows how many chunks a long prompt takes."""
@@ -103,7 +105,7 @@ class TorchRunner:
         return self.registry[job.model].context_shape(conditioning)
 
     @translate_device_lost()
-    def ready(self, job: Job, busy: Collection[ModelKey]) -> bool:
+    def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
         if self.registry.has(job.model_key):
             return True
         with translate_oom():
@@ -128,14 +130,15 @@ class TorchRunner:
 
     @translate_device_lost()
     @torch.inference_mode()
-    def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
+    def start(self, job: Job, full_precision: bool = False) -> tuple[str, ...]:
         with translate_oom():
-            bundle = self._in_float32(job.model_key) if precise else self.registry.bundle(job.model_key)
+            key = job.model_key
+            bundle = self._in_float32(key) if full_precision else self.registry.bundle(key)
             rows = cfg_rows(job.guidance_scale)
             conditioning = conditioning_input(job, bundle.spec.label_cell)
             context = bundle.context_pair(conditioning)
             context = None if context is None else context.rows(rows)
-            state = JobState(job, bundle, self.plans[job.id][0], context, None, None, [])
+            state = JobState(job, self.shape(job, full_precision).group, bundle, self._plan(job), context)
             if job.scale:
                 start_tiles(state)
             else:
@@ -156,7 +159,7 @@ class TorchRunner:
     @torch.inference_mode()
     def step(self, keys: Sequence[ImageKey]) -> Call:
         states = [self.jobs[key.job] for key in keys]
-        images = [state.images[key.index] for state, key in zip(states, keys, strict=True)]
+        images = [state.images[key.image] for state, key in zip(states, keys, strict=True)]
         rows = sum(state.job.rows for state in states)
         size = next((size for size in self.buckets if size >= rows), rows)
         begin = self.finite_checker.now()
@@ -189,7 +192,7 @@ class TorchRunner:
 
     def _advance(
         self, states: list[JobState], images: list[ImageState], size: int
-    ) -> tuple[Tensor, Use | None]:
+    ) -> tuple[Tensor, MemoryUse | None]:
         """The next states, and the call's memory use if it was measured.
 
         One image that does not fit runs row by row, or with `invariant` in the same size again. Calls of
@@ -207,9 +210,9 @@ class TorchRunner:
 
     def _advance_measured(
         self, states: list[JobState], images: list[ImageState], size: int
-    ) -> tuple[Tensor, Use | None]:
+    ) -> tuple[Tensor, MemoryUse | None]:
         """As _advance(); measures the first call of each size, and the largest size again at intervals."""
-        group = self.plans[states[0].job.id][1].group
+        group = states[0].group
         largest = self.measured.get(group, 0)
         self.calls += 1
         due = size > largest or (size == largest and self.calls % MEASURE_EVERY == 0)
@@ -231,7 +234,7 @@ class TorchRunner:
     @torch.inference_mode()
     def preview(self, key: ImageKey) -> Preview:
         state = self.jobs[key.job]
-        model, image = state.job.model, state.images[key.index]
+        model, image = state.job.model, state.images[key.image]
         z = state.latent_of(image)
         if state.job.preview_decoded:
             pixels = rgb_bytes(self._decode(state.bundle, z[None]))
@@ -248,7 +251,7 @@ class TorchRunner:
     @torch.inference_mode()
     def finish(self, key: ImageKey) -> bytes:
         state = self.jobs[key.job]
-        image = state.images[key.index]
+        image = state.images[key.image]
         z = state.bundle.add_residual_base(state.latent_of(image)[None], image.concat)  # (1, C, h, w)
         x = self._decode(state.bundle, z)
         if not torch.isfinite(x).all() and state.bundle.autoencoder.dtype != torch.float32:
@@ -273,7 +276,6 @@ class TorchRunner:
 
     def discard(self, job: str) -> None:
         self.jobs.pop(job, None)
-        self.plans.pop(job, None)
         if self.float32_copies:
             used = {id(state.bundle) for state in self.jobs.values()}
             self.float32_copies = {n: b for n, b in self.float32_copies.items() if id(b) in used}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,12 +38,13 @@ class JobState:
     """What a job's images share, and the images."""
 
     job: Job
+    group: Hashable  # of Shape: jobs with equal groups may share a UNet call
     bundle: LatentDiffusion
     plan: Plan
     context: Context | None  # 1 or 2 rows; with guidance the unconditional one first
-    z: Tensor | None  # (C, h, w), the latent of the input image
-    mask: Tensor | None  # (1, h, w), 1 where to repaint; None if the UNet takes the mask as concat channels
-    images: list[ImageState]
+    z: Tensor | None = None  # (C, h, w), the latent of the input image
+    mask: Tensor | None = None  # (1, h, w), 1 where to repaint; None if it goes into concat channels
+    images: list[ImageState] = field(default_factory=list)
 
     @property
     def keeps_x_0(self) -> bool:

@@ -1,1 +1,1 @@
-"""The batching engine: jobs, the queue and the loop of steps. Pure Python: no torch, no clock, no threads."""
+"""The batching engine: the queue and the loop of UNet calls. Pure Python: no torch, no clock, no threads."""

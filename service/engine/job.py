@@ -1,4 +1,4 @@
-"""A job: one accepted request, frozen; and what comes back of it."""
+"""A job: one accepted request, as the engine and the device see it."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from models.conditioning.boxes import Box
 from models.sampling.guidance import row_count
 from models.spec import Spacing
 
-MAX_SEED = 2**53 - 1  # the largest whole number that every JSON client can hold
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON client can hold
 
 
 LatentFill = Literal["image", "noise", "zeros"]
 
 
 class ModelKey(NamedTuple):
-    """What a job runs on: a model, and the LoRAs merged into it, sorted, each at a weight that is not 0."""
+    """What a job runs on: a model and the LoRAs merged into it, sorted by name, no weight being 0."""
 
     model: str
     loras: tuple[tuple[str, float], ...] = ()
 
 
 class ImageKey(NamedTuple):
-    """Image `index` of a job."""
+    """One image of a job, or one tile of an image: the number in the order of their seeds."""
 
     job: str
-    index: int
+    image: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides the job's pictures, and its place in the queue. Image i has seed + i.
+    """Everything that decides what a job's images are, and its priority. Image i has seed + i.
 
-    image: height x width x 3 bytes that the run starts from, none for a run from noise alone; with a scale,
-    the picture to enlarge by it, height / scale x width / scale x 3 bytes; mask: height x
-    width bytes, 255 where that picture is painted anew and 0 where it stays, none for everywhere; regions: of
-    every ModelSpec.label_cell pixels, row by row, two bytes: the number of a label counted from 1, or 0; none
-    for none. boxes: as in models.boxes, for a model that reads them.
+    image: height x width x 3 bytes, the input of image-to-image and inpainting; for upscaling the image to
+        enlarge, height / scale x width / scale x 3 bytes; empty for runs from noise.
+    mask: height x width bytes, 255 where the image is repainted, 0 where it stays; empty for other tasks.
+    regions: for every ModelSpec.label_cell pixels, row by row, two bytes: the number of a label, counted from
+        1, or 0 for none; empty for models without segmentation maps.
+    boxes: as in models.conditioning.boxes; empty for models without boxes.
     """
 
     id: str
@@ -54,30 +55,30 @@ class Job:
     sampler: str
     eta: float
     priority: int = 0
-    strength: float = 1.0  # of a run from a picture: the share of the steps that it takes
+    strength: float = 1.0  # of image-to-image: the share of the steps that is run
     image: bytes = b""
     mask: bytes = b""
     regions: bytes = b""
-    scale: int = 0  # by which image is enlarged; 0: it is not
-    noise_level: int = 0  # of the noise that is put on image then
-    preview_every: int = 0  # steps of an image between two previews of it; 0: none
-    preview_decoded: bool = False  # previews through D, at full size, rather than by a projection
-    class_label: int | None = None  # counted from 0; for a model that reads prompts, prompt is its name
+    scale: int = 0  # factor of upscaling; 0 for other tasks
+    noise_level: int = 0  # of the noise that upscaling adds to the image first
+    preview_every: int = 0  # steps of an image between two previews; 0 for none
+    preview_decoded: bool = False  # previews come from the VAE decoder at full size, not from a projection
+    class_label: int | None = None  # counted from 0; `prompt` is its name
     boxes: tuple[Box, ...] = ()
-    spacing: Spacing | None = None  # of the timesteps; None: the sampler's own
-    long_prompts: str = "cut"  # or "chunk": as many contexts side by side as they fill
-    prompt_weights: bool = False  # prompts have the grammar of models.prompts
+    spacing: Spacing | None = None  # of the timesteps; None for the sampler's own
+    long_prompts: str = "cut"  # or "chunk": as many chunks of context as the prompts fill
+    prompt_weights: bool = False  # whether prompts are in the syntax of models.conditioning.prompts
     loras: tuple[tuple[str, float], ...] = ()  # as in ModelKey
     latent_fill: LatentFill = "image"  # what masked latent cells start from, before noise is added
 
     @property
     def model_key(self) -> ModelKey:
-        """Jobs with another may not share its UNet calls."""
+        """Jobs with different keys cannot share a UNet call."""
         return ModelKey(self.model, self.loras)
 
     @property
     def task(self) -> str:
-        """As in ModelSpec.tasks."""
+        """One of ModelSpec.tasks."""
         if self.scale:
             return "upscaling"
         if self.mask:
@@ -98,11 +99,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the scheduler needs to know of a job.
+    """What the scheduler needs to know about a job.
 
-    group: jobs with an equal one may share a UNet call; evaluations: UNet calls of each image;
-    row_cost: work of one row, in any unit that all groups share; parts: tiles that each image is made of,
-    which are queued as images are.
+    group: jobs with equal groups may share a UNet call; evaluations: UNet calls of each image; row_cost: work
+    of one row, in any unit that all groups share; parts: tiles of each image, which are queued as images are.
     """
 
     group: Hashable

@@ -1,4 +1,4 @@
-"""How many rows of a group fit in memory, learnt from calls. Knows no torch."""
+"""How many rows of a group a UNet call can have, learned from the memory that calls take."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from cachetools import LRUCache
 
-GROUPS = 4096  # of which something is remembered: the last ones, since requests choose sizes and LoRAs
-SHARE = 0.9  # of what is free; the rest is for what else a call's neighbourhood needs
-RECOVERY = 64  # calls without a failure, after which a size that failed is tried again
+MAX_GROUPS = 4096  # remembered; more are possible, since requests choose image sizes and LoRA weights
+MEMORY_SHARE = 0.9  # of the free memory that calls may take; the rest is for decoding and fragmentation
+RECOVERY_CALLS = 64  # calls without a failure, after which a size that failed is tried again
 
 
 @dataclass(frozen=True)
-class Use:
-    """What one call took: rows run, bytes at its peak, and bytes that calls may take in all."""
+class MemoryUse:
+    """What one call of `rows` rows took. peak: bytes at its peak; room: bytes that calls may take in all."""
 
     rows: int
     peak: int
@@ -22,55 +22,58 @@ class Use:
 
 
 @dataclass
-class Fit:
-    """What is known of one group: the size that its memory allows, and the one that failures allow."""
+class GroupLimit:
+    """What is known about one group. measured: the most rows by measured memory; allowed: by failures."""
 
     measured: int
     allowed: int
-    known: bool = False  # whether a call has told what it takes, or that it cannot be told
-    calm: int = 0  # calls since the last failure, or since the last step of the recovery
+    known: bool = False  # a call has succeeded or failed
+    successes: int = 0  # calls since the last failure, or since `allowed` was last raised
 
 
-class Limits:
+class RowLimits:
     """The most rows of a call of each group, out of the sizes that calls are padded to.
 
-    A group begins with the smallest size, whose first call tells what a row takes; a size that runs out of
-    memory is not used again before RECOVERY calls have gone well.
+    A group starts with the smallest size, whose first call shows how much memory a row takes. A size that ran
+    out of memory is not used again before RECOVERY_CALLS calls have succeeded.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = tuple(sizes)
-        self.fits: LRUCache[Hashable, Fit] = LRUCache(GROUPS)
+        self.groups: LRUCache[Hashable, GroupLimit] = LRUCache(MAX_GROUPS)
 
     def rows(self, group: Hashable) -> int:
         """The most rows that a call may have."""
-        fit = self.fits.get(group)
-        return min(fit.measured, fit.allowed) if fit else self.sizes[-1]
+        limit = self.groups.get(group)
+        return min(limit.measured, limit.allowed) if limit else self.sizes[-1]
 
-    def cautious(self, group: Hashable) -> None:
-        """Begin small with a group that nothing is known of."""
-        self.fits.setdefault(group, Fit(self.sizes[0], self.sizes[-1]))
+    def start_small(self, group: Hashable) -> None:
+        """Limit an unknown group to the smallest size."""
+        self.groups.setdefault(group, GroupLimit(self.sizes[0], self.sizes[-1]))
 
-    def passed(self, group: Hashable, use: Use | None = None) -> None:
-        """A call went well; use: if it was measured."""
-        fit = self.fits.get(group)
-        if not fit:
+    def record_success(self, group: Hashable, memory: MemoryUse | None = None) -> None:
+        """A call has succeeded; memory: what it took, if that was measured."""
+        limit = self.groups.get(group)
+        if not limit:
             return
-        if use:
-            fit.measured = self._under(use.room * SHARE * use.rows / max(use.peak, 1))
-        elif not fit.known:
-            fit.measured = self.sizes[-1]
-        fit.known = True
-        if fit.allowed < self.sizes[-1]:
-            fit.calm += 1
-            if fit.calm >= RECOVERY:
-                fit.calm, fit.allowed = 0, next(size for size in self.sizes if size > fit.allowed)
+        if memory:
+            limit.measured = self._largest_within(
+                memory.room * MEMORY_SHARE * memory.rows / max(memory.peak, 1)
+            )
+        elif not limit.known:
+            limit.measured = self.sizes[-1]
+        limit.known = True
+        if limit.allowed < self.sizes[-1]:
+            limit.successes += 1
+            if limit.successes >= RECOVERY_CALLS:
+                limit.successes = 0
+                limit.allowed = next(size for size in self.sizes if size > limit.allowed)
 
-    def failed(self, group: Hashable, rows: int) -> None:
-        """A call of so many rows ran out of memory."""
-        fit = self.fits.setdefault(group, Fit(self.sizes[-1], self.sizes[-1], known=True))
-        fit.calm, fit.allowed = 0, min(fit.allowed, self._under(rows - 1))
+    def record_failure(self, group: Hashable, rows: int) -> None:
+        """A call of so many rows has run out of memory."""
+        limit = self.groups.setdefault(group, GroupLimit(self.sizes[-1], self.sizes[-1], known=True))
+        limit.successes, limit.allowed = 0, min(limit.allowed, self._largest_within(rows - 1))
 
-    def _under(self, rows: float) -> int:
-        """The largest size of at most so many rows; 1, which means one image a call, below them all."""
+    def _largest_within(self, rows: float) -> int:
+        """The largest size of at most so many rows; below them all 1, which means one image a call."""
         return max((size for size in self.sizes if size <= rows), default=1)

@@ -11,14 +11,14 @@ from typing import NamedTuple
 from cachetools import LRUCache
 
 from service.engine.job import ImageKey, Shape
-from service.engine.row_limits import GROUPS
+from service.engine.row_limits import MAX_GROUPS
 
 PATIENCE = 8  # full calls; less lets large old jobs slow the small ones down
 TOP_PRIORITY = 9
 
 
-class Place(NamedTuple):
-    """Where a job that has not begun stands: position 1 is next; ahead: work left before it; own: its own."""
+class Position(NamedTuple):
+    """A job that has not started. position: 1 is next; ahead: work left before it; own: its own work."""
 
     job: str
     position: int
@@ -155,7 +155,7 @@ class Scheduler:
             raise ValueError(f"max_rows must be at least 2, not {max_rows}")
         self.max_rows = max_rows
         self.patience = patience
-        self._limits: LRUCache[Hashable, int] = LRUCache(GROUPS)
+        self._limits: LRUCache[Hashable, int] = LRUCache(MAX_GROUPS)
         self._jobs: OrderedDict[str, Queued] = OrderedDict()  # by admission
         self._groups: dict[Hashable, Group] = {}
         self._turns: list[tuple[float, int, Group]] = []  # sorted
@@ -215,9 +215,9 @@ class Scheduler:
 
     def pick(self) -> list[ImageKey]:
         """The images of the next UNet call: of one group, within its limit; [] when nothing is left."""
-        if not self._jobs:
-            return []
         oldest = self._oldest()
+        if oldest is None:
+            return []
         overdue = self._passed >= self.patience * self.max_rows * oldest.group.row_cost
         group = oldest.group if overdue else self._turns[0][2]
         rows = min(self.max_rows, self._limits.get(group.key, self.max_rows))
@@ -255,20 +255,21 @@ class Scheduler:
             queued.group.cancel(queued)
             self._drop(queued)
 
-    def queue(self) -> list[Place]:
+    def queue(self) -> list[Position]:
         """Jobs that have not begun, in the order in which they would if none came any more."""
         jobs = sorted(self._jobs.values(), key=lambda job: (job.place[0] - job.group.time, job.place[1]))
-        places, ahead = [], 0.0
+        positions: list[Position] = []
+        ahead = 0.0
         for job in jobs:
             work = job.work
             if not job.begun:
-                places.append(Place(job.name, len(places) + 1, ahead, work))
+                positions.append(Position(job.name, len(positions) + 1, ahead, work))
             ahead += work
-        return places
+        return positions
 
-    def place(self, job: str) -> Place | None:
-        """Where a job stands; None once it has begun, or when it is not queued."""
-        return next((place for place in self.queue() if place.job == job), None)
+    def position(self, job: str) -> Position | None:
+        """A job's position; None once it has started, or when it is not queued."""
+        return next((position for position in self.queue() if position.job == job), None)
 
     def _oldest(self) -> Queued | None:
         return next(iter(self._jobs.values()), None)

@@ -1,7 +1,8 @@
-"""Faults on request, for tests only: LDM_FAULTS=step:oom:poison breaks steps of jobs with that word.
+"""Failures on request, for tests only: LDM_FAULTS=step:oom:poison makes steps of jobs with that word fail.
 
-A fault is `stage:kind:word`, or `stage:kind:word:times`; several are separated by commas. It strikes where a
-job whose prompt holds the word comes to the stage, every time or so many times in a worker's life.
+A fault is `stage:kind:word` or `stage:kind:word:times`; several are separated by commas. It strikes when a
+job whose prompt contains the word reaches the stage: every time, or so many times in a worker's life. An
+`error` stays with the job that it struck, so that it is the same job's when a failed call is split.
 """
 
 from __future__ import annotations
@@ -10,126 +11,140 @@ import os
 import signal
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
+from service.engine.events import Stage
 from service.engine.job import ImageKey, Job, ModelKey, Shape
+from service.engine.runner import Call, Preview, Runner
 from service.errors import NonFinite, OutOfMemory
 
-STAGES = ("load", "start", "step", "decode")
-KINDS = ("error", "oom", "nan", "device", "kill", "stall")
+STAGES = get_args(Stage)
+# What a job does: raises an exception, runs out of memory, has NaN values, loses the CUDA device; or what its
+# worker does: ends by SIGKILL, SIGSEGV, SIGABRT or exit(), or hangs.
+KINDS = ("error", "oom", "nan", "device", "kill", "segfault", "abort", "exit", "stall")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fault:
-    """What breaks; times 0: always."""
+    """One fault and whom it has struck. times: 0 for every time."""
 
     stage: str
     kind: str
     word: str
     times: int = 0
+    struck: int = field(default=0, compare=False)
+    struck_jobs: set[str] = field(default_factory=set, compare=False)
 
-    def __str__(self) -> str:
-        return ":".join((self.stage, self.kind, self.word, str(self.times)))
+    def strikes(self, job: str, prompt: str) -> bool:
+        """Whether it strikes a job that has reached the stage; if so, it is counted."""
+        if self.word not in prompt:
+            return False
+        if self.kind == "error" and job in self.struck_jobs:
+            return True
+        if self.times and self.struck >= self.times:
+            return False
+        self.struck += 1
+        self.struck_jobs.add(job)
+        return True
 
 
 def read_faults(text: str) -> tuple[Fault, ...]:
-    """The inverse of str(), by commas. Raises ValueError."""
+    """The faults in the text of the setting. Raises ValueError."""
     return tuple(read_fault(part.strip()) for part in text.split(",") if part.strip())
 
 
 def read_fault(text: str) -> Fault:
     stage, kind, word, *times = text.split(":")
-    fault = Fault(stage, kind, word, *map(int, times))
+    fault = Fault(stage, kind, word, int(*times) if times else 0)
     if stage not in STAGES or kind not in KINDS or not word or fault.times < 0:
-        raise ValueError(text)
+        raise ValueError(f"{text!r} is not a fault: expected stage:kind:word or stage:kind:word:times")
     return fault
 
 
 class FaultyRunner:
-    """A runner that breaks on request and else does what the inner one does.
+    """A runner that fails on request and otherwise does what the inner runner does."""
 
-    A step that is to give numbers that are none reports so of the job; a picture of such is refused.
-    """
-
-    def __init__(self, inner, faults: Sequence[Fault]) -> None:
+    def __init__(self, inner: Runner, faults: Sequence[Fault]) -> None:
         self.inner = inner
         self.faults = faults
-        self.struck = [0] * len(faults)
         self.prompts: dict[str, str] = {}
-
-    @property
-    def specs(self):
-        return self.inner.specs
 
     @property
     def buckets(self) -> tuple[int, ...]:
         return self.inner.buckets
 
-    def shape(self, job: Job, precise: bool = False) -> Shape:
+    def shape(self, job: Job, full_precision: bool = False) -> Shape:
         self.prompts[job.id] = job.prompt
-        return self.inner.shape(job, precise)
+        return self.inner.shape(job, full_precision)
 
-    def ready(self, job: Job, busy: Collection[ModelKey]) -> bool:
-        self._break("load", [job.id])
-        return self.inner.ready(job, busy)
+    def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
+        self.prompts[job.id] = job.prompt
+        self._fail("load", [job.id])
+        return self.inner.load(job, busy)
 
-    def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
-        self._break("start", [job.id])
-        return self.inner.start(job, precise)
+    def make_room(self, busy: Collection[ModelKey]) -> None:
+        self.inner.make_room(busy)
 
-    def step(self, keys: Sequence[ImageKey]):
+    def start(self, job: Job, full_precision: bool = False) -> tuple[str, ...]:
+        self._fail("start", [job.id])
+        return self.inner.start(job, full_precision)
+
+    def step(self, keys: Sequence[ImageKey]) -> Call:
+        """A job with NaN values does not fail; the call says so."""
         jobs = list(dict.fromkeys(key.job for key in keys))
-        self._break("step", jobs, besides="nan")
+        self._fail("step", jobs, tuple(kind for kind in KINDS if kind != "nan"))
         call = self.inner.step(keys)
-        broken = [job for job in jobs if self._strikes("step", job, ("nan",))]
-        return replace(call, broken=(*call.broken, *broken)) if broken else call
+        non_finite = [job for job in jobs if self._kind_of_strike("step", job, ("nan",))]
+        return replace(call, non_finite=(*call.non_finite, *non_finite)) if non_finite else call
 
     def settle(self) -> tuple[str, ...]:
         return self.inner.settle()
 
     def finish(self, key: ImageKey) -> bytes:
-        self._break("decode", [key.job])
+        self._fail("decode", [key.job])
         return self.inner.finish(key)
 
-    def preview(self, key: ImageKey):
+    def preview(self, key: ImageKey) -> Preview:
         return self.inner.preview(key)
 
     def discard(self, job: str) -> None:
         self.prompts.pop(job, None)
         self.inner.discard(job)
 
-    def _break(self, stage: str, jobs: Sequence[str], besides: str = "") -> None:
-        """Do what is asked for the first of these jobs that a fault fits."""
-        kinds = tuple(kind for kind in KINDS if kind != besides)
+    def _fail(self, stage: Stage, jobs: Sequence[str], kinds: Collection[str] = KINDS) -> None:
+        """Fail for the first of these jobs that a fault strikes."""
         for job in jobs:
-            if kind := self._strikes(stage, job, kinds):
-                break_with(kind)
+            if kind := self._kind_of_strike(stage, job, kinds):
+                fail(kind)
 
-    def _strikes(self, stage: str, job: str, kinds: tuple[str, ...]) -> str | None:
-        """The kind of the fault that strikes here, counted; None mostly."""
-        for index, fault in enumerate(self.faults):
-            fits = fault.stage == stage and fault.kind in kinds and fault.word in self.prompts[job]
-            if fits and (not fault.times or self.struck[index] < fault.times):
-                self.struck[index] += 1
-                return fault.kind
-        return None
+    def _kind_of_strike(self, stage: Stage, job: str, kinds: Collection[str]) -> str | None:
+        """The kind of the first fault that strikes the job; mostly None."""
+        candidates = (fault for fault in self.faults if fault.stage == stage and fault.kind in kinds)
+        return next((fault.kind for fault in candidates if fault.strikes(job, self.prompts[job])), None)
 
 
-def break_with(kind: str) -> None:
-    if kind == "oom":
-        raise OutOfMemory
-    if kind == "nan":
-        raise NonFinite
-    if kind == "error":
-        raise RuntimeError("a fault, as LDM_FAULTS asks")
-    if kind == "device":
-        from service.device.torch_errors import (
-            translate_device_lost,  # torch: there in any process that runs jobs
-        )
+def fail(kind: str) -> None:
+    """Raise an exception, or end or hang this process."""
+    match kind:
+        case "oom":
+            raise OutOfMemory
+        case "nan":
+            raise NonFinite
+        case "error":
+            raise RuntimeError("injected by LDM_FAULTS")
+        case "device":
+            from service.device.torch_errors import translate_device_lost
 
-        with translate_device_lost():
-            raise RuntimeError("CUDA error: an illegal memory access was encountered, as LDM_FAULTS asks")
-    if kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    while True:  # stall
+            with translate_device_lost():
+                raise RuntimeError("CUDA error: an illegal memory access was encountered (by LDM_FAULTS)")
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "abort":
+            os.abort()
+        case "exit":
+            os._exit(1)
+    while True:  # stall, and the wait for a signal
         time.sleep(1)

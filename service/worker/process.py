@@ -9,17 +9,19 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from models.errors import CheckpointError
 from models.stopwatch import Stopwatch
 from service import logs
 from service.engine.engine import Engine
+from service.engine.runner import Runner
 from service.errors import DeviceLost
 from service.model_paths import locate_all
 from service.settings import Settings, read_settings
 from service.worker import protocol
-from service.worker.faults import FaultyRunner
+from service.worker.faults import FaultyRunner, read_faults
 from service.worker.protocol import (
     Cancel,
     Command,
@@ -115,11 +117,12 @@ def load(settings: Settings, link: Link, beat: HeartbeatThread) -> Engine:
     runner.note = link.send
     registry, memory = runner.registry, runner.memory
     beat.loading, beat.memory = (lambda: registry.loading), memory.used
-    if settings.faults:
-        log.warning("this worker breaks on request: %s", ",".join(map(str, settings.faults)))
-        runner = FaultyRunner(runner, settings.faults)
+    engine_runner: Runner = runner
+    if faults := read_faults(settings.faults):
+        log.warning("this worker fails on request: %s", settings.faults)
+        engine_runner = FaultyRunner(runner, faults)
     link.send(Ready(tuple(registry.specs.values()), memory.total(), tuple(watch.parts.items())))
-    return Engine(runner, link.send, settings.max_rows, settings.decode_chunk)
+    return Engine(engine_runner, link.send, settings.max_rows, settings.decode_chunk, time.monotonic)
 
 
 def serve(inbox: queue.SimpleQueue[Command], engine: Engine, beat: HeartbeatThread) -> None:

@@ -242,7 +242,7 @@ def run(runner, jobs: Sequence[Job], at_once: int = 10**6) -> tuple[list[Event],
         if isinstance(event, Done | Failed):
             ended[event.job] = time.monotonic() - begun[event.job]
 
-    engine = Engine(runner, hear, runner.buckets[-1], 4)
+    engine = Engine(runner, hear, runner.buckets[-1], 4, time.monotonic)
     waiting, begun = list(reversed(jobs)), {}
     while waiting or engine.busy:
         while waiting and len(engine.jobs) < at_once:

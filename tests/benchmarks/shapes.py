@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -351,7 +352,7 @@ def engine_pictures(runner: TorchRunner, spec: ModelSpec, batch: int, steps: int
     """One job of so many pictures, through the engine; the runner keeps what it has recorded."""
     answers = []
     width, height = spec.defaults.width, spec.defaults.height
-    engine = Engine(runner, answers.append, 2 * batch, 1)
+    engine = Engine(runner, answers.append, 2 * batch, 1, time.monotonic)
     engine.submit(
         Job("one", spec.name, PROMPT, "", width, height, steps, GUIDANCE, 0, batch, "ddim", eta=0.0)
     )

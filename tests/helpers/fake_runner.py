@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from service.engine.engine import Call, Engine, Preview
+from service.engine.engine import Engine
 from service.engine.events import Cancelled, Done, Failed
 from service.engine.job import ImageKey, Job, ModelKey, Shape
-from service.engine.row_limits import Use
+from service.engine.row_limits import MemoryUse
+from service.engine.runner import Call, Preview
 from service.errors import NonFinite, OutOfMemory
 
 
@@ -42,16 +43,16 @@ class CountingRunner:
         self.rooms = rooms
         self.loaded: list[str] = []
         self.steps: Counter[ImageKey] = Counter()
-        self.shaped: dict[str, bool] = {}  # job -> precise
+        self.shaped: dict[str, bool] = {}  # job -> full_precision
         self.held: dict[str, Job] = {}
         self.measures = False
 
-    def shape(self, job: Job, precise: bool = False) -> Shape:
+    def shape(self, job: Job, full_precision: bool = False) -> Shape:
         self.break_at("shape", job)
-        self.shaped[job.id] = precise
-        return Shape((job.model, job.width, precise), job.steps, 1.0)
+        self.shaped[job.id] = full_precision
+        return Shape((job.model, job.width, full_precision), job.steps, 1.0)
 
-    def ready(self, job: Job, busy: Collection[ModelKey]) -> bool:
+    def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
         self.break_at("load", job)
         if job.model not in self.loaded:
             kept = [model for model in self.loaded if ModelKey(model) in busy]
@@ -60,8 +61,11 @@ class CountingRunner:
             self.loaded = [*kept, job.model]
         return True
 
-    def start(self, job: Job, precise: bool = False) -> tuple[str, ...]:
-        assert self.shaped[job.id] == precise
+    def make_room(self, busy: Collection[ModelKey]) -> None:
+        self.loaded = [model for model in self.loaded if ModelKey(model) in busy]
+
+    def start(self, job: Job, full_precision: bool = False) -> tuple[str, ...]:
+        assert self.shaped[job.id] == full_precision
         assert job.model in self.loaded
         self.break_at("start", job)
         self.held[job.id] = job
@@ -87,9 +91,9 @@ class CountingRunner:
     def is_broken(self, job: Job) -> bool:
         return job.prompt == "broken" or (job.prompt == "wobbly" and not self.shaped[job.id])
 
-    def use(self, size: int) -> Use | None:
+    def use(self, size: int) -> MemoryUse | None:
         """A row takes 90 bytes."""
-        return Use(size, 90 * size, 100 * self.holds) if self.measures else None
+        return MemoryUse(size, 90 * size, 100 * self.holds) if self.measures else None
 
     def preview(self, key: ImageKey) -> Preview:
         self.break_at("preview", self.held[key.job])
@@ -103,7 +107,7 @@ class CountingRunner:
         self.break_at("finish", self.held[key.job])
         job = self.held[key.job]
         assert self.steps[key] == job.steps or job.prompt == "interrupted"
-        return b"%d" % (job.seed + key.index)
+        return b"%d" % (job.seed + key.image)
 
     def discard(self, job: str) -> None:
         self.held.pop(job, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from models.checkpoint import load
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.engine.engine import Engine
-from service.engine.events import Done, Stepped
+from service.engine.events import Done, Event, Stepped
 from service.engine.job import ImageKey, Job
 from tests.helpers.fake_runner import make_job, outcomes
 
@@ -18,7 +19,7 @@ from tests.helpers.fake_runner import make_job, outcomes
 def run_together(runner: TorchRunner, *jobs: Job) -> tuple[list[list[bytes]], list[Stepped]]:
     """The images of jobs that run together, and the UNet calls."""
     events: list = []
-    engine = Engine(runner, events.append, max_rows=8, decode_chunk=4)
+    engine = Engine(runner, events.append, 8, 4, time.monotonic)
     for job in jobs:
         engine.submit(job)
     while engine.busy:
@@ -31,7 +32,12 @@ def run_together(runner: TorchRunner, *jobs: Job) -> tuple[list[list[bytes]], li
 def run_jobs(runner: TorchRunner, *jobs: Job) -> dict[str, tuple[bytes, ...]]:
     """Job id -> images of jobs that run together."""
     done: dict[str, tuple[bytes, ...]] = {}
-    engine = Engine(runner, lambda e: isinstance(e, Done) and done.update({e.job: e.images}), 8, 4)
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Done):
+            done[event.job] = event.images
+
+    engine = Engine(runner, emit, 8, 4, time.monotonic)
     for job in jobs:
         engine.submit(job)
     while engine.busy:
@@ -57,10 +63,10 @@ def begin(runner: TorchRunner, job: Job) -> None:
 
 def made(runner: TorchRunner, job: Job) -> bytes:
     """Run a job to its end and return its first image."""
-    while runner.jobs[job.id].images[0].done < len(runner.plans[job.id][0]):
+    while runner.jobs[job.id].images[0].done < len(runner.jobs[job.id].plan):
         runner.step([KEY])
     return runner.finish(KEY)
 
 
 def left(runner: TorchRunner, job: Job) -> int:
-    return len(runner.plans[job.id][0]) - runner.jobs[job.id].images[0].done
+    return len(runner.jobs[job.id].plan) - runner.jobs[job.id].images[0].done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.device.select import prepare_for_device
 from service.device.torch_errors import translate_device_lost, translate_oom
-from service.engine.engine import Call, Engine
+from service.engine.engine import Engine
 from service.engine.events import Done, Event, Incident
 from service.engine.job import ImageKey, Job
+from service.engine.runner import Call
 from service.errors import DeviceLost, OutOfMemory
 from service.worker.faults import FaultyRunner, read_faults
 from tests.checkpoints.tiny import tiny_model
@@ -77,7 +79,7 @@ def turn(engine: Engine) -> None:
 def test_a_lost_device_ends_the_loop_and_no_job(stage):
     events: list[Event] = []
     runner = FaultyRunner(CountingRunner((4,)), read_faults(f"{stage}:device:poison"))
-    engine = Engine(runner, events.append, 4, 4)
+    engine = Engine(runner, events.append, 4, 4, time.monotonic)
     engine.submit(make_job("a", prompt="poison"))
     with pytest.raises(DeviceLost):
         turn(engine)
@@ -105,7 +107,7 @@ class LateRunner(TorchRunner):
 
     def step(self, keys: Sequence[ImageKey]) -> Call:
         for key in keys:
-            image = self.jobs[key.job].images[key.index]
+            image = self.jobs[key.job].images[key.image]
             if key.job == "b" and image.done + 1 == self.at and self.times:
                 self.times -= 1
                 image.state = image.state * torch.nan
@@ -114,11 +116,11 @@ class LateRunner(TorchRunner):
 
 def run(runner: TorchRunner, jobs: list[Job]) -> list[Event]:
     events: list[Event] = []
-    engine = Engine(runner, events.append, 4, 4)
+    engine = Engine(runner, events.append, 4, 4, time.monotonic)
     for job in jobs:
         engine.submit(job)
     turn(engine)
-    assert engine.pace > 0
+    assert engine.speed.seconds_per_work > 0
     return events
 
 

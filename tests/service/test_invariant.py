@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +58,9 @@ def random_job(name: str, draw: random.Random) -> Job:
 def pictures(runner: TorchRunner, jobs: Sequence[Job], draw: random.Random) -> dict[str, tuple[bytes, ...]]:
     """All of them, arriving one after the other at any time."""
     done: dict[str, tuple[bytes, ...]] = {}
-    engine = Engine(runner, lambda e: isinstance(e, Done) and done.update({e.job: e.images}), 8, 4)
+    engine = Engine(
+        runner, lambda e: isinstance(e, Done) and done.update({e.job: e.images}), 8, 4, time.monotonic
+    )
     for job in jobs:
         engine.submit(job)
         for _ in range(draw.randrange(3)):

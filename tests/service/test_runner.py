@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -194,9 +195,11 @@ def test_numbers_that_are_none_are_reported_of_their_job_alone(runner):
 def test_a_precise_run_of_a_16_bit_model_is_in_float32_and_leaves_no_copy(tiny):
     runner, exact = runner_on(tiny, torch.bfloat16), runner_on(tiny)
     job = tiny_job()
-    assert exact.shape(job, precise=True) == runner.shape(job, precise=True) != runner.shape(job)
-    runner.shape(job, precise=True)
-    runner.start(job, precise=True)
+    assert (
+        exact.shape(job, full_precision=True) == runner.shape(job, full_precision=True) != runner.shape(job)
+    )
+    runner.shape(job, full_precision=True)
+    runner.start(job, full_precision=True)
     assert runner.jobs["a"].bundle.unet.dtype == torch.float32
     assert runner.registry["m"].unet.dtype == torch.bfloat16
     made(runner, job)
@@ -261,7 +264,7 @@ def test_models_that_do_not_fit_together_take_turns_and_all_jobs_are_made(tiny):
         {"m": tiny, "k": tiny}, lambda path: loads.append(path) or load(path), lambda spec: 9, 9
     )
     events: list = []
-    engine = Engine(TorchRunner(registry, (2, 4)), events.append, 4, 4)
+    engine = Engine(TorchRunner(registry, (2, 4)), events.append, 4, 4, time.monotonic)
     for index in range(4):
         engine.submit(make_job(str(index), model="mk"[index % 2], width=64, height=64, steps=1))
     while engine.busy:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from service.settings import SettingError, Settings, misspelled, read_settings, to_environment
-from service.worker.faults import Fault
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_a_variable_that_is_nearly_a_setting_is_told():
 
 def test_a_child_process_has_the_same_settings_and_no_keys(config):
     environ = {"LDM_CONFIG": str(config), "LDM_API_KEYS": "long-enough", "HOME": "/home"}
-    settings = replace(read_settings(environ), faults=(Fault("step", "oom", "word", 1),))
+    settings = replace(read_settings(environ), faults="step:oom:word:1")
     passed = to_environment(settings, environ)
     assert passed["HOME"] == "/home"
     assert not any("long-enough" in value for value in passed.values())

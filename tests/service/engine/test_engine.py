@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.engine import TELL_SECONDS, Call
+from service.engine.engine import REPORT_SECONDS
 from service.engine.events import (
     Cancelled,
     Decoded,
@@ -23,6 +23,7 @@ from service.engine.events import (
     Stepped,
 )
 from service.engine.job import ImageKey, Job
+from service.engine.runner import Call
 from tests.helpers.fake_runner import Clock, CountingRunner, engine_on, make_job, of, outcomes, run
 
 
@@ -131,7 +132,7 @@ def test_waiting_jobs_are_told_where_they_stand_and_when_they_end():
     assert told.positions[1][2] == pytest.approx(pace * 2 * (2 + 10 + 20))
     while engine.busy:
         engine.tick()
-    assert len(of(events, QueuePositions)) <= 1 + engine.clock() / TELL_SECONDS
+    assert len(of(events, QueuePositions)) <= 1 + engine.clock() / REPORT_SECONDS
 
 
 def test_previews_come_as_often_as_asked_and_their_failure_is_none_of_the_job():
@@ -298,7 +299,7 @@ def test_every_job_ends_exactly_once(moves, buckets, holds, rooms, measures):
     history.check()
     assert all(history.ends[job] == 1 for job in history.jobs)
     engine, runner = history.engine, history.runner
-    left = (engine.jobs, engine.door, engine.networks, engine.latents, engine.scheduler)
+    left = (engine.jobs, engine.pending, engine.busy_models, engine.undecoded, engine.scheduler)
     assert not any(map(len, (*left, runner.held, runner.shaped)))
     most = max(buckets[-1], 2)
     assert all(event.rows <= most for event in history.events if isinstance(event, Stepped))

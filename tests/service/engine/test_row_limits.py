@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-from service.engine.row_limits import RECOVERY, Limits, Use
+from service.engine.row_limits import RECOVERY_CALLS, MemoryUse, RowLimits
 
 SIZES = (2, 4, 8, 16)
 
 
 def test_a_group_begins_with_the_smallest_size():
-    limits = Limits(SIZES)
+    limits = RowLimits(SIZES)
     assert limits.rows("unheard of") == 16
-    limits.cautious("g")
+    limits.start_small("g")
     assert limits.rows("g") == 2
 
 
 def test_a_call_tells_how_many_rows_fit():
-    limits = Limits(SIZES)
-    limits.cautious("g")
-    limits.passed("g", Use(rows=2, peak=200, room=1000))  # 9 rows in 90% of the room
+    limits = RowLimits(SIZES)
+    limits.start_small("g")
+    limits.record_success("g", MemoryUse(rows=2, peak=200, room=1000))  # 9 rows in 90% of the room
     assert limits.rows("g") == 8
-    limits.passed("g")
+    limits.record_success("g")
     assert limits.rows("g") == 8
-    limits.passed("g", Use(rows=8, peak=400, room=1000))  # a larger call, most of it paid once
+    limits.record_success("g", MemoryUse(rows=8, peak=400, room=1000))  # a larger call, most of it paid once
     assert limits.rows("g") == 16
-    limits.passed("g", Use(rows=16, peak=1600, room=100))
+    limits.record_success("g", MemoryUse(rows=16, peak=1600, room=100))
     assert limits.rows("g") == 1, "one image a call"
 
 
 def test_where_nothing_is_told_nothing_is_limited():
-    limits = Limits(SIZES)
-    limits.cautious("g")
-    limits.passed("g")
+    limits = RowLimits(SIZES)
+    limits.start_small("g")
+    limits.record_success("g")
     assert limits.rows("g") == 16
 
 
 def test_a_size_that_failed_is_tried_again_after_many_calls():
-    limits = Limits(SIZES)
-    limits.failed("g", 13)
+    limits = RowLimits(SIZES)
+    limits.record_failure("g", 13)
     assert limits.rows("g") == 8
-    limits.failed("g", 8)
+    limits.record_failure("g", 8)
     assert limits.rows("g") == 4
     sizes = []
-    for _ in range(2 * RECOVERY):
-        limits.passed("g")
+    for _ in range(2 * RECOVERY_CALLS):
+        limits.record_success("g")
         sizes.append(limits.rows("g"))
-    assert sizes == [4] * (RECOVERY - 1) + [8] * RECOVERY + [16]
+    assert sizes == [4] * (RECOVERY_CALLS - 1) + [8] * RECOVERY_CALLS + [16]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.job import ImageKey, Shape
-from service.engine.scheduler import PATIENCE, Place, Scheduler
+from service.engine.scheduler import PATIENCE, Position, Scheduler
 
 
 def shape(group: str = "g", evaluations: int = 3, row_cost: float = 1.0) -> Shape:
@@ -217,16 +217,16 @@ def test_a_waiting_job_knows_its_place_and_the_work_ahead():
     tick(scheduler)
     scheduler.admit("large", shape(evaluations=10), images=2, rows=1)
     scheduler.admit("small", shape(evaluations=3), images=1, rows=1)
-    assert scheduler.queue() == [Place("small", 1, 2.0, 3.0), Place("large", 2, 5.0, 20.0)]
-    assert scheduler.place("large") == Place("large", 2, 5.0, 20.0)
+    assert scheduler.queue() == [Position("small", 1, 2.0, 3.0), Position("large", 2, 5.0, 20.0)]
+    assert scheduler.position("large") == Position("large", 2, 5.0, 20.0)
 
 
 def test_a_job_that_has_begun_has_no_place_in_the_queue():
     scheduler = Scheduler(2)
     scheduler.admit("a", shape(), images=2, rows=2)
     tick(scheduler)
-    assert scheduler.place("a") is None
-    assert scheduler.place("never there") is None
+    assert scheduler.position("a") is None
+    assert scheduler.position("never there") is None
 
 
 def test_running_and_waiting_jobs_are_counted():

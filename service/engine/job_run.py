@@ -1,0 +1,54 @@
+"""A job and how far the engine is with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from service.engine.job import Job, ModelKey, Shape
+
+
+@dataclass
+class JobRun:
+    """A job and how far it is; times are readings of the engine's clock."""
+
+    job: Job
+    received: float
+    shape: Shape
+    full_precision: bool = False  # it runs again, in float32
+    no_room_beside: frozenset[ModelKey] = frozenset()  # busy models that left no memory for the job's model
+    admitted: bool = False  # the scheduler has it
+    started: bool = False  # the runner has its latents
+    announced: bool = False  # its Started event was sent
+    steps: dict[int, int] = field(default_factory=dict)  # of each image, in this run
+    most_steps: dict[int, int] = field(default_factory=dict)  # of each image, in any run
+    began: float = 0.0
+    denoised: float = 0.0
+    warnings: tuple[str, ...] = ()
+    images: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> int:
+        """The number of images, or of tiles that they are made of."""
+        return self.job.n * self.shape.parts
+
+    @property
+    def work(self) -> float:
+        """All the work of the job, as the scheduler counts it."""
+        return self.parts * self.job.rows * self.shape.evaluations * self.shape.row_cost
+
+    def count_step(self, image: int) -> bool:
+        """Count one step of an image; returns whether a preview of it is due.
+
+        Previews are not repeated when the job runs again.
+        """
+        self.steps[image] = step = self.steps.get(image, 0) + 1
+        is_new = step > self.most_steps.get(image, 0)
+        if is_new:
+            self.most_steps[image] = step
+        every = self.job.preview_every
+        return is_new and every > 0 and step % every == 0 and step < self.shape.evaluations
+
+    def start_over(self) -> None:
+        """Forget this run; what was announced of it is not announced again."""
+        self.started = False
+        self.steps, self.images = {}, {}
