@@ -188,7 +188,7 @@ def test_numbers_that_are_none_are_reported_of_their_job_alone(runner):
     for job in jobs:
         begin(runner, job)
     runner.jobs["b"].images[0].state = torch.full((1, 4, 8, 8), torch.nan)
-    assert runner.step([ImageKey(job.id, 0) for job in jobs]).broken == ("b",)
+    assert runner.step([ImageKey(job.id, 0) for job in jobs]).non_finite == ("b",)
     assert torch.isfinite(runner.jobs["a"].images[0].x).all()
 
 
@@ -231,7 +231,7 @@ def test_memory_is_measured_only_when_a_call_has_more_rows_than_any_before(runne
     for job in jobs:
         begin(runner, job)
     keys = [ImageKey(job.id, 0) for job in jobs]
-    uses = [runner.step(keys[:count]).use for count in (1, 1, 3, 2, 3)]
+    uses = [runner.step(keys[:count]).memory for count in (1, 1, 3, 2, 3)]
     if uses[0] is None:
         pytest.skip("this system does not tell")
     assert [use and use.rows for use in uses] == [2, None, 8, None, None]
