@@ -1,4 +1,4 @@
-"""POST /upscale: what is asked, how it runs in tiles among others, what comes back."""
+"""POST /upscale: how a request is resolved, how it runs in tiles, and its response."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.clients import error_of, image_of
 from tests.helpers.images import base64_of, noise, psnr
 from tests.helpers.servers import Server, wait_until
 
-SIZE = (45, 30)  # of no multiple of anything, in two tiles of each direction
+SIZE = (45, 30)  # multiples of nothing; several tiles in each direction
 SPECS = {"tiny": tiny_spec(), "upscaler": upscaler_spec()}
 
 
@@ -35,7 +35,7 @@ def order(**changes):
     return resolve(UpscaleRequest(**body_of(**changes)), SPECS, Settings())
 
 
-def test_the_canvas_is_the_next_size_that_the_unet_takes_and_the_answer_four_times_the_pictures():
+def test_the_canvas_is_padded_to_a_size_of_the_unet_and_the_result_is_four_times_the_image():
     made = order()
     assert (made.canvas_width, made.canvas_height) == (4 * 46, 4 * 30)
     assert (made.width, made.height) == (180, 120)
@@ -44,12 +44,12 @@ def test_the_canvas_is_the_next_size_that_the_unet_takes_and_the_answer_four_tim
     assert len(made.tiles.corners) == 4 * 3
 
 
-def test_the_model_is_the_first_that_can_do_it():
+def test_the_default_model_is_the_first_that_upscales():
     assert order().parameters.model == "upscaler"
     assert resolve(GenerateRequest(prompt="p"), SPECS, Settings()).parameters.model == "tiny"
 
 
-def test_parameters_are_those_of_the_request_without_its_picture():
+def test_parameters_are_those_of_the_request_without_its_image():
     parameters = order(scale=2, noise_level=0).parameters.of_image(1)
     assert (parameters["scale"], parameters["noise_level"], parameters["seed"]) == (2, 0, 2)
     assert set(parameters) <= set(UpscaleRequest.model_fields)
@@ -73,13 +73,13 @@ def test_parameters_are_those_of_the_request_without_its_picture():
         ({"image": base64_of(noise(16_380, 1)), "output_format": "jpeg"}, "output_format"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(changes, param):
+def test_an_unsupported_value_is_refused_by_its_field(changes, param):
     with pytest.raises(InvalidRequest) as refused:
         order(**changes)
     assert refused.value.param == param
 
 
-def test_without_a_model_for_it_the_first_says_what_it_is_for():
+def test_a_model_that_does_not_upscale_is_refused():
     with pytest.raises(InvalidRequest, match="must support upscaling"):
         resolve(UpscaleRequest(**body_of()), {"tiny": tiny_spec()}, Settings())
     with pytest.raises(NotFound):
@@ -103,7 +103,7 @@ def enlarged(server: Server, **changes) -> np.ndarray:
     return image_of(server.client.post("/upscale", json=body_of(**changes)))
 
 
-def test_any_size_comes_back_four_times_as_large_and_as_the_models_own_arithmetic_has_it(upscaler, folder):
+def test_any_size_gives_the_image_of_the_model_itself_four_times_as_large(upscaler, folder):
     pixels = enlarged(upscaler, steps=3)
     assert pixels.shape == (120, 180, 3)
     canvas = np.pad(np.asarray(noise(*SIZE)), ((0, 0), (0, 1), (0, 0)), mode="edge")
@@ -114,13 +114,13 @@ def test_any_size_comes_back_four_times_as_large_and_as_the_models_own_arithmeti
     assert psnr(pixels, expected) > 40
 
 
-def test_a_smaller_scale_is_the_same_picture_made_smaller(upscaler):
+def test_a_smaller_scale_is_the_same_image_resized(upscaler):
     whole, half = enlarged(upscaler), enlarged(upscaler, scale=2)
     assert half.shape == (60, 90, 3)
     assert (np.asarray(Image.fromarray(whole).resize((90, 60), Image.Resampling.LANCZOS)) == half).all()
 
 
-def test_every_image_has_a_seed_of_its_own_and_company_changes_nothing(upscaler):
+def test_every_image_has_its_own_seed_and_other_jobs_change_nothing(upscaler):
     response = upscaler.client.post("/upscale", json=body_of(n=2)).json()
     assert [image["seed"] for image in response["images"]] == [1, 2]
     assert (response["images"][0]["width"], response["images"][0]["height"]) == (180, 120)
@@ -134,7 +134,7 @@ def test_every_image_has_a_seed_of_its_own_and_company_changes_nothing(upscaler)
     assert psnr(alone, enlarged(upscaler, seed=3, sampler="euler_ancestral")) < 40
 
 
-def test_a_picture_by_itself_says_how_to_make_it_again(upscaler):
+def test_the_parameters_of_an_image_reproduce_it(upscaler):
     body = body_of(noise_level=1)
     response = upscaler.client.post("/upscale", json=body, headers={"Accept": "image/png"})
     assert response.headers["content-type"] == "image/png"
@@ -158,14 +158,14 @@ def test_a_job_counts_the_steps_of_every_tile(upscaler):
     assert error_of(refused, 422)["param"] == "preview_every"
 
 
-def test_what_the_model_does_is_listed_and_nothing_else_is_done(upscaler):
+def test_the_model_is_listed_and_refuses_other_tasks(upscaler):
     (model,) = upscaler.client.get("/models").json()["models"]
     assert model["upscaling"] == {"scale": 4, "max_noise_level": 9}
     assert (model["tasks"], model["inpainting"], model["defaults"]["noise_level"]) == (["upscaling"], None, 2)
     assert error_of(upscaler.client.post("/generate", json={"prompt": "p"}), 422)["param"] == "model"
 
 
-def test_a_worker_that_dies_makes_the_same_picture_again(upscaler):
+def test_a_killed_worker_gives_the_same_image_again(upscaler):
     expected = enlarged(upscaler, steps=30)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(enlarged, upscaler, steps=30)
