@@ -66,7 +66,6 @@ def check_fields(body: Processing) -> None:
         ("refiner_checkpoint", not refined, "is not supported; it must be empty"),
     ]
     if isinstance(body, ImageToImage):
-        rules.append(("init_images", len(body.init_images) == 1, "must hold one image"))
         rules.append(("resize_mode", body.resize_mode != 3, "must be 0, 1 or 2"))
     require(rules)
 

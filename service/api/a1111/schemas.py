@@ -25,7 +25,6 @@ def serialisable(value: Any) -> Any:
 NEUTRAL_ONLY = Field(description="accepted at values that change nothing")
 NO_EFFECT = Field(description="no effect")
 Anything = Annotated[Any, AfterValidator(serialisable)]
-AnyList = Annotated[list[Any], AfterValidator(serialisable)]
 AnyObject = Annotated[dict[str, Any], AfterValidator(serialisable)]
 Side = Annotated[int, Field(ge=1)]
 Blur = Annotated[int, Field(ge=0, le=64)]
@@ -87,7 +86,7 @@ class Processing(Body):
     s_tmax: Annotated[float | None, NO_EFFECT] = None
     s_tmin: Annotated[float | None, NO_EFFECT] = None
     save_images: Annotated[bool | None, NO_EFFECT] = None
-    script_args: Annotated[AnyList | AnyObject | None, NO_EFFECT] = None
+    script_args: Annotated[Anything, NO_EFFECT] = None
     styles: Annotated[list[str] | None, NO_EFFECT] = None
     subseed: Annotated[int | None, NO_EFFECT] = None
     token_merging_ratio_hr: Annotated[float | None, NO_EFFECT] = None
@@ -116,7 +115,7 @@ class TextToImage(Processing):
 class ImageToImage(Processing):
     """POST /sdapi/v1/img2img."""
 
-    init_images: Annotated[list[str], Field(min_length=1, description=f"one image: {IMAGE}")]
+    init_images: Annotated[list[str], Field(description=f"one image: {IMAGE}")]
     denoising_strength: Annotated[
         float | None, Field(description="0: the image stays as it is; default: 0.75")
     ] = None
@@ -248,7 +247,7 @@ class FileData(Body):
 class ExtraBatchImages(Extras):
     """POST /sdapi/v1/extra-batch-images."""
 
-    imageList: Annotated[list[FileData], Field(min_length=1)]  # noqa: N815 - A1111's name
+    imageList: list[FileData]  # noqa: N815 - A1111's name
 
 
 class ExtraSingleResponse(BaseModel):

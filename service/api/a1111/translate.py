@@ -57,7 +57,7 @@ def image_submission(body: ImageToImage, choice: SamplerChoice, session: A1111Se
     spec = spec_for(body, GenerateRequest, session)
     warnings = (*check_unsupported(body, choice, spec), *((BLANK_MASK,) if blank else ()))
     fields = fields_of(body, choice, spec, session)
-    start = read_resized(body, session) if body.resize_mode else body.init_images[0]
+    start = read_resized(body, session) if body.resize_mode else only_image(body)
     request = build_request(GenerateRequest, fields | {"init_image": start, "strength": strength_of(body)})
     return Submission(request, previews=PREVIEWS, warnings=warnings)
 
@@ -115,9 +115,19 @@ def unchanged_answer(body: ImageToImage, choice: SamplerChoice, session: A1111Se
 
 def read_resized(body: ImageToImage, session: A1111Session) -> Image.Image:
     """The first image, resized by resize_mode. Raises InvalidRequest."""
-    limits = session.jobs.supervisor.settings
-    image = images.read_image(body.init_images[0], "init_images", limits.max_input_pixels)
+    image = read_first(body, session)
     return resize(image, *size_of(body, image, session), coalesce(body.resize_mode, 0))
+
+
+def read_first(body: ImageToImage, session: A1111Session) -> Image.Image:
+    """The one image. Raises InvalidRequest."""
+    source, most = only_image(body), session.jobs.supervisor.settings.max_input_pixels
+    return images.read_image(source, "init_images", most)
+
+
+def only_image(body: ImageToImage) -> str:
+    require([("init_images", len(body.init_images) == 1, "must hold one image")])
+    return body.init_images[0]
 
 
 def size_of(body: ImageToImage, image: Image.Image, session: A1111Session) -> tuple[int, int]:
@@ -141,7 +151,10 @@ def fields_of(
     body: Processing, choice: SamplerChoice, spec: ModelSpec, session: A1111Session
 ) -> dict[str, Any]:
     """The fields of our request that every kind of request has. Raises InvalidRequest."""
-    n = coalesce(body.batch_size, 1) * coalesce(body.n_iter, 1)
+    batch, batches = coalesce(body.batch_size, 1), coalesce(body.n_iter, 1)
+    n, most = batch * batches, session.jobs.supervisor.settings.max_images
+    field = "n_iter" if batches > batch else "batch_size"
+    require([(field, n <= most, f"is too large: batch_size * n_iter must be at most {most}")])
     prompt, loras = split_prompt(body.prompt or "")
     kind = options.read_format(body.override_settings or {}, SETTINGS)
     return {
@@ -177,8 +190,7 @@ def split_prompt(prompt: str) -> tuple[str, dict[str, float]]:
 
 def read_masked(body: ImageToImage, session: A1111Session) -> MaskedImage:
     """The first image and its blurred mask, resized to the image's size. Raises InvalidRequest."""
-    most = session.jobs.supervisor.settings.max_input_pixels
-    image = images.read_image(body.init_images[0], "init_images", most)
+    image, most = read_first(body, session), session.jobs.supervisor.settings.max_input_pixels
     file = images.open_source(body.mask or "", "mask", most)
     mask = read_mask(
         file if file.size == image.size else file.resize(image.size, Image.Resampling.LANCZOS),
@@ -193,8 +205,8 @@ def read_masked(body: ImageToImage, session: A1111Session) -> MaskedImage:
 
 
 def strength_of(body: Processing) -> float | None:
-    """A1111's denoising strength; None for txt2img."""
-    return coalesce(body.denoising_strength, STRENGTH) if isinstance(body, ImageToImage) else None
+    """A1111's denoising strength, which means 1 where it is larger; None for txt2img."""
+    return min(coalesce(body.denoising_strength, STRENGTH), 1.0) if isinstance(body, ImageToImage) else None
 
 
 def to_response(body: Processing, choice: SamplerChoice, answer: Answer) -> ProcessingResponse:

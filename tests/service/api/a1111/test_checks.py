@@ -143,6 +143,8 @@ def test_values_that_change_nothing_change_nothing(bundled, body):
         ({"prompt": "apple <lora:unknown:1>"}, "prompt"),
         ({"cfg_scale": 1000}, "cfg_scale"),
         ({"batch_size": 1000}, "batch_size"),
+        ({"n_iter": 1000}, "n_iter"),
+        ({"script_args": "x" * 3, "alwayson_scripts": []}, "alwayson_scripts"),
         ({"width": 100}, "width"),
         ({"seed": -2}, "seed"),
     ],

@@ -8,15 +8,18 @@ import io
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
 import webuiapi
+from fastapi import FastAPI
 from PIL import Image
 
 from service.api.app import create_app
 from service.model_paths import identify_all, locate_all
+from service.requests import images
 from service.settings import Settings
 from tests.helpers.servers import wait_until
 
@@ -121,6 +124,7 @@ def test_latent_upscaling_and_several_images_are_refused(bundled, apple):
     for asked, param in (
         ({"resize_mode": 3, "init_images": [encoded(apple)]}, "resize_mode"),
         ({"init_images": [encoded(apple)] * 2}, "init_images"),
+        ({"init_images": [], "mask": encoded(apple)}, "init_images"),
         ({"init_images": [encoded(apple)], "latent_mask": encoded(apple)}, "latent_mask"),
         (
             {
@@ -171,6 +175,18 @@ def test_a_blurred_mask_fades(api, apple):
     assert change[:40].mean() > 3
     assert change[100:].max() == 0
     assert 0 < change[60:64].mean() < change[40:50].mean()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("jpeg", "jpg"), ("webp", "webp")])
+def test_an_inpainted_image_is_encoded_once(bundled, apple, kind, name):
+    asked = {"init_images": [encoded(apple)], "mask": encoded(left_half(apple.size))} | TINY
+    asked |= {"width": 128, "height": 128, "inpaint_full_res": False}
+    lossless = bundled.client.post("/sdapi/v1/img2img", json=asked).json()
+    lossy = bundled.client.post(
+        "/sdapi/v1/img2img", json=asked | {"override_settings": {"samples_format": name}}
+    ).json()
+    pixels = np.asarray(decoded(lossless["images"][0]))
+    assert base64.b64decode(lossy["images"][0]) == images.encode(pixels, kind)
 
 
 def test_an_empty_mask_masks_nothing(bundled, apple):
@@ -297,6 +313,27 @@ def test_png_info_reads_what_files_carry(bundled, api):
     assert api.png_info(Image.new("RGB", (8, 8))).info == ""
 
 
+def app_with(**changes: object) -> FastAPI:
+    """The application without its worker, as if a bundled model were loaded, with changes of its spec."""
+    app = create_app(Settings(queue_size=1))
+    sources = identify_all(locate_all(("emoji",)))
+    app.state.supervisor.specs = {name: replace(source.spec, **changes) for name, source in sources.items()}
+    return app
+
+
+def test_embeddings_are_those_of_the_models():
+    app = app_with(embeddings=("my-style",))
+
+    async def get() -> dict:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return (await client.get("/sdapi/v1/embeddings")).json()
+
+    embeddings = asyncio.run(get())
+    assert [*embeddings["loaded"]] == ["my-style"]
+    assert embeddings["loaded"]["my-style"]["shape"] > 0
+    assert embeddings["skipped"] == {}
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -306,10 +343,8 @@ def test_png_info_reads_what_files_carry(bundled, api):
     ],
 )
 def test_no_image_is_decoded_without_a_place_in_the_queue(path, body):
-    app = create_app(Settings(queue_size=1))
+    app = app_with()
     supervisor = app.state.supervisor
-    sources = identify_all(locate_all(("emoji",)))
-    supervisor.specs = {name: source.spec for name, source in sources.items()}
 
     async def post() -> int:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
