@@ -9,10 +9,11 @@ from fastapi import APIRouter, Body, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
 from service.api.auth import digest, sent_in
+from service.api.routing import JSONRoute
 from service.requests.background import Jobs, Record
 from service.requests.schemas import JobRequest, JobStatus, error_responses
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], route_class=JSONRoute)
 
 ACCEPTED: dict[str, Any] = {
     "description": "It has a place in the queue",

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Header, Request, Response
 
 from models.sampling.samplers import SAMPLERS
 from models.spec import ModelSpec, Spacing
+from service.api.routing import JSONRoute
 from service.errors import ClientGone
 from service.requests import labels, response
 from service.requests.background import Jobs, Submission
@@ -31,7 +32,7 @@ from service.requests.schemas import (
 )
 from service.settings import Settings
 
-router = APIRouter(tags=["native"])
+router = APIRouter(tags=["native"], route_class=JSONRoute)
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,7 @@ from models.conditioning.boxes import Box
 from models.sampling.guidance import row_count
 from models.spec import Spacing
 
-MAX_SEED = 2**53 - 1  # the largest integer that every JSON client can hold
+MAX_SEED = 2**64 - 1  # the largest seed of a random number generator
 
 
 LatentFill = Literal["image", "noise", "zeros"]

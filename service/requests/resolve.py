@@ -16,7 +16,6 @@ from models.conditioning import prompts
 from models.sampling.samplers import OWN_SPACING
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import cut
-from service.engine.job import MAX_SEED
 from service.errors import InvalidRequest, NotFound
 from service.requests import checks, images, labels
 from service.requests.checks import require, shorten
@@ -37,6 +36,7 @@ Request = TypeVar("Request", bound=ImageRequest)
 Value = TypeVar("Value")
 
 DEFAULT_STRENGTH = 0.75  # of image-to-image
+MAX_DRAWN_SEED = 2**53 - 1  # the largest integer that every JSON client can hold
 RESIZED = "init_image is {}x{} and was resized to {}x{}, the nearest size that the model takes"
 
 TASKS_OF: dict[type[ImageRequest], tuple[str, ...]] = {  # the model must support one of them
@@ -197,7 +197,7 @@ def with_defaults(
         height=size[1] if scene else None,
         steps=coalesce(request.steps, defaults.steps),
         guidance_scale=coalesce(request.guidance_scale, defaults.guidance_scale),
-        seed=coalesce(request.seed, secrets.randbelow(MAX_SEED - request.n)),
+        seed=drawn_seed(request.n) if request.seed in (None, -1) else request.seed,
         n=request.n,
         sampler=sampler,
         eta=coalesce(request.eta, defaults.eta),
@@ -220,6 +220,11 @@ def with_defaults(
         priority=request.priority,
         label_name=prompts.escape(label_name) if request.prompt_weights else label_name,
     )
+
+
+def drawn_seed(n: int) -> int:
+    """A random seed for n images, all of which every JSON client can read back exactly."""
+    return secrets.randbelow(MAX_DRAWN_SEED + 2 - n)
 
 
 def loras_of(request: ImageRequest, spec: ModelSpec) -> dict[str, float]:

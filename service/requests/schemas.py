@@ -11,7 +11,9 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    ValidationError,
     ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 from pydantic_core import CoreSchema, core_schema
 
@@ -33,6 +35,9 @@ def not_blank(text: str) -> str:
     return text
 
 
+PICTURE = "a PNG, JPEG or WebP file in base64 or as a data: URL"
+
+
 class _ImageSourceSchema:
     """On the wire an image is text; inside the service it may also be a file's bytes or pixels."""
 
@@ -44,8 +49,26 @@ class _ImageSourceSchema:
         return value if isinstance(value, bytes | Image.Image) else read_text(value)
 
 
+def label_or_error(value: object, read: ValidatorFunctionWrapHandler) -> object:
+    try:
+        return read(value)
+    except ValidationError:
+        raise ValueError("must be a label of the model, by its name or its number") from None
+
+
+def within_seeds(seed: int) -> int:
+    if seed > MAX_SEED:
+        raise ValueError(f"must be at most {MAX_SEED}")
+    return seed
+
+
+# The API document has no `maximum` for it: clients generated from it use signed
+# 64-bit integers, which cannot hold it.
+SeedInput = Annotated[int, Field(ge=-1), AfterValidator(within_seeds)]
+LabelInput = Annotated[
+    Annotated[int, Field(ge=0)] | Annotated[str, Field(max_length=200)], WrapValidator(label_or_error)
+]
 ImageInput = Annotated[ImageSource, _ImageSourceSchema()]
-PICTURE = "a PNG, JPEG or WebP file in base64 or as a data: URL"
 
 
 class Box(BaseModel):
@@ -53,10 +76,7 @@ class Box(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    name: Annotated[
-        Annotated[int, Field(ge=0)] | Annotated[str, Field(max_length=200)],
-        Field(description="a label of the model, by its name or its number"),
-    ]
+    name: Annotated[LabelInput, Field(description="a label of the model, by its name or its number")]
     x: Annotated[float, Field(ge=0, le=1)]
     y: Annotated[float, Field(ge=0, le=1)]
     w: Annotated[float, Field(gt=0, le=1)]
@@ -88,7 +108,13 @@ class ImageRequest(BaseModel):
     guidance_scale: Annotated[
         float | None, Field(ge=0, le=50, description="1: none, the default where nothing is asked for")
     ] = None
-    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="of image 0; drawn if missing")] = None
+    seed: Annotated[
+        SeedInput | None,
+        Field(
+            description="Seed of image 0; image i has seed + i. Missing or -1: drawn at random, below 2^53. "
+            "Seeds up to 2^64 - 1 are accepted."
+        ),
+    ] = None
     n: Annotated[int, Field(ge=1, le=MAX_N, description="pictures")] = 1
     sampler: Annotated[str | None, Field(max_length=50)] = None
     spacing: Annotated[
@@ -115,7 +141,7 @@ class SceneRequest(ImageRequest):
         Field(gt=0, le=1, description="of a run from a picture: the share of the steps it takes"),
     ] = None
     class_label: Annotated[
-        Annotated[int, Field(ge=0)] | Annotated[str, Field(max_length=200)] | None,
+        LabelInput | None,
         Field(description="number or name of a label of the model, instead of a prompt"),
     ] = None
     boxes: Annotated[

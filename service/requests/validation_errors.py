@@ -1,44 +1,113 @@
-"""Pydantic's validation errors as InvalidRequest, in this API's words."""
+"""Pydantic's validation errors as InvalidRequest, in this API's words.
+
+No message repeats a value, which may be anything, and none shows the library's own wording.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from service.errors import InvalidRequest, UnreadableBody, UnsupportedMedia
 from service.requests.checks import shorten
 
+Error = Mapping[str, Any]
+
 TASKS = ("generate", "inpaint", "upscale")  # of POST /jobs
 UNKNOWN_TASK = ("union_tag_invalid", "union_tag_not_found")
-WORDING = {
+LOCATIONS = ("body", "header", "query", "path", "cookie", "file")  # that start the path of an error
+
+DEFAULT_SENTENCE = "is invalid"
+OBJECT, LIST, STRING, NUMBER = "must be an object", "must be a list", "must be a string", "must be a number"
+INTEGER = "must be an integer"
+# Error type -> what was expected, to follow the field's name. {x} is filled from the error's context.
+SENTENCES = {
     **dict.fromkeys(UNKNOWN_TASK, f"must be one of {', '.join(TASKS)}"),
-    "missing": "is required",
-    "extra_forbidden": "is not a field of this request",
-    "string_unicode": "must be text that UTF-8 can hold",
+    **dict.fromkeys(
+        ("missing", "missing_argument", "missing_keyword_only_argument", "missing_positional_only_argument"),
+        "is required",
+    ),
+    **dict.fromkeys(
+        (
+            "extra_forbidden",
+            "unexpected_keyword_argument",
+            "unexpected_positional_argument",
+            "no_such_attribute",
+        ),
+        "is not a field of this request",
+    ),
+    **dict.fromkeys(
+        ("dict_type", "model_type", "model_attributes_type", "dataclass_type", "mapping_type"), OBJECT
+    ),
+    **dict.fromkeys(
+        ("list_type", "tuple_type", "set_type", "frozen_set_type", "deque_type", "iterable_type"), LIST
+    ),
+    **dict.fromkeys(("string_type", "bytes_type", "invalid_key", "json_type"), STRING),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), INTEGER),
+    **dict.fromkeys(("float_type", "float_parsing", "decimal_type", "decimal_parsing"), NUMBER),
+    **dict.fromkeys(("recursion_loop", "recursion_depth_exceeded"), "is nested too deeply"),
+    **dict.fromkeys(("literal_error", "enum"), "must be {expected}"),
+    **dict.fromkeys(("string_too_short", "bytes_too_short"), "must have at least {min_length} characters"),
+    **dict.fromkeys(
+        ("string_too_long", "bytes_too_long", "url_too_long"), "must have at most {max_length} characters"
+    ),
+    **dict.fromkeys(("string_unicode", "bytes_invalid_encoding"), "must be text that UTF-8 can encode"),
+    **dict.fromkeys(("url_type", "url_parsing", "url_syntax_violation"), "must be a URL"),
+    **dict.fromkeys(("uuid_type", "uuid_parsing", "uuid_version"), "must be a UUID"),
     "int_parsing_size": "is too large",
+    "finite_number": "must be a finite number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "too_short": "must have at least {min_length} items",
+    "too_long": "must have at most {max_length} items",
+    "string_pattern_mismatch": "has the wrong format",
+    "string_not_ascii": "must be ASCII text",
     "none_required": "is not supported here",
+    "is_instance_of": "must be a file",
+    "url_scheme": "must be a URL that starts with {expected_schemes}",
+    "value_error": "{error}",  # of this project's own validators
 }
+ONE = re.compile(r"\b1 (character|item)s\b")
+# How pydantic calls a member of a union in the path of an error.
+UNION_MEMBER = re.compile(r"(constrained-)?(int|float|str|bool|none|dict|bytes)|[\w-]+\[.*\]")
 
 
-PHRASES = {"Value error, ": "", "Input should be ": "must be ", "String should have ": "must have "}
-
-
-def explain(errors: Sequence[Mapping[str, Any]], content_type: str = "application/json") -> InvalidRequest:
-    """The first of pydantic's errors. Never repeats a value, which may be anything."""
+def explain(errors: Sequence[Error], content_type: str = "application/json") -> InvalidRequest:
+    """The first of pydantic's errors; content_type: of the request."""
     error = errors[0]
-    path = path_of(error)
     if error["type"] == "json_invalid":
         return UnreadableBody()
+    path, sentence = path_of(error), sentence_of(error)
+    if len(path) > 1 and UNION_MEMBER.fullmatch(str(path[-1])) and is_union(errors):
+        sentences = dict.fromkeys(map(sentence_of, members(errors)))
+        path, sentence = (
+            path[:-1],
+            " or ".join(sentences).replace(" or must ", " or ").replace(" or be ", " or "),
+        )
     if not path:
-        return UnreadableBody() if "json" in content_type or not content_type else UnsupportedMedia()
+        return UnreadableBody() if "json" in content_type else UnsupportedMedia()
     param = shorten(".".join(map(str, path)))
-    return InvalidRequest(f"{param} {wording(error)}", param=param)
+    return InvalidRequest(f"{param} {sentence}", param=param)
 
 
-def path_of(error: Mapping[str, Any]) -> list[str | int]:
+def members(errors: Sequence[Error]) -> list[Error]:
+    """The errors about the same value as the first one, if that is a union."""
+    return [error for error in errors[:16] if error["loc"][:-1] == errors[0]["loc"][:-1]]
+
+
+def is_union(errors: Sequence[Error]) -> bool:
+    return len(members(errors)) > 1
+
+
+def path_of(error: Error) -> list[str | int]:
     """The field names that lead to an error, without the parts of the path that no request contains."""
     path: list[str | int] = list(error["loc"])
-    if path[:1] in (["body"], ["header"]):
+    if path and path[0] in LOCATIONS:
         del path[0]
     if error["type"] in UNKNOWN_TASK:
         return ["task"]
@@ -47,9 +116,12 @@ def path_of(error: Mapping[str, Any]) -> list[str | int]:
     return path
 
 
-def wording(error: Mapping[str, Any]) -> str:
+def sentence_of(error: Error) -> str:
     """What was expected, to follow the field's name."""
-    text: str = WORDING.get(error["type"], error["msg"])
-    for theirs, ours in PHRASES.items():
-        text = text.replace(theirs, ours)
-    return text
+    context = error.get("ctx", {}).items()
+    shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context}
+    try:
+        sentence = SENTENCES.get(error["type"], DEFAULT_SENTENCE).format(**shown)
+    except (KeyError, IndexError):  # a context that this version of pydantic fills differently
+        return DEFAULT_SENTENCE
+    return ONE.sub(r"1 \1", sentence)

@@ -39,7 +39,7 @@ from service.api.a1111.schemas import (
     UpscalerItem,
 )
 from service.api.a1111.session import A1111Session
-from service.api.dialect import DialectRoute
+from service.api.routing import ClientErrorRoute
 from service.requests import images
 from service.requests.background import Submission
 from service.requests.response import Answer
@@ -47,10 +47,10 @@ from service.requests.schemas import error_responses
 from service.worker.supervisor import Supervisor
 
 
-class A1111Route(DialectRoute):
+class A1111Route(ClientErrorRoute):
     """Errors name A1111's fields."""
 
-    words = {  # noqa: RUF012 - a ClassVar there
+    field_names = {  # noqa: RUF012 - a ClassVar there
         "model": "override_settings.sd_model_checkpoint",
         "guidance_scale": "cfg_scale",
         "n": "batch_size",

@@ -10,7 +10,6 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.api import native
-from service.api.dialect import DialectRoute
 from service.api.jobs import LIVE
 from service.api.openai import translate
 from service.api.openai.schemas import (
@@ -22,15 +21,16 @@ from service.api.openai.schemas import (
     OpenAIModelList,
     PromptedRequest,
 )
+from service.api.routing import ClientErrorRoute
 from service.errors import BadRequest, NotFound
 from service.requests.background import Record, Submission
 from service.requests.schemas import ErrorBody, GenerateRequest, InpaintRequest, error_responses
 
 
-class Route(DialectRoute):
+class Route(ClientErrorRoute):
     """What is invalid is a 400, and called by this API's names."""
 
-    words = {"width": "size", "height": "size", "init_image": "image"}  # noqa: RUF012 - a ClassVar there
+    field_names = {"width": "size", "height": "size", "init_image": "image"}  # noqa: RUF012 - a ClassVar there
     invalid = BadRequest
 
 

@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import httpx
@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from service.engine.events import Done, Failed, Previewed, QueuePosition, QueuePositions
-from service.errors import InvalidRequest, NotFound, QueueFull, ServiceError
+from service.errors import ClientGone, InvalidRequest, NotFound, QueueFull, ServiceError
 from service.requests import background as module
-from service.requests.background import Jobs, Record
+from service.requests.background import Jobs, Record, Submission
+from service.requests.response import Result
 from service.requests.schemas import GenerateJob
 from tests.checkpoints.tiny import tiny_spec
 from tests.helpers.clients import LONG, error_of, wait_for_jobs
@@ -319,3 +320,62 @@ def test_jobs_share_the_queue_with_requests(server):
         last = server.client.get(path).json()
         assert (last["status"], last["position"] or 1) >= ("queued", 1)
     wait_for_jobs(server, 0)
+
+
+def test_one_place_is_held_from_before_decoding_until_the_files_are_encoded():
+    async def scenario():
+        service = Service(queue_size=1)
+        taken = []
+
+        def prepare() -> Submission:
+            taken.append(service.supervisor.slots_in_use)
+            return Submission(body().request, encode=encode)
+
+        def encode(result: Result, index: int) -> bytes:
+            taken.append(service.supervisor.slots_in_use)
+            return b"file"
+
+        answer = asyncio.create_task(service.jobs.run(prepare, "r"))
+        await until(lambda: service.supervisor._tickets)
+        with pytest.raises(QueueFull):
+            await service.jobs.run(prepare, "r")
+        (job,) = service.supervisor._tickets
+        Worker(service.supervisor, job).say(Done(job, (PIXELS,), (), 0.1, 0.2, 0.3))
+        assert (await answer).files == (b"file",)
+        assert taken == [1, 1]
+        await asyncio.sleep(0)
+        assert service.supervisor.slots_in_use == 0
+        with pytest.raises(NotFound):
+            service.jobs.find(job)
+
+    run(scenario())
+
+
+def test_a_caller_that_stops_waiting_cancels_its_job():
+    async def scenario():
+        service = Service()
+        caller = asyncio.create_task(service.jobs.run(lambda: Submission(body().request), "r"))
+        await until(lambda: service.supervisor._tickets)
+        caller.cancel()
+        await until(lambda: not service.supervisor._tickets)
+        assert service.supervisor.slots_in_use == 0
+
+    run(scenario())
+
+
+def test_a_job_that_somebody_else_cancels_ends_its_caller_too():
+    async def scenario():
+        service = Service()
+        caller = asyncio.create_task(service.jobs.run(lambda: Submission(body().request), "r"))
+        await until(lambda: service.supervisor._tickets)
+        (job,) = service.supervisor._tickets
+        await service.jobs.find(job).cancel()
+        with pytest.raises(ClientGone):
+            await caller
+
+    run(scenario())
+
+
+async def until(holds: Callable[[], object]) -> None:
+    while not holds():
+        await asyncio.sleep(0.001)

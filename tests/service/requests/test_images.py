@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from pydantic import ValidationError
 
 from service.errors import InvalidRequest
 from service.requests.images import extend, from_base64, read_image, read_mask
@@ -198,3 +199,19 @@ def test_sizes_and_strengths_that_cannot_be_are_refused(body, param):
     with pytest.raises(InvalidRequest) as refused:
         order(**body)
     assert refused.value.param == param
+
+
+def test_pixels_and_files_are_read_as_base64_is():
+    image = noise(50, 37, "RGBA")
+    expected = np.asarray(read_image(base64_of(image), "image", CAP))
+    for source in (image, file_of(image)):
+        assert (np.asarray(read_image(source, "image", CAP)) == expected).all()
+    with pytest.raises(InvalidRequest, match="at most 100 pixels"):
+        read_image(image, "image", 100)
+
+
+def test_a_request_inside_the_service_may_carry_pixels_and_one_from_outside_may_not():
+    image = noise(32, 48)
+    assert order(init_image=image).inputs == order(init_image=base64_of(image)).inputs
+    with pytest.raises(ValidationError):
+        GenerateRequest.model_validate_json('{"init_image": {}}')

@@ -1,0 +1,91 @@
+"""Route classes: how JSON bodies are read, and how errors name the fields of an API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, ClassVar
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.params import Form
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from service.errors import InvalidRequest, UnreadableBody
+from service.requests.validation_errors import explain
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+# Bytes that start or separate JSON values. Base64 has none of them, so that they bound the number of values,
+# and with it the time and the memory that parsing takes.
+JSON_SEPARATORS = (b",", b"[", b"{", b'"')
+MAX_JSON_SEPARATORS = 100_000
+
+
+class JSONRoute(APIRoute):
+    """Reads a JSON body that comes without a Content-Type, and refuses one of too many values."""
+
+    def get_route_handler(self) -> Handler:
+        handle = super().get_route_handler()
+        if self.body_field is None or isinstance(self.body_field.field_info, Form):
+            return handle
+
+        async def handler(request: Request) -> Response:
+            add_content_type(request)
+            body = await request.body()
+            if sum(map(body.count, JSON_SEPARATORS)) > MAX_JSON_SEPARATORS:
+                raise UnreadableBody("the body must have fewer values")
+            return await handle(request)
+
+        return handler
+
+
+def add_content_type(request: Request) -> None:
+    """Let a body without a Content-Type be JSON, unless it comes from a web page of another origin.
+
+    A browser sends such a body to any address without asking that server (CORS), which it would for JSON.
+    """
+    headers: list[tuple[bytes, bytes]] = request.scope["headers"]
+    if not {b"content-type", b"origin"} & {name for name, _ in headers}:
+        headers.append((b"content-type", b"application/json"))
+
+
+class ClientErrorRoute(JSONRoute):
+    """A route of an API that imitates another one: its errors use the names of that API.
+
+    field_names: fields of the native API -> fields of this one. invalid: the error for a request that cannot
+    be done.
+    """
+
+    field_names: ClassVar[Mapping[str, str]] = {}
+    invalid: ClassVar[type[InvalidRequest]] = InvalidRequest
+
+    def get_route_handler(self) -> Handler:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            content_type = request.headers.get("content-type", "")
+            try:
+                return await handle(request)
+            except RequestValidationError as error:  # of this API's own schema, which has its names
+                raise self.as_invalid(explain(error.errors(), content_type)) from None
+            except HTTPException as error:
+                if error.status_code == 400 and content_type.startswith("multipart/"):
+                    raise UnreadableBody("the form is incomplete") from None
+                raise
+            except InvalidRequest as error:
+                raise self.as_invalid(self.renamed(error)) from None
+
+        return handler
+
+    def renamed(self, error: InvalidRequest) -> InvalidRequest:
+        """The error with this API's name of the field."""
+        ours, theirs = error.param or "", self.field_names.get(error.param or "")
+        if theirs is None:
+            return error
+        return type(error)(theirs + error.message.removeprefix(ours), param=theirs)
+
+    def as_invalid(self, error: InvalidRequest) -> InvalidRequest:
+        """As this API's class of error, unless it is about the body as a whole."""
+        kind = self.invalid if type(error) is InvalidRequest else type(error)
+        return kind(error.message, param=error.param)
