@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from tests.helpers.clients import image_of, open_image, post
-from tests.helpers.images import base64_of, hole, noise
+from tests.helpers.images import base64_of, hole, noise, psnr
 
 IMAGE = {"init_image": base64_of(noise(50, 37)), "strength": 0.5}
 MASKED = {"image": base64_of(noise(50, 37)), "mask": base64_of(hole((50, 37)))}
@@ -25,10 +24,10 @@ MASKED = {"image": base64_of(noise(50, 37)), "mask": base64_of(hole((50, 37)))}
     ids=["text-to-image", "prompt options", "image-to-image", "inpainting"],
 )
 def test_the_parameters_in_a_file_make_its_image_again(server, path, body, images):
-    made = server.client.post(path, json=body | images | {"steps": 4, "n": 2})
-    parameters = json.loads(open_image(made, 1).text["parameters"])
+    made = server.client.post(path, json=body | images | {"steps": 4})
+    parameters = json.loads(open_image(made).text["parameters"])
     again = server.client.post(path, json=images | parameters)
-    assert (image_of(again) == image_of(made, 1)).all()
+    assert (image_of(again) == image_of(made)).all()
     assert json.loads(open_image(again).text["parameters"]) == parameters
 
 
@@ -64,4 +63,4 @@ def test_a_seed_beyond_the_numbers_of_javascript_counts_on(server):
     both = post(server, {"prompt": "red apple", "seed": 2**53 - 1, "n": 2, "steps": 2})
     assert [image["seed"] for image in both.json()["images"]] == [2**53 - 1, 2**53]
     second = post(server, {"prompt": "red apple", "seed": 2**53, "steps": 2})
-    assert np.abs(image_of(second).astype(int) - image_of(both, 1)).max() <= 1
+    assert psnr(image_of(second), image_of(both, 1)) >= 40
