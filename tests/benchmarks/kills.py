@@ -1,9 +1,10 @@
-"""kill -9 under load: is every request answered, and with the same bytes as alone?
+"""kill -9 under load: does every request get a response, with the same bytes as without load?
 
-python -m tests.benchmarks.kills --requests 200 --kills 20
+python -m tests.benchmarks.kills --requests 200 --kills 20 --moments random ready
 
-Starts a server with --invariant, asks for each picture once in peace, then for all by 16 clients while its
-worker is killed at random moments. Needs Linux, where a process's children can be read.
+Starts a server with --invariant and generates each image once. Then, once for each kind of moment, 16 clients
+request all images while the worker is killed: at random moments, or each time within 0.2 s after it became
+ready. Needs Linux, where the children of a process can be read.
 """
 
 from __future__ import annotations
@@ -23,34 +24,53 @@ import httpx
 from service.bench.command import server
 from service.settings import read_settings
 
-# Seconds from ready to the next kill: long enough for some jobs to end, or no service could ever answer.
-PAUSE = (2.0, 9.0)
+# Seconds from ready to the kill. Random moments leave time for some jobs to finish; right after ready, none.
+DELAYS = {"random": (2.0, 9.0), "ready": (0.0, 0.2)}
+POLL_SECONDS = 0.02
 NAMES = ("red apple", "ghost", "rocket", "cactus", "key", "snowman", "fire", "bell")
 
 
 def main() -> None:
     args = parse()
-    draw = random.Random(args.seed)
     settings = read_settings(flags={"model": args.model, "invariant": "true", "queue_size": "1000"})
     with server(None, settings) as url, httpx.Client(base_url=url, timeout=None) as client:
+        draw = random.Random(args.seed)
         bodies = [body(draw, index) for index in range(args.different)]
-        expected = [client.post("/generate", json=b).content for b in bodies]
-        asked = [draw.randrange(args.different) for _ in range(args.requests)]
-        done = threading.Event()
-        with ThreadPoolExecutor(args.clients + 1) as pool:
-            killer = pool.submit(kill, draw, args.kills, url, done)
-            answers = list(pool.map(lambda i: client.post("/generate", json=bodies[i]), asked))
-            done.set()
-    lost = Counter(a.status_code for a in answers if a.status_code != 200)
-    pairs = zip(asked, answers, strict=True)
-    other = sum(a.status_code == 200 and pictures(a.content) != pictures(expected[i]) for i, a in pairs)
-    print(f"{args.requests} requests, {killer.result()} kills: {sum(lost.values())} lost {dict(lost) or ''}")
-    print(f"answers with other bytes than alone: {other}")
+        expected = [images(client.post("/generate", json=b)) for b in bodies]
+        for moment in args.moments:
+            run(args, client, url, draw, bodies, expected, moment)
+
+
+def run(
+    args: argparse.Namespace,
+    client: httpx.Client,
+    url: str,
+    draw: random.Random,
+    bodies: list[dict],
+    expected: list[list[str]],
+    moment: str,
+) -> None:
+    """Request everything while the worker is killed, and print what was lost."""
+    numbers = [draw.randrange(args.different) for _ in range(args.requests)]
+    done, begin = threading.Event(), time.monotonic()
+    with ThreadPoolExecutor(args.clients + 1) as pool:
+        killer = pool.submit(kill, random.Random(args.seed), args.kills, url, done, DELAYS[moment])
+        answers = list(pool.map(lambda number: client.post("/generate", json=bodies[number]), numbers))
+        done.set()
+    lost = Counter(answer.status_code for answer in answers if answer.status_code != 200)
+    pairs = zip(numbers, answers, strict=True)
+    differing = sum(a.status_code == 200 and images(a) != expected[number] for number, a in pairs)
+    print(
+        f"{moment}: {args.requests} requests, {killer.result()} kills, {time.monotonic() - begin:.0f} s: "
+        f"{sum(lost.values())} lost {dict(lost) or ''}; {differing} with other bytes",
+        flush=True,
+    )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="emoji")
+    parser.add_argument("--moments", nargs="+", choices=list(DELAYS), default=list(DELAYS))
     for name, default in (("requests", 200), ("kills", 20), ("clients", 16), ("different", 8), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
@@ -66,17 +86,17 @@ def body(draw: random.Random, index: int) -> dict:
     }
 
 
-def pictures(content: bytes) -> list[str]:
-    """The pictures of an answer, without its id and timings."""
-    return [image["data"] for image in httpx.Response(200, content=content).json()["images"]]
+def images(answer: httpx.Response) -> list[str]:
+    """The image files of a response, without its id and timings."""
+    return [image["data"] for image in answer.json()["images"]]
 
 
-def kill(draw: random.Random, times: int, url: str, done: threading.Event) -> int:
-    """Kill the worker so many times, each at a random moment after it became ready; returns how often."""
+def kill(draw: random.Random, times: int, url: str, done: threading.Event, delay: tuple[float, float]) -> int:
+    """Kill the worker so many times, each so many seconds after it became ready; returns how often."""
     for count in range(times):
         while not done.is_set() and httpx.get(f"{url}/health/ready").status_code != 200:
-            time.sleep(0.05)
-        if done.wait(draw.uniform(*PAUSE)):
+            time.sleep(POLL_SECONDS)
+        if done.wait(draw.uniform(*delay)):
             return count
         os.kill(worker_of(os.getpid()), signal.SIGKILL)
         time.sleep(0.2)
