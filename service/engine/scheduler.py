@@ -1,4 +1,4 @@
-"""The queue: which rows share the next UNet call. Pure Python: no torch, no clock, no threads."""
+"""The scheduler: the queue of jobs, and which of their images share the next UNet call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cachetools import LRUCache
 from service.engine.job import ImageKey, Shape
 from service.engine.row_limits import MAX_GROUPS
 
-PATIENCE = 8  # full calls; less lets large old jobs slow the small ones down
+PATIENCE = 8  # full calls without the oldest job; with fewer, large old jobs slow small ones down
 TOP_PRIORITY = 9
 
 
@@ -34,26 +34,26 @@ class Queued:
     group: Group
     rows: int  # of one image
     weight: float
-    left: dict[ImageKey, int]  # steps to run, of each image that has any
-    place: tuple[float, int] = (0.0, 0)  # the fair time at which fair sharing would end it; its number
-    begun: bool = False
+    left: dict[ImageKey, int]  # steps left of each unfinished image
+    place: tuple[float, int] = (0.0, 0)  # fair time at which fair sharing would finish it; serial number
+    started: bool = False
 
     @property
     def work(self) -> float:
-        """Work left."""
+        """The work left of it."""
         return sum(self.left.values()) * self.rows * self.group.row_cost
 
     def longest(self, count: int) -> list[ImageKey]:
-        """The `count` images with the most steps left: taken so, all of a job's images end together."""
+        """The `count` images with the most steps left, so that all images of a job finish together."""
         return sorted(self.left, key=self.left.__getitem__, reverse=True)[:count]
 
 
 class Group:
-    """Jobs that may share a UNet call, and the fair sharing that they are measured against.
+    """Jobs that may share a UNet call, and a simulation of fair sharing that sets their order.
 
-    time: fair time, the work that a job of weight 1 would have had by now if the group's work so far had
-    been shared evenly, by weight, among the jobs there were. spent: the work done per weight of the jobs in
-    line, which decides the turns among groups.
+    time: fair time, the work that a job of weight 1 would have received by now if all the group's work had
+    been shared among its jobs by weight. spent: work done per weight of the jobs in the queue, which decides
+    which group is next.
     """
 
     def __init__(self, key: Hashable, number: int, row_cost: float, spent: float) -> None:
@@ -63,17 +63,17 @@ class Group:
         self.spent = spent
         self.time = 0.0
         self.line: list[tuple[float, int, Queued]] = []  # by place
-        self.fair: list[tuple[float, int, float]] = []  # place and weight of what fair sharing has not ended
-        self.weight = 0.0  # of the jobs in line
-        self.fair_weight = 0.0  # of what is in fair
+        self.fair: list[tuple[float, int, float]] = []  # place and weight of its unfinished jobs
+        self.weight = 0.0  # of the jobs in the queue
+        self.fair_weight = 0.0  # of the jobs in `fair`
 
     @property
     def turn(self) -> tuple[float, int, Group]:
-        """Sorts groups: the smallest goes next."""
+        """The sort key of groups; the smallest is next."""
         return self.spent, self.number, self
 
     def join(self, job: Queued, number: int, level: float) -> None:
-        """Put a new job in its place; what the group has spent above `level` is shared among more jobs."""
+        """Add a new job. What the group has spent above `level` is from now on shared among more jobs."""
         self.spent = level + (self.spent - level) * self.weight / (self.weight + job.weight)
         self.weight += job.weight
         job.place = self.time + job.work / job.weight, number
@@ -81,12 +81,12 @@ class Group:
         self._share(*job.place, job.weight)
 
     def leave(self, job: Queued) -> None:
-        """Take out a job that is through; fair sharing may be at it for longer."""
+        """Remove a finished job from the queue; in the simulation it may not be finished yet."""
         del self.line[bisect_left(self.line, job.place)]
         self.weight -= job.weight
 
     def cancel(self, job: Queued) -> None:
-        """Take out a job that is not through: for fair sharing it was as large as the work done on it."""
+        """Remove an unfinished job; in the simulation it becomes as large as the work done on it."""
         self.leave(job)
         index = bisect_left(self.fair, job.place)
         if self.fair[index : index + 1] == [(*job.place, job.weight)]:
@@ -95,7 +95,7 @@ class Group:
             self._share(job.place[0] - job.work / job.weight, job.place[1], job.weight)
 
     def spend(self, work: float) -> None:
-        """Charge work done: fair time moves on, past the ends of the jobs that it ends."""
+        """Account for work done: advance fair time, and finish jobs of the simulation that it passes."""
         self.spent += work / self.weight
         while self.fair and work >= (span := (self.fair[0][0] - self.time) * self.fair_weight):
             work -= span
@@ -104,9 +104,10 @@ class Group:
         self.time += work / (self.fair_weight or 1.0)
 
     def fill(self, limit: int, first: Queued | None = None) -> list[ImageKey]:
-        """Images of at most `limit` rows, by place and `first` before all; the head's one image at any size.
+        """Images of at most `limit` rows in the order of places, `first` before all others.
 
-        Looks no further than 2 * limit jobs for one that fills the last gap.
+        If one image of the first job has more rows, it is picked alone. Only the first 2 * limit jobs are
+        searched for one that fills the last gap.
         """
         line = self.line[: 2 * limit]
         if first:
@@ -128,26 +129,26 @@ class Group:
         return picked
 
     def _share(self, due: float, number: int, weight: float) -> None:
-        """Let fair sharing work on something until `due`."""
+        """Let the simulation work on a job until fair time `due`."""
         if due > self.time:
             insort(self.fair, (due, number, weight))
             self.fair_weight += weight
 
 
 class Scheduler:
-    """Admits jobs and deals out UNet calls, image by image, each to one group and within its limit of rows.
+    """Admits jobs and picks the images of each UNet call: of one group, within its limit of rows.
 
-    Work is rows * row_cost. Within a group, jobs go in the order in which processor sharing would end them
-    (the fair sojourn protocol, Friedman and Henderson 2003): jobs finish rather than all crawl, a small one
-    overtakes a large one, and where a call holds one image, none ends later than under processor sharing
-    (larger calls: tests/benchmarks/policies.py). A job counts 4 ** priority times. Groups take turns by work
-    done per job. When all rows of a group fit, all run.
+    Work is rows * row_cost. Within a group, jobs run in the order in which processor sharing would finish
+    them (the fair sojourn protocol, Friedman and Henderson 2003). So jobs finish one after the other instead
+    of all late, a small one overtakes a large one, and if a call holds one image, no job finishes later than
+    under processor sharing (for larger calls see tests/benchmarks/policies.py). The weight of a job is
+    4 ** priority. Groups take turns by work done per job. If all rows of a group fit in a call, all run.
 
-    The bound on waiting: once `patience` full calls' work (max_rows rows of its group) has gone by without
-    the oldest job, the next call is its group's, and it comes first. So, whatever is admitted later and at
-    whatever priority, a job has its last step before the device has done (patience + 2) * S * F more work:
-    S the steps, of single images, that were left of it and of all jobs before it at its admission; F the
-    work of a full call of the dearest group.
+    The bound on waiting: when the work of `patience` full calls (of max_rows rows of its group) was done
+    without the oldest job, the next call is of its group, with the oldest job first. So, whatever is admitted
+    later and at whatever priority, a job has its last step before the device has done (patience + 2) * S * F
+    more work. S: steps, of single images, left at its admission of the job and of all jobs before it. F: work
+    of a full call of the group with the highest row_cost.
     """
 
     def __init__(self, max_rows: int, patience: float = PATIENCE) -> None:
@@ -158,28 +159,28 @@ class Scheduler:
         self._limits: LRUCache[Hashable, int] = LRUCache(MAX_GROUPS)
         self._jobs: OrderedDict[str, Queued] = OrderedDict()  # by admission
         self._groups: dict[Hashable, Group] = {}
-        self._turns: list[tuple[float, int, Group]] = []  # sorted
-        self._numbers = 0
+        self._turns: list[tuple[float, int, Group]] = []  # of all groups, sorted
+        self._numbers = 0  # of jobs admitted so far
         self._passed = 0.0  # work done since the oldest job ran or became the oldest
-        self._begun = 0
+        self._started = 0  # number of jobs in _jobs that have had a step
 
     def __len__(self) -> int:
-        """Jobs with evaluations still to run."""
+        """The number of jobs with steps left."""
         return len(self._jobs)
 
     @property
     def running(self) -> int:
-        """Jobs that have had a step and have more to run."""
-        return self._begun
+        """The number of jobs that have had a step and have more left."""
+        return self._started
 
     @property
     def waiting(self) -> int:
-        """Jobs that have had no step yet."""
-        return len(self._jobs) - self._begun
+        """The number of jobs that have had no step yet."""
+        return len(self._jobs) - self._started
 
     @property
     def work(self) -> float:
-        """Work left of all jobs."""
+        """The work left of all jobs."""
         return sum(job.work for job in self._jobs.values())
 
     def limit(self, group: Hashable, rows: int | None) -> None:
@@ -201,7 +202,9 @@ class Scheduler:
         if min(images, rows) < 1:
             raise ValueError(f"job {job} needs images of rows, not {images} of {rows}")
         self._numbers += 1
-        level = self._turns[0][0] if self._turns else 0.0  # a new group has no claim to the past
+        level = (
+            self._turns[0][0] if self._turns else 0.0
+        )  # a new group does not catch up on work done before it came
         if shape.group not in self._groups:
             self._groups[shape.group] = Group(shape.group, self._numbers, shape.row_cost, level)
             insort(self._turns, self._groups[shape.group].turn)
@@ -224,7 +227,7 @@ class Scheduler:
         return group.fill(rows, oldest if overdue else None)
 
     def advance(self, keys: Iterable[ImageKey]) -> list[ImageKey]:
-        """Count one step of each of these images of one group; returns those with no more, which leave."""
+        """Count one step of each of these images of one group; returns those that have finished."""
         finished, rows, ran, job = [], 0, False, None
         oldest = self._oldest()
         for key in keys:
@@ -235,9 +238,9 @@ class Scheduler:
                 finished.append(key)
             if job is oldest:
                 ran = True
-            if not job.begun:
-                job.begun = True
-                self._begun += 1
+            if not job.started:
+                job.started = True
+                self._started += 1
         if job:
             work = rows * job.group.row_cost
             self._passed = 0.0 if ran else self._passed + work
@@ -256,13 +259,13 @@ class Scheduler:
             self._drop(queued)
 
     def queue(self) -> list[Position]:
-        """Jobs that have not begun, in the order in which they would if none came any more."""
+        """Jobs that have not started, in the order in which they would start if no others came."""
         jobs = sorted(self._jobs.values(), key=lambda job: (job.place[0] - job.group.time, job.place[1]))
         positions: list[Position] = []
         ahead = 0.0
         for job in jobs:
             work = job.work
-            if not job.begun:
+            if not job.started:
                 positions.append(Position(job.name, len(positions) + 1, ahead, work))
             ahead += work
         return positions
@@ -275,11 +278,11 @@ class Scheduler:
         return next(iter(self._jobs.values()), None)
 
     def _withdraw(self, group: Group) -> None:
-        """Take a group out of the turns, before its turn changes or when it has no jobs."""
+        """Remove a group from the turns, before its turn changes or when it has no jobs."""
         del self._turns[bisect_left(self._turns, group.turn)]
 
     def _finish(self, key: ImageKey) -> None:
-        """Drop an image that is through, and its job with the last one."""
+        """Forget a finished image, and its job with the last one."""
         job = self._jobs[key.job]
         del job.left[key]
         if not job.left:
@@ -291,7 +294,7 @@ class Scheduler:
         if job is self._oldest():
             self._passed = 0.0
         del self._jobs[job.name]
-        self._begun -= job.begun
+        self._started -= job.started
         if not job.group.line:
             del self._groups[job.group.key]
             self._withdraw(job.group)

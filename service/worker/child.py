@@ -105,7 +105,7 @@ class WorkerProcess:
         """Why it has ended, once it has: see quarantine.py."""
         code = self.process.returncode
         ended_itself = code is None or code >= 0 or -code in OWN_SIGNALS
-        oom_killed = count_oom_kills() != self._oom_kills
+        oom_killed = (count_oom_kills() or 0) > (self._oom_kills or 0)
         return "crash" if self._ended_by_us or ended_itself or oom_killed else "kill"
 
     async def end(self) -> None:

@@ -1,4 +1,4 @@
-"""The worker: a process of its own around an engine. Started by the supervisor with a socket's number."""
+"""The worker process: an engine and the threads around it. The supervisor starts it with a socket."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from service.worker.protocol import (
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 0.5
-DEVICE_EXIT = 4  # the device fails at everything; another process may find it well
-FATAL_EXIT = 3  # loading failed for a reason that another try does not change
+HEARTBEAT_SECONDS = 0.5
+FATAL_EXIT = 3  # exit code: the start failed for a reason that another attempt does not change
+DEVICE_EXIT = 4  # exit code: the device fails at everything; it may work for another process
 
 
 class Link:
-    """The worker's end of the socket; send() may be called from any thread."""
+    """The worker's end of the socket. send() may be called from any thread."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -51,7 +51,7 @@ class Link:
         self.stream = connection.makefile("rb")
 
     def send(self, report: Report) -> None:
-        """Send one message; a closed socket ends the process, since nobody is left to work for."""
+        """Send one message; exit if the socket is closed, since nobody waits for results any more."""
         data = protocol.encode(report)
         try:
             with self._lock:
@@ -61,24 +61,24 @@ class Link:
 
 
 class HeartbeatThread(threading.Thread):
-    """Tells the supervisor every BEAT_SECONDS how often the loop has turned, so that it notices a stall."""
+    """Sends a heartbeat every HEARTBEAT_SECONDS, by which the supervisor notices a stall."""
 
     def __init__(self, link: Link) -> None:
         super().__init__(daemon=True)
         self.link = link
-        self.ticks = 0
-        self.busy = True
-        self.loading: Callable[[], bool] = lambda: True  # a model, for which a stall has more time
-        self.memory: Callable[[], int] = lambda: 0  # bytes of the device that are in use
+        self.ticks = 0  # of the engine
+        self.busy = True  # whether the engine has jobs
+        self.loading: Callable[[], bool] = lambda: True  # whether a model loads, which may take longer
+        self.memory: Callable[[], int] = lambda: 0  # bytes of the device in use
 
     def run(self) -> None:
         pause = threading.Event()
-        while not pause.wait(BEAT_SECONDS):
+        while not pause.wait(HEARTBEAT_SECONDS):
             self.link.send(Heartbeat(self.ticks, self.busy, self.loading(), self.memory()))
 
 
 def listen(link: Link, inbox: queue.SimpleQueue[Command]) -> None:
-    """Put every command in the inbox; end the process with the socket."""
+    """Put every command in the inbox; exit when the socket closes."""
     try:
         while (frame := protocol.read_frame(link.stream)) is not None:
             try:
@@ -89,11 +89,11 @@ def listen(link: Link, inbox: queue.SimpleQueue[Command]) -> None:
     except ConnectionError:
         log.debug("the API process is gone", exc_info=True)
     finally:
-        os._exit(0)  # not sys.exit: the engine's thread may be inside a long call
+        os._exit(0)  # not sys.exit(): the engine's thread may be inside a long call
 
 
 def drain(inbox: queue.SimpleQueue[Command], engine: Engine) -> None:
-    """Carry out every command in the inbox; wait for one while there is nothing else to do."""
+    """Carry out every command in the inbox; without jobs, wait for one."""
     while not inbox.empty() or not engine.busy:
         match inbox.get():
             case Submit(job):
@@ -104,61 +104,60 @@ def drain(inbox: queue.SimpleQueue[Command], engine: Engine) -> None:
                 engine.interrupt(job_id)
 
 
-def load(settings: Settings, link: Link, beat: HeartbeatThread) -> Engine:
-    """The engine with as many models loaded as fit, after saying what all are.
+def load(settings: Settings, link: Link, heartbeat: HeartbeatThread) -> Engine:
+    """An engine with as many models loaded as fit in memory; sends what all models are.
 
-    Raises CheckpointError or ValueError for a checkpoint, device or setting that another try does not change.
+    Raises CheckpointError or ValueError for a checkpoint, device or setting that cannot work.
     """
+    faults = read_faults(settings.faults)
     watch = Stopwatch()
-    from service.device.loading import build  # torch: seconds, during which the beat goes on
+    from service.device.loading import build  # torch: takes seconds, during which heartbeats are sent
 
     watch.lap("imports")
     runner = build(settings, locate_all(settings.model, settings.allow_pickle), watch)
     runner.note = link.send
     registry, memory = runner.registry, runner.memory
-    beat.loading, beat.memory = (lambda: registry.loading), memory.used
+    heartbeat.loading, heartbeat.memory = (lambda: registry.loading), memory.used
+    link.send(Ready(tuple(registry.specs.values()), memory.total(), tuple(watch.parts.items())))
     engine_runner: Runner = runner
-    if faults := read_faults(settings.faults):
+    if faults:
         log.warning("this worker fails on request: %s", settings.faults)
         engine_runner = FaultyRunner(runner, faults)
-    link.send(Ready(tuple(registry.specs.values()), memory.total(), tuple(watch.parts.items())))
     return Engine(engine_runner, link.send, settings.max_rows, settings.decode_chunk, time.monotonic)
 
 
-def serve(inbox: queue.SimpleQueue[Command], engine: Engine, beat: HeartbeatThread) -> None:
-    """Turn until the socket closes."""
+def serve(inbox: queue.SimpleQueue[Command], engine: Engine, heartbeat: HeartbeatThread) -> None:
+    """Run the engine for as long as the process lives."""
     while True:
-        beat.busy = engine.busy
+        heartbeat.busy = engine.busy
         drain(inbox, engine)
-        beat.busy = True
+        heartbeat.busy = True
         engine.tick()
-        beat.ticks += 1
+        heartbeat.ticks += 1
 
 
 def main() -> None:
-    """The process: argv is the number of the inherited socket."""
-    for wish in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a terminal and some init systems send them to every process
-        signal.signal(wish, signal.SIG_IGN)  # the API process drains, and its end is ours
+    """Run the worker; the first argument is the number of the inherited socket."""
+    # A terminal and some init systems send these to every process; only the API process decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     settings = read_settings()
     logs.set_up(settings)
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    beat = HeartbeatThread(link)
-    beat.start()
+    heartbeat = HeartbeatThread(link)
+    heartbeat.start()
     threading.Thread(target=listen, args=(link, inbox), daemon=True).start()
     try:
-        engine = load(settings, link, beat)
+        engine = load(settings, link, heartbeat)
     except (CheckpointError, ValueError) as error:
         link.send(Fatal(str(error)))
         sys.exit(FATAL_EXIT)
     try:
-        serve(inbox, engine, beat)
+        serve(inbox, engine, heartbeat)
     except DeviceLost:
-        log.critical("the device is lost; another worker must run the jobs", exc_info=True)
-        os._exit(DEVICE_EXIT)  # not sys.exit: what is torn down would wait for the device
+        log.critical("the device is lost; the jobs run again in another worker", exc_info=True)
+        os._exit(DEVICE_EXIT)  # not sys.exit(): the clean-up would wait for the device
 
 
 if __name__ == "__main__":

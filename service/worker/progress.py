@@ -1,4 +1,4 @@
-"""How far a job is, for whoever watches it: only the newest state is kept, and it never goes backwards."""
+"""How far a job is, for those who follow it. Only the newest state is kept, and it never goes backwards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ Stage = Literal["queued", "running", "done", "failed", "cancelled"]
 
 @dataclass(frozen=True)
 class State:
-    """One moment of a job. position: from 1, in the queue; estimate: seconds until it ends, if known.
+    """The state of a job at one moment.
 
-    step of steps: of all its images together; preview: the newest there is.
+    position: in the queue, from 1; estimate: seconds until the job ends, if known; step, steps: done and in
+    all, of all its images together; preview: the newest one.
     """
 
     stage: Stage = "queued"
@@ -32,20 +33,23 @@ class State:
 
 
 class Progress:
-    """The newest state of one job. A slow watcher skips states; a job that runs again repeats none."""
+    """The newest state of one job.
+
+    A slow watcher misses states in between. A job that runs again in another worker repeats no state.
+    """
 
     def __init__(self) -> None:
         self.state = State()
-        self._news = asyncio.Event()
-        self._previewed: dict[int, int] = {}  # image -> step of its newest preview
+        self._changed = asyncio.Event()
+        self._preview_steps: dict[int, int] = {}  # image -> step of its newest preview
 
     def wait_at(self, position: int, estimate: float | None) -> None:
-        """It waits; one that began once, before its worker died, is not shown to wait again."""
+        """The job waits at a position; ignored if it has started in an earlier worker."""
         if self.state.stage == "queued":
             self._change(position=position, estimate=estimate)
 
     def start(self, steps: int) -> None:
-        """Its first step is about to run."""
+        """The job's first step is about to run."""
         if self.state.stage == "queued":
             self._change(stage="running", position=None, estimate=None, steps=steps)
 
@@ -55,13 +59,13 @@ class Progress:
             self._change(step=step)
 
     def show(self, preview: Previewed) -> None:
-        """A preview has come."""
-        if self.state.stage == "running" and preview.step > self._previewed.get(preview.index, 0):
-            self._previewed[preview.index] = preview.step
+        """A preview has arrived."""
+        if self.state.stage == "running" and preview.step > self._preview_steps.get(preview.index, 0):
+            self._preview_steps[preview.index] = preview.step
             self._change(preview=preview)
 
     def end(self, stage: Stage) -> None:
-        """It is over; the first end is the one that counts."""
+        """The job has ended; every later call is ignored."""
         if not self.state.ended:
             self._change(stage=stage, position=None, estimate=None, preview=None)
 
@@ -69,17 +73,17 @@ class Progress:
         state = replace(self.state, **changes)
         if state != self.state:
             self.state = state
-            self._news.set()
-            self._news = asyncio.Event()
+            self._changed.set()
+            self._changed = asyncio.Event()
 
     async def after(self, seen: State | None) -> State:
-        """The newest state, as soon as it is another one than `seen`."""
+        """The newest state, as soon as it is not `seen`."""
         while self.state is seen:
-            await self._news.wait()
+            await self._changed.wait()
         return self.state
 
     async def watch(self) -> AsyncIterator[State]:
-        """The state now and whenever it has changed, to the end."""
+        """The state now and after each change, until the job has ended."""
         state = None
         while state is None or not state.ended:
             state = await self.after(state)

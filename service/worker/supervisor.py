@@ -99,6 +99,7 @@ class Supervisor:
         self._tickets: dict[str, Ticket] = {}
         self._quarantine = Quarantine()
         self._worker: WorkerProcess | None = None
+        self._timer: asyncio.TimerHandle | None = None  # for jobs that wait for a quiet time
         self._closed_by: type[ServiceError] | None = None  # the error of every job from now on
         self._no_slots_in_use = asyncio.Event()
         self._no_slots_in_use.set()
@@ -144,10 +145,13 @@ class Supervisor:
                 self._no_slots_in_use.set()
 
     async def run(self, job: Job, progress: Progress | None = None) -> Done:
-        """Run a job. Raises the ServiceError that it failed with; to cancel this coroutine cancels the job.
+        """Run a job; it is cancelled if this coroutine is.
 
-        progress: kept up to date for those who watch it.
+        progress: kept up to date for those who watch it. Raises the ServiceError that the job failed with,
+        and ValueError if there is an unanswered job with its id.
         """
+        if job.id in self._tickets:
+            raise ValueError(f"job {job.id} is not answered yet")
         if self._closed_by:
             raise refusal(self._closed_by)
         log.debug("job %s: %r", job.id, job.prompt, extra={"job": job.id})
@@ -191,8 +195,10 @@ class Supervisor:
         for job in self._quarantine.release(worker.age):
             worker.had_jobs = True
             worker.send(Submit(self._tickets[job].job))
+        if self._timer:
+            self._timer.cancel()
         if seconds := self._quarantine.quiet_left(worker.age):
-            asyncio.get_running_loop().call_later(seconds + 0.01, self._dispatch)
+            self._timer = asyncio.get_running_loop().call_later(seconds + 0.01, self._dispatch)
 
     async def drain(self) -> None:
         """Accept no more requests; return when all have an answer, or refuse the rest after drain_seconds."""
