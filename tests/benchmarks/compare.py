@@ -1,8 +1,8 @@
-"""Ours beside `diffusers`: the same weights, the same machine, turn by turn.
+"""Ours against `diffusers`: the same weights, the same machine, alternating.
 
     python -m tests.benchmarks.compare [SHAPE ...] [--parts PART ...] [--batches N ...] [--compiled] [--tiny]
 
-Parts: unet (a call of so many rows), D, E, text (so many pictures or prompts), pictures (whole ones, with
+Parts: unet (one call; batch: rows), D, E, text (batch: images or prompts), images (whole ones, with
 text and D, ours through the engine that serves). Weights are random, the same tensors on both sides.
 What does not agree is not timed. In every round each side runs once, and a matrix product between them: the
 ceiling, of the type and at the time of what it is held against. Numbers are medians over the rounds.
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from service.device.select import choose_device, choose_dtype
-from tests.benchmarks.shapes import SHAPES, TINY, IncomparableError, Pair, Setting, Shape, networks, pictures
+from tests.benchmarks.shapes import SHAPES, TINY, IncomparableError, Pair, Setting, Shape, images, networks
 
-PARTS = ("unet", "D", "E", "text", "pictures")
+PARTS = ("unet", "D", "E", "text", "images")
 CEILING = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices of the ceiling
-# The largest relative error of a network; of whole pictures, which add up many calls, the least PSNR.
+# The largest relative error of a network; of whole images, which add up many calls, the least PSNR.
 LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-PICTURES_DB = {torch.float32: 50.0, torch.float16: 35.0, torch.bfloat16: 25.0}
+IMAGES_DB = {torch.float32: 50.0, torch.float16: 35.0, torch.bfloat16: 25.0}
 COLUMNS = ("shape", "part", "batch", "ours s", "theirs s", "ratio", "TFLOP/s", "of ceiling", "apart")
 WIDTHS = (10, 9, 6, 10, 10, 8, 9, 11, 9)
 
@@ -51,11 +51,11 @@ class Line:
     theirs: float
     flops: int
     ceiling: float  # FLOP/s
-    apart: float  # relative error, or dB of pictures
+    apart: float  # relative error, or dB of images
 
     def cells(self) -> tuple[str, ...]:
         rate = self.flops / self.ours
-        apart = f"{self.apart:.0f} dB" if self.part == "pictures" else f"{self.apart:.0e}"
+        apart = f"{self.apart:.0f} dB" if self.part == "images" else f"{self.apart:.0e}"
         return (
             self.shape, self.part, str(self.batch), f"{self.ours:.3f}", f"{self.theirs:.3f}",
             f"{self.theirs / self.ours:.2f}", f"{rate / 1e12:.2f}", f"{rate / self.ceiling:.0%}", apart,
@@ -95,14 +95,14 @@ def main() -> None:
 
 
 def batches(shape: Shape, part: str) -> tuple[int, ...]:
-    return shape.rows if part == "unet" else shape.pictures
+    return shape.rows if part == "unet" else shape.images
 
 
 @torch.inference_mode()
 def measured(shape: Shape, part: str, batch: int, setting: Setting, rounds: int) -> Line:
     """A part of a shape, made and measured. Raises DisagreementError."""
-    if part == "pictures":
-        pair = pictures(shape.spec, batch, setting)
+    if part == "images":
+        pair = images(shape.spec, batch, setting)
     else:
         pair = networks(shape.spec, part, batch, setting)
     return measure(pair, shape.spec.name, part, batch, setting, rounds)
@@ -112,8 +112,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     top.add_argument("shapes", metavar="SHAPE", nargs="*", choices=[*SHAPES, []], help=", ".join(SHAPES))
     top.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    top.add_argument("--batches", nargs="+", type=int, help="rows of the UNet, pictures of the rest")
-    top.add_argument("--steps", type=int, default=0, help="of pictures (default: the model's)")
+    top.add_argument("--batches", nargs="+", type=int, help="rows of the UNet, images of the rest")
+    top.add_argument("--steps", type=int, default=0, help="of images (default: the model's)")
     top.add_argument("--rounds", type=int, default=5)
     top.add_argument("--device", default="auto")
     top.add_argument("--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto")
@@ -142,8 +142,8 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     fields = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
-    known = [kind for kind in ("amx_bf16", "avx512_bf16") if kind in fields.get("flags", "").split()]
-    return f"{fields.get('model name', platform.machine())} ({', '.join(known) or 'no bfloat16'})"
+    supported = [kind for kind in ("amx_bf16", "avx512_bf16") if kind in fields.get("flags", "").split()]
+    return f"{fields.get('model name', platform.machine())} ({', '.join(supported) or 'no bfloat16'})"
 
 
 def form(cells: tuple[str, ...]) -> str:
@@ -171,9 +171,9 @@ def agreement(pair: Pair, part: str, dtype: torch.dtype) -> float:
         raise DisagreementError(f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}")
     if theirs.std() < 0.05:
         raise DisagreementError("the reference is all but constant")
-    if part == "pictures":
+    if part == "images":
         apart = (10 * torch.log10(1 / (ours - theirs).square().mean())).item()
-        fine = apart >= PICTURES_DB[dtype]
+        fine = apart >= IMAGES_DB[dtype]
     else:
         apart = ((ours - theirs).norm() / theirs.norm()).item()
         fine = apart <= LIMITS[dtype]

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.cuda [--device cuda] [--shapes NAME ...] [--steps N] [--without-compare]
     python -m tests.benchmarks.cuda --tiny --device cpu   rehearsal: small networks, nothing of it is a figure
 
-Checks end in "ok", "BAD" or "-" (not on this device, or something is not installed). Whole pictures go
-through the engine that serves, without HTTP. Random weights: a picture shows nothing, its numbers do.
+Checks end in "ok", "BAD" or "-" (not on this device, or something is not installed). Whole images go
+through the engine that serves, without HTTP. Random weights: an image shows nothing, its numbers do.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ from tests.benchmarks.shapes import GUIDANCE, PROMPT, Held, Setting, made, unet_
 
 LIMIT = 790e12  # FLOP/s that float16 reaches on an H200
 EPS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # relative errors that are right
-PICTURE_DB = 35.0
+IMAGE_DB = 35.0
 BUCKETS = (2, 4, 8, 16, 32)
-PICTURES = (1, 4, 8, 16)
+IMAGES = (1, 4, 8, 16)
 CLIENTS = 16
 ASSERTION = """
 import torch
@@ -77,11 +77,11 @@ def main() -> None:
     configure_determinism(0, invariant=False)
     begin = time.monotonic()
     setting = Setting(device, dtype, steps=args.steps)
-    known = shapes.TINY if args.tiny else shapes.SHAPES
+    all_shapes = shapes.TINY if args.tiny else shapes.SHAPES
     print(f"{time.strftime('%Y-%m-%d')}, {name_of(device)}, {dtype}, torch {torch.__version__}", flush=True)
     fine = True
     for name in args.shapes:
-        for check in checks(known[name], setting):
+        for check in checks(all_shapes[name], setting):
             fine &= check.fine is not False
             verdict = {True: "ok", False: "BAD", None: "-"}[check.fine]
             print(f"{check.shape:10} {check.what:58} {verdict:4} {check.figure}", flush=True)
@@ -89,7 +89,7 @@ def main() -> None:
     fine &= print_faults(setting)
     logging.disable(logging.NOTSET)
     for name in args.shapes:
-        print_speed(known[name], setting, args)
+        print_speed(all_shapes[name], setting, args)
     if not args.without_compare:
         print_compared(args)
     print_served(args)
@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--shapes", nargs="+", choices=tuple(shapes.SHAPES), default=tuple(shapes.SHAPES))
     top.add_argument("--device", default="cuda")
     top.add_argument("--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto")
-    top.add_argument("--steps", type=int, default=0, help="of timed pictures (default: the model's)")
+    top.add_argument("--steps", type=int, default=0, help="of timed images (default: the model's)")
     top.add_argument("--tiny", action="store_true", help="networks of few channels, to try it out")
     top.add_argument("--without-compare", action="store_true", help="leave diffusers out")
     return top
@@ -136,7 +136,7 @@ def apart(x: Tensor, exact: Tensor) -> float:
 
 
 def decibels(x: Tensor, exact: Tensor) -> float:
-    """PSNR of pictures in [-1, 1] as files hold them."""
+    """PSNR of images in [-1, 1] as files hold them."""
     error = (to_uint8(x).float() - to_uint8(exact).float()).square().mean().item()
     return float("inf") if not error else 10 * torch.log10(torch.tensor(255**2 / error)).item()
 
@@ -168,7 +168,7 @@ def checks(shape: shapes.Shape, setting: Setting) -> Iterator[Check]:
     del exact
     first, *again = (graphs.run(bundle.autoencoder, bundle.decode, z) for _ in range(3))
     db = decibels(first, wanted)
-    yield Check(name, f"D in {bundle.autoencoder.dtype}", db >= PICTURE_DB, f"{db:.0f} dB")
+    yield Check(name, f"D in {bundle.autoencoder.dtype}", db >= IMAGE_DB, f"{db:.0f} dB")
     if device.type == "cuda":
         yield Check(name, "D's graph gives the same bits", all(torch.equal(first, one) for one in again))
     yield from check_invariance(bundle, setting)
@@ -180,7 +180,7 @@ def check_invariance(bundle: LatentDiffusion, setting: Setting) -> Iterator[Chec
     size, name = 8, bundle.spec.name
     x, t, context, pooled = unet_inputs(bundle.spec, size, setting)
     graphs, threads = graphs_on(setting.device), torch.get_num_threads()
-    torch.set_num_threads(1)  # for a rehearsal on a CPU: with more, MKL must have been told at its start
+    torch.set_num_threads(1)  # on a CPU, where MKL with more threads must be configured before its first call
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -233,7 +233,7 @@ def job_of(bundle: LatentDiffusion, name: str, steps: int, n: int = 1, **changes
 
 
 def run(runner, jobs: Sequence[Job], at_once: int = 10**6) -> tuple[list[Event], list[float]]:
-    """What was told, and each job's seconds from its submission to its end."""
+    """The events, and each job's seconds from its submission to its end."""
     events: list[Event] = []
     ended: dict[str, float] = {}
 
@@ -275,20 +275,20 @@ def print_faults(setting: Setting) -> bool:
 
 
 def flops_of(bundle: LatentDiffusion, steps: int, setting: Setting) -> int:
-    """Of one guided picture, D included, text left out."""
+    """Of one guided image, D included, text left out."""
     pair = shapes.flops_of(bundle.unet, *unet_inputs(bundle.spec, 2, setting))
     z = shapes.latents(bundle.spec, 1, setting)
     return steps * pair + shapes.flops_of(bundle.autoencoder, z, method="decode")
 
 
 def print_speed(shape: shapes.Shape, setting: Setting, args: argparse.Namespace) -> None:
-    """Whole pictures at batch 1 and more; the mixed load against one at a time."""
+    """Whole images at batch 1 and more; the mixed load against one at a time."""
     bundle = bundle_of(shape.spec, setting)
     runner = TorchRunner(Held(bundle), BUCKETS, device=setting.device)
     steps = setting.steps or shape.spec.defaults.steps
     work = flops_of(bundle, steps, setting)
-    print(f"\n{shape.spec.name}, {steps} guided steps, {work / 1e12:.3g} TFLOP a picture")
-    for n in PICTURES[:2] if args.tiny else PICTURES:
+    print(f"\n{shape.spec.name}, {steps} guided steps, {work / 1e12:.3g} TFLOP an image")
+    for n in IMAGES[:2] if args.tiny else IMAGES:
         run(runner, [job_of(bundle, "warm", 5, n)])
         seconds = statistics.median(sum(run(runner, [job_of(bundle, "j", steps, n)])[1]) for _ in range(2))
         rate = n / seconds
@@ -324,14 +324,14 @@ def timed(call: Callable[[], list[float]]) -> tuple[float, list[float]]:
 
 
 def print_compared(args: argparse.Namespace) -> None:
-    """Ratio to diffusers as it comes, of whole pictures."""
+    """Ratio to diffusers as it comes, of whole images."""
     if importlib.util.find_spec("diffusers") is None:
         print("\ndiffusers is not installed: no ratio to it")
         return
-    print("\nbeside diffusers as it comes", flush=True)
+    print("\nagainst diffusers without options", flush=True)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "lines.json"
-        command = [sys.executable, "-m", "tests.benchmarks.compare", *args.shapes, "--parts", "pictures"]
+        command = [sys.executable, "-m", "tests.benchmarks.compare", *args.shapes, "--parts", "images"]
         command += ["--rounds", "2"]
         command += ["--device", args.device, "--dtype", args.dtype, "--json", str(file)]
         command += ["--steps", str(args.steps)] if args.steps else []
@@ -342,7 +342,7 @@ def print_compared(args: argparse.Namespace) -> None:
 
 
 def print_served(args: argparse.Namespace) -> None:
-    """The model in the box over HTTP, and from a start to its first picture."""
+    """The bundled model over HTTP, and from a start to its first image."""
     wanted = ("fastapi", "uvicorn", "httpx", "pydantic")
     if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
         print(f"\nnothing over HTTP: {', '.join(missing)} not installed")
@@ -352,7 +352,7 @@ def print_served(args: argparse.Namespace) -> None:
         one = [*cli, "generate", PROMPT, "-o", str(Path(folder) / "one.png"), "--device", args.device]
         begin = time.monotonic()
         subprocess.run(one, check=True, capture_output=True)
-        print(f"\nemoji: from a start to the first picture: {time.monotonic() - begin:.1f} s", flush=True)
+        print(f"\nemoji: from a start to the first image: {time.monotonic() - begin:.1f} s", flush=True)
     few = ["--requests", "8", "--clients", "4"] if args.tiny else ["--requests", "256", "--clients", "32"]
     load = [*cli, "bench", "--model", "emoji", "--device", args.device, *few]
     subprocess.run(load, check=False, stderr=subprocess.DEVNULL)

@@ -48,7 +48,7 @@ def main() -> None:
 
 def compare(
     doc: str,
-    known: Collection[str],
+    all_rows: Collection[str],
     measure: Callable[[str, Path, int, bool], tuple[tuple, bool]],
     columns: tuple[str, ...] = COLUMNS,
     wide: tuple[int, ...] = WIDE,
@@ -59,16 +59,16 @@ def compare(
     errors are within the limit.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"of {', '.join(known)}")
+    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"of {', '.join(all_rows)}")
     parser.add_argument("--folder", type=Path, help="where they are written, one at a time")
     parser.add_argument("--cells", type=int, default=16, help="along a side of latents (default: 16)")
     parser.add_argument("--narrow", action="store_true", help="few channels, to try it out")
     args = parser.parse_args()
-    if unknown := {*args.rows} - {*known}:
+    if unknown := {*args.rows} - {*all_rows}:
         parser.error(f"no row is called {', '.join(sorted(unknown))}")
     print(form(columns, wide), flush=True)
     within = True
-    for name in args.rows or known:
+    for name in args.rows or all_rows:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder, torch.inference_mode():
             cells, fine = measure(name, Path(folder), args.cells, args.narrow)
         print(form(cells, wide), flush=True)
@@ -132,7 +132,7 @@ def unet_weights(tensors: safe_open) -> dict[str, Tensor]:
 
 
 def unet_error(spec: UNetSpec, model: LatentDiffusion, tensors: safe_open, cells: int) -> tuple[float, str]:
-    """eps at two timesteps, of pictures that are not square."""
+    """eps at two timesteps, of images that are not square."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(2, spec.in_channels, cells, 2 * cells, generator=generator)
     t, context = torch.tensor([1, 801]), None

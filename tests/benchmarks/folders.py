@@ -3,8 +3,8 @@
     python -m tests.benchmarks.folders [ROW ...] [--folder DIR] [--cells N] [--narrow]
 
 Each network of a row is made by `diffusers` or `transformers`, every parameter random (and one that float16
-can hold), asked, written in float16 and freed, before the next; then the whole folder is loaded by both in
-float32, timed, and ours is asked the same. It takes as much memory as the model in float32 and a little more.
+can hold), computed, written in float16 and freed, before the next; then the whole folder is loaded by both in
+float32, timed, and ours computes the same. It takes as much memory as the model in float32 and a little more.
 Errors are |a - b| / |b|; a reference that is all but constant counts as infinitely wrong.
 """
 
@@ -124,8 +124,8 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def asked_of_unet(channels: int, context: int, pooled: int, cells: int) -> tuple[Tensor, ...]:
-    """x of a picture that is not square, t, context and pooled text."""
+def inputs_of_unet(channels: int, context: int, pooled: int, cells: int) -> tuple[Tensor, ...]:
+    """x of an image that is not square, t, context and pooled text."""
     x, t = drawn(7, 2, channels, cells, 2 * cells), torch.tensor([1, 801])
     return x, t, drawn(8, 2, 77, context), drawn(9, 2, max(pooled, 1))
 
@@ -134,7 +134,7 @@ def unet_answers(row: Row, network: nn.Module, cells: int) -> dict[str, Tensor]:
     config, given, pooled = network.config, {}, 0
     if config.addition_embed_type:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    x, t, context, text = asked_of_unet(config.in_channels, config.cross_attention_dim, pooled, cells)
+    x, t, context, text = inputs_of_unet(config.in_channels, config.cross_attention_dim, pooled, cells)
     if pooled:
         given = {"added_cond_kwargs": {"text_embeds": text, "time_ids": torch.tensor([SIZES, SIZES])}}
     if config.num_class_embeds:
@@ -143,11 +143,11 @@ def unet_answers(row: Row, network: nn.Module, cells: int) -> dict[str, Tensor]:
 
 
 def stage_answers(network: nn.Module, cells: int) -> dict[str, Tensor]:
-    z, x = asked_of_stage(len(network.config.block_out_channels), cells)
+    z, x = inputs_of_stage(len(network.config.block_out_channels), cells)
     return {"D": network.decode(z).sample, "E": network.encode(x).latent_dist.mode()}
 
 
-def asked_of_stage(levels: int, cells: int) -> tuple[Tensor, Tensor]:
+def inputs_of_stage(levels: int, cells: int) -> tuple[Tensor, Tensor]:
     side = cells * 2 ** (levels - 1)
     return drawn(10, 1, 4, cells, cells), drawn(11, 1, 3, side, side).clamp(-1, 1)
 
@@ -169,7 +169,7 @@ def ids_of(vocabulary: int) -> Tensor:
 def answers(row: Row, model: LatentDiffusion, cells: int) -> dict[str, Tensor]:
     """What ours says to the same."""
     spec, levels, level, added = model.spec.unet, len(model.spec.autoencoder.channels), None, None
-    x, t, context, text = asked_of_unet(
+    x, t, context, text = inputs_of_unet(
         spec.in_channels, spec.context_width, spec.added_width - 6 * spec.size_width, cells
     )
     if spec.added_width:
@@ -177,14 +177,14 @@ def answers(row: Row, model: LatentDiffusion, cells: int) -> dict[str, Tensor]:
         added = torch.cat([text, sizes.expand(2, -1)], dim=1)
     if spec.noise_levels:
         level = torch.tensor([0, 350])
-    z, picture = asked_of_stage(levels, cells)
-    told = {"eps": model.unet(x, t, context, added, level)}
-    told |= {"D": model.autoencoder.decode(z), "E": model.autoencoder.encode(picture)}
+    z, image = inputs_of_stage(levels, cells)
+    outputs = {"eps": model.unet(x, t, context, added, level)}
+    outputs |= {"D": model.autoencoder.decode(z), "E": model.autoencoder.encode(image)}
     for index, encoder in enumerate(model.conditioner.encoders):
         out = encoder(ids_of(encoder.spec.vocabulary))
-        told |= {f"context text_encoder{'_2' * index}": out.tokens}
-        told |= {} if out.pooled is None else {"pooled": out.pooled}
-    return told
+        outputs |= {f"context text_encoder{'_2' * index}": out.tokens}
+        outputs |= {} if out.pooled is None else {"pooled": out.pooled}
+    return outputs
 
 
 if __name__ == "__main__":

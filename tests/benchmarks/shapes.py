@@ -1,4 +1,4 @@
-"""Published shapes with random weights: networks and whole pictures, ours and those of `diffusers`."""
+"""Published shapes with random weights: networks and whole images, ours and those of `diffusers`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Shape:
     """A model, and what a benchmark asks of it."""
 
     spec: ModelSpec
-    rows: tuple[int, ...]  # of UNet calls: 2 are one guided picture
-    pictures: tuple[int, ...]  # at once, of everything else
+    rows: tuple[int, ...]  # of UNet calls: 2 are one guided image
+    images: tuple[int, ...]  # at once, of everything else
 
 
 class IncomparableError(Exception):
@@ -60,7 +60,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     compiled: bool = False  # theirs
-    steps: int = 0  # of pictures; 0: the model's
+    steps: int = 0  # of images; 0: the model's
 
 
 CLIP = TextSpec(vocabulary=49408, width=768, layers=12, heads=12, intermediate=3072, tokens=77)
@@ -100,14 +100,14 @@ SDXL = replace(
     zero_null=True,
 )  # fmt: skip
 SHAPES = {
-    "sd15": Shape(SD15, rows=(2, 8, 32), pictures=(1, 4)),
-    "ldm-text": Shape(LDM_TEXT, rows=(2, 8, 32), pictures=(1, 4)),
-    "sdxl": Shape(SDXL, rows=(2, 8), pictures=(1, 2)),
+    "sd15": Shape(SD15, rows=(2, 8, 32), images=(1, 4)),
+    "ldm-text": Shape(LDM_TEXT, rows=(2, 8, 32), images=(1, 4)),
+    "sdxl": Shape(SDXL, rows=(2, 8), images=(1, 2)),
 }
 
 
 def narrow(shape: Shape) -> Shape:
-    """The same structure in few channels and small pictures."""
+    """The same structure in few channels and small images."""
     spec = shape.spec
     unet = replace(
         spec.unet,
@@ -126,7 +126,7 @@ def narrow(shape: Shape) -> Shape:
         condition=spec.condition and replace(spec.condition, layers=2),
         defaults=replace(spec.defaults, width=64, height=64, steps=5),
     )
-    return replace(shape, spec=thin, rows=(2,), pictures=(1,))
+    return replace(shape, spec=thin, rows=(2,), images=(1,))
 
 
 TINY = {name: narrow(shape) for name, shape in SHAPES.items()}
@@ -174,7 +174,7 @@ def flops_of(network: nn.Module, *inputs: Tensor | None, method: str = "forward"
 
 
 def networks(spec: ModelSpec, part: str, batch: int, setting: Setting) -> Pair:
-    """A network by itself; batch: rows of the UNet, pictures or prompts of the others."""
+    """A network by itself; batch: rows of the UNet, images or prompts of the others."""
     return {"unet": unets, "D": decoders, "E": encoders, "text": texts}[part](spec, batch, setting)
 
 
@@ -187,15 +187,17 @@ def latents(spec: ModelSpec, batch: int, setting: Setting) -> Tensor:
 
 
 def unet_inputs(spec: ModelSpec, rows: int, setting: Setting) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x, t, context, and what is told beside the timestep."""
+    """x, t, context, and what is embedded with the timestep."""
     t = torch.linspace(1, 981, rows, device=setting.device).round()
     context = noise(setting, rows, *spec.context_shape)
     if not spec.unet.added_width:
         return latents(spec, rows, setting), t, context, None
     pooled = noise(setting, rows, spec.unet.added_width - 6 * spec.unet.size_width)
     numbers = torch.tensor(sizes(spec), device=setting.device)
-    told = timestep_embedding(numbers, spec.unet.size_width).flatten().to(setting.dtype).expand(rows, -1)
-    return latents(spec, rows, setting), t, context, torch.cat([pooled, told], dim=1)
+    size_embedding = (
+        timestep_embedding(numbers, spec.unet.size_width).flatten().to(setting.dtype).expand(rows, -1)
+    )
+    return latents(spec, rows, setting), t, context, torch.cat([pooled, size_embedding], dim=1)
 
 
 def sizes(spec: ModelSpec) -> list[int]:
@@ -213,9 +215,9 @@ def unets(spec: ModelSpec, rows: int, setting: Setting) -> Pair:
     x, t, context, pooled = unet_inputs(spec, rows, setting)
     added = None
     if pooled is not None:
-        told = torch.tensor([sizes(spec)] * rows, device=setting.device)
+        size_embedding = torch.tensor([sizes(spec)] * rows, device=setting.device)
         text = pooled[:, : spec.unet.added_width - 6 * spec.unet.size_width]
-        added = {"text_embeds": text, "time_ids": told}
+        added = {"text_embeds": text, "time_ids": size_embedding}
     return Pair(
         lambda: ours(x, t, context, pooled),
         lambda: theirs(x, t, context, added_cond_kwargs=added).sample,
@@ -304,13 +306,13 @@ class Held:
         return True
 
 
-def pictures(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
-    """Whole guided pictures from a prompt, numbers of files over 255, (B, H, W, 3): ours through the engine
+def images(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
+    """Whole guided images from a prompt, numbers of files over 255, (B, H, W, 3): ours through the engine
     that serves, theirs through the pipeline of `diffusers`."""
     from tests.benchmarks import rivals  # diffusers: not where only ours runs
 
     if setting.dtype == torch.bfloat16 and not spec.texts:
-        raise IncomparableError("the pipeline of diffusers makes no pictures in bfloat16")
+        raise IncomparableError("the pipeline of diffusers makes no images in bfloat16")
     steps = setting.steps or spec.defaults.steps
     words = [tokenizers.clip(text.pad_id) for text in spec.texts] or [bert_words()]
     unet, autoencoder = (
@@ -337,7 +339,7 @@ def pictures(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
     flops = steps * flops_of(unet, *unet_inputs(spec, 2 * batch, setting))
     flops += flops_of(autoencoder, latents(spec, batch, setting), method="decode")
     flops += sum(flops_of(reader, ids) for reader in readers)
-    return Pair(lambda: engine_pictures(runner, spec, batch, steps), theirs, flops)
+    return Pair(lambda: engine_images(runner, spec, batch, steps), theirs, flops)
 
 
 def bert_words() -> BertTokenizer:
@@ -348,8 +350,8 @@ def bert_words() -> BertTokenizer:
         return BertTokenizer.from_pretrained(folder)
 
 
-def engine_pictures(runner: TorchRunner, spec: ModelSpec, batch: int, steps: int) -> Tensor:
-    """One job of so many pictures, through the engine; the runner keeps what it has recorded."""
+def engine_images(runner: TorchRunner, spec: ModelSpec, batch: int, steps: int) -> Tensor:
+    """One job of a batch of images through the engine; the runner keeps its recorded graphs."""
     answers = []
     width, height = spec.defaults.width, spec.defaults.height
     engine = Engine(runner, answers.append, 2 * batch, 1, time.monotonic)
@@ -360,5 +362,5 @@ def engine_pictures(runner: TorchRunner, spec: ModelSpec, batch: int, steps: int
         engine.tick()
     if not isinstance(answers[-1], Done):
         raise RuntimeError(f"the engine ended with {answers[-1]}")
-    pixels = [torch.frombuffer(bytearray(picture), dtype=torch.uint8) for picture in answers[-1].images]
+    pixels = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in answers[-1].images]
     return torch.stack(pixels).view(batch, height, width, 3) / 255

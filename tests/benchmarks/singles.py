@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.singles [ROW ...] [--folder DIR] [--cells N] [--narrow]
 
-Every parameter is random, in float32. The networks that a file is written from are made one at a time, asked,
-and written to their places in it, so that no two are in memory; ours stays in the file. Errors are
+Every parameter is random, in float32. The networks that a file is written from are made and computed one at a
+time and written to their places in it, so that no two are in memory; ours stays in the file. Errors are
 |a - b| / |b|; that of the context is the larger one of both where there is pooled text too.
 """
 
@@ -27,7 +27,7 @@ from tests.checkpoints.sd_files import TOKENS, Reference, Row
 from tests.checkpoints.tiny import fill_randomly
 
 PROMPTS = ["red apple", "a sunset behind a mountain range"]
-SIZE = (64, 96)  # width and height that SDXL is told
+SIZE = (64, 96)  # width and height that SDXL is conditioned on
 NOISE_LEVELS = (20, 350)
 
 
@@ -45,16 +45,16 @@ def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, b
     begin = time.monotonic()
     model = load(file)
     seconds = f"{time.monotonic() - begin:.1f}"
-    told = model.conditioner.encode(ids_of(row))
+    outputs = model.conditioner.encode(ids_of(row))
     x, t, context, pooled, levels = unet_inputs(row, cells)
     if pooled is not None:
         pooled = torch.cat([pooled, model.size_embedding(*SIZE).expand(2, -1)], dim=-1)
     ours = {
         "eps": model.unet(x, t, context, pooled, levels),
         "D": model.autoencoder.decode(latents(cells)),
-        "E": model.autoencoder.encode(pictures(row, cells)),
-        "context": told.tokens,
-        "pooled": told.pooled,
+        "E": model.autoencoder.encode(images(row, cells)),
+        "context": outputs.tokens,
+        "pooled": outputs.pooled,
     }
     errors = {what: error(ours[what], there) for what, there in theirs.items()}
     errors["context"] = max(errors["context"], errors.pop("pooled", 0.0))
@@ -81,7 +81,7 @@ def answers(row: Row, file: Path, cells: int) -> dict[str, Tensor]:
     stage = filled(sd_files.bare(lambda: sd_files.make_autoencoder(row)), 2)
     fill(file, prefixed("first_stage_model.", sd_files.stage_tensors(row, stage)))
     out["D"] = stage.decode(latents(cells)).sample
-    out["E"] = stage.encode(pictures(row, cells)).latent_dist.mode()
+    out["E"] = stage.encode(images(row, cells)).latent_dist.mode()
     del stage
     gc.collect()
 
@@ -136,7 +136,7 @@ def latents(cells: int) -> Tensor:
     return torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(8))
 
 
-def pictures(row: Row, cells: int) -> Tensor:
+def images(row: Row, cells: int) -> Tensor:
     side = row.factor * cells
     return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(9)) * 2 - 1
 

@@ -12,11 +12,11 @@ from tests.benchmarks.shapes import SHAPES, Pair, flops_of
 
 def test_a_table_of_small_networks(tmp_path):
     command = [sys.executable, "-m", "tests.benchmarks.compare", "sd15", "--tiny", "--device", "cpu"]
-    options = ["--dtype", "float32", "--rounds", "1", "--parts", "unet", "D", "pictures"]
+    options = ["--dtype", "float32", "--rounds", "1", "--parts", "unet", "D", "images"]
     run = subprocess.run([*command, *options], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     lines = [line.split() for line in run.stdout.splitlines() if line.startswith("sd15")]
-    assert [line[1] for line in lines] == ["unet", "D", "pictures"]
+    assert [line[1] for line in lines] == ["unet", "D", "images"]
     for line in lines:
         ours, theirs, ratio = map(float, line[3:6])
         assert ratio == pytest.approx(theirs / ours, rel=0.2)

@@ -22,7 +22,7 @@ LAYERS = 2
 
 
 def first_stage(mult: tuple[int, ...], latent: int, codes: int = 0, **options) -> AutoencoderSpec:
-    """128 channels at the finest level, two residual blocks a level, configured for pictures of 256."""
+    """128 channels at the finest level, two residual blocks a level, configured for images of 256."""
     return AutoencoderSpec(
         channels=tuple(128 * m for m in mult), res_blocks=2, latent_channels=latent, scale_factor=1.0,
         sample_size=256, codes=codes, **options,

@@ -55,7 +55,7 @@ def fill_randomly(module: nn.Module, seed: int) -> None:
 
 
 def scene_spec() -> ModelSpec:
-    """tiny_spec() for every task: the UNet takes a mask, E(masked picture) and 3 channels of regions too."""
+    """tiny_spec() for every task: the UNet takes a mask, E(masked image) and 3 channels of regions too."""
     spec = tiny_spec()
     unet = replace(spec.unet, in_channels=4 + 1 + 4 + 3)
     labels = ("cat", "dog", "bird")

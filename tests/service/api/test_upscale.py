@@ -127,9 +127,9 @@ def test_every_image_has_its_own_seed_and_other_jobs_change_nothing(upscaler):
     alone = enlarged(upscaler, seed=2, sampler="euler_ancestral")
     others = [{"seed": seed, "steps": 2 + seed, "noise_level": seed % 3} for seed in range(3, 8)]
     with ThreadPoolExecutor(6) as pool:
-        asked = [pool.submit(enlarged, upscaler, **changes) for changes in others]
+        responses = [pool.submit(enlarged, upscaler, **changes) for changes in others]
         again = enlarged(upscaler, seed=2, sampler="euler_ancestral")
-        assert all(each.result().shape == (120, 180, 3) for each in asked)
+        assert all(each.result().shape == (120, 180, 3) for each in responses)
     assert psnr(alone, again) > 40
     assert psnr(alone, enlarged(upscaler, seed=3, sampler="euler_ancestral")) < 40
 
@@ -168,8 +168,8 @@ def test_the_model_is_listed_and_refuses_other_tasks(upscaler):
 def test_a_killed_worker_gives_the_same_image_again(upscaler):
     expected = enlarged(upscaler, steps=30)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(enlarged, upscaler, steps=30)
+        responses = pool.submit(enlarged, upscaler, steps=30)
         before = upscaler.calls()
         wait_until(lambda: upscaler.calls() > before)
         upscaler.kill_worker()
-        assert psnr(asked.result(), expected) > 40
+        assert psnr(responses.result(), expected) > 40

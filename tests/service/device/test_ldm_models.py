@@ -1,7 +1,7 @@
 """Every model of the latent diffusion paper, narrow, through the engine, against runs put together here.
 
-The networks themselves are compared with other implementations in tests/models; what is told to them, by
-whom, in which channels, and what becomes of their answers, is done again in this file.
+The networks themselves are compared with other implementations in tests/models. This file computes again what
+they are conditioned on, in which channels, and what is made of their outputs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tests.helpers.torch_runner import run_together
 STEPS = 4
 
 
-OTHERS = {  # that run beside it
+OTHERS = {  # that run at the same time
     "cin256": {"class_label": 0},
     "cin256-v2": {"class_label": 5, "guidance_scale": 1.0},
     "layout2img": {"boxes": BOXES[:1]},
@@ -64,12 +64,12 @@ def loaded(request, tmp_path_factory) -> tuple[str, Path, TorchRunner]:
     return request.param, folder, TorchRunner(Registry({"m": file}, load), buckets=(2, 4, 8))
 
 
-# What each model is told, from its weights: (null context, context, channels beside z).
+# The conditioning of each model, computed from its weights: (null context, context, concat channels).
 
 
-def told(name: str, bundle: LatentDiffusion, folder: Path):
+def conditioning(name: str, bundle: LatentDiffusion, folder: Path):
     weights = {} if bundle.conditioner is None else bundle.conditioner.state_dict()
-    return TOLD[name](bundle, weights, folder)
+    return CONDITIONING[name](bundle, weights, folder)
 
 
 def nothing(bundle, weights, folder):
@@ -77,17 +77,17 @@ def nothing(bundle, weights, folder):
 
 
 def a_class(number, null):
-    def tell(bundle, weights, folder):
+    def compute(bundle, weights, folder):
         table = weights["embedding.weight"]
         return None if null is None else table[null][None, None], table[number][None, None], None
 
-    return tell
+    return compute
 
 
 def words(negative, positive):
     """[CLS] is 2, [SEP] 3 and [PAD] 0 in the vocabulary; its words begin at 5."""
 
-    def tell(bundle, weights, folder):
+    def compute(bundle, weights, folder):
         ids = torch.zeros(2, 77, dtype=torch.long)
         for row, text in enumerate((negative, positive)):
             tokens = [2, *text, 3]
@@ -95,7 +95,7 @@ def words(negative, positive):
         null, context = bundle.conditioner.from_ids(ids)
         return null[None], context[None], None
 
-    return tell
+    return compute
 
 
 def clip(bundle, weights, folder):
@@ -124,9 +124,9 @@ def segmentation(bundle, weights, folder):
 
 def masked(bundle, weights, folder):
     """As the published script has it: all from 0 to 1 first, then twice that minus one."""
-    picture = torch.from_numpy(IMAGE).movedim(-1, 0)[None] / 255
+    image = torch.from_numpy(IMAGE).movedim(-1, 0)[None] / 255
     mask = (torch.from_numpy(MASK)[None, None] / 255 >= 0.5).float()
-    z = bundle.autoencoder.encode((1 - mask) * picture * 2 - 1)
+    z = bundle.autoencoder.encode((1 - mask) * image * 2 - 1)
     return None, None, torch.cat([z, F.interpolate(mask * 2 - 1, size=z.shape[-2:])], dim=1)
 
 
@@ -134,7 +134,7 @@ def small(bundle, weights, folder):
     return None, None, torch.from_numpy(SMALL).movedim(-1, 0)[None] / 127.5 - 1
 
 
-TOLD = {
+CONDITIONING = {
     "celebahq": nothing,
     "lsun_churches": nothing,
     "cin256": a_class(999, None),
@@ -150,11 +150,11 @@ TOLD = {
 
 
 def expected(name: str, bundle: LatentDiffusion, folder: Path, seed: int, scale: float) -> np.ndarray:
-    """The picture that the reference's DDIM makes, from the networks alone: (H, W, 3) of [0, 255]."""
-    null, context, beside = told(name, bundle, folder)
+    """The image that the reference's DDIM makes, from the networks alone: (H, W, 3) of [0, 255]."""
+    null, context, concat = conditioning(name, bundle, folder)
     spec, f = bundle.spec, bundle.spec.autoencoder.factor
     side = SIDES.get(name, 64) // f
-    cells = (side, side) if beside is None else beside.shape[-2:]
+    cells = (side, side) if concat is None else concat.shape[-2:]
     start, end = spec.schedule.beta_start, spec.schedule.beta_end
     alpha_bar = np.cumprod(1 - np.linspace(start**0.5, end**0.5, 1000) ** 2)
     generator = torch.Generator().manual_seed(seed)
@@ -162,7 +162,7 @@ def expected(name: str, bundle: LatentDiffusion, folder: Path, seed: int, scale:
     t = their_timesteps(STEPS)
     before = np.append(alpha_bar[0], alpha_bar[t[:-1]])
     for index in reversed(range(STEPS)):
-        given = x if beside is None else torch.cat([x, beside], dim=1)
+        given = x if concat is None else torch.cat([x, concat], dim=1)
         when = torch.tensor([t[index]])
         eps = bundle.unet(given, when, context)
         if scale != 1:
@@ -175,50 +175,50 @@ def expected(name: str, bundle: LatentDiffusion, folder: Path, seed: int, scale:
 
 
 @torch.inference_mode()
-def test_pictures_are_those_of_the_networks_alone_whatever_runs_beside(loaded):
+def test_images_are_those_of_the_networks_alone_with_other_jobs_running(loaded):
     name, folder, runner = loaded
     order = order_of(runner, name, **BODIES[name], steps=STEPS, seed=11)
     scale = BODIES[name].get("guidance_scale", 1.0)
     assert order.to_job().guidance_scale == scale
-    beside = BODIES[name] | OTHERS.get(name, {})
-    others = [order_of(runner, name, **beside, steps=2 + seed, seed=seed, sampler=sampler).to_job()
+    other = BODIES[name] | OTHERS.get(name, {})
+    others = [order_of(runner, name, **other, steps=2 + seed, seed=seed, sampler=sampler).to_job()
               for seed, sampler in ((1, "ddim"), (2, "plms"), (3, "euler_ancestral"))]  # fmt: skip
-    (pictures, *_), calls = run_together(runner, order.to_job(), *others)
+    (images, *_), calls = run_together(runner, order.to_job(), *others)
     assert any(call.images == 4 for call in calls)
     (alone,), _ = run_together(runner, order.to_job())
 
     bundle = runner.registry["m"]
-    picture = expected(name, bundle, folder, 11, scale)
-    ours = np.frombuffer(pictures[0], np.uint8).reshape(picture.shape)
+    image = expected(name, bundle, folder, 11, scale)
+    ours = np.frombuffer(images[0], np.uint8).reshape(image.shape)
     if name == "inpainting_big":
         assert (ours[MASK == 0] == IMAGE[MASK == 0]).all()
-        picture = np.where(MASK[:, :, None] > 0, picture, IMAGE)
+        image = np.where(MASK[:, :, None] > 0, image, IMAGE)
     assert ours.std() > 10
-    assert psnr(ours, picture) > 45
-    assert psnr(ours, np.frombuffer(alone[0], np.uint8).reshape(picture.shape)) > 40
+    assert psnr(ours, image) > 45
+    assert psnr(ours, np.frombuffer(alone[0], np.uint8).reshape(image.shape)) > 40
 
 
 @torch.inference_mode()
 def test_python_makes_what_the_service_makes(loaded):
     name, _, runner = loaded
     order = order_of(runner, name, **BODIES[name], steps=2, seed=3)
-    ((pictures,), _), bundle, job = run_together(runner, order.to_job()), runner.registry["m"], order.to_job()
+    ((images,), _), bundle, job = run_together(runner, order.to_job()), runner.registry["m"], order.to_job()
     if name == "bsr_sr":
         x = bundle.upscale(torch.from_numpy(SMALL).movedim(-1, 0)[None] / 127.5 - 1, [3], 2)
     else:
         regions = torch.from_numpy(CLASSES + 1) if "segmentation" in BODIES[name] else None
-        asked = ConditioningInput(job.prompt, job.negative_prompt, job.class_label, job.boxes, regions)
-        beside = None
+        inputs = ConditioningInput(job.prompt, job.negative_prompt, job.class_label, job.boxes, regions)
+        concat = None
         if name == "inpainting_big":
-            picture = torch.from_numpy(IMAGE).movedim(-1, 0)[None] / 127.5 - 1
-            known = bundle.encode_masked(picture, torch.from_numpy(MASK >= 128))
-            beside = [bundle.concat_channels(16, 16, masked=known)]
+            image = torch.from_numpy(IMAGE).movedim(-1, 0)[None] / 127.5 - 1
+            masked_latent = bundle.encode_masked(image, torch.from_numpy(MASK >= 128))
+            concat = [bundle.concat_channels(16, 16, masked=masked_latent)]
         size = (job.width, job.height)
-        x = bundle.sample([asked], [3], 2, job.guidance_scale, beside, size)
-    picture = ((x[0].clamp(-1, 1) + 1) * 127.5).movedim(0, -1).numpy()
-    ours = np.frombuffer(pictures[0], np.uint8).reshape(picture.shape)
+        x = bundle.sample([inputs], [3], 2, job.guidance_scale, concat, size)
+    image = ((x[0].clamp(-1, 1) + 1) * 127.5).movedim(0, -1).numpy()
+    ours = np.frombuffer(images[0], np.uint8).reshape(image.shape)
     where = MASK > 0 if name == "inpainting_big" else slice(None)
-    assert psnr(ours[where], picture[where]) > 45
+    assert psnr(ours[where], image[where]) > 45
 
 
 def test_what_is_listed_is_so(loaded):
@@ -271,7 +271,7 @@ def test_the_task_of_a_request_is_one_of_the_models(loaded):
     assert order.task == TASKS[name][0][0]
     again = kind(name).model_validate(
         BODIES[name] | order.parameters.of_image(0) | {"model": "m"}
-    )  # parameters are a request, apart from its pictures
+    )  # parameters are a request without its images
     assert resolve(again, runner.specs, Settings()).prompt == order.prompt
 
 
@@ -328,9 +328,7 @@ def test_a_first_stage_alone_has_nothing_to_generate(tmp_path):
         Registry({"m": tmp_path / "stage.safetensors"}, load)
 
 
-def test_words_that_are_nowhere_are_asked_for_by_name_and_taken_from_where_they_are_given(
-    tmp_path, monkeypatch
-):
+def test_a_missing_vocabulary_is_named_and_read_from_the_setting(tmp_path, monkeypatch):
     monkeypatch.setattr(words_of, "find_cached_vocabulary", lambda: None)
     file = write(tmp_path, "text2img256")
     elsewhere = tmp_path / "elsewhere"
