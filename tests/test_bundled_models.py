@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -37,6 +38,7 @@ EMOJI, UPSCALER = ROOT / "weights" / "emoji", ROOT / "weights" / "emoji-upscale"
 NAMES = (EMOJI / "names.txt").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_the_command_generates_a_red_apple_on_a_blue_background(tmp_path: Path) -> None:
     file = tmp_path / "apple.png"
     prompt = "red apple on a blue background"
@@ -50,6 +52,7 @@ def test_the_command_generates_a_red_apple_on_a_blue_background(tmp_path: Path) 
     assert red > 2 * max(green, blue)
 
 
+@pytest.mark.slow
 @needs_font
 @torch.inference_mode()
 def test_most_held_out_prompts_are_recognised_in_their_images() -> None:
@@ -68,6 +71,7 @@ def test_most_held_out_prompts_are_recognised_in_their_images() -> None:
     assert shuffled.top5 <= 0.2
 
 
+@pytest.mark.slow
 @needs_font
 @torch.inference_mode()
 def test_two_objects_are_where_the_prompt_says() -> None:
@@ -154,6 +158,7 @@ def test_they_are_small_and_have_a_model_card() -> None:
     assert all((folder / "README.md").is_file() for folder in (EMOJI, UPSCALER))
 
 
+@pytest.mark.slow
 def test_a_worker_imports_neither_the_compiler_nor_transformers_networks() -> None:
     """torch's compiler and the networks of transformers: a worker that loads and draws needs neither."""
     code = (

@@ -10,6 +10,7 @@ from tests.benchmarks.compare import DisagreementError, agreement
 from tests.benchmarks.shapes import SHAPES, Pair, flops_of
 
 
+@pytest.mark.slow
 def test_a_table_of_small_networks(tmp_path):
     command = [sys.executable, "-m", "tests.benchmarks.compare", "sd15", "--tiny", "--device", "cpu"]
     options = ["--dtype", "float32", "--rounds", "1", "--parts", "unet", "D", "images"]

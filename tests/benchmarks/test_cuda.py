@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.benchmarks import cuda
@@ -10,12 +11,14 @@ from tests.benchmarks.shapes import TINY, Setting
 SETTING = Setting(torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.slow
 def test_checks_pass_or_were_not_made():
     made = list(cuda.checks(TINY["ldm-text"], SETTING))
     assert [check.what for check in made if check.fine is False] == []
     assert sum(check.fine is True for check in made) == 3
 
 
+@pytest.mark.slow
 def test_a_fast_path_that_is_off_is_found(monkeypatch):
     prepare_for_device = cuda.prepare_for_device
 

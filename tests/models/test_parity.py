@@ -107,6 +107,7 @@ def test_text_context(pair):
     assert relative_error(ours.conditioner.from_ids(ids), theirs) <= LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [5.0])
 @torch.inference_mode()
 def test_the_final_picture_of_a_guided_run(pair, scale):

@@ -64,6 +64,7 @@ def test_the_report_agrees_with_what_the_server_counted(server, mix, tmp_path):
         assert picture.format == "PNG"
 
 
+@pytest.mark.slow
 def test_a_server_of_its_own_alone_and_bare(tiny, mix, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ("--model", str(tiny), "--dtype", "float32", "--mix", mix, "--requests", "4", "--rate", "50")

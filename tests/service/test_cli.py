@@ -21,6 +21,8 @@ from tests.checkpoints.ldm_files import published, write
 from tests.helpers.environment import ROOT
 from tests.helpers.servers import write_import_trap
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -102,6 +102,7 @@ def test_what_cannot_be_recorded_is_called_as_it_is_and_tried_once(caplog):
     assert "cannot be captured" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_network_that_is_gone_is_not_kept_and_not_taken_for_another():
     class Light(Tapes):
         def __call__(self, function: Function, inputs: Inputs) -> Tape:

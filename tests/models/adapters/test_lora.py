@@ -272,6 +272,7 @@ def large(tmp_path_factory):
     return folder, load(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["kohya", "compvis", "peft"])
 def test_a_file_of_sdxl_changes_both_text_encoders_and_the_unet(large, style, tmp_path):
     folder, ours = large

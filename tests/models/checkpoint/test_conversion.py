@@ -24,6 +24,7 @@ def same(a, b):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 @torch.inference_mode()
 def test_each_model_is_the_same_afterwards(tmp_path, name):
@@ -101,6 +102,7 @@ def test_a_diffusers_folder_becomes_one_in_safetensors(tmp_path):
     assert {value.dtype for value in load_file(file).values()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_nothing_is_written_over_and_nothing_by_halves(tmp_path, monkeypatch):
     file = write(tmp_path, "celebahq")
     there = sorted(path.name for path in tmp_path.iterdir())

@@ -114,6 +114,7 @@ def test_a_guided_run(pair, monkeypatch):
     assert relative_error((picture / 2 + 0.5).clamp(0, 1), theirs) <= 1e-4
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_diffusers_reads_what_is_written(pair, tmp_path):
     reference, ours = pair

@@ -15,6 +15,7 @@ from tests.checkpoints.ldm_files import ROWS, published, write
 from tests.checkpoints.tiny import random_model, upscaler_spec, write_tiny_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_each_model_is_named_in_either_form(tmp_path, name):
     torch.save({"state_dict": published(name)}, tmp_path / f"{name}.ckpt")

@@ -141,6 +141,7 @@ def test_the_folder_layout_has_no_words_for_some(tmp_path):
         save(model, tmp_path / "m")
 
 
+@pytest.mark.slow
 def test_a_vocabulary_beside_the_file_is_taken(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "apple"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")

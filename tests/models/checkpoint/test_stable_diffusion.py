@@ -84,6 +84,7 @@ def outputs(row: Row, model, networks: Reference) -> dict[str, tuple[torch.Tenso
     return pairs | ({"pooled": (told.pooled, pooled)} if row.size_width else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 @torch.inference_mode()
 def test_each_model_is_known_and_computes_what_the_original_does(tmp_path, name):
@@ -117,6 +118,7 @@ def test_averages_are_the_weights_that_count(tmp_path):
     assert relative_error(*outputs(row, model, networks)["eps"]) <= LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
 @torch.inference_mode()
 def test_half_precision_and_pickles(tmp_path, name):
@@ -135,6 +137,7 @@ def test_half_precision_and_pickles(tmp_path, name):
         assert relative_error(ours, theirs) <= 5e-3, what
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_files_written_by_others_lack_some_names(tmp_path):
     """Names of later versions of `transformers`; a text encoder without its last layer and projection."""
@@ -358,6 +361,7 @@ def test_the_upscalers_two_schedules(tmp_path):
         read_spec(write(tmp_path, "sd-x4", lambda tensors: tensors.update({key: sd_files.betas(0.1, 0.2)})))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1-inpainting", "sd2", "sd-x4", "sdxl"])
 @torch.inference_mode()
 def test_converted_it_is_a_folder_that_diffusers_loads(tmp_path, name):

@@ -307,6 +307,7 @@ BOMBS = {  # what leaves one value, and the error if there is one
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_what_claims_or_nests_much_takes_little(tmp_path, bomb):
     (code, error), weights = BOMBS[bomb], b"}" + short("w") + tensor() + b"s"

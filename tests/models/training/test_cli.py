@@ -14,6 +14,8 @@ from models.training.cli import main
 from models.training.diffusion import timestep_density
 from tests.helpers.environment import needs_font
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def few_glyphs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -27,6 +28,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
 
 
+@pytest.mark.slow
 def test_a_run_lowers_the_loss_of_the_averaged_weights(tmp_path: Path) -> None:
     x = torch.linspace(-1, 1, 32)[:, None]
     before = (network()(x) - x.sin()).square().mean().item()

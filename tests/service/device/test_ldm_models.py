@@ -174,6 +174,7 @@ def expected(name: str, bundle: LatentDiffusion, folder: Path, seed: int, scale:
     return pixels.movedim(0, -1).numpy()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_images_are_those_of_the_networks_alone_with_other_jobs_running(loaded):
     name, folder, runner = loaded
@@ -328,6 +329,7 @@ def test_a_first_stage_alone_has_nothing_to_generate(tmp_path):
         Registry({"m": tmp_path / "stage.safetensors"}, load)
 
 
+@pytest.mark.slow
 def test_a_missing_vocabulary_is_named_and_read_from_the_setting(tmp_path, monkeypatch):
     monkeypatch.setattr(words_of, "find_cached_vocabulary", lambda: None)
     file = write(tmp_path, "text2img256")

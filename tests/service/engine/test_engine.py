@@ -271,6 +271,7 @@ def concerns(event, job: str) -> bool:
     return any(name == job for name, _ in event.jobs) if isinstance(event, Stepped) else event.job == job
 
 
+@pytest.mark.slow
 @settings(max_examples=2000, deadline=None)
 @given(
     moves=moves,

@@ -379,6 +379,7 @@ moves = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(moves=st.lists(moves, max_size=25), max_rows=st.integers(2, 9))
 @settings(max_examples=2000, deadline=None)
 def test_whatever_comes_every_image_gets_its_steps_in_time_and_nothing_stays_behind(moves, max_rows):

@@ -159,6 +159,7 @@ def test_jobs_given_up_are_counted_by_stage():
     run(scenario())
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_or_be_read_is_replaced_until_one_fails_for_good(monkeypatch):
     starts = []
 
@@ -189,6 +190,7 @@ def test_a_worker_that_cannot_start_or_be_read_is_replaced_until_one_fails_for_g
     assert len(starts) == 3
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_ends_the_service_and_says_so(tmp_path: Path):
     async def scenario():
         service = supervisor(specs=False, model=(str(tmp_path / "nothing"),))
