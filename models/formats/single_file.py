@@ -41,7 +41,7 @@ class SingleFile:
 
 def model_name(file: Path) -> str:
     """The name of a single file's model."""
-    return file.resolve().parent.name if file.stem == GENERIC_STEM else file.stem
+    return file.absolute().parent.name if file.stem == GENERIC_STEM else file.stem
 
 
 def read_header(file: Path, allow_pickle: bool) -> Header:

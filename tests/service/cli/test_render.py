@@ -1,0 +1,54 @@
+"""`ldm generate` and `inpaint`, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from service.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory of the commands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LDM_DTYPE", "float32")
+    return tmp_path
+
+
+def read_image(file: Path) -> Image.Image:
+    """The image of a file, which is closed again."""
+    with Image.open(file) as image:
+        image.load()
+    return image
+
+
+def test_several_images_get_numbered_files(folder, tiny, capsys):
+    assert main(["generate", "p", "-o", "p.jpg", "--model", str(tiny), "--n", "2", "--steps", "1"]) == 0
+    assert {read_image(folder / name).format for name in ("p-0.jpg", "p-1.jpg")} == {"JPEG"}
+    assert capsys.readouterr().out.startswith("p-0.jpg  seed ")
+
+
+def test_generate_starts_from_an_image_that_is_resized_with_a_warning(folder, tiny, capsys):
+    Image.effect_noise((40, 24), 90).convert("RGB").save("sent.png")
+    flags = ["--model", str(tiny), "--steps", "4", "--strength", "0.5", "-o", "a.png"]
+    assert main(["generate", "p", "--init-image", "sent.png", *flags]) == 0
+    stderr = capsys.readouterr().err
+    assert "init_image is 40x24 and was resized to 32x32" in stderr
+    assert "/2 [" in stderr, "half of the steps"
+    assert read_image(folder / "a.png").size == (32, 32)
+
+
+def test_inpaint_keeps_the_pixels_outside_the_mask(folder, tiny):
+    sent = Image.effect_noise((40, 24), 90).convert("RGB")
+    sent.save("sent.png")
+    mask = Image.new("L", sent.size)
+    mask.paste(255, (0, 0, 20, 24))
+    mask.save("mask.png")
+    flags = ["--model", str(tiny), "--steps", "4", "--seed", "1", "-o", "b.png"]
+    assert main(["inpaint", "sent.png", "mask.png", "a red apple", *flags]) == 0
+    made, right = read_image(folder / "b.png"), (20, 0, 40, 24)
+    assert made.crop(right).tobytes() == sent.crop(right).tobytes()
+    assert made.tobytes() != sent.tobytes()
