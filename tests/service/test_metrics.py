@@ -1,0 +1,26 @@
+"""Prometheus metrics."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.metrics import MetricWrapperBase
+
+from service.metrics import Metrics
+from tests.helpers.environment import ROOT
+
+METRICS = [metric for metric in vars(Metrics()).values() if isinstance(metric, MetricWrapperBase)]
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric._name)
+def test_the_readme_describes_every_metric(metric: MetricWrapperBase):
+    (family,) = metric.describe()
+    name = family.name + ("_total" if family.type == "counter" else "")
+    labels = ", ".join(f"`{label}`" for label in metric._labelnames) or "none"
+    row = f"| `{name}` | {family.type} | {labels} | {family.documentation} |"
+    assert row in (ROOT / "service/README.md").read_text().splitlines()
+
+
+def test_a_counter_has_a_zero_before_its_first_event():
+    value = Metrics().registry.get_sample_value
+    assert value("ldm_rejected_total", {"reason": "queue_full"}) == 0
+    assert value("ldm_non_finite_total", {"stage": "step"}) == 0
