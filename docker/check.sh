@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Builds the image without a Docker engine and tries what it promises. As root, on a Debian with buildah:
+# Builds the image without a Docker engine and tests it. Needs root and a Debian with buildah:
 #
 #   docker/check.sh [cpu|cuda]
 #
-# The base image is pulled where a registry can be reached; else Debian's own Python stands in for it (debootstrap).
-# BUILD_ARGS has what the build needs here, such as --build-arg TORCH_INDEX=... or --secret id=pip,src=pip.conf.
-# OUT is a folder that keeps the pictures. hadolint, shellcheck, docker-compose, promtool and prometheus are used
-# where they are installed.
+# The base image is pulled if a registry can be reached; otherwise Debian's own Python replaces it (debootstrap).
+# BUILD_ARGS: more arguments of the build, such as --build-arg TORCH_INDEX=... or --secret id=pip,src=pip.conf.
+# OUT: a folder for the generated images. hadolint, shellcheck, docker-compose, promtool and prometheus are used if
+# they are installed.
 #
-# What runs is as near to a container as can be had: a root that cannot be written, process and mount namespaces of
-# its own, ldm as process 1, the image's user, command and environment. Only the network is this machine's.
+# The image runs almost as in a container: a read-only root, its own process and mount namespaces, ldm as process 1,
+# the image's user, command and environment. Only the network is the host's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,7 +27,7 @@ say() { printf '\n== %s\n' "$*"; }
 fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null; }
 
-# The image the Dockerfile starts from.
+# Makes the Dockerfile's base image available.
 base() {
   local python name
   python=$(sed -n 's/^ARG PYTHON=//p' Dockerfile)
@@ -35,13 +35,13 @@ base() {
   if buildah inspect --type image "$name" >/dev/null 2>&1; then
     echo "$name is here"
   elif ! buildah pull -q "$name" 2>/dev/null; then
-    echo "$name cannot be pulled: Debian's Python stands in"
-    stand_in "${python##*-}" "$name"
+    echo "$name cannot be pulled: using Debian's Python instead"
+    debian_base "${python##*-}" "$name"
   fi
 }
 
-# Debian's Python where the official image has its own; headers like there, no compiler like there.
-stand_in() {
+# A base image with Debian's Python: like the official one with Python's headers and without a compiler.
+debian_base() {
   local root=$work/base made
   debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,libpython3-dev "$1" "$root" >"$work/log"
   ln -s /usr/bin/python3 "$root/usr/local/bin/python3"
@@ -60,7 +60,7 @@ build() {
     --build-arg VARIANT="$variant" ${BUILD_ARGS:-} . >"$work/build" 2>&1 || { tail -40 "$work/build"; fail build; }
 }
 
-# A value of the image's configuration, one item a line; items may hold newlines and end with NUL.
+# A value of the image's configuration; each item ends with NUL, since items may contain newlines.
 config() {
   buildah inspect --type image "$image" | python3 -c '
 import json, sys
@@ -71,7 +71,7 @@ for item in value if isinstance(value, list) else [value]:
     print(item, end="\0")' "$1"
 }
 
-# enter COMMAND...: becomes the command in the image, as its user, or AS, with its environment and that in `given`.
+# enter COMMAND...: runs the command in the image, as its user (or AS), with its environment and that in `given`.
 enter() {
   local environment
   mapfile -d '' environment < <(config Env)
@@ -91,7 +91,7 @@ enter() {
     env -i -C "$(config WorkingDir | tr -d '\0')" "${environment[@]}" LDM_PORT="$port" "${given[@]}" "$@"
 }
 
-# serve [NAME=VALUE...]: the image's own command, as `docker run -e ...` starts it; returns when it is healthy.
+# serve [NAME=VALUE...]: starts the image's command as `docker run -e ...` does; returns when it is healthy.
 serve() {
   local command started=$SECONDS
   given=("$@")
@@ -100,7 +100,7 @@ serve() {
   enter "${command[@]}" >"$work/serve" 2>&1 &
   server=$!
   until healthy; do
-    kill -0 "$server" 2>/dev/null || { cat "$work/serve"; fail "it ended before it was ready"; }
+    kill -0 "$server" 2>/dev/null || { cat "$work/serve"; fail "it exited before it was ready"; }
     [ $((SECONDS - started)) -lt 300 ] || fail "not healthy after 300 s"
     sleep 1
   done
@@ -108,15 +108,15 @@ serve() {
   echo "healthy after $((SECONDS - started)) s"
 }
 
-# What HEALTHCHECK says, run where Docker runs it: in the container.
+# Runs the image's HEALTHCHECK inside the container, as Docker does.
 healthy() {
-  [ "${health[0]}" = CMD ] || fail "the health check is no CMD"
+  [ "${health[0]}" = CMD ] || fail "the health check is not a CMD"
   local pid
   pid=$(pgrep -P "$server") || return 1
   nsenter --target "$pid" --mount --root --pid env -i LDM_PORT="$port" "PATH=$path" "${health[@]:1}" 2>/dev/null
 }
 
-# SIGTERM as the engine sends it: to process 1.
+# Sends SIGTERM to process 1, as Docker does.
 stop() {
   [ -n "${server:-}" ] || return 0
   kill -TERM "$first" 2>/dev/null || true
@@ -126,43 +126,43 @@ stop() {
   return "$code"
 }
 
-ask() { curl -sS -m 300 -H 'content-type: application/json' "$@"; }
+request() { curl -sS -m 300 -H 'content-type: application/json' "$@"; }
 
-picture() {
-  ask "$url/generate" -H 'accept: image/png' -o "$out/$1.png" --fail-with-body \
-    -d "{\"prompt\": \"$2\", \"seed\": 1, \"model\": \"$3\"}" || fail "no picture: $(cat "$out/$1.png")"
-  file "$out/$1.png" | grep 'PNG image data, 128 x 128' || fail "no picture of 128x128"
+image_of() {
+  request "$url/generate" -H 'accept: image/png' -o "$out/$1.png" --fail-with-body \
+    -d "{\"prompt\": \"$2\", \"seed\": 1, \"model\": \"$3\"}" || fail "no image: $(cat "$out/$1.png")"
+  file "$out/$1.png" | grep 'PNG image data, 128 x 128' || fail "not an image of 128x128"
 }
 
-# What can be seen without running anything.
+# Static checks.
 lint() {
-  say "what can be seen without building"
-  if have hadolint; then hadolint Dockerfile && echo "hadolint: nothing"; fi
-  if have shellcheck; then shellcheck docker/check.sh && echo "shellcheck: nothing"; fi
+  say "static checks"
+  if have hadolint; then hadolint Dockerfile && echo "hadolint: passed"; fi
+  if have shellcheck; then shellcheck docker/check.sh && echo "shellcheck: passed"; fi
   if have docker-compose; then
     docker-compose -f docker/compose.yaml config -q
     docker-compose -f docker/compose.yaml -f docker/compose.cpu.yaml config -q
-    echo "docker-compose: both files are read"
+    echo "docker-compose: both files are valid"
   fi
   if have promtool; then promtool check config docker/prometheus.yml; fi
 }
 
 contents() {
-  say "what is in it"
+  say "contents of the image"
   local found command
   found=$(cd "$root" && find . -xdev \( -name .git -o -name conftest.py -path '*tests*' -o -name check.sh \
     -o -path './opt/ldm/*' -name pip \) -print -quit)
   [ -z "$found" ] || fail "$found is in the image"
   found=$(cd "$root" && find . -xdev -mindepth 2 -regex '\./\(root/.cache\|cache\|tmp\|src\|build\)/.*' -print -quit)
-  [ -z "$found" ] || fail "$found is left over"
+  [ -z "$found" ] || fail "$found was left over by the build"
   found=$(find "$root/opt/ldm" "$root/cache" ! -user 0 ! -path "$root/cache" -print -quit)
-  [ -z "$found" ] || fail "$found can be changed by the service"
+  [ -z "$found" ] || fail "$found is writable by the service"
   if [ "$variant" = cpu ]; then
     for command in gcc cc make; do
       [ ! -e "$root/usr/bin/$command" ] || fail "a compiler in the CPU image"
     done
   fi
-  echo "neither tests nor .git, caches, secrets' places or a pip of its own; user $(config User | tr '\0' ' ')"
+  echo "no tests, .git, caches, secrets or pip; user $(config User | tr '\0' ' ')"
   echo "$(buildah images --format '{{.Size}}' "$image"), torch $(given=(); (enter python -c 'import torch; print(torch.__version__)'))"
   comm -23 <(frozen | sort) <(sort docker/constraints.txt) >"$work/unpinned"
   if [ -s "$work/unpinned" ]; then echo "not in docker/constraints.txt: $(tr '\n' ' ' <"$work/unpinned")"; fi
@@ -173,9 +173,9 @@ frozen() {
     grep -viE '^(torch|triton|nvidia|cuda|latent)' || true
 }
 
-# A compiler and headers that make what Triton makes at run time; the driver's library is the host's.
+# Checks that Triton's launchers can be compiled; the driver's library would be the host's.
 compiles() {
-  say "what Triton compiles when it runs"
+  say "compiling as Triton does at run time"
   given=()
   (enter python -c '
 from pathlib import Path
@@ -183,7 +183,7 @@ from triton.runtime.build import compile_module_from_src
 source = """#include <Python.h>
 static struct PyModuleDef made = {PyModuleDef_HEAD_INIT, "made", 0, -1, 0};
 PyMODINIT_FUNC PyInit_made(void) { return PyModule_Create(&made); }"""
-print(compile_module_from_src(source, "made").__file__)') || fail "nothing was compiled"
+print(compile_module_from_src(source, "made").__file__)') || fail "compilation failed"
 }
 
 one_shot() {
@@ -194,20 +194,20 @@ one_shot() {
   (enter "${entry[@]}" models)
 }
 
-box() {
+bundled() {
   say "docker run --read-only --tmpfs /tmp --cap-drop ALL -p $port:8000 IMAGE"
   serve
   grep -E '^(Uid|Gid|CapEff|NoNewPrivs)' "/proc/$first/status" | tr -s '\t\n' ' ' && echo
   [ "$(stat -c %u "/proc/$first")" != 0 ] || fail "it runs as root"
   [ "$(awk '/^NSpid/ {print $NF}' "/proc/$first/status")" = 1 ] || fail "it is not process 1"
-  picture apple "red apple on a blue background" emoji
-  ask "$url/upscale" -H 'accept: image/png' -o "$out/large.png" --fail-with-body \
+  image_of apple "red apple on a blue background" emoji
+  request "$url/upscale" -H 'accept: image/png' -o "$out/large.png" --fail-with-body \
     -d "{\"image\": \"$(base64 -w0 "$out/apple.png")\", \"seed\": 1}"
-  file "$out/large.png" | grep '512 x 512' || fail "no picture of 512x512"
+  file "$out/large.png" | grep '512 x 512' || fail "not an image of 512x512"
 }
 
-questions() {
-  # shellcheck disable=SC2016 # Grafana's word, not the shell's
+queries() {
+  # shellcheck disable=SC2016 # a variable of Grafana, not of the shell
   python3 -c '
 import json
 for panel in json.load(open("docker/grafana/dashboards/ldm.json"))["panels"]:
@@ -215,43 +215,43 @@ for panel in json.load(open("docker/grafana/dashboards/ldm.json"))["panels"]:
         print(target["expr"].replace("$__rate_interval", "30s"), end="\0")'
 }
 
-# Each question of the dashboard, asked of a Prometheus that watches the service.
+# Runs every query of the dashboard on a Prometheus that scrapes the service.
 dashboard() {
   have prometheus && have promtool || return 0
-  say "the dashboard's questions, asked of Prometheus"
-  local expression seed asked=0
+  say "queries of the dashboard on Prometheus"
+  local expression seed count=0
   sed "s/ldm:8000/127.0.0.1:$port/; s/scrape_interval: .*/scrape_interval: 1s/" docker/prometheus.yml >"$work/p.yml"
   prometheus --config.file="$work/p.yml" --storage.tsdb.path="$work/tsdb" \
     --web.listen-address="127.0.0.1:$((port + 1))" >"$work/prometheus" 2>&1 &
   watcher=$!
   sleep 4
-  for seed in 1 2 3; do ask "$url/generate" -o /dev/null -d "{\"prompt\": \"ghost\", \"seed\": $seed}"; done
-  ask "$url/generate" -o /dev/null -d '{"steps": 0}'                                   # is refused
-  ask "$url/generate" -o /dev/null -m 1 -d '{"prompt": "ghost", "steps": 200}' || true # leaves
+  for seed in 1 2 3; do request "$url/generate" -o /dev/null -d "{\"prompt\": \"ghost\", \"seed\": $seed}"; done
+  request "$url/generate" -o /dev/null -d '{"steps": 0}'                                # rejected
+  request "$url/generate" -o /dev/null -m 1 -d '{"prompt": "ghost", "steps": 200}' || true # the client disconnects
   sleep 4
   while IFS= read -r -d '' expression; do
-    asked=$((asked + 1))
+    count=$((count + 1))
     promtool query instant "http://127.0.0.1:$((port + 1))" "$expression" >"$work/answer" || fail "$expression"
     grep -q '=>' "$work/answer" || fail "no data: $expression"
-  done < <(questions)
+  done < <(queries)
   kill "$watcher"
   wait "$watcher" || true
-  echo "$asked asked, all answered with data"
+  echo "$count queries, all returned data"
 }
 
 drains() {
-  say "SIGTERM while it works (docker stop)"
+  say "SIGTERM during a request (docker stop)"
   local code=0 during
-  ask "$url/generate" -o "$work/long" -w '%{http_code}' -d '{"prompt": "ghost", "steps": 200}' >"$work/code" &
+  request "$url/generate" -o "$work/long" -w '%{http_code}' -d '{"prompt": "ghost", "steps": 200}' >"$work/code" &
   local client=$!
   sleep 1
   kill -TERM "$first"
   sleep 0.5
-  during=$(ask "$url/generate" -o /dev/null -w '%{http_code}' -d '{"prompt": "ghost"}')
+  during=$(request "$url/generate" -o /dev/null -w '%{http_code}' -d '{"prompt": "ghost"}')
   wait "$client"
   wait "$server" || code=$?
   server=
-  echo "what ran: $(cat "$work/code"); what came later: $during; exit code $code"
+  echo "running request: $(cat "$work/code"); later request: $during; exit code $code"
   [ "$(cat "$work/code") $during $code" = "200 503 0" ] || fail "expected 200, 503 and 0"
 }
 
@@ -259,9 +259,9 @@ another() {
   say "docker run --user 12345:0 -v weights:/weights -e LDM_MODEL=/weights/mine IMAGE"
   cp -r weights/emoji "$work/mine" && mkdir "$work/weights" && mv "$work/mine" "$work/weights/mine"
   chmod 755 "$work" && chmod -R a+rX "$work/weights"
-  mkdir "$root/weights" # as Docker makes it
+  mkdir "$root/weights" # as Docker creates it
   AS=12345:0 WEIGHTS=$work/weights serve LDM_MODEL=/weights/mine
-  picture mine "rocket on a black background" mine
+  image_of mine "rocket on a black background" mine
   stop || fail "exit code $?"
   echo "exit code 0"
 }
@@ -277,8 +277,8 @@ path=$(config Env | tr '\0' '\n' | sed -n 's/^PATH=//p')
 contents
 if [ "$variant" = cuda ]; then compiles; fi
 one_shot
-box
+bundled
 dashboard
 drains
 another
-say "$variant: all of it is as it should be"
+say "$variant: all checks passed"

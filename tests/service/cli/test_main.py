@@ -17,6 +17,7 @@ from tests.helpers.environment import ROOT
 from tests.helpers.servers import write_import_trap
 
 
+@pytest.mark.slow
 def test_the_installed_command_imports_nothing_from_the_current_directory(tmp_path, tiny):
     """And the image that it writes holds its parameters."""
     write_import_trap(tmp_path)

@@ -144,7 +144,7 @@ def test_a_cpu_records_nothing():
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_pictures_are_those_of_calls_as_they_are(tiny: Path, broken):
+def test_images_are_the_same_with_and_without_recordings(tiny: Path, broken):
     runner = TorchRunner(Registry({"m": tiny}, load), buckets=(2, 4))
     job = tiny_job(n=2, eta=1.0)
     begin(runner, job)
@@ -161,4 +161,4 @@ def test_pictures_are_those_of_calls_as_they_are(tiny: Path, broken):
         begin(runner, job)
         assert made(runner, job) == expected
     assert bool(tapes.replayed) != broken
-    assert runner.jobs["a"].images[ImageKey("a", 0).index].done == 3
+    assert runner.jobs["a"].images[ImageKey("a", 0).image].done == 3
