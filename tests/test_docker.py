@@ -1,4 +1,4 @@
-"""Dockerfile, Compose files and dashboard, checked without a build; docker/check.sh builds and runs the image."""
+"""Dockerfile, Compose files and dashboard, checked without a build; docker/check.sh builds the image."""
 
 from __future__ import annotations
 
