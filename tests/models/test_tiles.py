@@ -1,4 +1,4 @@
-"""Tiles cover a picture, overlap, and become it again."""
+"""Tiles cover an image, overlap, and are merged into it again."""
 
 from itertools import pairwise
 
@@ -29,14 +29,14 @@ def test_tiles_of_one_size_cover_every_cell_and_overlap_by_a_quarter(h, w):
 
 
 @pytest.mark.parametrize(("h", "w"), SIZES)
-def test_parts_of_a_picture_become_that_picture(h, w):
-    picture = np.random.default_rng(0).random((2 * h, 2 * w, 3), np.float32)
+def test_merging_the_tiles_of_an_image_gives_that_image(h, w):
+    image = np.random.default_rng(0).random((2 * h, 2 * w, 3), np.float32)
     tiles = cut(h, w, 16)
-    whole = merge((picture[tiles.slices(index, 2)] for index in range(len(tiles.corners))), tiles, 2)
-    assert np.allclose(whole, picture, atol=1e-6)
+    whole = merge((image[tiles.slices(index, 2)] for index in range(len(tiles.corners))), tiles, 2)
+    assert np.allclose(whole, image, atol=1e-6)
 
 
-def test_tiles_that_differ_fade_into_each_other():
+def test_different_tiles_are_blended_where_they_overlap():
     tiles = cut(16, 28, 16)
     assert tiles.corners == ((0, 0), (0, 12))
     row = merge([np.zeros((16, 16, 1)), np.ones((16, 16, 1))], tiles, 1)[8, :, 0]

@@ -1,4 +1,4 @@
-"""Models that enlarge pictures: the folder, against `diffusers`, and what the UNet sees."""
+"""Upscalers: the saved folder against `diffusers`, tiles, and residual latents."""
 
 from __future__ import annotations
 
@@ -30,60 +30,59 @@ def folder(upscaler, tmp_path_factory):
     return path
 
 
-def test_what_is_saved_is_loaded(upscaler, folder):
+def test_a_saved_upscaler_loads_with_the_same_spec(upscaler, folder):
     assert load(folder).spec == upscaler.spec
     assert ModelSpec.from_dict(upscaler.spec.to_dict()) == upscaler.spec
 
 
 @torch.inference_mode()
-def test_the_networks_are_those_that_diffusers_reads_in_the_folder(folder):
+def test_the_networks_match_diffusers(folder):
     ours = load(folder)
     unet, vae = UNet2DModel.from_pretrained(folder / "unet"), AutoencoderKL.from_pretrained(folder / "vqvae")
     x, t, levels = torch.randn(3, 7, 8, 8), torch.tensor([1, 500, 999]), torch.tensor([0, 4, 9])
     assert (
         relative_error(ours.unet(x, t, noise_level=levels), unet(x, t, class_labels=levels).sample) <= LIMIT
     )
-    z, pictures = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 32, 32)
+    z, images = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 32, 32)
     assert relative_error(ours.autoencoder.decode(z), vae.decode(z).sample) <= LIMIT
-    assert relative_error(ours.autoencoder.encode(pictures), vae.encode(pictures).latent_dist.mode()) <= LIMIT
+    assert relative_error(ours.autoencoder.encode(images), vae.encode(images).latent_dist.mode()) <= LIMIT
 
 
 @torch.inference_mode()
-def test_a_whole_run_is_that_of_diffusers_scheduler(upscaler, folder):
-    """From the same noise, with the same noise on the picture."""
+def test_a_whole_run_matches_diffusers(upscaler, folder):
+    """From the same noise, with the same noise on the low-resolution image."""
     low, steps = torch.rand(1, 3, 16, 16) * 2 - 1, 4
-    x, beside = upscaler.start_upscaling(low[0], seed=3, noise_level=5)
+    x, concat = upscaler.start_upscaling(low[0], seed=3, noise_level=5)
     unet, vae = UNet2DModel.from_pretrained(folder / "unet"), AutoencoderKL.from_pretrained(folder / "vqvae")
-    grain = (beside - low[0] * (1 - 0.0001) ** 0.5).std()
+    grain = (concat - low[0] * (1 - 0.0001) ** 0.5).std()
     assert 0.03 < grain < 0.08  # sqrt(1 - alpha_bar[5]) of betas from 0.0001
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(steps)
     z = x[None]
     for t in scheduler.timesteps:
-        v = unet(torch.cat([z, beside[None]], dim=1), t, class_labels=torch.tensor([5])).sample
+        v = unet(torch.cat([z, concat[None]], dim=1), t, class_labels=torch.tensor([5])).sample
         z = scheduler.step(v, t, z).prev_sample
     expected = vae.decode(z / vae.config.scaling_factor).sample
     assert relative_error(upscaler.upscale(low, [3], steps, noise_level=5), expected) <= 1e-4
 
 
 @torch.inference_mode()
-def test_tiles_start_from_one_field_of_noise(upscaler):
-    """Where one tile alone decides, the picture is what it makes by itself of its part of the field."""
+def test_tiles_share_one_field_of_noise(upscaler):
+    """Where no other tile overlaps, a tile is what it would be alone with its part of the noise."""
     low = torch.rand(1, 3, 16, 28) * 2 - 1
     whole = upscaler.upscale(low, [7], steps=2, noise_level=0)
-    noise, beside = upscaler.start_upscaling(low[0], 7, 0)
+    noise, concat = upscaler.start_upscaling(low[0], 7, 0)
     levels = upscaler.noise_levels([0])
     z = upscaler.denoise(
         noise[None, :, :, 12:],
         2,
-        lambda x, t: upscaler.denoiser(x, t, concat_channels=beside[None, :, :, 12:], noise_level=levels),
+        lambda x, t: upscaler.denoiser(x, t, concat_channels=concat[None, :, :, 12:], noise_level=levels),
     )
     assert torch.allclose(whole[..., 64:], upscaler.decode(z)[..., 16:], atol=1e-4)
 
 
 @torch.inference_mode()
-def test_a_residual_is_added_to_what_the_resampled_picture_has(tmp_path):
-    """With a UNet that predicts no change of anything, the picture is D(E(the resampled one)) and noise."""
+def test_a_residual_latent_is_added_to_that_of_the_resampled_image(tmp_path):
     plain = upscaler_spec()
     spec = replace(
         plain,
@@ -95,23 +94,23 @@ def test_a_residual_is_added_to_what_the_resampled_picture_has(tmp_path):
     assert load(tmp_path / "residual").spec == spec
     low = torch.rand(1, 3, 16, 16) * 2 - 1
     noised = bundle.start_upscaling(low[0], 0, 0)[1]
-    beside = bundle.tile_concat_channels(noised)
+    concat = bundle.tile_concat_channels(noised)
     base = bundle.encode(resample(noised[None], 4))
-    assert torch.equal(beside, torch.cat([noised, base[0]]))
-    assert torch.equal(bundle.add_residual_base(torch.zeros_like(base), beside[None]), base)
+    assert torch.equal(concat, torch.cat([noised, base[0]]))
+    assert torch.equal(bundle.add_residual_base(torch.zeros_like(base), concat[None]), base)
     assert bundle.upscale(low, [0], 2).shape == (1, 3, 64, 64)
     assert relative_error(resample(low, 4), interpolate(low, scale_factor=4, mode="bicubic")) < 0.05
 
 
 @torch.inference_mode()
-def test_the_picture_and_the_noise_level_change_what_is_made(upscaler):
+def test_the_image_and_the_noise_level_change_the_result(upscaler):
     low = torch.rand(2, 3, 8, 8) * 2 - 1
     first, other = upscaler.upscale(low, [1, 1], 2), upscaler.upscale(low[:1], [1], 2, noise_level=9)
     assert relative_error(first[0], first[1]) > 0.01
     assert relative_error(first[0], other[0]) > 0.01
 
 
-def test_a_table_of_noise_levels_that_does_not_fit_is_named(folder, tmp_path):
+def test_noise_levels_that_do_not_fit_the_table_are_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "other")
     index = json.loads((folder / "model_index.json").read_text())
     (tmp_path / "other" / "model_index.json").write_text(json.dumps(index | {"max_noise_level": 20}))

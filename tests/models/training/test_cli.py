@@ -1,4 +1,4 @@
-"""`ldm train` from the first update to the measure, each part on a fraction of a second of training."""
+"""`ldm train` from the first update to the evaluation, each part for a fraction of a second."""
 
 from pathlib import Path
 
@@ -31,9 +31,7 @@ def image_size(file: Path) -> tuple[int, int]:
 
 
 @needs_font
-def test_one_command_makes_a_model_that_is_measured_part_after_part(
-    tmp_path: Path, capsys, monkeypatch, few_glyphs
-) -> None:
+def test_all_trains_exports_and_evaluates_a_model(tmp_path: Path, capsys, monkeypatch, few_glyphs) -> None:
     monkeypatch.setitem(cli.SCALES, "cpu", cli.Scale("2", "2", "64"))
     state, model, names = tmp_path / "state", tmp_path / "emoji", tmp_path / "names.txt"
     names.write_text("red apple\nrocket\n")
@@ -65,7 +63,7 @@ def test_one_command_makes_a_model_that_is_measured_part_after_part(
 
 
 @needs_font
-def test_a_better_decoder_leaves_the_rest_of_a_model_as_it_was(tmp_path: Path) -> None:
+def test_training_the_decoder_alone_changes_nothing_else(tmp_path: Path) -> None:
     old, new, names = Path("weights/emoji"), tmp_path / "emoji", Path("weights/emoji/names.txt")
     shared = ["--state", str(tmp_path / "state"), "--device", "cpu", "--start", str(old)]
     main(["autoencoder", *shared, "--minutes", "0.001", "--batch", "2", "--only-decoder"])
@@ -80,7 +78,7 @@ def test_a_better_decoder_leaves_the_rest_of_a_model_as_it_was(tmp_path: Path) -
 
 
 @needs_font
-def test_every_part_in_turn_makes_an_upscaler_that_is_measured(tmp_path: Path, capsys, few_glyphs) -> None:
+def test_the_upscaler_is_trained_exported_and_evaluated(tmp_path: Path, capsys, few_glyphs) -> None:
     state, model = tmp_path / "state", tmp_path / "emoji-upscale"
     shared = ["--state", str(state), "--device", "cpu"]
     brief = ["--minutes", "0.001", "--batch", "2", "--crops", "4"]
@@ -104,7 +102,7 @@ def test_every_part_in_turn_makes_an_upscaler_that_is_measured(tmp_path: Path, c
     assert "shuffled" in out
 
 
-def test_most_updates_go_to_middle_noise() -> None:
+def test_most_updates_are_at_middle_noise() -> None:
     alpha_bar = Schedule(presets.SCHEDULE).alpha_bar
     density = timestep_density(alpha_bar)
     assert density.sum() == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""The upscaler's data: sharp images, bad ones a quarter of their size; and the measure of tiles."""
+"""The upscaler's data: sharp images and degraded ones; and the measure of visible seams."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from tests.checkpoints.tiny import random_model, upscaler_spec
 from tests.helpers.environment import needs_font
 
 
-def test_dead_leaves_have_shapes_and_no_two_are_alike() -> None:
+def test_dead_leaves_vary_with_the_seed() -> None:
     images = [dead_leaves(np.random.default_rng(seed)) for seed in range(6)]
     for image in images:
         assert image.shape == (SIZE, SIZE, 3)
@@ -30,7 +30,7 @@ def test_crops_are_of_glyphs_and_of_leaves() -> None:
     assert all(crop.shape == (SIZE, SIZE, 3) and crop.dtype == np.uint8 for crop in crops)
 
 
-def test_bad_pictures_are_the_same_picture_a_quarter_of_its_size() -> None:
+def test_degraded_images_resemble_the_resampled_one() -> None:
     rng = np.random.default_rng(0)
     image = dead_leaves(rng)
     clean = smaller([image])[0]
@@ -47,7 +47,7 @@ def test_smaller_and_larger_are_inverse_in_size() -> None:
     assert larger(smaller([image])).shape == (1, SIZE, SIZE, 3)
 
 
-def test_jumps_where_tiles_begin_are_seen() -> None:
+def test_jumps_at_tile_borders_are_measured() -> None:
     reference = np.zeros((8, 32, 3), np.uint8)
     grain = np.random.default_rng(0).integers(0, 20, reference.shape).astype(np.uint8)
     stepped = grain.copy()
@@ -56,7 +56,7 @@ def test_jumps_where_tiles_begin_are_seen() -> None:
     assert seams(stepped, reference, [16]) > 4
 
 
-def test_parts_of_crops_are_pictures_of_64_pixels() -> None:
+def test_parts_of_crops_have_64_pixels_a_side() -> None:
     crops = torch.randint(0, 256, (3, SIZE, SIZE, 3), dtype=torch.uint8)
     batch = next(parts(crops, 5, seed=0))
     assert batch.shape == (5, 3, 64, 64)
@@ -64,7 +64,7 @@ def test_parts_of_crops_are_pictures_of_64_pixels() -> None:
     assert batch.max() <= 1
 
 
-def test_noise_of_the_level_that_the_network_is_told_lies_on_the_pictures() -> None:
+def test_low_resolution_images_have_noise_of_the_given_level() -> None:
     autoencoder = random_model(upscaler_spec()).autoencoder
     data = {"latents": torch.zeros(4, 4, 8, 8), "low": torch.full((4, 3, 3, 8, 8), 255, dtype=torch.uint8)}
     spec = UpscalingSpec(ScheduleSpec(0.0001, 0.02, "linear"), 350, residual=True)
@@ -76,7 +76,7 @@ def test_noise_of_the_level_that_the_network_is_told_lies_on_the_pictures() -> N
     assert 0.4 < (batch.level == 0).float().mean() < 0.8
 
 
-def test_neighbouring_noise_levels_begin_alike() -> None:
+def test_neighbouring_noise_levels_start_with_similar_embeddings() -> None:
     table = make_network(upscaler_spec().unet).label_emb.weight
     near = torch.nn.functional.cosine_similarity(table[4], table[5], dim=0)
     far = torch.nn.functional.cosine_similarity(table[0], table[9], dim=0)

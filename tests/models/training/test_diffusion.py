@@ -1,4 +1,4 @@
-"""What an update learns from, and what of it counts."""
+"""The loss and the curriculum of the diffusion model's training."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +16,16 @@ def masked(mask: torch.Tensor) -> Batch:
     return Batch(torch.zeros(len(mask), 8, 4, 4), None, mask, None, None)
 
 
-def test_errors_count_most_in_a_hole_and_all_alike_where_everything_is_painted() -> None:
+def test_errors_inside_the_mask_weigh_more_and_all_alike_without_one() -> None:
     mask = torch.ones(2, 1, 4, 4)
     mask[1, 0, 1:] = 0.0
-    everywhere, hole = mask_weights(masked(mask))
+    everywhere, masked_row = mask_weights(masked(mask))
     assert torch.equal(everywhere, torch.ones(1, 4, 4))
-    assert hole.mean().item() == pytest.approx(1.0)
-    assert hole[0, 0, 0] == 10 * hole[0, 3, 3]
+    assert masked_row.mean().item() == pytest.approx(1.0)
+    assert masked_row[0, 0, 0] == 10 * masked_row[0, 3, 3]
 
 
-def test_the_error_of_a_cell_counts_by_its_weight() -> None:
+def test_cell_errors_are_weighted() -> None:
     weight = torch.zeros(1, 1, 4, 4)
     weight[..., 0, 0] = 16.0
     ab, density = torch.full((10,), 0.5), torch.full((10,), 0.1)
@@ -42,7 +42,7 @@ def test_the_error_of_a_cell_counts_by_its_weight() -> None:
     assert abs(error(slice(0, 1)) - 1.0) < 1e-5
 
 
-def test_who_stands_where_is_a_lesson_of_its_own(monkeypatch) -> None:
+def test_spatial_relations_have_a_phase_of_their_own(monkeypatch) -> None:
     count, seen = 12, {}
     number = torch.arange(count)
     cells = number.float().view(-1, 1, 1, 1).expand(-1, 8, 2, 2)
@@ -76,10 +76,10 @@ def test_who_stands_where_is_a_lesson_of_its_own(monkeypatch) -> None:
     network = SimpleNamespace(text_encoder=encoder)
     budget = Budget(minutes=1, learning_rate=1e-3, batch=2)
     diffusion.train(network, presets.SCHEDULE, data, 1.0, budget, Path("state"), torch.device("cpu"))
-    taught = {6, 10}  # two objects, and no hole
+    relations = {6, 10}  # two objects and no mask
     assert set().union(*(scenes for scenes, _ in seen[5])) == set(range(count))
-    assert all(scenes <= taught for scenes, _ in seen[35])
-    assert all(scenes <= taught for scenes, _ in seen[80][::4])
+    assert all(scenes <= relations for scenes, _ in seen[35])
+    assert all(scenes <= relations for scenes, _ in seen[80][::4])
     assert set().union(*(scenes for update, (scenes, _) in enumerate(seen[80]) if update % 4)) == set(
         range(count)
     )

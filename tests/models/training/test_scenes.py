@@ -1,4 +1,4 @@
-"""The drawn data set: what is held out, what a scene holds, and whether the measure recognises it."""
+"""The drawn data set, its held-out pairs, and whether evaluation recognises drawn images."""
 
 import os
 import re
@@ -74,7 +74,7 @@ def test_scenes_never_show_a_held_out_pair(atlas: Atlas) -> None:
         assert nearest_colour(background(scene.image)) == colour
 
 
-def test_two_objects_stand_as_the_caption_says(atlas: Atlas) -> None:
+def test_two_objects_are_placed_as_the_caption_says(atlas: Atlas) -> None:
     rng, seen = np.random.default_rng(1), set()
     for _ in range(40):
         scene = draw_scene(atlas, rng, kinds={"related": 1})
@@ -90,7 +90,7 @@ def test_two_objects_stand_as_the_caption_says(atlas: Atlas) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_regions_are_where_the_objects_are(atlas: Atlas, kind: str) -> None:
+def test_regions_and_layouts_match_the_objects(atlas: Atlas, kind: str) -> None:
     rng = np.random.default_rng(2)
     for _ in range(5):
         scene = draw_scene(atlas, rng, kinds={kind: 1})
@@ -104,7 +104,7 @@ def test_the_regions_are_where_the_objects_are(atlas: Atlas, kind: str) -> None:
         assert (boxes > 0).sum() >= (silhouettes > 0).sum()
 
 
-def test_holes_hide_some_of_a_scene(atlas: Atlas) -> None:
+def test_masks_cover_a_part_of_a_scene(atlas: Atlas) -> None:
     rng = np.random.default_rng(3)
     scene = draw_scene(atlas, rng, kinds={"one": 1})
     for kind in range(3):
@@ -114,7 +114,7 @@ def test_holes_hide_some_of_a_scene(atlas: Atlas) -> None:
     assert (draw_mask(rng, scene, (0,)) | (scene.regions == 0)).all()
 
 
-def test_what_a_hole_hides_wholly_is_gone_and_what_is_seen_of_it_stays(atlas: Atlas) -> None:
+def test_objects_that_a_mask_covers_completely_are_removed(atlas: Atlas) -> None:
     left, right = Placed("fire", 50, 31, 64), Placed("cactus", 50, 96, 64)
     scene = scene_of(atlas, [left, right], "blue", "fire left of cactus")
     mask = np.zeros((SIZE, SIZE), bool)
@@ -134,7 +134,7 @@ def test_the_same_seed_draws_the_same_scene(atlas: Atlas) -> None:
 
 
 def drawn(atlas: Atlas, captions: Sequence[str]) -> np.ndarray:
-    """What the captions say, drawn as it should be."""
+    """Images that show exactly what the captions say."""
     images = []
     for caption in captions:
         words, colour = caption.removesuffix(" background").split(" on a ")
@@ -146,14 +146,14 @@ def drawn(atlas: Atlas, captions: Sequence[str]) -> np.ndarray:
     return np.stack(images)
 
 
-def test_the_measure_recognises_what_was_drawn_and_nothing_else(atlas: Atlas) -> None:
+def test_accuracy_is_1_for_right_images_and_low_for_wrong_ones(atlas: Atlas) -> None:
     judge, pairs = Judge(atlas), held_out_prompts(NAMES, 8)
     assert named_object_accuracy(judge, pairs, lambda prompts: drawn(atlas, prompts)).top1 == 1.0
     wrong = named_object_accuracy(judge, pairs, lambda prompts: np.roll(drawn(atlas, prompts), 1, axis=0))
     assert wrong.top1 < 0.5
 
 
-def test_the_measure_of_relations_asks_for_both_objects_and_both_places(atlas: Atlas) -> None:
+def test_the_accuracy_of_relations_requires_objects_and_positions(atlas: Atlas) -> None:
     def mirrored(prompts: Sequence[str]) -> np.ndarray:
         return drawn(atlas, prompts)[:, ::-1, ::-1]
 
@@ -168,7 +168,7 @@ def test_the_measure_of_relations_asks_for_both_objects_and_both_places(atlas: A
 
 
 class Boxes:
-    """Draws into each box what it names, moved by so many pixels."""
+    """In place of a model: draws each box's object, moved by so many pixels."""
 
     def __init__(self, atlas: Atlas, move: int = 0, spec: ModelSpec | None = None) -> None:
         self.atlas, self.move, self.bundle = atlas, move, SimpleNamespace(spec=spec)
@@ -188,14 +188,14 @@ class Boxes:
         return np.stack(images)
 
 
-def test_the_measure_of_boxes_asks_for_the_object_and_its_place(atlas: Atlas) -> None:
+def test_the_accuracy_of_boxes_requires_object_and_position(atlas: Atlas) -> None:
     spec, judge = SimpleNamespace(autoencoder=presets.AUTOENCODER), Judge(atlas)
     assert boxed_objects(judge, Boxes(atlas, spec=spec), NAMES, 12) == (1.0, 1.0, 1.0)
     assert boxed_objects(judge, Boxes(atlas, 48, spec), NAMES, 12)[1] < 0.5
 
 
 class Filler:
-    """Paints what it is told to, whatever the mask."""
+    """In place of a model: returns given images."""
 
     def __init__(self, made: np.ndarray) -> None:
         self.made = made
@@ -203,16 +203,16 @@ class Filler:
     def for_inpainting(self, images: np.ndarray, masks: np.ndarray) -> None:
         return None
 
-    def __call__(self, prompts: list[str], beside: None) -> np.ndarray:
+    def __call__(self, prompts: list[str], concat_channels: None) -> np.ndarray:
         return self.made
 
 
-def test_the_measure_of_filling_is_none_for_the_mean_colour_and_much_for_what_was_there(atlas: Atlas) -> None:
+def test_the_inpainting_gain_is_0_for_the_mean_colour_and_large_for_the_original(atlas: Atlas) -> None:
     scenes = [draw_scene(atlas, np.random.default_rng(n), kinds={"one": 1}) for n in range(8)]
     images, masks = np.stack([scene.image for scene in scenes]), random_masks(scenes)
-    hidden = [mask[scene.regions > 0].mean() for mask, scene in zip(masks, scenes, strict=True)]
-    assert max(hidden) <= 0.5
-    assert np.mean(hidden) > 0.05
+    covered = [mask[scene.regions > 0].mean() for mask, scene in zip(masks, scenes, strict=True)]
+    assert max(covered) <= 0.5
+    assert np.mean(covered) > 0.05
     means = [image[~mask].mean(0).round() for image, mask in zip(images, masks, strict=True)]
     colours = np.broadcast_to(np.array(means, np.uint8)[:, None, None], images.shape)
     assert inpainting_gain(Filler(colours), scenes) == pytest.approx((0.0, 0.0))

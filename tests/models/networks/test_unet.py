@@ -1,4 +1,4 @@
-"""The UNet of every model of the latent diffusion paper, narrow, against two other ways to compute it."""
+"""The UNet of every model of the paper, narrow, against `diffusers` and a second implementation."""
 
 import pytest
 import torch

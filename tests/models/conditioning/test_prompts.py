@@ -1,4 +1,4 @@
-"""The grammar of weights, chunks, and what both make of a context."""
+"""The grammar of weights, chunks, and the contexts made from both."""
 
 import json
 from itertools import pairwise
@@ -27,7 +27,7 @@ from models.conditioning.prompts import (
 )
 from tests.checkpoints.tiny import random_model, tiny_spec, xl_spec
 
-CUT, WEIGHTED, CHUNKED, BOTH = (
+TRUNCATED, WEIGHTED, CHUNKED, BOTH = (
     PromptOptions(),
     PromptOptions(True),
     PromptOptions(False, True),
@@ -61,7 +61,7 @@ GRAMMAR = [  # as AUTOMATIC1111's web UI reads them
 
 
 @pytest.mark.parametrize(("prompt", "pieces"), GRAMMAR, ids=[prompt for prompt, _ in GRAMMAR])
-def test_the_grammar(prompt, pieces):
+def test_grammar(prompt, pieces):
     found = parse(prompt)
     assert [piece.text for piece in found] == [text for text, _ in pieces]
     assert [piece.weight for piece in found] == pytest.approx([weight for _, weight in pieces])
@@ -71,7 +71,7 @@ TEXTS = st.text(alphabet="ab ()[]:\\.12", max_size=40)
 
 
 @given(TEXTS)
-def test_any_text_has_pieces_whose_neighbours_differ(text):
+def test_neighbouring_pieces_have_different_weights(text):
     pieces = parse(text)
     assert pieces
     assert all(a.weight != b.weight for a, b in pairwise(pieces))
@@ -79,12 +79,12 @@ def test_any_text_has_pieces_whose_neighbours_differ(text):
 
 
 @given(TEXTS)
-def test_an_escaped_text_says_itself(text):
+def test_an_escaped_text_parses_to_itself(text):
     assert parse(escape(text)) == [Piece(text)]
 
 
 @given(st.text(alphabet="ab .,", min_size=1), st.integers(1, 6), st.integers(0, 6))
-def test_nested_brackets_multiply(text, up, down):
+def test_nested_weights_multiply(text, up, down):
     (piece,) = parse("(" * up + "[" * down + text + "]" * down + ")" * up)
     assert piece.text == text
     assert piece.weight == pytest.approx(1.1 ** (up - down))
@@ -92,8 +92,8 @@ def test_nested_brackets_multiply(text, up, down):
 
 @given(st.integers(0, 40), st.integers(1, 7), st.booleans())
 @example(0, 5, True)
-def test_chunks_hold_every_token_in_its_place(count, room, chunked):
-    tokens, frame = (
+def test_chunks_hold_all_tokens_in_order(count, room, chunked):
+    tokens, special = (
         [Token(index, 1 + index, 0, index) for index in range(count)],
         SpecialTokens(97, 98, 99, room + 2),
     )
@@ -101,8 +101,8 @@ def test_chunks_hold_every_token_in_its_place(count, room, chunked):
     kept = [token for chunk in chunks for token in chunk]
     assert kept == tokens[: room * (MAX_CHUNKS if chunked else 1)]
     for chunk in chunks:
-        ids, weights = frame.ids(chunk), frame.weights(chunk)
-        assert len(ids) == len(weights) == frame.length
+        ids, weights = special.ids(chunk), special.weights(chunk)
+        assert len(ids) == len(weights) == special.length
         assert ids == [97, *(token.id for token in chunk), 98, *[99] * (room - len(chunk))]
         assert weights[1 : 1 + len(chunk)] == [token.weight for token in chunk]
         assert {weights[0], *weights[1 + len(chunk) :]} == {1}
@@ -111,7 +111,7 @@ def test_chunks_hold_every_token_in_its_place(count, room, chunked):
     )
 
 
-def test_a_word_that_is_known_is_its_ids_wherever_it_stands_by_itself():
+def test_learned_words_become_their_ids_where_they_are_whole_words():
     def letters(text):
         return [(ord(letter), index) for index, letter in enumerate(text)]
 
@@ -127,27 +127,30 @@ def tokenizer():
     return clip()
 
 
-def test_a_prompt_as_it_is_has_the_tokenizers_ids(tokenizer):
-    texts = [text for text, _ in json.loads((Path(__file__).parent / "clip_ids.json").read_text())]
+def test_a_plain_prompt_has_the_tokenizers_ids(tokenizer):
+    texts = [
+        text
+        for text, _ in json.loads((Path(__file__).parents[1] / "checkpoint" / "clip_ids.json").read_text())
+    ]
     texts += ["", " ", "a photo of a cat " * 30]
     how = {"padding": "max_length", "max_length": 77, "truncation": True}
-    ids, weights = PromptTokenizer(tokenizer, 77).table(texts, CUT)
+    ids, weights = PromptTokenizer(tokenizer, 77).table(texts, TRUNCATED)
     assert ids.tolist() == tokenizer(texts, **how)["input_ids"]
     assert weights is None
 
 
-def test_what_is_left_out_is_told_without_brackets(tokenizer):
-    reader = PromptTokenizer(tokenizer, 77)
+def test_the_truncated_end_is_reported_without_brackets(tokenizer):
+    tokenized = PromptTokenizer(tokenizer, 77)
     prompt = "(red " * 70 + "green [blue] " + "(cat:1.5) " * 10
-    assert reader.overflow(prompt, WEIGHTED).startswith("cat")
-    assert reader.overflow(prompt, BOTH) == ""
-    assert len(reader.chunks(prompt, BOTH)) == 2
-    assert reader.overflow("cat " * 603, CHUNKED) == "cat cat cat"
-    assert reader.overflow("cat " * 75, CUT) == ""
+    assert tokenized.overflow(prompt, WEIGHTED).startswith("cat")
+    assert tokenized.overflow(prompt, BOTH) == ""
+    assert len(tokenized.chunks(prompt, BOTH)) == 2
+    assert tokenized.overflow("cat " * 603, CHUNKED) == "cat cat cat"
+    assert tokenized.overflow("cat " * 75, TRUNCATED) == ""
 
 
-def context_pair(model, prompt, negative, reading):
-    return model.context_pair(ConditioningInput(prompt, negative, prompt_options=reading))
+def context_pair(model, prompt, negative, options):
+    return model.context_pair(ConditioningInput(prompt, negative, prompt_options=options))
 
 
 @pytest.fixture(scope="module", params=[tiny_spec, xl_spec])
@@ -156,14 +159,14 @@ def model(request):
 
 
 @torch.inference_mode()
-def test_chunks_stand_side_by_side_and_the_shorter_prompt_is_filled_up(model):
+def test_chunks_are_concatenated_and_the_shorter_prompt_is_padded(model):
     text = "red apple " * 9 + "on a blue table"  # letters are tokens here
     room = model.spec.texts[0].tokens - 2
-    tokens = tokens_of(pieces_of(text, CUT), model.conditioner.encoders[0].prompt_tokenizer.split, {})
+    tokens = tokens_of(pieces_of(text, TRUNCATED), model.conditioner.encoders[0].prompt_tokenizer.split, {})
     begin = tokens[room].start
     whole = context_pair(model, text, "no", CHUNKED)
     parts = [
-        context_pair(model, part, negative, CUT)
+        context_pair(model, part, negative, TRUNCATED)
         for part, negative in ((text[:begin], "no"), (text[begin:], ""))
     ]
     length = model.spec.texts[0].tokens
@@ -179,8 +182,8 @@ def test_chunks_stand_side_by_side_and_the_shorter_prompt_is_filled_up(model):
 
 
 @torch.inference_mode()
-def test_weights_multiply_vectors_and_keep_the_mean_of_each_encoders_context(model):
-    plain = context_pair(model, "red apple here", "green", CUT)
+def test_weights_scale_token_vectors_and_keep_the_mean_of_each_encoder(model):
+    plain = context_pair(model, "red apple here", "green", TRUNCATED)
     weighted = context_pair(model, "red (apple:1.5) here", "green", WEIGHTED)
     begin = 1 + len("red")
     factors = torch.ones(model.spec.texts[0].tokens, 1)
@@ -198,7 +201,7 @@ def test_weights_multiply_vectors_and_keep_the_mean_of_each_encoders_context(mod
 
 
 @torch.inference_mode()
-def test_a_prompt_without_brackets_is_the_same_however_it_is_read(model):
-    plain = context_pair(model, "red apple", "green", CUT)
-    for reading in (WEIGHTED, CHUNKED, BOTH):
-        assert torch.equal(context_pair(model, "red apple", "green", reading).tokens, plain.tokens)
+def test_a_prompt_without_brackets_is_the_same_with_all_options(model):
+    plain = context_pair(model, "red apple", "green", TRUNCATED)
+    for options in (WEIGHTED, CHUNKED, BOTH):
+        assert torch.equal(context_pair(model, "red apple", "green", options).tokens, plain.tokens)

@@ -41,7 +41,7 @@ def test_published_keys_of_the_text_transformer():
 
 
 @torch.inference_mode()
-def test_prompts_are_words_of_bert_between_two_tokens(tmp_path):
+def test_prompts_are_berts_tokens_between_begin_and_end(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "apple", "##s"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     conditioner = random(TokenConditioner(TEXT, BertTokenizer.from_pretrained(tmp_path)))
@@ -51,7 +51,7 @@ def test_prompts_are_words_of_bert_between_two_tokens(tmp_path):
     assert torch.equal(conditioner(["Red apples", "red " * 100]), conditioner.from_ids(ids))
 
 
-def test_prompts_without_a_vocabulary_say_what_is_wanted():
+def test_a_missing_vocabulary_is_named():
     with pytest.raises(CheckpointError, match=r"vocab\.txt of bert-base-uncased"):
         TokenConditioner(TEXT)(["red apple"])
 
@@ -67,7 +67,7 @@ def test_a_class_is_a_context_of_one_vector():
 
 
 @torch.inference_mode()
-def test_a_segmentation_is_halved_and_mixed():
+def test_segmentation_maps_are_halved_and_mixed():
     conditioner = random(SegmentationConditioner(SegmentationSpec(classes=9, channels=3)))
     maps = torch.randint(9, (2, 32, 16), generator=torch.Generator().manual_seed(0))
     x = F.one_hot(maps, 9).movedim(-1, 1).float()

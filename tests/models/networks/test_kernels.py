@@ -1,4 +1,4 @@
-"""The kernels, run by Triton's interpreter and compiled for a GPU that is not there. None has run on one."""
+"""The Triton kernels, run by Triton's interpreter and compiled for a GPU; the tests need none."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from models.networks import kernels
 
 NAME = "models.networks.triton_kernels"
-WANTED = "triton is not installed: pip install '.[kernels]'"
+NEEDS_TRITON = "triton is not installed: pip install '.[kernels]'"
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> ModuleType:
     """The kernels through Triton's interpreter, which is chosen when they are imported."""
     if importlib.util.find_spec("triton") is None:
-        pytest.skip(WANTED)
+        pytest.skip(NEEDS_TRITON)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         for name in loaded():  # Triton's own functions too, if something has imported it
@@ -34,12 +34,12 @@ def interpreted() -> ModuleType:
 
 
 def loaded() -> list[str]:
-    """Modules that hold what was made a kernel when they were imported."""
+    """Loaded modules in which kernels were created at import."""
     names = [name for name in sys.modules if f"{name}.".startswith("triton.")]
     return [name for name in names if not name.startswith("triton._C")] + [NAME] * (NAME in sys.modules)
 
 
-def picture(*shape: int, mean: float = 0.0) -> Tensor:
+def image(*shape: int, mean: float = 0.0) -> Tensor:
     draw = torch.Generator().manual_seed(0)
     return (3 * torch.randn(shape, generator=draw) + mean).contiguous(memory_format=torch.channels_last)
 
@@ -52,37 +52,34 @@ def random_norm(groups: int, channels: int) -> nn.GroupNorm:
     return norm
 
 
-def off(given: Tensor, expected: Tensor) -> float:
+def largest_error(given: Tensor, expected: Tensor) -> float:
     return ((given - expected).abs().max() / expected.abs().max()).item()
 
 
-# Sizes that fill tiles and that do not, groups that end within a tile.
-SHAPES = [((2, 40, 9, 15), 4), ((1, 128, 8, 16), 32), ((1, 96, 3, 3), 8)]
-
-
+# Sizes that fill tiles and that do not; groups that end within a tile.
 @pytest.mark.parametrize(
     ("shape", "groups"), [((2, 40, 9, 15), 4), ((1, 128, 8, 16), 32), ((1, 96, 3, 3), 8)]
 )
 @pytest.mark.parametrize("activate", [False, True])
 @torch.no_grad()
-def test_a_norm_is_that_of_torch_in_its_layout(interpreted, shape, groups, activate):
-    x, norm = picture(*shape), random_norm(groups, shape[1])
+def test_group_norm_matches_torch_and_keeps_the_layout(interpreted, shape, groups, activate):
+    x, norm = image(*shape), random_norm(groups, shape[1])
     given = interpreted.group_norm(x, norm.weight, norm.bias, groups, norm.eps, activate)
     assert given.stride() == x.stride()
     expected = kernels.plain_group_norm(x.double(), norm.double(), activate)
-    assert off(given, expected) < 1e-6
+    assert largest_error(given, expected) < 1e-6
 
 
 @torch.no_grad()
-def test_a_mean_far_from_0_leaves_its_digits(interpreted):
-    x, norm = picture(1, 32, 16, 16, mean=1000.0), random_norm(4, 32)
+def test_group_norm_is_precise_for_a_large_mean(interpreted):
+    x, norm = image(1, 32, 16, 16, mean=1000.0), random_norm(4, 32)
     given = interpreted.group_norm(x, norm.weight, norm.bias, 4, norm.eps)
-    assert off(given, kernels.plain_group_norm(x.double(), norm.double(), False)) < 1e-4
+    assert largest_error(given, kernels.plain_group_norm(x.double(), norm.double(), False)) < 1e-4
 
 
 @torch.no_grad()
-def test_a_picture_has_the_same_bits_wherever_it_is_among_others(interpreted):
-    x, norm = picture(3, 32, 9, 9), random_norm(4, 32)
+def test_an_images_bits_do_not_depend_on_the_others(interpreted):
+    x, norm = image(3, 32, 9, 9), random_norm(4, 32)
     whole, alone = (
         interpreted.group_norm(
             y.contiguous(memory_format=torch.channels_last), norm.weight, norm.bias, 4, 1e-5
@@ -93,19 +90,19 @@ def test_a_picture_has_the_same_bits_wherever_it_is_among_others(interpreted):
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 48), (1, 2, 2 * 1500)])
-def test_geglu_is_that_of_torch(interpreted, shape):
+def test_geglu_matches_torch(interpreted, shape):
     x = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert off(interpreted.geglu(x), kernels.plain_geglu(x.double())) < 1e-6
+    assert largest_error(interpreted.geglu(x), kernels.plain_geglu(x.double())) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_in_16_bits_they_pass_the_check_that_admits_them(interpreted, dtype):
+def test_the_kernels_pass_their_start_up_check(interpreted, dtype):
     bound = kernels.TOLERANCE * (1 if dtype == torch.float16 else 8)
     assert 0 < kernels.largest_error(interpreted, torch.device("cpu"), dtype) < bound
 
 
 class Wrong:
-    """Kernels that halve what they should give."""
+    """Kernels whose results are half of what they should be."""
 
     @staticmethod
     def geglu(x: Tensor) -> Tensor:
@@ -117,7 +114,7 @@ class Wrong:
 
 
 @pytest.mark.parametrize("found", [Wrong, None])
-def test_kernels_that_are_wrong_or_that_cannot_be_loaded_are_not_used(monkeypatch, found, caplog):
+def test_wrong_or_missing_kernels_are_not_used(monkeypatch, found, caplog):
     monkeypatch.setitem(sys.modules, NAME, found)
     monkeypatch.setattr("models.networks.triton_kernels", found, raising=False)
     if found is None:
@@ -148,9 +145,9 @@ for kernel, given, fixed in (
 """
 
 
-def test_they_compile_for_an_h100(tmp_path):
-    """By the assembler that comes with Triton: needs no GPU, and shows nothing of what one would do."""
-    pytest.importorskip("triton", reason=WANTED)
+def test_the_kernels_compile_for_an_h100(tmp_path):
+    """With the assembler that comes with Triton; this needs no GPU and runs nothing on one."""
+    pytest.importorskip("triton", reason=NEEDS_TRITON)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)

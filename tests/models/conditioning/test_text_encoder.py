@@ -1,4 +1,4 @@
-"""Several text encoders side by side, their pooled text, and what a UNet is told of sizes."""
+"""CLIP text encoders against `transformers`: one, several with pooled text, and SDXL's size conditioning."""
 
 import json
 
@@ -10,7 +10,7 @@ from models.checkpoint.parts import count_parameters
 from models.conditioning.conditioner import ConditioningInput
 from models.networks.unet import timestep_embedding
 from models.spec import ModelSpec
-from tests.checkpoints.tiny import random_model, xl_spec
+from tests.checkpoints.tiny import random_model, tiny_spec, xl_spec
 from tests.helpers.numbers import LIMIT, relative_error
 
 PROMPT = "red apple on a blue background"
@@ -52,30 +52,40 @@ def test_tokens_of_all_encoders_and_the_pooled_text_of_the_last(model):
 
 
 @torch.inference_mode()
-def test_sizes_are_told_after_the_pooled_text(model):
-    told = model.context_pair(ConditioningInput(PROMPT, size=(96, 64))).pooled[:, 24:]
+def test_the_context_of_one_encoder_matches_transformers():
+    conditioner = random_model(tiny_spec()).conditioner
+    prompts = [PROMPT, "", "Ünïcode 🍎, long " + "and longer " * 20]
+    ids = conditioner.tokenize(prompts)[0]
+    theirs = reference(conditioner.encoders[0])(ids).last_hidden_state
+    assert relative_error(conditioner(prompts), theirs) <= LIMIT
+    assert relative_error(conditioner.from_ids(ids), theirs) <= LIMIT
+
+
+@torch.inference_mode()
+def test_the_size_embedding_follows_the_pooled_text(model):
+    sizes = model.context_pair(ConditioningInput(PROMPT, size=(96, 64))).pooled[:, 24:]
     numbers = torch.tensor([64, 96, 0, 0, 64, 96])  # height first: original, crop, target
-    assert torch.equal(told, timestep_embedding(numbers, 8).flatten().expand(2, -1))
+    assert torch.equal(sizes, timestep_embedding(numbers, 8).flatten().expand(2, -1))
     assert torch.equal(
         model.context_pair(ConditioningInput(PROMPT)).pooled[1, 24:32], timestep_embedding(numbers[:1], 8)[0]
     )
 
 
 @torch.inference_mode()
-def test_nothing_unwanted_is_a_context_of_zeros(model):
-    context, unwanted = (
+def test_an_empty_negative_prompt_is_a_context_of_zeros(model):
+    context, with_negative = (
         model.context_pair(ConditioningInput(PROMPT)),
         model.context_pair(ConditioningInput(PROMPT, "blue pear")),
     )
     assert not context.tokens[0].any()
     assert not context.pooled[0, :24].any()
-    assert torch.equal(context.pooled[0, 24:], context.pooled[1, 24:])  # sizes are told all the same
-    assert torch.equal(context.tokens[1], unwanted.tokens[1])
-    assert unwanted.tokens[0].any()
+    assert torch.equal(context.pooled[0, 24:], context.pooled[1, 24:])  # the sizes stay
+    assert torch.equal(context.tokens[1], with_negative.tokens[1])
+    assert with_negative.tokens[0].any()
 
 
 @torch.inference_mode()
-def test_what_is_pooled_reaches_the_unet(model):
+def test_pooled_text_and_size_change_the_unets_prediction(model):
     x, t, context = (
         torch.randn(2, 4, 8, 8),
         torch.tensor([3, 700]),
@@ -83,13 +93,13 @@ def test_what_is_pooled_reaches_the_unet(model):
     )
     eps = model.unet(x, t, context.tokens, context.pooled)
     assert relative_error(model.unet(x, t, context.tokens, context.pooled.flip(0)), eps) > 0.01
-    pictures = [
+    images = [
         model.sample([ConditioningInput(PROMPT, size=size)], [1], 2, 3.0) for size in ((64, 64), (128, 64))
     ]
-    assert relative_error(*pictures) > 0.001
+    assert relative_error(*images) > 0.001
 
 
-def test_a_spec_with_several_encoders_survives_a_message(model):
+def test_a_spec_with_several_encoders_survives_a_json_message(model):
     spec = xl_spec()
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     networks = (model.unet, model.autoencoder, model.conditioner)

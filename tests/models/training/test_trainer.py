@@ -1,4 +1,4 @@
-"""Training learns, averages, and resumes where it stopped; on a network of a few thousand parameters."""
+"""The training loop learns, averages and resumes, on a tiny network."""
 
 import itertools
 from pathlib import Path
