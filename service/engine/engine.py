@@ -138,9 +138,9 @@ class Engine:
                 break
 
     def _load(self, run: JobRun) -> bool:
-        """Load the job's model; False if there is no room for it beside busy models. Raises OutOfMemory."""
+        """Load the job's model; False if busy models leave no room for it. Raises OutOfMemory."""
         busy = frozenset(self.busy_models)
-        if run.no_room_beside and run.no_room_beside <= busy:
+        if run.no_room_with and run.no_room_with <= busy:
             return False
         try:
             return self._with_retry("load", partial(self.runner.load, run.job, busy))
@@ -148,7 +148,7 @@ class Engine:
             if not busy or run.job.model_key in busy:
                 raise
             self._report_incident(error, "load")
-        run.no_room_beside = busy
+        run.no_room_with = busy
         return False
 
     def _admit(self, run: JobRun) -> None:

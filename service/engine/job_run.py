@@ -15,7 +15,7 @@ class JobRun:
     received: float
     shape: Shape
     full_precision: bool = False  # it runs again, in float32
-    no_room_beside: frozenset[ModelKey] = frozenset()  # busy models that left no memory for the job's model
+    no_room_with: frozenset[ModelKey] = frozenset()  # busy models that left no memory for the job's model
     admitted: bool = False  # the scheduler has it
     started: bool = False  # the runner has its latents
     announced: bool = False  # its Started event was sent

@@ -1,9 +1,9 @@
-"""SIGTERM under load: does every client have a whole answer, or a 503 that says when to come again?
+"""SIGTERM under load: does every client get a complete response, or a 503 with Retry-After?
 
 python -m tests.benchmarks.drains --rounds 10 --clients 16
 
-Each round starts a server, lets clients ask for pictures over and over, waits for and watches jobs too, and
-ends the server at a random moment. A client stops when it is refused.
+Each round starts a server, lets clients generate images and follow jobs without pause, and ends the server at
+a random moment. A client stops when it is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from PIL import Image
 from service.bench.command import started
 from service.settings import read_settings
 
-LONGEST = 300.0  # seconds that an answer may take
+MAX_RESPONSE_SECONDS = 300.0
 
 
 def main() -> None:
@@ -55,24 +55,24 @@ def parse() -> argparse.Namespace:
 
 
 def drain(process: subprocess.Popen, url: str, clients: int, wait: Callable[[], None]) -> Counter[str]:
-    """What became of all requests, by kind, where the signal comes when wait() returns."""
+    """The number of requests of each outcome. The signal is sent when wait() returns."""
 
     def client(index: int) -> Counter[str]:
-        return Counter(watch_jobs(url, index) if index % 4 == 3 else ask(url, index))
+        return Counter(watch_jobs(url, index) if index % 4 == 3 else generate(url, index))
 
     with ThreadPoolExecutor(clients) as pool:
         ends = [pool.submit(client, index) for index in range(clients)]
         wait()
         process.send_signal(signal.SIGTERM)
         counts = sum((end.result() for end in ends), Counter())
-    if code := process.wait(LONGEST):
+    if code := process.wait(MAX_RESPONSE_SECONDS):
         counts[f"broken: exit code {code}"] += 1
     return counts
 
 
-def ask(url: str, index: int) -> Iterator[str]:
-    """Ask for one picture after the other on one connection, until the service is closed."""
-    with httpx.Client(base_url=url, timeout=LONGEST) as client:
+def generate(url: str, index: int) -> Iterator[str]:
+    """Generate one image after the other on one connection, until the service refuses."""
+    with httpx.Client(base_url=url, timeout=MAX_RESPONSE_SECONDS) as client:
         for count in itertools.count():
             kind = kind_of(lambda count=count: client.post("/generate", json=body(index, count)))
             yield kind
@@ -81,18 +81,18 @@ def ask(url: str, index: int) -> Iterator[str]:
 
 
 def watch_jobs(url: str, index: int) -> Iterator[str]:
-    """Begin one job after the other and ask how each is until it has its picture."""
-    with httpx.Client(base_url=url, timeout=LONGEST) as client:
+    """Submit one job after the other and poll each until it has ended."""
+    with httpx.Client(base_url=url, timeout=MAX_RESPONSE_SECONDS) as client:
         for count in itertools.count():
             job = {"task": "generate", "request": body(index, count)}
-            kind = kind_of(lambda job=job: begun_and_done(client, job))
+            kind = kind_of(lambda job=job: submitted_and_ended(client, job))
             yield kind
             if kind != "made":
                 return
 
 
-def begun_and_done(client: httpx.Client, job: dict) -> httpx.Response:
-    """The answer that the job has ended, or the refusal of it."""
+def submitted_and_ended(client: httpx.Client, job: dict) -> httpx.Response:
+    """The response with the ended job, or the refusal of it."""
     answer = client.post("/jobs", json=job)
     if answer.status_code != 202:
         return answer
@@ -101,7 +101,7 @@ def begun_and_done(client: httpx.Client, job: dict) -> httpx.Response:
         time.sleep(0.2)
         try:
             answer = client.get(path)
-        except httpx.ConnectError as error:  # it was taken, and nobody says what became of it
+        except httpx.ConnectError as error:  # it was accepted, and nothing says how it ended
             raise httpx.ReadError("a job was lost") from error
     return answer
 
@@ -110,10 +110,10 @@ def body(index: int, count: int) -> dict:
     return {"prompt": "red apple", "steps": 5 + 5 * (index % 4), "seed": 1000 * index + count}
 
 
-def kind_of(asked: Callable[[], httpx.Response]) -> str:
-    """made, refused (a 503 as it should be), closed (nobody listens any more), or what is broken."""
+def kind_of(request: Callable[[], httpx.Response]) -> str:
+    """made, refused (a correct 503), closed (the port is closed), or what is broken."""
     try:
-        answer = asked()
+        answer = request()
     except httpx.ConnectError:
         return "closed"
     except httpx.TransportError as error:

@@ -1,8 +1,8 @@
 """The scheduler against other ways to share a device, in simulated time: python -m tests.benchmarks.policies
 
-Nothing runs on a device here: a UNet call takes `fixed + rows * row` seconds and an image `decode` more in D.
-Load is the share of what the device could do if every call were full. All policies get the same requests.
-fairness is Jain's index of the slowdowns (latency / that on an idle device): 1 when all are slowed alike.
+Nothing runs on a device here: a UNet call takes `fixed + rows * row` seconds, decoding one image `decode`.
+Load is a share of what the device could do if every call were full. All policies get the same requests.
+Fairness is Jain's index of the slowdowns (latency / latency on an idle device): 1 if all are equal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from service.engine.scheduler import Scheduler
 
 @dataclass(frozen=True)
 class Size:
-    """Seconds of one row of a call and of one image in D; the size's part of the requests."""
+    """row: seconds of one row of a call; decode: seconds of decoding an image; part: share of requests."""
 
     row: float
     decode: float
@@ -33,7 +33,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Device:
-    """The cost model. fixed: seconds of a UNet call apart from its rows."""
+    """A cost model. fixed: seconds of a UNet call without its rows."""
 
     fixed: float
     max_rows: int
@@ -63,7 +63,7 @@ ROWS = {2: 0.8, 1: 0.2}  # with guidance and without
 
 @dataclass(eq=False)
 class Request:
-    """A request, and the second at which it had its answer."""
+    """A request, and the time of its response."""
 
     arrival: float
     size: int
@@ -75,7 +75,7 @@ class Request:
 
 @dataclass
 class Turn:
-    """What the device does next: UNet calls, the rows in them, and the requests answered."""
+    """What the device does next: UNet calls, the rows in them, and the requests that it finishes."""
 
     seconds: float
     ended: list[tuple[float, Request]] = field(default_factory=list)  # seconds after the start
@@ -90,11 +90,11 @@ class Policy(Protocol):
         """Queue a request."""
 
     def turn(self, now: float, horizon: float) -> Turn | None:
-        """What to do now; None with nothing to do. At horizon the next request comes."""
+        """What to do now; None if there is nothing. The next request arrives at `horizon`."""
 
 
 def whole(device: Device, batch: list[Request]) -> Turn:
-    """Requests of equal settings from start to end, then their images through D one by one."""
+    """Requests with equal settings from start to end; then their images are decoded one by one."""
     size, steps = batch[0].size, batch[0].steps
     rows = sum(request.n * request.rows for request in batch)
     calls = -(-rows // device.max_rows)
@@ -107,7 +107,7 @@ def whole(device: Device, batch: list[Request]) -> Turn:
 
 
 class Batches:
-    """Requests of equal settings run as one batch, at most `most` of them, oldest first.
+    """Requests with equal settings run as one batch, at most `most` of them, oldest first.
 
     A batch that is not full waits until its oldest request is `patience` seconds old.
     """
@@ -144,7 +144,7 @@ class Batches:
 
 
 class Steps:
-    """What the service does: the scheduler before each UNet call, and a chunk of D after it."""
+    """What the service does: the scheduler before each UNet call, and some decoding after it."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -182,7 +182,7 @@ class Steps:
 
 
 class Ideal:
-    """Processor sharing without grains: at every moment each request has an equal part of the device's time.
+    """Ideal processor sharing: at every moment each request has an equal share of the device's time.
 
     Requests of one size pool their parts into calls of all their rows, or of max_rows shared out as evenly as
     they can use them. One that is through the UNet has its part for D.
@@ -190,8 +190,8 @@ class Ideal:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.rows: dict[Request, float] = {}  # rows to run
-        self.decode: dict[Request, float] = {}  # seconds of D to run
+        self.rows: dict[Request, float] = {}  # rows left
+        self.decode: dict[Request, float] = {}  # seconds of decoding left
 
     def admit(self, request: Request) -> None:
         self.rows[request] = request.n * request.steps * request.rows
@@ -209,7 +209,7 @@ class Ideal:
         return turn
 
     def _speeds(self, part: float) -> tuple[dict[Request, float], Turn]:
-        """Rows a second of each request in the UNet; calls and rows of one second."""
+        """Rows per second of each request in the UNet; calls and rows per second."""
         groups: dict[int, list[Request]] = defaultdict(list)
         for request in self.rows:
             groups[request.size].append(request)
@@ -223,7 +223,7 @@ class Ideal:
         return speeds, turn
 
     def _run(self, speeds: dict[Request, float], part: float, turn: Turn) -> None:
-        """Let turn.seconds pass."""
+        """Advance the simulation by turn.seconds."""
         for request in list(self.decode):
             self.decode[request] -= part * turn.seconds
             if self.decode[request] <= 1e-9:
@@ -237,7 +237,7 @@ class Ideal:
 
 
 def shared(wanted: list[int], total: float) -> list[float]:
-    """The most even way to share out `total`, none getting more than it wants."""
+    """The most even shares of `total` of which none is larger than its demand."""
     given = [0.0] * len(wanted)
     for place, index in enumerate(sorted(range(len(wanted)), key=wanted.__getitem__)):
         given[index] = min(wanted[index], total / (len(wanted) - place))
@@ -255,7 +255,7 @@ POLICIES: dict[str, Callable[[Device], Policy]] = {
 
 
 def traffic(device: Device, load: float, seconds: float, seed: int) -> Iterator[Request]:
-    """Poisson arrivals of a mix of requests; load 1 would keep a device of full calls busy."""
+    """Poisson arrivals of a mix of requests. At load 1 they keep a device with full calls busy."""
     chance = random.Random(seed)
     rate = load / mean_work(device)
     sizes = {size: cost.part for size, cost in device.sizes.items()}
@@ -281,7 +281,7 @@ def mean_work(device: Device) -> float:
 
 @dataclass
 class Outcome:
-    """What came of a policy."""
+    """The results of a policy."""
 
     requests: list[Request]
     alone: list[float]  # seconds of each on an idle device
@@ -300,7 +300,7 @@ class Outcome:
 
 
 def simulate(policy: Policy, device: Device, requests: Iterable[Request]) -> Outcome:
-    """Run requests to the last."""
+    """Run all requests."""
     coming, done = deque(requests), []
     now = calls = rows = 0.0
     while True:
@@ -330,7 +330,7 @@ def width(name: str) -> int:
 
 
 def figures(outcome: Outcome, ideal: Outcome) -> list[float]:
-    """What COLUMNS names."""
+    """The values of COLUMNS."""
     latencies, slowdowns = outcome.latencies, outcome.slowdowns
     p99 = quantile(latencies, 0.99)
     return [

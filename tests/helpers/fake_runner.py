@@ -22,7 +22,7 @@ def make_job(name: str, **changes) -> Job:
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """Seconds that pass only when a test adds some."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -115,7 +115,7 @@ class CountingRunner:
 
     def break_at(self, where: str, job: Job) -> None:
         if job.prompt == where:
-            raise NonFinite if where == "finish" else RuntimeError("as asked")
+            raise NonFinite if where == "finish" else RuntimeError("injected")
 
 
 def engine_on(runner: CountingRunner, decode_chunk: int = 100) -> tuple[Engine, list]:

@@ -1,9 +1,9 @@
-"""The loop, on a runner that counts instead of drawing."""
+"""The engine's loop, on a runner that counts steps instead of computing them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import pytest
@@ -22,17 +22,18 @@ from service.engine.events import (
     Started,
     Stepped,
 )
-from service.engine.job import ImageKey, Job
+from service.engine.job import ImageKey, Job, ModelKey
 from service.engine.runner import Call
+from service.errors import OutOfMemory
 from tests.helpers.fake_runner import Clock, CountingRunner, engine_on, make_job, of, outcomes, run
 
 
-def test_images_come_back_in_the_order_of_their_seeds():
+def test_images_are_in_the_order_of_their_seeds():
     events, _ = run([make_job("a", n=5, seed=7)], max_rows=4)
     assert events[-1].images == (b"7", b"8", b"9", b"10", b"11")
 
 
-def test_jobs_of_different_steps_share_calls():
+def test_jobs_with_different_numbers_of_steps_share_calls():
     events, _ = run(
         [make_job("a", steps=10), make_job("b", steps=3), make_job("c", steps=7, guidance_scale=1.0)]
     )
@@ -46,12 +47,12 @@ def test_one_bad_job_fails_alone():
     assert [event for event in events if isinstance(event, Failed)] == [Failed("bad", "job_failed")]
 
 
-def test_a_picture_of_non_finite_numbers_is_an_error():
+def test_an_image_of_nan_values_is_an_error():
     events, _ = run([make_job("a", prompt="finish")])
     assert events[-1] == Failed("a", "non_finite")
 
 
-def test_a_cancelled_job_is_out_of_the_next_call():
+def test_a_cancelled_job_is_not_in_the_next_call():
     engine, events = engine_on(CountingRunner())
     engine.submit(make_job("a", steps=100))
     engine.submit(make_job("b", steps=100))
@@ -77,7 +78,7 @@ def test_an_interrupted_job_ends_with_its_images_as_they_are():
     assert runner.steps[ImageKey("a", 0)] == 5
 
 
-def test_what_does_not_fit_is_split_and_calls_stay_small_for_a_while():
+def test_a_call_that_does_not_fit_is_split_and_later_calls_are_smaller():
     engine, events = engine_on(CountingRunner((2, 4, 8), holds=4))
     for i in range(8):
         engine.submit(make_job(str(i), steps=4, guidance_scale=1.0))
@@ -89,13 +90,13 @@ def test_what_does_not_fit_is_split_and_calls_stay_small_for_a_while():
     assert max(rows) == 4
 
 
-def test_a_job_that_does_not_fit_alone_is_refused_and_its_neighbours_are_made():
+def test_a_job_that_does_not_fit_alone_fails_alone():
     jobs = [make_job(str(i)) for i in range(3)] + [make_job("poison", prompt="oom")]
     events, _ = run(jobs)
     assert outcomes(events) == {"0": "done", "1": "done", "2": "done", "poison": "out_of_memory"}
 
 
-def test_a_new_group_begins_small_and_grows_as_far_as_what_its_rows_take():
+def test_a_new_group_starts_with_small_calls_which_grow_as_far_as_memory_allows():
     runner = CountingRunner((2, 4, 8, 16), holds=8)
     runner.measures = True
     engine, events = engine_on(runner)
@@ -109,33 +110,33 @@ def test_a_new_group_begins_small_and_grows_as_far_as_what_its_rows_take():
     assert set(outcomes(events).values()) == {"done"}
 
 
-def test_a_job_with_numbers_that_are_none_runs_again_alone_and_in_float32():
+def test_a_job_with_nan_values_runs_again_in_float32():
     events, _ = run([make_job("good"), make_job("bad", prompt="broken"), make_job("so-so", prompt="wobbly")])
     assert outcomes(events) == {"good": "done", "bad": "non_finite", "so-so": "done"}
     assert sorted(event.job for event in of(events, Started)) == ["bad", "good", "so-so"]
     steps = [dict(event.jobs)["so-so"] for event in of(events, Stepped) if "so-so" in dict(event.jobs)]
-    assert steps == sorted(steps), "a job does not go back"
+    assert steps == sorted(steps), "the count never goes back"
 
 
-def test_waiting_jobs_are_told_where_they_stand_and_when_they_end():
+def test_positions_and_estimates_of_waiting_jobs_are_reported():
     engine, events = engine_on(CountingRunner((2,)))
     engine.submit(make_job("a", steps=3))
     engine.tick()
-    assert not of(events, QueuePositions), "nobody waits"
+    assert not of(events, QueuePositions), "no job waits"
     engine.submit(make_job("b", steps=10))
     engine.submit(make_job("c", steps=20))
     engine.tick()
     pace = (0.01 + 0.02) / 2  # of the fake's steps, for one row
-    (told,) = of(events, QueuePositions)
-    assert [place[:2] for place in told.positions] == [("b", 1), ("c", 2)]
-    assert told.positions[0][2] == pytest.approx(pace * 2 * (2 + 10))
-    assert told.positions[1][2] == pytest.approx(pace * 2 * (2 + 10 + 20))
+    (report,) = of(events, QueuePositions)
+    assert [place[:2] for place in report.positions] == [("b", 1), ("c", 2)]
+    assert report.positions[0][2] == pytest.approx(pace * 2 * (2 + 10))
+    assert report.positions[1][2] == pytest.approx(pace * 2 * (2 + 10 + 20))
     while engine.busy:
         engine.tick()
     assert len(of(events, QueuePositions)) <= 1 + engine.clock() / REPORT_SECONDS
 
 
-def test_previews_come_as_often_as_asked_and_their_failure_is_none_of_the_job():
+def test_a_failed_preview_does_not_fail_its_job():
     jobs = [make_job("a", steps=5, preview_every=2, n=2), make_job("b", prompt="preview", preview_every=1)]
     events, _ = run(jobs)
     assert [(e.job, e.index, e.step) for e in of(events, Previewed)] == [
@@ -144,8 +145,8 @@ def test_previews_come_as_often_as_asked_and_their_failure_is_none_of_the_job():
     assert outcomes(events) == {"a": "done", "b": "done"}
 
 
-def test_pictures_are_decoded_between_steps_in_about_as_much_time():
-    """A step takes 0.03 s, a picture 0.05: running jobs are never held up for two pictures in a row."""
+def test_decoding_takes_about_as_much_time_as_steps():
+    """A step takes 0.03 s, an image 0.05 s: running jobs never wait for two images in a row."""
     runner = CountingRunner((12,))
     engine, events = engine_on(runner)
     engine.submit(make_job("many", steps=1, guidance_scale=1.0, n=10))
@@ -158,7 +159,7 @@ def test_pictures_are_decoded_between_steps_in_about_as_much_time():
     assert events.index(of(events, Done)[0]) < events.index(of(events, Stepped)[30])
 
 
-def test_models_that_do_not_fit_together_take_turns_and_nobody_starves():
+def test_models_that_do_not_fit_together_take_turns_and_no_job_starves():
     runner = CountingRunner((4,), rooms=1)
     engine, events = engine_on(runner)
     engine.submit(make_job("first", model="m", steps=50))
@@ -167,13 +168,57 @@ def test_models_that_do_not_fit_together_take_turns_and_nobody_starves():
     for i in range(2000):
         if "other" in outcomes(events):
             break
-        engine.submit(make_job(f"more {i}", model="m", steps=50))  # a stream that alone would never end
+        engine.submit(make_job(f"more {i}", model="m", steps=50))  # without end
         for _ in range(5):
             engine.tick()
     assert outcomes(events)["other"] == "done"
     while engine.busy:
         engine.tick()
     assert set(outcomes(events).values()) == {"done"}
+
+
+class SmallDevice(CountingRunner):
+    """Runs out of memory when a second model is loaded, and always for model "huge"."""
+
+    def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
+        if job.model == "huge" or (self.loaded and job.model not in self.loaded):
+            raise OutOfMemory
+        return super().load(job, busy)
+
+
+def test_a_model_that_does_not_fit_takes_the_place_of_idle_ones():
+    runner = SmallDevice()
+    engine, events = engine_on(runner)
+    for model in ("m", "k", "m"):
+        engine.submit(make_job(f"{model} {len(events)}", model=model))
+        while engine.busy:
+            engine.tick()
+    assert set(outcomes(events).values()) == {"done"}
+    assert of(events, Incident) == [Incident("out_of_memory", "load")] * 2
+
+
+def test_a_model_that_does_not_fit_waits_for_busy_ones():
+    runner = SmallDevice()
+    engine, events = engine_on(runner)
+    engine.submit(make_job("first", model="m", steps=20))
+    engine.tick()
+    engine.submit(make_job("second", model="k"))
+    while engine.busy:
+        engine.tick()
+    assert [event.job for event in of(events, Done)] == ["first", "second"]
+    assert len(of(events, Incident)) == 3, "it is not tried again at every step"
+
+
+def test_a_model_that_does_not_even_fit_alone_fails_its_own_job_only():
+    runner = SmallDevice()
+    engine, events = engine_on(runner)
+    engine.submit(make_job("good", model="m", steps=20))
+    engine.tick()
+    engine.submit(make_job("bad", model="huge"))
+    engine.submit(make_job("later", model="m"))
+    while engine.busy:
+        engine.tick()
+    assert outcomes(events) == {"good": "done", "later": "done", "bad": "out_of_memory"}
 
 
 jobs = st.builds(
@@ -198,7 +243,7 @@ CODES = {"oom": "out_of_memory", "broken": "non_finite", "finish": "non_finite"}
 
 
 class History:
-    """Engines one after the other, as a supervisor has them, and all they said."""
+    """Engines one after the other, as a supervisor runs them, and all their events."""
 
     def __init__(self, buckets: Sequence[int], holds: int, rooms: int, measures: bool) -> None:
         self.setting = buckets, holds, rooms, measures
@@ -235,7 +280,7 @@ class History:
         self.engine.tick()
 
     def check(self) -> None:
-        """The events of each job of this life are in order; counts its end."""
+        """Check the order of the current engine's events for each job, and count its end."""
         for job in self.jobs.values():
             mine = [event for event in self.events if concerns(event, job.id)]
             names = [type(event).__name__ for event in mine]
@@ -315,18 +360,18 @@ class SlowRunner(CountingRunner):
         return call
 
 
-def test_calls_that_would_last_long_have_fewer_rows():
+def test_calls_of_slow_rows_have_fewer_rows():
     runner = SlowRunner((2, 4, 8, 16))
     engine, events = engine_on(runner)
     engine.submit(make_job("a", n=16, steps=6))
     while engine.busy:
         engine.tick()
     rows = [event.padded for event in of(events, Stepped)]
-    assert max(rows[2:]) == 4  # the first tells nothing, the second is what is learned from
+    assert max(rows[2:]) == 4  # the first call does not count, the second shows the speed
     assert outcomes(events) == {"a": "done"}
 
 
-def test_a_small_jobs_picture_does_not_wait_for_all_of_a_large_one():
+def test_a_small_job_is_decoded_before_a_large_one_is_finished():
     engine, events = engine_on(CountingRunner((32,)), decode_chunk=1)
     engine.submit(make_job("large", n=14, steps=1, guidance_scale=1.0))
     engine.submit(make_job("small", n=1, steps=1, guidance_scale=1.0))

@@ -7,14 +7,14 @@ from service.engine.row_limits import RECOVERY_CALLS, MemoryUse, RowLimits
 SIZES = (2, 4, 8, 16)
 
 
-def test_a_group_begins_with_the_smallest_size():
+def test_a_group_starts_with_the_smallest_size():
     limits = RowLimits(SIZES)
     assert limits.rows("unheard of") == 16
     limits.start_small("g")
     assert limits.rows("g") == 2
 
 
-def test_a_call_tells_how_many_rows_fit():
+def test_a_measured_call_shows_how_many_rows_fit():
     limits = RowLimits(SIZES)
     limits.start_small("g")
     limits.record_success("g", MemoryUse(rows=2, peak=200, room=1000))  # 9 rows in 90% of the room
@@ -27,7 +27,7 @@ def test_a_call_tells_how_many_rows_fit():
     assert limits.rows("g") == 1, "one image a call"
 
 
-def test_where_nothing_is_told_nothing_is_limited():
+def test_without_measurements_nothing_is_limited():
     limits = RowLimits(SIZES)
     limits.start_small("g")
     limits.record_success("g")

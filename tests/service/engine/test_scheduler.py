@@ -27,7 +27,7 @@ def tick(scheduler: Scheduler) -> list[ImageKey]:
 
 
 def last_calls(scheduler: Scheduler) -> dict[str, int]:
-    """Runs to the end; returns the number of each job's last call."""
+    """Run everything; returns the number of each job's last call."""
     last: dict[str, int] = {}
     for call in count(1):
         picked = tick(scheduler)
@@ -49,21 +49,21 @@ def test_jobs_of_one_group_share_a_call():
     assert scheduler.pick() == [ImageKey("a", 0), ImageKey("b", 0), ImageKey("b", 1)]
 
 
-def test_jobs_of_different_groups_do_not():
+def test_jobs_of_different_groups_share_no_call():
     scheduler = Scheduler(8)
     scheduler.admit("a", shape("x"), images=1, rows=2)
     scheduler.admit("b", shape("y"), images=1, rows=2)
     assert turns(scheduler, 1) + turns(scheduler, 1) == {"a": 1, "b": 1}
 
 
-def test_a_call_never_has_more_rows_than_allowed_and_smaller_images_fill_the_gap():
+def test_smaller_images_fill_a_call_that_is_limited():
     scheduler = Scheduler(3)
     scheduler.admit("a", shape(), images=2, rows=2)
     scheduler.admit("b", shape(evaluations=40), images=1, rows=1)
     assert scheduler.pick() == [ImageKey("a", 0), ImageKey("b", 0)]
 
 
-def test_when_everything_fits_everything_runs():
+def test_if_all_images_fit_all_run():
     scheduler = Scheduler(24)
     scheduler.admit("large", shape(evaluations=1000), images=8, rows=2)
     scheduler.admit("small", shape(), images=4, rows=1, priority=9)
@@ -89,7 +89,7 @@ def test_a_removed_job_frees_its_rows_at_once():
     assert scheduler.pick() == [ImageKey("b", 0)]
 
 
-def test_what_a_cancelled_job_has_had_is_not_charged_to_the_others():
+def test_the_work_of_a_cancelled_job_is_not_charged_to_others():
     scheduler = Scheduler(2)
     scheduler.admit("cancelled", shape(evaluations=10), images=1, rows=2)
     scheduler.admit("old", shape(evaluations=10), images=1, rows=2)
@@ -108,14 +108,14 @@ def test_a_small_job_overtakes_a_large_one():
     assert turns(scheduler, 10)["small"] == 10
 
 
-def test_equal_jobs_end_one_after_the_other():
+def test_equal_jobs_finish_one_after_the_other():
     scheduler = Scheduler(2)
     for name in "abc":
         scheduler.admit(name, shape(evaluations=4), images=1, rows=2)
     assert last_calls(scheduler) == {"a": 4, "b": 8, "c": 12}
 
 
-def test_images_of_a_job_that_does_not_fit_take_turns_so_that_no_call_is_half_empty():
+def test_images_of_a_job_that_does_not_fit_take_turns():
     scheduler = Scheduler(4)
     scheduler.admit("a", shape(evaluations=4), images=3, rows=2)
     assert last_calls(scheduler) == {"a": 6}
@@ -129,7 +129,7 @@ def test_a_higher_priority_overtakes_at_the_next_step():
     assert scheduler.pick() == [ImageKey("b", 0)]
 
 
-def test_a_high_priority_does_not_wait_for_what_low_ones_of_its_group_have_had():
+def test_a_high_priority_does_not_pay_for_the_work_of_low_ones():
     scheduler = Scheduler(2)
     scheduler.admit("other", shape("x", 1000), images=1, rows=1, priority=9)
     scheduler.admit("low", shape("y", 1000), images=1, rows=1)
@@ -145,7 +145,7 @@ def test_groups_take_turns_by_work_done():
     assert turns(scheduler, 50) == {"cheap": 40, "dear": 10}
 
 
-def test_a_group_of_many_jobs_gets_as_many_shares():
+def test_a_group_gets_a_share_for_each_of_its_jobs():
     scheduler = Scheduler(8)
     for name in "abc":
         scheduler.admit(name, shape("x", 100), images=1, rows=1)
@@ -153,7 +153,7 @@ def test_a_group_of_many_jobs_gets_as_many_shares():
     assert turns(scheduler, 40) == {"a": 20, "b": 20, "c": 20, "lone": 20}
 
 
-def test_a_group_that_comes_later_does_not_get_the_past_back():
+def test_a_later_group_does_not_catch_up_on_earlier_work():
     scheduler = Scheduler(8)
     scheduler.admit("old", shape("x", 100), images=1, rows=1)
     turns(scheduler, 50)
@@ -162,7 +162,7 @@ def test_a_group_that_comes_later_does_not_get_the_past_back():
 
 
 @pytest.mark.parametrize("flood", [shape("x", 1), shape("y", 1), shape("y", 1, row_cost=9)], ids=str)
-def test_no_flood_of_high_priorities_holds_up_a_low_one_for_ever(flood):
+def test_many_jobs_of_high_priority_do_not_starve_one_of_low_priority(flood):
     scheduler = Scheduler(4)
     scheduler.admit("low", shape("x", 5), images=1, rows=2)
     bound = (PATIENCE + 2) * 5 * 4 * flood.row_cost
@@ -178,7 +178,7 @@ def test_no_flood_of_high_priorities_holds_up_a_low_one_for_ever(flood):
     assert 5 * 4 < work <= bound
 
 
-def test_a_limit_holds_for_its_group_from_the_next_call_on():
+def test_a_limit_applies_to_the_next_call_of_its_group():
     scheduler = Scheduler(8)
     scheduler.admit("a", shape("x"), images=8, rows=1)
     scheduler.limit("y", 2)
@@ -211,7 +211,7 @@ def test_a_limit_of_no_rows_is_refused(rows):
         Scheduler(8).limit("g", rows)
 
 
-def test_a_waiting_job_knows_its_place_and_the_work_ahead():
+def test_a_waiting_job_has_a_position_and_work_ahead():
     scheduler = Scheduler(2)
     scheduler.admit("running", shape(evaluations=2), images=1, rows=2)
     tick(scheduler)
@@ -221,7 +221,7 @@ def test_a_waiting_job_knows_its_place_and_the_work_ahead():
     assert scheduler.position("large") == Position("large", 2, 5.0, 20.0)
 
 
-def test_a_job_that_has_begun_has_no_place_in_the_queue():
+def test_a_job_that_has_started_has_no_position():
     scheduler = Scheduler(2)
     scheduler.admit("a", shape(), images=2, rows=2)
     tick(scheduler)
@@ -253,7 +253,7 @@ def test_a_job_without_rows_is_refused(images, rows):
 
 
 def fair_ends(arrivals: list[tuple[int, int, float]]) -> list[float]:
-    """When processor sharing by weight ends jobs of (arrival, work, weight)."""
+    """When processor sharing by weight finishes jobs of (arrival, work, weight)."""
     left = {index: float(work) for index, (_, work, _) in enumerate(arrivals)}
     ends, now = [0.0] * len(arrivals), 0.0
     while left:
@@ -272,7 +272,7 @@ def fair_ends(arrivals: list[tuple[int, int, float]]) -> list[float]:
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 30), st.integers(0, 2)), min_size=1, max_size=12))
 @settings(max_examples=500, deadline=None)
-def test_one_image_a_call_no_job_ends_later_than_under_processor_sharing(drawn):
+def test_with_one_image_a_call_no_job_finishes_later_than_under_processor_sharing(drawn):
     scheduler = Scheduler(2, patience=math.inf)
     arrivals, ends, now = [], {}, 0
 
@@ -294,7 +294,7 @@ COSTS = {"x": 1.0, "y": 3.0, "z": 0.25}
 
 
 class History:
-    """A scheduler, and beside it what must be true of it."""
+    """A scheduler, and a model of what must be true of it."""
 
     def __init__(self, max_rows: int) -> None:
         self.scheduler = Scheduler(max_rows)
@@ -344,7 +344,7 @@ class History:
             self.drop(key)
 
     def check(self, picked: list[ImageKey]) -> None:
-        """Images with steps to run, of one group, once each, within its limit and as many as fit."""
+        """Check that images are unfinished, of one group, unique, within its limit, and as many as fit."""
         assert bool(picked) == bool(self.left)
         assert all(self.left[key] > 0 for key in picked)
         assert len(set(picked)) == len(picked)
@@ -382,7 +382,7 @@ moves = st.one_of(
 @pytest.mark.slow
 @given(moves=st.lists(moves, max_size=25), max_rows=st.integers(2, 9))
 @settings(max_examples=2000, deadline=None)
-def test_whatever_comes_every_image_gets_its_steps_in_time_and_nothing_stays_behind(moves, max_rows):
+def test_every_image_gets_its_steps_within_the_bound_and_nothing_is_left_over(moves, max_rows):
     history = History(max_rows)
     for move, *arguments in moves:
         move(history, *arguments)

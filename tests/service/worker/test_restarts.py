@@ -44,6 +44,18 @@ def test_jobs_survive_many_workers_that_are_killed_from_outside(server):
         assert worst_psnr(expected, answers) >= 40
 
 
+def test_a_job_survives_workers_that_are_killed_as_soon_as_they_are_ready(server):
+    body = {"prompt": "p", "steps": 20, "seed": 1}
+    (expected,) = alone(server, [body])
+    with ThreadPoolExecutor(1) as pool:
+        server.kill_worker()
+        answers = together(server, pool, [body])
+        for _ in range(4):
+            wait_until(lambda: server.is_ready)
+            server.kill_worker()
+        assert worst_psnr([expected], answers) >= 40
+
+
 def test_a_worker_ignores_sigterm_and_sigint(server):
     for number in (signal.SIGTERM, signal.SIGINT):
         worker = server.signal_worker(number)

@@ -1,4 +1,4 @@
-"""Places, jobs and workers that do not work: no model is loaded here."""
+"""Slots of the queue, jobs, and workers that fail; no model is loaded here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BABBLE = "import os, sys; os.write(int(sys.argv[1]), bytes((0, 0, 0, 2, 0, 0, 0,
 
 
 async def ask(supervisor: Supervisor) -> Exception | None:
-    """A request for one job; returns what it is refused with."""
+    """A request for one job; returns the error that it gets."""
     try:
         with supervisor.reserve_slot():
             await supervisor.run(make_job(str(id(object()))))
@@ -43,7 +43,7 @@ async def ask(supervisor: Supervisor) -> Exception | None:
     return None
 
 
-def test_no_place_before_a_model_is_known():
+def test_no_slot_before_a_model_is_known():
     async def scenario():
         with pytest.raises(Loading), supervisor(specs=False).reserve_slot():
             pass
@@ -51,7 +51,7 @@ def test_no_place_before_a_model_is_known():
     run(scenario())
 
 
-def test_exactly_as_many_places_as_the_queue_has_and_a_failure_gives_its_place_back():
+def test_the_queue_has_its_number_of_slots_and_a_failure_frees_its_slot():
     async def scenario():
         full = supervisor(queue_size=2)
         with full.reserve_slot(), suppress(KeyError), full.reserve_slot():
@@ -77,7 +77,7 @@ def test_a_cancelled_request_leaves_nothing_behind():
     run(scenario())
 
 
-def test_what_outlasts_the_drain_is_refused_and_so_is_what_comes_after():
+def test_jobs_that_outlast_the_drain_are_refused_and_so_are_later_ones():
     async def scenario():
         service = supervisor(drain_seconds=0)
         early = asyncio.create_task(ask(service))
@@ -92,17 +92,17 @@ def test_what_outlasts_the_drain_is_refused_and_so_is_what_comes_after():
     run(scenario())
 
 
-async def begun(service: Supervisor, progress: Progress) -> tuple[asyncio.Task, Worker]:
-    """Job "a", asked for and not yet begun."""
+async def submitted(service: Supervisor, progress: Progress) -> tuple[asyncio.Task, Worker]:
+    """Job "a", submitted and not yet started."""
     task = asyncio.create_task(service.run(make_job("a"), progress))
     await asyncio.sleep(0)
     return task, Worker(service)
 
 
-def test_progress_goes_from_the_queue_through_the_steps_and_never_back():
+def test_progress_never_goes_backwards():
     async def scenario():
         service, progress = supervisor(), Progress()
-        task, worker = await begun(service, progress)
+        task, worker = await submitted(service, progress)
         worker.say(QueuePositions((QueuePosition("a", 2, 7.5), QueuePosition("gone", 3, None))))
         assert progress.state == State("queued", 2, 7.5)
         worker.start(5)
@@ -126,12 +126,12 @@ def test_progress_goes_from_the_queue_through_the_steps_and_never_back():
     run(scenario())
 
 
-def test_a_watcher_sees_the_newest_state_and_skips_what_it_was_too_slow_for():
+def test_a_slow_watcher_sees_only_the_newest_state():
     async def scenario():
         service = supervisor()
         with pytest.raises(NotFound):
             service.watch("a")
-        task, worker = await begun(service, Progress())
+        task, worker = await submitted(service, Progress())
         states = service.watch("a")
         assert (await anext(states)).stage == "queued"
         worker.start(5)
@@ -144,11 +144,11 @@ def test_a_watcher_sees_the_newest_state_and_skips_what_it_was_too_slow_for():
     run(scenario())
 
 
-def test_jobs_given_up_are_counted_by_stage():
+def test_cancelled_jobs_are_counted_by_stage():
     async def scenario():
         service = supervisor()
         for stage in ("queued", "running"):
-            task, worker = await begun(service, Progress())
+            task, worker = await submitted(service, Progress())
             if stage == "running":
                 worker.start(5)
             task.cancel()
@@ -160,7 +160,7 @@ def test_jobs_given_up_are_counted_by_stage():
 
 
 @pytest.mark.slow
-def test_a_worker_that_cannot_start_or_be_read_is_replaced_until_one_fails_for_good(monkeypatch):
+def test_a_worker_that_cannot_start_or_be_read_is_replaced_until_one_reports_a_fatal_error(monkeypatch):
     starts = []
 
     async def spawn(settings: Settings) -> WorkerProcess:
@@ -190,8 +190,25 @@ def test_a_worker_that_cannot_start_or_be_read_is_replaced_until_one_fails_for_g
     assert len(starts) == 3
 
 
+def test_jobs_are_refused_when_no_worker_survives_its_start(monkeypatch):
+    async def spawn(settings: Settings) -> WorkerProcess:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(["sh", "-c", "kill -9 $$"], pass_fds=[theirs.fileno()])
+        return WorkerProcess(process, *await asyncio.open_unix_connection(sock=ours))
+
+    async def scenario():
+        service = supervisor()
+        async with service.supervise():
+            assert isinstance(await ask(service), Unavailable)
+            assert service.failure is None, "the next worker may survive"
+
+    monkeypatch.setattr(child, "spawn", spawn)
+    run(scenario())
+
+
 @pytest.mark.slow
-def test_a_model_that_is_not_there_ends_the_service_and_says_so(tmp_path: Path):
+def test_a_missing_model_ends_the_service_with_its_name(tmp_path: Path):
     async def scenario():
         service = supervisor(specs=False, model=(str(tmp_path / "nothing"),))
         async with service.supervise():
@@ -242,7 +259,7 @@ def test_a_start_and_heartbeats_are_measured():
 def test_an_unreadable_message_is_counted_and_fails_the_job_that_it_may_have_ended():
     async def scenario():
         service = supervisor()
-        task, worker = await begun(service, Progress())
+        task, worker = await submitted(service, Progress())
         worker.process.reader = reader = asyncio.StreamReader()
         for kind in ("Previewed", "Done"):
             reader.feed_data(framed(json.dumps([kind, "a", ["rubbish"], []]).encode()))
@@ -261,7 +278,7 @@ def test_an_unreadable_message_is_counted_and_fails_the_job_that_it_may_have_end
 def test_a_message_that_the_worker_cannot_read_fails_its_job():
     async def scenario():
         service = supervisor()
-        task, worker = await begun(service, Progress())
+        task, worker = await submitted(service, Progress())
         worker.say(Rejected(None, "rubbish"))
         worker.say(Rejected("a", "rubbish"))
         with pytest.raises(JobFailed):
