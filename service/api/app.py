@@ -21,6 +21,8 @@ from service.api.a1111.session import A1111Session
 from service.api.auth import keys_of, require_key
 from service.api.middleware import BodyLimit, HeadAndOptions, RequestContext
 from service.api.openai import routes as openai
+from service.api.openai.kept_files import KeptFiles
+from service.api.openai.model_names import aliases_of
 from service.errors import (
     InvalidRequest,
     MethodNotAllowed,
@@ -50,7 +52,7 @@ FRAMEWORK_ERRORS: dict[int, type[ServiceError]] = {
 # Routes that need an API key, where keys are set, and routes that never do. The latter reveal nothing about
 # anyone's requests; /metrics has only counts, and Prometheus often has no key.
 KEYED = (native.router, jobs.router, openai.router, a1111.router)
-PUBLIC = (health.router, docs.router)
+PUBLIC = (health.router, docs.router, openai.file_router)
 
 CORS_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 CORS_EXPOSED = ("X-Request-Id", "X-Seed", "Retry-After", "Location", "WWW-Authenticate")
@@ -81,6 +83,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
     app.state.jobs, app.state.keys = Jobs(supervisor), keys
+    app.state.openai_files = KeptFiles(settings)
+    app.state.openai_aliases = aliases_of(settings)
     app.state.a1111, app.state.started = A1111Session(app.state.jobs), int(time.time())
     for router in KEYED:
         app.include_router(router, dependencies=[Depends(require_key)], responses=error_responses(401))

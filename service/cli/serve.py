@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from service import logs
 from service.api.app import create_app
+from service.api.openai.model_names import check_aliases
 from service.model_paths import locate_all, locate_embeddings, locate_loras, locate_vaes
 from service.requests.background import Jobs
 from service.settings import Settings, misspelled
@@ -42,11 +43,12 @@ def serve(settings: Settings) -> Exception | None:
 
 
 def check_paths(settings: Settings) -> None:
-    """Raise ModelPathError if a path is wrong: better at once than when the worker loads it."""
+    """Raise ModelPathError or SettingError for a wrong path or alias, before the worker loads anything."""
     models = locate_all(settings.model, settings.allow_pickle)
     locate_loras(settings.lora)
     locate_vaes(settings.vae, models)
     locate_embeddings(settings.embedding)
+    check_aliases(settings, models)
 
 
 class DrainingServer(uvicorn.Server):

@@ -35,9 +35,14 @@ MASK_THRESHOLD = 128
 START_OF_SCAN, MAX_SCANS = b"\xff\xda", 100
 
 
-def encode(pixels: Pixels, kind: Format, parameters: str = "") -> bytes:
-    """A file of (H, W, 3) pixels; a PNG carries `parameters`, if any, in a text chunk of that name."""
+def encode(pixels: Pixels, kind: Format, parameters: str = "", quality: int | None = None) -> bytes:
+    """A file of (H, W, 3) pixels; a PNG carries `parameters`, if any, in a text chunk of that name.
+
+    quality: 1 to 100, of a JPEG or WebP file.
+    """
     options = dict(SAVE_OPTIONS[kind])
+    if quality is not None and "quality" in options:
+        options["quality"] = quality
     if kind == "png" and parameters:
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_text("parameters", parameters)

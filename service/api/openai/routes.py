@@ -1,17 +1,17 @@
-"""The OpenAI Images API, on the same jobs: /v1/images/generations, edits and variations, and /v1/models."""
+"""The OpenAI Images API: /v1/images/generations, /edits and /variations, and /v1/models."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, Request
+from fastapi import APIRouter, Depends, Form, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from service.api import native
-from service.api.jobs import LIVE
-from service.api.openai import translate
+from service.api.openai.events import CancelOnDisconnect, Prefix, events
+from service.api.openai.kept_files import KeptFiles
+from service.api.openai.model_names import find_served_name, list_names
 from service.api.openai.schemas import (
     ImageEdit,
     ImageGeneration,
@@ -19,112 +19,164 @@ from service.api.openai.schemas import (
     ImageVariation,
     OpenAIModel,
     OpenAIModelList,
+    OpenAIRequest,
     PromptedRequest,
 )
+from service.api.openai.translate import Translator, to_response
 from service.api.routing import ClientErrorRoute
-from service.errors import BadRequest, NotFound
-from service.requests.background import Record, Submission
-from service.requests.schemas import ErrorBody, GenerateRequest, InpaintRequest, error_responses
+from service.api.urls import base_url
+from service.errors import BadRequest, InvalidRequest, NotFound, UnsupportedMedia
+from service.requests.background import Jobs, Submission
+from service.requests.schemas import ErrorBody, error_responses
+
+FORM = "multipart/form-data"
 
 
-class Route(ClientErrorRoute):
-    """What is invalid is a 400, and called by this API's names."""
+class OpenAIRoute(ClientErrorRoute):
+    """Reports invalid requests as 400, with the field names of this API."""
 
     field_names = {"width": "size", "height": "size", "init_image": "image"}  # noqa: RUF012 - a ClassVar there
     invalid = BadRequest
 
+    def translate(self, error: InvalidRequest) -> InvalidRequest:
+        """Names an upload by its field alone: `image[].0` and `init_image` are `image` to a client."""
+        field = (error.param or "").removesuffix(".0").removesuffix("[]").removeprefix("init_")
+        if error.param and field in ("image", "mask"):
+            error = type(error)(field + error.message.removeprefix(error.param), param=field)
+        return super().translate(error)
 
-router = APIRouter(prefix="/v1", tags=["openai"], route_class=Route)
 
-EVENTS: dict[str, Any] = {
+async def require_form(request: Request) -> None:
+    """Raise UnsupportedMedia for a body that is not a form."""
+    if not request.headers.get("content-type", "").startswith(FORM):
+        raise UnsupportedMedia(f"the body must be sent with content-type {FORM}")
+
+
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=OpenAIRoute)
+# URLs in responses: the unguessable name is the permission, since clients fetch them without an API key. They
+# are not in the OpenAPI document, because no client builds them.
+file_router = APIRouter(prefix="/v1", include_in_schema=False)
+
+EVENT_STREAM: dict[str, Any] = {
     "description": "With `stream`: server-sent events `*.partial_image`, then `*.completed` or `error`",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
-# Said, or the framework adds a 422, which there is none of here.
-OTHER: dict[str, Any] = {"default": {"model": ErrorBody, "description": "Any other error"}}
-MAKES: dict[str, Any] = {
+# Without it the framework would describe a 422, which this API never sends.
+OTHER_ERRORS: dict[int | str, dict[str, Any]] = {
+    "default": {"model": ErrorBody, "description": "Any other error"}
+}
+GENERATE_RESPONSES: dict[str, Any] = {
     "response_model": ImagesResponse,
-    "responses": {200: EVENTS, **error_responses(400, 404, 408, 413, 415, 429, 500, 503, 504, 507), **OTHER},
+    "response_model_exclude_none": True,
+    "responses": {
+        200: EVENT_STREAM,
+        **error_responses(400, 404, 408, 413, 415, 429, 500, 503, 504, 507),
+        **OTHER_ERRORS,
+    },
 }
 
 
-class Followed(StreamingResponse):
-    """A job's events; the job is given up when its reader leaves."""
-
-    def __init__(self, record: Record, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=LIVE)
-        self.record = record
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.record.work.cancel()
-
-
-@router.post("/images/generations", **MAKES, summary="OpenAI: a picture of a prompt")
+@router.post("/images/generations", **GENERATE_RESPONSES, summary="OpenAI: generate images from a prompt")
 async def create_image(body: ImageGeneration, request: Request) -> ImagesResponse | StreamingResponse:
-    """Of `quality`, `background` and the like, only values that change nothing are taken."""
-    return await answer(body, lambda: translate.from_generation(body), request, "image_generation")
+    """Generate images from a prompt.
 
-
-@router.post("/images/edits", **MAKES, summary="OpenAI: a picture from a picture, or a part of it anew")
-async def edit_image(
-    body: Annotated[ImageEdit, Form(media_type="multipart/form-data")], request: Request
-) -> ImagesResponse | StreamingResponse:
-    """With a mask, what is fully transparent in it is painted anew and the rest comes back as it was sent.
-
-    Without one the whole picture is the start of a run; `strength` says how much of it may change.
+    Fields that a latent diffusion model cannot follow, such as `quality` and `style`, are accepted and named
+    in `warnings`. Any other value that would change the image and is not supported is a 400.
     """
-    max_pixels = request.app.state.settings.max_input_pixels
-    return await answer(body, lambda: translate.from_edit(body, max_pixels), request, "image_edit")
+    translator = translator_of(request)
+    return await answer(body, lambda: translator.generation(body), request, "image_generation")
 
 
-@router.post("/images/variations", **MAKES, summary="OpenAI: another picture like a picture")
+@router.post(
+    "/images/edits",
+    **GENERATE_RESPONSES,
+    dependencies=[Depends(require_form)],
+    summary="OpenAI: edit an image, or a part of it",
+)
+async def edit_image(
+    body: Annotated[ImageEdit, Form(media_type=FORM)], request: Request
+) -> ImagesResponse | StreamingResponse:
+    """Edit an image.
+
+    With a mask, or where the image itself has fully transparent pixels, those pixels are repainted and the
+    others come back as they were sent. Otherwise the whole image may change; `strength` says how much.
+    """
+    translator = translator_of(request)
+    return await answer(body, lambda: translator.edit(body), request, "image_edit")
+
+
+@router.post(
+    "/images/variations",
+    **GENERATE_RESPONSES,
+    dependencies=[Depends(require_form)],
+    summary="OpenAI: vary an image",
+)
 async def vary_image(
-    body: Annotated[ImageVariation, Form(media_type="multipart/form-data")], request: Request
+    body: Annotated[ImageVariation, Form(media_type=FORM)], request: Request
 ) -> ImagesResponse:
-    """A run from the picture without a prompt; `strength` says how much of it may change."""
-    made = await native.run(request, lambda: Submission(translate.from_variation(body)))
-    return translate.to_answer(await made.as_json())
+    """Vary an image without a prompt; `strength` says how much it may change."""
+    translator = translator_of(request)
+    return await finished(body, lambda: translator.variation(body), request)
 
 
 async def answer(
-    body: PromptedRequest,
-    translated: Callable[[], GenerateRequest | InpaintRequest],
-    request: Request,
-    prefix: str,
+    body: PromptedRequest, prepare: Callable[[], Submission], request: Request, prefix: Prefix
 ) -> ImagesResponse | StreamingResponse:
-    """The images when they are done, or their events from now on."""
+    """The finished images, or with `stream` their events from now on."""
     if not body.stream:
-        made = await native.run(request, lambda: Submission(translated()))
-        return translate.to_answer(await made.as_json())
+        return await finished(body, prepare, request)
+    jobs: Jobs = request.app.state.jobs
+    record = await jobs.start(prepare, request.state.request_id)
+    return CancelOnDisconnect(record, events(record, prefix, body.partial_images or 0))
+
+
+async def finished(
+    body: OpenAIRequest, prepare: Callable[[], Submission], request: Request
+) -> ImagesResponse:
+    """The response with the finished images."""
+    made = await native.run(request, prepare)
+    files: KeptFiles = request.app.state.openai_files
+
+    def url_of(file: bytes) -> str:
+        name = files.keep(file, made.resolved.format)
+        return f"{base_url(request)}{file_router.url_path_for('read_image_file', name=name)}"
+
+    return to_response(body, made, url_of)
+
+
+def translator_of(request: Request) -> Translator:
     state = request.app.state
-
-    def prepare() -> Submission:
-        wanted = translated()
-        return Submission(wanted, previews=translate.previews_of(body, wanted, state.supervisor.specs))
-
-    record = await state.jobs.start(prepare, request.state.request_id)
-    return Followed(record, translate.events(record, prefix, body.partial_images or 0))
+    return Translator(state.supervisor.specs, state.openai_aliases, state.settings)
 
 
-@router.get("/models", responses=error_responses(500, 503), summary="OpenAI: the models that make pictures")
+@file_router.get("/images/files/{name}")
+async def read_image_file(name: str, request: Request) -> Response:
+    """The image that `url` in a response names; needs no API key. Images are kept for a limited time."""
+    files: KeptFiles = request.app.state.openai_files
+    file = files.find(name)
+    headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+    return Response(file.content, media_type=file.media_type, headers=headers)
+
+
+@router.get("/models", responses=error_responses(500, 503), summary="OpenAI: list models")
 async def list_openai_models(request: Request) -> OpenAIModelList:
-    """All but those that only enlarge pictures."""
+    """List the models that generate images, and their aliases. Models that only upscale are left out."""
     state = request.app.state
     state.supervisor.check_open()
-    names = [name for name, spec in state.supervisor.specs.items() if translate.able(spec)]
+    names = list_names(state.supervisor.specs, state.openai_aliases)
     return OpenAIModelList(data=[OpenAIModel(id=name, created=state.started) for name in names])
 
 
 @router.get(
-    "/models/{model}", responses=error_responses(404, 500, 503) | OTHER, summary="OpenAI: one of them"
+    "/models/{model}",
+    responses=error_responses(404, 500, 503) | OTHER_ERRORS,
+    summary="OpenAI: read a model",
 )
 async def read_openai_model(model: str, request: Request) -> OpenAIModel:
-    """404 for what is not in the list."""
-    known = await list_openai_models(request)
-    for entry in known.data:
-        if entry.id == model:
-            return entry
-    raise NotFound("model: there is no such model", param="model")
+    """Read one model, by any name that POST /v1/images/generations accepts."""
+    state = request.app.state
+    state.supervisor.check_open()
+    specs, aliases = state.supervisor.specs, state.openai_aliases
+    if find_served_name(model, "text-to-image", specs, aliases) not in list_names(specs, aliases):
+        raise NotFound("model generates no images; GET /v1/models lists those that do", param="model")
+    return OpenAIModel(id=model, created=state.started)

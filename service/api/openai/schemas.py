@@ -1,6 +1,6 @@
-"""Wire bodies of the OpenAI Images API. What only its own models can do takes the values that change nothing.
+"""Request and response bodies of the OpenAI Images API.
 
-The limits of what is handed on are those of POST /generate.
+Values are limited by the checks of POST /generate, which every request passes through.
 """
 
 from __future__ import annotations
@@ -8,49 +8,91 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from service.requests.images import Format
 
-MOST_PARTIAL = 3  # pictures on the way; what the API allows
+MAX_PARTIAL_IMAGES = 3  # the limit of OpenAI's API
+NO_EFFECT = "Accepted; has no effect."
+WARNED = "Accepted; has no effect, which `warnings` says."
+EXTENSION = "Extension of this service."
+
+Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 
 
-class ImageRequest(BaseModel):
-    """What all three have in common. Numbers may be text, as forms have them."""
+def require_file(value: object) -> object:
+    """Refuse a form field with text where a file belongs, before the framework does in its own words."""
+    if isinstance(value, str):
+        raise ValueError("must be a file")
+    return value
+
+
+Upload = Annotated[UploadFile, BeforeValidator(require_file)]
+
+
+class OpenAIRequest(BaseModel):
+    """The fields of all three requests. In forms, numbers are text."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    model: Annotated[str | None, Field(description="of GET /v1/models; default: the first")] = None
-    n: int | None = None
+    model: Annotated[
+        str | None,
+        Field(
+            description="A model of GET /v1/models. A name of OpenAI's own models (dall-e-3, gpt-image-1, "
+            "...) means the model that can do the request, if there is only one. Default: the first model."
+        ),
+    ] = None
+    n: Annotated[int | None, Field(description="Number of images; default 1.")] = None
     size: Annotated[
         str | None,
-        Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$", description="WIDTHxHEIGHT or auto"),
+        Field(
+            pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$",
+            description="WIDTHxHEIGHT, or auto for the model's default. With a model name of OpenAI's or an "
+            "alias, a size larger than the model's default is generated near the default size and enlarged.",
+        ),
     ] = None
     response_format: Annotated[
-        Literal["b64_json"] | None, Field(description="no files are kept that a URL could name")
+        Literal["url", "b64_json"] | None,
+        Field(
+            description="b64_json: the file in base64. url: an address that serves the file for a limited "
+            "time, without an API key. Default: base64 for gpt-image models, otherwise both."
+        ),
     ] = None
-    user: Annotated[str | None, Field(max_length=1000, description="changes nothing")] = None
-    seed: Annotated[int | None, Field(description="ours: of picture 0")] = None
-    steps: Annotated[int | None, Field(description="ours")] = None
-    num_inference_steps: Annotated[int | None, Field(description="ours: the same as steps")] = None
-    guidance_scale: Annotated[float | None, Field(description="ours")] = None
-    negative_prompt: Annotated[str | None, Field(description="ours")] = None
-    sampler: Annotated[str | None, Field(description="ours")] = None
+    user: Annotated[str | None, Field(max_length=1000, description=NO_EFFECT)] = None
+    seed: Annotated[
+        int | None,
+        Field(description=f"{EXTENSION} Seed of the first image; -1 or none: random."),
+    ] = None
+    steps: Annotated[int | None, Field(description=f"{EXTENSION} Number of denoising steps.")] = None
+    num_inference_steps: Annotated[int | None, Field(description=f"{EXTENSION} Same as steps.")] = None
+    guidance_scale: Annotated[
+        float | None, Field(description=f"{EXTENSION} Scale of classifier-free guidance.")
+    ] = None
+    negative_prompt: Annotated[
+        str | None, Field(description=f"{EXTENSION} What the image should not show.")
+    ] = None
+    sampler: Annotated[str | None, Field(description=f"{EXTENSION} A sampler of GET /models.")] = None
 
 
-class PromptedRequest(ImageRequest):
-    """What those with a prompt have in common."""
+class PromptedRequest(OpenAIRequest):
+    """The fields of the requests with a prompt."""
 
     prompt: str
-    stream: bool | None = None
+    stream: Annotated[bool | None, Field(description="Answer with server-sent events.")] = None
     partial_images: Annotated[
-        int | None, Field(ge=0, le=MOST_PARTIAL, description="pictures on the way, of a stream")
+        int | None,
+        Field(ge=0, le=MAX_PARTIAL_IMAGES, description="Number of previews; requires stream."),
     ] = None
     output_format: Format | None = None
-    quality: Literal["auto", "standard"] | None = None
-    background: Literal["auto", "opaque"] | None = None
-    safety_identifier: Annotated[str | None, Field(max_length=1000, description="changes nothing")] = None
-    output_compression: None = None
+    output_compression: Annotated[
+        int | None,
+        Field(ge=0, le=100, description="Quality of a JPEG or WebP file in percent."),
+    ] = None
+    quality: Annotated[Quality | None, Field(description=WARNED)] = None
+    background: Annotated[
+        Literal["auto", "opaque"] | None, Field(description="Images are always opaque.")
+    ] = None
+    safety_identifier: Annotated[str | None, Field(max_length=1000, description=NO_EFFECT)] = None
     complexity: None = None
     svg: None = None
     frame_count: None = None
@@ -58,52 +100,56 @@ class PromptedRequest(ImageRequest):
 
 
 class ImageGeneration(PromptedRequest):
-    """A picture of a prompt."""
+    """Text to image."""
 
     model_config = ConfigDict(strict=True)
 
-    moderation: Annotated[
-        Literal["auto", "low"] | None, Field(description="changes nothing: nothing is moderated")
-    ] = None
-    style: None = None
+    moderation: Annotated[Literal["auto", "low"] | None, Field(description=NO_EFFECT)] = None
+    style: Annotated[Literal["vivid", "natural"] | None, Field(description=WARNED)] = None
 
 
-class PictureUpload(BaseModel):
-    """What the forms have in common."""
+class UploadForm(BaseModel):
+    """The fields of both forms."""
 
     strength: Annotated[
-        float | None, Field(description="ours: the share of the steps that a run from a picture takes")
+        float | None,
+        Field(description=f"{EXTENSION} Share of the steps that are run on the noised input image."),
     ] = None
 
 
-class ImageEdit(PictureUpload, PromptedRequest):
-    """A picture from a picture. With a mask, only what is fully transparent in the mask changes."""
+class ImageEdit(UploadForm, PromptedRequest):
+    """Inpainting with a mask or where the image is fully transparent; otherwise image to image."""
 
-    image: Annotated[list[UploadFile], Field(description="the picture: a PNG, JPEG or WebP file")] = []
-    images: Annotated[
-        list[UploadFile], Field(alias="image[]", description="another name of image, for several")
-    ] = []
-    mask: UploadFile | None = None
-    input_fidelity: Literal["low"] | None = None
+    image: Annotated[list[Upload], Field(description="One PNG, JPEG or WebP file.")] = []
+    images: Annotated[list[Upload], Field(alias="image[]", description="Another name of image.")] = []
+    mask: Annotated[
+        Upload | None,
+        Field(description="A PNG file of the same size; its fully transparent pixels are repainted."),
+    ] = None
+    input_fidelity: Annotated[Literal["low", "high"] | None, Field(description=WARNED)] = None
     markup: None = None
 
 
-class ImageVariation(PictureUpload, ImageRequest):
-    """Another picture like a picture."""
+class ImageVariation(UploadForm, OpenAIRequest):
+    """Image to image without a prompt."""
 
-    image: Annotated[UploadFile, Field(description="a PNG, JPEG or WebP file")]
+    image: Annotated[Upload, Field(description="A PNG, JPEG or WebP file.")]
 
 
 class Image(BaseModel):
-    b64_json: str
+    b64_json: Annotated[str | None, Field(description="The file in base64.")] = None
+    url: Annotated[str | None, Field(description="Serves the file for a limited time.")] = None
 
 
 class ImagesResponse(BaseModel):
-    created: Annotated[int, Field(description="seconds since 1970")]
+    created: Annotated[int, Field(description="Seconds since 1970.")]
     data: list[Image]
     background: Literal["opaque"] = "opaque"
     output_format: Format
     size: str
+    warnings: Annotated[
+        list[str], Field(description="Extension of this service: fields that had no effect, and the like.")
+    ] = []
 
 
 class InputTokens(BaseModel):
@@ -112,7 +158,7 @@ class InputTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """Clients expect it at a stream's end. Nothing is charged, so no tokens are counted."""
+    """Clients expect it at the end of a stream. Nothing is charged, so no tokens are counted."""
 
     input_tokens: int = 0
     input_tokens_details: InputTokens = InputTokens()
@@ -121,7 +167,7 @@ class Usage(BaseModel):
 
 
 class ImageEvent(BaseModel):
-    """What both events of a stream have in common."""
+    """The fields of both events of a stream."""
 
     type: str
     b64_json: str
@@ -143,7 +189,7 @@ class CompletedImage(ImageEvent):
 class OpenAIModel(BaseModel):
     id: str
     object: Literal["model"] = "model"
-    created: Annotated[int, Field(description="when this service started; seconds since 1970")]
+    created: Annotated[int, Field(description="When this service started, in seconds since 1970.")]
     owned_by: str = "local"
 
 

@@ -1,195 +1,242 @@
-"""Between the OpenAI Images API and ours: bodies to requests, answers and events to its own."""
+"""From the bodies of the OpenAI Images API to this service's requests, and from its answers back."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-from collections.abc import AsyncIterator, Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import PIL.Image
-from fastapi import UploadFile
+from PIL import ImageOps
 
 from models.spec import ModelSpec
+from service.api.openai.model_names import GPT_IMAGE_NAME, find_served_name
 from service.api.openai.schemas import (
-    CompletedImage,
     Image,
     ImageEdit,
-    ImageEvent,
     ImageGeneration,
-    ImageRequest,
     ImagesResponse,
     ImageVariation,
-    PartialImage,
+    OpenAIRequest,
     PromptedRequest,
 )
 from service.errors import InvalidRequest
 from service.requests import images
-from service.requests.background import Record
-from service.requests.checks import require
-from service.requests.images import MEDIA_TYPES
+from service.requests.background import Submission
+from service.requests.checks import check_format, require
 from service.requests.resolve import DEFAULT_STRENGTH, TASKS_OF, build_request, coalesce, find_model
-from service.requests.resolved_request import Previews
-from service.requests.schemas import (
-    GenerateRequest,
-    GenerateResponse,
-    InpaintRequest,
-    JobPreview,
-    JobStatus,
-)
+from service.requests.resolved_request import NO_PREVIEWS, Previews
+from service.requests.response import Answer, Result
+from service.requests.schemas import GenerateRequest, InpaintRequest
+from service.settings import Settings
 
-FORMATS = {media_type: kind for kind, media_type in MEDIA_TYPES.items()}
+Size = tuple[int, int]  # width, height
 
 
-def shared(body: ImageRequest) -> dict[str, Any]:
-    """The fields of any request of ours, for the checks of its model."""
-    check(body)
-    asked = {
-        "model": body.model,
-        "n": body.n,
-        "seed": body.seed,
-        "steps": coalesce(body.steps, body.num_inference_steps),
-        "guidance_scale": body.guidance_scale,
-        "negative_prompt": body.negative_prompt,
-        "sampler": body.sampler,
-    }
-    if isinstance(body, PromptedRequest):
-        asked |= {"prompt": body.prompt, "output_format": body.output_format}
-    if body.size not in (None, "auto"):
-        width, height = body.size.split("x")
-        asked |= {"width": int(width), "height": int(height)}
-    return asked
+@dataclass(frozen=True)
+class Encoder:
+    """Makes the file of an image. size: what it is enlarged to, if anything; quality: of JPEG and WebP."""
+
+    size: Size | None = None
+    quality: int | None = None
+
+    def __call__(self, result: Result, index: int) -> bytes:
+        pixels = result.pixels(index)
+        if self.size:
+            image = ImageOps.fit(PIL.Image.fromarray(pixels), self.size, PIL.Image.Resampling.LANCZOS)
+            pixels = np.asarray(image)
+        parameters = json.dumps(result.resolved.parameters.of_image(index))
+        return images.encode(pixels, result.resolved.format, parameters, self.quality)
 
 
-def check(body: ImageRequest) -> None:
-    """Raise InvalidRequest for fields that do not go together."""
-    rules = [
-        (
-            "num_inference_steps",
-            body.steps is None or body.num_inference_steps in (None, body.steps),
-            "must agree with steps",
+@dataclass(frozen=True)
+class Translator:
+    """Translates request bodies for the models that are served."""
+
+    specs: Mapping[str, ModelSpec]
+    aliases: Mapping[str, str]
+    settings: Settings
+
+    def generation(self, body: ImageGeneration) -> Submission:
+        """Text to image."""
+        return self._submission(body, GenerateRequest, "text-to-image", {})
+
+    def edit(self, body: ImageEdit) -> Submission:
+        """Inpainting with a mask or an image with a hole, otherwise image to image. Decodes the images."""
+        uploads = [*body.image, *body.images]
+        require(
+            (
+                ("image", bool(uploads), "is required"),
+                ("image", len(uploads) == 1, "must be one file: this service edits one image at a time"),
+            )
         )
-    ]
-    if isinstance(body, PromptedRequest):
-        rules += [
-            ("n", not body.stream or body.n in (None, 1), "must be 1 with stream: events name no picture"),
-            ("partial_images", bool(body.stream) or not body.partial_images, "must come with stream"),
-        ]
-    require(rules)
+        image = images.decode(uploads[0].file.read(), "image", self.settings.max_input_pixels)
+        if body.mask is None:
+            hole = transparent_pixels(image)
+            mask = hole if hole is not None and hole.getbbox() else None
+        else:
+            mask = self._mask(body.mask.file.read())
+        fields: dict[str, Any] = {"strength": body.strength}
+        if mask is None:
+            return self._submission(body, GenerateRequest, "image-to-image", fields | {"init_image": image})
+        return self._submission(body, InpaintRequest, "inpainting", fields | {"image": image, "mask": mask})
+
+    def variation(self, body: ImageVariation) -> Submission:
+        """Image to image without a prompt."""
+        fields = {"strength": body.strength, "init_image": body.image.file.read()}
+        return self._submission(body, GenerateRequest, "image-to-image", fields)
+
+    def _mask(self, file: bytes) -> PIL.Image.Image:
+        """A mask that is white where the file is fully transparent. Raises InvalidRequest."""
+        mask = transparent_pixels(images.decode(file, "mask", self.settings.max_input_pixels))
+        if mask is None or not mask.getbbox():
+            has = "has no transparency" if mask is None else "has only opaque or partly transparent pixels"
+            expected = f"must be fully transparent somewhere, to mark the pixels to repaint; it {has}"
+            raise InvalidRequest(f"mask {expected}", param="mask")
+        return mask
+
+    def _submission(
+        self,
+        body: OpenAIRequest,
+        kind: type[GenerateRequest] | type[InpaintRequest],
+        task: str,
+        fields: Mapping[str, Any],
+    ) -> Submission:
+        check_combinations(body)
+        model = find_served_name(body.model, task, self.specs, self.aliases)
+        spec = find_model(model, self.specs, TASKS_OF[kind])
+        size, enlarged = requested_size(body), None
+        if size and kind is GenerateRequest and body.model not in (None, model):
+            canvas = canvas_of(size, spec)
+            if canvas != size:
+                check_enlarged(size, body, self.settings)
+                size, enlarged = canvas, size
+        request = build_request(
+            kind,
+            {
+                **fields,
+                "model": model,
+                "prompt": body.prompt if isinstance(body, PromptedRequest) else None,
+                "negative_prompt": body.negative_prompt,
+                "width": size and size[0],
+                "height": size and size[1],
+                "n": body.n,
+                "seed": None if body.seed == -1 else body.seed,
+                "steps": coalesce(body.steps, body.num_inference_steps),
+                "guidance_scale": body.guidance_scale,
+                "sampler": body.sampler,
+                "output_format": body.output_format if isinstance(body, PromptedRequest) else None,
+            },
+        )
+        if not isinstance(body, PromptedRequest):
+            return Submission(request, encode=Encoder(enlarged))
+        quality = None if body.output_compression is None else max(1, body.output_compression)
+        previews = previews_of(request, spec, body.partial_images) if body.partial_images else NO_PREVIEWS
+        return Submission(request, previews=previews, encode=Encoder(enlarged, quality))
 
 
-def from_generation(body: ImageGeneration) -> GenerateRequest:
-    """A picture of a prompt."""
-    return build_request(GenerateRequest, shared(body))
+def transparent_pixels(image: PIL.Image.Image) -> PIL.Image.Image | None:
+    """White where the image is fully transparent, black elsewhere; None for an image without transparency."""
+    if not image.has_transparency_data:
+        return None
+    return image.convert("RGBA").getchannel("A").point([255] + [0] * 255)
 
 
-def from_edit(body: ImageEdit, max_pixels: int) -> GenerateRequest | InpaintRequest:
-    """With a mask what is transparent in it is painted anew, without one the run starts from the picture."""
-    pictures = [*body.image, *body.images]
+def check_combinations(body: OpenAIRequest) -> None:
+    """Raise InvalidRequest for fields that contradict each other."""
+    steps_agree = body.steps is None or body.num_inference_steps in (None, body.steps)
+    require([("num_inference_steps", steps_agree, "must agree with steps")])
+    if not isinstance(body, PromptedRequest):
+        return
+    lossy = body.output_format in ("jpeg", "webp") or body.output_compression in (None, 100)
     require(
         (
-            ("image", bool(pictures), "is required"),
-            ("image", len(pictures) == 1, "must be one picture: these models start from one"),
+            ("n", not body.stream or body.n in (None, 1), "must be 1 with stream"),
+            ("partial_images", bool(body.stream) or not body.partial_images, "requires stream"),
+            ("output_compression", lossy, "must be 100 unless output_format is jpeg or webp"),
         )
     )
-    picture = file_of(pictures[0])
-    asked = shared(body) | {"strength": body.strength}
-    if body.mask is None:
-        return build_request(GenerateRequest, asked | {"init_image": picture})
-    mask = hole_of(file_of(body.mask), max_pixels)
-    return build_request(InpaintRequest, asked | {"image": picture, "mask": mask})
 
 
-def from_variation(body: ImageVariation) -> GenerateRequest:
-    """A run from the picture that is told nothing else."""
-    picture = file_of(body.image)
-    return build_request(GenerateRequest, shared(body) | {"strength": body.strength, "init_image": picture})
+def requested_size(body: OpenAIRequest) -> Size | None:
+    """(width, height) of `size`; None for the model's default."""
+    if body.size is None or body.size == "auto":
+        return None
+    width, height = body.size.split("x")
+    return int(width), int(height)
 
 
-def file_of(upload: UploadFile) -> bytes:
-    """The content of an uploaded file, which lies in memory or in a temporary file."""
-    return upload.file.read()
+def canvas_of(size: Size, spec: ModelSpec) -> Size:
+    """The size to generate at for clients whose sizes are those of OpenAI's models.
+
+    It is `size` where that has no more pixels than the model's default size; otherwise about as many pixels
+    as the default, in nearly the same proportions.
+    """
+    scale = math.sqrt(spec.defaults.width * spec.defaults.height / (size[0] * size[1]))
+    if scale >= 1:
+        return size
+    width, height = (max(1, round(side * scale / spec.size_multiple)) * spec.size_multiple for side in size)
+    return width, height
 
 
-def hole_of(file: bytes, max_pixels: int) -> PIL.Image.Image:
-    """A mask of ours, white where theirs is fully transparent. Raises InvalidRequest."""
-    picture = images.decode(file, "mask", max_pixels)
-    if not picture.has_transparency_data:
-        raise InvalidRequest("mask must be transparent where to paint anew; it has no alpha", param="mask")
-    return picture.convert("RGBA").getchannel("A").point([255] + [0] * 255)
+def check_enlarged(size: Size, body: OpenAIRequest, settings: Settings) -> None:
+    """Raise InvalidRequest for a size that an image cannot be enlarged to."""
+    limit = settings.max_input_pixels
+    require([("size", size[0] * size[1] <= limit, f"must have at most {limit} pixels")])
+    kind = body.output_format if isinstance(body, PromptedRequest) else None
+    check_format(*size, kind or "png", "output_format")
 
 
-def able(spec: ModelSpec) -> bool:
-    """Whether the model can be asked for anything here."""
-    return bool({*TASKS_OF[GenerateRequest], *TASKS_OF[InpaintRequest]} & {*spec.tasks})
+def previews_of(request: GenerateRequest | InpaintRequest, spec: ModelSpec, partial_images: int) -> Previews:
+    """Previews of decoded images, spread evenly over the steps."""
+    from_image = isinstance(request, GenerateRequest) and request.init_image is not None
+    share = coalesce(request.strength, DEFAULT_STRENGTH if from_image else 1.0)
+    steps = coalesce(request.steps, spec.defaults.steps) * share
+    every = max(1, int(steps / (partial_images + 1)))
+    return Previews(every, decoded=True, format=request.output_format or "png")
 
 
-def to_answer(made: GenerateResponse) -> ImagesResponse:
-    """The pictures in its words."""
-    first = made.images[0]
+def to_response(body: OpenAIRequest, answer: Answer, url_of: Callable[[bytes], str]) -> ImagesResponse:
+    """The response of all three calls. url_of: keeps a file and returns its address."""
+    base64_alone = bool(body.model and GPT_IMAGE_NAME.fullmatch(body.model))
+    default = "b64_json" if base64_alone else None
+    choice = body.response_format or default
     return ImagesResponse(
-        created=made.created,
-        data=[Image(b64_json=picture.data) for picture in made.images],
-        output_format=FORMATS[first.media_type],
-        size=f"{first.width}x{first.height}",
+        created=answer.created,
+        data=[
+            Image(
+                b64_json=None if choice == "url" else base64.b64encode(file).decode(),
+                url=None if choice == "b64_json" else url_of(file),
+            )
+            for file in answer.files
+        ],
+        output_format=answer.resolved.format,
+        size="{}x{}".format(*size_of(answer.files[0])),
+        warnings=warnings_of(body, answer),
     )
 
 
-def previews_of(
-    body: PromptedRequest, wanted: GenerateRequest | InpaintRequest, specs: Mapping[str, ModelSpec]
-) -> Previews:
-    """As many previews as the client asks for, spread evenly. Raises NotFound for the model."""
-    spec = find_model(wanted.model, specs, TASKS_OF[type(wanted)])
-    from_picture = isinstance(wanted, GenerateRequest) and wanted.init_image is not None
-    share = coalesce(wanted.strength, DEFAULT_STRENGTH if from_picture else 1.0)
-    steps, partial = coalesce(wanted.steps, spec.defaults.steps) * share, body.partial_images or 0
-    every = max(1, int(steps / (partial + 1))) if partial else 0
-    return Previews(every, decoded=True, format=wanted.output_format or "png")
+def size_of(file: bytes) -> Size:
+    """(width, height) of an image file, from its header."""
+    with PIL.Image.open(io.BytesIO(file)) as image:
+        return image.size
 
 
-async def events(record: Record, prefix: str, partial_images: int) -> AsyncIterator[str]:
-    """A job's events as text/event-stream, to the picture or the error that ends it."""
-    shown = 0
-    async for event in record.events():
-        if event is None:
-            yield ": still here\n\n"
-            continue
-        name, data = event
-        if isinstance(data, JobPreview) and shown < partial_images:
-            yield sent(partial_of(data, prefix, shown, int(record.created)))
-            shown += 1
-        elif name == "done":
-            yield sent(completed_of(data.result, prefix))
-        elif name in ("failed", "cancelled"):
-            yield failure_of(data)
-
-
-def sent(event: ImageEvent) -> str:
-    return f"event: {event.type}\ndata: {event.model_dump_json()}\n\n"
-
-
-def partial_of(preview: JobPreview, prefix: str, index: int, created: int) -> PartialImage:
-    return PartialImage(
-        type=f"{prefix}.partial_image",
-        b64_json=preview.data,
-        created_at=created,
-        output_format=FORMATS[preview.media_type],
-        size=f"{preview.width}x{preview.height}",
-        partial_image_index=index,
-    )
-
-
-def completed_of(made: GenerateResponse, prefix: str) -> CompletedImage:
-    picture = made.images[0]
-    return CompletedImage(
-        type=f"{prefix}.completed",
-        b64_json=picture.data,
-        created_at=made.created,
-        output_format=FORMATS[picture.media_type],
-        size=f"{picture.width}x{picture.height}",
-    )
-
-
-def failure_of(status: JobStatus) -> str:
-    """The end of a job that has no picture; clients raise it."""
-    error = status.error.model_dump() if status.error else {"message": "the job was cancelled"}
-    return f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n"
+def warnings_of(body: OpenAIRequest, answer: Answer) -> list[str]:
+    """The job's warnings, and one for each field that a latent diffusion model cannot follow."""
+    usual = {"quality": ("auto", "standard"), "style": (), "input_fidelity": ()}
+    ignored = [
+        f"{field} has no effect"
+        for field, values in usual.items()
+        if getattr(body, field, None) not in (None, *values)
+    ]
+    size, generated = size_of(answer.files[0]), (answer.resolved.width, answer.resolved.height)
+    if size != generated:
+        text = "the image was generated at {}x{}, which suits the model, and enlarged to {}x{}"
+        ignored.append(text.format(*generated, *size))
+    return [*answer.warnings, *ignored]
