@@ -78,7 +78,9 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 @pytest.fixture
 def client(sdk, served):
     url = str(served.client.base_url)
-    return sdk("ldm_client").AuthenticatedClient(base_url=url, token=KEY, raise_on_unexpected_status=True)
+    client = sdk("ldm_client").AuthenticatedClient(base_url=url, token=KEY, raise_on_unexpected_status=True)
+    with client:  # closes its connections
+        yield client
 
 
 def opened(text: str) -> Image.Image:
