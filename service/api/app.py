@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI, Request
@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route, compile_path
 from starlette.types import Scope
 
 from service.api import docs, health, jobs, native, openapi
@@ -122,12 +122,24 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
 def allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
     """The methods of the request's path, OPTIONS included; none if the path does not exist."""
     path = scope["path"].removeprefix(scope.get("root_path", ""))
-    routes = [*app.routes, *(route for router in (*KEYED, *PUBLIC) for route in router.routes)]
-    matching = [route for route in routes if isinstance(route, Route) and route.path_regex.match(path)]
-    methods = {method for route in matching for method in route.methods or ()}
+    methods = {
+        method
+        for pattern, route in walk(app.routes)
+        if compile_path(pattern)[0].match(path)
+        for method in route.methods or ()
+    }
     if "GET" in methods:
         methods.add("HEAD")
     return sorted(methods | {"OPTIONS"}) if methods else []
+
+
+def walk(routes: Iterable[BaseRoute], prefix: str = "") -> Iterator[tuple[str, Route]]:
+    """(path pattern, route) of all routes, those of included routers too."""
+    for route in routes:
+        if isinstance(route, Route):
+            yield prefix + route.path, route
+        elif included := getattr(route, "original_router", None):  # how newer FastAPI keeps a router
+            yield from walk(included.routes, prefix + getattr(route, "include_context").prefix)  # noqa: B009
 
 
 def operation_id(route: APIRoute) -> str:

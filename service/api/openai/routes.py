@@ -38,12 +38,12 @@ class OpenAIRoute(ClientErrorRoute):
     field_names = {"width": "size", "height": "size", "init_image": "image"}  # noqa: RUF012 - a ClassVar there
     invalid = BadRequest
 
-    def translate(self, error: InvalidRequest) -> InvalidRequest:
-        """Names an upload by its field alone: `image[].0` and `init_image` are `image` to a client."""
-        field = (error.param or "").removesuffix(".0").removesuffix("[]").removeprefix("init_")
+    def as_invalid(self, error: InvalidRequest) -> InvalidRequest:
+        """Names an upload by its field alone: `image[].0` is `image` to a client."""
+        field = (error.param or "").removesuffix(".0").removesuffix("[]")
         if error.param and field in ("image", "mask"):
             error = type(error)(field + error.message.removeprefix(error.param), param=field)
-        return super().translate(error)
+        return super().as_invalid(error)
 
 
 async def require_form(request: Request) -> None:
