@@ -22,9 +22,9 @@ WORDS = TokenSpec(vocabulary=40, width=16, layers=2, tokens=77)
 BOXES = replace(WORDS, tokens=92, objects=30)
 
 
-def unet(latent=3, beside=0, context=0, heads=(1, 2), depth=(0, 1), **options):
+def unet(latent=3, concat=0, context=0, heads=(1, 2), depth=(0, 1), **options):
     return UNetSpec(
-        in_channels=latent + beside, out_channels=latent, channels=(32, 64), res_blocks=2, heads=heads,
+        in_channels=latent + concat, out_channels=latent, channels=(32, 64), res_blocks=2, heads=heads,
         transformer_depth=depth, middle_depth=options.pop("middle", 1), context_width=context, **options,
     )  # fmt: skip
 
@@ -39,12 +39,12 @@ ROWS = {  # UNet, autoencoder, condition, last beta
     "text2img256": (unet(context=16), VQ, WORDS, 0.0195),
     "txt2img-1p4B": (unet(4, context=16, depth=(1, 0), **EIGHT), KL, WORDS, 0.012),
     "inpainting_big": (
-        unet(beside=4, residual_resampling=True, **EIGHT), replace(VQ, middle_attention=False,
+        unet(concat=4, residual_resampling=True, **EIGHT), replace(VQ, middle_attention=False,
         sample_size=512), None, 0.0205,
     ),
-    "bsr_sr": (unet(beside=3, depth=(0, 0)), VQ, None, 0.0155),
+    "bsr_sr": (unet(concat=3, depth=(0, 0)), VQ, None, 0.0155),
     "layout2img": (unet(context=16, depth=(0, 3), middle=3), VQ, BOXES, 0.0205),
-    "semantic_synthesis": (unet(beside=3, depth=(0, 0), **EIGHT), VQ, SegmentationSpec(18, 3), 0.0205),
+    "semantic_synthesis": (unet(concat=3, depth=(0, 0), **EIGHT), VQ, SegmentationSpec(18, 3), 0.0205),
     "rdm768": (
         unet(16, context=16), replace(KL, latent_channels=16, scale_factor=0.22765929, sample_size=768),
         None, 0.015,

@@ -1,6 +1,6 @@
 """The latent diffusion paper's models as they were published, at full width or narrow, all else the same.
 
-From the configurations beside the published checkpoints.
+From the configurations that were published with the checkpoints.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Published:
     first_stage: str
     beta_end: float
     heads: int | None = None  # at every level; None: 32 channels wide
-    beside: int = 0  # channels that the UNet takes after z
+    concat: int = 0  # channels that the UNet takes after the latent
     context: int = 0
     depth: int = 1
     options: tuple[str, ...] = ()  # of UNetSpec, that are true
@@ -84,15 +84,15 @@ ROWS = {
         condition=replace(BERT, width=1280),
     ),
     "inpainting_big": Published(
-        256, LEVELS, (8, 4, 2), "vq-f4-noattn", 0.0205, heads=8, beside=4, options=("residual_resampling",),
+        256, LEVELS, (8, 4, 2), "vq-f4-noattn", 0.0205, heads=8, concat=4, options=("residual_resampling",),
         side=512,
     ),
-    "bsr_sr": Published(160, (1, 2, 2, 4), (16, 8), "vq-f4", 0.0155, beside=3),
+    "bsr_sr": Published(160, (1, 2, 2, 4), (16, 8), "vq-f4", 0.0155, concat=3),
     "layout2img": Published(
         128, LEVELS, (8, 4, 2), "vq-f4", 0.0205, context=512, depth=3, condition=BOXES
     ),
     "semantic_synthesis": Published(
-        128, (1, 4, 8), (32, 16, 8), "vq-f4", 0.0205, heads=8, beside=3, condition=SegmentationSpec(182, 3)
+        128, (1, 4, 8), (32, 16, 8), "vq-f4", 0.0205, heads=8, concat=3, condition=SegmentationSpec(182, 3)
     ),
     "rdm768": Published(448, LEVELS, (4, 2, 1), "kl-f16", 0.015, context=768, side=768),
 }  # fmt: skip
@@ -106,7 +106,7 @@ def shapes(name: str, narrow: bool) -> tuple[UNetSpec, AutoencoderSpec, Conditio
     channels = tuple(base * m for m in row.mult)
     stage = FIRST_STAGES[row.first_stage]
     unet = UNetSpec(
-        in_channels=stage.latent_channels + row.beside,
+        in_channels=stage.latent_channels + row.concat,
         out_channels=stage.latent_channels,
         channels=channels,
         res_blocks=2,
@@ -134,7 +134,7 @@ def slim(condition: Condition | None) -> Condition | None:
 
 
 def write(folder: Path, name: str, narrow: bool = True) -> Path:
-    """The single file of a row, every parameter random, and what else it needs beside it."""
+    """The single file of a row, every parameter random, with the other files that it needs."""
     file = folder / f"{name}.safetensors"
     if name in FIRST_STAGES:
         stage = Autoencoder(thin(FIRST_STAGES[name]) if narrow else FIRST_STAGES[name])

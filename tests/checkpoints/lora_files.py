@@ -31,7 +31,7 @@ class Low(NamedTuple):
 
 
 def random_lora(shapes: dict[str, dict[str, tuple[int, ...]]], seed: int = 0, rank: int = 4) -> list[Low]:
-    """Of every module in `shapes`: network -> module -> its weight's shape. It changes much."""
+    """A LoRA of every module in `shapes` (network -> module -> shape of its weight) that changes images much."""
     generator = torch.Generator().manual_seed(seed)
     changes = []
     for network, modules in shapes.items():

@@ -31,7 +31,7 @@ class Text:
     width: int
     layers: int
     prefix: str
-    open_clip: bool = False  # whose names, activation and padding differ
+    open_clip: bool = False  # OpenCLIP: other key names, activation and padding
 
     @property
     def heads(self) -> int:
@@ -48,9 +48,9 @@ class Row:
     texts: tuple[Text, ...]
     in_channels: int = 4
     linear: bool = False
-    crosses_only: tuple[bool, ...] = ()  # levels whose first attention looks at the context too
+    crosses_only: tuple[bool, ...] = ()  # levels where both attentions of a block are cross-attention
     noise_levels: int = 0
-    size_width: int = 0  # of the embedding of one of six sizes; 0: not told sizes
+    size_width: int = 0  # of the embedding of one of six sizes; 0: not conditioned on sizes
     factor: int = 8
     stage: int = 128  # channels of the autoencoder's finest level
 

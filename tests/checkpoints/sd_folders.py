@@ -1,6 +1,6 @@
 """Stable Diffusion and its kin as folders that `diffusers` writes, at full published width or narrow.
 
-Every parameter is random. Shapes are those of the configurations beside the published weights.
+Every parameter is random. Shapes are those of the configurations that were published with the weights.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ ROWS = {
 
 
 def unet_options(row: Row, narrow: bool) -> dict[str, Any]:
-    """Of UNet2DConditionModel. Narrow: fewer channels and heads, and fewer layers where there are many."""
+    """Options of UNet2DConditionModel. Narrow: fewer channels and heads, at most a few layers."""
     options = dict(row.unet)
     if narrow:
         levels = len(options["block_out_channels"])
@@ -107,7 +107,7 @@ def unet_options(row: Row, narrow: bool) -> dict[str, Any]:
 
 
 def text_options(row: Row, narrow: bool) -> list[dict[str, Any]]:
-    """Of each text encoder's configuration."""
+    """Options of the configuration of each text encoder."""
     if not narrow:
         return [dict(text) for text in row.texts]
     small = [dict(text) | SMALL for text in row.texts]

@@ -32,7 +32,7 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_tokenizer(tokens: int = 77, pad: str = END) -> CLIPTokenizer:
-    """CLIP's tokenizer without a single merge: each byte a token, one of its own at a word's end."""
+    """CLIP's tokenizer without merges: each byte is a token, and another token at the end of a word."""
     alphabet = sorted(ByteLevel.alphabet())
     entries = [*alphabet, *(c + "</w>" for c in alphabet), BEGIN, END]
     vocabulary = {token: index for index, token in enumerate(entries)}
@@ -71,7 +71,7 @@ def scene_spec() -> ModelSpec:
 
 
 def tiny_spec(prediction: Prediction = "epsilon", tokens: int = 77) -> ModelSpec:
-    """Pictures of 64x64 from latents of 4x8x8."""
+    """Images of 64x64 from latents of 4x8x8."""
     tokenizer = byte_tokenizer(tokens)
     return ModelSpec(
         name="tiny",

@@ -12,19 +12,19 @@ GROUPS = 8
 
 
 def spec(
-    multiples, attends, heads, context=0, latent=3, beside=0, depth=1, updown=False, scale_shift=False
+    multiples, attends, heads, context=0, latent=3, concat=0, depth=1, updown=False, scale_shift=False
 ) -> UNetSpec:
     """16 channels at level 0; `attends` holds downsampling factors, as the published configurations do."""
     channels = tuple(16 * m for m in multiples)
     return UNetSpec(
-        in_channels=latent + beside, out_channels=latent, channels=channels, res_blocks=2,
+        in_channels=latent + concat, out_channels=latent, channels=channels, res_blocks=2,
         transformer_depth=tuple(depth * (2**level in attends) for level in range(len(channels))),
         middle_depth=depth, heads=tuple(heads(c) for c in channels), context_width=context, groups=GROUPS,
         residual_resampling=updown, scale_shift_norm=scale_shift,
     )  # fmt: skip
 
 
-def wide(c):  # heads of one width, whatever the level's
+def wide(c):  # heads of the same width at every level
     return c // 4
 
 
@@ -39,10 +39,10 @@ ROWS = {
     "cin256-v2": spec((1, 2, 3, 5), (8, 4, 2), lambda c: 1, context=12),
     "text2img256": spec((1, 2, 3, 5), (8, 4, 2), wide, context=20),
     "txt2img-1p4B": spec((1, 2, 4, 4), (4, 2, 1), eight, context=24, latent=4),
-    "inpainting_big": spec((1, 2, 3, 4), (8, 4, 2), eight, beside=4, updown=True),
-    "bsr_sr": spec((1, 2, 2, 4), (16, 8), wide, beside=3),
+    "inpainting_big": spec((1, 2, 3, 4), (8, 4, 2), eight, concat=4, updown=True),
+    "bsr_sr": spec((1, 2, 2, 4), (16, 8), wide, concat=3),
     "layout2img": spec((1, 2, 3, 4), (8, 4, 2), wide, context=12, depth=3),
-    "semantic_synthesis": spec((1, 4, 8), (32, 16, 8), eight, beside=3),
+    "semantic_synthesis": spec((1, 4, 8), (32, 16, 8), eight, concat=3),
     "rdm768": spec((1, 2, 3, 4), (4, 2, 1), wide, context=12, latent=16),
 }
 

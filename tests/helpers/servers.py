@@ -26,7 +26,7 @@ QUEUE_SIZE = 16
 
 @dataclass
 class Server:
-    """A service in a process of its own."""
+    """A server process and a client of it."""
 
     process: subprocess.Popen
     client: httpx.Client
