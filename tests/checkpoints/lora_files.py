@@ -31,7 +31,7 @@ class Low(NamedTuple):
 
 
 def random_lora(shapes: dict[str, dict[str, tuple[int, ...]]], seed: int = 0, rank: int = 4) -> list[Low]:
-    """A LoRA of every module in `shapes` (network -> module -> shape of its weight) that changes images much."""
+    """A LoRA of every module in `shapes` (network -> module -> shape of its weight) of a strong effect."""
     generator = torch.Generator().manual_seed(seed)
     changes = []
     for network, modules in shapes.items():
