@@ -89,21 +89,21 @@ def names(count: int, steps: Callable[[int], int]) -> dict[str, int]:
     return {f"healthy {number}": steps(number) for number in range(count)}
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(st.integers(1, 8), st.lists(st.floats(0, QUIET_SECONDS), max_size=30))
 def test_no_job_is_refused_when_workers_are_killed_right_after_they_are_ready(count, ages):
     world = World(names(count, lambda i: 20 + 7 * i), iter([*ages, *repeat(NEVER, 100)]))
     assert world.run().refused == set()
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(st.integers(1, 4), st.integers(10, 200), st.floats(0, 20), st.integers(1, 30))
 def test_no_job_is_refused_when_workers_are_killed_at_one_age(count, steps, age, times):
     world = World(names(count, lambda i: steps), iter([*repeat(age, times), *repeat(NEVER, 100)]))
     assert world.run().refused == set()
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(st.integers(1, 4), st.integers(10, 200), st.floats(0, 10), st.floats(0.01, 0.3), st.randoms())
 def test_no_job_is_refused_when_workers_are_killed_at_about_one_age(count, steps, age, jitter, draw):
     kills = (age * (1 + draw.uniform(-jitter, jitter)) for _ in range(30))
@@ -123,7 +123,7 @@ def test_no_job_is_refused_when_workers_are_killed_at_random():
     assert refused == 0
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(
     st.integers(0, 6),
     st.sampled_from(["crash", "kill"]),
