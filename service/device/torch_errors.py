@@ -13,6 +13,7 @@ from service.errors import DeviceLost, OutOfMemory
 OOM_MESSAGES = (
     "DefaultCPUAllocator",
     "could not allocate",
+    "Cannot allocate memory",  # of a file that cannot be mapped
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",

@@ -96,7 +96,7 @@ class FaultyRunner:
         self._fail("step", jobs, tuple(kind for kind in KINDS if kind != "nan"))
         call = self.inner.step(keys)
         non_finite = [job for job in jobs if self._kind_of_strike("step", job, ("nan",))]
-        return replace(call, non_finite=(*call.non_finite, *non_finite)) if non_finite else call
+        return replace(call, non_finite=tuple(dict.fromkeys((*call.non_finite, *non_finite))))
 
     def settle(self) -> tuple[str, ...]:
         return self.inner.settle()
