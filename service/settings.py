@@ -76,13 +76,13 @@ class Settings:
     prediction: Literal["epsilon", "v_prediction"] = setting(
         "v_prediction",
         choice("epsilon", "v_prediction"),
-        """What a single file of Stable Diffusion 2 predicts, unless a YAML file beside it says so: its
+        """What a single file of Stable Diffusion 2 predicts, unless a YAML file next to it names it: its
         tensors do not show it. The wrong value gives images of noise.""",
     )
     vocabulary: str = setting(
         "",
         Parser(str, "the file vocab.txt, or its folder"),
-        """vocab.txt of bert-base-uncased, for the LDM paper's text models. Empty: looked for beside each
+        """vocab.txt of bert-base-uncased, for the LDM paper's text models. Empty: looked for next to each
         model and in the local cache of Hugging Face.""",
     )
     vae: tuple[str, ...] = setting(
@@ -339,10 +339,10 @@ def as_text(value: Any) -> str:
 
 def misspelled(environ: Mapping[str, str]) -> list[str]:
     """A warning for each environment variable that looks like a misspelled setting."""
-    known = [CONFIG, *(variable(f.name) for f in fields(Settings))]
-    strange = (key for key in environ if key.startswith(PREFIX) and key not in known)
-    near = ((key, difflib.get_close_matches(key, known, n=1, cutoff=0.8)) for key in strange)
-    return [f"{key} is not a setting; did you mean {match[0]}?" for key, match in near if match]
+    names = [CONFIG, *(variable(f.name) for f in fields(Settings))]
+    unknown = (key for key in environ if key.startswith(PREFIX) and key not in names)
+    closest = ((key, difflib.get_close_matches(key, names, n=1, cutoff=0.8)) for key in unknown)
+    return [f"{key} is not a setting; did you mean {match[0]}?" for key, match in closest if match]
 
 
 def variable(name: str) -> str:

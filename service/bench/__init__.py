@@ -1,22 +1,22 @@
-"""`ldm bench`: the service under load, measured from outside, over HTTP.
+"""`ldm bench`: measures the service under load, over HTTP.
 
-    ldm bench                                   the model in the box, on a server of its own, 16 clients
-    ldm bench --url http://host:8000            a server that runs already
-    ldm bench --rate 2.5 --seconds 60           Poisson arrivals, whether or not answers come
-    ldm bench --against-solo --bare             how much the batching gains, and how little HTTP costs
-    ldm bench --json run.json --chart run.png   the numbers and the picture of them
-    ldm bench --mix mix.toml                    your own requests:
+    ldm bench                                   the bundled model, on a server of its own, 16 clients
+    ldm bench --url http://host:8000            a server that is already running
+    ldm bench --rate 2.5 --seconds 60           open loop: Poisson arrivals, 2.5 requests/s for 60 s
+    ldm bench --against-solo --bare             what batching gains, and what HTTP costs
+    ldm bench --json run.json --chart run.png   write the results, and a chart of them
+    ldm bench --mix mix.toml                    your own mix of requests:
 
-    [[requests]]                # a kind of request; JSON: {"requests": [{...}, ...]}
-    weight = 3                  # of all weights: how often it is drawn
-    task = "text-to-image"      # or image-to-image or inpainting, if the model does that
-    steps = 20                  # steps, guidance_scale, strength: left out, the model's own
-    guidance_scale = 1          # 1: none
+    [[requests]]                # one kind of request; in JSON: {"requests": [{...}, ...]}
+    weight = 3                  # how often it is drawn, relative to the sum of all weights
+    task = "text-to-image"      # or image-to-image or inpainting, if the model supports them
+    steps = 20                  # steps, guidance_scale, strength: the model's default if missing
+    guidance_scale = 1          # 1: no guidance
     n = 1
-    width = 1.5                 # times the model's default, to the nearest size that it can make
+    width = 1.5                 # times the model's default, rounded to a size that it supports
     height = 1.0
 
-The same --seed draws the same requests. Images a second count from the first request to the last answer, the
-emptying at the end included: ask for many more requests than there are clients. Two runs are comparable only
-if nothing else used the machine.
+The same --seed draws the same requests. Throughput is measured from the first request to the last response,
+which includes the end of the run, when fewer and fewer requests are left: send many more requests than there
+are clients. Two runs can be compared only if nothing else used the machine.
 """

@@ -1,4 +1,4 @@
-"""The flags of `ldm bench`. Apart from the rest, so that other commands start without loading it."""
+"""The flags of `ldm bench`. A module of its own, so that other commands need not import the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service import bench
 
 
 def above_zero(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """A number above 0, for argparse."""
+    """An argparse type: a finite number above 0."""
 
     def number(text: str) -> float:
         value = kind(text)
@@ -22,24 +22,46 @@ def above_zero(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """All but those of settings, which every command gets in the same way."""
+    """All flags except those for settings."""
     command.description = bench.__doc__
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     add = command.add_argument
     add(
         "--url",
-        help="a server that runs, asked with a key of LDM_API_KEYS if that is set; --model is a name "
-        "there; left out: one is started and stopped again",
+        help="measure this running server, with the first key of LDM_API_KEYS if set; --model is then the "
+        "name of one of its models (default: start a server and stop it afterwards)",
     )
     loop = command.add_mutually_exclusive_group()
-    clients = "closed loop: so many wait for their answers before they ask again (default: 16)"
+    clients = "closed loop: N clients, each sends its next request after a response (default: 16)"
     loop.add_argument("--clients", type=above_zero(int), default=16, metavar="N", help=clients)
-    loop.add_argument("--rate", type=above_zero(float), metavar="X", help="open loop: Poisson, X requests/s")
-    add("--requests", type=above_zero(int), metavar="N", help="how many (default: 64, without --seconds)")
-    add("--seconds", type=above_zero(float), metavar="X", help="send so long; what was sent is waited for")
-    add("--seed", type=int, default=0, metavar="N", help="of what is asked for, and when (default: 0)")
-    add("--mix", type=Path, metavar="FILE", help="kinds of requests, as above (default: a mix of all tasks)")
-    add("--against-solo", action="store_true", help="run the same requests one at a time before")
-    add("--bare", action="store_true", help="run the same requests without HTTP and worker after")
-    add("--json", type=Path, metavar="FILE", help="write the numbers")
+    loop.add_argument(
+        "--rate", type=above_zero(float), metavar="X", help="open loop: Poisson arrivals, X requests/s"
+    )
+    add(
+        "--requests",
+        type=above_zero(int),
+        metavar="N",
+        help="number of requests (default: 64, unless --seconds is given)",
+    )
+    add(
+        "--seconds",
+        type=above_zero(float),
+        metavar="X",
+        help="send for X seconds, then wait for the responses",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the drawn requests and arrival times (default: 0)",
+    )
+    add("--mix", type=Path, metavar="FILE", help="mix of requests, as above (default: all tasks)")
+    add("--against-solo", action="store_true", help="first run the same requests one at a time")
+    add(
+        "--bare",
+        action="store_true",
+        help="then run the same requests in this process, without HTTP and worker",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the results as JSON")
     add("--chart", type=Path, metavar="FILE.png", help="draw rows per UNet call over time, and latencies")

@@ -1,4 +1,4 @@
-"""The same requests on an engine in this process: no HTTP, no worker, no files; text, UNet and D."""
+"""The in-process baseline: the same requests on an engine in this process, without HTTP, worker and files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from service.bench.mix import Request
-from service.device.loading import build  # torch: this is the one module of the bench that loads it
+from service.device.loading import build  # torch: no other module of the bench imports it
 from service.engine.engine import Engine
 from service.engine.events import Done, Event
 from service.engine.job import Job
@@ -19,8 +19,8 @@ from service.settings import Settings
 BODIES = {"/generate": GenerateRequest, "/inpaint": InpaintRequest}
 
 
-class Bare:
-    """A model in this process, and the pictures that it made."""
+class InProcessBaseline:
+    """A model in this process; counts the images that it generates."""
 
     def __init__(self, settings: Settings) -> None:
         runner = build(settings, locate_all(settings.model, settings.allow_pickle))
@@ -32,7 +32,7 @@ class Bare:
         self.images += len(event.images) if isinstance(event, Done) else 0
 
     def images_per_second(self, requests: Sequence[Request], due: Sequence[float], clients: int) -> float:
-        """Each request at its time at the earliest, and at most so many at once."""
+        """Run the requests, each at its due time or later, at most `clients` at the same time."""
         waiting = deque(zip(due, [self.job(request) for request in requests], strict=True))
         self.images, begin = 0, time.monotonic()
         while waiting or self.engine.busy:

@@ -1,8 +1,9 @@
-"""One picture of a run, drawn with Pillow: the UNet's rows over time, and latencies by task.
+"""A chart of a run, drawn with Pillow: rows of UNet calls over time, and latencies by task.
 
-Bands: each request while it was in the UNet, as high as the rows of a call with all its images; when it
-joined and left comes from the times in its answer, right to about a step. Line: rows per UNet call, the mean
-of the calls that ended between two looks at /metrics. Where bands reach above it, their requests took turns.
+Bands: each request while it was denoised, as high as the rows of a call with all its images. Its start and
+end come from the timings in its response, precise to about one step. Line: rows per UNet call, the mean of
+the calls that ended between two samples of /metrics. Where bands are higher than the line, requests took
+turns.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from PIL import Image, ImageDraw, ImageFont
 from service.bench.load import Answer, Run, intervals
 from service.bench.report import by_task
 
-SCALE = 2  # drawn so much larger, then made smaller: smooth edges
+SCALE = 2  # drawn this much larger and then reduced, for smooth edges
 SIZE = (1280, 880)
 INK, GRAY, GRID, PAPER = "#222222", "#666666", "#e4e4e4", "#ffffff"
 COLOURS = {"text-to-image": "#2a78d6", "image-to-image": "#eb6834", "inpainting": "#1baf7a"}
 TINTS = {"text-to-image": "#a9c9ef", "image-to-image": "#f7c2ae", "inpainting": "#a4dfca"}
-MOST_BANDS = 80  # more are too thin to see: then only the beginning is drawn
+MAX_BANDS = 80  # more would be too thin to see; then only the beginning of the run is drawn
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,15 @@ class Panel:
         self.draw.rectangle(box, colour, PAPER)
 
 
-def ticks(most: float) -> list[float]:
-    """Round numbers from 0 to most, at most seven."""
-    power = 10.0 ** math.floor(math.log10(most / 6))
-    step = next(factor * power for factor in (1, 2, 5, 10) if 6 * factor * power >= most)
-    return [round(index * step, 9) for index in range(int(most / step) + 1)]
+def ticks(maximum: float) -> list[float]:
+    """At most seven round numbers from 0 to `maximum`."""
+    power = 10.0 ** math.floor(math.log10(maximum / 6))
+    step = next(factor * power for factor in (1, 2, 5, 10) if 6 * factor * power >= maximum)
+    return [round(index * step, 9) for index in range(int(maximum / step) + 1)]
 
 
 def chart(run: Run) -> Image.Image:
-    """The picture."""
+    """The chart."""
     image = Image.new("RGB", (SIZE[0] * SCALE, SIZE[1] * SCALE), PAPER)
     draw = ImageDraw.Draw(image)
     draw_rows(draw, run)
@@ -81,7 +82,7 @@ def chart(run: Run) -> Image.Image:
 
 
 def stacked(answers: Sequence[Answer]) -> Iterator[tuple[Answer, float, int]]:
-    """(answer, when it joined, its lowest row): each as low as is free when it joins."""
+    """(answer, start in seconds, lowest row) of each band, placed in the lowest rows free at its start."""
     active: list[tuple[int, int, float]] = []  # from row, to row, until
     for joined, answer in sorted(((a.sent + a.queue, a) for a in answers), key=lambda pair: pair[0]):
         low, rows = 0, answer.request.rows
@@ -97,14 +98,14 @@ def stacked(answers: Sequence[Answer]) -> Iterator[tuple[Answer, float, int]]:
 def draw_rows(draw: ImageDraw.ImageDraw, run: Run) -> None:
     tasks = by_task(run.answers)
     bands = list(stacked([answer for answers in tasks.values() for answer in answers]))
-    until = bands[MOST_BANDS][1] if len(bands) > MOST_BANDS else run.seconds
+    until = bands[MAX_BANDS][1] if len(bands) > MAX_BANDS else run.seconds
     shown = [part for part in intervals(run.samples) if part.begin < until]
     line = [(at, part.rows) for part in shown for at in (max(part.begin, 0.0), part.end)]
     top = max([low + answer.request.rows for answer, _, low in bands] + [rows for _, rows in line] + [1])
     panel = Panel(draw, (70, 80, 1240, 480), until, top * 1.05)
     part = "" if until == run.seconds else f", the first {until:.0f} of {run.seconds:.0f} s"
     panel.axes(f"Requests joining and leaving the UNet{part}", "seconds", "rows")
-    for answer, joined, low in bands[:MOST_BANDS]:
+    for answer, joined, low in bands[:MAX_BANDS]:
         panel.band(
             joined, joined + answer.denoise, low, low + answer.request.rows, TINTS[answer.request.task]
         )
@@ -113,8 +114,9 @@ def draw_rows(draw: ImageDraw.ImageDraw, run: Run) -> None:
 
 
 def legend(panel: Panel, entries: dict[str, str]) -> None:
-    """Above the panel, from the right."""
-    x, y = panel.box[2], panel.box[1] - 18
+    """Names and colours, above the panel at the right."""
+    x: float = panel.box[2]
+    y = panel.box[1] - 18
     for name, colour in entries.items():
         panel.text(x, y, name, "rm", fill=INK)
         x -= 10 + ImageFont.load_default(13).getlength(name)
@@ -126,7 +128,7 @@ def draw_latency(draw: ImageDraw.ImageDraw, run: Run) -> None:
     tasks = by_task(run.answers)
     slowest = max([answer.latency for answer in run.answers if answer.images], default=1.0)
     panel = Panel(draw, (70, 600, 1240, 820), slowest * 1.02, 102)
-    panel.axes("Latency by task", "seconds from sending to the last byte", "% of requests answered within")
+    panel.axes("Latency by task", "seconds from request to last byte", "% of requests answered within")
     for task, answers in tasks.items():
         steps = [(0.0, 0.0)]
         for index, seconds in enumerate(sorted(answer.latency for answer in answers), 1):

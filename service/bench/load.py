@@ -15,17 +15,20 @@ from tqdm import tqdm
 
 from service.bench.mix import Request
 
-POLL_SECONDS = 0.2  # between two looks at /metrics; each costs the server about a millisecond
-PAUSE_SECONDS = 1.0  # of a client that was refused, so that it does not spin
+POLL_SECONDS = 0.2  # between two samples of /metrics; each costs the server about a millisecond
+PAUSE_SECONDS = 1.0  # of a client after an error, so that it does not send without end
 NO_ANSWER = "no answer"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a request; sent and ended in seconds since the load began, queue and denoise its parts."""
+    """The result of a request.
+
+    `sent` and `ended`: seconds since the start of the run; `queue` and `denoise`: the response's timings.
+    """
 
     request: Request
-    sent: float  # open loop: when it was due, so that a late sender counts against the service
+    sent: float  # in an open loop the due time, so that a late sender counts against the service
     ended: float
     status: str  # "200", "429", ..., or NO_ANSWER
     queue: float = 0.0
@@ -41,28 +44,28 @@ class Answer:
 
 
 class Sample(NamedTuple):
-    """The values of /metrics without labels, so many seconds after the load began."""
+    """The values of /metrics without labels, `at` seconds after the start of the run."""
 
     at: float
     values: dict[str, float]
 
     def since(self, before: Sample, name: str) -> float:
-        """By how much a value grew."""
+        """The increase of a value."""
         return self.values.get(name, 0.0) - before.values.get(name, 0.0)
 
     def rows_per_call(self, before: Sample) -> float:
-        """Mean of the UNet calls since then, padding left out; 0 if there were none."""
+        """The mean of the UNet calls since then, without padding; 0 without calls."""
         calls = self.since(before, "ldm_unet_rows_count")
         return self.since(before, "ldm_unet_rows_sum") / calls if calls else 0.0
 
     @property
     def jobs(self) -> float:
-        """Accepted and not answered."""
+        """Jobs accepted and not yet answered."""
         return self.values.get("ldm_jobs_running", 0.0) + self.values.get("ldm_jobs_waiting", 0.0)
 
 
 class Interval(NamedTuple):
-    """From one look at /metrics to a later one, and the mean rows of the UNet calls that ended meanwhile."""
+    """From one sample of /metrics to a later one, with the mean rows of the UNet calls that ended between."""
 
     begin: float
     end: float
@@ -70,7 +73,7 @@ class Interval(NamedTuple):
 
 
 def intervals(samples: Sequence[Sample]) -> Iterator[Interval]:
-    """Without the looks at which a call was still under way; where there was nothing to do, 0 rows."""
+    """Skips samples taken during a UNet call; an interval without work has 0 rows."""
     before = samples[0]
     for after in samples[1:]:
         if after.rows_per_call(before) or not after.jobs:
@@ -80,7 +83,7 @@ def intervals(samples: Sequence[Sample]) -> Iterator[Interval]:
 
 @dataclass
 class Run:
-    """A load, and what is seen of it. seconds: from the first request to the last answer."""
+    """A run and its results. seconds: from the first request to the last response."""
 
     client: httpx.AsyncClient
     bar: tqdm[NoReturn]
@@ -92,8 +95,8 @@ class Run:
     def now(self) -> float:
         return time.monotonic() - self.begin
 
-    async def ask(self, request: Request, due: float | None = None) -> Answer:
-        """Send one, wait for its answer and keep that."""
+    async def send(self, request: Request, due: float | None = None) -> Answer:
+        """Send a request, wait for its response, and record it."""
         sent = self.now() if due is None else due
         try:
             response = await self.client.post(request.path, json=request.body)
@@ -104,9 +107,9 @@ class Run:
         self.bar.update()
         return answer
 
-    async def look(self) -> None:
-        """Keep what /metrics says, and show it."""
-        with suppress(httpx.TransportError):  # a lost request is counted, a lost look is not missed
+    async def sample(self) -> None:
+        """Record a sample of /metrics, and show it."""
+        with suppress(httpx.TransportError):  # a missing sample does no harm
             text = (await self.client.get("/metrics")).text
             self.samples.append(Sample(self.now(), read_metrics(text)))
             self.bar.set_postfix_str(self.live())
@@ -114,16 +117,16 @@ class Run:
     async def watch(self) -> None:
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            await self.look()
+            await self.sample()
 
     def live(self) -> str:
-        """The state in a few words."""
+        """The current state, for the progress bar."""
         values = self.samples[-1].values
         rows = ([0.0] + [interval.rows for interval in intervals(self.samples)])[-1]
         images = sum(answer.images for answer in self.answers)
         failed = sum(answer.status != "200" for answer in self.answers)
         jobs = (f"{values.get(f'ldm_jobs_{kind}', 0):.0f} {kind}" for kind in ("running", "waiting"))
-        speed = f"{images / self.now():.2f} images/s, {rows:.1f} rows a call"
+        speed = f"{images / self.now():.2f} images/s, {rows:.1f} rows per call"
         return f"{speed}, {', '.join(jobs)}, {failed} failed"
 
 
@@ -135,7 +138,7 @@ def to_answer(request: Request, sent: float, ended: float, response: httpx.Respo
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """Name -> value of the lines without labels."""
+    """Name -> value of the samples without labels."""
     pairs = (line.split() for line in text.splitlines() if line.startswith("ldm_") and "{" not in line)
     return {name: float(value) for name, value, *_ in pairs}
 
@@ -144,11 +147,11 @@ Traffic = Callable[[Run], Awaitable[None]]
 
 
 def closed(requests: Iterator[Request], clients: int, seconds: float) -> Traffic:
-    """So many clients, each sending its next request when the last one is answered."""
+    """Closed loop: each of the clients sends its next request after the response to the last one."""
 
     async def client(run: Run) -> None:
-        for request in requests:  # shared: each takes the next one
-            answer = await run.ask(request)
+        for request in requests:  # the iterator is shared by all clients
+            answer = await run.send(request)
             if answer.status != "200":
                 await asyncio.sleep(PAUSE_SECONDS)
             if run.now() >= seconds:
@@ -161,7 +164,7 @@ def closed(requests: Iterator[Request], clients: int, seconds: float) -> Traffic
 
 
 def opened(requests: Iterable[Request], due: Iterable[float], seconds: float) -> Traffic:
-    """Each request at its time, whatever became of the others."""
+    """Open loop: each request is sent at its due time, whether or not earlier ones were answered."""
 
     async def traffic(run: Run) -> None:
         async with asyncio.TaskGroup() as group:
@@ -169,13 +172,13 @@ def opened(requests: Iterable[Request], due: Iterable[float], seconds: float) ->
                 if at >= seconds:
                     return
                 await asyncio.sleep(at - run.now())
-                group.create_task(run.ask(request, at))
+                group.create_task(run.send(request, at))
 
     return traffic
 
 
 def arrivals(rate: float, seed: int) -> Iterator[float]:
-    """Poisson: seconds from the beginning."""
+    """Due times of a Poisson process, in seconds."""
     chance, at = random.Random(seed), 0.0
     while True:
         at += chance.expovariate(rate)
@@ -183,10 +186,10 @@ def arrivals(rate: float, seed: int) -> Iterator[float]:
 
 
 async def measure(client: httpx.AsyncClient, name: str, total: int | None, traffic: Traffic) -> Run:
-    """Run some traffic, with looks at /metrics before, during and after."""
+    """Run the traffic and sample /metrics before, during and after it."""
     with tqdm(total=total, unit="request", desc=name, dynamic_ncols=True) as bar:
         run = Run(client, bar)
-        await run.look()
+        await run.sample()
         watch = asyncio.create_task(run.watch())
         run.begin = time.monotonic()
         try:
@@ -194,5 +197,5 @@ async def measure(client: httpx.AsyncClient, name: str, total: int | None, traff
         finally:
             watch.cancel()
         run.seconds = run.now()
-        await run.look()
+        await run.sample()
     return run

@@ -1,4 +1,4 @@
-"""What is asked for: kinds of requests with weights, and requests drawn from them."""
+"""The mix of requests: weighted kinds, and requests drawn from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Factor = Annotated[float, Field(gt=0, le=16)]
 
 
 class Entry(BaseModel):
-    """A kind of request. width and height: times the model's default. None: not sent, the model's own."""
+    """A kind of request. `width` and `height` are factors of the model's default size; None is not sent."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,7 +68,7 @@ DEFAULT = (
 
 @dataclass(frozen=True)
 class Request:
-    """One to send. rows: of a UNet call that has all its images."""
+    """A request to send. rows: those of a UNet call with all its images."""
 
     task: str
     body: Mapping[str, Any]
@@ -80,7 +80,7 @@ class Request:
 
 
 def read_mix(file: Path) -> tuple[Entry, ...]:
-    """The entries of a .toml or .json file. Raises ValueError, or InvalidRequest naming the field."""
+    """The entries of a .toml or .json file. Raises ValueError, or InvalidRequest that names the field."""
     try:
         text = file.read_text()
         content = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
@@ -92,7 +92,7 @@ def read_mix(file: Path) -> tuple[Entry, ...]:
 
 
 def draw(entries: Sequence[Entry], model: Mapping[str, Any], seed: int) -> Iterator[Request]:
-    """Requests without end, for a model as GET /models tells of it."""
+    """Endless random requests for a model; `model`: its entry of GET /models."""
     chance = random.Random(seed)
     weights = [entry.weight for entry in entries]
     while True:
@@ -108,27 +108,27 @@ def to_request(entry: Entry, model: Mapping[str, Any], prompt: str, seed: int) -
         for side in ("width", "height")
     )
     body = {"model": model["name"], "prompt": prompt, "seed": seed, "n": entry.n}
-    body |= {"width": width, "height": height} | pictures(entry.task, width, height)
+    body |= {"width": width, "height": height} | image_fields(entry.task, width, height)
     chosen = {name: getattr(entry, name) for name in ("steps", "guidance_scale", "strength")}
     body |= {name: value for name, value in chosen.items() if value is not None}
     guidance = body.get("guidance_scale", defaults["guidance_scale"])
     return Request(entry.task, body, entry.n * (1 if guidance in (0, 1) else 2))
 
 
-def pictures(task: str, width: int, height: int) -> dict[str, str]:
-    """The fields of a task that hold pictures."""
+def image_fields(task: str, width: int, height: int) -> dict[str, str]:
+    """The fields of a task that hold images."""
     if task == "image-to-image":
-        return {"init_image": picture(width, height, "RGB")}
+        return {"init_image": test_image(width, height, "RGB")}
     if task == "inpainting":
-        return {"image": picture(width, height, "RGB"), "mask": picture(width, height, "L")}
+        return {"image": test_image(width, height, "RGB"), "mask": test_image(width, height, "L")}
     return {}
 
 
 @cache
-def picture(width: int, height: int, mode: str) -> str:
-    """A disc on a ground, as a PNG in base64; in mode L white on black, a mask."""
-    ground, disc = ((0,), (255,)) if mode == "L" else ((200, 220, 240), (240, 190, 40))
-    image = Image.new(mode, (width, height), ground)
+def test_image(width: int, height: int, mode: str) -> str:
+    """A PNG in base64 of a disc on a background; in mode L a mask, white on black."""
+    background, disc = ((0,), (255,)) if mode == "L" else ((200, 220, 240), (240, 190, 40))
+    image = Image.new(mode, (width, height), background)
     ImageDraw.Draw(image).ellipse((width // 4, height // 4, 3 * width // 4, 3 * height // 4), fill=disc)
     file = io.BytesIO()
     image.save(file, "png")

@@ -1,4 +1,4 @@
-"""Numbers of a run, and the table of them."""
+"""The results of a run, as numbers and as a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNET, DECODE = "ldm_step_seconds_sum", "ldm_decode_seconds_sum"
 
 
 def latency(answers: Sequence[Answer]) -> dict[str, float]:
-    """Seconds from sending to the last byte, of answers with pictures."""
+    """Latencies in seconds, from sending to the last byte, of successful requests."""
     ordered = sorted(answer.latency for answer in answers)
     last = len(ordered) - 1
     parts = {name: ordered[min(int(q * len(ordered)), last)] for name, q in QUANTILES.items()}
@@ -22,14 +22,14 @@ def latency(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def by_task(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
-    """The answers with pictures, by the task's name."""
+    """The successful answers, by task."""
     good = [answer for answer in answers if answer.images]
     tasks = sorted({answer.request.task for answer in good})
     return {task: [answer for answer in good if answer.request.task == task] for task in tasks}
 
 
 def report(run: Run) -> dict[str, Any]:
-    """The numbers, as --json writes them; decode_share is None where the server does not count D."""
+    """The results, as --json writes them; decode_share is None if the server does not measure decoding."""
     good = [answer for answer in run.answers if answer.images]
     images = sum(answer.images for answer in good)
     tasks = by_task(good) | ({"all": good} if good else {})
@@ -45,7 +45,7 @@ def report(run: Run) -> dict[str, Any]:
 
 
 def device(run: Run) -> dict[str, Any]:
-    """What /metrics says of the device between the first look and the last."""
+    """The device's metrics between the first sample and the last."""
     first, last = run.samples[0], run.samples[-1]
     calls = last.since(first, "ldm_unet_rows_count")
     unet = last.since(first, UNET) / run.seconds
@@ -61,7 +61,7 @@ def device(run: Run) -> dict[str, Any]:
 
 
 def table(name: str, r: dict[str, Any]) -> Iterator[str]:
-    """Lines for people."""
+    """The lines of the printed table."""
     yield f"{name}: {r['requests']} requests, {r['images']} images, {r['seconds']:.1f} s"
     yield f"  {'latency, s':16}{'requests':>9}" + "".join(f"{column:>9}" for column in ("mean", *QUANTILES))
     for task, row in r["latency"].items():
@@ -70,6 +70,8 @@ def table(name: str, r: dict[str, Any]) -> Iterator[str]:
     errors = ", ".join(f"{count} x {status}" for status, count in sorted(r["errors"].items()))
     yield f"  {r['images_per_second']:.3f} images/s, {r['requests_per_second']:.3f} requests/s"
     yield f"  errors: {errors or 'none'}"
-    yield f"  {r['rows_per_call']:.2f} rows per UNet call, and {r['padding_per_call']:.2f} of padding"
-    decode = "D not counted by this server" if r["decode_share"] is None else f"D {r['decode_share']:.0%}"
-    yield f"  time: UNet {r['unet_share']:.0%}, {decode}, idle and all else {r['other_share']:.0%}"
+    yield f"  {r['rows_per_call']:.2f} rows per UNet call, and {r['padding_per_call']:.2f} padding rows"
+    decode = "VAE decoding not measured by this server"
+    if r["decode_share"] is not None:
+        decode = f"VAE decoding {r['decode_share']:.0%}"
+    yield f"  time: UNet {r['unet_share']:.0%}, {decode}, idle and other {r['other_share']:.0%}"

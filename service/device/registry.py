@@ -101,7 +101,7 @@ class Registry(Generic[Bundle]):
     def ready(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
         """Load the model and merge its LoRAs if necessary, unloading what is not busy.
 
-        False if it does not fit beside the busy models.
+        False if it does not fit in memory together with the busy models.
         """
         models = {other.model for other in busy}
         if not self.holds(key.model):
@@ -132,8 +132,8 @@ class Registry(Generic[Bundle]):
     def load(self, name: str, busy: Collection[str] = ()) -> bool:
         """Load a model, unloading others that are not busy.
 
-        False if it does not fit beside the busy models. Without a loaded busy model it is loaded whatever its
-        size.
+        False if it does not fit in memory together with the busy models. Without a loaded busy model it is
+        loaded whatever its size.
         """
         size = self._sizes.get(name, 0)
         if self._used_by(busy) + size > self._memory > 0 and any(map(self.holds, busy)):
@@ -147,14 +147,14 @@ class Registry(Generic[Bundle]):
         return True
 
     def load_all(self) -> None:
-        """Load the first model, and those after it that fit beside what is loaded. Raises OutOfMemory."""
+        """Load the first model, and those after it for which there is room. Raises OutOfMemory."""
         for name in self.sources:
             try:
                 self.load(name, tuple(self._loaded))
             except OutOfMemory:
                 if not self._loaded:
                     raise
-                log.warning("model %s does not fit beside the loaded ones; requests will load it", name)
+                log.warning("model %s does not fit in memory with those loaded; requests will load it", name)
 
     def unload_idle(self, busy: Collection[ModelKey]) -> None:
         """Unload every model and every merged copy that is not busy."""
@@ -189,7 +189,7 @@ class Registry(Generic[Bundle]):
             del self._merged[key]
 
     def _fits(self, size: int) -> bool:
-        """Whether `size` more bytes fit beside everything that is loaded."""
+        """Whether `size` more bytes fit in memory with everything that is loaded."""
         return not self._memory or self._used_by(self._loaded) + size <= self._memory
 
     def _used_by(self, names: Iterable[str]) -> int:

@@ -1,4 +1,4 @@
-"""Logs: a line a request, as JSON, without what clients wrote."""
+"""Logs: one JSON line for each request, without text from clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECRET = "zanzibar"  # in prompts and paths of requests
 
 
 def lines_of(file: Path) -> list[dict]:
-    """All lines of a log; each must be JSON."""
+    """All lines of a log, each parsed as JSON."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -32,7 +32,7 @@ def record() -> logging.LogRecord:
     return made
 
 
-def test_a_line_is_one_json_object_whatever_is_in_it(record):
+def test_a_record_is_one_line_of_json(record):
     token = logs.request_id.set("id-1")
     logs.identify(record)
     logs.request_id.reset(token)
@@ -45,14 +45,14 @@ def test_a_line_is_one_json_object_whatever_is_in_it(record):
     assert "ValueError: why" in line["traceback"]
 
 
-def test_for_people_the_id_is_at_the_end_of_the_first_line(record):
+def test_text_has_the_request_id_at_the_end_of_the_first_line(record):
     record.request_id = "id-1"
     first, *rest = logs.TextFormatter(logs.TEXT).format(record).splitlines()
     assert first.endswith("ERROR a: job 1 [id-1]")
     assert rest[-1] == "ValueError: why"
 
 
-def test_auto_is_json_unless_a_terminal_reads_it(monkeypatch):
+def test_auto_is_text_on_a_terminal_and_json_elsewhere(monkeypatch):
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     stream = io.StringIO()
@@ -68,36 +68,38 @@ def test_auto_is_json_unless_a_terminal_reads_it(monkeypatch):
         root.setLevel(level)
 
 
-def test_a_request_is_one_line_and_prompts_are_told_at_debug_only(start_server, tmp_path):
+def test_a_request_is_one_line_and_prompts_are_logged_at_debug_only(start_server, tmp_path):
     file = tmp_path / "log"
     with (
         file.open("w") as stderr,
         start_server(LDM_LOG_LEVEL="debug", stderr=stderr, LDM_FAULTS="step:error:break") as server,
     ):
-        ask = server.client
-        made = ask.post("/generate", json={"prompt": SECRET, "steps": 1}, headers={"X-Request-Id": "own-id"})
+        client = server.client
+        made = client.post(
+            "/generate", json={"prompt": SECRET, "steps": 1}, headers={"X-Request-Id": "own-id"}
+        )
         assert made.headers["x-request-id"] == "own-id"
-        assert ask.post("/generate", json={"prompt": f"{SECRET} break", "steps": 1}).status_code == 500
-        assert ask.post("/generate", json={"prompt": SECRET, "steps": 0, SECRET: 1}).status_code == 422
-        assert ask.get(f"/{SECRET}?{SECRET}={SECRET}").status_code == 404
-        assert ask.get(f"/jobs/{SECRET}").status_code == 404
-        assert ask.request(SECRET.upper(), "/health").status_code == 405
+        assert client.post("/generate", json={"prompt": f"{SECRET} break", "steps": 1}).status_code == 500
+        assert client.post("/generate", json={"prompt": SECRET, "steps": 0, SECRET: 1}).status_code == 422
+        assert client.get(f"/{SECRET}?{SECRET}={SECRET}").status_code == 404
+        assert client.get(f"/jobs/{SECRET}").status_code == 404
+        assert client.request(SECRET.upper(), "/health").status_code == 405
         for path in ("/health", "/health/live", "/health/ready", "/metrics"):
-            assert ask.get(path).status_code == 200
+            assert client.get(path).status_code == 200
         server.process.terminate()
         assert server.process.wait(60) == 0
     lines = lines_of(file)
-    asked = [line for line in lines if "route" in line]
-    told = {(line["method"], line["route"], line["status"]) for line in asked}
-    assert {("POST", "/generate", status) for status in (200, 422, 500)} <= told
-    assert told >= {("GET", None, 404), ("GET", "/jobs/{job_id}", 404)}
-    (ours,) = [line for line in asked if line.get("request_id") == "own-id"]
+    requests = [line for line in lines if "route" in line]
+    logged = {(line["method"], line["route"], line["status"]) for line in requests}
+    assert {("POST", "/generate", status) for status in (200, 422, 500)} <= logged
+    assert logged >= {("GET", None, 404), ("GET", "/jobs/{job_id}", 404)}
+    (ours,) = [line for line in requests if line.get("request_id") == "own-id"]
     assert 0 < ours["seconds"] < 60
-    assert all(line["request_id"] for line in asked)
-    assert {line["code"] for line in asked if line["status"] == 500} == {"job_failed"}
-    watched = [line for line in asked if str(line["route"]).startswith(("/health", "/metrics"))]
+    assert all(line["request_id"] for line in requests)
+    assert {line["code"] for line in requests if line["status"] == 500} == {"job_failed"}
+    watched = [line for line in requests if str(line["route"]).startswith(("/health", "/metrics"))]
     assert {line["level"] for line in watched} == {"debug"}
     assert {line["status"] for line in watched} >= {200, 503}  # the start's too
-    assert all(line["level"] == "info" for line in asked if line not in watched)
+    assert all(line["level"] == "info" for line in requests if line not in watched)
     with_prompt = [line for line in lines if SECRET in json.dumps(line).lower()]
     assert {line["level"] for line in with_prompt} == {"debug"}

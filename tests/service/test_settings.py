@@ -1,4 +1,4 @@
-"""Settings: from flags, the environment and a file, and what is said of wrong ones."""
+"""Settings from flags, the environment and a file, and messages about wrong ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_file_sets_what_its_keys_name(config):
+def test_a_file_has_settings_by_their_names(config):
     settings = read_settings({}, config=str(config))
     assert settings == replace(
         Settings(), model=("a", "b"), port=1, queue_size=2, invariant=True, buckets=(2, 8), timeout=1.5,
@@ -50,7 +50,7 @@ def test_flags_come_before_the_environment_before_the_file_before_defaults(confi
         ("port = ", ("FILE is not a TOML file",)),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(tmp_path, line, named):
+def test_errors_in_a_file_name_the_key_the_value_and_the_file(tmp_path, line, named):
     file = tmp_path / "ldm.toml"
     file.write_text(line)
     with pytest.raises(SettingError) as error:
@@ -59,7 +59,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, line, named):
         assert part.replace("FILE", str(file)) in str(error.value)
 
 
-def test_what_is_wrong_elsewhere_is_named_with_where_it_came_from():
+def test_errors_elsewhere_name_their_source():
     with pytest.raises(SettingError) as error:
         read_settings({"LDM_DTYPE": "int8"})
     expected = "one of auto, float16, bfloat16, float32"
@@ -70,21 +70,21 @@ def test_what_is_wrong_elsewhere_is_named_with_where_it_came_from():
         read_settings({}, config="nowhere.toml")
 
 
-def test_keys_are_shown_nowhere():
+def test_api_keys_are_never_shown():
     with pytest.raises(SettingError, match="LDM_API_KEYS") as error:
         read_settings({"LDM_API_KEYS": "long-enough,short"})
     assert "short" not in str(error.value)
     assert "long-enough" not in repr(read_settings({"LDM_API_KEYS": "long-enough"}))
     with pytest.raises(SettingError):
-        read_settings({"LDM_API_KEYS": ""})  # a blank is no open door
+        read_settings({"LDM_API_KEYS": ""})  # an empty value must not disable authentication
 
 
-def test_a_variable_that_is_nearly_a_setting_is_told():
+def test_a_misspelled_variable_gives_a_warning():
     environ = {"LDM_QUEUESIZE": "1", "LDM_PORT": "1", "LDM_CONFIG": "c", "LDM_PORT_8000_TCP_ADDR": "x"}
     assert misspelled(environ) == ["LDM_QUEUESIZE is not a setting; did you mean LDM_QUEUE_SIZE?"]
 
 
-def test_a_child_process_has_the_same_settings_and_no_keys(config):
+def test_a_child_process_gets_the_same_settings_without_api_keys(config):
     environ = {"LDM_CONFIG": str(config), "LDM_API_KEYS": "long-enough", "HOME": "/home"}
     settings = replace(read_settings(environ), faults="step:oom:word:1")
     passed = to_environment(settings, environ)

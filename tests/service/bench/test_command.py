@@ -1,4 +1,4 @@
-"""`ldm bench` counts what it sent, on the tiny model."""
+"""`ldm bench`, on the tiny model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def mix(tmp_path: Path) -> str:
 
 
 def bench(folder: Path, *flags: str) -> dict:
-    """The numbers of a run that went well."""
+    """The results of a successful run."""
     assert main(["bench", "--json", str(folder / "run.json"), *flags]) == 0
     return json.loads((folder / "run.json").read_text())
 
@@ -60,12 +60,12 @@ def test_the_report_agrees_with_what_the_server_counted(server, mix, tmp_path):
     assert load["errors"] == {}
     assert 1 <= load["rows_per_call"] <= 16
     assert 0 < load["unet_share"] <= 1
-    with Image.open(chart) as picture:
-        assert picture.format == "PNG"
+    with Image.open(chart) as image:
+        assert image.format == "PNG"
 
 
 @pytest.mark.slow
-def test_a_server_of_its_own_alone_and_bare(tiny, mix, tmp_path, monkeypatch):
+def test_bench_starts_a_server_and_compares_with_solo_and_in_process_runs(tiny, mix, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ("--model", str(tiny), "--dtype", "float32", "--mix", mix, "--requests", "4", "--rate", "50")
     numbers = bench(tmp_path, *flags, "--against-solo", "--bare")
@@ -77,7 +77,7 @@ def test_a_server_of_its_own_alone_and_bare(tiny, mix, tmp_path, monkeypatch):
     assert numbers["http_to_bare"] > 0
 
 
-def test_what_a_server_refuses_is_an_error_by_its_status(server, tmp_path):
+def test_rejected_requests_are_counted_by_status(server, tmp_path):
     mix = tmp_path / "mix.json"
     mix.write_text('{"requests": [{"steps": 1001}]}')
     flags = ("--mix", str(mix), "--requests", "1", "--json", str(tmp_path / "run.json"))
@@ -85,7 +85,7 @@ def test_what_a_server_refuses_is_an_error_by_its_status(server, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["load"]["errors"] == {"422": 1}
 
 
-def test_a_mix_that_cannot_be_is_refused_before_anything_runs(tmp_path, capsys):
+def test_an_invalid_mix_is_refused_before_anything_runs(tmp_path, capsys):
     mix = tmp_path / "mix.json"
     mix.write_text('{"requests": [{"step": 10}]}')
     assert main(["bench", "--mix", str(mix)]) == 2
@@ -97,7 +97,7 @@ def test_the_same_seed_draws_the_same_requests():
     assert first == again != other
 
 
-def test_bands_of_requests_in_the_unet_at_the_same_time_do_not_overlap():
+def test_bands_of_concurrent_requests_do_not_overlap():
     bodies = [(index / 2, 1 + index % 5, 1 + index % 4) for index in range(40)]
     answers = [
         Answer(Request("text-to-image", {"n": 1}, rows), sent, sent + 9, "200", 0.25, denoise)
@@ -111,8 +111,8 @@ def test_bands_of_requests_in_the_unet_at_the_same_time_do_not_overlap():
                 assert start >= low + answer.request.rows or start + other.request.rows <= low
 
 
-def test_a_look_while_a_call_is_under_way_says_nothing_of_rows():
-    looks = [(0, 0, 0, 0), (1, 0, 0, 2), (2, 1, 6, 2), (3, 1, 6, 2), (4, 3, 10, 0), (5, 3, 10, 0)]
+def test_samples_taken_during_a_unet_call_are_skipped():
+    points = [(0, 0, 0, 0), (1, 0, 0, 2), (2, 1, 6, 2), (3, 1, 6, 2), (4, 3, 10, 0), (5, 3, 10, 0)]
     names = ("ldm_unet_rows_count", "ldm_unet_rows_sum", "ldm_jobs_running")
-    samples = [Sample(at, dict(zip(names, values, strict=True))) for at, *values in looks]
+    samples = [Sample(at, dict(zip(names, values, strict=True))) for at, *values in points]
     assert list(intervals(samples)) == [(0, 2, 6), (2, 4, 2), (4, 5, 0)]

@@ -1,6 +1,6 @@
-"""When calls are recorded and replayed, by a recorder without a graph: on a CPU it makes the call once more.
+"""When calls are recorded and replayed, shown on a CPU by a recorder whose replay repeats the call.
 
-What CUDA itself does with a graph, nothing here shows.
+How CUDA captures a graph is not tested here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.helpers.torch_runner import begin, made, tiny_job
 
 
 class Tapes:
-    """Counts recordings and replays. Like a graph's, a tape's numbers are where they were recorded."""
+    """A recorder that counts recordings and replays. As in a graph, inputs and output have fixed memory."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
@@ -53,7 +53,7 @@ def double(x: Tensor, y: Tensor | None = None) -> Tensor:
     return 2 * x if y is None else 2 * x + y
 
 
-def test_the_first_call_is_made_as_it_is_and_later_ones_are_replayed():
+def test_the_first_call_runs_directly_and_later_ones_are_replayed():
     tapes, network = Tapes(), nn.Identity()
     graphs = Graphs(tapes)
     xs = [torch.full((2, 3), float(i)) for i in range(4)]
@@ -62,7 +62,7 @@ def test_the_first_call_is_made_as_it_is_and_later_ones_are_replayed():
     assert (tapes.recorded, tapes.replayed) == (1, 3)
 
 
-def test_another_shape_type_set_of_inputs_or_network_is_another_recording():
+def test_each_shape_dtype_set_of_inputs_and_network_has_its_own_recording():
     tapes, networks = Tapes(), [nn.Identity(), nn.Identity()]
     graphs, x = Graphs(tapes), torch.ones(2, 3)
     kinds = [(x, None), (x, x), (x[:1], None), (x.half(), None)]
@@ -73,14 +73,14 @@ def test_another_shape_type_set_of_inputs_or_network_is_another_recording():
     assert (tapes.recorded, tapes.replayed) == (8, 16)
 
 
-def test_the_least_recently_used_goes_first():
+def test_the_least_recently_used_recording_is_dropped():
     tapes, network = Tapes(), nn.Identity()
     graphs = Graphs(tapes, max_graphs=2)
 
     def call(rows: int) -> None:
         graphs.run(network, double, torch.ones(rows))
 
-    for rows in (1, 1, 2, 2, 1, 3, 3):  # 3 takes the place of 2
+    for rows in (1, 1, 2, 2, 1, 3, 3):  # 3 replaces 2
         call(rows)
     assert tapes.recorded == 3
     call(1)
@@ -89,7 +89,7 @@ def test_the_least_recently_used_goes_first():
     assert tapes.recorded == 4
 
 
-def test_what_cannot_be_recorded_is_called_as_it_is_and_tried_once(caplog):
+def test_a_call_that_cannot_be_recorded_runs_directly_and_is_tried_once(caplog):
     tries = []
 
     def record(function: Function, inputs: Inputs):
@@ -103,11 +103,11 @@ def test_what_cannot_be_recorded_is_called_as_it_is_and_tried_once(caplog):
 
 
 @pytest.mark.slow
-def test_a_network_that_is_gone_is_not_kept_and_not_taken_for_another():
+def test_an_unloaded_network_is_not_kept_alive_or_mistaken_for_a_new_one():
     class Light(Tapes):
         def __call__(self, function: Function, inputs: Inputs) -> Tape:
             tape = super().__call__(function, inputs)
-            tape.function = double  # as a graph, it holds no network
+            tape.function = double  # like a graph, it does not refer to the network
             return tape
 
     graphs, tapes = Graphs(tapes := Light()), tapes

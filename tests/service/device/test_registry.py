@@ -1,4 +1,4 @@
-"""Which models are loaded when they do not all fit."""
+"""Which models are loaded if they do not all fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def paths(tiny: Path, tmp_path_factory) -> dict[str, Path]:
 
 
 def registry_of(paths: dict[str, Path], memory: int) -> Registry[str]:
-    """Bundles are their names; each takes 10 bytes."""
+    """A registry whose bundles are the names of their models, of 10 bytes each."""
     return Registry(paths, lambda source: source.path.name, lambda spec: 10, memory)
 
 

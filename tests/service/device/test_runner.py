@@ -1,4 +1,4 @@
-"""Real tensors on the tiny model."""
+"""The runner, with real tensors on the tiny model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def out_of_memory(*args, **kwargs):
     raise torch.OutOfMemoryError("no memory")
 
 
-def test_a_step_that_failed_draws_the_same_noise_again(runner, monkeypatch):
+def test_a_failed_step_uses_the_same_noise_when_repeated(runner, monkeypatch):
     job = tiny_job(eta=1.0)
     begin(runner, job)
     expected = made(runner, job)
@@ -45,7 +45,7 @@ def test_a_step_that_failed_draws_the_same_noise_again(runner, monkeypatch):
     assert made(runner, job) == expected
 
 
-def test_no_memory_for_the_text_or_the_picture_is_an_error_of_its_own(runner, monkeypatch):
+def test_torchs_out_of_memory_becomes_the_services_own(runner, monkeypatch):
     job = tiny_job()
     begin(runner, job)
     monkeypatch.setattr(runner.registry["m"], "decode", out_of_memory)
@@ -65,7 +65,7 @@ def pixels(runner: TorchRunner, job: Job) -> np.ndarray:
     return np.frombuffer(made(runner, job), np.uint8).reshape(64, 64, 3)
 
 
-def test_a_run_from_a_picture_starts_from_its_noised_latent_and_is_that_of_the_same_arithmetic(runner):
+def test_image_to_image_starts_from_the_noised_latent_of_the_input(runner):
     job = picture_job(strength=0.7, guidance_scale=1.0, seed=5)
     bundle = runner.registry["m"]
     with torch.inference_mode():
@@ -82,13 +82,13 @@ def test_a_run_from_a_picture_starts_from_its_noised_latent_and_is_that_of_the_s
     assert np.abs(difference).max() < 1
 
 
-def test_outside_the_mask_every_pixel_is_the_given_one_and_inside_it_is_not(runner):
+def test_pixels_outside_the_mask_are_those_of_the_input(runner):
     out = pixels(runner, picture_job(mask=MASK.tobytes()))
     assert (out[MASK == 0] == IMAGE[MASK == 0]).all()
     assert (out[MASK > 0] != IMAGE[MASK > 0]).any(axis=-1).mean() > 0.9
 
 
-def test_a_latent_cell_is_free_where_any_of_its_pixels_is(runner):
+def test_a_latent_cell_is_repainted_if_any_of_its_pixels_is(runner):
     begin(runner, picture_job(mask=MASK.tobytes()))
     mask = runner.jobs["a"].mask[0]
     assert mask.nonzero().min(0).values.tolist() == [2, 3]
@@ -96,7 +96,7 @@ def test_a_latent_cell_is_free_where_any_of_its_pixels_is(runner):
     assert mask.sum() == 4 * 4
 
 
-def test_the_known_latent_stays_as_it_is(runner):
+def test_the_latent_outside_the_mask_stays_that_of_the_input(runner):
     job = picture_job(mask=MASK.tobytes(), eta=1.0)
     begin(runner, job)
     made(runner, job)
@@ -104,7 +104,7 @@ def test_the_known_latent_stays_as_it_is(runner):
     assert torch.equal(state.images[0].x[:, 0, 0], state.z[:, 0, 0])
 
 
-def test_a_picture_is_encoded_once_a_job(runner, monkeypatch):
+def test_the_input_image_is_encoded_once_per_job(runner, monkeypatch):
     calls = []
     bundle = runner.registry["m"]
     monkeypatch.setattr(bundle, "encode", lambda x: calls.append(x) or torch.zeros(1, 4, 8, 8))
@@ -112,7 +112,7 @@ def test_a_picture_is_encoded_once_a_job(runner, monkeypatch):
     assert len(calls) == 1
 
 
-def test_all_tasks_and_samplers_share_one_call_and_none_changes_another(runner):
+def test_all_tasks_and_samplers_share_one_call_without_changing_each_other(runner):
     jobs = [
         *(make_job(name, width=64, height=64, steps=4, sampler=name) for name in SAMPLERS),
         make_job("a", width=64, height=64, steps=3, eta=0.5),
@@ -133,7 +133,7 @@ def test_all_tasks_and_samplers_share_one_call_and_none_changes_another(runner):
 
 
 class Scarce:
-    """A UNet that has memory for so many rows."""
+    """A UNet that runs out of memory with more rows than that."""
 
     def __init__(self, denoiser, rows: int) -> None:
         self.denoiser, self.rows, self.calls = denoiser, rows, []
@@ -145,7 +145,7 @@ class Scarce:
         return self.denoiser(x, *others)
 
 
-def test_a_guided_image_that_does_not_fit_goes_row_by_row(runner, monkeypatch):
+def test_a_guided_image_that_does_not_fit_runs_row_by_row(runner, monkeypatch):
     job = tiny_job()
     begin(runner, job)
     expected = made(runner, job)
@@ -161,7 +161,7 @@ def test_a_guided_image_that_does_not_fit_goes_row_by_row(runner, monkeypatch):
         runner.step([KEY])
 
 
-def test_a_picture_that_does_not_fit_in_memory_is_decoded_in_tiles(runner, monkeypatch):
+def test_an_image_that_does_not_fit_is_decoded_in_tiles(runner, monkeypatch):
     job = make_job("a", width=384, height=128, steps=1)  # 16 x 48 cells
     begin(runner, job)
     runner.step([KEY])
@@ -176,14 +176,14 @@ def test_a_picture_that_does_not_fit_in_memory_is_decoded_in_tiles(runner, monke
     assert sizes == [48, 32, 32]
 
 
-def test_tiles_cover_every_pixel_once_in_sum():
+def test_the_weights_of_tiles_add_up_to_one():
     bundle = tiny_model()
     bundle.decode = lambda z: z.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :3]
     z = torch.randn(1, 4, 20, 37)
     assert torch.allclose(bundle.decode_tiles(z, 16), bundle.decode(z), atol=1e-5)
 
 
-def test_numbers_that_are_none_are_reported_of_their_job_alone(runner):
+def test_nan_values_are_reported_for_their_job_alone(runner):
     jobs = [make_job(name, width=64, height=64, steps=3) for name in "ab"]
     for job in jobs:
         begin(runner, job)
@@ -192,7 +192,7 @@ def test_numbers_that_are_none_are_reported_of_their_job_alone(runner):
     assert torch.isfinite(runner.jobs["a"].images[0].x).all()
 
 
-def test_a_precise_run_of_a_16_bit_model_is_in_float32_and_leaves_no_copy(tiny):
+def test_a_full_precision_run_uses_a_float32_copy_and_drops_it_afterwards(tiny):
     runner, exact = runner_on(tiny, torch.bfloat16), runner_on(tiny)
     job = tiny_job()
     assert (
@@ -207,10 +207,10 @@ def test_a_precise_run_of_a_16_bit_model_is_in_float32_and_leaves_no_copy(tiny):
     assert not runner.float32_copies
 
 
-def test_a_picture_that_overflows_16_bits_is_decoded_again_in_float32(tiny):
+def test_an_image_that_overflows_16_bits_is_decoded_again_in_float32(tiny):
     runner = runner_on(tiny, torch.float16)
     decoder = runner.registry["m"].autoencoder.decoder
-    decoder.conv_in.weight.mul_(3e4)  # the norm right after it makes up for that, where it is not infinite
+    decoder.conv_in.weight.mul_(3e4)  # the norm after it undoes this, unless the values have overflowed
     decoder.conv_in.bias.mul_(3e4)
     job = tiny_job()
     begin(runner, job)
@@ -219,7 +219,7 @@ def test_a_picture_that_overflows_16_bits_is_decoded_again_in_float32(tiny):
     assert len(set(runner.finish(KEY))) > 10
 
 
-def test_a_picture_of_numbers_that_are_none_is_refused(runner):
+def test_a_non_finite_image_is_an_error(runner):
     begin(runner, tiny_job())
     runner.jobs["a"].images[0].state = torch.full((1, 4, 8, 8), torch.inf)
     with pytest.raises(NonFinite):
@@ -233,12 +233,12 @@ def test_memory_is_measured_only_when_a_call_has_more_rows_than_any_before(runne
     keys = [ImageKey(job.id, 0) for job in jobs]
     uses = [runner.step(keys[:count]).memory for count in (1, 1, 3, 2, 3)]
     if uses[0] is None:
-        pytest.skip("this system does not tell")
+        pytest.skip("this system does not report memory")
     assert [use and use.rows for use in uses] == [2, None, 8, None, None]
     assert uses[0].room > 2**20
 
 
-def test_a_preview_is_a_small_picture_of_what_the_run_expects(runner):
+def test_a_preview_has_one_pixel_per_latent_cell(runner):
     job = tiny_job(preview_every=1)
     begin(runner, job)
     runner.step([KEY])
@@ -247,7 +247,7 @@ def test_a_preview_is_a_small_picture_of_what_the_run_expects(runner):
     assert len(runner.projections) == 1
 
 
-def test_a_decoded_preview_is_what_the_decoder_makes_of_it(runner):
+def test_a_decoded_preview_is_the_decoded_x_0(runner):
     job = tiny_job(preview_every=1, preview_decoded=True)
     begin(runner, job)
     runner.step([KEY])
@@ -258,7 +258,7 @@ def test_a_decoded_preview_is_what_the_decoder_makes_of_it(runner):
     assert np.abs(shown - expected.permute(1, 2, 0).numpy()).max() < 1
 
 
-def test_models_that_do_not_fit_together_take_turns_and_all_jobs_are_made(tiny):
+def test_models_that_do_not_fit_together_take_turns(tiny):
     loads: list[Path] = []
     registry = Registry(
         {"m": tiny, "k": tiny}, lambda path: loads.append(path) or load(path), lambda spec: 9, 9
@@ -270,5 +270,5 @@ def test_models_that_do_not_fit_together_take_turns_and_all_jobs_are_made(tiny):
     while engine.busy:
         engine.tick()
     assert set(outcomes(events).values()) == {"done"}
-    assert len(loads) == 2, "those of the loaded model go first"
+    assert len(loads) == 2, "jobs of the loaded model run first"
     assert not registry.holds("m")
