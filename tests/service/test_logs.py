@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,5 @@ def test_a_request_is_one_line_and_prompts_are_logged_at_debug_only(start_server
     assert all(line["level"] == "info" for line in requests if line not in watched)
     with_prompt = [line for line in lines if SECRET in json.dumps(line).lower()]
     assert {line["level"] for line in with_prompt} == {"debug"}
+    starts = [line["message"] for line in lines if line["logger"] == "service.device.loading"]
+    assert [re.match(r"threads: \d+, ", message) is not None for message in starts] == [True]
