@@ -1,4 +1,4 @@
-"""SIGTERM: what runs is finished, what comes is told to go elsewhere, and nobody gets half an answer."""
+"""SIGTERM: running jobs finish, new requests get a 503, and every response is whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.servers import PATIENCE, wait_until
 CLIENTS = 8
 
 
-def test_under_load_no_answer_is_broken(start_server):
+def test_no_response_is_broken_under_load(start_server):
     with start_server(LDM_QUEUE_SIZE="100") as server:
         counts = drain(
             server.process,
@@ -21,13 +21,13 @@ def test_under_load_no_answer_is_broken(start_server):
             lambda: wait_until(lambda: server.metric("ldm_images_total") >= 2 * CLIENTS),
         )
     assert set(counts) <= {"made", "refused", "closed"}, counts
-    assert counts["made"] > 2 * CLIENTS  # those that were running too
+    assert counts["made"] > 2 * CLIENTS  # those that were running when the signal came, too
     assert counts["refused"] + counts["closed"] == CLIENTS
 
 
-def test_a_job_that_ends_in_the_drain_can_still_be_asked_for(start_server):
+def test_a_job_that_ends_during_the_drain_can_still_be_read(start_server):
     with start_server() as server:
-        job = {"task": "generate", "request": {"prompt": "p", "steps": 200}}
+        job = {"task": "generate", "request": {"prompt": "p", "steps": 100}}
         path = server.client.post("/jobs", json=job).headers["location"]
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: server.health()["status"] == "draining")

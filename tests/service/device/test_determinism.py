@@ -1,4 +1,4 @@
-"""The same picture in any company: with `invariant` to the last bit, without it to 40 dB."""
+"""An image does not depend on other jobs: with `invariant` to the last bit, without it to 40 dB."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def random_job(name: str, draw: random.Random) -> Job:
     return make_job(name, width=width, height=height, **fields)
 
 
-def pictures(runner: TorchRunner, jobs: Sequence[Job], draw: random.Random) -> dict[str, tuple[bytes, ...]]:
+def images(runner: TorchRunner, jobs: Sequence[Job], draw: random.Random) -> dict[str, tuple[bytes, ...]]:
     """All of them, arriving one after the other at any time."""
     done: dict[str, tuple[bytes, ...]] = {}
     engine = Engine(
@@ -84,7 +84,7 @@ def even_threads():
 @pytest.mark.usefixtures("even_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("invariant", [True, False])
-def test_random_traffic_gives_the_pictures_of_solo_runs(tiny: Path, dtype, invariant):
+def test_random_traffic_gives_the_images_of_solo_runs(tiny: Path, dtype, invariant):
     draw = random.Random(0)
     registry = Registry({"m": tiny}, lambda path: load(path, dtype=dtype))
     jobs = [random_job(str(i), draw) for i in range(7)]
@@ -93,9 +93,9 @@ def test_random_traffic_gives_the_pictures_of_solo_runs(tiny: Path, dtype, invar
     def runner() -> TorchRunner:  # a new one is what a restarted worker has
         return TorchRunner(registry, buckets, invariant)
 
-    alone = {job.id: pictures(runner(), [job], draw)[job.id] for job in jobs}
-    together = pictures(runner(), jobs, draw)
-    shuffled = pictures(runner(), draw.sample(jobs, len(jobs)), draw)
+    alone = {job.id: images(runner(), [job], draw)[job.id] for job in jobs}
+    together = images(runner(), jobs, draw)
+    shuffled = images(runner(), draw.sample(jobs, len(jobs)), draw)
     for company in (together, shuffled):
         if invariant:
             assert company == alone
@@ -106,7 +106,7 @@ def test_random_traffic_gives_the_pictures_of_solo_runs(tiny: Path, dtype, invar
 
 def test_the_same_bytes_from_every_worker_that_is_killed_and_started_again(start_server):
     bodies = [
-        {"prompt": f"picture {i}", "steps": 10 + 3 * i, "seed": i, "n": 1 + i % 2, "sampler": sampler}
+        {"prompt": f"image {i}", "steps": 10 + 3 * i, "seed": i, "n": 1 + i % 2, "sampler": sampler}
         for i, sampler in enumerate(EIGHT)
     ]
     with start_server(LDM_INVARIANT="1") as server, ThreadPoolExecutor(len(bodies)) as pool:

@@ -1,4 +1,4 @@
-"""POST /inpaint and runs from pictures: what is asked, what comes back, over HTTP and before it."""
+"""POST /inpaint and runs from images: what is asked, what comes back, over HTTP and before it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kept(array: np.ndarray) -> np.ndarray:
     return array[np.asarray(hole(SIZE)) == 0]
 
 
-def test_the_canvas_is_the_next_size_that_the_model_takes_and_the_answer_the_pictures_own():
+def test_the_canvas_is_padded_to_a_size_of_the_model_and_the_result_is_cut():
     made = order()
     assert (made.canvas_width, made.canvas_height) == (64, 48)
     assert (made.width, made.height) == SIZE
@@ -45,7 +45,7 @@ def test_the_canvas_is_the_next_size_that_the_model_takes_and_the_answer_the_pic
     assert (made.task, made.parameters.strength, made.prompt) == ("inpainting", 1.0, "")
 
 
-def test_parameters_are_those_of_the_request_without_its_pictures():
+def test_parameters_are_those_of_the_request_without_its_images():
     parameters = order(strength=0.5).parameters.of_image(1)
     assert (parameters["width"], parameters["height"], parameters["seed"]) == (*SIZE, 2)
     assert parameters["strength"] == 0.5
@@ -73,14 +73,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "param"), BAD, ids=range(len(BAD)))
-def test_what_cannot_be_is_refused_by_its_field(changes, param):
+def test_an_invalid_value_is_refused_by_its_field(changes, param):
     with pytest.raises(InvalidRequest) as refused:
         order(**changes)
     assert refused.value.param == param
     assert refused.value.message.startswith(param)
 
 
-def test_inpaint_answers_with_the_picture_and_something_new_in_the_hole(server):
+def test_only_the_masked_pixels_change(server):
     answer = server.client.post("/inpaint", json=body_of(width=SIZE[0], n=2))
     sent = np.asarray(noise(*SIZE))
     for index in (0, 1):
@@ -96,12 +96,12 @@ def test_inpaint_answers_with_the_picture_and_something_new_in_the_hole(server):
 
 
 @pytest.mark.parametrize("missing", ["image", "mask"])
-def test_inpaint_needs_a_picture_and_a_mask(server, missing):
+def test_an_image_and_a_mask_are_required(server, missing):
     body = {name: value for name, value in body_of().items() if name != missing}
     assert error_of(server.client.post("/inpaint", json=body), 422)["param"] == missing
 
 
-def test_bad_pictures_are_refused_over_http_and_give_their_places_back(server):
+def test_refused_images_leave_no_job_in_the_queue(server):
     for changes, param in BAD[:4]:
         assert error_of(server.client.post("/inpaint", json=body_of(**changes)), 422)["param"] == param
     body = {"prompt": "p", "init_image": base64_of(noise(8, 8), "GIF")}
@@ -110,14 +110,14 @@ def test_bad_pictures_are_refused_over_http_and_give_their_places_back(server):
     assert server.health()["jobs"] == 0
 
 
-def test_a_run_from_a_picture_starts_from_it(server):
-    """Little strength stays nearer to the picture than none of it would."""
+def test_image_to_image_starts_from_the_image(server):
+    """Low strengths of two seeds are nearer to each other than low and full strength."""
     plain = Image.new("RGB", (64, 64), (250, 30, 30))
     body = {"prompt": "p", "seed": 3, "steps": 10, "init_image": base64_of(plain)}
-    pictures = []
+    images = []
     for changes in ({"strength": 0.1}, {"strength": 0.1, "seed": 4}, {"strength": 1.0}):
         answer = server.client.post("/generate", json=body | changes)
-        pictures.append(image_of(answer))
+        images.append(image_of(answer))
         assert answer.json()["warnings"] == []
-    near, other_seed, far = pictures
+    near, other_seed, far = images
     assert psnr(near, other_seed) > psnr(near, far)

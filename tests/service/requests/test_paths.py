@@ -1,4 +1,4 @@
-"""What a request says is never part of a path: no file is opened for it."""
+"""No text of a request becomes part of a path: no file is opened for it."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from tests.helpers.images import base64_of, noise
 MARK = "marker-of-a-path"
 WORDS = (f"../../{MARK}", f"/tmp/{MARK}", f"file:///{MARK}", f"{MARK}.safetensors", f"<lora:../{MARK}:1>")
 SPECS = {spec.name: spec for spec in (tiny_spec(), scene_spec(), upscaler_spec())}
-PICTURE = base64_of(noise(64, 64))
+IMAGE = base64_of(noise(64, 64))
 WHOLE = {
     GenerateRequest: {"prompt": "p"},
-    InpaintRequest: {"prompt": "p", "image": PICTURE, "mask": PICTURE},
-    UpscaleRequest: {"image": PICTURE},
+    InpaintRequest: {"prompt": "p", "image": IMAGE, "mask": IMAGE},
+    UpscaleRequest: {"image": IMAGE},
 }
 
 KINDS = ("open", "os", "shutil", "glob", "pathlib", "subprocess", "socket")  # of Python's audit events
 
-ears: list[list[str]] = []
+recorders: list[list[str]] = []
 
 
-def hear(event: str, arguments: tuple) -> None:
-    """Python tells of every file that is opened, listed or run."""
-    for ear in ears:
+def record(event: str, arguments: tuple) -> None:
+    """An audit hook: Python calls it for every file that is opened, listed or executed."""
+    for recorder in recorders:
         if event.split(".")[0] in KINDS:
-            ear.append(f"{event} {arguments}")
+            recorder.append(f"{event} {arguments}")
 
 
-sys.addaudithook(hear)  # for good: hooks cannot be taken back
+sys.addaudithook(record)  # hooks cannot be removed
 
 
 @contextmanager
-def watched() -> Iterator[list[str]]:
-    """What is done to files meanwhile."""
-    ears.append([])
+def recorded() -> Iterator[list[str]]:
+    """The audit events of files in this context."""
+    recorders.append([])
     try:
-        yield ears[-1]
+        yield recorders[-1]
     finally:
-        ears.pop()
+        recorders.pop()
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -57,14 +57,14 @@ def test_no_field_of_a_request_opens_a_file(kind: type[ImageRequest], word: str)
     tried = 0
     for name in kind.model_fields:
         for value in (word, {word: 1.0}, [word], [{"name": word, "x": 0, "y": 0, "w": 1, "h": 1}]):
-            with watched() as done, suppress(ServiceError, ValidationError):
+            with recorded() as done, suppress(ServiceError, ValidationError):
                 tried += 1
                 resolve(kind(**WHOLE[kind] | {name: value}), SPECS, Settings())
             assert not [what for what in done if MARK in what]
     assert tried >= 40
 
 
-def test_the_watch_sees_files_that_are_opened(tmp_path):
-    with watched() as done, suppress(FileNotFoundError):
+def test_the_hook_records_files_that_are_opened(tmp_path):
+    with recorded() as done, suppress(FileNotFoundError):
         (tmp_path / MARK).read_text()
     assert any(MARK in what for what in done)
