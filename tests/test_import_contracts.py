@@ -16,11 +16,13 @@ from tests.helpers.environment import ROOT
 
 WITHOUT_TORCH = ("models.errors", "models.formats", "service.api", "service.engine", "service.requests")
 TORCH = ("torch", "transformers", "diffusers", "safetensors.torch", "triton")  # each of these loads torch
+CLOCKS = ("time", "threading", "asyncio")  # time passes in the engine only by the clock that it is given
 FORBIDDEN = {  # package: what it does not import, inside a function either
     "models": ("service", "fastapi"),
     "models.formats": ("models.checkpoint", "models.networks"),
     "models.networks": ("models.formats", "models.checkpoint"),
-    "service.engine": ("service.api", "service.device", "service.requests", "service.worker"),
+    "service.settings": ("service.engine", "service.worker", "service.device"),
+    "service.engine": ("service.api", "service.device", "service.requests", "service.worker", *CLOCKS),
     "service.requests": ("service.api", "service.device"),
     "service.api": ("service.device", "models.training"),
     "service.device": ("service.api", "models.training"),
