@@ -6,8 +6,9 @@ for every word of the captions and falls back to bytes for everything else.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from functools import cache
 from itertools import pairwise
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -32,18 +33,34 @@ def caption_words() -> Counter[str]:
 def learn_merges(words: Counter[str]) -> list[Pair]:
     """Byte-pair merges until every word is one token (Sennrich et al. 2016, algorithm 1)."""
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    counts: Counter[Pair] = Counter()
+    containing: defaultdict[Pair, set[str]] = defaultdict(set)  # words that have, or had, each pair
+
+    def count(word: str, sign: int) -> None:
+        for pair in pairwise(split[word]):
+            counts[pair] += sign * words[word]
+            containing[pair].add(word)
+            if not counts[pair]:
+                del counts[pair]
+
+    for word in words:
+        count(word, 1)
     merges: list[Pair] = []
-    while True:
-        pairs: Counter[Pair] = Counter()
-        for word, symbols in split.items():
-            for pair in pairwise(symbols):
-                pairs[pair] += words[word]
-        if not pairs:
-            return merges
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+    while counts:
+        best = max(counts, key=lambda pair: (counts[pair], pair))
         merges.append(best)
-        for word, symbols in split.items():
-            split[word] = merge(symbols, best)
+        for word in list(containing[best]):
+            count(word, -1)
+            split[word] = merge(split[word], best)
+            count(word, 1)
+        del containing[best]
+    return merges
+
+
+@cache
+def caption_merges() -> list[Pair]:
+    """The merges of all captions' words; they take seconds."""
+    return learn_merges(caption_words())
 
 
 def merge(symbols: list[str], pair: Pair) -> list[str]:
@@ -59,7 +76,7 @@ def merge(symbols: list[str], pair: Pair) -> list[str]:
 
 def build_tokenizer(tokens: int, words: Iterable[str] | None = None) -> CLIPTokenizer:
     """A CLIP tokenizer over the given words, the captions' by default; `tokens` is the context length."""
-    merges = learn_merges(caption_words() if words is None else Counter(words))
+    merges = caption_merges() if words is None else learn_merges(Counter(words))
     alphabet = sorted(ByteLevel.alphabet())
     entries = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges), BEGIN, END]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(entries))}
