@@ -27,6 +27,8 @@ SUFFIX = re.compile(r"\.(safetensors|ckpt|pth?|bin)$", re.IGNORECASE)
 
 
 class A1111Session:
+    """One for the whole service, as A1111 has one state for all its clients."""
+
     def __init__(self, jobs: Jobs) -> None:
         self.jobs = jobs
         self.format = "png"  # of answers, as A1111 calls it
@@ -73,7 +75,8 @@ class A1111Session:
         try:
             await asyncio.wait({record.work})
             if record.work.cancelled():
-                return Answer(record.resolved, (), (NO_IMAGES,), {}, int(time.time()))
+                warnings = (*record.resolved.warnings, NO_IMAGES)
+                return Answer(record.resolved, (), warnings, {}, int(time.time()))
             return record.work.result()
         finally:
             del self._running[record.id]

@@ -41,7 +41,7 @@ BLANK_MASK = "The mask is empty: the whole image was processed."
 
 
 def text_submission(body: Processing, choice: SamplerChoice, session: A1111Session) -> Submission:
-    """Of txt2img. Raises InvalidRequest, and NotFound for the model."""
+    """The submission of txt2img. Raises InvalidRequest, and NotFound for the model."""
     spec = spec_for(body, GenerateRequest, session)
     warnings = tuple(check_unsupported(body, choice, spec))
     request = build_request(GenerateRequest, fields_of(body, choice, spec, session))
@@ -49,7 +49,7 @@ def text_submission(body: Processing, choice: SamplerChoice, session: A1111Sessi
 
 
 def image_submission(body: ImageToImage, choice: SamplerChoice, session: A1111Session) -> Submission:
-    """Of img2img; decodes images, which takes a while. Raises as text_submission()."""
+    """The submission of img2img; decodes images, which takes a while. Raises as text_submission()."""
     masked = read_masked(body, session) if body.mask else None
     blank = masked is not None and masked.mask.getbbox() is None
     if masked is not None and not (blank and coalesce(body.inpaint_full_res, True)):
@@ -65,7 +65,7 @@ def image_submission(body: ImageToImage, choice: SamplerChoice, session: A1111Se
 def inpaint_submission(
     body: ImageToImage, original: MaskedImage, choice: SamplerChoice, session: A1111Session
 ) -> Submission:
-    """Of img2img with a mask. Raises as text_submission()."""
+    """The submission of img2img with a mask. Raises as text_submission()."""
     spec = spec_for(body, InpaintRequest, session)
     warnings = tuple(check_unsupported(body, choice, spec))
     size = size_of(body, original.image, session)
@@ -96,15 +96,23 @@ def inpaint_submission(
 
 def unchanged_answer(body: ImageToImage, choice: SamplerChoice, session: A1111Session) -> Answer:
     """The answer of img2img at denoising strength 0: its image. Nothing is generated. Raises as resolve()."""
-    spec = spec_for(body, GenerateRequest, session)
+    spec = spec_for(body, InpaintRequest if body.mask else GenerateRequest, session)
     warnings = tuple(check_unsupported(body, choice, spec))
-    masked = read_masked(body, session) if body.mask else None
-    whole = masked is None or not coalesce(body.inpaint_full_res, True)
-    start = read_resized(body, session) if masked is None or whole else masked.image
+    fields = fields_of(body, choice, spec, session) | {"strength": 1.0}
+    request: GenerateRequest | InpaintRequest
+    if body.mask:
+        image = read_masked(body, session).image
+        if not coalesce(body.inpaint_full_res, True):
+            image = read_resized(body, session)
+        white = Image.new("L", image.size, 255)
+        fields |= {"image": image, "mask": white, "width": None, "height": None}
+        request = build_request(InpaintRequest, fields)
+    else:
+        image = read_resized(body, session)
+        request = build_request(GenerateRequest, fields | {"init_image": image})
     supervisor = session.jobs.supervisor
-    fields = fields_of(body, choice, spec, session) | {"init_image": start, "strength": 1.0}
-    resolved = resolve(build_request(GenerateRequest, fields), supervisor.specs, supervisor.settings)
-    image = resize(start, resolved.width, resolved.height) if whole else start
+    resolved = resolve(request, supervisor.specs, supervisor.settings)
+    image = resize(image, resolved.width, resolved.height)
     files = [
         images.encode(np.asarray(image), resolved.format, json.dumps(resolved.parameters.of_image(index)))
         for index in range(resolved.parameters.n)
@@ -114,13 +122,13 @@ def unchanged_answer(body: ImageToImage, choice: SamplerChoice, session: A1111Se
 
 
 def read_resized(body: ImageToImage, session: A1111Session) -> Image.Image:
-    """The first image, resized by resize_mode. Raises InvalidRequest."""
+    """The input image, resized by resize_mode. Raises InvalidRequest."""
     image = read_first(body, session)
     return resize(image, *size_of(body, image, session), coalesce(body.resize_mode, 0))
 
 
 def read_first(body: ImageToImage, session: A1111Session) -> Image.Image:
-    """The one image. Raises InvalidRequest."""
+    """The input image. Raises InvalidRequest."""
     source, most = only_image(body), session.jobs.supervisor.settings.max_input_pixels
     return images.read_image(source, "init_images", most)
 
@@ -189,7 +197,7 @@ def split_prompt(prompt: str) -> tuple[str, dict[str, float]]:
 
 
 def read_masked(body: ImageToImage, session: A1111Session) -> MaskedImage:
-    """The first image and its blurred mask, resized to the image's size. Raises InvalidRequest."""
+    """The input image and its blurred mask, resized to the image's size. Raises InvalidRequest."""
     image, most = read_first(body, session), session.jobs.supervisor.settings.max_input_pixels
     file = images.open_source(body.mask or "", "mask", most)
     mask = read_mask(
