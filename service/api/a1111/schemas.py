@@ -17,8 +17,11 @@ from service.requests.schemas import PICTURE as IMAGE
 
 def serialisable(value: Any) -> Any:
     """Raise ValueError for values that no answer can repeat: NaN, lone surrogates, deep nesting."""
-    to_json(value)
-    json.dumps(value, allow_nan=False)
+    try:
+        to_json(value)
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError("must be valid JSON: no NaN, no lone surrogates, no deep nesting") from None
     return value
 
 

@@ -83,6 +83,12 @@ def test_info_is_a_json_string(bundled):
     assert abs(time.time() - time.mktime(time.strptime(info["job_timestamp"], "%Y%m%d%H%M%S"))) < 90_000
 
 
+@pytest.mark.parametrize("seed", [0, 2**53, 2**64 - 1])
+def test_seeds_of_64_bits(bundled, seed):
+    answer = bundled.client.post("/sdapi/v1/txt2img", json=TINY | {"seed": seed, "subseed": 2**64 - 1})
+    assert json.loads(answer.json()["info"])["all_seeds"] == [seed]
+
+
 def test_an_answer_without_images(bundled):
     answer = bundled.client.post("/sdapi/v1/txt2img", json=TINY | {"send_images": False}).json()
     assert answer["images"] == []
