@@ -13,6 +13,7 @@ from models.checkpoint.parts import OpenedModel
 from models.conditioning.conditioner import TextConditioner, TokenConditioner
 from models.errors import CheckpointError
 from models.formats.companions import find_vocabulary
+from models.formats.config_files import reason
 from models.formats.diffusers_tables import TOKENIZERS
 from models.spec import TextSpec, TokenSpec
 
@@ -48,7 +49,7 @@ def read_clip_tokenizer(folder: Path, spec: TextSpec) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever the bytes lead to
-        raise CheckpointError(f"{folder} cannot be read as a CLIP tokenizer: {error}") from error
+        raise CheckpointError(f"{folder} cannot be read as a CLIP tokenizer: {reason(error)}") from error
     check_size(folder, len(tokenizer), spec.vocabulary)
     return tokenizer
 
@@ -58,7 +59,7 @@ def read_bert_tokenizer(file: Path, spec: TokenSpec) -> BertTokenizer:
     try:
         tokenizer = BertTokenizer.from_pretrained(file.parent, local_files_only=True)
     except Exception as error:  # transformers raises whatever the bytes lead to
-        raise CheckpointError(f"{file} cannot be read as BERT's vocabulary: {error}") from error
+        raise CheckpointError(f"{file} cannot be read as BERT's vocabulary: {reason(error)}") from error
     check_size(file, len(tokenizer), spec.vocabulary)
     return tokenizer
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.errors import CheckpointError
-from models.formats.config_files import read_json, shortened
+from models.formats.config_files import read_json, reason, shortened
 from models.formats.safetensors import Header, Stored
 from models.formats.single_file import read_header
 
@@ -80,7 +80,7 @@ def translated(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is corrupt or truncated: {error}") from error
+        raise CheckpointError(f"{file} is corrupt or truncated: {reason(error)}") from error
 
 
 def read_safetensor(file: Path, tensors: safe_open, name: str) -> Tensor:

@@ -20,6 +20,7 @@ MAX_YAML_EVENTS = 10_000  # values, and beginnings and ends of containers
 MAX_YAML_DEPTH = 64
 MAX_YAML_SCALAR = 2**12  # characters of a value that may be a number: YAML's base 60 takes quadratic time
 MAX_ERROR_CHARS = 80  # of a value that an error repeats
+MAX_REASON_CHARS = 300  # of a library's error
 
 # The parser in C, if PyYAML was built with it: the one in Python takes 50 times as long.
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -43,11 +44,16 @@ def read_object(path: Path, form: str, parse: Callable[[str], Any], max_bytes: i
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())  # YAML's messages have several lines
-        raise CheckpointError(f"{path} cannot be read as {form}: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read as {form}: {reason(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must contain a {form} object")
     return value
+
+
+def reason(error: BaseException) -> str:
+    """An error of a library in one line, which may repeat a part of the file."""
+    text = " ".join(str(error).split())  # YAML's messages have several lines
+    return text if len(text) <= MAX_REASON_CHARS else text[:MAX_REASON_CHARS] + "..."
 
 
 def parse_json(text: str) -> Any:

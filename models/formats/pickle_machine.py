@@ -21,8 +21,9 @@ from typing import Any
 
 from models.formats.config_files import shortened
 
-MAX_OPCODES = 2**19  # a model of 2,500 tensors takes 100,000
+MAX_OPCODES = 400_000  # torch writes 38 for a tensor
 MAX_NAME = 256  # characters of a module and a name in it
+MAX_MODULE_DEPTH = 16
 MAX_ARGUMENTS = 16  # of a call; torch's have at most 7
 MAX_DIMENSIONS = 64
 
@@ -306,6 +307,8 @@ def checked_name(module: str, name: str) -> Name:
     if len(module) + len(name) > MAX_NAME:
         raise ValueError(f"its pickle has a name of more than {MAX_NAME} characters")
     parts = module.split(".")
+    if len(parts) > MAX_MODULE_DEPTH:
+        raise ValueError(f"its pickle names a module more than {MAX_MODULE_DEPTH} levels deep")
     ancestors = {".".join(parts[: index + 1]) for index in range(len(parts))} | {f"{module}.{name}"}
     harmful_builtin = module in ("builtins", "__builtin__") and name not in HARMLESS_BUILTINS
     if harmful_builtin or ancestors & HARMFUL:

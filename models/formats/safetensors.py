@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from models.errors import CheckpointError
-from models.formats.config_files import shortened
+from models.formats.config_files import reason, shortened
 
 ITEM_SIZES = {  # torch's names of types -> bytes of one number
     **dict.fromkeys(("complex128",), 16),
@@ -49,7 +49,7 @@ SAFETENSORS_TYPES = {
     "C64": "complex64",
 }
 MAX_HEADER_BYTES = 2**24  # metadata of LoRAs may take some megabytes
-MAX_TENSORS = 2**16  # the largest models have a few thousand
+MAX_TENSORS = 2**15  # the largest models have a few thousand
 MAX_DIMENSIONS = 64
 MAX_VALUES_BYTES = 2**20  # of a tensor whose numbers are read here
 SNIFFED_BYTES = 512  # from the beginning of a file, by which its format is recognised
@@ -59,7 +59,8 @@ NOT_WEIGHTS = {  # how files begin that were downloaded in place of weights
     b"version https://git-lfs": "is a Git LFS pointer: the weights themselves were not downloaded",
     b"<": "is a web page",
 }
-JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)', re.DOTALL)
+# Also an unterminated string: it must match from every quote, or the search would take quadratic time.
+JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,9 @@ def opened(file: Path) -> Iterator[tuple[BinaryIO, int]]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     except (ValueError, ArithmeticError, MemoryError, RecursionError) as error:
-        raise CheckpointError(f"{file} is corrupt or truncated: {error or 'out of memory'}") from error
+        raise CheckpointError(
+            f"{file} is corrupt or truncated: {reason(error) or 'out of memory'}"
+        ) from error
 
 
 def sniff(file: Path, stream: BinaryIO, size: int) -> bytes:
@@ -158,6 +161,8 @@ def read_safetensors(file: Path) -> Header:
 
 def check_structure(text: bytes) -> None:
     """Raise ValueError for a header of very many values, before they are parsed."""
+    if text.count(b'"') - text.count(b'\\"') > 32 * MAX_TENSORS:
+        raise ValueError(f"its header has more than {MAX_TENSORS} tensors")
     outside = JSON_STRING.sub(b"", text)  # what is in no string
     if outside.count(b"{") > MAX_TENSORS + 2 or outside.count(b"[") > 2 * MAX_TENSORS:
         raise ValueError(f"its header has more than {MAX_TENSORS} tensors")
