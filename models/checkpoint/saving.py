@@ -40,6 +40,7 @@ def save(
     """
     path = Path(path)
     check_writable(bundle)
+    assert bundle.unet is not None
     write_configs(bundle.spec, path)
     folder, conditioner = autoencoder_folder(path), bundle.conditioner
     write = partial(write_network, dtype=dtype, shard=shard)
@@ -48,6 +49,8 @@ def save(
     if not isinstance(conditioner, TextConditioner):
         return
     for encoder, text, tokenizer in zip(conditioner.encoders, TEXT_ENCODERS, TOKENIZERS, strict=False):
+        if encoder.tokenizer is None:
+            raise CheckpointError("a text encoder has no tokenizer to save")
         encoder.tokenizer.save_pretrained(path / tokenizer)
         write(renamed(encoder, prefixed_text_names(encoder)), path / text, TEXT_FILES)
     if conditioner.layout:

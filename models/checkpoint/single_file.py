@@ -130,7 +130,8 @@ def is_unused(key: str, encoder: TextEncoder, location: EncoderLocation) -> bool
 
 def split_open_clip(weights: Weights) -> Weights:
     """The same tensors with q, k and v of each attention separate, and the projection transposed."""
-    stored, read, pieces = {}, weights.read, keymaps.PIECES
+    stored: dict[str, Stored] = {}
+    read, pieces = weights.read, keymaps.PIECES
     for key, entry in weights.stored.items():
         if FUSED_ATTENTION in key and entry.shape and entry.shape[0] % len(pieces) == 0:
             third = replace(entry, shape=(entry.shape[0] // len(pieces), *entry.shape[1:]))

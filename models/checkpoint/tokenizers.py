@@ -32,10 +32,10 @@ def give_tokenizers(opened: OpenedModel, vocabulary: Path | None) -> None:
                 encoder.tokenizer = clip(None if text.pad_id == text.eos_id else text.pad_id)
             else:
                 encoder.tokenizer = read_clip_tokenizer(source.folder / name, text)
-        return
-    file = find_vocabulary(source.folder, vocabulary) if isinstance(conditioner, TokenConditioner) else None
-    if file and isinstance(opened.spec.condition, TokenSpec):
-        conditioner.tokenizer = read_bert_tokenizer(file, opened.spec.condition)
+    elif isinstance(conditioner, TokenConditioner):
+        file = find_vocabulary(source.folder, vocabulary)
+        if file and isinstance(opened.spec.condition, TokenSpec):
+            conditioner.tokenizer = read_bert_tokenizer(file, opened.spec.condition)
 
 
 def has_clip_tokenizer(folder: Path) -> bool:
@@ -47,7 +47,7 @@ def read_clip_tokenizer(folder: Path, spec: TextSpec) -> CLIPTokenizer:
     if not has_clip_tokenizer(folder):
         raise CheckpointError(f"{folder / CLIP_FILES[0]} is missing")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever the bytes lead to
         raise CheckpointError(f"{folder} cannot be read as a CLIP tokenizer: {reason(error)}") from error
     check_size(folder, len(tokenizer), spec.vocabulary)
@@ -57,7 +57,7 @@ def read_clip_tokenizer(folder: Path, spec: TextSpec) -> CLIPTokenizer:
 def read_bert_tokenizer(file: Path, spec: TokenSpec) -> BertTokenizer:
     """The tokenizer of a vocabulary. Raises CheckpointError if the text encoder has too few embeddings."""
     try:
-        tokenizer = BertTokenizer.from_pretrained(file.parent, local_files_only=True)
+        tokenizer: BertTokenizer = BertTokenizer.from_pretrained(file.parent, local_files_only=True)
     except Exception as error:  # transformers raises whatever the bytes lead to
         raise CheckpointError(f"{file} cannot be read as BERT's vocabulary: {reason(error)}") from error
     check_size(file, len(tokenizer), spec.vocabulary)
@@ -83,7 +83,12 @@ def clip(pad: int | None = None) -> CLIPTokenizer:
         raise ValueError(f"pad must be 0 to {len(entries) - 1}, not {pad}")
     vocabulary = {token: index for index, token in enumerate(entries)}
     token = END if pad is None else entries[pad]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=token, model_max_length=CONTEXT_LENGTH)
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=merges,  # type: ignore[arg-type]  # annotated as strings, but pairs are what it takes
+        pad_token=token,
+        model_max_length=CONTEXT_LENGTH,
+    )
 
 
 def read_merges() -> list[tuple[str, str]]:

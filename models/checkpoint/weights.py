@@ -85,7 +85,8 @@ def translated(file: Path) -> Iterator[None]:
 
 def read_safetensor(file: Path, tensors: safe_open, name: str) -> Tensor:
     with translated(file):
-        tensor: Tensor = tensors.get_tensor(name)
+        # The library's stub has no types.
+        tensor: Tensor = tensors.get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor
 
 

@@ -35,6 +35,7 @@ PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v_prediction"}
 SCALINGS = {"EpsScaling": "eps", "VScaling": "v"}  # names in SDXL's configurations -> CompVis's
 DEFAULT_START, DEFAULT_END = 0.0001, 0.02  # betas, if a configuration has only one of them
 MAX_VALUE = 2**16  # of any size or count
+MAX_LEVELS = 16
 
 Claim = tuple[str, Any, Any]  # option, its value, the value that the weights show
 Known = TypeVar("Known")
@@ -64,8 +65,8 @@ class CompvisConfig:
         width, multiples = unet.get("num_head_channels", -1), stage.get("ch_mult")
         scale = None if model.get("scale_by_std") else model.get("scale_factor")
         size = model.get("image_size", unet.get("image_size"))
-        has_levels = isinstance(multiples, list) and 0 < len(multiples) < 16
-        factor = 2 ** (len(multiples) - 1) if has_levels else None
+        levels = len(multiples) if isinstance(multiples, list) else 0
+        factor = 1 << (levels - 1) if 0 < levels < MAX_LEVELS else None
         first_stage_alone = "ddconfig" in model
         if first_stage_alone:
             size, factor = section(model, file, "ddconfig").get("resolution"), 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -72,7 +72,7 @@ def read_folder(path: Path) -> ModelSpec:
         autoencoder=autoencoder,
         schedule=read_part(path, SCHEDULER, schedule_spec),
         texts=texts,
-        defaults=defaults_of(*size, texts, upscaling),
+        defaults=defaults_of(size, texts, upscaling),
         upscaling=upscaling,
         # These pipelines accept a UNet without channels for a mask too.
         mask_channels=pipeline in (INPAINTING, XL_INPAINTING)
@@ -93,9 +93,10 @@ def text_specs(path: Path, pipeline: str) -> tuple[TextSpec, ...]:
 
 
 def defaults_of(
-    width: int, height: int, texts: tuple[TextSpec, ...], upscaling: UpscalingSpec | None
+    size: tuple[int, int], texts: tuple[TextSpec, ...], upscaling: UpscalingSpec | None
 ) -> Defaults:
-    """Defaults of a model whose folder does not have its own."""
+    """Defaults of a model whose folder does not have its own; size: (width, height) in pixels."""
+    width, height = size
     if not texts:
         return Defaults(width, height, guidance_scale=1.0)
     if upscaling:
@@ -387,7 +388,7 @@ def schedule_spec(config: Config) -> ScheduleSpec:
     )
 
 
-def default_size(config: Config, autoencoder: AutoencoderSpec) -> Sequence[int]:
+def default_size(config: Config, autoencoder: AutoencoderSpec) -> tuple[int, int]:
     """(width, height) in pixels that the UNet was trained at."""
     size = config.get("sample_size") or autoencoder.sample_size // autoencoder.factor
     height, width = per_level(size, 2, "sample_size")

@@ -325,7 +325,7 @@ def storage(value: Any) -> Storage:
     module, _, name = kind.text.rpartition(".")
     if module != "torch" or name not in STORAGES:
         raise ValueError(f"{kind.text} is not a storage class of torch")
-    if not is_natural(count):
+    if not isinstance(count, int) or not is_natural(count):
         raise ValueError(f"a storage of {shortened(count)} numbers")
     return Storage(key, STORAGES[name], count)
 

@@ -157,7 +157,7 @@ PICKLES = {
     "keys of one hash": (
         lambda: (
             b"}("
-            + b"".join(b"\x8a\x0a" + (i * COLLIDING).to_bytes(10, "little") + b"N" for i in range(200_000))
+            + b"".join(b"\x8a\x0a" + (i * COLLIDING).to_bytes(10, "little") + b"N" for i in range(190_000))
             + b"u"
         ),
         "something else than named tensors",
@@ -167,7 +167,7 @@ PICKLES = {
         "memo index that is too large",
     ),
     "one list in many dictionaries": (
-        lambda: b"]q\0(" + b"]NaNa" * 50_000 + b"e" + ORDERED_DICT + b"q\x010" + b"h\1h\0\x85R0" * 40_000,
+        lambda: b"]q\0(" + b"]NaNa" * 30_000 + b"e" + ORDERED_DICT + b"q\x010" + b"h\1h\0\x85R0" * 40_000,
         "something else than named tensors",
     ),
     "many arguments": (

@@ -300,9 +300,9 @@ BOMBS = {  # what leaves one value, and the error if there is one
     "a frame of 2**62": (b"\x95" + struct.pack("<Q", 2**62) + b"N", None),
     "bytearray(2**40)": (name("builtins", "bytearray") + pickle.dumps((2**40,), 2)[2:-1] + b"R", None),
     "list(range(2**40))": (name("builtins", "list") + name("builtins", "range") + b"K\1\x85R\x85R", None),
-    "lists in lists": (b"]" * 200_000 + b"a" * 199_999, None),
-    "tuples in tuples as a key": (b"}" + b")" + b"\x85" * 400_000 + b"Ns", None),
-    "tuples in tuples in a set": (b"\x8f(" + b")" + b"\x85" * 400_000 + b"\x90", None),
+    "lists in lists": (b"]" * 150_000 + b"a" * 149_999, None),
+    "tuples in tuples as a key": (b"}" + b")" + b"\x85" * 300_000 + b"Ns", None),
+    "tuples in tuples in a set": (b"\x8f(" + b")" + b"\x85" * 300_000 + b"\x90", None),
     "a laugh in 60 tuples": (b")" + b"2\x86" * 60, None),
 }
 
