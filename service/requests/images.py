@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from service.errors import InvalidRequest
+from service.requests import image_files
 
 Format = Literal["png", "jpeg", "webp"]
 Pixels = npt.NDArray[np.uint8]
@@ -28,11 +29,13 @@ SAVE_OPTIONS: dict[Format, dict[str, Any]] = {
     "webp": {"quality": 95, "method": 4},
 }
 
-DATA_URL = re.compile(r"data:[\w/+.;=-]*;base64,", re.IGNORECASE)
+DATA_URL = re.compile(r"data:[\w/+.;=-]{0,200};base64,", re.IGNORECASE)
+WHITESPACE = b" \t\r\n\v\f"
 WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 MASK_THRESHOLD = 128
-# A progressive JPEG is decoded once for each of its scans: a small file can hold hours of work.
-START_OF_SCAN, MAX_SCANS = b"\xff\xda", 100
+# A progressive JPEG is decoded once for each of its scans: a small file can hold minutes of work.
+START_OF_SCAN, MAX_SCANS = b"\xff\xda", 32
+MAX_SIDE = 2**16 - 1  # pixels; time goes by rows too
 
 
 def encode(pixels: Pixels, kind: Format, parameters: str = "", quality: int | None = None) -> bytes:
@@ -80,7 +83,8 @@ def from_base64(text: str, param: str) -> bytes:
     """The bytes of base64, broken into lines or not, or of a data: URL. Raises InvalidRequest."""
     start = DATA_URL.match(text)
     try:
-        return base64.b64decode("".join(text[start.end() if start else 0 :].split()), validate=True)
+        characters = text[start.end() if start else 0 :].encode("ascii")
+        return base64.b64decode(characters.translate(None, WHITESPACE), validate=True)
     except ValueError:
         raise InvalidRequest(f"{param} must be base64 or a data: URL with base64", param=param) from None
 
@@ -91,16 +95,18 @@ def decode(file: bytes, param: str, max_pixels: int) -> Image.Image:
     Raises InvalidRequest.
     """
     try:
+        file = image_files.essentials(file)
         with Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP")) as image:
             check_size(image, param, max_pixels)
-            # A photograph with embedded previews of itself (MPO) has several frames but is not animated.
-            if getattr(image, "is_animated", False) and image.format != "MPO":
-                raise InvalidRequest(f"{param} must be one image; this one is animated", param=param)
-            if image.format in ("JPEG", "MPO") and file.count(START_OF_SCAN) > MAX_SCANS:
+            if image.format == "JPEG" and file.count(START_OF_SCAN) > MAX_SCANS:
                 raise InvalidRequest(f"{param} must have at most {MAX_SCANS} scans", param=param)
             return ImageOps.exif_transpose(image)
     except InvalidRequest:
         raise
+    except image_files.AnimatedError:
+        raise InvalidRequest(f"{param} must be one image; this one is animated", param=param) from None
+    except image_files.TooManyPartsError:
+        raise InvalidRequest(f"{param} must be a file in fewer parts", param=param) from None
     except UnidentifiedImageError:
         raise InvalidRequest(f"{param} must be a PNG, JPEG or WebP file", param=param) from None
     except Image.DecompressionBombError:
@@ -115,6 +121,8 @@ def check_size(image: Image.Image, param: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         expected = f"must have at most {max_pixels} pixels, not {width}x{height}"
         raise InvalidRequest(f"{param} {expected}", param=param)
+    if max(width, height) > MAX_SIDE:
+        raise InvalidRequest(f"{param} must have sides of at most {MAX_SIDE} pixels", param=param)
 
 
 def flatten(image: Image.Image, background: tuple[int, int, int, int]) -> Image.Image:
