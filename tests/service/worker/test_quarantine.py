@@ -181,3 +181,20 @@ def test_suspects_run_one_at_a_time_and_others_together():
     assert quarantine.release(2.0) == []
     quarantine.remove("a")
     assert quarantine.release(2.0) == ["b"]
+
+
+def test_a_kill_of_a_worker_without_the_job_clears_it_of_all_kills():
+    quarantine = Quarantine()
+    quarantine.add("a")
+    for _ in range(2):  # now it is a suspect
+        assert quarantine.release(0.0) == ["a"]
+        assert quarantine.end("kill", 1.0) == []
+
+    def kill_alone(age: float) -> list[str]:
+        assert quarantine.release(age) == ["a"]
+        return quarantine.end("kill", age)
+
+    assert [kill_alone(age) for age in (2.0, 4.0)] == [[], []]
+    assert quarantine.release(0.5) == []
+    assert quarantine.end("kill", 0.5) == []
+    assert [kill_alone(age) for age in (2.0, 4.0, 8.0)] == [[], [], ["a"]]
