@@ -24,7 +24,7 @@ class SchedulerNames:
 class SamplerNames:
     """A1111's sampler, and ours for each scheduler that it can be combined with.
 
-    timesteps: it visits timesteps of its own and ignores the scheduler. uses: the A1111 parameters beside
+    timesteps: it visits timesteps of its own and ignores the scheduler. uses: the A1111 parameters besides
     the scheduler that change its images.
     """
 

@@ -104,30 +104,30 @@ def test_img2img_changes_more_with_more_denoising_strength(api, apple):
 
 
 def test_a_denoising_strength_of_zero_returns_the_image(api, apple):
-    asked = {"prompt": "tomato", "denoising_strength": 0, "mask_blur": 0, "batch_size": 2}
-    made = api.img2img([apple], **SMALL | asked)
+    body = {"prompt": "tomato", "denoising_strength": 0, "mask_blur": 0, "batch_size": 2}
+    made = api.img2img([apple], **SMALL | body)
     assert [(array(image) == array(apple)).all() for image in made.images] == [True, True]
     assert made.info["denoising_strength"] == 0
-    masked = api.img2img([apple], mask_image=left_half(apple.size), **SMALL | asked)
+    masked = api.img2img([apple], mask_image=left_half(apple.size), **SMALL | body)
     assert (array(masked.image) == array(apple)).all()
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_resize_modes(bundled, apple, mode):
-    asked = {"init_images": [encoded(apple)], "resize_mode": mode, "width": 64, "height": 128}
-    answer = bundled.client.post("/sdapi/v1/img2img", json=TINY | asked | {"denoising_strength": 0}).json()
+    body = {"init_images": [encoded(apple)], "resize_mode": mode, "width": 64, "height": 128}
+    answer = bundled.client.post("/sdapi/v1/img2img", json=TINY | body | {"denoising_strength": 0}).json()
     before, after = array(apple), array(decoded(answer["images"][0]))
     assert after.shape == (128, 64, 3)
     if mode == 1:
         assert (after == before[:, 32:96]).all()
     if mode == 2:
         assert (after[:32] == after[32]).all()
-    generated = bundled.client.post("/sdapi/v1/img2img", json=TINY | asked).json()
+    generated = bundled.client.post("/sdapi/v1/img2img", json=TINY | body).json()
     assert decoded(generated["images"][0]).size == (64, 128)
 
 
 def test_latent_upscaling_and_several_images_are_refused(bundled, apple):
-    for asked, param in (
+    for body, param in (
         ({"resize_mode": 3, "init_images": [encoded(apple)]}, "resize_mode"),
         ({"init_images": [encoded(apple)] * 2}, "init_images"),
         ({"init_images": [], "mask": encoded(apple)}, "init_images"),
@@ -140,13 +140,13 @@ def test_latent_upscaling_and_several_images_are_refused(bundled, apple):
             "override_settings.img2img_color_correction",
         ),
     ):
-        answer = bundled.client.post("/sdapi/v1/img2img", json=TINY | asked)
+        answer = bundled.client.post("/sdapi/v1/img2img", json=TINY | body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, param), answer.text
 
 
-def inpainted(api: webuiapi.WebUIApi, image: Image.Image, **asked) -> np.ndarray:
+def inpainted(api: webuiapi.WebUIApi, image: Image.Image, **body) -> np.ndarray:
     defaults = {"denoising_strength": 1.0, "mask_blur": 0, "eta": 0.0}
-    made = api.img2img([image], mask_image=left_half(image.size), prompt="ghost", **defaults | asked | SMALL)
+    made = api.img2img([image], mask_image=left_half(image.size), prompt="ghost", **defaults | body | SMALL)
     assert made.image.size == image.size
     return array(made.image)
 
@@ -185,31 +185,31 @@ def test_a_blurred_mask_fades(api, apple):
 
 @pytest.mark.parametrize(("kind", "name"), [("jpeg", "jpg"), ("webp", "webp")])
 def test_an_inpainted_image_is_encoded_once(bundled, apple, kind, name):
-    asked = {"init_images": [encoded(apple)], "mask": encoded(left_half(apple.size))} | TINY
-    asked |= {"width": 128, "height": 128, "inpaint_full_res": False}
-    lossless = bundled.client.post("/sdapi/v1/img2img", json=asked).json()
+    body = {"init_images": [encoded(apple)], "mask": encoded(left_half(apple.size))} | TINY
+    body |= {"width": 128, "height": 128, "inpaint_full_res": False}
+    lossless = bundled.client.post("/sdapi/v1/img2img", json=body).json()
     lossy = bundled.client.post(
-        "/sdapi/v1/img2img", json=asked | {"override_settings": {"samples_format": name}}
+        "/sdapi/v1/img2img", json=body | {"override_settings": {"samples_format": name}}
     ).json()
     pixels = np.asarray(decoded(lossless["images"][0]))
     assert base64.b64decode(lossy["images"][0]) == images.encode(pixels, kind)
 
 
 def test_an_empty_mask_masks_nothing(bundled, apple):
-    asked = {"init_images": [encoded(apple)], "mask": encoded(Image.new("L", apple.size)), "width": 128}
-    asked |= {"height": 128, "denoising_strength": 0.8, "mask_blur_x": 4, "mask_blur_y": 0}
-    whole = bundled.client.post("/sdapi/v1/img2img", json=TINY | asked).json()
+    body = {"init_images": [encoded(apple)], "mask": encoded(Image.new("L", apple.size)), "width": 128}
+    body |= {"height": 128, "denoising_strength": 0.8, "mask_blur_x": 4, "mask_blur_y": 0}
+    whole = bundled.client.post("/sdapi/v1/img2img", json=TINY | body).json()
     assert (array(decoded(whole["images"][0])) != array(apple)).any()
     assert any("mask" in warning for warning in json.loads(whole["info"])["warnings"])
-    kept = bundled.client.post("/sdapi/v1/img2img", json=TINY | asked | {"inpaint_full_res": False}).json()
+    kept = bundled.client.post("/sdapi/v1/img2img", json=TINY | body | {"inpaint_full_res": False}).json()
     assert (array(decoded(kept["images"][0])) == array(apple)).all()
 
 
 def test_progress_and_interrupt(bundled, api):
     assert api.get_progress()["progress"] == 0.0
-    asked = {"prompt": PROMPT, "steps": 1000, "width": 128, "height": 128, "sampler_name": "DDIM"}
+    body = {"prompt": PROMPT, "steps": 1000, "width": 128, "height": 128, "sampler_name": "DDIM"}
     with ThreadPoolExecutor() as pool:
-        answer = pool.submit(bundled.client.post, "/sdapi/v1/txt2img", json=asked)
+        answer = pool.submit(bundled.client.post, "/sdapi/v1/txt2img", json=body)
         wait_until(lambda: api.get_progress()["current_image"] is not None)
         progress = api.get_progress()
         assert 0 < progress["progress"] < 1
@@ -228,13 +228,13 @@ def test_progress_and_interrupt(bundled, api):
 
 
 def test_an_interrupted_request_has_the_predicted_image(bundled, api):
-    asked = TINY | {"steps": 300, "width": 128, "height": 128, "sampler_name": "Euler"}
+    body = TINY | {"steps": 300, "width": 128, "height": 128, "sampler_name": "Euler"}
     with ThreadPoolExecutor() as pool:
-        answer = pool.submit(bundled.client.post, "/sdapi/v1/txt2img", json=asked)
+        answer = pool.submit(bundled.client.post, "/sdapi/v1/txt2img", json=body)
         wait_until(lambda: api.get_progress()["state"]["sampling_step"] >= 100)
         api.interrupt()
         image = decoded(answer.result().json()["images"][0])
-    finished = bundled.client.post("/sdapi/v1/txt2img", json=asked | {"steps": 20}).json()
+    finished = bundled.client.post("/sdapi/v1/txt2img", json=body | {"steps": 20}).json()
     assert np.abs(array(image) - array(decoded(finished["images"][0]))).mean() < 40
 
 
