@@ -9,6 +9,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: pytest-xdist uses the cores
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.node import install_clients
 from tests.helpers.servers import Server, serve, write_import_trap
 
 # Groups of tests that take longest, which start first. A file that is not named here is a group of its own.
@@ -75,6 +77,14 @@ def server(shared_server) -> Iterator[Server]:
     server = shared_server()
     yield server
     server.check_alive()
+
+
+@pytest.fixture(scope="session")
+def node_clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of tests/clients with its npm packages; skipped without npm, unless tests must not skip."""
+    if not shutil.which("npm") and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"):
+        pytest.skip("npm is not installed")
+    return install_clients(tmp_path_factory.mktemp("clients"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Health and metrics: answered in this process, whatever the device does."""
+"""Health and metrics, answered by the API process without the worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ router = APIRouter(tags=["health"])
 
 
 def status_of(supervisor: Supervisor) -> str:
-    """One word for it."""
+    """The state of the service as /health reports it."""
     if not supervisor.alive:
         return "failed"
     if supervisor.draining:
@@ -30,23 +30,23 @@ def describe(supervisor: Supervisor) -> Health:
     )
 
 
-@router.get("/health", responses=error_responses(500), summary="How it goes")
+@router.get("/health", responses=error_responses(500), summary="Health")
 async def health(request: Request) -> Health:
-    """Always 200 while the process answers; the body says how it goes."""
+    """Report the state of the service. Always 200; the state is in the body."""
     return describe(request.app.state.supervisor)
 
 
-@router.get("/health/live", responses=error_responses(500, 503), summary="Whether to leave it running")
+@router.get("/health/live", responses=error_responses(500, 503), summary="Liveness")
 async def health_live(request: Request) -> Health:
-    """200 while the loop turns and the worker beats; 503: start the service again."""
+    """200 while the service works; 503 if it must be restarted."""
     if not request.app.state.supervisor.alive:
-        raise Unavailable("the worker is silent")
+        raise Unavailable("the worker does not respond")
     return describe(request.app.state.supervisor)
 
 
-@router.get("/health/ready", responses=error_responses(500, 503), summary="Whether to send requests")
+@router.get("/health/ready", responses=error_responses(500, 503), summary="Readiness")
 async def health_ready(request: Request) -> Health:
-    """200 while a model is loaded and nothing drains."""
+    """200 while the service accepts requests; 503 while it loads a model or shuts down."""
     supervisor: Supervisor = request.app.state.supervisor
     if not supervisor.ready:
         raise Unavailable(f"not ready: {status_of(supervisor)}", retry_after=5)
@@ -57,8 +57,8 @@ async def health_ready(request: Request) -> Health:
     "/metrics",
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **error_responses(500)},
-    summary="Prometheus text",
+    summary="Metrics",
 )
 async def metrics(request: Request) -> Response:
-    """Names ldm_*."""
+    """Prometheus metrics, in the text format; their names begin with ldm_."""
     return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from service.api.auth import digest, sent_in
+from service.api.auth import credentials_in, digest
 from service.api.routing import JSONRoute
 from service.requests.background import Jobs, Record
 from service.requests.schemas import JobRequest, JobStatus, error_responses
@@ -56,7 +56,7 @@ async def create_job(
     ] = None,
 ) -> JobStatus:
     """Take a place in the queue and answer at once. The job goes on when the client leaves."""
-    key = idempotency_key and (idempotency_key, *map(digest, sent_in(request.scope)))
+    key = idempotency_key and (idempotency_key, *map(digest, credentials_in(request.scope)))
     jobs: Jobs = request.app.state.jobs
     record = await jobs.submit(body, key, request.state.request_id)
     response.headers["Location"] = f"/jobs/{record.id}"

@@ -10,7 +10,7 @@ from PIL import Image
 from models.conditioning import boxes as boxes_of
 from models.spec import ModelSpec, TokenSpec
 from service.errors import InvalidRequest
-from service.requests.schemas import Box
+from service.requests.schemas import LabelBox
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
@@ -42,7 +42,7 @@ def number_of(label: int | str, spec: ModelSpec, param: str) -> int:
     return label
 
 
-def from_boxes(boxes: Sequence[Box], spec: ModelSpec, h: int, w: int) -> np.ndarray:
+def from_boxes(boxes: Sequence[LabelBox], spec: ModelSpec, h: int, w: int) -> np.ndarray:
     """Each box fills the cells whose middle it covers, and the nearest one at least: uint16 (h, w)."""
     regions = np.zeros((h, w), np.uint16)
     for index, box in enumerate(boxes):
@@ -57,7 +57,7 @@ def to_prompt(regions: np.ndarray, spec: ModelSpec) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
-def to_numbered_boxes(boxes: Sequence[Box], spec: ModelSpec) -> tuple[boxes_of.Box, ...]:
+def to_numbered_boxes(boxes: Sequence[LabelBox], spec: ModelSpec) -> tuple[boxes_of.Box, ...]:
     """For a model that reads boxes. Raises InvalidRequest."""
     most = spec.condition.objects if isinstance(spec.condition, TokenSpec) else 0
     if len(boxes) > most:

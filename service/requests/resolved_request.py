@@ -12,7 +12,7 @@ from models.spec import Spacing
 from models.tiles import Tiles
 from service.engine.job import Job, LatentFill
 from service.requests.images import Format
-from service.requests.schemas import Box
+from service.requests.schemas import LabelBox
 
 
 class Parameters(BaseModel):
@@ -41,7 +41,7 @@ class Parameters(BaseModel):
     prompt_weights: bool | None = None
     scale: int | None = None
     noise_level: int | None = None
-    boxes: list[Box] | None = None
+    boxes: list[LabelBox] | None = None
     loras: dict[str, float] | None = None
 
     def of_image(self, index: int) -> dict[str, Any]:

@@ -71,7 +71,7 @@ LabelInput = Annotated[
 ImageInput = Annotated[ImageSource, _ImageSourceSchema()]
 
 
-class Box(BaseModel):
+class LabelBox(BaseModel):
     """Where an object goes: the upper left corner and the size, as parts of the picture's sides."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -145,7 +145,7 @@ class SceneRequest(ImageRequest):
         Field(description="number or name of a label of the model, instead of a prompt"),
     ] = None
     boxes: Annotated[
-        list[Box] | None,
+        list[LabelBox] | None,
         Field(min_length=1, max_length=MAX_BOXES, description="what goes where; later ones lie on top"),
     ] = None
     segmentation: Annotated[

@@ -25,8 +25,8 @@ from service.api.a1111.schemas import (
     ImageToImage,
     LoRAItem,
     Memory,
-    NewOptions,
     Options,
+    OptionsUpdate,
     PNGInfo,
     PNGInfoResponse,
     ProcessingResponse,
@@ -188,7 +188,7 @@ async def read_options(request: Request) -> Options:
 
 
 @sdapi.post("/options", **WRITE, summary="Choose the model and the file format of later requests")
-async def write_options(body: NewOptions, request: Request) -> None:
+async def write_options(body: OptionsUpdate, request: Request) -> None:
     """Kept until the service ends. Options that this service does not have are ignored; those that would
     change images are a 422 unless their values change nothing.
     """

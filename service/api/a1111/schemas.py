@@ -307,7 +307,7 @@ class Options(BaseModel):
     samples_format: str
 
 
-class NewOptions(BaseModel):
+class OptionsUpdate(BaseModel):
     """POST /sdapi/v1/options. Options that change images are accepted at values that change nothing."""
 
     model_config = ConfigDict(extra="allow")
