@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -245,6 +246,8 @@ def run_job(job: Job, settings: Settings, sources: Mapping[str, Source]) -> Done
     from service.device.loading import build  # torch
     from service.engine.engine import Engine
 
+    logging.basicConfig(format="ldm: %(message)s")
+    logging.getLogger(build.__module__).setLevel(logging.INFO)  # reports the number of threads
     vaes = locate_vaes(settings.vae, sources)
     settings = replace(settings, vae=(str(vaes[job.model]),) if job.model in vaes else ())
     runner = build(settings, {job.model: sources[job.model]})

@@ -32,6 +32,7 @@ def test_the_installed_command_imports_nothing_from_the_current_directory(tmp_pa
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "apple.png  seed 7\n"), done.stderr
+    assert done.stderr.startswith("ldm: threads: 1, from OMP_NUM_THREADS\n")
     with Image.open(tmp_path / "apple.png") as image:
         parameters = json.loads(image.text["parameters"])
         assert image.size == (64, 64)
