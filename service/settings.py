@@ -190,6 +190,11 @@ class Settings:
         """Other names for models in the OpenAI API, for clients whose model names are fixed:
         dall-e-3=emoji.""",
     )
+    no_page: bool = setting(
+        False,
+        boolean(),
+        """Do not serve the page at /. The API and its documentation at /docs stay.""",
+    )
     log_level: str = setting(
         "info",
         choice(*LOG_LEVELS),

@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route, compile_path
 from starlette.types import Scope
 
-from service.api import docs, health, jobs, native, openapi
+from service.api import activity, docs, health, jobs, native, openapi, page
 from service.api.a1111 import routes as a1111
 from service.api.a1111.session import A1111Session
 from service.api.auth import keys_of, require_key
@@ -51,7 +51,7 @@ FRAMEWORK_ERRORS: dict[int, type[ServiceError]] = {
 
 # Routes that need an API key, where keys are set, and routes that never do. The latter reveal nothing about
 # anyone's requests; /metrics has only counts, and Prometheus often has no key.
-KEYED = (native.router, jobs.router, openai.router, a1111.router)
+KEYED = (native.router, jobs.router, activity.router, openai.router, a1111.router)
 PUBLIC = (health.router, docs.router, openai.file_router)
 
 CORS_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
@@ -88,7 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.a1111, app.state.started = A1111Session(app.state.jobs), int(time.time())
     for router in KEYED:
         app.include_router(router, dependencies=[Depends(require_key)], responses=error_responses(401))
-    for router in PUBLIC:
+    for router in PUBLIC if settings.no_page else (page.router, *PUBLIC):
         app.include_router(router)
     add_middleware(app, settings)
     for kind in (ServiceError, RequestValidationError, HTTPException):

@@ -25,7 +25,8 @@ CLIENT_GONE_STATUS = 499
 METRIC_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others count as OTHER
 BODY_HEADERS = (b"content-type", b"content-length", b"transfer-encoding")
 CONNECTION_CLOSE = (b"connection", b"close")
-QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics")  # polled: logged at level debug
+# Polled, or fetched in numbers: logged at level debug.
+QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics", "/page/{name}")
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 

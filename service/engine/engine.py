@@ -272,7 +272,10 @@ class Engine:
             run = self.jobs[key.job]
             run.denoised = self.clock()
             self.undecoded.add(key, run.parts)
-        jobs = tuple(JobSteps(job, sum(self.jobs[job].most_steps.values())) for job in by_job(keys))
+        jobs = tuple(
+            JobSteps(job, sum(self.jobs[job].most_steps.values()), self._rows(own))
+            for job, own in by_job(keys).items()
+        )
         running = len(self.jobs) - self.waiting
         self.emit(Stepped(self._rows(keys), call.rows, len(keys), seconds, running, self.waiting, jobs))
         self._restart_non_finite(call.non_finite)

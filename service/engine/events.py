@@ -18,10 +18,11 @@ class QueuePosition(NamedTuple):
 
 
 class JobSteps(NamedTuple):
-    """Steps that a job has had so far, over all its images."""
+    """A job in a UNet call. steps: done so far, over all its images; rows: that it had in this call."""
 
     job: str
     steps: int
+    rows: int
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Worker:
         self.say(Started(self.job, steps))
 
     def step(self, done: int) -> None:
-        jobs = (JobSteps(self.job, done),)
+        jobs = (JobSteps(self.job, done, 1),)
         self.say(Stepped(rows=2, padded=2, images=1, seconds=0.1, running=1, waiting=0, jobs=jobs))
 
     def preview(self, step: int) -> None:
