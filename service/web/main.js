@@ -39,6 +39,7 @@ async function submit() {
   const body = await form.job();
   if (body.task !== "generate" && !body.request.image) return form.showError({ param: "image", message: "Choose an image first." });
   if (body.task === "inpaint" && !body.request.mask) return form.showError({ param: "mask", message: "Paint over what is to be replaced." });
+  strip.wake?.();
   return startJob(body, form, actions);
 }
 
@@ -114,7 +115,7 @@ function wire() {
     const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
     if (file) (form.task === "generate" ? form.initImage : form.image).set(file);
   });
-  document.addEventListener("visibilitychange", () => strip.watch());
+  document.addEventListener("visibilitychange", () => strip.wake?.());
   setInterval(() => { if (!$("status").hidden && !document.hidden) showStatus(form.models); }, POLL_MS);
 }
 

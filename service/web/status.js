@@ -1,29 +1,36 @@
 // The status view and the strip of UNet calls.
 
-import { follow, get, text } from "./api.js";
+import { get, text } from "./api.js";
 import { $, colourOf, h } from "./dom.js";
 
 const MAX_CALLS = 240;
 const BAR = 6;
+const BUSY_MS = 250, IDLE_MS = 2000;
 
 export class Strip {
   constructor() {
     this.calls = [];
-    this.controller = null;
+    this.last = null;
     new ResizeObserver(() => this.draw()).observe($("strip"));
     new ResizeObserver(() => this.draw()).observe($("strip-large"));
   }
 
-  /** Watch UNet calls while the page is visible. */
+  /** Fetch new UNet calls for ever, often while there are some. */
   async watch() {
-    this.controller?.abort();
-    if (document.hidden) return;
-    this.controller = new AbortController();
-    const { signal } = this.controller;
-    try {
-      for await (const { event, data } of follow("activity", () => false, signal)) if (event === "call") this.add(data);
-    } catch (error) {
-      if (!signal.aborted) $("strip-text").textContent = error.message;
+    for (;;) {
+      let wait = IDLE_MS;
+      if (!document.hidden) {
+        try {
+          const { last, calls } = await get(`activity?after=${this.last ?? 0}`);
+          if (last < this.last) this.calls = []; // the server was started again
+          if (this.last !== null) for (const call of calls) this.add(call);
+          if (calls.length && this.last !== null) wait = BUSY_MS;
+          this.last = last;
+        } catch (error) {
+          $("strip-text").textContent = error.message;
+        }
+      }
+      await new Promise((resume) => { this.wake = resume; setTimeout(resume, wait); });
     }
   }
 

@@ -36,7 +36,7 @@ from service.errors import (
 from service.metrics import Metrics
 from service.settings import Settings
 from service.worker import child, protocol
-from service.worker.call_feed import CallFeed
+from service.worker.call_log import CallLog
 from service.worker.child import WorkerProcess
 from service.worker.progress import Progress, State
 from service.worker.protocol import (
@@ -92,7 +92,7 @@ class Supervisor:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.calls = CallFeed()
+        self.calls = CallLog()
         self.specs: dict[str, ModelSpec] = {}
         self.slots_in_use = 0
         self.draining = False
@@ -385,7 +385,7 @@ class Supervisor:
             worker.stepped = True
             numbers = {"rows": event.padded, "seconds": round(event.seconds, 3)}
             log.info("the first UNet call took %.2f s", event.seconds, extra=numbers)
-        self.calls.publish(event)
+        self.calls.record(event)
         for job, steps, _ in event.jobs:
             self._quarantine.step(job, steps)
             if ticket := self._tickets.get(job):
