@@ -7,6 +7,7 @@ from fastapi.testclient import TestClient
 
 from service.api.app import create_app
 from service.settings import Settings
+from tests.helpers.clients import LONG
 
 KEY = "a-key-of-the-tests"
 ORIGIN = "https://page.example"
@@ -115,3 +116,10 @@ def test_the_documentation_page_loads_nothing_from_elsewhere(client):
         assert f"docs/{name}" in page.text
         assert client.get(f"/docs/{name}").status_code == 200
     assert client.get("/docs/index.html").status_code == 404
+
+
+def test_head_of_an_event_stream_ends_at_once(server):
+    job = server.client.post("/jobs", json={"task": "generate", "request": LONG}).json()["id"]
+    head = server.client.head(f"/jobs/{job}/events", timeout=5)
+    assert (head.status_code, head.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert server.client.delete(f"/jobs/{job}").json()["status"] == "cancelled"

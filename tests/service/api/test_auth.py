@@ -1,4 +1,4 @@
-"""API keys: which addresses need one, and what counts as one."""
+"""API keys: which paths need one, and which headers carry one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service.api.auth import keys_of
 from service.settings import SettingError, Settings
 
 KEYS = ("first-key-of-two", "second-key-of-two")
-# Whoever adds an address says here that everybody may ask for it, or gives its router a key in app.py.
+# Paths that need no key. A new path is either added here or its router is listed in KEYED in app.py.
 PUBLIC = {
     "/",
     "/health",
@@ -32,7 +32,7 @@ PUBLIC = {
 
 
 def walk(routes: Sequence[BaseRoute], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(method, address) of every route and mount."""
+    """(method, path) of every route and mount."""
     for route in routes:
         if hasattr(route, "original_router"):  # how newer FastAPI keeps an included router
             yield from walk(route.original_router.routes, prefix + route.include_context.prefix)
@@ -42,16 +42,16 @@ def walk(routes: Sequence[BaseRoute], prefix: str = "") -> Iterator[tuple[str, s
             yield from (("GET", prefix + route.path + end) for end in ("", "/", "/below"))
 
 
-def ask(
+def send(
     app: FastAPI, method: str, address: str, content: bytes = b"", **headers: str | bytes
 ) -> httpx.Response:
-    """An answer of the app, whose worker was never started."""
+    """A response of the app, whose worker was never started."""
 
-    async def asked() -> httpx.Response:
+    async def send_async() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             return await client.request(method, address, content=content, headers=headers)
 
-    return asyncio.run(asked())
+    return asyncio.run(send_async())
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,10 @@ def app() -> FastAPI:
     return create_app(Settings(api_keys=KEYS))
 
 
-def test_every_address_is_public_by_the_list_or_needs_a_key(app):
+def test_every_path_needs_a_key_unless_it_is_listed_as_public(app):
     found = list(walk(app.routes))
     for method, address in found:
-        answer = ask(app, method, address.replace("{", "").replace("}", ""))
+        answer = send(app, method, address.replace("{", "").replace("}", ""))
         public = answer.status_code != 401
         assert public == (address in PUBLIC), f"{method} {address}"
         if not public:
@@ -71,7 +71,7 @@ def test_every_address_is_public_by_the_list_or_needs_a_key(app):
             assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
     described = {
         (method.upper(), path)
-        for path, item in ask(app, "GET", "/openapi.json").json()["paths"].items()
+        for path, item in send(app, "GET", "/openapi.json").json()["paths"].items()
         for method in item
     }
     assert described <= set(found)
@@ -88,8 +88,8 @@ def test_every_address_is_public_by_the_list_or_needs_a_key(app):
         {"Authorization": "Basic " + base64.b64encode(f"me:{KEYS[1]}".encode()).decode()},
     ],
 )
-def test_any_of_the_keys_opens_in_either_header(app, headers):
-    assert ask(app, "GET", "/jobs/none", **headers).status_code == 404
+def test_each_key_is_accepted_in_each_header(app, headers):
+    assert send(app, "GET", "/jobs/none", **headers).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_any_of_the_keys_opens_in_either_header(app, headers):
         {"Cookie": f"X-API-Key={KEYS[0]}"},
     ],
 )
-def test_nothing_else_is_a_key(app, headers):
-    assert ask(app, "GET", "/jobs/none", **headers).status_code == 401
+def test_other_credentials_are_refused(app, headers):
+    assert send(app, "GET", "/jobs/none", **headers).status_code == 401
 
 
-SPELT = (
+SPELLINGS = (
     "//generate",
     "/generate/",
     "/Generate",
@@ -122,32 +122,32 @@ SPELT = (
 )
 
 
-@pytest.mark.parametrize("path", SPELT)
-def test_no_spelling_of_an_address_goes_past_the_keys(app, path):
-    assert ask(app, "POST", path, b"{}").status_code in (401, 404, 405)
+@pytest.mark.parametrize("path", SPELLINGS)
+def test_no_spelling_of_a_path_avoids_the_check(app, path):
+    assert send(app, "POST", path, b"{}").status_code in (401, 404, 405)
 
 
-def test_whoever_has_no_key_is_refused_before_the_body_is_read(app):
+def test_a_request_without_a_key_is_refused_before_its_body_is_read(app):
     kind = {"Content-Type": "application/json"}
-    assert ask(app, "POST", "/generate", b"{no json", **kind).status_code == 401
-    assert ask(app, "POST", "/generate", bytes(2**26), **kind).status_code == 401
-    assert ask(app, "POST", "/generate", b"{no json", **kind, **{"X-API-Key": KEYS[0]}).status_code == 400
+    assert send(app, "POST", "/generate", b"{no json", **kind).status_code == 401
+    assert send(app, "POST", "/generate", bytes(2**26), **kind).status_code == 401
+    assert send(app, "POST", "/generate", b"{no json", **kind, **{"X-API-Key": KEYS[0]}).status_code == 400
 
 
-def test_without_keys_everybody_may_ask():
-    assert ask(create_app(Settings()), "GET", "/jobs/none").status_code == 404
+def test_without_keys_every_request_is_accepted():
+    assert send(create_app(Settings()), "GET", "/jobs/none").status_code == 404
 
 
-def test_keys_come_from_a_file_too(tmp_path: Path):
+def test_keys_are_read_from_a_file_too(tmp_path: Path):
     file = tmp_path / "keys"
     file.write_text("# of the shop\nfile-key-1\n\n  file-key-2  \n")
     app = create_app(Settings(api_keys=KEYS[:1], api_key_file=str(file)))
     for key, status in (("file-key-1", 404), ("file-key-2", 404), (KEYS[0], 404), ("# of the shop", 401)):
-        assert ask(app, "GET", "/jobs/none", **{"X-API-Key": key}).status_code == status
+        assert send(app, "GET", "/jobs/none", **{"X-API-Key": key}).status_code == status
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n", "short\n", "with space in it\n", None])
-def test_a_file_without_keys_is_no_open_door(tmp_path: Path, content):
+def test_a_key_file_without_valid_keys_is_an_error(tmp_path: Path, content):
     file = tmp_path / "keys"
     if content is not None:
         file.write_text(content)

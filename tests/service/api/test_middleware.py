@@ -1,4 +1,4 @@
-"""Bodies: how large one may be, and all together."""
+"""Limits on request bodies: the size of one, and of all together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LARGE = SMALL_BODY_BYTES + 1
 
 
 class Client:
-    """Sends a body in chunks when told to, and notes the answer's status."""
+    """Sends a body in parts, and records the status of the response."""
 
     def __init__(self, app: BodyLimit) -> None:
         self.messages: asyncio.Queue = asyncio.Queue()
@@ -30,13 +30,13 @@ class Client:
 
 
 async def accept(scope, receive, send) -> None:
-    """An app that works on every body until its client is gone."""
+    """An app that answers, then waits until its client leaves."""
     await receive()
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await receive()
 
 
-def test_large_bodies_share_a_room_that_is_given_back_and_small_ones_always_fit():
+def test_large_bodies_share_a_limit_and_small_bodies_always_fit():
     async def scenario():
         app = BodyLimit(
             accept, limit=2 * LARGE, total_limit=3 * LARGE, metrics=Metrics(), admits=lambda scope: True
@@ -57,7 +57,7 @@ def test_large_bodies_share_a_room_that_is_given_back_and_small_ones_always_fit(
     asyncio.run(scenario())
 
 
-def test_who_stops_in_the_middle_of_a_body_gives_its_room_back(monkeypatch):
+def test_a_body_that_stops_halfway_is_dropped(monkeypatch):
     monkeypatch.setattr(middleware, "BODY_STALL_SECONDS", 0.2)
 
     async def scenario():
