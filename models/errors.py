@@ -1,5 +1,5 @@
-"""What goes wrong with models' files."""
+"""Errors of reading and writing model files."""
 
 
 class CheckpointError(Exception):
-    """A model that cannot be loaded or saved; the message is one sentence for a person."""
+    """A model that cannot be loaded or saved. The message is one line for the operator."""

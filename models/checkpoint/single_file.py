@@ -97,7 +97,7 @@ def adjacent_text_part(source: Source, networks: Networks, device: torch.device 
     folder = source.folder / "text_encoder"
     weights = without_text_prefix(open_network(folder, TEXT_FILES, device, source.allow_pickle))
     # A complete CLIP has an image encoder too.
-    keys = [key for key in weights.stored if not key.startswith(keymaps.CLIP_PICTURES)]
+    keys = [key for key in weights.stored if not key.startswith(keymaps.CLIP_IMAGE_PREFIXES)]
     if PROJECTION not in keys:
         raise CheckpointError(
             f"{folder} has no {PROJECTION}; expected CLIP's text encoder with its projection"

@@ -10,7 +10,7 @@ from models.spec import Prediction, ScheduleSpec
 
 @dataclass(frozen=True)
 class Hints:
-    """What a file beside the weights says about the model; None where it does not say.
+    """What a file next to the weights says about the model; None: it does not say.
 
     Facts that the tensors show take precedence over hints, and hints over the table of known families.
     """

@@ -50,21 +50,32 @@ OLDER_ATTENTION = {
     for leaf in ("weight", "bias")
 }
 
-# Buffers that older text encoders carry and that hold nothing learned.
+# Buffers of older text encoders; they are not learned.
 TEXT_IGNORED = frozenset({"embeddings.position_ids"})
 TEXT_PREFIX = "text_model."
 
-# What a single file holds beside weights that a served model uses: tables of the schedule, bookkeeping, the
+# Tensors of a single file that a served model does not use: tables of the schedule, bookkeeping, the
 # text transformer's unused last layer, what a first stage was trained with.
 SCHEDULE_BUFFERS = frozenset(
-    {
-        "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
-        "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
-        "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
-        "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar", "scale_factor",
-    }
-)  # fmt: skip
-LOW_SCALE = "low_scale_model."  # the same tables, of the noise on low-resolution pictures
+    (
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "lvlb_weights",
+        "logvar",
+        "scale_factor",
+    )
+)
+LOW_SCALE = "low_scale_model."  # the same tables, for the noise on low-resolution images
 SINGLE_IGNORED = (
     SCHEDULE_BUFFERS
     | {LOW_SCALE + key for key in SCHEDULE_BUFFERS}
@@ -90,17 +101,17 @@ EMA = "model_ema."
 
 
 def is_ignored(key: str) -> bool:
-    """Whether a single file's tensor is none that a served model uses."""
+    """Whether a served model does not use a tensor of a single file."""
     return key in SINGLE_IGNORED or key.startswith(SINGLE_IGNORED_PREFIXES)
 
 
 def averaged(key: str) -> str:
-    """A parameter of a single file's UNet -> its name among the averaged weights: no dots."""
+    """The name of the average of a UNet's parameter, which has no dots."""
     return EMA + key.removeprefix("model.").replace(".", "")
 
 
-# A text encoder's modules -> OpenCLIP's, and those of a layer. What OpenCLIP holds as one has a name for each
-# of its PIECES, after a dot.
+# A text encoder's modules -> OpenCLIP's, and those of a layer. A tensor that OpenCLIP has for q, k and v
+# together has a name for each of its PIECES, after a dot.
 OPEN_CLIP = {
     "transformer.embeddings.token_embedding": "token_embedding",
     "transformer.embeddings.position_embedding.weight": "positional_embedding",
@@ -119,9 +130,9 @@ OPEN_CLIP_LAYER = {
         for leaf in ("weight", "bias")
     },
 }
-PIECES = {"q": 0, "k": 1, "v": 2}  # thirds of what OpenCLIP holds as one
+PIECES = {"q": 0, "k": 1, "v": 2}  # thirds of OpenCLIP's tensors for q, k and v
 
-CLIP_PICTURES = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIP, beside its text
+CLIP_IMAGE_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale")  # of a complete CLIP
 
 
 def rename(key: str, table: dict[str, str]) -> str:
@@ -166,8 +177,10 @@ def autoencoder(spec: AutoencoderSpec) -> dict[str, str]:
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{last - level}"
         table[f"encoder.down.{level}.downsample"] = f"{down}.downsamplers.0"
         table[f"decoder.up.{level}.upsample"] = f"{up}.upsamplers.0"
-        sides = ((f"encoder.down.{level}", down, spec.res_blocks),
-                 (f"decoder.up.{level}", up, spec.res_blocks + 1))  # fmt: skip
+        sides = (
+            (f"encoder.down.{level}", down, spec.res_blocks),
+            (f"decoder.up.{level}", up, spec.res_blocks + 1),
+        )
         for native, file, blocks in sides:
             for block in range(blocks):
                 table[f"{native}.block.{block}"] = f"{file}.resnets.{block}"

@@ -105,7 +105,7 @@ def test_convolutions_change_as_diffusers_fuses_them(tiny, base, tmp_path):
     assert difference(outputs(lora.apply(base, [(ours, 1.0)])), theirs) <= LIMIT
 
 
-def test_both_styles_and_both_names_of_modules_say_the_same(base, changes, tmp_path):
+def test_all_styles_of_names_give_the_same_model(base, changes, tmp_path):
     kohya, peft = as_kohya(changes), as_peft(changes)
     compvis = {native_of(key, base.spec): tensor for key, tensor in kohya.items()}
     assert len(compvis.keys() - kohya.keys()) > 20
@@ -128,7 +128,7 @@ def native_of(key: str, spec) -> str:
     return key
 
 
-def test_several_are_added_and_their_order_is_nothing(tiny, base, changes, tmp_path):
+def test_several_are_added_in_any_order(tiny, base, changes, tmp_path):
     other = random_lora(shapes_of(tiny, "attn1.to_q", "conv1", "mlp.fc2"), seed=2)
     two = {"a": as_peft(changes), "b": as_kohya(other)}
     ours = opened(base, *(write_lora(tmp_path / f"{name}.safetensors", two[name]) for name in two))
@@ -162,7 +162,7 @@ def test_peft_itself_merges_to_the_same_from_its_own_folder(tiny, base, tmp_path
         assert difference([lora.apply(base, [(ours, 1.0)]).unet(x, t, context)], [theirs]) <= LIMIT
 
 
-def test_the_alpha_in_a_file_of_diffusers_counts(base, changes, tmp_path):
+def test_the_alpha_in_the_header_of_diffusers_is_used(base, changes, tmp_path):
     own = json.dumps({"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.lora_alpha": 8})
     tensors = as_peft(changes)
     plain, told = (
@@ -174,7 +174,7 @@ def test_the_alpha_in_a_file_of_diffusers_counts(base, changes, tmp_path):
     assert difference(outputs(lora.apply(base, [(other, 1.0)])), outputs(twice)) <= 1e-6
 
 
-def test_what_is_not_changed_is_shared_and_the_base_stays_as_it_was(tiny, base, changes, tmp_path):
+def test_unchanged_weights_are_shared_with_the_unchanged_base(tiny, base, changes, tmp_path):
     before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
     (ours,) = opened(base, write_lora(tmp_path / "a.safetensors", as_peft(changes)))
     changed = lora.apply(base, [(ours, 1.0)])
@@ -233,13 +233,13 @@ PAIR = {f"{TARGET}.lora_down.weight": (2, 64), f"{TARGET}.lora_up.weight": (64, 
         ({}, "no tensors"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(base, tmp_path, shapes, named):
+def test_tensors_that_do_not_fit_are_named(base, tmp_path, shapes, named):
     tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
     with pytest.raises(CheckpointError, match=named):
         opened(base, write_lora(tmp_path / "bad.safetensors", tensors))
 
 
-def test_an_alpha_that_is_no_number_is_refused(base, tmp_path):
+def test_a_non_finite_alpha_is_refused(base, tmp_path):
     tensors = {name: torch.ones(shape) for name, shape in PAIR.items()}
     file = write_lora(tmp_path / "bad.safetensors", tensors | {f"{TARGET}.alpha": torch.tensor(float("nan"))})
     with pytest.raises(CheckpointError, match="finite"):
@@ -249,7 +249,7 @@ def test_an_alpha_that_is_no_number_is_refused(base, tmp_path):
 @pytest.mark.parametrize(
     "own", ["[]", "[" * 100_000, '{"unet.alpha_pattern": [3]}', '{"unet.alpha_pattern": {"(": 3}}']
 )
-def test_a_damaged_configuration_in_a_header_is_one_sentence(tmp_path, own):
+def test_a_damaged_configuration_in_a_header_is_a_one_line_error(tmp_path, own):
     file = write_lora(tmp_path / "bad.safetensors", {"a": torch.zeros(1)}, {METADATA_KEY: own})
     with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
         read_lora_scales(file, read_safetensors(file))

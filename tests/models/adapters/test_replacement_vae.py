@@ -43,7 +43,7 @@ def layouts(other: Path, folder: Path) -> dict[str, Path]:
     return {"folder": other, "diffusers": other / WEIGHTS} | {n: folder / f"{n}.safetensors" for n in kinds}
 
 
-def test_from_every_layout_it_is_the_autoencoder_of_diffusers(tiny, other, tmp_path):
+def test_every_layout_gives_the_autoencoder_of_diffusers(tiny, other, tmp_path):
     base, reference = load(tiny), AutoencoderKL.from_pretrained(other, low_cpu_mem_usage=False).float()
     z, x = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
@@ -85,7 +85,7 @@ def test_a_folder_of_another_shape_or_factor_is_refused(tiny, other, tmp_path, c
         replacement_vae.open_vae(folder, load(tiny).spec.autoencoder)
 
 
-def test_a_file_that_lacks_or_changes_something_is_refused_by_its_keys(other, tmp_path):
+def test_missing_and_misshaped_tensors_are_named(other, tmp_path):
     own, tensors = tiny_model().spec.autoencoder, load_file(other / WEIGHTS)
     bias = "decoder.conv_in.bias"
     for change, named in (

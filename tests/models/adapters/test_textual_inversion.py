@@ -60,7 +60,7 @@ def test_every_form_of_file_is_read(tmp_path, vectors, name):
 
 
 @torch.inference_mode()
-def test_a_word_of_known_vectors_is_what_they_were_taken_from_in_both_encoders(tmp_path):
+def test_an_embedding_of_existing_vectors_gives_the_same_context(tmp_path):
     model = random_model(xl_spec())
     ids = model.conditioner.encoders[0].tokenize(["cat"])[0, 1:4]
     pair = {
@@ -92,7 +92,7 @@ ODD = [{"a": ONES, "b": ONES}, {"a": ONES[None]}, {"a": ONES.int()}, {"a": ONES 
 
 
 @pytest.mark.parametrize("content", ODD)
-def test_what_is_no_embedding_is_refused(tmp_path, content):
+def test_other_tensors_are_refused(tmp_path, content):
     save_file({key: value.clone() for key, value in content.items()}, tmp_path / "odd.safetensors")
     with pytest.raises(CheckpointError, match="embedding w"):
         textual_inversion.read_embedding("w", tmp_path / "odd.safetensors")

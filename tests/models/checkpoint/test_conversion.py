@@ -47,7 +47,7 @@ def test_each_model_is_the_same_afterwards(tmp_path, name):
     assert same(after, load(tmp_path / "again"))
 
 
-def test_what_a_yaml_file_said_is_kept(tmp_path):
+def test_facts_from_a_yaml_file_are_kept(tmp_path):
     file = write(tmp_path, "celebahq", lambda tensors: tensors.pop("betas"))
     note = tmp_path / "celebahq.yaml"
     note.write_text("model: {params: {linear_start: 0.001, linear_end: 0.02, scale_factor: 0.5}}")
@@ -57,7 +57,7 @@ def test_what_a_yaml_file_said_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", None])
-def test_weights_are_in_the_type_asked_for_or_as_they_are(tmp_path, dtype):
+def test_weights_are_converted_to_the_type_given(tmp_path, dtype):
     def edit(tensors):
         tensors.update({key: value.double() for key, value in tensors.items() if "first_stage" in key})
 
@@ -71,7 +71,7 @@ def test_weights_are_in_the_type_asked_for_or_as_they_are(tmp_path, dtype):
     assert types["first_stage_model.quant_conv.bias"] == short.get(dtype, "F64")
 
 
-def test_a_first_stage_alone_and_words(tmp_path):
+def test_a_first_stage_alone_and_a_vocabulary(tmp_path):
     stage = load(write(tmp_path, "lsun_churches")).autoencoder.state_dict()
     save_file(stage | {"loss.logvar": torch.zeros(1)}, tmp_path / "kl.safetensors")
     convert(tmp_path / "kl.safetensors", tmp_path / "kl")
@@ -103,7 +103,7 @@ def test_a_diffusers_folder_becomes_one_in_safetensors(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_is_written_over_and_nothing_by_halves(tmp_path, monkeypatch):
+def test_targets_are_not_overwritten_and_written_completely_or_not_at_all(tmp_path, monkeypatch):
     file = write(tmp_path, "celebahq")
     there = sorted(path.name for path in tmp_path.iterdir())
     for target in (tmp_path, file):
@@ -131,7 +131,7 @@ def test_nothing_is_written_over_and_nothing_by_halves(tmp_path, monkeypatch):
     assert same(load(file), load(tmp_path / "out"))
 
 
-def test_a_checkpoint_with_a_fault_is_not_converted(tmp_path):
+def test_an_incomplete_checkpoint_is_not_converted(tmp_path):
     file = write(tmp_path, "celebahq", lambda ts: ts.pop("first_stage_model.quant_conv.bias"))
     with pytest.raises(CheckpointError, match=r"1 missing keys: first_stage_model.quant_conv.bias"):
         convert(file, tmp_path / "out")
@@ -153,7 +153,7 @@ def test_a_checkpoint_with_a_fault_is_not_converted(tmp_path):
         ({"colour": 1}, "may have"),
     ],
 )
-def test_a_wrong_word_in_ldm_json_is_named(tmp_path, change, what):
+def test_an_invalid_value_in_ldm_json_is_named(tmp_path, change, what):
     convert(write(tmp_path, "celebahq"), tmp_path / "out")
     own = json.loads((tmp_path / "out" / "ldm.json").read_text())
     (tmp_path / "out" / "ldm.json").write_text(json.dumps(own | {"compvis": own["compvis"] | change}))

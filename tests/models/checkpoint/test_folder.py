@@ -90,7 +90,7 @@ def test_the_spec_is_read_without_weights(folder):
     assert read_spec(folder) == tiny_spec()
 
 
-def test_a_folder_without_our_file_has_its_own_name_and_size(folder):
+def test_a_folder_without_ldm_json_has_its_own_name_and_size(folder):
     (folder / "ldm.json").unlink()
     spec = read_spec(folder)
     assert (spec.name, spec.defaults.width, spec.defaults.height) == ("tiny", 64, 64)
@@ -150,7 +150,7 @@ def test_wrong_keys_are_named(folder, file, key):
 @pytest.mark.parametrize(
     "damage", [lambda b: b[: len(b) // 2], lambda b: b[:5], lambda b: b"", lambda b: b"x" * 999]
 )
-def test_damaged_weights_are_one_sentence(folder, file, damage):
+def test_damaged_weights_are_a_one_line_error(folder, file, damage):
     (folder / file).write_bytes(damage((folder / file).read_bytes()))
     with pytest.raises(CheckpointError, match=r"safetensors is corrupt or truncated"):
         load(folder)
@@ -232,7 +232,7 @@ def test_networks_that_do_not_fit_are_refused(folder):
         read_spec(folder)
 
 
-def test_no_folder_is_an_error(tmp_path):
+def test_a_path_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="neither a folder nor"):
         load(tmp_path / "nothing")
 
@@ -263,7 +263,7 @@ def test_values_too_large_for_the_file_are_refused(tmp_path):
         save(model, tmp_path / "m")
 
 
-def test_overflow_is_what_the_context_leaves_out(folder):
+def test_overflow_is_the_text_beyond_the_context(folder):
     overflow = load(folder).conditioner.overflow
     assert overflow("red apple") == ""
     assert overflow("a" * 75) == ""

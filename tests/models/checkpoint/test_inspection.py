@@ -17,7 +17,7 @@ from tests.checkpoints.tiny import random_model, upscaler_spec, write_tiny_model
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
-def test_each_model_is_named_in_either_form(tmp_path, name):
+def test_each_model_is_recognised_in_both_formats(tmp_path, name):
     torch.save({"state_dict": published(name)}, tmp_path / f"{name}.ckpt")
     convert(tmp_path / f"{name}.ckpt", tmp_path / "out", allow_pickle=True)
     model = load(tmp_path / "out")
@@ -32,7 +32,7 @@ def test_each_model_is_named_in_either_form(tmp_path, name):
     assert [report.layout for report in reports] == ["single file (ckpt)", "folder of a single file"]
 
 
-def test_lines_for_people_and_for_machines(tmp_path):
+def test_the_report_as_text_and_as_json(tmp_path):
     report = inspect(write(tmp_path, "celebahq"))
     text = as_text(report)
     for line in (
@@ -47,7 +47,7 @@ def test_lines_for_people_and_for_machines(tmp_path):
     assert json.loads(as_json(report))["latent"] == [3, 128, 128]
 
 
-def test_what_is_missing_and_what_is_too_much(tmp_path):
+def test_missing_and_unexpected_tensors_are_problems(tmp_path):
     def edit(tensors):
         del tensors["first_stage_model.quant_conv.bias"]
         tensors |= {f"optimizer.{i}": torch.zeros(1) for i in range(6)}
@@ -88,13 +88,13 @@ def test_no_weight_is_read(tmp_path, monkeypatch):
         load(file)
 
 
-def test_what_is_no_model_is_an_error(tmp_path):
+def test_a_file_of_something_else_is_an_error(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="neither"):
         inspect(tmp_path / "x.safetensors")
 
 
-def test_an_upscaler_is_called_one(tmp_path):
+def test_the_family_of_an_upscaler(tmp_path):
     save(random_model(upscaler_spec()), tmp_path / "up")
     report = inspect(tmp_path / "up")
     assert report.family == "super-resolution, 4x with noise conditioning"

@@ -20,7 +20,7 @@ from tests.checkpoints.tiny import tiny_model
 
 @pytest.mark.parametrize("name", ROWS)
 @torch.inference_mode()
-def test_each_model_is_known_by_its_tensors(tmp_path, name):
+def test_each_model_is_recognised_by_its_tensors(tmp_path, name):
     unet, first_stage, condition, end = ROWS[name]
     model = load(write(tmp_path, name))
     assert model.spec.name == name
@@ -131,7 +131,7 @@ def test_pickles_with_a_trainers_objects_are_read_when_allowed_and_never_run(tmp
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_folder_layout_has_no_words_for_some(tmp_path):
+def test_models_that_the_folder_layout_cannot_describe_are_refused(tmp_path):
     model = load(write(tmp_path, "celebahq"))
     with pytest.raises(CheckpointError, match="CLIP"):
         save(model, tmp_path / "m")
@@ -142,7 +142,7 @@ def test_the_folder_layout_has_no_words_for_some(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_vocabulary_beside_the_file_is_taken(tmp_path):
+def test_a_vocabulary_next_to_the_file_is_used(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "apple"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     file = write(tmp_path, "text2img256")
@@ -204,14 +204,14 @@ def test_weights_of_the_files_own_type_stay_in_the_file(tmp_path, form):
         (lambda value: value.to(torch.complex64), "first_stage_model.quant_conv.bias complex64"),
     ],
 )
-def test_weights_that_are_no_floats_are_named(tmp_path, change, what):
+def test_weights_that_are_not_floats_are_named(tmp_path, change, what):
     key = "first_stage_model.quant_conv.bias"
     file = write(tmp_path, "celebahq", lambda tensors: tensors.update({key: change(tensors[key])}))
     with pytest.raises(CheckpointError, match=f"Autoencoder: 1 mistyped keys: {what}"):
         load(file)
 
 
-def test_a_float_taken_for_another_of_its_size_is_noticed(tmp_path):
+def test_a_float_type_swapped_for_another_of_its_size_is_refused(tmp_path):
     """float16 and bfloat16 in one network: the header is damaged. Larger and smaller floats may mix."""
 
     def edit(tensors):

@@ -87,7 +87,7 @@ def outputs(row: Row, model, networks: Reference) -> dict[str, tuple[torch.Tenso
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 @torch.inference_mode()
-def test_each_model_is_known_and_computes_what_the_original_does(tmp_path, name):
+def test_each_model_is_recognised_and_matches_the_reference(tmp_path, name):
     file = write(tmp_path, name)
     model, (row, networks) = load(file), made(name)
     for what, (ours, theirs) in outputs(row, model, networks).items():
@@ -113,7 +113,7 @@ def test_the_short_prompts_padding(tmp_path):
 
 
 @torch.inference_mode()
-def test_averages_are_the_weights_that_count(tmp_path):
+def test_averaged_weights_are_used(tmp_path):
     model, (row, networks) = load(write(tmp_path, "sd1", averaged=True)), made("sd1")
     assert relative_error(*outputs(row, model, networks)["eps"]) <= LIMIT
 
@@ -158,7 +158,7 @@ def test_files_written_by_others_lack_some_names(tmp_path):
     assert relative_error(*outputs(row, model, networks)["context"]) <= LIMIT
 
 
-def test_what_stable_diffusion_2_predicts(tmp_path):
+def test_the_prediction_of_stable_diffusion_2(tmp_path):
     """No tensor shows it: v, unless a file beside says, or who asks, or a mark in the file."""
     file, note = outline(tmp_path, "sd2"), tmp_path / "sd2.yaml"
 
@@ -189,7 +189,7 @@ def test_what_stable_diffusion_2_predicts(tmp_path):
     assert load(file, prediction="epsilon").spec.schedule.prediction == "epsilon"
 
 
-def test_what_others_predict_is_known_or_said(tmp_path):
+def test_the_prediction_of_other_models(tmp_path):
     file = outline(tmp_path, "sd1")
     assert read_spec(file, prediction="v_prediction").schedule.prediction == "epsilon"  # not of this model
     (tmp_path / "sd1.yaml").write_text("model: {params: {parameterization: v}}")
@@ -300,7 +300,7 @@ def test_misshaped_keys_are_named(tmp_path, name, key, what):
         load(outline(tmp_path, name, lambda tensors: tensors.update({key: torch.zeros(6, 6)})))
 
 
-def test_tensors_without_meaning_are_known_by_name(tmp_path):
+def test_unused_tensors_are_ignored_by_name(tmp_path):
     names = [
         OPEN + "attn_mask",
         "denoiser.sigmas",
@@ -338,7 +338,7 @@ def test_tensors_without_meaning_are_known_by_name(tmp_path):
         ),
     ],
 )
-def test_what_is_no_model_of_these_is_one_sentence(tmp_path, name, edit, what):
+def test_tensors_that_do_not_fit_are_a_one_line_error(tmp_path, name, edit, what):
     with pytest.raises(CheckpointError, match=what):
         load(outline(tmp_path, name, edit))
 
@@ -364,7 +364,7 @@ def test_the_upscalers_two_schedules(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1-inpainting", "sd2", "sd-x4", "sdxl"])
 @torch.inference_mode()
-def test_converted_it_is_a_folder_that_diffusers_loads(tmp_path, name):
+def test_diffusers_loads_the_converted_folder(tmp_path, name):
     file, (row, networks) = write(tmp_path, name), made(name)
     convert(file, tmp_path / "folder")
     theirs = DiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
@@ -387,7 +387,7 @@ def test_converted_it_is_a_folder_that_diffusers_loads(tmp_path, name):
     assert torch.equal(ids, ours.conditioner.tokenize(PROMPTS)[-1])
 
 
-def test_the_refiner_is_called_by_its_name(tmp_path):
+def test_the_refiner_is_refused_by_name(tmp_path):
     def edit(tensors):
         for key in [key for key in tensors if key.startswith("conditioner.embedders.")]:
             value = tensors.pop(key)

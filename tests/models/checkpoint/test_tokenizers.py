@@ -42,7 +42,7 @@ def test_a_photo_of_a_cat(tokenizer):
     assert ids == [49406, 320, 1125, 539, 320, 2368] + 71 * [49407]
 
 
-def test_hundreds_of_odd_texts_have_the_ids_of_other_code(tokenizer):
+def test_odd_texts_have_the_ids_of_the_reference_tokenizer(tokenizer):
     assert len(KNOWN) > 300
     for text, ids in KNOWN:
         assert tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] == ids, text
@@ -57,12 +57,12 @@ def test_padding_with_0_does_to_exclamation_marks_what_published_folders_do(publ
         assert ours(text, **how)["input_ids"] == theirs(text, **how)["input_ids"], text
 
 
-def test_an_id_that_is_no_tokens_pads_nothing():
+def test_an_unknown_padding_id_is_refused():
     with pytest.raises(ValueError, match="0 to 49407, not 49408"):
         clip(pad=49408)
 
 
-def test_an_installed_package_has_it_too():
+def test_the_installed_package_contains_the_tokenizer():
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     patterns = tool["setuptools"]["package-data"]["*"]
     files = [file for file in (ROOT / "weights" / "tokenizers").rglob("*") if file.is_file()]

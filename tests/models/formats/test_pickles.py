@@ -132,7 +132,7 @@ def test_a_module_state_with_its_metadata_and_older_protocols(tmp_path):
         }
 
 
-def test_a_trainers_objects_become_nothing(tmp_path):
+def test_objects_of_a_trainer_are_skipped(tmp_path):
     rest = {
         "callbacks": {Trainer: Trainer()},
         "arguments": Namespace(lr=0.1),
@@ -183,7 +183,7 @@ ATTACKS = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("place", ["beside", "as a weight"])
-def test_what_would_run_code_is_refused_and_does_not(tmp_path, attack, place):
+def test_pickles_that_would_run_code_are_refused(tmp_path, attack, place):
     made = ATTACKS[attack](tmp_path / "ran")
     code = made if isinstance(made, bytes) else pickle.dumps(made, 2)[2:-1]
     weights = b"}" + short("w") + tensor() + b"s"
@@ -201,7 +201,7 @@ def test_what_would_run_code_is_refused_and_does_not(tmp_path, attack, place):
     assert not (tmp_path / "ran").exists()
 
 
-def test_dots_in_a_name_lead_nowhere(tmp_path):
+def test_dotted_names_are_not_looked_up(tmp_path):
     """Python's own reader would go from torch to os to system."""
     code = name("torch", "os.system") + short(f"touch {tmp_path / 'ran'}") + b"\x85R"
     whole = b"\x80\x04}" + short("x") + code + b"s" + short("state_dict") + state(tensor())[2:-1] + b"s."
@@ -209,7 +209,7 @@ def test_dots_in_a_name_lead_nowhere(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_names_that_look_harmless_run_nothing_either():
+def test_harmless_names_are_not_called():
     """They are not refused; still nothing is looked up, called or built."""
     sys.modules["innocent"] = sys.modules[__name__]
     try:
@@ -279,7 +279,7 @@ def test_no_module_is_imported_for_a_name(tmp_path, monkeypatch):
         (b"\xff", "corrupt"),
     ],
 )
-def test_tensors_that_cannot_be_are_one_sentence(tmp_path, value, what):
+def test_invalid_tensors_are_one_line_errors(tmp_path, value, what):
     file = archive(tmp_path / "m.ckpt", state(value), {"0": bytes(16)})
     with pytest.raises(CheckpointError, match=what) as caught:
         read_pickle(file)
@@ -309,7 +309,7 @@ BOMBS = {  # what leaves one value, and the error if there is one
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_what_claims_or_nests_much_takes_little(tmp_path, bomb):
+def test_large_claims_and_deep_nesting_take_little_memory(tmp_path, bomb):
     (code, error), weights = BOMBS[bomb], b"}" + short("w") + tensor() + b"s"
     whole = b"\x80\x04}" + short("state_dict") + weights + b"s" + short("x") + code + b"s."
     file = archive(tmp_path / "m.ckpt", whole, {"0": bytes(16)})
@@ -369,13 +369,13 @@ def test_a_list_of_entries_of_gigabytes_is_not_read(tmp_path):
         read_pickle(file)
 
 
-def test_a_pickle_larger_than_any_models_is_refused(tmp_path, monkeypatch):
+def test_a_pickle_that_is_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(pickles, "MAX_PICKLE_BYTES", 1000)
     with pytest.raises(CheckpointError, match="has 2000 bytes, more than 1000"):
         read_pickle(archive(tmp_path / "m.ckpt", b"N" * 2000))
 
 
-def test_other_forms_say_what_they_are(tmp_path):
+def test_other_formats_are_named(tmp_path):
     file = written(tmp_path, {"w": torch.ones(2)}, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"torch before 1\.6"):
         read_pickle(file)
@@ -397,7 +397,7 @@ def test_other_forms_say_what_they_are(tmp_path):
             read_pickle(file)
 
 
-def test_every_cut_and_every_damage_to_the_pickle_is_noticed(tmp_path):
+def test_truncated_and_damaged_files_are_refused(tmp_path):
     file = written(tmp_path, {"w": torch.ones(2, 3)})
     whole = file.read_bytes()
     for end in range(0, len(whole), 7):

@@ -35,7 +35,7 @@ def entry(shape=(6,), offsets=(0, 24), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-def test_names_types_shapes_and_places(file):
+def test_the_header_has_names_types_shapes_and_positions(file):
     header = read_safetensors(file).tensors
     assert {name: (stored.dtype, stored.shape) for name, stored in header.items()} == {
         "a": ("float32", (2, 3)),
@@ -53,13 +53,13 @@ def test_a_header_of_640_bytes_begins_like_a_pickle(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_numbers_of_every_float_are_read(tmp_path, dtype):
+def test_values_of_every_float_type_are_read(tmp_path, dtype):
     save_file({"x": torch.tensor([0.5, -2.0]).to(dtype)}, tmp_path / "m.safetensors")
     stored = read_safetensors(tmp_path / "m.safetensors").tensors["x"]
     assert read_values(tmp_path / "m.safetensors", stored).tolist() == [0.5, -2.0]
 
 
-def test_only_few_numbers_are_read_here_and_floats_only(file):
+def test_only_small_tensors_of_floats_are_read(file):
     for stored in (Stored("int32", (1,), (1,), 8, 4), Stored("float32", (2**20,), (1,), 8, 2**22)):
         with pytest.raises(CheckpointError, match="expected a few floats"):
             read_values(file, stored)
@@ -91,7 +91,7 @@ def test_only_few_numbers_are_read_here_and_floats_only(file):
         (b"\xff" * 9, "corrupt"),
     ],
 )
-def test_a_header_that_cannot_be_is_one_sentence(tmp_path, header, what):
+def test_an_invalid_header_is_a_one_line_error(tmp_path, header, what):
     with pytest.raises(CheckpointError, match=what) as caught:
         read_safetensors(write(tmp_path / "m.safetensors", header))
     assert "\n" not in str(caught.value)
@@ -126,13 +126,13 @@ def test_a_header_as_large_as_a_model_is_refused_unread(tmp_path):
         (b"Entry not found, sorry", "corrupt"),
     ],
 )
-def test_what_only_has_the_name_of_a_safetensors_file(tmp_path, content, what):
+def test_other_contents_of_a_safetensors_file_are_named(tmp_path, content, what):
     (tmp_path / "m.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=what):
         read_safetensors(tmp_path / "m.safetensors")
 
 
-def test_folders_and_pipes_are_refused_and_never_waited_for(tmp_path):
+def test_folders_and_pipes_are_refused_at_once(tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
     os.mkfifo(tmp_path / "pipe.safetensors")
     for name in ("folder", "pipe", "missing"):
@@ -140,7 +140,7 @@ def test_folders_and_pipes_are_refused_and_never_waited_for(tmp_path):
             read_safetensors(tmp_path / f"{name}.safetensors")
 
 
-def test_every_cut_is_noticed(file):
+def test_every_truncation_is_refused(file):
     whole = file.read_bytes()
     for end in range(len(whole)):
         file.write_bytes(whole[:end])
@@ -148,7 +148,7 @@ def test_every_cut_is_noticed(file):
             read_safetensors(file)
 
 
-def test_a_flipped_byte_in_a_header_is_refused_or_changes_no_tensor_unseen(file):
+def test_a_flipped_byte_in_a_header_is_refused_or_changes_a_name(file):
     """What is not refused has another name, which strict loading tells; or the byte says nothing."""
     whole, before = file.read_bytes(), read_safetensors(file).tensors
     length, dice = struct.unpack("<Q", whole[:8])[0], random.Random(1)

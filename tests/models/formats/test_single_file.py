@@ -51,7 +51,7 @@ def put(path, value):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_spec_is_the_loaded_models_in_either_form(tmp_path, name):
+def test_the_spec_is_that_of_the_loaded_model_in_both_formats(tmp_path, name):
     file = write(tmp_path, name)
     expected = load(file).spec
     assert read_spec(file) == expected
@@ -61,13 +61,13 @@ def test_the_spec_is_the_loaded_models_in_either_form(tmp_path, name):
         read_spec(tmp_path / f"{name}.ckpt")
 
 
-def test_a_file_called_model_has_its_folders_name(tmp_path):
+def test_a_file_called_model_is_named_after_its_folder(tmp_path):
     (tmp_path / "cin256").mkdir()
     save_file(published("cin256"), tmp_path / "cin256" / "model.safetensors")
     assert read_spec(tmp_path / "cin256" / "model.safetensors").name == "cin256"
 
 
-def test_a_yaml_file_says_what_tensors_do_not(tmp_path):
+def test_a_yaml_file_gives_facts_that_tensors_do_not_show(tmp_path):
     file = write(tmp_path, "celebahq", without_tables)
     plain = read_spec(file)
     assert (plain.schedule.beta_end, plain.unet.heads, plain.autoencoder.scale_factor) == (0.0195, (1, 2), 1)
@@ -90,7 +90,7 @@ def test_a_yaml_file_says_what_tensors_do_not(tmp_path):
     )
 
 
-def test_which_yaml_file_is_taken(tmp_path):
+def test_which_yaml_file_is_read(tmp_path):
     file = write(tmp_path, "celebahq", without_tables)
     alone = put(tmp_path / "config.yaml", config(linear_end=0.02))
     assert read_spec(file).schedule.beta_end == 0.02  # the only one
@@ -140,7 +140,7 @@ def test_which_yaml_file_is_taken(tmp_path):
         ("x: " + "y" * 2**20, "larger than"),
     ],
 )
-def test_a_yaml_file_that_contradicts_or_cannot_be_is_one_sentence(tmp_path, change, what):
+def test_a_contradicting_or_invalid_yaml_file_is_a_one_line_error(tmp_path, change, what):
     file = write(tmp_path, "celebahq")
     put(tmp_path / "celebahq.yaml", config())
     read_spec(file)
@@ -150,7 +150,7 @@ def test_a_yaml_file_that_contradicts_or_cannot_be_is_one_sentence(tmp_path, cha
     assert "\n" not in str(caught.value)
 
 
-def test_a_factor_in_the_file_and_another_beside_it(tmp_path):
+def test_a_scale_factor_that_contradicts_the_yaml_file(tmp_path):
     file = write(tmp_path, "lsun_churches")
     note = tmp_path / "lsun_churches.yaml"
     put(note, {"model": {"params": {"scale_by_std": True, "scale_factor": 1.0}}})
@@ -160,7 +160,7 @@ def test_a_factor_in_the_file_and_another_beside_it(tmp_path):
         read_spec(file)
 
 
-def test_a_yaml_file_that_unfolds_to_more_than_memory_holds_is_one_sentence(tmp_path):
+def test_a_yaml_file_with_references_is_refused(tmp_path):
     note, lines = tmp_path / "bomb.yaml", ["a0: &a0 [1]"]
     lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 10)]
     note.write_text("\n".join([*lines, "model: {params: {linear_start: *a9}}"]))
@@ -168,7 +168,7 @@ def test_a_yaml_file_that_unfolds_to_more_than_memory_holds_is_one_sentence(tmp_
         read_yaml(note)
 
 
-def test_a_first_stages_yaml_file(tmp_path):
+def test_the_yaml_file_of_a_first_stage_alone(tmp_path):
     tensors = {
         key.removeprefix("first_stage_model."): value
         for key, value in published("celebahq").items()
@@ -199,13 +199,13 @@ def test_a_first_stages_yaml_file(tmp_path):
         ("first_stage_model.post_quant_conv.weight", torch.ones(3), "no known structure"),
     ],
 )
-def test_tensors_that_make_no_model_are_one_sentence(tmp_path, key, value, what):
+def test_tensors_of_no_model_are_a_one_line_error(tmp_path, key, value, what):
     file = write(tmp_path, "celebahq", lambda tensors: tensors.update({key: value}))
     with pytest.raises(CheckpointError, match=what):
         load(file)
 
 
-def test_widths_that_no_network_has_are_one_sentence(tmp_path):
+def test_impossible_widths_are_a_one_line_error(tmp_path):
     key = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
     file = write(tmp_path, "celebahq", lambda tensors: tensors.update({key: torch.ones(33, 32, 3, 3)}))
     with pytest.raises(CheckpointError, match=r"no known structure"):
