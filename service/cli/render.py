@@ -258,7 +258,7 @@ def run_job(job: Job, settings: Settings, sources: Mapping[str, Source]) -> Done
             if isinstance(event, Started):
                 bar.reset(event.steps)
             elif isinstance(event, Stepped):
-                bar.update(dict(event.jobs)[job.id] - bar.n)
+                bar.update(next(each.steps for each in event.jobs if each.job == job.id) - bar.n)
             elif isinstance(event, Done):
                 results.append(event)
             elif isinstance(event, Failed):
