@@ -1,4 +1,4 @@
-"""The jobs API: POST /jobs, then GET and DELETE /jobs/{id} and its events."""
+"""The jobs API: POST /jobs, GET and DELETE /jobs/{id}, GET /jobs/{id}/events."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from service.requests.schemas import JobRequest, JobStatus, error_responses
 router = APIRouter(tags=["jobs"], route_class=JSONRoute)
 
 ACCEPTED: dict[str, Any] = {
-    "description": "It has a place in the queue",
-    "headers": {"Location": {"schema": {"type": "string"}, "description": "where to ask for it"}},
+    "description": "The job is in the queue",
+    "headers": {"Location": {"schema": {"type": "string"}, "description": "Address of the job"}},
 }
 EVENTS: dict[str, Any] = {
     "description": (
-        "Server-sent events `queued`, `step`, `preview` and, at the end, `done`, `failed` or `cancelled`; "
-        "the data of a `preview` are `index`, `step`, `data` (base64), `media_type`, `width` and `height`, "
-        "those of all others the JobStatus of that moment"
+        "Server-sent events `queued`, `step`, `preview` and, at the end, `done`, `failed` or `cancelled`. "
+        "The data of a `preview` are `index`, `step`, `data` (base64), `media_type`, `width` and `height`; "
+        "the data of all other events are a JobStatus"
     ),
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
-LIVE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # or a proxy gathers events until the end
+SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # keep proxies from buffering events
 
 
 def find(request: Request, job_id: str) -> Record:
@@ -39,7 +39,7 @@ def find(request: Request, job_id: str) -> Record:
     "/jobs",
     status_code=202,
     responses={202: ACCEPTED, **error_responses(400, 404, 408, 413, 415, 422, 429, 500, 503)},
-    summary="Ask for pictures without waiting for them",
+    summary="Start a job",
 )
 async def create_job(
     body: Annotated[JobRequest, Body()],
@@ -51,11 +51,11 @@ async def create_job(
             alias="Idempotency-Key",
             min_length=1,
             max_length=255,
-            description="the same key and body: the same job",
+            description="A repeated key with the same body returns the first job",
         ),
     ] = None,
 ) -> JobStatus:
-    """Take a place in the queue and answer at once. The job goes on when the client leaves."""
+    """Queues the job and answers at once. The job continues when the client disconnects."""
     key = idempotency_key and (idempotency_key, *map(digest, credentials_in(request.scope)))
     jobs: Jobs = request.app.state.jobs
     record = await jobs.submit(body, key, request.state.request_id)
@@ -63,9 +63,9 @@ async def create_job(
     return await record.describe()
 
 
-@router.get("/jobs/{job_id}", responses=error_responses(404, 422, 500), summary="Where a job stands")
+@router.get("/jobs/{job_id}", responses=error_responses(404, 422, 500), summary="Get a job")
 async def read_job(job_id: str, request: Request) -> JobStatus:
-    """With the pictures once it is done. Jobs that have ended are kept for a while only."""
+    """The state of a job, with the images once it is done. An ended job is kept for a limited time."""
     return await find(request, job_id).describe()
 
 
@@ -73,19 +73,19 @@ async def read_job(job_id: str, request: Request) -> JobStatus:
     "/jobs/{job_id}/events",
     response_class=StreamingResponse,
     responses={200: EVENTS, **error_responses(404, 422, 500)},
-    summary="Watch a job",
+    summary="Stream the events of a job",
 )
 async def job_events(job_id: str, request: Request) -> StreamingResponse:
-    """The state of now, then what is new, to the end; a slow reader misses steps, never the end."""
+    """Sends the current state, then every change to the end. A slow reader may miss steps, never the end."""
     events = stream(find(request, job_id))
-    return StreamingResponse(events, media_type="text/event-stream", headers=LIVE)
+    return StreamingResponse(events, media_type="text/event-stream", headers=SSE_HEADERS)
 
 
 async def stream(record: Record) -> AsyncIterator[str]:
-    """As text/event-stream; a comment now and then keeps a silent connection open."""
+    """A job's events as text/event-stream; a comment now and then keeps a silent connection open."""
     async for event in record.events():
         if event is None:
-            yield ": still here\n\n"
+            yield ": keep-alive\n\n"
         else:
             name, data = event
             yield f"event: {name}\ndata: {data.model_dump_json()}\n\n"
@@ -93,7 +93,7 @@ async def stream(record: Record) -> AsyncIterator[str]:
 
 @router.delete("/jobs/{job_id}", responses=error_responses(404, 422, 500), summary="Cancel a job")
 async def cancel_job(job_id: str, request: Request) -> JobStatus:
-    """Its rows are free within one step. A job that has ended stays as it is."""
+    """Stops the job within one step. A job that has ended stays as it is."""
     record = find(request, job_id)
     await record.cancel()
     return await record.describe()

@@ -38,11 +38,14 @@ Result = TypeVar("Result")
 
 GENERATE_ERRORS = (400, 404, 406, 408, 413, 415, 422, 429, 500, 503, 504, 507)
 IMAGE_RESPONSE: dict[str, Any] = {
-    "description": "The pictures; with `Accept: image/png` (or jpeg, webp) and n = 1 the picture itself",
+    "description": "The images; with `Accept: image/png` (or jpeg, webp) and n = 1, the image itself",
     "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()},
     "headers": {
-        "X-Request-Id": {"schema": {"type": "string"}, "description": "names the request in logs and errors"},
-        "X-Seed": {"schema": {"type": "integer"}, "description": "of a picture by itself"},
+        "X-Request-Id": {
+            "schema": {"type": "string"},
+            "description": "Identifies the request in logs and errors",
+        },
+        "X-Seed": {"schema": {"type": "integer"}, "description": "Seed of an image sent by itself"},
     },
 }
 
@@ -62,36 +65,38 @@ Accept = Annotated[str | None, Header(include_in_schema=False)]
 async def generate(
     body: GenerateRequest, request: Request, accept: Accept = None
 ) -> GenerateResponse | Response:
-    """Wait for the pictures. Leaving early cancels them."""
+    """Waits until the images are done. Closing the connection cancels the request."""
     return await answer(body, request, accept)
 
 
-@router.post("/inpaint", **GENERATE_RESPONSES, summary="Paint a part of a picture anew")
+@router.post("/inpaint", **GENERATE_RESPONSES, summary="Repaint a part of an image")
 async def inpaint(
     body: InpaintRequest, request: Request, accept: Accept = None
 ) -> GenerateResponse | Response:
-    """Wait for the pictures, of the size of `image`; leaving early cancels them.
+    """Waits until the images, of the size of `image`, are done. Closing the connection cancels the request.
 
-    Where the mask is black, an 8-bit RGB picture comes back as it was sent, bit for bit in a PNG. What is
-    transparent in it becomes white, of 16 bits the upper 8 stay, and it is turned as its EXIF data say.
+    Where the mask is black, an 8-bit RGB image comes back exactly as sent, in a lossless format. Transparent
+    pixels of the input become white, 16-bit values keep their upper 8 bits, and the Exif orientation is
+    applied.
     """
     return await answer(body, request, accept)
 
 
-@router.post("/upscale", **GENERATE_RESPONSES, summary="Enlarge a picture")
+@router.post("/upscale", **GENERATE_RESPONSES, summary="Upscale an image")
 async def upscale(
     body: UpscaleRequest, request: Request, accept: Accept = None
 ) -> GenerateResponse | Response:
-    """Wait for the picture, `scale` times the size of `image`; leaving early cancels it.
+    """Waits until the image, `scale` times the size of `image`, is done. Closing the connection cancels the
+    request.
 
-    Of a large picture, tiles are made that overlap and fade into each other. What is transparent in it
-    becomes white, and it is turned as its EXIF data say.
+    A large image is processed in overlapping tiles, which are blended. Transparent pixels of the input become
+    white, and the Exif orientation is applied.
     """
     return await answer(body, request, accept)
 
 
 async def answer(body: AnyRequest, request: Request, accept: str | None) -> GenerateResponse | Response:
-    """What all handlers that wait for images do."""
+    """Run a request and answer with JSON, or with the image itself if the client accepts that."""
     output = response.negotiate(accept, body)
     made = await run(request, lambda: Submission(body, output))
     return made.as_image() if output else await made.as_json()
@@ -125,7 +130,7 @@ async def disconnect(request: Request) -> None:
         pass
 
 
-@router.get("/models", responses=error_responses(500, 503), summary="What can be asked for")
+@router.get("/models", responses=error_responses(500, 503), summary="List the models")
 async def list_models(request: Request) -> ModelList:
     """Each loaded model: its tasks, defaults, limits and samplers."""
     state = request.app.state
@@ -134,7 +139,7 @@ async def list_models(request: Request) -> ModelList:
 
 
 def describe(spec: ModelSpec, settings: Settings) -> Model:
-    """What a client may want to know before it asks."""
+    """A model as GET /models describes it."""
     return Model(
         name=spec.name,
         tasks=list(spec.tasks),
@@ -164,14 +169,14 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
 
 
 def names_of(spec: ModelSpec) -> Sequence[str]:
-    """Of labels; numbers where a segmentation needs their colours, else none where they have none."""
+    """Names of the labels; numbers if they have no names but colours, and none if they have neither."""
     if not spec.labels and "segmentation" in spec.inputs:
         return [str(number) for number in range(spec.label_count)]
     return spec.labels
 
 
 def inpainting_of(spec: ModelSpec) -> Literal["mask channels", "blending"] | None:
-    """How the model inpaints, if it does."""
+    """How the model inpaints; None if it does not."""
     if "inpainting" not in spec.tasks:
         return None
     return "mask channels" if spec.mask_channels else "blending"

@@ -1,4 +1,4 @@
-"""What goes where: boxes and label colours -> the label of every cell of a picture, or boxes by number."""
+"""Layouts: from boxes and label colours to the label of every cell of an image, or to numbered boxes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.requests.schemas import LabelBox
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
-    """Of label `number`, counted from 1: the colour map of the PASCAL VOC segmentations; 0 is black.
+    """The colour of label `number`, counted from 1, in the colour map of PASCAL VOC; 0 is black.
 
     Bits 0, 3, 6, ... of the number are the upper bits of red, the next ones of green and blue.
     """
@@ -26,16 +26,18 @@ def colour_of(number: int) -> tuple[int, int, int]:
 
 
 def number_of(label: int | str, spec: ModelSpec, param: str) -> int:
-    """The number of a label, counted from 0; where labels have no names, their numbers are names too.
+    """The number of a label, counted from 0; if labels have no names, text may be a number too.
 
-    Raises InvalidRequest.
+    Raises InvalidRequest, naming `param`.
     """
     if isinstance(label, str) and label in spec.labels:
         return spec.labels.index(label)
     if isinstance(label, str) and not spec.labels and label.isdecimal():
         label = int(label)
     if isinstance(label, str):
-        expected = "label of the model; GET /models lists them" if spec.labels else "number: none has a name"
+        expected = (
+            "label of the model; GET /models lists them" if spec.labels else "number: labels have no names"
+        )
         raise InvalidRequest(f"{param} must be a {expected}", param=param)
     if label >= spec.label_count:
         raise InvalidRequest(f"{param} must be less than {spec.label_count}", param=param)
@@ -43,7 +45,7 @@ def number_of(label: int | str, spec: ModelSpec, param: str) -> int:
 
 
 def from_boxes(boxes: Sequence[LabelBox], spec: ModelSpec, h: int, w: int) -> np.ndarray:
-    """Each box fills the cells whose middle it covers, and the nearest one at least: uint16 (h, w)."""
+    """(h, w) uint16: each box fills the cells whose centre it covers, at least the nearest one."""
     regions = np.zeros((h, w), np.uint16)
     for index, box in enumerate(boxes):
         rows, columns = cells(box.y, box.h, h), cells(box.x, box.w, w)
@@ -52,16 +54,16 @@ def from_boxes(boxes: Sequence[LabelBox], spec: ModelSpec, h: int, w: int) -> np
 
 
 def to_prompt(regions: np.ndarray, spec: ModelSpec) -> str:
-    """A prompt that says which labels there are, of numbers from 1 or 0 for none: "A, B and C"."""
+    """A prompt of the labels in `regions`, as "A, B and C". regions: numbers from 1; 0: no label."""
     names = [spec.labels[number - 1] for number in np.unique(regions) if number]
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
 def to_numbered_boxes(boxes: Sequence[LabelBox], spec: ModelSpec) -> tuple[boxes_of.Box, ...]:
-    """For a model that reads boxes. Raises InvalidRequest."""
+    """Boxes for a model that takes them as tokens. Raises InvalidRequest."""
     most = spec.condition.objects if isinstance(spec.condition, TokenSpec) else 0
     if len(boxes) > most:
-        raise InvalidRequest(f"boxes must be at most {most} for this model", param="boxes")
+        raise InvalidRequest(f"boxes must have at most {most} items for this model", param="boxes")
     numbers = [number_of(box.name, spec, f"boxes.{index}.name") for index, box in enumerate(boxes)]
     return tuple(
         boxes_of.Box(number, box.x, box.y, box.w, box.h) for number, box in zip(numbers, boxes, strict=True)
@@ -69,22 +71,25 @@ def to_numbered_boxes(boxes: Sequence[LabelBox], spec: ModelSpec) -> tuple[boxes
 
 
 def cells(start: float, extent: float, count: int) -> slice:
-    """The cells of `count` whose middle lies between start and start + extent, parts of the side."""
+    """Those of `count` cells whose centre lies in [start, start + extent], fractions of the side."""
     first = min(round(start * count), count - 1)
     return slice(first, max(round(min(start + extent, 1.0) * count), first + 1))
 
 
-def from_colours(picture: Image.Image, spec: ModelSpec, h: int, w: int, param: str) -> np.ndarray:
-    """The label whose colour the middle of each cell has: uint16 (h, w). Raises InvalidRequest for others,
-    and for black where the model wants a label everywhere."""
+def from_colours(image: Image.Image, spec: ModelSpec, h: int, w: int, param: str) -> np.ndarray:
+    """(h, w) uint16: the label of the colour at the centre of each cell.
+
+    Raises InvalidRequest for other colours, and for black if the model needs a label everywhere.
+    """
     known = {colour_of(number): number for number in range(spec.label_count + 1)}
-    pixels = np.asarray(picture.resize((w, h), Image.Resampling.NEAREST))
+    pixels = np.asarray(image.resize((w, h), Image.Resampling.NEAREST))
     colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
     numbers = [known.get((int(red), int(green), int(blue))) for red, green, blue in colours]
     if None in numbers:
         strange = "#{:02x}{:02x}{:02x}".format(*colours[numbers.index(None)])
         raise InvalidRequest(
-            f"{param} has {strange}, the colour of no label; GET /models lists them", param=param
+            f"{param} contains {strange}, which is no label's colour; GET /models lists the colours",
+            param=param,
         )
     if 0 in numbers and spec.labels_pixels:
         raise InvalidRequest(f"{param} has black pixels; this model needs a label everywhere", param=param)

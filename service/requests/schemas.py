@@ -1,4 +1,4 @@
-"""Wire bodies. What is not named here is refused, never ignored."""
+"""Request and response bodies of the native API. Unknown fields are refused, never ignored."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from service.requests.images import Format, ImageSource
 from service.worker.progress import Stage
 
 MAX_SIDE = 8192
-MAX_N = 1024  # the operator's own limit comes on top
+MAX_N = 1024  # the operator may set a lower limit
 MAX_TEXT = 4000
 MAX_BOXES = 64
-MAX_WEIGHT = 10.0  # of a LoRA
+MAX_LORA_WEIGHT = 10.0
 
 
 def not_blank(text: str) -> str:
@@ -35,7 +35,7 @@ def not_blank(text: str) -> str:
     return text
 
 
-PICTURE = "a PNG, JPEG or WebP file in base64 or as a data: URL"
+IMAGE = "A PNG, JPEG or WebP file in base64 or as a data: URL"
 
 
 class _ImageSourceSchema:
@@ -72,11 +72,11 @@ ImageInput = Annotated[ImageSource, _ImageSourceSchema()]
 
 
 class LabelBox(BaseModel):
-    """Where an object goes: the upper left corner and the size, as parts of the picture's sides."""
+    """Where an object goes: upper left corner and size, as fractions of the image's width and height."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    name: Annotated[LabelInput, Field(description="a label of the model, by its name or its number")]
+    name: Annotated[LabelInput, Field(description="A label of the model, by its name or its number")]
     x: Annotated[float, Field(ge=0, le=1)]
     y: Annotated[float, Field(ge=0, le=1)]
     w: Annotated[float, Field(gt=0, le=1)]
@@ -84,7 +84,7 @@ class LabelBox(BaseModel):
 
 
 class ImageRequest(BaseModel):
-    """What all requests for pictures have in common. Defaults are the model's: GET /models tells them."""
+    """Fields of every request for images. Defaults are those of the model; GET /models lists them."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -92,70 +92,86 @@ class ImageRequest(BaseModel):
     long_prompts: Annotated[
         Literal["cut", "chunk"],
         Field(
-            description="of more than the model reads at once (77 tokens): left out, or read in chunks of 75"
+            description="Prompts longer than the model's context (77 tokens): cut, or encoded in chunks of 75"
         ),
     ] = "cut"
     prompt_weights: Annotated[
         bool,
-        Field(
-            description="whether (word:1.3), (word) for 1.1, [word] for 1 / 1.1 weigh words; \\( is a bracket"
-        ),
+        Field(description="Whether (word:1.3), (word) and [word] weight words; \\( is a bracket"),
     ] = False
-    model: Annotated[str | None, Field(max_length=200, description="default: the first that does this")] = (
-        None
-    )
+    model: Annotated[
+        str | None, Field(max_length=200, description="Default: the first model that supports the task")
+    ] = None
     steps: Annotated[int | None, Field(ge=1, le=1000)] = None
     guidance_scale: Annotated[
-        float | None, Field(ge=0, le=50, description="1: none, the default where nothing is asked for")
+        float | None,
+        Field(
+            ge=0,
+            le=50,
+            description="Classifier-free guidance; 1: none, the default without any condition",
+        ),
     ] = None
     seed: Annotated[
         SeedInput | None,
         Field(
-            description="Seed of image 0; image i has seed + i. Missing or -1: drawn at random, below 2^53. "
+            description="Seed of image 0; image i uses seed + i. Missing or -1: drawn at random, below 2^53. "
             "Seeds up to 2^64 - 1 are accepted."
         ),
     ] = None
-    n: Annotated[int, Field(ge=1, le=MAX_N, description="pictures")] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_N, description="Number of images")] = 1
     sampler: Annotated[str | None, Field(max_length=50)] = None
     spacing: Annotated[
         Spacing | None,
-        Field(description="of the timesteps; lcm and dpmpp_2m_karras have their own"),
+        Field(description="Spacing of the timesteps; lcm and dpmpp_2m_karras have their own"),
     ] = None
-    eta: Annotated[float | None, Field(ge=0, le=1, description="0: DDIM; 1: DDPM")] = None
+    eta: Annotated[
+        float | None,
+        Field(ge=0, le=1, description="Noise added at each DDIM step; 0: deterministic DDIM, 1: DDPM"),
+    ] = None
     loras: Annotated[
-        dict[str, Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]],
-        Field(default_factory=dict, description="name -> weight, of the model's LoRAs (GET /models)"),
+        dict[str, Annotated[float, Field(ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)]],
+        Field(
+            default_factory=dict, description="Weight of each LoRA by its name; GET /models lists the names"
+        ),
     ]
     output_format: Format | None = None
-    priority: Annotated[int, Field(ge=0, le=9, description="larger runs sooner")] = 0
-    timeout: Annotated[float | None, Field(gt=0, le=86_400, description="seconds until a 504")] = None
+    priority: Annotated[int, Field(ge=0, le=9, description="Larger values run sooner")] = 0
+    timeout: Annotated[
+        float | None, Field(gt=0, le=86_400, description="Seconds until the request fails with a 504")
+    ] = None
 
 
 class SceneRequest(ImageRequest):
-    """What requests for pictures of something have in common."""
+    """Fields of /generate and /inpaint."""
 
-    width: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="pixels")] = None
-    height: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="pixels")] = None
+    width: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="In pixels")] = None
+    height: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="In pixels")] = None
     strength: Annotated[
         float | None,
-        Field(gt=0, le=1, description="of a run from a picture: the share of the steps it takes"),
+        Field(
+            gt=0, le=1, description="How much of the input image to change: the fraction of the steps to run"
+        ),
     ] = None
     class_label: Annotated[
         LabelInput | None,
-        Field(description="number or name of a label of the model, instead of a prompt"),
+        Field(description="A label of the model, by its name or its number, instead of a prompt"),
     ] = None
     boxes: Annotated[
         list[LabelBox] | None,
-        Field(min_length=1, max_length=MAX_BOXES, description="what goes where; later ones lie on top"),
+        Field(
+            min_length=1,
+            max_length=MAX_BOXES,
+            description="Layout by bounding boxes; later boxes cover earlier ones",
+        ),
     ] = None
     segmentation: Annotated[
         ImageInput | None,
-        Field(description=f"{PICTURE}: the colours of labels where they go, black elsewhere"),
+        Field(description=f"{IMAGE}: layout by label colours, black where there is no label"),
     ] = None
 
 
 class GenerateRequest(SceneRequest):
-    """What to make, from noise or from a picture."""
+    """An image from a prompt or another condition, starting from noise or from an image."""
 
     prompt: Annotated[
         Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(not_blank)] | None,
@@ -164,32 +180,38 @@ class GenerateRequest(SceneRequest):
             "names are it then"
         ),
     ] = None
-    init_image: Annotated[ImageInput | None, Field(description=f"{PICTURE}, that the run starts from")] = None
+    init_image: Annotated[ImageInput | None, Field(description=f"{IMAGE}, from which the run starts")] = None
 
 
 class InpaintRequest(SceneRequest):
-    """What to paint anew. The answer has the picture's size, and is the picture where the mask is black."""
+    """An image with a part to repaint. The result has its size, and equals it where the mask is black."""
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
-    image: Annotated[ImageInput, Field(description=PICTURE)]
-    mask: Annotated[ImageInput, Field(description=f"{PICTURE}, of the size of image; white: paint anew")]
+    image: Annotated[ImageInput, Field(description=IMAGE)]
+    mask: Annotated[
+        ImageInput, Field(description=f"{IMAGE}, of the size of image; white marks the pixels to repaint")
+    ]
 
 
 class UpscaleRequest(ImageRequest):
-    """What to enlarge."""
+    """An image to upscale."""
 
     prompt: Annotated[
-        str, Field(max_length=MAX_TEXT, description="what it shows, for models that read prompts")
+        str, Field(max_length=MAX_TEXT, description="What the image shows, for models that take prompts")
     ] = ""
-    image: Annotated[ImageInput, Field(description=PICTURE)]
+    image: Annotated[ImageInput, Field(description=IMAGE)]
     scale: Annotated[
         int | None,
-        Field(ge=2, le=16, description="default: the model's own; for less, its picture is made smaller"),
+        Field(
+            ge=2, le=16, description="Default: the model's own scale; for a smaller one its result is resized"
+        ),
     ] = None
     noise_level: Annotated[
         int | None,
         Field(
-            ge=0, le=1000, description="noise to hide the picture's faults in: more freedom, less fidelity"
+            ge=0,
+            le=1000,
+            description="Noise added to the input to hide its flaws: more freedom, less fidelity",
         ),
     ] = None
 
@@ -206,7 +228,7 @@ class ErrorDetail(BaseModel):
 
 
 class ImageResult(BaseModel):
-    data: Annotated[str, Field(description="the file, in base64")]
+    data: Annotated[str, Field(description="The file in base64")]
     media_type: str
     seed: int
     width: int
@@ -214,7 +236,7 @@ class ImageResult(BaseModel):
 
 
 class Timings(BaseModel):
-    """Seconds."""
+    """In seconds."""
 
     queue: float
     denoise: float
@@ -225,26 +247,26 @@ class Timings(BaseModel):
 class GenerateResponse(BaseModel):
     id: str
     model: str
-    created: Annotated[int, Field(description="seconds since 1970")]
+    created: Annotated[int, Field(description="Seconds since 1970")]
     images: list[ImageResult]
     timings: Timings
     warnings: list[str]
 
 
 class JobBody(BaseModel):
-    """What all requests for jobs have in common."""
+    """Fields of every job."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class SceneJob(JobBody):
-    """A job that can be watched."""
+    """A job that can send previews."""
 
     preview_every: Annotated[
-        int, Field(ge=0, le=1000, description="steps between two previews of a picture; 0: none")
+        int, Field(ge=0, le=1000, description="Steps between two previews of an image; 0: none")
     ] = 0
     preview_decoded: Annotated[
-        bool, Field(description="previews at full size through the decoder, which takes its time")
+        bool, Field(description="Previews at full size from the VAE decoder, which is slower")
     ] = False
     preview_format: Format = "jpeg"
 
@@ -269,26 +291,26 @@ JobRequest = Annotated[AnyJob, Field(discriminator="task")]
 
 
 class JobStatus(BaseModel):
-    """Where a job stands."""
+    """The state of a job."""
 
     id: str
     task: Literal["generate", "inpaint", "upscale"]
     status: Stage
-    created: Annotated[int, Field(description="seconds since 1970")]
-    position: Annotated[int | None, Field(description="in the queue; 1 begins next")]
-    estimate: Annotated[float | None, Field(description="seconds until it ends, while it waits and if known")]
-    step: Annotated[int, Field(description="steps done, of all its pictures together")]
-    steps: Annotated[int, Field(description="steps it takes; 0 before it begins")]
-    result: Annotated[GenerateResponse | None, Field(description="once it is done")]
-    error: Annotated[ErrorDetail | None, Field(description="once it has failed")]
+    created: Annotated[int, Field(description="Seconds since 1970")]
+    position: Annotated[int | None, Field(description="Position in the queue; 1 is next")]
+    estimate: Annotated[float | None, Field(description="Seconds until it ends, if known, while it waits")]
+    step: Annotated[int, Field(description="Steps done, of all images together")]
+    steps: Annotated[int, Field(description="Steps in total; 0 before the job has started")]
+    result: Annotated[GenerateResponse | None, Field(description="Once the job is done")]
+    error: Annotated[ErrorDetail | None, Field(description="Once the job has failed")]
 
 
 class JobPreview(BaseModel):
-    """What a picture looks like on the way."""
+    """An image of a running job."""
 
-    index: Annotated[int, Field(description="which of the job's pictures")]
-    step: Annotated[int, Field(description="steps of that picture done")]
-    data: Annotated[str, Field(description="the file, in base64")]
+    index: Annotated[int, Field(description="Index of the image")]
+    step: Annotated[int, Field(description="Steps done of that image")]
+    data: Annotated[str, Field(description="The file in base64")]
     media_type: str
     width: int
     height: int
@@ -306,23 +328,23 @@ class ModelDefaults(BaseModel):
 
 
 class ModelLimits(BaseModel):
-    size_multiple: Annotated[int, Field(description="width and height must be multiples of it")]
-    max_pixels: Annotated[int, Field(description="width * height")]
+    size_multiple: Annotated[int, Field(description="Width and height must be multiples of it")]
+    max_pixels: Annotated[int, Field(description="Largest width * height")]
     max_steps: int
     max_n: int
-    max_work: Annotated[int, Field(description="n * steps * width * height")]
+    max_work: Annotated[int, Field(description="Largest n * steps * width * height")]
 
 
 class Label(BaseModel):
-    """What class_label, boxes and segmentation can name; one without a name is called by its number."""
+    """A label that class_label, boxes and segmentation can use; a label without a name has its number."""
 
     name: str
-    colour: Annotated[str, Field(description="of its regions in `segmentation`, as #rrggbb")]
+    colour: Annotated[str, Field(description="Its colour in `segmentation`, as #rrggbb")]
 
 
 class Upscaling(BaseModel):
     scale: int
-    max_noise_level: Annotated[int, Field(description="0: the model takes pictures as they are")]
+    max_noise_level: Annotated[int, Field(description="0: the model adds no noise")]
 
 
 class Model(BaseModel):
@@ -330,25 +352,32 @@ class Model(BaseModel):
     tasks: list[str]
     inpainting: Annotated[
         Literal["mask channels", "blending"] | None,
-        Field(description="how: the network sees the mask, or what is known is put back after each step"),
+        Field(
+            description="mask channels: the UNet takes the mask; blending: the rest is restored at each step"
+        ),
     ]
-    upscaling: Annotated[Upscaling | None, Field(description="by how much, if it does")]
+    upscaling: Annotated[Upscaling | None, Field(description="For upscaling models")]
     inputs: Annotated[
         list[str],
-        Field(description="prompt, class_label, boxes, segmentation: those that it heeds"),
+        Field(description="The supported ones of prompt, class_label, boxes and segmentation"),
     ]
-    guided: Annotated[bool, Field(description="whether guidance_scale may be anything but 1")]
-    label_count: Annotated[int, Field(description="numbers below it are labels")]
+    guided: Annotated[
+        bool,
+        Field(description="Whether guidance_scale may be other than 1"),
+    ]
+    label_count: Annotated[int, Field(description="Number of labels")]
     labels: Annotated[
         list[Label],
-        Field(description="label i is the i-th, counted from 0; none are listed that are numbers alone"),
+        Field(description="Label i is the i-th, counted from 0; labels that are numbers only are not listed"),
     ]
-    loras: Annotated[list[str], Field(description="that `loras` can name")]
-    embeddings: Annotated[list[str], Field(description="words of prompts that it has learned")]
+    loras: Annotated[list[str], Field(description="Names for `loras`")]
+    embeddings: Annotated[
+        list[str], Field(description="Words that textual inversion has added to its prompts")
+    ]
     defaults: ModelDefaults
     limits: ModelLimits
     samplers: list[str]
-    spacings: Annotated[list[Spacing], Field(description="for all samplers but lcm and dpmpp_2m_karras")]
+    spacings: Annotated[list[Spacing], Field(description="For all samplers but lcm and dpmpp_2m_karras")]
 
 
 class ModelList(BaseModel):
@@ -358,7 +387,7 @@ class ModelList(BaseModel):
 class Health(BaseModel):
     status: Literal["ok", "loading", "draining", "failed"]
     models: list[str]
-    jobs: Annotated[int, Field(description="accepted and not answered")]
+    jobs: Annotated[int, Field(description="Accepted and not yet answered")]
     capacity: int
 
 
@@ -367,5 +396,5 @@ class ErrorBody(BaseModel):
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The error model for each status, as FastAPI's `responses`."""
+    """The error body for each status, as FastAPI's `responses`."""
     return {status: {"model": ErrorBody} for status in statuses}

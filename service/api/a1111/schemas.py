@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
-from service.requests.schemas import PICTURE as IMAGE
+from service.requests.schemas import IMAGE
 
 
 def serialisable(value: Any) -> Any:

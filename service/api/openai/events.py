@@ -10,7 +10,7 @@ from typing import Literal
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.api.jobs import LIVE
+from service.api.jobs import SSE_HEADERS
 from service.api.openai.schemas import CompletedImage, ImageEvent, PartialImage
 from service.api.openai.translate import size_of
 from service.requests.background import Record
@@ -25,7 +25,7 @@ class CancelOnDisconnect(StreamingResponse):
     """The events of a job, which is cancelled when the client leaves."""
 
     def __init__(self, record: Record, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=LIVE)
+        super().__init__(events, media_type="text/event-stream", headers=SSE_HEADERS)
         self.record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
