@@ -67,7 +67,12 @@ def shared_server(start_server) -> Iterator[Callable[[], Server]]:
 @pytest.fixture(scope="session")
 def bundled(start_server) -> Iterator[Server]:
     """A server of the bundled models."""
-    with start_server("emoji", "emoji-upscale", LDM_DTYPE="auto") as server:
+    settings = {
+        "LDM_DTYPE": "auto",
+        "LDM_ALIAS": "my-images=emoji",
+        "LDM_CORS_ORIGINS": "https://page.example",
+    }
+    with start_server("emoji", "emoji-upscale", **settings) as server:
         yield server
 
 

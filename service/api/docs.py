@@ -1,4 +1,4 @@
-"""The page at /docs (Swagger UI), from files of this package, and the redirect from / to it."""
+"""The page at /docs (Swagger UI), from files of this package; / leads to it where there is no other page."""
 
 from __future__ import annotations
 

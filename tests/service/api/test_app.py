@@ -99,7 +99,8 @@ def test_errors_carry_cors_headers_too(cors_client):
 @pytest.mark.parametrize(
     ("headers", "location"), [({}, "docs"), ({"X-Forwarded-Prefix": "/images/"}, "/images/docs")]
 )
-def test_the_root_leads_to_the_documentation(client, headers, location):
+def test_without_the_page_the_root_leads_to_the_documentation(headers, location):
+    client = TestClient(create_app(Settings(no_page=True)), follow_redirects=False)
     answer = client.get("/", headers=headers)
     assert (answer.status_code, answer.headers["location"]) == (307, location)
 
@@ -123,3 +124,12 @@ def test_head_of_an_event_stream_ends_at_once(server):
     head = server.client.head(f"/jobs/{job}/events", timeout=5)
     assert (head.status_code, head.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
     assert server.client.delete(f"/jobs/{job}").json()["status"] == "cancelled"
+
+
+def test_a_page_of_a_listed_origin_may_call_a_running_server(bundled):
+    headers = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    preflight = bundled.client.options("/v1/images/generations", headers=headers)
+    refused = bundled.client.post("/v1/images/generations", json={}, headers={"Origin": ORIGIN})
+    assert (preflight.status_code, refused.status_code) == (200, 400)
+    for answer in (preflight, refused):
+        assert answer.headers["access-control-allow-origin"] == ORIGIN

@@ -141,8 +141,8 @@ def test_an_unsupported_value_is_a_400_that_names_the_field(client, fields, para
 # Model names, and the sizes that come with them.
 
 
-@pytest.mark.parametrize("model", ["dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-2.5-flare"])
-def test_a_name_of_openai_means_the_only_model_with_the_task(client, apple, model):
+@pytest.mark.parametrize("model", ["dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-2.5-flare", "my-images"])
+def test_aliases_and_names_of_openai_mean_the_served_model(client, apple, model):
     made = client.images.generate(model=model, prompt=PROMPT, extra_body=FEW_STEPS)
     assert (pixels_of(made.data[0].b64_json) == np.asarray(apple)).all()
     assert client.models.retrieve(model).id == model
@@ -166,7 +166,7 @@ def test_a_size_of_openai_is_generated_near_the_model_s_own_size_and_enlarged(cl
 
 
 def test_models_are_those_that_generate_images(client):
-    assert [model.id for model in client.models.list()] == ["emoji"]
+    assert [model.id for model in client.models.list()] == ["emoji", "my-images"]
     assert client.models.retrieve("emoji").object == "model"
     for name in ("sdxl", "emoji-upscale", "dall-e-3/emoji"):
         with pytest.raises(openai.NotFoundError) as caught:
