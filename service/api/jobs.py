@@ -23,7 +23,8 @@ EVENTS: dict[str, Any] = {
     "description": (
         "Server-sent events `queued`, `step`, `preview` and, at the end, `done`, `failed` or `cancelled`. "
         "The data of a `preview` are `index`, `step`, `data` (base64), `media_type`, `width` and `height`; "
-        "the data of all other events are a JobStatus"
+        "the data of all other events are a JobStatus. After a lost connection, send the last `id` as "
+        "Last-Event-ID"
     ),
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
@@ -75,20 +76,30 @@ async def read_job(job_id: str, request: Request) -> JobStatus:
     responses={200: EVENTS, **error_responses(404, 422, 500)},
     summary="Stream the events of a job",
 )
-async def job_events(job_id: str, request: Request) -> StreamingResponse:
-    """Sends the current state, then every change to the end. A slow reader may miss steps, never the end."""
-    events = stream(find(request, job_id))
+async def job_events(
+    job_id: str,
+    request: Request,
+    last_event_id: Annotated[
+        str | None,
+        Header(alias="Last-Event-ID", max_length=32, description="`id` of the last event that was received"),
+    ] = None,
+) -> StreamingResponse:
+    """Sends the current state, then every change to the end. A slow reader may miss steps, never the end.
+
+    With Last-Event-ID the current state is left out if it was received already.
+    """
+    seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else None
+    events = stream(find(request, job_id), seen)
     return StreamingResponse(events, media_type="text/event-stream", headers=SSE_HEADERS)
 
 
-async def stream(record: Record) -> AsyncIterator[str]:
+async def stream(record: Record, seen: int | None) -> AsyncIterator[str]:
     """A job's events as text/event-stream; a comment now and then keeps a silent connection open."""
-    async for event in record.events():
+    async for event in record.events(seen):
         if event is None:
             yield ": keep-alive\n\n"
         else:
-            name, data = event
-            yield f"event: {name}\ndata: {data.model_dump_json()}\n\n"
+            yield f"id: {event.number}\nevent: {event.name}\ndata: {event.data.model_dump_json()}\n\n"
 
 
 @router.delete("/jobs/{job_id}", responses=error_responses(404, 422, 500), summary="Cancel a job")

@@ -15,7 +15,7 @@ from models.tiles import cut
 from service.device.state import ImageState, JobState
 from service.engine.job import Job
 
-TILE_SEED = 2**53  # between the noise seeds of two tiles: larger than any job's seed
+TILE_SEED_STEP = 2**53  # difference between the noise seeds of two tiles of an image
 MASK_THRESHOLD = 128  # mask values from here on mean "repaint"
 
 
@@ -108,7 +108,7 @@ def start_tiles(state: JobState) -> None:
         noise, noised = bundle.start_upscaling(low, job.seed + index, job.noise_level)
         for tile in range(len(tiles.corners)):
             rows, columns = tiles.slices(tile)
-            generator = torch.Generator().manual_seed((job.seed + index + tile * TILE_SEED) % 2**63)
+            generator = torch.Generator().manual_seed((job.seed + index + tile * TILE_SEED_STEP) % 2**64)
             x = with_history(noise[:, rows, columns], state.plan)
             state.images.append(ImageState(x, generator, None, None, low=noised[:, rows, columns]))
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from service.engine.job import LatentFill
 from service.errors import (
@@ -67,6 +67,14 @@ class Submission:
     encode: Callable[[Result, int], bytes] = response.encode_image
     warnings: tuple[str, ...] = ()
     latent_fill: LatentFill = "image"
+
+
+class JobEvent(NamedTuple):
+    """An event of a job's stream. number: of the job's state; never smaller than that of an earlier event."""
+
+    number: int
+    name: str
+    data: JobStatus | JobPreview
 
 
 @dataclass(eq=False)
@@ -131,28 +139,30 @@ class Record:
             error=ErrorDetail(**to_body(self.error, self.request_id)["error"]) if self.error else None,
         )
 
-    async def events(self) -> AsyncIterator[tuple[str, JobStatus | JobPreview] | None]:
-        """(name, data) of each event, from the current state to the end; None after a while of silence."""
-        shown: State | None = None
-        async for state in self._states():
+    async def events(self, seen: int | None = None) -> AsyncIterator[JobEvent | None]:
+        """The events from the current state to the end; None after a while of silence.
+
+        seen: number of the last event that the reader received; the current state is left out if it is that.
+        """
+        current = self.progress.state
+        shown = current if current.number == seen else None
+        async for state in self._states(shown):
             if state is None:
                 yield None
                 continue
             if state.preview and (shown is None or state.preview is not shown.preview):
-                yield (
-                    "preview",
-                    await asyncio.to_thread(response.to_job_preview, self.resolved, state.preview),
-                )
-            changed = shown is None or replace(state, preview=shown.preview) != shown
+                preview = await asyncio.to_thread(response.to_job_preview, self.resolved, state.preview)
+                yield JobEvent(state.number, "preview", preview)
+            changed = shown is None or replace(state, preview=shown.preview, number=shown.number) != shown
             if changed and not self.work.done():  # else the final event, below, says it
-                yield "step" if self.status == "running" else "queued", await self.describe()
+                name = "step" if self.status == "running" else "queued"
+                yield JobEvent(state.number, name, await self.describe())
             shown = state
         await asyncio.wait({self.work})
-        yield self.status, await self.describe()
+        yield JobEvent(self.progress.state.number, self.status, await self.describe())
 
-    async def _states(self) -> AsyncIterator[State | None]:
-        """As Progress.watch(), with None after each KEEP_ALIVE_SECONDS of silence."""
-        state: State | None = None
+    async def _states(self, state: State | None) -> AsyncIterator[State | None]:
+        """The states after `state` to the end, with None after each KEEP_ALIVE_SECONDS of silence."""
         while state is None or not state.ended:
             try:
                 state = await asyncio.wait_for(self.progress.after(state), KEEP_ALIVE_SECONDS)

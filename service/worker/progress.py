@@ -17,7 +17,7 @@ class State:
     """The state of a job at one moment.
 
     position: in the queue, from 1; estimate: seconds until the job ends, if known; step, steps: done and in
-    all, of all its images together; preview: the newest one.
+    all, of all its images together; preview: the newest one; number: of the state, from 0.
     """
 
     stage: Stage = "queued"
@@ -26,6 +26,7 @@ class State:
     step: int = 0
     steps: int = 0
     preview: Previewed | None = None
+    number: int = 0
 
     @property
     def ended(self) -> bool:
@@ -72,7 +73,7 @@ class Progress:
     def _change(self, **changes: Any) -> None:
         state = replace(self.state, **changes)
         if state != self.state:
-            self.state = state
+            self.state = replace(state, number=state.number + 1)
             self._changed.set()
             self._changed = asyncio.Event()
 

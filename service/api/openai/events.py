@@ -42,7 +42,7 @@ async def events(record: Record, prefix: Prefix, partial_images: int) -> AsyncIt
         if event is None:
             yield ": keep-alive\n\n"
             continue
-        name, data = event
+        _, name, data = event
         if isinstance(data, JobPreview):
             if partial_index < partial_images:
                 yield to_text(to_partial_image(data, prefix, partial_index, int(record.created)))

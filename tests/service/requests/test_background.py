@@ -79,7 +79,7 @@ def test_a_job_tells_its_place_its_steps_and_its_pictures():
     run(scenario())
 
 
-def test_events_tell_the_state_of_now_then_what_is_new_then_the_end(monkeypatch):
+def test_events_are_the_current_state_then_every_change_then_the_end(monkeypatch):
     monkeypatch.setattr(module, "KEEP_ALIVE_SECONDS", 0.01)
 
     async def scenario():
@@ -92,22 +92,23 @@ def test_events_tell_the_state_of_now_then_what_is_new_then_the_end(monkeypatch)
                 pass
             return event
 
-        assert (await news())[0] == "queued"
+        assert (await news()).name == "queued"
         assert await anext(events) is None  # silence is kept alive
         worker = service.worker(record)
         worker.start(5)
         worker.step(1)
         worker.step(2)  # nobody has looked in between
-        name, status = await news()
+        _, name, status = await news()
         assert (name, status.step, status.steps) == ("step", 2, 5)
         worker.say(Previewed(record.id, index=0, step=2, width=2, height=2, pixels=bytes(12)))
-        name, preview = await news()
+        number, name, preview = await news()
         assert (name, preview.step, preview.width, preview.media_type) == ("preview", 2, 2, "image/jpeg")
-        assert (await anext(record.events()))[0] == "preview"  # who comes back sees where it is
+        assert (await anext(record.events())).name == "preview"  # a new reader gets the current state
+        assert await anext(record.events(seen=number)) is None  # one that has it does not
         await service.end(record)
-        name, status = await news()
+        number, name, status = await news()
         assert (name, len(status.result.images)) == ("done", 1)
-        assert [event async for event in record.events() if event] == [(name, status)]
+        assert [event async for event in record.events() if event] == [(number, name, status)]
 
     run(scenario())
 
@@ -210,15 +211,21 @@ def ask(server: Server, request: dict, task: str = "generate", **more) -> httpx.
 
 def events_of(answer: httpx.Response) -> Iterator[tuple[str, dict]]:
     """(name, data) of a stream."""
-    name = ""
+    for _, name, data in numbered_events_of(answer):
+        yield name, data
+
+
+def numbered_events_of(answer: httpx.Response) -> Iterator[tuple[int, str, dict]]:
+    """(id, name, data) of a stream."""
+    fields = {}
     for line in answer.iter_lines():
         field, _, value = line.partition(": ")
-        name = value if field == "event" else name
+        fields[field] = value
         if field == "data":
-            yield name, json.loads(value)
+            yield int(fields["id"]), fields["event"], json.loads(value)
 
 
-def test_a_job_over_http_makes_the_picture_that_generate_makes(server):
+def test_a_job_over_http_makes_the_image_that_generate_makes(server):
     request = {"prompt": "red apple", "seed": 4}
     accepted = ask(server, request)
     assert accepted.status_code == 202
@@ -248,7 +255,21 @@ def test_a_job_is_watched_over_http_and_cancelled_while_it_runs(server):
     assert server.client.get(path).json()["result"] is None
 
 
-def test_a_job_shows_its_picture_on_the_way(server):
+def test_a_stream_goes_on_after_the_last_event_id(server):
+    path = ask(server, LONG).headers["location"]
+    with server.client.stream("GET", path + "/events") as answer:
+        number, _, data = next(event for event in numbered_events_of(answer) if event[1] == "step")
+    headers = {"Last-Event-ID": str(number)}
+    with server.client.stream("GET", path + "/events", headers=headers) as answer:
+        later, name, status = next(numbered_events_of(answer))
+    assert (name, later > number, status["step"] > data["step"]) == ("step", True, True)
+    server.client.delete(path)
+    with server.client.stream("GET", path + "/events", headers={"Last-Event-ID": "nonsense"}) as answer:
+        assert [name for _, name, _ in numbered_events_of(answer)] == ["cancelled"]
+    wait_for_jobs(server, 0)
+
+
+def test_a_job_shows_previews_while_it_runs(server):
     path = ask(server, LONG | {"n": 2}, preview_every=10).headers["location"]
     with server.client.stream("GET", path + "/events") as answer:
         data = next(data for name, data in events_of(answer) if name == "preview")

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from service.api.openai.events import events
+from service.requests.background import JobEvent
 from service.requests.schemas import ErrorDetail, JobStatus
 
 
@@ -20,10 +21,10 @@ class FailedRecord:
         type="server_error", message="it broke", param=None, code="job_failed", request_id="r"
     )
 
-    async def events(self) -> AsyncIterator[tuple[str, JobStatus]]:
+    async def events(self) -> AsyncIterator[JobEvent]:
         known = {"id": "i", "task": "generate", "created": 0, "step": 0, "steps": 0}
         unknown = dict.fromkeys(("position", "estimate", "result"))
-        yield "failed", JobStatus(status="failed", error=self.error, **known, **unknown)
+        yield JobEvent(1, "failed", JobStatus(status="failed", error=self.error, **known, **unknown))
 
 
 def test_the_client_raises_an_error_of_a_stream():
