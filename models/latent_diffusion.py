@@ -1,7 +1,7 @@
 """A loaded model: UNet, autoencoder, conditioner and schedule, and sampling with them in one process.
 
 `sample` and `upscale` use the same plans, steps and guidance as the service (service/device/batch.py),
-without its queue: they are its reference in tests, and what training evaluates with.
+without its queue. Tests compare the service with them, and training evaluates models with them.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from models.sampling.step import step
 from models.spec import AutoencoderSpec, ModelSpec, UpscalingSpec
 from models.tiles import cut, merge
 
-DECODING_TILE = 32  # side in latent cells: 256 pixels where a cell covers 8
-TILES_PER_BATCH = 16  # when upscaling
-MASKED_LATENTS = 8  # sizes for which the latent of a fully masked image is cached
+DECODING_TILE_CELLS = 32  # side of a tile in latent cells: 256 pixels at f = 8
+UPSCALING_BATCH_TILES = 16  # tiles upscaled at once
+MAX_CACHED_MASKED_LATENTS = 8  # latents of fully masked images, one per size
 
 
 class MaskedImage(NamedTuple):
-    """What is kept of an image to inpaint, in the form that the UNet takes: scaled latent and mask."""
+    """An image to inpaint, in the form that the UNet takes."""
 
-    z: Tensor  # (C, h, w), of the image with its masked pixels overwritten
-    mask: Tensor  # (1, h, w)
+    z: Tensor  # (C, h, w), scaled latent of the image with its masked pixels overwritten
+    mask: Tensor  # (1, h, w), 1 where the image is repainted, else spec.masking.unmasked_value
 
 
 class LatentDiffusion:
@@ -57,14 +57,14 @@ class LatentDiffusion:
         autoencoder: Autoencoder,
         conditioner: Conditioner | None,
     ) -> None:
-        """unet: None for an autoencoder alone; conditioner: None where nothing conditions by a context."""
+        """unet: None for an autoencoder alone; conditioner: None for a model without one."""
         self.spec = spec
         self.unet = unet
         self.autoencoder = autoencoder
         self.conditioner = conditioner
         self.schedule = Schedule(spec.schedule)
         self.denoiser = Denoiser(unet, self.schedule) if unet else None
-        self._masked_latents: LRUCache[tuple[int, int], Tensor] = LRUCache(MASKED_LATENTS)
+        self._masked_latents: LRUCache[tuple[int, int], Tensor] = LRUCache(MAX_CACHED_MASKED_LATENTS)
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +86,7 @@ class LatentDiffusion:
         """Scaled z (B, C, h, w) -> x (B, 3, f*h, f*w), about in [-1, 1], float32."""
         return self.autoencoder.decode(z / self.spec.autoencoder.scale_factor).float()
 
-    def decode_tiles(self, z: Tensor, tile: int = DECODING_TILE) -> Tensor:
+    def decode_tiles(self, z: Tensor, tile: int = DECODING_TILE_CELLS) -> Tensor:
         """decode() in overlapping tiles of `tile` cells a side, blended where they overlap.
 
         For an image that does not fit in memory whole. The result differs slightly from decode()'s: the
@@ -101,10 +101,10 @@ class LatentDiffusion:
         return torch.from_numpy(whole).movedim(-1, 0)[None]
 
     def context_pair(self, inputs: ConditioningInput) -> Context | None:
-        """The unconditional context and the conditional one; None where the UNet takes no context.
+        """The unconditional and the conditional context; None where the UNet takes no context.
 
-        tokens (2, L, C); pooled (2, P), with the image's size appended, where the UNet takes that. Without
-        guidance support both rows are the same.
+        tokens (2, L, C); pooled (2, P) where the UNet takes it, for SDXL with the size embedding appended.
+        Both rows are the same for a model that does not support guidance.
         """
         context = self.conditioner.context_pair(inputs) if self.conditioner else None
         if context is None or context.pooled is None or not self.spec.unet_spec.size_width:
@@ -118,7 +118,7 @@ class LatentDiffusion:
         if shape is None or not (inputs.prompt_options.chunked and self.spec.reads_prompts):
             return shape
         assert isinstance(self.conditioner, (TextConditioner, TokenConditioner))
-        return shape[0] * self.conditioner.chunks(inputs), shape[1]
+        return shape[0] * self.conditioner.chunk_count(inputs), shape[1]
 
     def size_embedding(self, width: int, height: int) -> Tensor:
         """SDXL's size conditioning (Podell et al. 2023, section 2.2): (P,).
@@ -131,11 +131,11 @@ class LatentDiffusion:
     def concat_channels(
         self, h: int, w: int, regions: Tensor | None = None, masked: MaskedImage | None = None
     ) -> Tensor | None:
-        """Channels that the UNet takes after a latent of h x w cells, unconditional and conditional.
+        """The concat channels of an image of h x w latent cells; None where the UNet takes none.
 
-        regions: a segmentation map of labels from 1, 0 for none, one for every spec.label_cell pixels.
-        masked: the image to inpaint; without one everything is repainted. -> (2, channels, h, w) float32, or
-        None where the UNet takes none.
+        regions: a segmentation map with one cell for spec.label_cell x spec.label_cell pixels; labels count
+        from 1, 0 is no label. masked: the image to inpaint; None: the whole image is repainted.
+        -> (2, channels, h, w) float32: unconditional, conditional.
         """
         spec, device = self.spec, self.device
         parts = []
@@ -152,18 +152,22 @@ class LatentDiffusion:
         return torch.cat(parts, dim=1) if parts else None
 
     def encode_masked(self, x: Tensor, repaint: Tensor) -> MaskedImage:
-        """Image x (1, 3, H, W) and the mask `repaint` (H, W), bool -> what the UNet sees of both."""
+        """Image x (1, 3, H, W) in [-1, 1]; repaint (H, W), bool, True where it is repainted."""
         masking, factor = self.spec.masking, self.spec.autoencoder.factor
         mask = repaint.float()[None]  # (1, H, W)
         if masking.nearest:
-            mask = interpolate(mask[None], scale_factor=1 / factor, mode="nearest")[0]
+            mask = interpolate(mask[None], scale_factor=1 / factor, mode="nearest")[0]  # (1, h, w)
         else:
-            mask = max_pool2d(mask, factor)
-        z = self.encode(torch.where(repaint, masking.masked_pixel, x))[0]
+            mask = max_pool2d(mask, factor)  # (1, h, w)
+        z = self.encode(torch.where(repaint, masking.masked_pixel, x))[0]  # (C, h, w)
         return MaskedImage(z, masking.unmasked_value + (1 - masking.unmasked_value) * mask)
 
     def add_noise(self, low: Tensor, noise: Tensor, level: int) -> Tensor:
-        """A low-resolution image with noise of a level, as an upscaler's UNet takes it; any one shape."""
+        """Adds noise of a noise level to a low-resolution image, where the upscaler was trained so.
+
+        Noise conditioning augmentation (Ho et al. 2022, "Cascaded Diffusion Models", section 4). low and
+        noise have the same shape, which may be any.
+        """
         if not self.upscaling.noise:
             return low
         alpha_bar = Schedule(self.upscaling.noise).alpha_bar[level]
@@ -178,7 +182,7 @@ class LatentDiffusion:
         return self._masked_latents[h, w]
 
     def copy(self, dtype: torch.dtype) -> LatentDiffusion:
-        """A copy with weights of another dtype; tokenizers are shared."""
+        """A copy with weights of another dtype. Tokenizers are shared, not copied."""
         conditioner = self.conditioner
         holders = conditioner.encoders if isinstance(conditioner, TextConditioner) else [conditioner]
         tokenizers = [getattr(holder, "tokenizer", None) for holder in holders]
@@ -186,8 +190,8 @@ class LatentDiffusion:
         copied = LatentDiffusion(self.spec, deepcopy(self.unet), deepcopy(self.autoencoder), conditioner)
         return copied.to(dtype=dtype)
 
-    def with_autoencoder(self, dtype: torch.dtype) -> LatentDiffusion:
-        """The same model with a copy of the autoencoder in another dtype."""
+    def with_autoencoder_dtype(self, dtype: torch.dtype) -> LatentDiffusion:
+        """This model with its autoencoder copied to another dtype; the other networks are shared."""
         autoencoder = deepcopy(self.autoencoder).to(dtype=dtype)
         return LatentDiffusion(self.spec, self.unet, autoencoder, self.conditioner)
 
@@ -202,9 +206,9 @@ class LatentDiffusion:
     ) -> Tensor:
         """One image per input, by DDIM, all in one batch.
 
-        inputs: a string is a prompt alone. guidance_scale: 1 where the model supports no guidance.
-        concat_channels: of each image, from self.concat_channels(), to inpaint; size: width and height, the
-        model's default if missing. -> x (B, 3, H, W), float32.
+        inputs: a string is a prompt alone. guidance_scale: must be 1 if the model does not support guidance.
+        concat_channels: of each image, from self.concat_channels(), to inpaint or to place objects. size:
+        (width, height); None: the model's default. -> x (B, 3, H, W), float32.
         """
         full_inputs = [as_input(each) for each in inputs]
         defaults, rows = self.spec.defaults, cfg_rows(guidance_scale)
@@ -212,7 +216,7 @@ class LatentDiffusion:
         if concat_channels is None and self.spec.concat_channels:
             made = (self.concat_channels(shape[1], shape[2], each.regions) for each in full_inputs)
             concat_channels = [each for each in made if each is not None]
-        # (R B, C', h, w), R 1 or 2
+        # (R B, C', h, w), R UNet rows per image
         stacked = None if concat_channels is None else stack_rows(concat_channels, rows)
         contexts = [
             self.context_pair(each if each.size else each._replace(size=size)) for each in full_inputs
@@ -230,30 +234,31 @@ class LatentDiffusion:
         guidance_scale: float,
         noise_level: Tensor | None = None,
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """x (B, C, h, w), t (B,) -> guided eps, of B images.
+        """A function (x (B, C, h, w), t (B,)) -> guided eps (B, C, h, w), for B images with these inputs.
 
-        contexts: of each image, from self.context_pair(); concat_channels (R B, C', h, w) and noise_level (R
-        B,): of every row, R 1 or 2, all unconditional rows first.
+        R is the number of UNet rows per image, 1 or 2; all unconditional rows come first. contexts: one per
+        image, from self.context_pair(); concat_channels: (R B, C', h, w); noise_level: (R B,).
         """
         denoiser = self.denoiser
         assert denoiser is not None
         rows, count = cfg_rows(guidance_scale), row_count(guidance_scale)
-        given = [each for each in contexts if each is not None]  # all or none
-        poolings = [each.pooled for each in given if each.pooled is not None]  # all or none
-        tokens = stack_rows([each.tokens for each in given], rows) if given else None
-        pooled = stack_rows(poolings, rows) if poolings else None
+        # All images have a context or none has; the same holds for pooled vectors.
+        present = [each for each in contexts if each is not None]
+        poolings = [each.pooled for each in present if each.pooled is not None]
+        tokens = stack_rows([each.tokens for each in present], rows) if present else None  # (R B, L, C)
+        pooled = stack_rows(poolings, rows) if poolings else None  # (R B, P)
 
         def eps(x: Tensor, t: Tensor) -> Tensor:
             x, t = torch.cat([x] * count), torch.cat([t] * count)
-            out = denoiser(x, t, tokens, pooled, concat_channels, noise_level=noise_level)
+            out = denoiser(x, t, tokens, pooled, concat_channels, noise_level=noise_level)  # (R B, C, h, w)
             half = len(out) // count
             return guide(out[:half], out[-half:], guidance_scale)
 
         return eps
 
     def denoise(self, x: Tensor, steps: int, eps: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """DDIM from noise x (B, C, h, w) to a latent of its shape; eps: x, t (B,) -> eps."""
-        state = x[:, None]  # DDIM has no history
+        """DDIM from noise x (B, C, h, w) to a latent of the same shape. eps: from self.predictor()."""
+        state = x[:, None]  # (B, 1, C, h, w): DDIM has no history
         for line in torch.from_numpy(plan(self.schedule, "ddim", steps).coeffs).to(x.device):
             coeffs = line.expand(len(x), -1)
             state = step(state, eps(state[:, 0], coeffs[:, T]), coeffs)
@@ -268,10 +273,10 @@ class LatentDiffusion:
         inputs: Sequence[str | ConditioningInput] | None = None,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """Images low (B, 3, h, w) -> x (B, 3, f*h, f*w), float32 on the CPU, by tiles and by DDIM.
+        """Enlarges images f times by DDIM, in overlapping tiles: low (B, 3, h, w) -> x (B, 3, f*h, f*w).
 
-        h and w must be multiples of the UNet's factor. inputs: of each image, for a model that reads prompts;
-        an empty prompt if missing.
+        h and w must be multiples of the UNet's factor. inputs: one per image, for a model that reads prompts;
+        None: empty prompts. The result is float32 on the CPU. Raises ValueError if the model is no upscaler.
         """
         h, w = low.shape[-2:]
         tiles = cut(h, w, self.spec.tile)
@@ -286,35 +291,38 @@ class LatentDiffusion:
             concat += [self.tile_concat_channels(noised[:, rows, columns]) for rows, columns in areas]
         count = row_count(guidance_scale)
         parts: list[NDArray[np.float32]] = []
-        for begin in range(0, len(x), TILES_PER_BATCH):
-            part = slice(begin, begin + TILES_PER_BATCH)
-            z, given = torch.stack(x[part]), torch.stack(concat[part])
+        for begin in range(0, len(x), UPSCALING_BATCH_TILES):
+            part = slice(begin, begin + UPSCALING_BATCH_TILES)
+            z, channels = torch.stack(x[part]), torch.stack(concat[part])
             level = self.noise_levels([noise_level] * count * len(z))
-            eps = self.predictor(contexts[part], torch.cat([given] * count), guidance_scale, level)
+            eps = self.predictor(contexts[part], torch.cat([channels] * count), guidance_scale, level)
             z = self.denoise(z, steps, eps)
-            parts += map(pixels_last, self.decode(self.add_residual_base(z, given)))
+            parts += map(pixels_last, self.decode(self.add_residual_base(z, channels)))
         f, n = self.spec.autoencoder.factor, len(areas)
         wholes = [merge(parts[begin : begin + n], tiles, f) for begin in range(0, len(parts), n)]
         return torch.from_numpy(np.stack(wholes)).movedim(-1, 1)
 
     def start_upscaling(self, low: Tensor, seed: int, noise_level: int) -> tuple[Tensor, Tensor]:
-        """The noise (C, h, w) that upscaling starts from, and the image (3, h, w) with its own noise."""
+        """The noise (C, h, w) that upscaling starts from, and the image (3, h, w) with noise of its level."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(self.spec.autoencoder.latent_channels, *low.shape[1:], generator=generator)
         grain = torch.randn(low.shape, generator=generator)
         return noise.to(low.device), self.add_noise(low, grain.to(low.device), noise_level)
 
     def tile_concat_channels(self, noised: Tensor) -> Tensor:
-        """Concat channels (C', h, w) of a tile: noised (3, h, w), and the base of a residual latent."""
+        """Concat channels of a tile, (C', h, w): noised (3, h, w) and, for a residual latent, its base.
+
+        The base is the latent of the tile resampled to the full size.
+        """
         if not self.upscaling.residual:
             return noised
         base = self.encode(resample(noised[None].contiguous(), self.spec.autoencoder.factor))[0]
         return torch.cat([noised, base])
 
     def add_residual_base(self, z: Tensor, concat_channels: Tensor | None) -> Tensor:
-        """The latent to decode: z (B, C, h, w), plus its base where z is a residual.
+        """The latent to decode: z (B, C, h, w), plus its base if the upscaler predicts residuals.
 
-        concat_channels: (B or more, C', h, w), from tile_concat_channels(), where z is a residual.
+        concat_channels: (B or more, C', h, w), from tile_concat_channels(); required for a residual.
         """
         if self.spec.upscaling is None or not self.spec.upscaling.residual:
             return z
@@ -322,7 +330,7 @@ class LatentDiffusion:
         return z + concat_channels[: len(z), self.spec.autoencoder.image_channels :]
 
     def noise_levels(self, levels: Sequence[int]) -> Tensor | None:
-        """(B,) for the UNet; None for one that takes no noise level."""
+        """Noise levels as the UNet takes them, (B,); None for a UNet that takes none."""
         if not self.spec.unet_spec.noise_levels:
             return None
         return torch.tensor(levels, device=self.device)
@@ -335,24 +343,25 @@ class LatentDiffusion:
             self.unet.to(device=device, dtype=dtype)
         if self.conditioner:
             self.conditioner.to(device=device, dtype=dtype)
-        stage = autoencoder_dtype(self.spec.autoencoder, dtype, device or self.device)
-        self.autoencoder.to(device=device, dtype=stage)
+        safe_dtype = autoencoder_dtype(self.spec.autoencoder, dtype, device or self.device)
+        self.autoencoder.to(device=device, dtype=safe_dtype)
         self.denoiser = Denoiser(self.unet, self.schedule) if self.unet else None
         self._masked_latents.clear()
         return self
 
 
-def as_input(given: str | ConditioningInput) -> ConditioningInput:
+def as_input(value: str | ConditioningInput) -> ConditioningInput:
     """A string is a prompt alone."""
-    return ConditioningInput(prompt=given) if isinstance(given, str) else given
+    return ConditioningInput(prompt=value) if isinstance(value, str) else value
 
 
 def autoencoder_dtype(
     spec: AutoencoderSpec, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> torch.dtype | None:
-    """The autoencoder's dtype in a model of `dtype`: another than float16 where the spec says that overflows.
+    """The autoencoder's dtype in a model of `dtype`.
 
-    bfloat16 where the device supports it, else float32. None stays None.
+    Instead of float16, an autoencoder whose activations overflow it gets bfloat16, or float32 on a GPU
+    without bfloat16. None stays None.
     """
     if not spec.upcast or dtype != torch.float16:
         return dtype
@@ -366,7 +375,7 @@ def resample(low: Tensor, factor: int) -> Tensor:
 
 
 def stack_rows(pairs: Sequence[Tensor], rows: slice) -> Tensor:
-    """The chosen rows of each pair (2, ...), all first rows before all second ones."""
+    """Some rows of B pairs (2, ...) -> (R B, ...): row 0 of every pair, then row 1 of every pair."""
     return torch.stack([pair[rows] for pair in pairs], dim=1).flatten(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""What a model is, as frozen values: network shapes, schedule, defaults and tasks.
+"""The shape of a model as frozen dataclasses: networks, schedule, defaults and tasks.
 
 Imports no torch, so that a process that only checks requests can use it. Widths are absolute channel counts
 per level, finest level first.
@@ -42,11 +42,11 @@ class UNetSpec:
     context_width: int  # 0: the UNet takes no context
     groups: int = 32  # of every GroupNorm
     linear_projection: bool = False  # in transformers: linear (SD 2.x) or 1x1 convolutions (SD 1.x)
-    residual_resampling: bool = False  # residual blocks go down and up, instead of lone convolutions
+    residual_resampling: bool = False  # residual blocks halve and double the size, not single convolutions
     scale_shift_norm: bool = False  # the timestep embedding scales and shifts the second norm's output
     noise_levels: int = 0  # size of the table of noise level embeddings, added to the timestep's; 0: none
-    cross_only: tuple[bool, ...] = ()  # of each level: both attentions are to the context; (): none is so
-    added_width: int = 0  # of the pooled vector: text, then sizes; 0: none
+    cross_only: tuple[bool, ...] = ()  # levels where both attentions are to the context; (): no level
+    added_width: int = 0  # width of the pooled vector (text, then sizes); 0: none
     size_width: int = 0  # embedding width of each of SDXL's six sizes (Podell et al. 2023, section 2.2)
 
     @property
@@ -57,7 +57,10 @@ class UNetSpec:
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
-    """Shape of an autoencoder, with a Gaussian latent (KL) or a codebook (VQ) (section 3.1)."""
+    """Shape of an autoencoder with a Gaussian latent (KL) or a codebook (VQ).
+
+    Rombach et al. 2021, section 3.1.
+    """
 
     channels: tuple[int, ...]  # width of each level
     res_blocks: int  # residual blocks per level of the encoder; one more in the decoder
@@ -67,11 +70,11 @@ class AutoencoderSpec:
     groups: int = 32
     sample_size: int = 512  # side of the images that it was trained on
     patch_size: int = 1  # side of the squares that are folded into channels at the encoder's start
-    codes: int = 0  # in the codebook of a VQ autoencoder; 0: KL
+    codes: int = 0  # size of the codebook of a VQ autoencoder; 0: KL
     inner_channels: int | None = None  # between quant_conv and the encoder or decoder; None: latent_channels
     attention_levels: tuple[int, ...] = ()  # levels with attention after each residual block, 0 the finest
     middle_attention: bool = True
-    upcast: bool = False  # activations overflow float16: it runs in bfloat16 or float32 instead
+    upcast: bool = False  # activations overflow float16: runs in bfloat16 or float32 instead
 
     @property
     def z_channels(self) -> int:
@@ -113,9 +116,9 @@ class TextSpec:
     bos_id: int = 49406
     pad_id: int = 49407
     projection: int = 0  # the output is one projected vector of this width per text; 0: one vector per token
-    skipped: int = 0  # last layers that the token vectors skip (1: the penultimate layer's output)
+    skipped: int = 0  # last layers that token vectors do not pass (1: the penultimate layer's output)
     final_norm: bool = True  # the token vectors go through the final LayerNorm
-    pooled: int = 0  # width of the pooled vector that is made beside the token vectors; 0: none
+    pooled: int = 0  # width of a pooled vector in addition to the token vectors; 0: none
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,11 @@ class TokenSpec:
 
     vocabulary: int
     width: int
-    layers: int  # attention and feed-forward each count for half of one
+    layers: int  # one layer is attention and feed-forward
     tokens: int
     heads: int = 8
     head_width: int = 64  # of every head, whatever the width
-    objects: int = 0  # most boxes of a layout (models.conditioning.boxes); 0: the tokens are text
+    objects: int = 0  # most boxes of a layout, see models.conditioning.boxes; 0: the tokens are text
 
 
 @dataclass(frozen=True)
@@ -170,18 +173,18 @@ class Masking:
 class UpscalingSpec:
     """How a low-resolution image conditions an upscaler: as concat channels, one pixel per latent cell."""
 
-    # Schedule of the noise that is added to the low-resolution image; its timestep is the noise level, which
-    # the UNet is given too (Ho et al. 2022). None: no noise is added.
+    # Schedule of the noise that is added to the low-resolution image. A noise level is a timestep of this
+    # schedule and an input of the UNet (Ho et al. 2022). None: no noise is added.
     noise: ScheduleSpec | None = None
     max_noise_level: int = 0
-    # The latent is the difference between those of the large image and of the resampled small one, and the
-    # latter is a concat channel too (Li et al. 2022 do so with pixels).
+    # The UNet denoises the large image's latent minus that of the small image resampled to the full size;
+    # the subtracted latent is a part of the concat channels (Li et al. 2022 do so with pixels).
     residual: bool = False
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """Values for what a request leaves out."""
+    """Values of the fields that a request leaves out."""
 
     width: int = 512
     height: int = 512
@@ -196,9 +199,9 @@ class Defaults:
 class ModelSpec:
     """One servable latent diffusion model.
 
-    tasks: those it can do. A UNet without mask channels inpaints by blending latents: after each step the
-    given image is restored outside the mask (models.sampling.step.blend_unmasked). labels: names of classes,
-    boxes and regions, by index.
+    tasks: the tasks that it supports. A UNet without mask channels inpaints by blending latents: after each
+    step the given image is restored outside the mask (models.sampling.step.blend_unmasked). labels: names of
+    classes, boxes and regions, by index.
     """
 
     name: str
@@ -210,13 +213,13 @@ class ModelSpec:
     tasks: tuple[str, ...] = ALL_TASKS[:3]
     upscaling: UpscalingSpec | None = None  # an upscaler, which enlarges by the autoencoder's factor
     mask_channels: bool = False  # the UNet takes a mask and the masked image's latent as concat channels
-    masking: Masking = Masking()  # in what form
-    layout_channels: int = 0  # concat channels, after those, that hold which label is where
+    masking: Masking = Masking()  # the form of these channels
+    layout_channels: int = 0  # concat channels of the layout, which follow the mask channels
     labels: tuple[str, ...] = ()
-    condition: Condition | None = None  # a conditioner other than CLIP, with weights of its own
-    zero_null: bool = False  # guidance compares with a context of zeros where the negative prompt is empty
+    condition: Condition | None = None  # shape of a conditioner other than CLIP
+    zero_null: bool = False  # an empty negative prompt has a context of zeros
     loras: tuple[str, ...] = ()  # names of the LoRAs that requests can use
-    embeddings: tuple[str, ...] = ()  # names of the textual inversion embeddings, usable as words of prompts
+    embeddings: tuple[str, ...] = ()  # names of textual inversion embeddings: words that prompts can use
 
     @property
     def unet_spec(self) -> UNetSpec:
@@ -244,7 +247,7 @@ class ModelSpec:
 
     @property
     def lacks_text_encoder(self) -> bool:
-        """Whether the UNet takes a context that nothing makes: the text encoder is in another file."""
+        """Whether the UNet takes a context but no conditioner is known: a text encoder is missing."""
         return bool(self.unet and self.unet.context_width and not (self.texts or self.condition))
 
     @property
@@ -254,7 +257,7 @@ class ModelSpec:
 
     @property
     def uses_bert_tokens(self) -> bool:
-        """Whether prompts are tokenized with BERT's vocabulary, which the model's file does not hold."""
+        """Whether prompts are tokenized with BERT's vocabulary, which is not in the model's file."""
         return isinstance(self.condition, TokenSpec) and not self.condition.objects
 
     @property
@@ -266,7 +269,7 @@ class ModelSpec:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Fields of a request that condition the model, of which the first is the main one."""
+        """Fields of a request that condition the model; the first is the main one."""
         if isinstance(self.condition, ClassSpec):
             return ("class_label",)
         if self.labels_pixels:
@@ -290,7 +293,7 @@ class ModelSpec:
 
     @property
     def labels_pixels(self) -> bool:
-        """Whether segmentation maps have the image's own size and a label for every pixel."""
+        """Whether a segmentation map must have the image's size and a label for every pixel."""
         return isinstance(self.condition, SegmentationSpec)
 
     @property

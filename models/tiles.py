@@ -23,21 +23,25 @@ class Tiles(NamedTuple):
 
 
 def cut(h: int, w: int, side: int) -> Tiles:
-    """Tiles of `side` x `side` cells, or as large as the grid, that overlap by at least a quarter."""
+    """Cuts a grid of h x w cells into tiles of side x side cells that overlap by at least a quarter.
+
+    A side of the grid that is shorter than a tile is one tile long.
+    """
     size = min(h, side), min(w, side)
     return Tiles(size, tuple((top, left) for top in starts(h, size[0]) for left in starts(w, size[1])))
 
 
 def starts(size: int, tile: int) -> list[int]:
-    """First cells of the tiles along a side; the last tile ends with the side."""
+    """First cell of each tile along a side of `size` cells; the last tile ends where the side ends."""
     stride = tile - tile // 4
     return [*range(0, max(size - tile, 0), stride), max(size - tile, 0)]
 
 
 def merge(parts: Iterable[NDArray[Any]], tiles: Tiles, factor: int) -> NDArray[np.float32]:
-    """Tiles (f*rows, f*columns, C) of any dtype -> the whole (f*h, f*w, C) float32.
+    """Tiles (f*rows, f*columns, C) of any dtype -> the whole image (f*h, f*w, C) float32.
 
-    Where tiles overlap, a pixel's weight grows with its distance from the tile's border.
+    Where tiles overlap, a pixel's weight grows with its distance from the tile's border. Raises ValueError
+    for no tiles.
     """
     height, width = (factor * (last + n) for last, n in zip(tiles.corners[-1], tiles.size, strict=True))
     down, across = (ramp(factor * size, factor * size // 4) for size in tiles.size)

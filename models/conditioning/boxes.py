@@ -1,10 +1,10 @@
 """Boxes as the tokens that a transformer reads (Rombach et al. 2021, appendix E.2). Imports no torch.
 
-An object is three tokens: its category, and the upper left and lower right corners of its box, each a point
-of a square grid that has about as many points as the vocabulary has tokens, counted row by row. Unused places
-are filled with the last token. Two corners at the end say which part of the scene the image shows; here it
-shows all of it. The reference's data sets do the same (taming-transformers,
-ObjectsBoundingBoxConditionalBuilder).
+An object is three tokens: its category, and the upper left and lower right corners of its box. A corner is
+the number of the nearest point of a square grid, counted row by row; the grid has about as many points as the
+vocabulary has tokens. Unused positions hold the last token. The final two tokens are the corners of the part
+of the scene that the image shows; here it always shows all of it. The reference does the same
+(taming-transformers, ObjectsBoundingBoxConditionalBuilder).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from models.spec import TokenSpec
 
 
 class Box(NamedTuple):
-    """An object's category, its upper left corner and its size, as fractions of the image's sides.
+    """An object's category, and the upper left corner and size of its box in fractions of the image's sides.
 
     The reference encodes annotations in the category, by adding multiples of the number of categories: 1 for
-    a group, 2 for occluded, 4 for a depiction, 8 for seen from inside.
+    a group, 2 for an occluded object, 4 for a depiction, 8 for a view from inside.
     """
 
     category: int
@@ -31,7 +31,7 @@ class Box(NamedTuple):
 
 
 def tokens(boxes: Sequence[Box], spec: TokenSpec) -> list[int]:
-    """The tokens of a layout, spec.tokens of them. Boxes are clipped to the image, those outside left out.
+    """The spec.tokens tokens of a layout. Boxes are clipped to the image; boxes outside it are left out.
 
     Raises ValueError for too many boxes and for an unknown category.
     """

@@ -1,4 +1,4 @@
-"""Conditioners: from what a request asks for to the UNet's context or concat channels."""
+"""Conditioners: prompts, classes, boxes and segmentation maps -> the UNet's context or concat channels."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PLAIN = PromptOptions()
 
 
 class ConditioningInput(NamedTuple):
-    """What an image is to show. Each conditioner uses the fields that it is for."""
+    """The conditioning inputs of one image. A conditioner ignores the fields of other conditioners."""
 
     prompt: str = ""
     negative_prompt: str = ""
     class_label: int | None = None  # None: no class
     boxes: Sequence[Box] = ()
-    regions: Tensor | None = None  # (rows, columns), a segmentation map of labels from 1; 0: no label
+    regions: Tensor | None = None  # (rows, columns), a segmentation map; labels count from 1, 0: no label
     size: tuple[int, int] | None = None  # (width, height) of the image; None: the model's default
     prompt_options: PromptOptions = PLAIN
 
@@ -40,14 +40,14 @@ class ConditioningInput(NamedTuple):
 
 
 class LayoutProjection(nn.Module):
-    """Label names -> the vectors that their regions have as concat channels."""
+    """Label names -> one vector per label, which fills the label's regions in the concat channels."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
         self.projection = nn.Linear(width, channels)
 
     def forward(self, encoder: TextEncoder, ids: Tensor) -> Tensor:
-        """ids (K, L) of names -> (K, channels): the end token's vector of each, projected."""
+        """Token ids (K, L) of K names -> (K, channels): the projected vector of each end token."""
         states = encoder(ids).tokens
         end = (ids == encoder.spec.eos_id).int().argmax(dim=1)
         channels: Tensor = self.projection(states[torch.arange(len(ids), device=ids.device), end])
@@ -57,9 +57,8 @@ class LayoutProjection(nn.Module):
 class TextConditioner(nn.Module):
     """Prompts -> context by CLIP text encoders; labels -> concat channels where the model takes layouts.
 
-    Every encoder reads the whole prompt, with its own tokenizer; their token vectors are concatenated. The
-    unconditional context is that of the negative prompt; with zero_null it is zeros where that prompt is
-    empty.
+    Every encoder reads the whole prompt with its own tokenizer; their token vectors are concatenated. The
+    unconditional context is that of the negative prompt, or with zero_null zeros if that prompt is empty.
     """
 
     def __init__(
@@ -82,16 +81,16 @@ class TextConditioner(nn.Module):
 
     @property
     def prompt_tokenizers(self) -> list[PromptTokenizer]:
-        """Of each encoder."""
+        """The prompt tokenizer of each encoder."""
         return [encoder.prompt_tokenizer for encoder in self.encoders]
 
     def context_pair(self, inputs: ConditioningInput) -> Context:
-        """The unconditional context and the conditional one, as two rows.
+        """The unconditional and the conditional context, as two rows.
 
-        tokens (2, L, C); pooled (2, P) if the model has it. L is the length of a chunk times
-        self.chunks(inputs). pooled is that of the first chunk, unweighted.
+        tokens (2, L, C), L the length of a chunk times self.chunk_count(inputs); pooled (2, P) if the model
+        has it, of the first chunk and without prompt weights.
         """
-        count = self.chunks(inputs)
+        count = self.chunk_count(inputs)
         ids, weights = zip(
             *(each.table(inputs.prompts, inputs.prompt_options, count) for each in self.prompt_tokenizers),
             strict=True,
@@ -102,16 +101,16 @@ class TextConditioner(nn.Module):
             return pair
         return Context(zero_first(pair.tokens), None if pair.pooled is None else zero_first(pair.pooled))
 
-    def chunks(self, inputs: ConditioningInput) -> int:
-        """Chunks of the longer prompt."""
-        return most_chunks(inputs, self.prompt_tokenizers)
+    def chunk_count(self, inputs: ConditioningInput) -> int:
+        """How many chunks the longer of the two prompts fills."""
+        return max_chunk_count(inputs, self.prompt_tokenizers)
 
     def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
         """Token ids (B, n) for each encoder, padded and truncated to the context length."""
         return [encoder.tokenize(prompts) for encoder in self.encoders]
 
     def encode(self, ids: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None) -> Context:
-        """ids and weights (B, n) for each encoder -> tokens (B, L, C), pooled (B, P) if the model has it."""
+        """ids and weights, (B, n) per encoder -> tokens (B, n, C), pooled (B, P) if the model has it."""
         contexts: list[Context] = [
             encoder(each.to(device=self.device, dtype=torch.long))
             for encoder, each in zip(self.encoders, ids, strict=True)
@@ -122,21 +121,24 @@ class TextConditioner(nn.Module):
         return Context(torch.cat(states, dim=-1), torch.cat(pooled, dim=-1) if pooled else None)
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> (B, L, C), truncated to the context length."""
+        """Prompts, truncated to the context length -> token vectors (B, L, C)."""
         return self.encode(self.tokenize(prompts)).tokens
 
     def from_ids(self, *ids: Tensor) -> Tensor:
-        """Token ids (B, n), one tensor for each encoder or for all -> (B, L, C)."""
+        """Token ids (B, n), one tensor per encoder or one for all -> token vectors (B, n, C)."""
         return self.encode(ids * len(self.encoders) if len(ids) == 1 else ids).tokens
 
     def from_regions(self, regions: Tensor) -> Tensor:
-        """A segmentation map (h, w) of labels from 1, 0 for none -> concat channels (channels, h, w)."""
+        """Segmentation map (h, w), labels from 1, 0: no label -> concat channels (channels, h, w).
+
+        Raises ValueError for a model without layout channels.
+        """
         if self.layout is None:
             raise ValueError("this model takes no layout")
         encoder = self.encoders[0]
         present, index = regions.to(self.device).unique(return_inverse=True)
         ids = encoder.tokenize([self.labels[max(number - 1, 0)] for number in present.tolist()])
-        table: Tensor = self.layout(encoder, ids.to(self.device)) * (present > 0)[:, None]
+        table: Tensor = self.layout(encoder, ids.to(self.device)) * (present > 0)[:, None]  # (K, channels)
         return table[index].movedim(-1, 0)
 
     def overflow(self, prompt: str, options: PromptOptions = PLAIN) -> str:
@@ -144,8 +146,8 @@ class TextConditioner(nn.Module):
         return self.encoders[0].prompt_tokenizer.overflow(prompt, options)
 
 
-def most_chunks(inputs: ConditioningInput, tokenizers: Sequence[PromptTokenizer]) -> int:
-    """The most chunks that either prompt takes with any of the tokenizers."""
+def max_chunk_count(inputs: ConditioningInput, tokenizers: Sequence[PromptTokenizer]) -> int:
+    """How many chunks the longer of the two prompts fills, with the tokenizer that needs the most."""
     options = inputs.prompt_options
     return max(len(each.chunks(prompt, options)) for each in tokenizers for prompt in inputs.prompts)
 
@@ -157,22 +159,25 @@ def join_chunks(states: Tensor, count: int) -> Tensor:
 
 
 def zero_first(pair: Tensor) -> Tensor:
-    """(2, ...) with zeros for the first row."""
+    """A pair (2, ...) with zeros for its first row."""
     return torch.stack([torch.zeros_like(pair[0]), pair[1]])
 
 
 class TokenConditioner(nn.Module):
-    """Prompts in BERT's tokens -> context. The unconditional context is that of the negative prompt."""
+    """Prompts -> context, by BERT's tokenizer and a token transformer.
+
+    The unconditional context is that of the negative prompt.
+    """
 
     def __init__(self, spec: TokenSpec, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """tokenizer: may be set later, before the first prompt; single files do not hold it."""
+        """tokenizer: single files do not hold it, so it may be set later, before the first prompt."""
         super().__init__()
         self.transformer = TokenTransformer(spec)
         self.tokenizer = tokenizer
 
     @property
     def prompt_tokenizer(self) -> PromptTokenizer:
-        """Raises CheckpointError where no tokenizer was set."""
+        """The tokenizer of prompts. Raises CheckpointError if none was set."""
         if self.tokenizer is None:
             raise CheckpointError("prompts need vocab.txt of bert-base-uncased beside the checkpoint")
         return PromptTokenizer(self.tokenizer, self.transformer.spec.tokens)
@@ -181,13 +186,13 @@ class TokenConditioner(nn.Module):
         """Token ids (B, L) with begin and end tokens, padded and truncated to the context length."""
         return self.prompt_tokenizer.table(prompts, PLAIN)[0]
 
-    def chunks(self, inputs: ConditioningInput) -> int:
-        """Chunks of the longer prompt."""
-        return most_chunks(inputs, [self.prompt_tokenizer])
+    def chunk_count(self, inputs: ConditioningInput) -> int:
+        """How many chunks the longer of the two prompts fills."""
+        return max_chunk_count(inputs, [self.prompt_tokenizer])
 
     def context_pair(self, inputs: ConditioningInput) -> Context:
-        """The unconditional context and the conditional one: (2, L, C), L that of all chunks."""
-        count = self.chunks(inputs)
+        """The unconditional and the conditional context, (2, L, C), L over all chunks."""
+        count = self.chunk_count(inputs)
         ids, weights = self.prompt_tokenizer.table(inputs.prompts, inputs.prompt_options, count)
         return Context(join_chunks(apply_weights(self.from_ids(ids), weights), count))
 
@@ -206,18 +211,18 @@ class TokenConditioner(nn.Module):
 
 
 class BoxConditioner(nn.Module):
-    """Boxes -> context. There is no unconditional context, so guidance is not supported."""
+    """Boxes -> context. Without an unconditional context, guidance is not supported."""
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__()
         self.transformer = TokenTransformer(spec)
 
     def context_pair(self, inputs: ConditioningInput) -> Context:
-        """The conditional context twice: (2, L, C)."""
+        """The conditional context in both rows: (2, L, C)."""
         return Context(self.forward([inputs.boxes]).expand(2, -1, -1))
 
     def forward(self, layouts: Sequence[Sequence[Box]]) -> Tensor:
-        """The boxes of each image -> (B, L, C)."""
+        """The boxes of B images -> (B, L, C)."""
         return self.from_ids(torch.tensor([tokens(boxes, self.transformer.spec) for boxes in layouts]))
 
     def from_ids(self, ids: Tensor) -> Tensor:
@@ -235,9 +240,9 @@ class ClassConditioner(nn.Module):
         self.embedding = nn.Embedding(spec.classes, spec.width)
 
     def context_pair(self, inputs: ConditioningInput) -> Context:
-        """The unconditional context and the conditional one: (2, 1, C); without a null class, the same twice.
+        """The unconditional and the conditional context, (2, 1, C); the same without a null class.
 
-        Raises ValueError where no class is given and there is no null class to stand for it.
+        Raises ValueError for an input without a class if the model has no null class.
         """
         null = self.spec.null
         label = null if inputs.class_label is None else inputs.class_label
@@ -253,7 +258,7 @@ class ClassConditioner(nn.Module):
 
 
 class SegmentationConditioner(nn.Module):
-    """Segmentation maps -> concat channels: a learned vector per class, halved to the latent's size."""
+    """Segmentation maps -> concat channels: a learned vector per class, resized to the latent's size."""
 
     def __init__(self, spec: SegmentationSpec) -> None:
         super().__init__()
@@ -261,24 +266,24 @@ class SegmentationConditioner(nn.Module):
         self.channel_mapper = nn.Conv2d(spec.classes, spec.channels, 1, bias=False)
 
     def context_pair(self, inputs: ConditioningInput) -> None:
-        """None: this conditioner makes concat channels alone."""
+        """None: this conditioner makes concat channels and no context."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Class indices from 0, (B, H, W) -> (B, C, H / 2^n, W / 2^n)."""
+        """Maps of classes counted from 0, (B, H, W) -> (B, C, H / 2^n, W / 2^n), n spec.halvings."""
         return self.channels_of(maps + 1)
 
     def from_regions(self, regions: Tensor) -> Tensor:
-        """Labels from 1, 0 for none, (H, W) -> (C, H / 2^n, W / 2^n)."""
+        """A map of labels counted from 1, 0: no label, (H, W) -> (C, H / 2^n, W / 2^n)."""
         return self.channels_of(regions[None])[0]
 
     def channels_of(self, maps: Tensor) -> Tensor:
-        """As from_regions, for a batch (B, H, W).
+        """As from_regions(), for a batch (B, H, W).
 
-        The reference halves one-hot maps and then mixes their channels. Both are linear, so looking up the
-        mixed vectors first gives the same with far less memory.
+        The reference halves one-hot maps, then mixes their channels. Both operations are linear, so the order
+        does not matter: looking up the mixed vectors first needs far less memory.
         """
         weight = self.channel_mapper.weight
-        vectors = pad(weight.flatten(1).T, (0, 0, 1, 0))  # (1 + classes, C); zeros for no label come first
+        vectors = pad(weight.flatten(1).T, (0, 0, 1, 0))  # (1 + classes, C); row 0, no label, is zeros
         y = embedding(maps.to(device=weight.device, dtype=torch.long), vectors).movedim(-1, 1)
         for _ in range(self.spec.halvings):
             y = interpolate(y, scale_factor=0.5, mode="bilinear")

@@ -24,7 +24,7 @@ from models.conditioning.prompts import (
 class PromptTokenizer:
     """Tokenizes prompts into chunks, each as long as the context of one text encoder.
 
-    learned_words: as in prompts.tokens_of.
+    length: of a chunk, begin and end tokens included. learned_words: as in prompts.tokens_of().
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -42,10 +42,11 @@ class PromptTokenizer:
 
     def split(self, text: str) -> list[tuple[int, int]]:
         """Id and first character of each token."""
-        # verbose=False: the tokenizer warns of texts longer than its model takes, which is handled here.
-        read = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        # verbose=False: no warning about long texts, which are split or truncated here.
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return [
-            (each, begin) for each, (begin, _) in zip(read["input_ids"], read["offset_mapping"], strict=True)
+            (each, begin)
+            for each, (begin, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
 
     def chunks(self, prompt: str, options: PromptOptions) -> list[Sequence[Token]]:
@@ -56,15 +57,15 @@ class PromptTokenizer:
     def table(
         self, prompts: Sequence[str], options: PromptOptions, count: int = 1
     ) -> tuple[Tensor, Tensor | None]:
-        """ids (B n, L), the n chunks of each prompt in turn; weights (B n, L), None where all are 1.
+        """Ids (B n, L) of the n = count chunks of each prompt, and their weights (B n, L); None if all are 1.
 
-        A prompt with fewer chunks than `count` gets empty ones, as of an empty prompt.
+        A prompt that fills fewer chunks gets chunks of an empty prompt for the rest.
         """
         special = self.special
         chunks: list[Sequence[Token]] = []
         for prompt in prompts:
-            read = self.chunks(prompt, options)
-            chunks += [*read, *[()] * (count - len(read))]
+            filled = self.chunks(prompt, options)
+            chunks += [*filled, *[()] * (count - len(filled))]
         ids = torch.tensor([special.ids(chunk) for chunk in chunks], dtype=torch.long)
         weights = torch.tensor([special.weights(chunk) for chunk in chunks])
         return ids, None if (weights == 1).all() else weights

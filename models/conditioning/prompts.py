@@ -1,9 +1,8 @@
 """Prompts with weights, and prompts of any length: text -> pieces -> tokens -> chunks. Imports no torch.
 
-The grammar of weights is that of AUTOMATIC1111's web UI, for which most prompts in circulation are written:
-`(word)` has 1.1 times the weight, `[word]` 1 / 1.1 times, `(word:1.3)` 1.3 times, and nested weights
-multiply. A backslash before a bracket or a backslash makes it a plain character. An unclosed bracket reaches
-to the end.
+Weights are written as in AUTOMATIC1111's web UI, for which most published prompts are written: `(word)` has
+1.1 times the weight, `[word]` 1 / 1.1 times, `(word:1.3)` 1.3 times, and nested weights multiply. A backslash
+before a bracket or a backslash makes it a plain character. An unclosed bracket reaches to the end.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 BRACKET_WEIGHT = 1.1
-MAX_WEIGHT = 10.0  # absolute weight of a token; with larger ones the rest of the prompt has no effect
-MAX_CHUNKS = 8  # chunks per prompt
+MAX_WEIGHT = 10.0  # of a token, absolute; with a larger one the rest of the prompt has no effect
+MAX_CHUNKS = 8  # per prompt
 SYNTAX = re.compile(
     r"\\(?P<escaped>[()\[\]\\]?)"
     r"|(?P<open>[(\[])"
@@ -27,7 +26,7 @@ SYNTAX = re.compile(
 class PromptOptions(NamedTuple):
     """How prompts are read."""
 
-    weighted: bool = False  # by the grammar of weights; else every character is text
+    weighted: bool = False  # brackets are weights; else every character is text
     chunked: bool = False  # a prompt longer than the context fills several chunks; else it is truncated
 
 
@@ -39,7 +38,7 @@ class Piece(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A token, and where its text begins: at which character of which piece."""
+    """A token, and where its text begins: the index of its piece and of the character in it."""
 
     id: int
     weight: float = 1.0
@@ -48,7 +47,7 @@ class Token(NamedTuple):
 
 
 class SpecialTokens(NamedTuple):
-    """The tokens around a chunk's own, and the length of a chunk with them."""
+    """The special tokens of a chunk, and its length with them."""
 
     begin: int
     end: int
@@ -61,7 +60,7 @@ class SpecialTokens(NamedTuple):
         return self.length - 2
 
     def ids(self, chunk: Sequence[Token]) -> list[int]:
-        """The ids of a whole chunk, padded to its length."""
+        """The ids of a whole chunk: begin, its tokens, end, padding."""
         padding = self.room - len(chunk)
         return [self.begin, *(token.id for token in chunk), self.end, *[self.pad] * padding]
 
@@ -71,7 +70,7 @@ class SpecialTokens(NamedTuple):
 
 
 def parse(prompt: str) -> list[Piece]:
-    """The weighted pieces of a prompt, at least one; neighbouring pieces have different weights."""
+    """The weighted pieces of a prompt, at least one. Neighbouring pieces differ in weight."""
     texts: list[str] = []
     weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # index of the piece at which each open bracket began
@@ -127,8 +126,8 @@ def tokens_of(
 ) -> list[Token]:
     """The tokens of pieces, each piece tokenized by itself.
 
-    tokenize: text -> id and first character of each token; learned_words: in lower case, with the ids that
-    replace each of them where it stands as a word of its own.
+    tokenize: text -> id and first character of each token. learned_words: words of textual inversion, in
+    lower case -> the ids that replace them; parts of longer words are not replaced.
     """
     out = []
     for index, (text, weight) in enumerate(pieces):
@@ -155,14 +154,14 @@ def split_on_words(text: str, words: Mapping[str, Sequence[int]]) -> Iterator[tu
 
 def chunks_of(tokens: Sequence[Token], room: int, options: PromptOptions) -> list[Sequence[Token]]:
     """Chunks of at most `room` tokens, at least one; tokens past the last chunk are dropped."""
-    most = MAX_CHUNKS if options.chunked else 1
-    return [tokens[begin : begin + room] for begin in range(0, max(len(tokens), 1), room)][:most]
+    limit = MAX_CHUNKS if options.chunked else 1
+    return [tokens[begin : begin + room] for begin in range(0, max(len(tokens), 1), room)][:limit]
 
 
 def truncated_text(
     pieces: Sequence[Piece], tokens: Sequence[Token], room: int, options: PromptOptions
 ) -> str:
-    """The end of a prompt that its chunks do not hold; '' if all fits."""
+    """The end of a prompt that does not fit in its chunks; '' if all of it fits."""
     kept = room * (MAX_CHUNKS if options.chunked else 1)
     if len(tokens) <= kept:
         return ""

@@ -18,7 +18,7 @@ from models.spec import TextSpec
 
 
 class Context(NamedTuple):
-    """What a conditioner makes for the UNet."""
+    """A conditioner's output: vectors that the UNet attends to, and a pooled vector."""
 
     tokens: Tensor  # (B, L, C), for cross-attention
     pooled: Tensor | None = None  # (B, P), added to the timestep embedding
@@ -29,31 +29,31 @@ class Context(NamedTuple):
 
 
 def apply_weights(states: Tensor, weights: Tensor | None) -> Tensor:
-    """Token vectors (B, L, C) times their weights (B, L), rescaled to the mean that they had before."""
+    """Token vectors (B, L, C) times their weights (B, L), rescaled so that each prompt's mean stays."""
     if weights is None:
         return states
     before, after = states.float(), states.float() * weights.to(states.device)[..., None]
     mean = after.mean(dim=(1, 2), keepdim=True)
-    back = torch.where(mean == 0, 1.0, before.mean(dim=(1, 2), keepdim=True) / mean)
-    return (after * back).to(states.dtype)
+    rescaling = torch.where(mean == 0, 1.0, before.mean(dim=(1, 2), keepdim=True) / mean)
+    return (after * rescaling).to(states.dtype)
 
 
 class TextEncoder(nn.Module):
     """CLIP's text transformer with its tokenizer."""
 
     def __init__(self, spec: TextSpec, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """tokenizer: may be set later, before the first prompt."""
+        """tokenizer: None if it is set later, before the first prompt."""
         super().__init__()
         self.spec = spec
         self.tokenizer = tokenizer
-        self.learned_words: dict[str, tuple[int, ...]] = {}  # textual inversion: lower-case word -> its ids
+        self.learned_words: dict[str, tuple[int, ...]] = {}  # of textual inversion, in lower case -> ids
         self.transformer = TextTransformer(spec)
         if width := spec.projection or spec.pooled:
             self.text_projection = nn.Linear(spec.width, width, bias=False)
 
     @property
     def prompt_tokenizer(self) -> PromptTokenizer:
-        """Raises CheckpointError where no tokenizer was set."""
+        """The tokenizer of prompts. Raises CheckpointError if none was set."""
         if self.tokenizer is None:
             raise CheckpointError("this text encoder has no tokenizer")
         return PromptTokenizer(self.tokenizer, self.spec.tokens, self.learned_words)
@@ -63,10 +63,11 @@ class TextEncoder(nn.Module):
         return self.prompt_tokenizer.table(prompts, PromptOptions())[0]
 
     def forward(self, ids: Tensor) -> Context:
-        """ids (B, n) -> tokens (B, n, C), of the layer and with the norm that the spec names.
+        """Token ids (B, n) -> tokens (B, n, C), from the layer and with the norm that the spec names.
 
-        With a projection there is one vector per text instead, normalised to length 1: (B, 1, C) (Radford et
-        al. 2021, figure 3). pooled (B, P): the projected text where the spec has both, not normalised.
+        With spec.projection, tokens are one projected vector per text, normalised to length 1: (B, 1, C)
+        (Radford et al. 2021, figure 3). With spec.pooled, pooled (B, P) is the projected vector of the text,
+        not normalised.
         """
         spec, norm, states = self.spec, self.transformer.final_layer_norm, self.transformer(ids)
         if spec.projection:
@@ -76,7 +77,7 @@ class TextEncoder(nn.Module):
         return Context(norm(tokens) if spec.final_norm else tokens, pooled)
 
     def project_text(self, ids: Tensor, states: Tensor) -> Tensor:
-        """The end token's vector, projected: ids (B, n), states (B, n, C) after the norm -> (B, P)."""
+        """The projected vector of the end token: ids (B, n), states (B, n, C) after the norm -> (B, P)."""
         end = (ids == self.spec.eos_id).int().argmax(dim=1)  # the first: CLIP pads with the same token
         projected: Tensor = self.text_projection(states[torch.arange(len(ids), device=ids.device), end])
         return projected

@@ -10,7 +10,7 @@ from models.networks.modules import module_list
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from x to a context, or to x itself without one (section 3.3)."""
+    """Multi-head attention from x to a context, or to x itself (Rombach et al. 2021, section 3.3)."""
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
@@ -52,18 +52,19 @@ class AttentionBlock(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Linear layer gated by the exact GELU of its other half (Shazeer 2020)."""
+    """A linear layer whose first half is gated by the exact GELU of its second (Shazeer 2020)."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, C) -> (B, N, inner)."""
         return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
-    """GEGLU and a linear layer, four times as wide inside."""
+    """GEGLU, then a linear layer; four times as wide between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -71,6 +72,7 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, C) -> (B, N, C)."""
         out: Tensor = self.net(x)
         return out
 
@@ -92,6 +94,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, N, C), context (B, L, C_ctx) -> (B, N, C)."""
         x = x + self.attn1(self.norm1(x), context if self.cross_only else None)
         x = x + self.attn2(self.norm2(x), context)
         out: Tensor = x + self.ff(self.norm3(x))
@@ -130,6 +133,6 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             y = block(y, context)
         y = self.proj_out(y) if self.linear else y
-        y = y.transpose(1, 2).unflatten(2, size)
+        y = y.transpose(1, 2).unflatten(2, size)  # (B, C, h, w)
         out: Tensor = x + (y if self.linear else self.proj_out(y))
         return out

@@ -21,7 +21,7 @@ from models.networks.kernels import group_norm
 from models.networks.modules import module_list
 from models.spec import AutoencoderSpec
 
-CELLS_PER_LOOKUP = 4096  # latent cells whose distances to all codes are held in memory at once
+CELLS_PER_LOOKUP = 4096  # latent cells whose distances to all codes are in memory at once
 
 
 def norm(width: int, groups: int) -> nn.GroupNorm:
@@ -42,6 +42,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C_in, h, w) -> (B, C_out, h, w)."""
         h = self.conv1(group_norm(x, self.norm1, activate=True))
         h = self.conv2(group_norm(h, self.norm2, activate=True))
         out: Tensor = h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
@@ -62,6 +63,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, h, w) -> (B, C, h, w)."""
         y = group_norm(x, self.norm)
+        # each (B, 1, h*w, C): one head
         q, k, v = (conv(y).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
         y = scaled_dot_product_attention(q, k, v)  # (B, 1, h*w, C)
         out: Tensor = x + self.proj_out(y[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
@@ -130,7 +132,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image -> latent; of a Gaussian latent, mean and log-variance as channels."""
+    """Image -> latent before quant_conv; for a Gaussian latent, mean and log-variance."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -150,6 +152,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) -> (B, C, H/f, W/f), C z_channels, or twice as many for a Gaussian latent."""
         h = self.conv_in(pixel_unshuffle(x, self.patch_size))
         for level in self.down:
             h = level(h)
@@ -158,7 +161,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent -> image."""
+    """Latent after post_quant_conv -> image."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -172,11 +175,12 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(out)
             levels.append(level)
             width = out
-        self.up = module_list(reversed(levels))  # the published index counts from the finest
+        self.up = module_list(reversed(levels))  # published keys number levels from the finest
         self.norm_out = norm(width, spec.groups)
         self.conv_out = nn.Conv2d(width, spec.image_channels * spec.patch_size**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (B, z_channels, h, w) -> x (B, 3, f*h, f*w)."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
@@ -193,15 +197,18 @@ class Codebook(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Replaces each cell by its nearest code: z (B, C, h, w) -> (B, C, h, w)."""
-        cells = z.movedim(1, -1)
-        flat = cells.flatten(0, 2)
+        cells = z.movedim(1, -1)  # (B, h, w, C)
+        flat = cells.flatten(0, 2)  # (B*h*w, C)
         nearest = torch.cat([self.nearest(part) for part in flat.split(CELLS_PER_LOOKUP)])
         codes: Tensor = self.embedding(nearest)
         quantised: Tensor = codes.unflatten(0, cells.shape[:3]).movedim(-1, 1).contiguous()
         return quantised
 
     def nearest(self, cells: Tensor) -> Tensor:
-        """cells (N, C) -> indices of codes (N,), by |z - e|^2 without its |z|^2, which all codes share."""
+        """cells (N, C) -> index of the nearest code (N,).
+
+        The distance |z - e|^2 is compared without |z|^2, which is the same for all codes e.
+        """
         codes = self.embedding.weight.float()
         return (codes.square().sum(dim=1) - 2 * cells.float() @ codes.T).argmin(dim=1)
 
@@ -228,7 +235,7 @@ class Autoencoder(nn.Module):
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of a Gaussian latent, unscaled.
 
-        x (B, 3, H, W) in [-1, 1] -> each (B, C, H/f, W/f).
+        x (B, 3, H, W) in [-1, 1] -> two tensors (B, C, H/f, W/f).
         """
         mean, logvar = self.quant_conv(self.encoder(x.to(self.dtype))).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)

@@ -1,4 +1,4 @@
-"""CLIP's text transformer (Radford et al. 2021, section 2.4), which returns every layer's output.
+"""CLIP's text transformer (Radford et al. 2021, section 2.4), with the output of every layer.
 
 Module names equal the keys of the published `text_encoder/` folders without their prefix. `transformers` has
 the same network, but importing it takes three seconds, longer than loading the bundled model.
@@ -70,6 +70,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(spec.intermediate, spec.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, n, C) -> (B, n, C)."""
         out: Tensor = self.fc2(self.activation(self.fc1(x)))
         return out
 
@@ -85,13 +86,14 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(spec.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, n, C) -> (B, n, C)."""
         x = x + self.self_attn(self.layer_norm1(x))
         out: Tensor = x + self.mlp(self.layer_norm2(x))
         return out
 
 
 class Layers(nn.Module):
-    """The layers, whose outputs are all kept."""
+    """The layers in turn; returns the output of each."""
 
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()

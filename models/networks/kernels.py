@@ -1,7 +1,7 @@
 """GroupNorm with SiLU, and GEGLU's product: torch's operators, or fused kernels on a GPU.
 
-The plain forms are the definition; the fused ones read and write memory once. Triton is imported when the
-first tensor on a GPU is met, never on a CPU.
+The plain functions define the result; the fused kernels read and write memory once. Triton is imported for
+the first tensor on a GPU, never on a CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import gelu, silu
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 4e-3  # largest error of a kernel in float16, relative to the largest value of the plain form
+TOLERANCE = 4e-3  # largest error of a kernel in float16, relative to the largest value of the plain function
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, activate: bool = False) -> Tensor:
@@ -53,9 +53,9 @@ def fused_for(x: Tensor) -> ModuleType | None:
 
 @cache
 def fused_on(device: torch.device) -> ModuleType | None:
-    """The fused kernels, if they compile on this GPU and agree with the plain forms; else None.
+    """The fused kernels, if they compile on this GPU and agree with the plain functions; else None.
 
-    The first call must not be inside a captured graph: it compiles, and waits for the device.
+    The first call must not be inside a captured graph: it compiles kernels and synchronizes with the device.
     """
     try:
         from models.networks import triton_kernels  # needs a C compiler at run time, which slim images lack
@@ -71,7 +71,7 @@ def fused_on(device: torch.device) -> ModuleType | None:
 
 
 def largest_error(fused: ModuleType, device: torch.device, dtype: torch.dtype = torch.float16) -> float:
-    """The largest error of the kernels against the plain forms in float32, relative to the largest value."""
+    """The kernels' largest error against the plain functions in float32, relative to the largest value."""
     draw = torch.Generator().manual_seed(0)
     norm = nn.GroupNorm(4, 40, device=device)
     x = (

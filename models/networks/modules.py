@@ -1,4 +1,4 @@
-"""What torch's containers of modules do not say to a type checker."""
+"""Typed access to torch's module containers."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class TokenAttention(nn.Module):
 
 
 class TokenFeedForward(nn.Module):
-    """Two linear layers with an exact GELU between them, four times as wide inside."""
+    """Two linear layers with an exact GELU between them; four times as wide there."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -44,12 +44,16 @@ class TokenFeedForward(nn.Module):
         self.net = nn.Sequential(inner, nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, C) -> (B, L, C)."""
         out: Tensor = self.net(x)
         return out
 
 
 class TokenLayers(nn.Module):
-    """Attention and feed-forward in turn, each a layer of its own behind a LayerNorm and a residual."""
+    """Attention and feed-forward in turn, each behind a LayerNorm and with a residual connection.
+
+    Published keys number each of the two as a layer of its own.
+    """
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__()
@@ -59,6 +63,7 @@ class TokenLayers(nn.Module):
         self.layers = module_list(nn.ModuleList([nn.LayerNorm(spec.width), layer]) for layer in layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, C) -> (B, L, C)."""
         for norm, layer in self.layers:
             x = x + layer(norm(x))
         return x
@@ -72,7 +77,7 @@ class TokenPositions(nn.Module):
         self.emb = nn.Embedding(tokens, width)
 
     def forward(self, length: int) -> Tensor:
-        """(length, C), of the first positions."""
+        """The vectors of the first positions, (length, C)."""
         return self.emb.weight[:length]
 
 

@@ -1,7 +1,7 @@
 """Triton kernels for channels_last tensors on a GPU, or on a CPU through Triton's interpreter.
 
-Sums are taken in float32, in an order that depends on the shape of one image alone: neither the number of
-rows nor a row's position changes a bit of it.
+Sums are in float32, in an order that depends only on the shape of one image: neither the number of images
+in the batch nor an image's position changes its bits.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, WIDTH = (
-    64,
-    64,
-)  # cells and channels of a tile: 128 bytes per cell in 16 bits, one memory transaction
-TILES = 64  # tiles whose moments are combined at once
-LENGTH = 1024  # most output values of one GEGLU program
+TILE_CELLS = 64
+TILE_CHANNELS = 64  # 128 bytes per cell in 16 bits: one memory transaction
+TILES_PER_SUM = 64  # tiles whose moments are combined at once
+MAX_GEGLU_BLOCK = 1024  # output values of one GEGLU program
 
 
 def group_norm(
@@ -25,29 +23,29 @@ def group_norm(
     """GroupNorm, then SiLU if `activate`; x (B, C, h, w) in channels_last -> the same shape and layout."""
     images, channels, h, w = x.shape
     cells, width = h * w, channels // groups
-    grid = (triton.cdiv(cells, ROWS), triton.cdiv(channels, WIDTH), images)
+    grid = (triton.cdiv(cells, TILE_CELLS), triton.cdiv(channels, TILE_CHANNELS), images)
     moments = torch.empty(2, images, grid[0], channels, device=x.device, dtype=torch.float32)
     group_stats = torch.empty(2, images, groups, device=x.device, dtype=torch.float32)
     out = torch.empty_like(x)  # same strides
-    tile_moments[grid](x, moments[0], moments[1], cells, channels, ROWS, WIDTH)
+    tile_moments[grid](x, moments[0], moments[1], cells, channels, TILE_CELLS, TILE_CHANNELS)
     group_moments[groups, images](
         moments[0], moments[1], group_stats[0], group_stats[1], cells, channels, grid[0], width, eps,
-        ROWS, triton.next_power_of_2(width), TILES,
+        TILE_CELLS, triton.next_power_of_2(width), TILES_PER_SUM,
     )  # fmt: skip
     normalise[grid](
         x, group_stats[0], group_stats[1], weight, bias, out, cells, channels, groups, width,
-        activate, ROWS, WIDTH,
+        activate, TILE_CELLS, TILE_CHANNELS,
     )  # fmt: skip
     return out
 
 
 def geglu(x: Tensor) -> Tensor:
-    """value * gelu(gate), of contiguous x (..., 2 C) that holds value, then gate -> (..., C)."""
+    """value * gelu(gate), both halves of a contiguous x (..., 2 C): value, then gate -> (..., C)."""
     width = x.shape[-1] // 2
     out = torch.empty(*x.shape[:-1], width, device=x.device, dtype=x.dtype)
     rows = out.numel() // width
     if rows:
-        block = min(LENGTH, triton.next_power_of_2(width))
+        block = min(MAX_GEGLU_BLOCK, triton.next_power_of_2(width))
         gate_values[rows, triton.cdiv(width, block)](x, out, width, block)
     return out
 

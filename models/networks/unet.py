@@ -19,7 +19,10 @@ from models.spec import UNetSpec
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Sinusoids of the timestep, cosines first. t (B,), integer or float -> (B, width) float32."""
+    """Sinusoids of the timestep, cosines first (Vaswani et al. 2017, section 3.5).
+
+    t (B,), integer or float -> (B, width) float32.
+    """
     half = width // 2
     frequencies = torch.exp(
         -math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32)
@@ -44,10 +47,10 @@ def double(x: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the timestep embedding between them and a residual connection; it may resample.
+    """Two convolutions with the timestep embedding between them and a residual connection.
 
-    resize: applied before the first convolution and on the skip connection. scale_shift: the embedding scales
-    and shifts the second norm's output, instead of being added to its input.
+    resize: changes the size, before the first convolution and on the skip connection. scale_shift: the
+    embedding scales and shifts the second norm's output, instead of being added to its input.
     """
 
     def __init__(
@@ -107,12 +110,13 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers in sequence, each called with what it takes: the embedding, the context, or neither."""
+    """Layers in sequence. Residual blocks get the timestep embedding, transformers the context."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(layers)
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+        """x (B, C_in, h, w), emb (B, E), context (B, L, C_ctx) -> (B, C_out, h', w')."""
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -138,7 +142,7 @@ def attention(spec: UNetSpec, level: int, depth: int, cross_only: bool = False) 
 
 
 class UNet(nn.Module):
-    """Predicts eps or v of a noised latent, from its timestep and what conditions it."""
+    """Predicts eps or v of a noised latent from its timestep, context, pooled vector and noise level."""
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
@@ -211,7 +215,7 @@ class UNet(nn.Module):
         context: (B, L, C_ctx); pooled: (B, spec.added_width), added to the timestep embedding; noise_level:
         (B,).
         """
-        emb = self.time_embed(timestep_embedding(t, self.spec.channels[0]).to(self.dtype))
+        emb = self.time_embed(timestep_embedding(t, self.spec.channels[0]).to(self.dtype))  # (B, E)
         if pooled is not None:
             emb = emb + self.label_emb(pooled.to(self.dtype))
         if noise_level is not None:

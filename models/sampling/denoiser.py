@@ -16,7 +16,7 @@ class Denoiser:
         self.schedule = schedule
         device = next(unet.parameters()).device
         ab = torch.from_numpy(schedule.alpha_bar)
-        # Tables of (T,), float32 whatever the dtype of the weights; the roots are taken in float64.
+        # Tables (T,), float32 for weights of any dtype; the square roots are computed in float64.
         self.sqrt_alpha_bar = ab.sqrt().to(device, torch.float32)
         self.sqrt_one_minus_alpha_bar = (1 - ab).sqrt().to(device, torch.float32)
 
@@ -33,8 +33,8 @@ class Denoiser:
         """x (B, C, h, w), t (B,) -> eps (B, C, h, w), float32.
 
         context: (B, L, C_ctx), for cross-attention; pooled: (B, P), added to the timestep embedding;
-        concat_channels: (B, C', h, w), concatenated to x; alpha_sigma: (B, 2), of x, required where t is not
-        an integer; noise_level: (B,), of the low-resolution image in concat_channels.
+        concat_channels: (B, C', h, w), concatenated to x; alpha_sigma: (B, 2), of x, required for fractional
+        timesteps; noise_level: (B,), of the low-resolution image in concat_channels.
         """
         x_in = x if concat_channels is None else torch.cat([x, concat_channels.to(x.dtype)], dim=1)
         out: Tensor = self.unet(x_in, t, context, pooled, noise_level).float()
@@ -43,7 +43,10 @@ class Denoiser:
         return out
 
     def eps_from_v(self, v: Tensor, x: Tensor, t: Tensor, alpha_sigma: Tensor | None = None) -> Tensor:
-        """eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x (Salimans and Ho 2022, appendix D)."""
+        """eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x (Salimans and Ho 2022, appendix D).
+
+        v, x: (B, C, h, w); t: (B,); alpha_sigma: (B, 2), looked up at t if None. -> (B, C, h, w).
+        """
         if alpha_sigma is None:
             index = t.long()
             alpha_sigma = torch.stack(

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 def cfg_rows(guidance_scale: float) -> slice:
     """Which of the rows (unconditional, conditional) an image needs.
 
-    At a scale of 0 the guided prediction is the unconditional one, at 1 the conditional one: one row is
-    enough.
+    One row is enough at a scale of 0, the unconditional prediction, and of 1, the conditional one.
     """
     return {0.0: slice(0, 1), 1.0: slice(1, 2)}.get(guidance_scale, slice(0, 2))
 
@@ -28,7 +27,7 @@ def row_count(guidance_scale: float) -> int:
 def guide(eps_uncond: Tensor, eps_cond: Tensor, scale: Tensor | float) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2021, equation 6, with scale = 1 + w).
 
-    eps: (B, C, h, w); scale: one number for all rows, or (B,) with one for each. -> (B, C, h, w).
+    eps_uncond, eps_cond: (B, C, h, w); scale: one number for all images, or (B,). -> (B, C, h, w).
     """
     if not isinstance(scale, (int, float)):
         scale = scale[:, None, None, None]

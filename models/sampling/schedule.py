@@ -41,17 +41,17 @@ class Schedule:
 
 
 def betas(spec: ScheduleSpec) -> Floats:
-    """(T,). "scaled_linear" is linear in sqrt(beta), which the LDM code calls linear."""
+    """The beta of each timestep, (T,). "scaled_linear", linear in sqrt(beta), is the LDM code's "linear"."""
     if spec.beta_schedule == "scaled_linear":
         return np.linspace(spec.beta_start**0.5, spec.beta_end**0.5, spec.timesteps) ** 2
     return np.linspace(spec.beta_start, spec.beta_end, spec.timesteps)
 
 
 def leading(steps: int, total: int, offset: int) -> Timesteps:
-    """Multiples of the integer stride total // steps, plus the offset, as the LDM code has them.
+    """Multiples of the integer stride total // steps, plus the offset, as in the LDM code.
 
-    Where that stride would leave out more than a tenth of the timesteps, they are spread evenly instead; the
-    offset is reduced where it would lead past the last timestep.
+    If such multiples would not reach the last tenth of the timesteps, the steps are spread evenly instead.
+    The offset is reduced if it would lead past the last timestep.
     """
     spread_evenly = total % steps > total // 10
     t = np.arange(steps, dtype=np.int64)

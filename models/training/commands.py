@@ -65,16 +65,16 @@ def train_diffusion(args: argparse.Namespace) -> bool:
 
 
 def export_model(args: argparse.Namespace) -> None:
-    bundle = with_decoder(args) if args.start else trained_model(args)
-    checkpoint.save(bundle, args.output, shard=MAX_FILE_BYTES)
+    model = with_decoder(args) if args.start else trained_model(args)
+    checkpoint.save(model, args.output, shard=MAX_FILE_BYTES)
     shutil.copyfile(args.names, args.output / "names.txt")
 
 
 def with_decoder(args: argparse.Namespace) -> LatentDiffusion:
     """The model of --start, with the autoencoder trained by `autoencoder --only-decoder`."""
-    bundle = checkpoint.load(args.start)
-    bundle.autoencoder.load_state_dict(averaged(args.state / "autoencoder.pt"))
-    return bundle
+    model = checkpoint.load(args.start)
+    model.autoencoder.load_state_dict(averaged(args.state / "autoencoder.pt"))
+    return model
 
 
 def trained_model(args: argparse.Namespace) -> LatentDiffusion:
@@ -167,12 +167,12 @@ def cached(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
 def evaluate(args: argparse.Namespace) -> None:
     from models.training import evaluate, evaluate_upscaler
 
-    bundle = loaded(args)
-    if "upscaling" in bundle.spec.tasks:
-        lines = evaluate_upscaler.report(bundle, args.count, args.steps or bundle.spec.defaults.steps)
+    model = loaded(args)
+    if "upscaling" in model.spec.tasks:
+        lines = evaluate_upscaler.report(model, args.count, args.steps or model.spec.defaults.steps)
     else:
         steps, scale = args.steps or DEFAULTS.steps, args.guidance_scale
-        lines = evaluate.report(bundle, names_of(args), args.count, steps, scale)
+        lines = evaluate.report(model, names_of(args), args.count, steps, scale)
     for line in lines:
         print(line, flush=True)
 
@@ -181,12 +181,12 @@ def draw_sheets(args: argparse.Namespace) -> None:
     from models.training import evaluate_upscaler, sheet
 
     args.output.mkdir(parents=True, exist_ok=True)
-    bundle = loaded(args)
-    steps = args.steps or bundle.spec.defaults.steps
-    if "upscaling" in bundle.spec.tasks:
-        drawn = evaluate_upscaler.sheets(bundle, steps)
+    model = loaded(args)
+    steps = args.steps or model.spec.defaults.steps
+    if "upscaling" in model.spec.tasks:
+        drawn = evaluate_upscaler.sheets(model, steps)
     else:
-        drawn = sheet.sheets(bundle, names_of(args), steps)
+        drawn = sheet.sheets(model, names_of(args), steps)
     for task, image in drawn:
         image.save(args.output / f"{task}.png", optimize=True)
 

@@ -295,26 +295,26 @@ def v_error(
     return (error if weight is None else weight * error).mean()
 
 
-def start_from(network: SceneNetwork, bundle: LatentDiffusion) -> None:
+def start_from(network: SceneNetwork, model: LatentDiffusion) -> None:
     """Copies the weights of a trained model, which may be smaller or older, into the network.
 
     Tokens are matched by their text; new input channels of the UNet start at zero.
     """
-    if bundle.unet is None or not isinstance(bundle.conditioner, TextConditioner):
-        raise ValueError(f"{bundle.spec.name} is not a text-to-image model to start from")
-    old_encoder, encoder = bundle.conditioner.encoders[0], network.text_encoder
+    if model.unet is None or not isinstance(model.conditioner, TextConditioner):
+        raise ValueError(f"{model.spec.name} is not a text-to-image model to start from")
+    old_encoder, encoder = model.conditioner.encoders[0], network.text_encoder
     old, new = (each.prompt_tokenizer.tokenizer.get_vocab() for each in (old_encoder, encoder))
     text, shared = old_encoder.state_dict(), sorted(new.keys() & old.keys())
     rows = encoder.state_dict()
     key = next(key for key in text if key.endswith("token_embedding.weight"))
     rows[key][[new[token] for token in shared]] = text[key][[old[token] for token in shared]]
     encoder.load_state_dict(text | {key: rows[key]})
-    unet, key = bundle.unet.state_dict(), "input_blocks.0.0.weight"
+    unet, key = model.unet.state_dict(), "input_blocks.0.0.weight"
     grown = torch.zeros_like(network.unet.state_dict()[key])
     grown[:, : unet[key].shape[1]] = unet[key]
     network.unet.load_state_dict(unet | {key: grown})
-    if bundle.conditioner.layout:
-        network.layout.load_state_dict(bundle.conditioner.layout.state_dict())
+    if model.conditioner.layout:
+        network.layout.load_state_dict(model.conditioner.layout.state_dict())
 
 
 def train(

@@ -159,23 +159,23 @@ def to_images(x: Tensor) -> Images:
 
 
 @torch.inference_mode()
-def reconstructed(bundle: LatentDiffusion, images: Images) -> Images:
+def reconstructed(model: LatentDiffusion, images: Images) -> Images:
     """D(E(x)) of each image."""
     batches = to_x(torch.from_numpy(images)).split(BATCH)
-    return np.concatenate([to_images(bundle.decode(bundle.encode(x.to(bundle.device)))) for x in batches])
+    return np.concatenate([to_images(model.decode(model.encode(x.to(model.device)))) for x in batches])
 
 
-def fidelity(bundle: LatentDiffusion, atlas: Atlas, count: int = 128) -> float:
+def fidelity(model: LatentDiffusion, atlas: Atlas, count: int = 128) -> float:
     """PSNR in dB of D(E(x)) over held-out scenes, from the mean squared error of all."""
     scenes = np.stack([scene.image for scene in held_out_scenes(atlas, count)])
-    return psnr(scenes, reconstructed(bundle, scenes))
+    return psnr(scenes, reconstructed(model, scenes))
 
 
 class Painter:
     """Draws images with a model in batches, every image with a new seed."""
 
-    def __init__(self, bundle: LatentDiffusion, steps: int, guidance_scale: float, total: int) -> None:
-        self.bundle = bundle
+    def __init__(self, model: LatentDiffusion, steps: int, guidance_scale: float, total: int) -> None:
+        self.model = model
         self.steps = steps
         self.guidance_scale = guidance_scale
         self.bar = tqdm(total=total, desc="images", leave=False)
@@ -190,7 +190,7 @@ class Painter:
             chosen = prompts[part]
             seeds = range(self.drawn, self.drawn + len(chosen))
             given = None if concat_channels is None else concat_channels[part]
-            x = self.bundle.sample(chosen, seeds, self.steps, self.guidance_scale, given)
+            x = self.model.sample(chosen, seeds, self.steps, self.guidance_scale, given)
             parts.append(to_images(x))
             self.drawn += len(chosen)
             self.bar.update(len(chosen))
@@ -207,10 +207,10 @@ class Painter:
     @torch.inference_mode()
     def for_inpainting(self, images: Images, masks: Mask) -> list[Tensor]:
         """Concat channels for images (B, H, W, 3) and masks (B, H, W)."""
-        device, made = self.bundle.device, []
+        device, made = self.model.device, []
         for image, mask in zip(images, masks, strict=True):
             x = to_x(torch.from_numpy(image)[None]).to(device)
-            masked = self.bundle.encode_masked(x, torch.from_numpy(mask).to(device))
+            masked = self.model.encode_masked(x, torch.from_numpy(mask).to(device))
             h, w = masked.z.shape[1:]
             made.append(self._concat_channels(h, w, masked=masked))
         return made
@@ -218,9 +218,9 @@ class Painter:
     def _concat_channels(
         self, h: int, w: int, regions: Tensor | None = None, masked: MaskedImage | None = None
     ) -> Tensor:
-        channels = self.bundle.concat_channels(h, w, regions, masked)
+        channels = self.model.concat_channels(h, w, regions, masked)
         if channels is None:
-            raise ValueError(f"{self.bundle.spec.name} takes neither masks nor layouts")
+            raise ValueError(f"{self.model.spec.name} takes neither masks nor layouts")
         return channels
 
 
@@ -270,7 +270,7 @@ def boxed_objects(
 
     The prompt is the label, as it is by default in requests.
     """
-    rng, f = np.random.default_rng(2), paint.bundle.spec.autoencoder.factor
+    rng, f = np.random.default_rng(2), paint.model.spec.autoencoder.factor
     labels, maps, boxes = [], [], []
     for _ in range(count):
         side = f * int(rng.integers(8, 14))
@@ -342,11 +342,11 @@ def masked_errors(image: Pixels, mask: Mask, made: Pixels) -> tuple[float, float
     return float(by_mean.mean()), float(by_model.mean())
 
 
-def shuffled(bundle: LatentDiffusion) -> LatentDiffusion:
+def shuffled(model: LatentDiffusion) -> LatentDiffusion:
     """The model with every weight of its UNet shuffled: a baseline that has learned nothing."""
-    if bundle.unet is None:
-        raise ValueError(f"{bundle.spec.name} has no UNet")
-    other = bundle.copy(bundle.unet.dtype)
+    if model.unet is None:
+        raise ValueError(f"{model.spec.name} has no UNet")
+    other = model.copy(model.unet.dtype)
     assert other.unet is not None
     generator = torch.Generator().manual_seed(0)
     for weight in other.unet.parameters():
@@ -357,14 +357,14 @@ def shuffled(bundle: LatentDiffusion) -> LatentDiffusion:
 
 @torch.inference_mode()
 def report(
-    bundle: LatentDiffusion, names: Sequence[str], count: int, steps: int, guidance_scale: float
+    model: LatentDiffusion, names: Sequence[str], count: int, steps: int, guidance_scale: float
 ) -> Iterator[str]:
     """Yields one line per figure; reproducible on the same hardware."""
     atlas, part = Atlas(), max(count // 3, 1)
     judge = Judge(atlas)
-    paint = Painter(bundle, steps, guidance_scale, count + 5 * part)
+    paint = Painter(model, steps, guidance_scale, count + 5 * part)
     yield f"{len(names)} names, {steps} steps, guidance {guidance_scale:g}"
-    yield f"D(E(x)) on held-out scenes: {fidelity(bundle, atlas):.2f} dB"
+    yield f"D(E(x)) on held-out scenes: {fidelity(model, atlas):.2f} dB"
     accuracy = named_object_accuracy(judge, held_out_prompts(names, count), paint)
     yield (
         f"named objects, {accuracy.count} held-out prompts: "
@@ -387,6 +387,6 @@ def report(
         f"inpainting without, {len(scenes)} masks: PSNR against the mean colour {each:+.1f} dB per image, "
         f"{pooled:+.1f} dB over all pixels"
     )
-    paint.bundle = shuffled(bundle)
+    paint.model = shuffled(model)
     accuracy = named_object_accuracy(judge, held_out_prompts(names, part), paint)
     yield f"the same with the UNet's weights shuffled: top-1 {accuracy.top1:.1%}, top-5 {accuracy.top5:.1%}"

@@ -20,14 +20,14 @@ BATCH = 32
 
 
 @torch.inference_mode()
-def enlarge(bundle: LatentDiffusion, low: Images, steps: int, noise_level: int = 0) -> Images:
+def enlarge(model: LatentDiffusion, low: Images, steps: int, noise_level: int = 0) -> Images:
     """Upscales images (B, h, w, 3), image i with seed i."""
     parts = []
     for start in range(0, len(low), BATCH):
         part = low[start : start + BATCH]
-        x = to_x(torch.from_numpy(part)).to(bundle.device)
+        x = to_x(torch.from_numpy(part)).to(model.device)
         seeds = range(start, start + len(part))
-        parts.append(to_images(bundle.upscale(x, seeds, steps, noise_level)))
+        parts.append(to_images(model.upscale(x, seeds, steps, noise_level)))
     return np.concatenate(parts)
 
 
@@ -54,23 +54,23 @@ def seams(image: Pixels, reference: Pixels, corners: list[int]) -> float:
     return float(jumps[[corner - 1 for corner in corners]].mean() / jumps.mean())
 
 
-def report(bundle: LatentDiffusion, count: int, steps: int) -> Iterator[str]:
+def report(model: LatentDiffusion, count: int, steps: int) -> Iterator[str]:
     """Yields one line per figure; reproducible on the same hardware."""
     sets = test_sets(count)
     for name, images in sets.items():
-        yield f"D(E(x)) on {count} {name}: {psnr(reconstructed(bundle, images), images):.2f} dB"
+        yield f"D(E(x)) on {count} {name}: {psnr(reconstructed(model, images), images):.2f} dB"
     for name, images in sets.items():
         low = smaller(images)
-        bicubic, made = psnr(larger(low), images), psnr(enlarge(bundle, low, steps), images)
+        bicubic, made = psnr(larger(low), images), psnr(enlarge(model, low, steps), images)
         yield (
             f"{SIZE // SCALE} -> {SIZE} on {count} {name}, {steps} steps: {made:.2f} dB, "
             f"bicubic {bicubic:.2f} dB, {made - bicubic:+.2f} dB"
         )
     large = collage(3, 5)[40:296, 40:552]  # cropped so that no scene ends where a tile begins
     low = smaller([large])
-    made = enlarge(bundle, low, steps)[0]
+    made = enlarge(model, low, steps)[0]
     columns = sorted(
-        {SCALE * left for _, left in cut(low.shape[1], low.shape[2], bundle.spec.tile).corners} - {0}
+        {SCALE * left for _, left in cut(low.shape[1], low.shape[2], model.spec.tile).corners} - {0}
     )
     yield (
         f"{low.shape[2]}x{low.shape[1]} by tiles: {psnr(made, large):.2f} dB, "
@@ -78,23 +78,23 @@ def report(bundle: LatentDiffusion, count: int, steps: int) -> Iterator[str]:
         f"jumps where tiles begin {seams(made, large, columns):.2f} of the average"
     )
     images = sets["held-out scenes"]
-    baseline = enlarge(shuffled(bundle), smaller(images), steps)
+    baseline = enlarge(shuffled(model), smaller(images), steps)
     yield f"the same with the UNet's weights shuffled: {psnr(baseline, images):.2f} dB"
 
 
-def sheets(bundle: LatentDiffusion, steps: int) -> Iterator[tuple[str, Image.Image]]:
+def sheets(model: LatentDiffusion, steps: int) -> Iterator[tuple[str, Image.Image]]:
     """Sheets of the input, bicubic resampling, the model and the original; one of an image in tiles."""
     from models.training.sheet import COLUMNS, lay_out
 
     for name, images in test_sets(COLUMNS).items():
         low = smaller(images)
         shown = low.repeat(SCALE, 1).repeat(SCALE, 2)
-        rows = [shown, larger(low), enlarge(bundle, low, steps), images]
+        rows = [shown, larger(low), enlarge(model, low, steps), images]
         captions = ["32x32", "bicubic", "enlarged", "original"]
         texts = [text for text in captions for _ in range(COLUMNS)]
         yield name.replace(" ", "-"), lay_out(np.concatenate(rows), texts, COLUMNS)
     low = smaller([collage(2, 3)])
     yield (
         "tiles",
-        lay_out(np.concatenate([larger(low), enlarge(bundle, low, steps)]), ["bicubic", "enlarged"], 2),
+        lay_out(np.concatenate([larger(low), enlarge(model, low, steps)]), ["bicubic", "enlarged"], 2),
     )

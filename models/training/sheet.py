@@ -31,9 +31,9 @@ WIDE_SIZES = ((192, 128), (256, 128))  # larger than any training image
 Captioned = tuple[Images, Sequence[str]]
 
 
-def sheets(bundle: LatentDiffusion, names: Sequence[str], steps: int) -> Iterator[tuple[str, Image.Image]]:
+def sheets(model: LatentDiffusion, names: Sequence[str], steps: int) -> Iterator[tuple[str, Image.Image]]:
     """(task, sheet) for every task of the bundled model; no image is chosen by hand."""
-    paint = Painter(bundle, steps, bundle.spec.defaults.guidance_scale, total=12 * COLUMNS)
+    paint = Painter(model, steps, model.spec.defaults.guidance_scale, total=12 * COLUMNS)
     yield "text-to-image", lay_out(*of_prompts(paint, names), COLUMNS)
     yield "two-objects", lay_out(*of_relations(paint, names), COLUMNS)
     yield "layout-to-image", lay_out(*of_layouts(paint, names), COLUMNS)
@@ -57,7 +57,7 @@ def of_relations(paint: Painter, names: Sequence[str]) -> Captioned:
 
 def of_layouts(paint: Painter, names: Sequence[str]) -> Captioned:
     """Layouts of one box, then of two, and the images made from them; the prompt is their labels."""
-    rng, f = np.random.default_rng(4), paint.bundle.spec.autoencoder.factor
+    rng, f = np.random.default_rng(4), paint.model.spec.autoencoder.factor
     rows, captions = [], []
     for boxes in (1, 2):
         numbers = [(rng.permutation(len(names))[:boxes] + 1).tolist() for _ in range(COLUMNS)]
@@ -99,7 +99,7 @@ def of_masks(paint: Painter, names: Sequence[str]) -> Captioned:
 def of_size(paint: Painter, names: Sequence[str], width: int, height: int) -> Captioned:
     """Three held-out prompts at a size that was not trained on."""
     prompts = [caption_of(*pair) for pair in held_out_prompts(names, 3, seed=6)]
-    x = paint.bundle.sample(prompts, range(3), paint.steps, paint.guidance_scale, size=(width, height))
+    x = paint.model.sample(prompts, range(3), paint.steps, paint.guidance_scale, size=(width, height))
     return to_images(x), prompts
 
 

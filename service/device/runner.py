@@ -242,7 +242,7 @@ class TorchRunner:
             with translate_oom():
                 if model not in self.projections:
                     # In float32: an overflow in the fit would spoil every preview of the model.
-                    autoencoder = self.registry[model].with_autoencoder(torch.float32)
+                    autoencoder = self.registry[model].with_autoencoder_dtype(torch.float32)
                     self.projections[model] = Projection(autoencoder)
                 pixels = self.projections[model](z).numpy()  # (h, w, 3)
         return Preview(pixels.shape[1], pixels.shape[0], pixels.tobytes())
@@ -257,7 +257,7 @@ class TorchRunner:
         if not torch.isfinite(x).all() and state.bundle.autoencoder.dtype != torch.float32:
             self.note(Incident("non_finite", "decode"))
             with translate_oom():
-                x = self._decode(state.bundle.with_autoencoder(torch.float32), z)
+                x = self._decode(state.bundle.with_autoencoder_dtype(torch.float32), z)
         if not torch.isfinite(x).all():
             raise NonFinite
         return with_kept_pixels(state.job, rgb_bytes(x)).tobytes()

@@ -132,11 +132,11 @@ def tiny_model(seed: int = 0, prediction: Prediction = "epsilon") -> LatentDiffu
 def random_model(spec: ModelSpec, seed: int = 0) -> LatentDiffusion:
     """A model of this shape."""
     conditioner = random_conditioner(spec) if spec.texts else None
-    bundle = LatentDiffusion(spec, UNet(spec.unet), Autoencoder(spec.autoencoder), conditioner)
-    for index, network in enumerate(filter(None, (bundle.unet, bundle.autoencoder, conditioner))):
+    model = LatentDiffusion(spec, UNet(spec.unet), Autoencoder(spec.autoencoder), conditioner)
+    for index, network in enumerate(filter(None, (model.unet, model.autoencoder, conditioner))):
         fill_randomly(network, seed + index)
         network.requires_grad_(False).eval()
-    return bundle
+    return model
 
 
 def random_conditioner(spec: ModelSpec) -> TextConditioner:

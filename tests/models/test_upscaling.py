@@ -89,16 +89,16 @@ def test_a_residual_latent_is_added_to_that_of_the_resampled_image(tmp_path):
         unet=replace(plain.unet, in_channels=4 + 3 + 4),
         upscaling=replace(plain.upscaling, residual=True),
     )
-    bundle = random_model(spec)
-    save(bundle, tmp_path / "residual", torch.float32)
+    model = random_model(spec)
+    save(model, tmp_path / "residual", torch.float32)
     assert load(tmp_path / "residual").spec == spec
     low = torch.rand(1, 3, 16, 16) * 2 - 1
-    noised = bundle.start_upscaling(low[0], 0, 0)[1]
-    concat = bundle.tile_concat_channels(noised)
-    base = bundle.encode(resample(noised[None], 4))
+    noised = model.start_upscaling(low[0], 0, 0)[1]
+    concat = model.tile_concat_channels(noised)
+    base = model.encode(resample(noised[None], 4))
     assert torch.equal(concat, torch.cat([noised, base[0]]))
-    assert torch.equal(bundle.add_residual_base(torch.zeros_like(base), concat[None]), base)
-    assert bundle.upscale(low, [0], 2).shape == (1, 3, 64, 64)
+    assert torch.equal(model.add_residual_base(torch.zeros_like(base), concat[None]), base)
+    assert model.upscale(low, [0], 2).shape == (1, 3, 64, 64)
     assert relative_error(resample(low, 4), interpolate(low, scale_factor=4, mode="bicubic")) < 0.05
 
 

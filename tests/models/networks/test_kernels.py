@@ -130,15 +130,15 @@ from triton.compiler import ASTSource
 from models.networks import triton_kernels as k
 half, full, whole = "*fp16", "*fp32", "i32"
 shape = dict(cells=whole, channels=whole)
-tile = dict(rows=k.ROWS, span=k.WIDTH)
+tile = dict(rows=k.TILE_CELLS, span=k.TILE_CHANNELS)
 moments = dict(means=full, squares=full)
 for kernel, given, fixed in (
     (k.tile_moments, dict(x=half, **moments, **shape), tile),
     (k.group_moments, dict(**moments, mean_out=full, scale_out=full, **shape, tiles=whole, width=whole,
-     eps="fp32"), dict(rows=k.ROWS, span=16, batch=k.TILES)),
+     eps="fp32"), dict(rows=k.TILE_CELLS, span=16, batch=k.TILES_PER_SUM)),
     (k.normalise, dict(x=half, means=full, scales=full, weight=half, bias=half, out=half, **shape,
      groups=whole, width=whole), dict(activate=True, **tile)),
-    (k.gate_values, dict(x=half, out=half, width=whole), dict(span=k.LENGTH)),
+    (k.gate_values, dict(x=half, out=half, width=whole), dict(span=k.MAX_GEGLU_BLOCK)),
 ):
     source = ASTSource(kernel, given | dict.fromkeys(fixed, "constexpr"), fixed)
     assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]

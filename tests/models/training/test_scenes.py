@@ -171,7 +171,7 @@ class Boxes:
     """In place of a model: draws each box's object, moved by so many pixels."""
 
     def __init__(self, atlas: Atlas, move: int = 0, spec: ModelSpec | None = None) -> None:
-        self.atlas, self.move, self.bundle = atlas, move, SimpleNamespace(spec=spec)
+        self.atlas, self.move, self.model = atlas, move, SimpleNamespace(spec=spec)
 
     def for_layouts(self, maps: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         return maps
