@@ -4,7 +4,7 @@ import { $, base64Of, blobOf, h } from "./dom.js";
 import { BoxEditor, ImagePicker, MaskEditor } from "./editors.js";
 
 const NUMBERS = ["width", "height", "steps", "guidance_scale", "n", "scale", "noise_level", "eta", "priority"];
-const SCENE = ["prompt", "negative_prompt", "class_label", "width", "height", "steps", "guidance_scale", "sampler", "n", "seed", "init_image", "boxes", "loras", "advanced"];
+const SCENE = ["prompt", "negative_prompt", "class_label", "width", "height", "steps", "guidance_scale", "sampler", "n", "seed", "init_image", "boxes", "segmentation", "loras", "advanced"];
 const FIELDS = {
   generate: SCENE,
   inpaint: ["image", "mask", "prompt", "negative_prompt", "steps", "guidance_scale", "sampler", "n", "seed", "loras", "advanced"],
@@ -29,6 +29,7 @@ export class Form {
     const pickers = Object.fromEntries([...document.querySelectorAll("[data-picker]")].map((element) => [element.dataset.picker, element]));
     this.image = new ImagePicker(pickers.image, "image", async (blob) => { await this.mask.setImage(blob); changed(); });
     this.initImage = new ImagePicker(pickers.init_image, "image to start from", changed);
+    this.segmentation = new ImagePicker(pickers.segmentation, "segmentation map", changed);
     this.mask = new MaskEditor($("mask-editor"));
     this.boxes = new BoxEditor($("box-editor"), changed);
     const form = $("form");
@@ -65,7 +66,7 @@ export class Form {
   showModel() {
     const { model } = this, shown = new Set(["model", ...FIELDS[this.task]]);
     if (model) {
-      for (const input of ["prompt", "class_label", "boxes"]) if (!model.inputs.includes(input)) shown.delete(input);
+      for (const input of ["prompt", "class_label", "boxes", "segmentation"]) if (!model.inputs.includes(input)) shown.delete(input);
       if (!model.inputs.includes("prompt")) shown.delete("negative_prompt");
       if (!model.guided) { shown.delete("guidance_scale"); shown.delete("negative_prompt"); }
       if (!model.loras.length) shown.delete("loras");
@@ -129,6 +130,7 @@ export class Form {
     }
     if (this.task === "generate") {
       if (this.shows("boxes") && this.boxes.boxes.length) request.boxes = this.boxes.boxes;
+      if (this.shows("segmentation") && this.segmentation.blob) request.segmentation = await file(this.segmentation.blob);
       if (this.initImage.blob) Object.assign(request, { init_image: await file(this.initImage.blob), strength: Number($("strength").value) });
     } else {
       if (this.image.blob) request.image = await file(this.image.blob);
@@ -164,6 +166,7 @@ export class Form {
     this.boxes.set(request.boxes ?? []);
     if (request.boxes?.length) $("box-editor").closest("details").open = true;
     this.initImage.set(request.init_image ? blobOf(request.init_image, "image/png") : null);
+    this.segmentation.set(request.segmentation ? blobOf(request.segmentation, "image/png") : null);
     if (request.strength) $("strength").value = request.strength;
     if (request.image) this.image.set(blobOf(request.image, "image/png"));
     this.sized();

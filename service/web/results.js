@@ -146,7 +146,7 @@ function comparison(before, image) {
 }
 
 function parametersOf(image) {
-  const hidden = ["image", "mask", "init_image", "prompt", "seed", "model"];
+  const hidden = ["image", "mask", "init_image", "segmentation", "prompt", "seed", "model"];
   const entries = Object.entries(image.request).filter(([name, value]) => value !== undefined && !hidden.includes(name));
   const rows = [["model", image.model], ["seed", image.seed], ["size", `${image.width}×${image.height}`], ...entries];
   return h("dl", { class: "parameters" }, ...rows.flatMap(([name, value]) =>
