@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Prediction = Literal["epsilon", "v_prediction"]
-Spacing = Literal["leading", "trailing", "linspace"]
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
+Spacing = TimestepSpacing
 BetaSchedule = Literal["scaled_linear", "linear"]
 
 ALL_TASKS = (
@@ -96,9 +97,10 @@ class ScheduleSpec:
     beta_schedule: BetaSchedule = "scaled_linear"
     timesteps: int = 1000
     prediction: Prediction = "epsilon"
-    spacing: Spacing = "leading"
+    spacing: TimestepSpacing = "leading"
     steps_offset: int = 1  # added to each timestep of the leading spacing
     final_alpha_one: bool = False  # the last step goes to alpha_bar = 1 instead of alpha_bar[0]
+    zero_terminal_snr: bool = False  # betas are rescaled, so that alpha_bar is 0 at the last timestep
 
 
 @dataclass(frozen=True)

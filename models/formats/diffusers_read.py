@@ -36,8 +36,8 @@ from models.spec import (
     Defaults,
     ModelSpec,
     ScheduleSpec,
-    Spacing,
     TextSpec,
+    TimestepSpacing,
     UNetSpec,
     UpscalingSpec,
 )
@@ -364,8 +364,8 @@ def schedule_spec(config: Config) -> ScheduleSpec:
     spacing = config.get("timestep_spacing", "leading")
     if spacing == "linspace" and not ddim:
         spacing = "leading"  # the spacing that another sampler prefers is none for DDIM
-    if spacing not in get_args(Spacing):
-        supported = ", ".join(get_args(Spacing))
+    if spacing not in get_args(TimestepSpacing):
+        supported = ", ".join(get_args(TimestepSpacing))
         raise ValueError(f"timestep_spacing is {shortened(spacing)}; supported are {supported}")
     start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
     if not 0 < start <= end < 1:
@@ -385,6 +385,7 @@ def schedule_spec(config: Config) -> ScheduleSpec:
         spacing=spacing,
         steps_offset=offset,
         final_alpha_one=bool(config.get("set_alpha_to_one", ddim)),
+        zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)),
     )
 
 

@@ -110,7 +110,6 @@ SCHEDULER_FIXED: Accepted = {
     "trained_betas": (None, []),
     "clip_sample": (False,),
     "thresholding": (False,),
-    "rescale_betas_zero_snr": (False,),
 }
 HAS_ATTENTION = {
     "CrossAttnDownBlock2D": True,

@@ -220,5 +220,6 @@ def schedule_config(spec: ScheduleSpec) -> Config:
         "timestep_spacing": spec.spacing,
         "steps_offset": spec.steps_offset,
         "set_alpha_to_one": spec.final_alpha_one,
+        "rescale_betas_zero_snr": spec.zero_terminal_snr,
         "clip_sample": False,
     }

@@ -17,7 +17,15 @@ from models.errors import CheckpointError
 from models.formats import ldm
 from models.formats.config_files import Config, read_json, shortened
 from models.formats.hints import Hints
-from models.spec import ALL_TASKS, BetaSchedule, Defaults, ModelSpec, Prediction, ScheduleSpec, Spacing
+from models.spec import (
+    ALL_TASKS,
+    BetaSchedule,
+    Defaults,
+    ModelSpec,
+    Prediction,
+    ScheduleSpec,
+    TimestepSpacing,
+)
 
 FILE_NAME = "ldm.json"
 WEIGHTS_FILE = "model.safetensors"  # of a folder with a single file
@@ -137,18 +145,20 @@ def is_size(value: Any) -> bool:
 
 
 def is_schedule(value: Any) -> bool:
-    """Whether a value has all fields of ScheduleSpec, and only these."""
-    if not isinstance(value, dict) or set(value) != {field.name for field in fields(ScheduleSpec)}:
+    """Whether a value has all fields of ScheduleSpec, and only these; older files lack zero_terminal_snr."""
+    expected = {field.name for field in fields(ScheduleSpec)}
+    if not isinstance(value, dict) or set(value) | {"zero_terminal_snr"} != expected:
         return False
     betas = (value["beta_start"], value["beta_end"])
     return (
         all(type(beta) is float and 0 < beta < 1 for beta in betas)
         and value["beta_schedule"] in get_args(BetaSchedule)
         and value["prediction"] in get_args(Prediction)
-        and value["spacing"] in get_args(Spacing)
+        and value["spacing"] in get_args(TimestepSpacing)
         and is_size(value["timesteps"])
         and type(value["steps_offset"]) is int
         and type(value["final_alpha_one"]) is bool
+        and type(value.get("zero_terminal_snr", False)) is bool
     )
 
 

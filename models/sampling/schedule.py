@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from models.spec import ScheduleSpec, Spacing
+from models.spec import ScheduleSpec, TimestepSpacing
 
 Floats = NDArray[np.float64]
 Timesteps = NDArray[np.int64]
@@ -30,7 +30,7 @@ class Schedule:
         """The alpha_bar at which the last step ends."""
         return 1.0 if self.spec.final_alpha_one else float(self.alpha_bar[0])
 
-    def timesteps(self, steps: int, spacing: Spacing | None = None) -> Timesteps:
+    def timesteps(self, steps: int, spacing: TimestepSpacing | None = None) -> Timesteps:
         """Exactly `steps` distinct timesteps, descending: (steps,).
 
         spacing: the schedule's own by default. Raises ValueError for steps outside 1..T.
@@ -42,9 +42,18 @@ class Schedule:
 
 def betas(spec: ScheduleSpec) -> Floats:
     """The beta of each timestep, (T,). "scaled_linear", linear in sqrt(beta), is the LDM code's "linear"."""
-    if spec.beta_schedule == "scaled_linear":
-        return np.linspace(spec.beta_start**0.5, spec.beta_end**0.5, spec.timesteps) ** 2
-    return np.linspace(spec.beta_start, spec.beta_end, spec.timesteps)
+    root = 0.5 if spec.beta_schedule == "scaled_linear" else 1.0
+    values: Floats = np.linspace(spec.beta_start**root, spec.beta_end**root, spec.timesteps) ** (1 / root)
+    return zero_terminal_snr(values) if spec.zero_terminal_snr else values
+
+
+def zero_terminal_snr(values: Floats) -> Floats:
+    """Betas with which sqrt(alpha_bar) ends at 0 and starts where it did (Lin et al. 2023, algorithm 1)."""
+    root = np.sqrt(np.cumprod(1.0 - values))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root**2
+    rescaled: Floats = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+    return rescaled
 
 
 def leading(steps: int, total: int, offset: int) -> Timesteps:
@@ -69,7 +78,7 @@ def linspace(steps: int, total: int, offset: int) -> Timesteps:
     return np.round(np.linspace(0, total - 1, steps)).astype(np.int64)[::-1].copy()
 
 
-SPACINGS: dict[Spacing, Callable[[int, int, int], Timesteps]] = {
+SPACINGS: dict[TimestepSpacing, Callable[[int, int, int], Timesteps]] = {
     "leading": leading,
     "trailing": trailing,
     "linspace": linspace,

@@ -206,7 +206,6 @@ def test_a_broken_tokenizer_is_named(folder, damage):
         ("text_encoder/config.json", {"hidden_act": "relu"}),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}),
         ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}),
-        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}),
         ("scheduler/scheduler_config.json", {"beta_start": -0.1}),
         ("scheduler/scheduler_config.json", {"beta_end": 1.5}),
         ("scheduler/scheduler_config.json", {"steps_offset": -1}),

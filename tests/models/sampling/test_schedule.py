@@ -56,3 +56,13 @@ def test_the_offset_is_dropped_where_it_would_lead_past_the_schedule():
 def test_step_counts_outside_the_schedule_are_refused(steps):
     with pytest.raises(ValueError, match="1 to 1000"):
         Schedule(ScheduleSpec()).timesteps(steps)
+
+
+@pytest.mark.parametrize("kind", ["scaled_linear", "linear"])
+def test_zero_terminal_snr_matches_diffusers(kind):
+    schedule = Schedule(ScheduleSpec(beta_schedule=kind, zero_terminal_snr=True))
+    reference = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule=kind, rescale_betas_zero_snr=True
+    )
+    assert schedule.alpha_bar[-1] == 0.0
+    np.testing.assert_allclose(schedule.alpha_bar, reference.alphas_cumprod.numpy(), rtol=1e-3, atol=1e-9)
