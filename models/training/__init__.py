@@ -1,1 +1,1 @@
-"""Training of the autoencoder and of the latent diffusion loss; never imported by the serving path."""
+"""Training of the bundled models, `ldm train`; never imported while serving."""

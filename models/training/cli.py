@@ -16,11 +16,11 @@ from models.training.presets import DEFAULTS
 
 
 class Scale(NamedTuple):
-    """How much a device processes at once, as arguments of the command line."""
+    """Batch sizes and number of scenes that suit a device, as command-line arguments."""
 
     images: str  # per update of the autoencoder
     latents: str  # per update of the UNet
-    scenes: str  # that are drawn and encoded
+    scenes: str  # to draw and encode
 
 
 SCALES = {"cpu": Scale("8", "24", "24576"), "cuda": Scale("64", "256", "262144")}
@@ -54,14 +54,14 @@ def parser() -> argparse.ArgumentParser:
 
 def text_to_image_parts(parts: Subparsers) -> list[argparse.ArgumentParser]:
     """The parts that train and export the text-to-image model."""
-    every = add(parts, "all", train_all, "autoencoder, diffusion, export, evaluate and sheet in turn")
-    every.add_argument("--minutes", type=float, default=295, help="training time, over all resumed runs")
-    add_stop(every)
-    add_names(every)
-    add_workers(every)
-    every.add_argument("--count", type=int, default=600, help="as for evaluate")
-    every.add_argument("--steps", type=int, default=DEFAULTS.steps, help="as for evaluate and sheet")
-    add_output(every)
+    all_parts = add(parts, "all", train_all, "autoencoder, diffusion, export, evaluate and sheet in turn")
+    all_parts.add_argument("--minutes", type=float, default=295, help="training time, over all resumed runs")
+    add_stop(all_parts)
+    add_names(all_parts)
+    add_workers(all_parts)
+    all_parts.add_argument("--count", type=int, default=600, help="as for evaluate")
+    all_parts.add_argument("--steps", type=int, default=DEFAULTS.steps, help="as for evaluate and sheet")
+    add_output(all_parts)
     autoencoder = add(
         parts, "autoencoder", commands.train_autoencoder, "the autoencoder, on drawn scenes of every glyph"
     )
@@ -86,7 +86,7 @@ def text_to_image_parts(parts: Subparsers) -> list[argparse.ArgumentParser]:
     replaced = "a trained model of which only the autoencoder is replaced"
     export.add_argument("--start", type=Path, metavar="FOLDER", help=replaced)
     add_names(export)
-    return [every, autoencoder, diffusion, export]
+    return [all_parts, autoencoder, diffusion, export]
 
 
 def upscaler_parts(parts: Subparsers) -> list[argparse.ArgumentParser]:
@@ -141,7 +141,7 @@ def add_budget(part: argparse.ArgumentParser, minutes: float, learning_rate: flo
 
 
 def add_stop(part: argparse.ArgumentParser) -> None:
-    text = "stop after so much training; the next call resumes"
+    text = "stop after this much training time; the same command resumes"
     part.add_argument("--stop-after", type=float, default=math.inf, metavar="MINUTES", help=text)
 
 
@@ -167,7 +167,7 @@ def add_model(part: argparse.ArgumentParser) -> None:
 
 
 def train_all(args: argparse.Namespace) -> None:
-    """All parts of the text-to-image model in turn, each with the arguments that a user would give."""
+    """Runs all parts of the text-to-image model in turn, each as its own command line."""
     scale = SCALES[torch.device(args.device).type]
     state, model = ["--state", str(args.state)], str(args.output)
     names = ["--names", str(args.names)]
@@ -196,7 +196,7 @@ def train_all(args: argparse.Namespace) -> None:
 
 
 def share(args: argparse.Namespace, part: float) -> list[str]:
-    """A share of all minutes."""
+    """The --minutes of a part that gets this share of the whole time."""
     return ["--minutes", str(part * args.minutes)]
 
 

@@ -1,6 +1,6 @@
-"""What each part of `ldm train` does, from its parsed arguments.
+"""The parts of `ldm train`: one function per part, called with its parsed arguments.
 
-Modules of one part are imported where it needs them: some take seconds.
+Modules that one part needs are imported in its function, because some take seconds to import.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from models.training.presets import AUTOENCODER, DEFAULTS, SHARP_AUTOENCODER, TO
 from models.training.trainer import Budget
 from models.training.vocabulary import build_tokenizer
 
-MAX_FILE_BYTES = 15 * 2**20  # of a file of weights: some hosts refuse larger ones
+MAX_FILE_BYTES = 15 * 2**20  # of a weight file; some hosts refuse larger ones
 
 
 def budget_of(args: argparse.Namespace) -> Budget:
@@ -45,11 +45,11 @@ def train_autoencoder(args: argparse.Namespace) -> bool:
 
 def train_diffusion(args: argparse.Namespace) -> bool:
     from models.training import diffusion
-    from models.training.presets import LAYOUT, SCHEDULE, UNET, text_spec
+    from models.training.presets import LAYOUT_CHANNELS, SCHEDULE, UNET, text_spec
 
     device = torch.device(args.device)
     names, tokenizer = read_names(args.names), build_tokenizer(TOKENS)
-    network = diffusion.SceneNetwork(UNET, text_spec(tokenizer), LAYOUT, tokenizer)
+    network = diffusion.SceneNetwork(UNET, text_spec(tokenizer), LAYOUT_CHANNELS, tokenizer)
     if args.start:
         diffusion.start_from(network, checkpoint.load(args.start))
     autoencoder = trained(AUTOENCODER, args.state / "autoencoder.pt").to(device)
@@ -78,14 +78,14 @@ def with_decoder(args: argparse.Namespace) -> LatentDiffusion:
 
 
 def trained_model(args: argparse.Namespace) -> LatentDiffusion:
-    """The model of finished training runs."""
+    """The model that the finished runs of all parts make up."""
     from models.conditioning.conditioner import TextConditioner
     from models.training.diffusion import SceneNetwork
-    from models.training.presets import LAYOUT, UNET, model_spec, text_spec
+    from models.training.presets import LAYOUT_CHANNELS, UNET, model_spec, text_spec
 
     tokenizer = build_tokenizer(TOKENS)
     text = text_spec(tokenizer)
-    network = SceneNetwork(UNET, text, LAYOUT, tokenizer)
+    network = SceneNetwork(UNET, text, LAYOUT_CHANNELS, tokenizer)
     network.load_state_dict(averaged(args.state / "diffusion.pt"))
     scale = scale_factor(torch.load(args.state / "latents.pt", weights_only=True)["latents"])
     names = read_names(args.names)
@@ -103,7 +103,7 @@ def train_sharp_autoencoder(args: argparse.Namespace) -> None:
 
 
 def drawn_crops(args: argparse.Namespace) -> Tensor:
-    """Sharp images, drawn now or by an earlier run."""
+    """Sharp images (N, 128, 128, 3) uint8, drawn now or by an earlier run."""
     from models.training.upscaler import draw_crops
 
     return cached(args.state / "crops.pt", lambda: {"crops": draw_crops(args.crops, seed=1)})["crops"]
@@ -151,12 +151,15 @@ def averaged(state: Path) -> dict[str, Tensor]:
 
 
 def scale_factor(latents: Tensor) -> float:
-    """The factor that gives the latents a standard deviation of 1 (section D.1), to four digits."""
+    """The factor that gives latents a standard deviation of 1, rounded to four digits.
+
+    Rombach et al. 2021, appendix D.1.
+    """
     return float(f"{1 / latents.float().std().item():.4g}")
 
 
 def cached(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The result of make(), from this or an earlier run."""
+    """The tensors in a file, which is first written with the result of make() if it is missing."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(make(), file)
@@ -197,5 +200,5 @@ def loaded(args: argparse.Namespace) -> LatentDiffusion:
 
 
 def names_of(args: argparse.Namespace) -> list[str]:
-    """The names that the model was trained to draw."""
+    """The names that the model was trained on, from --names or the model's names.txt."""
     return read_names(args.names or args.model / "names.txt")

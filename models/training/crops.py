@@ -1,8 +1,8 @@
 """Training data of the upscaler: sharp images, and degraded copies at a quarter of their size.
 
-The sharp images are drawn scenes in several sizes and, to stand in for photographs, dead leaves: shapes of
-all sizes that occlude each other have the statistics of natural images (Lee, Mumford and Huang 2001), and are
-enough to learn restoration from (Achddou et al. 2021).
+The sharp images are drawn scenes in several sizes and, instead of photographs, dead leaves: shapes of all
+sizes that occlude each other have the statistics of natural images (Lee, Mumford and Huang 2001) and suffice
+for learning restoration (Achddou et al. 2021).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from models.training.scenes import SIZE, Atlas, Floats, Pixels, draw_scene
 
-SCALE = 4
+SCALE = 4  # how many times larger sharp images are than their degraded copies
 LEAVES_SHARE = 0.5  # of sharp images that are dead leaves
-CLEAN_SHARE = 0.5  # of small images that are only resampled
+CLEAN_SHARE = 0.5  # of degraded copies that are only resampled
 RESAMPLINGS = (
     Image.Resampling.BICUBIC,
     Image.Resampling.LANCZOS,
     Image.Resampling.BOX,
     Image.Resampling.BILINEAR,
 )
-KINDS = {"one": 0.3, "tilted": 0.2, "counted": 0.15, "three": 0.15, "fancy": 0.2}
+SCENE_KINDS = {"one": 0.3, "tilted": 0.2, "counted": 0.15, "three": 0.15, "fancy": 0.2}
 
 
 def draw_crop(atlas: Atlas, rng: np.random.Generator) -> Pixels:
@@ -37,8 +37,8 @@ def draw_crop(atlas: Atlas, rng: np.random.Generator) -> Pixels:
 def draw_glyphs(atlas: Atlas, rng: np.random.Generator) -> Pixels:
     """A scene, or a crop of four scenes side by side that were scaled down."""
     if rng.random() < 0.6:
-        return draw_scene(atlas, rng, sizes=(56, 121), kinds=KINDS).image
-    scenes = [draw_scene(atlas, rng, sizes=(56, 121), kinds=KINDS).image for _ in range(4)]
+        return draw_scene(atlas, rng, sizes=(56, 121), kinds=SCENE_KINDS).image
+    scenes = [draw_scene(atlas, rng, sizes=(56, 121), kinds=SCENE_KINDS).image for _ in range(4)]
     sheet = Image.fromarray(np.vstack([np.hstack(scenes[:2]), np.hstack(scenes[2:])]))
     side = int(rng.integers(SIZE, 2 * SIZE))
     sheet = sheet.resize((side, side), Image.Resampling.LANCZOS)
@@ -47,8 +47,8 @@ def draw_glyphs(atlas: Atlas, rng: np.random.Generator) -> Pixels:
 
 
 def dead_leaves(rng: np.random.Generator) -> Pixels:
-    """Shapes that occlude each other, with sizes by a power law, each plain, graded or textured."""
-    big = 2 * SIZE  # drawn at twice the size, for smooth edges
+    """An image of shapes that occlude each other, of sizes by a power law: (128, 128, 3)."""
+    big = 2 * SIZE  # drawn at twice the size and scaled down, for smooth edges
     canvas = Image.fromarray(texture(rng, big))
     spread = rng.choice((25, 120), p=(0.7, 0.3))  # most photographs have muted colours
     palette = rng.integers(0, 256, (int(rng.integers(3, 12)), 1)) + rng.normal(0, spread, 3)
@@ -71,7 +71,7 @@ def dead_leaves(rng: np.random.Generator) -> Pixels:
 
 
 def leaf(rng: np.random.Generator, size: int) -> Image.Image:
-    """The mask of one leaf: an ellipse, a polygon, or a line."""
+    """The mask of one shape, (size, size): an ellipse, a polygon or a line."""
     mask = Image.new("L", (size, size))
     draw, kind = ImageDraw.Draw(mask), rng.integers(3)
     if kind == 0:
@@ -89,7 +89,10 @@ def leaf(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def texture(rng: np.random.Generator, size: int, colour: Floats | None = None) -> Pixels:
-    """A gradient between `colour` and another, with noise of all wavelengths: (size, size, 3)."""
+    """A gradient from a colour, random if None, to a similar one, with noise of all wavelengths.
+
+    -> (size, size, 3).
+    """
     first = np.clip(rng.uniform(0, 255) + rng.normal(0, 40, 3), 0, 255) if colour is None else colour
     other = np.clip(first + rng.normal(0, 40, 3), 0, 255)
     direction, line = rng.uniform(0, 2 * np.pi), np.linspace(-0.5, 0.5, size)
@@ -105,9 +108,9 @@ def texture(rng: np.random.Generator, size: int, colour: Floats | None = None) -
 
 
 def degrade(sharp: Pixels, rng: np.random.Generator) -> Pixels:
-    """A copy at a quarter of the size: half of them only resampled, the others also blurred, noisy or JPEGs.
+    """A degraded copy at a quarter of the size: (H, W, 3) -> (H/4, W/4, 3).
 
-    (H, W, 3) -> (H/4, W/4, 3).
+    Half of the copies are only resampled; the others are also blurred and noisy, and most of those JPEGs.
     """
     image = Image.fromarray(sharp)
     size = image.width // SCALE, image.height // SCALE
@@ -115,7 +118,9 @@ def degrade(sharp: Pixels, rng: np.random.Generator) -> Pixels:
         return np.asarray(image.resize(size, RESAMPLINGS[rng.integers(2)]))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2.5)))
     small = np.asarray(image.resize(size, RESAMPLINGS[rng.integers(len(RESAMPLINGS))]))
-    noise = rng.normal(0, rng.uniform(0, 10), small.shape[: rng.integers(2, 4)])  # gray, or of each channel
+    noise = rng.normal(
+        0, rng.uniform(0, 10), small.shape[: rng.integers(2, 4)]
+    )  # one value per pixel, or one per channel
     noisy = small + noise.reshape(*noise.shape, *[1] * (3 - noise.ndim))
     image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
     return as_jpeg(image, int(rng.integers(40, 96))) if rng.random() < 0.6 else np.asarray(image)

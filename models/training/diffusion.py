@@ -1,4 +1,4 @@
-"""Training of the latent diffusion model: L_LDM (equation 2), with the text encoder trained along."""
+"""Training of a latent diffusion model with its text encoder: L_LDM (Rombach et al. 2021, equation 2)."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ from models.training.scenes import (
 )
 from models.training.trainer import Budget, Trainer
 
-CHUNK = 64  # scenes encoded at once
-# Shares of the training data.
+CHUNK = 64  # scenes drawn and encoded at once
+# Shares of the training data:
 SHORT_SHARE = 0.1  # of captions: without the background
-EMPTY_SHARE = 0.1  # of captions: replaced by the empty one, for classifier-free guidance
+EMPTY_SHARE = 0.1  # of captions: replaced by an empty one, for classifier-free guidance
 MASKED_SHARE = 0.4  # of scenes: also encoded with a mask
-UNCAPTIONED_SHARE = 0.8  # of masked scenes: without a caption, and without objects that the mask covers whole
-UNCAPTIONED_KINDS = {"one": 0.8, "related": 0.2}  # their kinds, as in scenes.KINDS
-UNCAPTIONED_MASKS = (0, 1, 1, 2, 2)  # kinds of their masks, as in draw_mask; most cover a part of an object
-MASK_USED_SHARE = 0.9  # of captioned masked scenes: trained with the mask, as all uncaptioned ones are
+UNCAPTIONED_SHARE = 0.8  # of masked scenes: no caption, and no object that the mask covers completely
+UNCAPTIONED_KINDS = {"one": 0.8, "related": 0.2}  # kinds of these scenes, as in scenes.KINDS
+UNCAPTIONED_MASKS = (0, 1, 1, 2, 2)  # kinds of their masks, as in draw_mask(); most cover part of an object
+MASK_USED_SHARE = 0.9  # of captioned masked scenes: trained with the mask; uncaptioned ones always are
 LAYOUT_SHARE = 0.15  # of scenes: trained with their layout, half as boxes and half as silhouettes
 UNIFORM_SHARE = 0.3  # of updates: timesteps are drawn uniformly
 UNMASKED_WEIGHT = 0.1  # weight of the error outside the mask, where the image is given
 # The spatial-relations phase of a run; see train().
 RELATIONS_PHASE = (0.25, 0.45)  # its begin and end, as shares of the run
-RELATIONS_EVERY = 4  # after the phase, every so many updates are of its kind
-RELATIONS_MAX_ALPHA_BAR = 0.25  # its timesteps have an alpha_bar below this
+RELATIONS_EVERY = 4  # after the phase, every fourth update is like those in it
+RELATIONS_MAX_ALPHA_BAR = 0.25  # timesteps in the phase have an alpha_bar below this
 
 
 class SceneNetwork(nn.Module):
-    """The UNet with what conditions it: text, a masked image, and a layout of named regions."""
+    """The UNet, its text encoder and its layout projection, trained together."""
 
     def __init__(
         self, unet: UNetSpec, text: TextSpec, layout_channels: int, tokenizer: PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class SceneNetwork(nn.Module):
         """z_t (B, C, h, w), t (B,), names (K, L): token ids of all names -> v (B, C, h, w)."""
         present, regions = batch.regions.unique(return_inverse=True)
         vectors = self.layout(self.text_encoder, names[(present.long() - 1).clamp(min=0)])
-        table = vectors * (present > 0)[:, None]  # 0: no name
+        table = vectors * (present > 0)[:, None]  # (labels present, channels); no name: zeros
         layout = table[regions].movedim(-1, 1)  # (B, channels, h, w)
         x = torch.cat([z_t, batch.mask, batch.masked, layout.to(z_t.dtype)], dim=1)
         v: Tensor = self.unet(x, t, self.text_encoder(batch.ids).tokens)
@@ -83,26 +83,26 @@ class Batch(NamedTuple):
     """The data of one update."""
 
     z: Tensor  # (B, C, h, w), scaled
-    ids: Tensor  # (B, L), of the caption, or of the empty one
+    ids: Tensor  # (B, L), token ids of the caption, which may be empty
     mask: Tensor  # (B, 1, h, w), 1 where the image is to be repainted
-    masked: Tensor  # (B, C, h, w), scaled latent of the image with gray where the mask is 1
-    regions: Tensor  # (B, h, w), index of the name from 1, or 0
+    masked: Tensor  # (B, C, h, w), scaled latent of the image, which is gray where the mask is 1
+    regions: Tensor  # (B, h, w), number of the name at each cell, from 1; 0: no name
 
 
 class Chunk(NamedTuple):
-    """CHUNK scenes, of which the first M have a mask."""
+    """N = CHUNK scenes, of which the first M have a mask."""
 
     images: Pixels  # (N, 128, 128, 3)
     masked: Pixels  # (M, 128, 128, 3), with gray under the masks
     masks: Mask  # (M, 128, 128)
-    captions: tuple[str, ...]  # the long and the short one of each scene in turn
-    boxes: NDArray[np.int16]  # (N, h, w), index of the name from 1, or 0
-    regions: NDArray[np.int16]  # (N, h, w)
-    counts: NDArray[np.int64]  # (N,), of objects
+    captions: tuple[str, ...]  # 2 N: the caption and the short caption of each scene in turn
+    boxes: NDArray[np.int16]  # (N, h, w), number of the name at each cell, from 1; 0: no name
+    regions: NDArray[np.int16]  # (N, h, w), the same for silhouettes instead of boxes
+    counts: NDArray[np.int64]  # (N,), objects in each scene
 
 
 class Chunks(Dataset[Chunk]):
-    """Drawn scenes; a chunk is the same whichever process draws it."""
+    """Drawn scenes in chunks. A chunk does not depend on the process that draws it."""
 
     def __init__(self, names: Sequence[str], count: int, seed: int, factor: int) -> None:
         self.atlas, self.count, self.seed, self.factor = Atlas(names), count, seed, factor
@@ -146,12 +146,15 @@ def draw_latents(
     device: torch.device,
     workers: int = 0,
 ) -> dict[str, Tensor]:
-    """Draws scenes, in as many worker processes, and encodes them once.
+    """Draws N scenes in `workers` processes and encodes them: name -> tensor, on the device.
 
-    latents, masked (N, C, h, w), unscaled bfloat16; ids (N, 2, L) of both captions; masks (N, 1, h, w), 1
-    everywhere for scenes without a mask; has_mask (N,); boxes and regions (N, h, w), indices of names from 1,
-    or 0; counts (N,) of objects; gray (1, C, h, w), the latent of a fully masked image; names (K, L), token
-    ids.
+    latents, masked: (N, C, h, w), unscaled bfloat16
+    ids: (N, 2, L), token ids of both captions
+    masks: (N, 1, h, w), 1 everywhere for scenes without a mask; has_mask: (N,)
+    boxes, regions: (N, h, w), number of the name at each cell, from 1; 0: no name
+    counts: (N,), objects in each scene
+    gray: (1, C, h, w), latent of a fully masked image
+    names: (K, L), token ids of all names
     """
     factor = autoencoder.spec.factor
     parts: dict[str, list[Tensor]] = defaultdict(list)
@@ -182,7 +185,7 @@ def draw_latents(
 
 
 def identity(chunk: Any) -> Any:
-    """The loader's collate function: chunks are used as they are drawn."""
+    """Collate function of the loader: leaves chunks as they are."""
     return chunk
 
 
@@ -210,7 +213,10 @@ def draw_mask(rng: np.random.Generator, scene: Scene, kinds: Sequence[int] = (0,
 def layouts(
     scene: Scene, number: Mapping[str, int], factor: int
 ) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-    """Boxes and silhouettes of a scene at the latent's size, each (h, w): indices of names from 1, or 0."""
+    """Boxes and silhouettes of a scene at the latent's size.
+
+    number: name -> its number, from 1. Each (h, w): the number at each cell, 0: no name.
+    """
     numbers = np.array([0, *(number[name] for name in scene.names)], np.int16)
     boxes = np.zeros((SIZE, SIZE), np.int16)
     for index, (left, top, right, bottom) in enumerate(scene.boxes(), 1):
@@ -224,7 +230,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Endless random batches: captions shortened or dropped, masks and layouts used at random.
 
-    scale: of the latents; empty (1, L): token ids of the empty caption; chosen (N,): the scenes to train on.
+    data: from draw_latents(); scale: the autoencoder's scale_factor; empty (1, L): token ids of the empty
+    caption; size: scenes per batch; chosen (N,), bool: the scenes to train on.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen, device = chosen.nonzero()[:, 0], empty.device
@@ -236,7 +243,7 @@ def batches(
     while True:
         for part in torch.randperm(len(chosen), generator=generator).to(device).split(size):
             index, n = chosen[part], len(part)
-            # Uncaptioned scenes always keep their mask: without it they would teach images that lack objects.
+            # Uncaptioned scenes lack the objects under their mask; without it they would teach empty images.
             uncaptioned = (data["ids"][index, 0] == empty).all(1)
             masked = data["has_mask"][index] & (chance(MASK_USED_SHARE, n) | uncaptioned)
             with_layout, as_boxes = chance(LAYOUT_SHARE, n), chance(0.5, n)
@@ -255,7 +262,7 @@ def batches(
 
 
 def mask_weights(batch: Batch) -> Tensor:
-    """Weight of each cell's error, (B, 1, h, w), of mean 1 in each image and larger inside its mask."""
+    """Weight of each cell's error, (B, 1, h, w): mean 1 in each image, larger inside its mask."""
     weight = batch.mask.clamp(min=UNMASKED_WEIGHT)
     return weight / weight.mean((2, 3), keepdim=True)
 
@@ -264,8 +271,8 @@ def timestep_density(alpha_bar: Floats) -> Tensor:
     """How often training draws each timestep: (T,), sums to 1.
 
     The logit-normal density of Esser et al. 2024 (section 3.1) over the angle between signal and noise:
-    shapes are decided at middle noise, so most updates go there. A share is spread over all timesteps,
-    because where objects are is decided while there is hardly anything but noise.
+    shapes are decided at middle noise levels, so most updates go there. UNIFORM_SHARE is spread over all
+    timesteps, because the positions of objects are decided at the highest noise levels.
     """
     angle = np.arccos(np.sqrt(alpha_bar)) / (np.pi / 2)  # 0: no noise, 1: noise only
     logit = np.log(angle / (1 - angle))
@@ -283,8 +290,8 @@ def v_error(
 ) -> Tensor:
     """Mean squared error of the predicted v (Salimans and Ho 2022) at random timesteps.
 
-    predict: z_t (B, C, h, w), t (B,) -> v; alpha_bar, density: (T,). weight: of each cell, (B, 1, h, w) with
-    mean 1; None: the same for all.
+    predict: z_t (B, C, h, w), t (B,) -> v (B, C, h, w); z: (B, C, h, w), scaled; alpha_bar, density: (T,);
+    weight: of each cell's error, (B, 1, h, w) with mean 1; None: all alike. Returns a scalar.
     """
     quantiles = (torch.arange(len(z)) + torch.rand(len(z))).to(z.device) / len(z)  # stratified
     t = torch.searchsorted(density.cumsum(0), quantiles).clamp(max=len(density) - 1)
@@ -296,9 +303,10 @@ def v_error(
 
 
 def start_from(network: SceneNetwork, model: LatentDiffusion) -> None:
-    """Copies the weights of a trained model, which may be smaller or older, into the network.
+    """Copies the weights of a trained model into the network; its vocabulary and UNet input may differ.
 
-    Tokens are matched by their text; new input channels of the UNet start at zero.
+    Token embeddings are matched by the token's text; new input channels of the UNet start at zero. Raises
+    ValueError if the model is not a text-to-image model.
     """
     if model.unet is None or not isinstance(model.conditioner, TextConditioner):
         raise ValueError(f"{model.spec.name} is not a text-to-image model to start from")
@@ -326,13 +334,13 @@ def train(
     state: Path,
     device: torch.device,
 ) -> bool:
-    """Trains the network to predict v on cached latents; resumes from `state`. True once the budget is spent.
+    """Trains the network to predict v of the latents of draw_latents(); resumes from `state`.
 
-    A part of the run, the spatial-relations phase, trains on scenes of two objects alone, at the noise levels
-    where their positions are decided. The mix of all scenes does not learn which of two objects goes where:
-    the average over scenes and relations has no gradient towards it. The phase learns it in some hundred
-    updates once names are known, and in two thousand where they hardly are; repeating it within the mix
-    refines it.
+    A part of the run, the spatial-relations phase, uses only scenes of two objects, at the noise levels where
+    positions are decided. Training on the mix of all scenes does not teach which of two objects goes where:
+    averaged over scenes and relations, its gradient towards that is zero. The phase teaches it in a few
+    hundred updates if the model already knows the names, and in about two thousand if not; repeating such
+    updates in the mix refines it. Returns True once the budget is spent.
     """
     trainer, table = Trainer(network, budget, state, device), Schedule(schedule).alpha_bar
     mixed_density = timestep_density(table).to(device, torch.float32)

@@ -1,7 +1,8 @@
 """Evaluation of a trained model: named-object accuracy by task, and the autoencoder's fidelity.
 
-Named-object accuracy: the median colour of the border is the background; the pixels that differ from it are
-cropped, padded to a square, and compared with every glyph of the font on the same background.
+Named-object accuracy: an image counts as right if its object is most similar to the named glyph. The object
+is what differs from the background, the median colour of the border; it is cropped, padded to a square and
+compared with every glyph of the font on the same background.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ from models.training.scenes import (
     held_out_scenes,
 )
 
-SIDE = 24  # side in pixels at which glyphs are compared
+COMPARED_SIDE = 24  # side in pixels at which glyphs are compared
 BATCH = 32  # images drawn at once
 BACKGROUND_DISTANCE = 30.0  # pixels further than this from the background's RGB belong to an object
-BEST_MEAN_ERROR = 1.0  # squared error below which no smaller one is distinguished: one level
+MIN_SQUARED_ERROR = 1.0  # of pixel values 0 to 255: smaller errors count as this one
 
 Images = Pixels  # (B, H, W, 3)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of all prompts whose image shows the named object (top 1, top 5) and the right background."""
+    """Share of prompts whose image shows the named object (top 1, top 5) or the right background."""
 
     count: int
     top1: float
@@ -74,25 +75,25 @@ def nearest_colour(colour: Floats) -> str:
 
 def foreground(image: Pixels, colour: Floats) -> Mask:
     """The pixels that differ from a background colour, (H, W)."""
-    apart: Mask = np.linalg.norm(image.astype(np.float64) - colour, axis=-1) > BACKGROUND_DISTANCE
-    return apart
+    differs: Mask = np.linalg.norm(image.astype(np.float64) - colour, axis=-1) > BACKGROUND_DISTANCE
+    return differs
 
 
 def cut_out(image: Pixels, colour: Floats) -> NDArray[np.float32]:
-    """Crops the foreground, pads it to a square and resizes it: (SIDE, SIDE, 3)."""
+    """Crops the foreground, pads it to a square and resizes it: (COMPARED_SIDE, COMPARED_SIDE, 3)."""
     left, top, right, bottom = bounds(foreground(image, colour))
     if not right:
-        return np.broadcast_to(colour, (SIDE, SIDE, 3)).astype(np.float32)
+        return np.broadcast_to(colour, (COMPARED_SIDE, COMPARED_SIDE, 3)).astype(np.float32)
     crop = image[top:bottom, left:right]
     side = max(crop.shape[0], crop.shape[1])
     red, green, blue = (int(c) for c in colour.round())
     square = Image.new("RGB", (side, side), (red, green, blue))
     square.paste(Image.fromarray(crop), ((side - crop.shape[1]) // 2, (side - crop.shape[0]) // 2))
-    return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
+    return np.asarray(square.resize((COMPARED_SIDE, COMPARED_SIDE), Image.Resampling.BOX), dtype=np.float32)
 
 
 class Judge:
-    """Ranks all glyphs by their similarity to the object in an image."""
+    """Recognises the object in an image: ranks all glyphs by their similarity to it."""
 
     def __init__(self, atlas: Atlas) -> None:
         self.names = atlas.names
@@ -101,15 +102,18 @@ class Judge:
         self._tables: dict[tuple[int, ...], NDArray[np.float32]] = {}  # by background
 
     def rank(self, image: Pixels, colour: Floats | None = None) -> list[str]:
-        """All names, the most similar first. image (H, W, 3); colour: of its background, if known."""
+        """All names, the most similar first.
+
+        image: (H, W, 3); colour: of its background; None: measured.
+        """
         colour = (background(image) if colour is None else colour).round()
         object_ = cut_out(image, colour).ravel()
         distance = np.square(self._references(colour) - object_).sum(axis=1)
         return [self.names[i] for i in distance.argsort()]
 
     def _references(self, colour: Floats) -> NDArray[np.float32]:
-        """Every glyph on a background, cut out: (glyphs, SIDE * SIDE * 3)."""
-        # Decoded backgrounds vary a little; rounding to steps of 16 keeps tables few and costs no accuracy.
+        """Every glyph on a background, cut out: (glyphs, COMPARED_SIDE * COMPARED_SIDE * 3)."""
+        # Decoded backgrounds vary a little. Rounding to steps of 16 keeps tables few and costs no accuracy.
         key = tuple(int(c) // 16 * 16 + 8 for c in colour)
         if key not in self._tables:
             base = np.array(key, dtype=np.float64)
@@ -139,7 +143,10 @@ def held_out_prompts(names: Sequence[str], count: int, seed: int = 0) -> list[tu
 def named_object_accuracy(
     judge: Judge, pairs: Sequence[tuple[str, str]], draw: Callable[[list[str]], Images], batch: int = BATCH
 ) -> Accuracy:
-    """Draws "NAME on a COLOUR background" for each pair and ranks the result."""
+    """Draws "NAME on a COLOUR background" for each (name, colour) pair and ranks the glyphs.
+
+    draw: prompts -> one image per prompt.
+    """
     top1 = top5 = right = 0
     for start in range(0, len(pairs), batch):
         chunk = pairs[start : start + batch]
@@ -166,7 +173,7 @@ def reconstructed(model: LatentDiffusion, images: Images) -> Images:
 
 
 def fidelity(model: LatentDiffusion, atlas: Atlas, count: int = 128) -> float:
-    """PSNR in dB of D(E(x)) over held-out scenes, from the mean squared error of all."""
+    """PSNR in dB of D(E(x)) over `count` held-out scenes, from the mean squared error over all of them."""
     scenes = np.stack([scene.image for scene in held_out_scenes(atlas, count)])
     return psnr(scenes, reconstructed(model, scenes))
 
@@ -183,7 +190,7 @@ class Painter:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], concat_channels: Sequence[Tensor] | None = None) -> Images:
-        """One image per prompt; concat_channels: of each, from for_layouts() or for_inpainting()."""
+        """One image per prompt. concat_channels: one per prompt, from for_layouts() or for_inpainting()."""
         parts = []
         for start in range(0, len(prompts), BATCH):
             part = slice(start, start + BATCH)
@@ -225,12 +232,12 @@ class Painter:
 
 
 def right_objects(judge: Judge, names: Sequence[str], images: Images) -> float:
-    """Share of images whose most similar glyph is the one named."""
+    """Share of images whose most similar glyph is the named one."""
     return float(np.mean([judge.rank(p)[0] == name for name, p in zip(names, images, strict=True)]))
 
 
 class Related(NamedTuple):
-    """A prompt for two objects, and the name that each half of the image should show."""
+    """A prompt for two objects in a relation, and the name that each half of the image should show."""
 
     prompt: str
     axis: int  # along which the image is halved
@@ -238,14 +245,14 @@ class Related(NamedTuple):
 
 
 def related_prompts(names: Sequence[str], count: int, seed: int = 1) -> list[Related]:
-    """Random pairs in random relations, without pairs of a name and a held-out background."""
+    """Random pairs of names in random relations, on backgrounds that neither name is held out with."""
     rng = np.random.default_rng(seed)
     related: list[Related] = []
     while len(related) < count:
         pair = [names[i] for i in rng.permutation(len(names))[:2]]
         relation, colour = list(RELATIONS)[rng.integers(4)], list(COLOURS)[rng.integers(len(COLOURS))]
         if any(held_out(name, colour) for name in pair):
-            continue  # the combination of two names is what is new here
+            continue  # only the pair of names is new to the model
         axis, direction = RELATIONS[relation]
         prompt = f"{pair[0]} {relation} {pair[1]} on a {colour} background"
         first, second = pair[::direction]
@@ -254,7 +261,7 @@ def related_prompts(names: Sequence[str], count: int, seed: int = 1) -> list[Rel
 
 
 def related_objects(judge: Judge, paint: Painter, names: Sequence[str], count: int) -> tuple[float, float]:
-    """Shares of images that show both objects, and that show each of them on its side."""
+    """Shares of images that show both objects, and that show each object on its side."""
     prompts, drawn, placed = related_prompts(names, count), 0, 0
     for (_, axis, pair), image in zip(prompts, paint([each.prompt for each in prompts]), strict=True):
         colour = background(image)
@@ -266,9 +273,9 @@ def related_objects(judge: Judge, paint: Painter, names: Sequence[str], count: i
 def boxed_objects(
     judge: Judge, paint: Painter, names: Sequence[str], count: int
 ) -> tuple[float, float, float]:
-    """Shares of images that show the object of a box, that fill the box, and that do both.
+    """Shares of images that show the box's object, whose object fills the box, and both.
 
-    The prompt is the label, as it is by default in requests.
+    The prompt is the box's label, as it is in requests without a prompt.
     """
     rng, f = np.random.default_rng(2), paint.model.spec.autoencoder.factor
     labels, maps, boxes = [], [], []
@@ -323,27 +330,27 @@ def random_masks(scenes: Sequence[Scene]) -> Mask:
 def inpainting_gain(paint: Painter, scenes: Sequence[Scene]) -> tuple[float, float]:
     """Gain in PSNR, in dB, of inpainting without a prompt over filling masks with the mean unmasked colour.
 
-    Averaged over images, and computed from the squared error of all masked pixels, where the worst images
-    dominate.
+    Two figures: the mean of the images' gains, and the gain in squared error over all masked pixels, in which
+    the worst images count most.
     """
     images, masks = np.stack([scene.image for scene in scenes]), random_masks(scenes)
     made = paint([""] * len(scenes), paint.for_inpainting(images, masks))
     errors = np.array([masked_errors(*each) for each in zip(images, masks, made, strict=True)])
-    errors = errors.clip(min=BEST_MEAN_ERROR)
+    errors = errors.clip(min=MIN_SQUARED_ERROR)
     pooled = masks.sum((1, 2)) @ errors
     each, of_all = (float(10 * np.log10(e[..., 0] / e[..., 1]).mean()) for e in (errors, pooled))
     return each, of_all
 
 
 def masked_errors(image: Pixels, mask: Mask, made: Pixels) -> tuple[float, float]:
-    """Mean squared error inside a mask (H, W), of the mean unmasked colour and of the image that was made."""
+    """Mean squared errors inside a mask (H, W): of the mean unmasked colour, and of the generated image."""
     mean = image[~mask].mean(axis=0).round()
     by_mean, by_model = (np.square(fill - image[mask]) for fill in (mean, made[mask].astype(float)))
     return float(by_mean.mean()), float(by_model.mean())
 
 
 def shuffled(model: LatentDiffusion) -> LatentDiffusion:
-    """The model with every weight of its UNet shuffled: a baseline that has learned nothing."""
+    """The model with the values of each UNet weight shuffled: a baseline without learned structure."""
     if model.unet is None:
         raise ValueError(f"{model.spec.name} has no UNet")
     other = model.copy(model.unet.dtype)
@@ -371,7 +378,7 @@ def report(
         f"top-1 {accuracy.top1:.1%}, top-5 {accuracy.top5:.1%}, background {accuracy.background:.1%}"
     )
     drawn, placed = related_objects(judge, paint, names, part)
-    yield f"two objects in a relation, {part} prompts: both right {drawn:.1%}, and in place {placed:.1%}"
+    yield f"two objects in a relation, {part} prompts: both right {drawn:.1%}, each on its side {placed:.1%}"
     named, placed, both = boxed_objects(judge, paint, names, part)
     yield (
         f"boxes, {part}: the right object {named:.1%}, IoU with the box over 0.5 {placed:.1%}, "
@@ -384,8 +391,8 @@ def report(
     yield f"inpainting with a prompt, {len(scenes)} masks: top-1 {right:.1%}"
     each, pooled = inpainting_gain(paint, scenes)
     yield (
-        f"inpainting without, {len(scenes)} masks: PSNR against the mean colour {each:+.1f} dB per image, "
-        f"{pooled:+.1f} dB over all pixels"
+        f"inpainting without a prompt, {len(scenes)} masks: PSNR against the mean colour "
+        f"{each:+.1f} dB per image, {pooled:+.1f} dB over all pixels"
     )
     paint.model = shuffled(model)
     accuracy = named_object_accuracy(judge, held_out_prompts(names, part), paint)

@@ -15,13 +15,13 @@ from models.training.evaluate import Images, psnr, reconstructed, shuffled, to_i
 from models.training.first_stage import to_x
 from models.training.scenes import SIZE, Atlas, Pixels, held_out_scenes
 
-SEED = 1_000_003  # of test images; no training uses it
-BATCH = 32
+TEST_SEED = 1_000_003  # of test images; training never uses this seed
+BATCH = 32  # images enlarged at once
 
 
 @torch.inference_mode()
 def enlarge(model: LatentDiffusion, low: Images, steps: int, noise_level: int = 0) -> Images:
-    """Upscales images (B, h, w, 3), image i with seed i."""
+    """Upscales images (B, h, w, 3) -> (B, 4h, 4w, 3), image i with seed i."""
     parts = []
     for start in range(0, len(low), BATCH):
         part = low[start : start + BATCH]
@@ -32,8 +32,8 @@ def enlarge(model: LatentDiffusion, low: Images, steps: int, noise_level: int = 
 
 
 def test_sets(count: int) -> dict[str, Images]:
-    """Sharp images outside the training data: held-out scenes, and dead leaves in place of photographs."""
-    rng = np.random.default_rng(SEED)
+    """Sharp images outside the training data: held-out scenes, and dead leaves instead of photographs."""
+    rng = np.random.default_rng(TEST_SEED)
     return {
         "held-out scenes": np.stack([scene.image for scene in held_out_scenes(Atlas(), count)]),
         "dead leaves": np.stack([dead_leaves(rng) for _ in range(count)]),
@@ -48,7 +48,10 @@ def collage(rows: int, columns: int) -> Pixels:
 
 
 def seams(image: Pixels, reference: Pixels, corners: list[int]) -> float:
-    """The jump of the error between neighbouring columns where tiles begin, relative to the mean jump."""
+    """How visible tiles are: the error's jump between neighbouring columns where a tile begins.
+
+    Relative to the mean jump between any two neighbouring columns. corners: first columns of tiles.
+    """
     error = image.astype(np.float64) - reference
     jumps = np.abs(np.diff(error, axis=1)).mean(axis=(0, 2))
     return float(jumps[[corner - 1 for corner in corners]].mean() / jumps.mean())

@@ -15,7 +15,7 @@ from models.networks.autoencoder import Autoencoder
 from models.training.scenes import Atlas, Pixels, draw_scene
 from models.training.trainer import Budget, Trainer
 
-KL_WEIGHT = 1e-4  # of the divergence per element of the latent
+KL_WEIGHT = 1e-4  # weight of the KL divergence, as a mean over the latent's elements
 
 
 class Scenes(IterableDataset[Pixels]):
@@ -37,9 +37,10 @@ def to_x(images: Tensor) -> Tensor:
 
 
 def loss(autoencoder: Autoencoder, x: Tensor, only_decoder: bool = False) -> Tensor:
-    """Reconstruction error plus KL divergence of q(z | x) from a unit Gaussian (section 3.1).
+    """Reconstruction error plus KL divergence of q(z | x) from a unit Gaussian, a scalar.
 
-    only_decoder: the encoder is frozen.
+    Rombach et al. 2021, section 3.1. x (B, 3, H, W) in [-1, 1]. only_decoder: the encoder is frozen, and the
+    divergence is left out.
     """
     with torch.set_grad_enabled(not only_decoder):
         mean, logvar = (m.float() for m in autoencoder.moments(x))

@@ -20,29 +20,31 @@ from models.spec import (
 from models.training.scenes import SIZE
 
 TOKENS = 24  # the longest caption of two objects takes 22
-CONTEXT = 192
+CONTEXT_WIDTH = 192
 
 AUTOENCODER = AutoencoderSpec(
     channels=(96, 160),
     res_blocks=1,
     latent_channels=8,
-    scale_factor=1.0,  # set once the latents are known
+    scale_factor=1.0,  # replaced after training: see model_spec() and upscaler_spec()
     sample_size=SIZE,
     patch_size=4,
 )
-LAYOUT = 16  # concat channels of the layout
+LAYOUT_CHANNELS = 16
 UNET = UNetSpec(
-    in_channels=2 * AUTOENCODER.latent_channels + 1 + LAYOUT,  # z, mask, masked image's latent, layout
+    in_channels=2 * AUTOENCODER.latent_channels
+    + 1
+    + LAYOUT_CHANNELS,  # z, mask, masked image's latent, layout
     out_channels=AUTOENCODER.latent_channels,
     channels=(128, 192),
     res_blocks=1,
     transformer_depth=(0, 1),
     middle_depth=1,
     heads=(4, 4),
-    context_width=CONTEXT,
+    context_width=CONTEXT_WIDTH,
 )
-# With these betas next to nothing of the image is left at the last timestep: sampling starts from pure noise,
-# and flat backgrounds would show any difference to the noise that training ended at.
+# With these betas the last timestep is almost pure noise, as is the start of sampling. Any difference between
+# the two would show in flat backgrounds.
 SCHEDULE = ScheduleSpec(
     beta_start=0.0001,
     beta_end=0.02,
@@ -59,10 +61,10 @@ def text_spec(tokenizer: CLIPTokenizer) -> TextSpec:
     """A small text transformer over the tokenizer's vocabulary."""
     return TextSpec(
         vocabulary=len(tokenizer),
-        width=CONTEXT,
+        width=CONTEXT_WIDTH,
         layers=2,
         heads=4,
-        intermediate=4 * CONTEXT,
+        intermediate=4 * CONTEXT_WIDTH,
         tokens=TOKENS,
         eos_id=tokenizer.eos_token_id,
         bos_id=tokenizer.bos_token_id,
@@ -71,7 +73,7 @@ def text_spec(tokenizer: CLIPTokenizer) -> TextSpec:
 
 
 def model_spec(name: str, text: TextSpec, scale_factor: float, labels: Sequence[str]) -> ModelSpec:
-    """The whole model; scale_factor makes its latents' standard deviation 1."""
+    """The whole text-to-image model. scale_factor: gives its latents a standard deviation of 1."""
     return ModelSpec(
         name,
         UNET,
@@ -81,20 +83,20 @@ def model_spec(name: str, text: TextSpec, scale_factor: float, labels: Sequence[
         DEFAULTS,
         tasks=tuple(task for task in ALL_TASKS if task != "upscaling"),
         mask_channels=True,
-        layout_channels=LAYOUT,
+        layout_channels=LAYOUT_CHANNELS,
         labels=tuple(labels),
     )
 
 
-# The upscaler: one latent cell for each pixel of the low-resolution image, which is a concat channel.
+# The upscaler: one latent cell for each pixel of the low-resolution image, whose colours are concat channels.
 SHARP_AUTOENCODER = AutoencoderSpec(
     channels=(64, 96),
     res_blocks=1,
     latent_channels=12,
-    scale_factor=1.0,  # set once the latents are known
+    scale_factor=1.0,  # replaced after training: see model_spec() and upscaler_spec()
     sample_size=SIZE,
     patch_size=2,
-    middle_attention=False,  # a tile must not depend on its other content
+    middle_attention=False,  # it would make a cell depend on the rest of its tile
 )
 UPSCALING = UpscalingSpec(ScheduleSpec(0.0001, 0.02, "linear"), max_noise_level=100, residual=True)
 UPSCALER = UNetSpec(
@@ -112,7 +114,7 @@ UPSCALER_DEFAULTS = Defaults(width=256, height=256, steps=2, guidance_scale=1.0)
 
 
 def upscaler_spec(name: str, scale_factor: float) -> ModelSpec:
-    """The whole upscaler; scale_factor makes its latents' standard deviation 1."""
+    """The whole upscaler. scale_factor: gives its latents a standard deviation of 1."""
     return ModelSpec(
         name,
         UPSCALER,

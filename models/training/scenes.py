@@ -29,7 +29,7 @@ FONT_SHA256 = (
 )
 FONT_SIZE = 109  # the only size the font's bitmaps come in
 SIZE = 128  # side of a scene
-GRAY = 128  # value of masked pixels in images that the UNet sees: Masking.masked_pixel as uint8
+GRAY = 128  # masked pixels: Masking.masked_pixel as uint8
 COLOURS = {
     "white": (255, 255, 255),
     "black": (20, 20, 20),
@@ -50,8 +50,8 @@ class Placed(NamedTuple):
     """An object of a scene."""
 
     name: str
-    size: int  # of the longer side, in pixels
-    x: int  # of the centre
+    size: int  # longer side, in pixels
+    x: int  # centre, in pixels
     y: int
     rotation: float = 0.0  # in degrees
 
@@ -62,10 +62,10 @@ class Scene:
 
     image: Pixels  # (128, 128, 3)
     caption: str
-    short_caption: str  # without the background
+    short_caption: str  # the caption without the background
     base: Pixels  # (128, 128, 3), the background alone
     placed: tuple[Placed, ...]
-    regions: Pixels  # (128, 128): the visible object at each pixel, counted from 1; 0: background
+    regions: Pixels  # (128, 128): number of the visible object at each pixel, from 1; 0: background
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ def caption_of(name: str, colour: str) -> str:
 
 
 def held_out(name: str, colour: str) -> bool:
-    """Whether a name on a background is kept out of training, for evaluation; about one pair in ten is."""
+    """Whether a (name, colour) pair is excluded from training, for evaluation; about one in ten is."""
     return hashlib.sha256(f"{name}|{colour}".encode()).digest()[0] < 26
 
 
@@ -122,7 +122,7 @@ def load_font(path: Path = FONT) -> ImageFont.FreeTypeFont:
 
 
 def find_glyphs(font: ImageFont.FreeTypeFont) -> dict[str, int]:
-    """Scans Unicode for distinct glyphs of a single code point: glyphs.txt was made with this."""
+    """Name -> code point of the font's distinct glyphs of one code point. Made glyphs.txt."""
     found: dict[str, int] = {}
     seen: set[bytes] = set()
     for code in [*range(0xA9, 0x3300), *range(0x1F000, 0x1FB00)]:
@@ -211,7 +211,7 @@ def anywhere(rng: np.random.Generator, name: str, size: int, rotation: float = 0
 
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}  # (axis, direction)
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-CENTRES = {  # of so many objects in rows
+CENTRES = {  # number of objects -> their centres, in rows
     2: [(33, 64), (95, 64)],
     3: [(64, 33), (33, 95), (95, 95)],
     4: [(33, 33), (95, 33), (33, 95), (95, 95)],
@@ -235,7 +235,7 @@ def spread(rng: np.random.Generator, names: Sequence[str]) -> list[Placed]:
     return [Placed(name, size, int(x), int(y)) for name, (x, y) in zip(names, centres, strict=True)]
 
 
-KINDS = {  # of scenes, and how often each is drawn
+KINDS = {  # kind of scene -> how often it is drawn
     "one": 0.28,
     "small": 0.02,
     "large": 0.02,
@@ -246,7 +246,7 @@ KINDS = {  # of scenes, and how often each is drawn
     "three": 0.02,
     "fancy": 0.02,
 }
-UNRELATED_SHARE = 0.15  # of captions of two objects, which say "and" instead of the relation
+UNRELATED_SHARE = 0.15  # of captions of two objects: "and" instead of the relation
 
 
 def draw_scene(
@@ -257,7 +257,7 @@ def draw_scene(
 ) -> Scene:
     """A random training scene, never of a held-out pair.
 
-    kinds: as in KINDS; sizes: the range of a single object's size.
+    kinds: as in KINDS; sizes: range of the size of a single object, in pixels.
     """
     while True:
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
@@ -277,7 +277,7 @@ def draw_scene(
 def place_objects(
     rng: np.random.Generator, names: Sequence[str], kind: str, sizes: tuple[int, int]
 ) -> tuple[list[Placed], str]:
-    """The objects of a kind of scene, and the caption without the background."""
+    """The objects of a scene of this kind, and its caption without the background."""
     name = names[0]
     if kind == "related":
         relation = list(RELATIONS)[rng.integers(len(RELATIONS))]

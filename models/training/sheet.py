@@ -25,7 +25,7 @@ CAPTION_HEIGHT = 46  # pixels below each image, for three lines
 LINE_CHARS = 22
 GAP = 8  # pixels between images
 COLUMNS = 6
-GRAYS = np.array([225, 130, 60], np.uint8)  # of the background of layouts, then of their boxes
+LAYOUT_GRAYS = np.array([225, 130, 60], np.uint8)  # background, then the first and the second box
 WIDE_SIZES = ((192, 128), (256, 128))  # larger than any training image
 
 Captioned = tuple[Images, Sequence[str]]
@@ -56,14 +56,14 @@ def of_relations(paint: Painter, names: Sequence[str]) -> Captioned:
 
 
 def of_layouts(paint: Painter, names: Sequence[str]) -> Captioned:
-    """Layouts of one box, then of two, and the images made from them; the prompt is their labels."""
+    """Layouts of one box, then of two, and their images. The prompt names the labels."""
     rng, f = np.random.default_rng(4), paint.model.spec.autoencoder.factor
     rows, captions = [], []
     for boxes in (1, 2):
         numbers = [(rng.permutation(len(names))[:boxes] + 1).tolist() for _ in range(COLUMNS)]
         maps = [boxes_of(rng, some, SIZE // f) for some in numbers]
         words = [" and ".join(names[number - 1] for number in some) for some in numbers]
-        gray = np.stack([GRAYS[np.unique(regions, return_inverse=True)[1]] for regions in maps])
+        gray = np.stack([LAYOUT_GRAYS[np.unique(regions, return_inverse=True)[1]] for regions in maps])
         rows += [
             gray.repeat(f, 1).repeat(f, 2)[..., None].repeat(3, -1),
             paint(words, paint.for_layouts(maps)),
@@ -73,7 +73,7 @@ def of_layouts(paint: Painter, names: Sequence[str]) -> Captioned:
 
 
 def boxes_of(rng: np.random.Generator, numbers: Sequence[int], cells: int) -> Integers:
-    """A box for each number, side by side: (cells, cells) of the numbers, or 0."""
+    """A map (cells, cells) with one box per label number, side by side; 0: no label."""
     regions, width = np.zeros((cells, cells), np.int64), cells // len(numbers)
     for index, number in enumerate(numbers):
         side = int(rng.integers(width // 2 + 2, width - 1)) if len(numbers) == 1 else width - 1
@@ -83,7 +83,7 @@ def boxes_of(rng: np.random.Generator, numbers: Sequence[int], cells: int) -> In
 
 
 def of_masks(paint: Painter, names: Sequence[str]) -> Captioned:
-    """Masked images and their inpainting: over an object with a prompt, anywhere without one."""
+    """Masked images and their inpainting: masks over the object, with a prompt; random masks, without one."""
     scenes = held_out_scenes(Atlas(names), COLUMNS, seed=5)
     images, captions = np.stack([scene.image for scene in scenes]), [scene.caption for scene in scenes]
     rows: list[Images] = []

@@ -23,10 +23,10 @@ class Budget:
     minutes: float  # of the whole run, summed over all times that it was resumed
     learning_rate: float
     batch: int
-    warmup: int = 100  # updates
+    warmup: int = 100  # updates until the learning rate has risen to its peak
     save_every: float = 120.0  # seconds
     average: float = 0.999  # decay of the moving average of the weights
-    stop_after: float = math.inf  # minutes after which this process stops, for a later one to resume
+    stop_after: float = math.inf  # minutes after which this process stops; a later one resumes the run
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Trainer:
             self._resume()
 
     def run(self, batches: Iterator[Any], loss_of: Callable[[Any], Tensor], title: str) -> bool:
-        """Updates until the budget is spent (True) or this process stops sooner (False).
+        """Updates until the budget is spent (returns True) or until Budget.stop_after (False).
 
         loss_of: batch -> scalar.
         """
@@ -94,11 +94,13 @@ class Trainer:
         return loss.item()
 
     def _learning_rate(self) -> float:
+        """Linear warm-up, then a cosine over the time budget down to 2% of the peak."""
         warm = min(1.0, (self.progress.updates + 1) / self.budget.warmup)
         spent = min(1.0, self.progress.seconds / (60 * self.budget.minutes))
         return self.budget.learning_rate * warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * spent)))
 
     def _average(self) -> None:
+        """Update the moving average of the weights; early in a run it follows them more closely."""
         decay = min(self.budget.average, (1 + self.progress.updates) / (10 + self.progress.updates))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay)

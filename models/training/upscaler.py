@@ -24,9 +24,9 @@ from models.training.scenes import Atlas
 from models.training.trainer import Budget, Trainer
 
 CHUNK = 64  # crops encoded at once
-PART = 64  # side in pixels of the parts of crops that the autoencoder trains on
-VARIANTS = 3  # degraded images of each sharp one
-NOISELESS_SHARE = 0.6  # of them that are trained at noise level 0
+PART = 64  # side in pixels of the random parts of crops that the autoencoder trains on
+VARIANTS = 3  # degraded copies of each sharp image
+NOISELESS_SHARE = 0.6  # of degraded copies in a batch: noise level 0
 
 
 def draw_crops(count: int, seed: int) -> Tensor:
@@ -37,11 +37,11 @@ def draw_crops(count: int, seed: int) -> Tensor:
 
 
 def parts(crops: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of random parts of crops, x (B, 3, 64, 64)."""
-    rng, most = np.random.default_rng(seed), crops.shape[1] - PART + 1
+    """Endless batches of random parts of crops, x (size, 3, 64, 64) in [-1, 1]."""
+    rng, positions = np.random.default_rng(seed), crops.shape[1] - PART + 1
     while True:
         index = rng.integers(len(crops), size=size).tolist()
-        corners = rng.integers(0, most, (size, 2)).tolist()
+        corners = rng.integers(0, positions, (size, 2)).tolist()
         chosen = zip(index, corners, strict=True)
         yield to_x(torch.stack([crops[i, y : y + PART, x : x + PART] for i, (y, x) in chosen]))
 
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
     """The data of one update."""
 
     z: Tensor  # (B, C, h, w), scaled residual: latent of the sharp image minus that of the resampled one
-    concat_channels: Tensor  # (B, 3 + C, h, w): the noised small image, its resampled latent
+    concat_channels: Tensor  # (B, 3 + C, h, w): noised low-resolution image, its resampled latent
     level: Tensor  # (B,), noise level of the low-resolution image
 
 
@@ -68,9 +68,9 @@ class Batch(NamedTuple):
 def encode_crops(
     autoencoder: Autoencoder, crops: Tensor, seed: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Encodes crops, and degrades them.
+    """Encodes and degrades N crops: {"latents": (N, C, h, w), "low": (N, VARIANTS, 3, h, w)}.
 
-    latents (N, C, h, w), unscaled bfloat16; low (N, VARIANTS, 3, h, w), uint8.
+    latents: of the sharp images, unscaled bfloat16; low: degraded copies, uint8.
     """
     rng, latents, low = np.random.default_rng(seed), [], []
     for chunk in tqdm(crops.split(CHUNK), desc="latents", unit_scale=CHUNK, unit="crop"):
@@ -83,7 +83,7 @@ def encode_crops(
 
 @torch.no_grad()
 def encode_resampled(autoencoder: Autoencoder, low: Tensor) -> Tensor:
-    """low (B, 3, h, w) -> unscaled latent (B, C, h, w) of it resampled to the full size, float32."""
+    """Unscaled latent of images resampled to the full size: (B, 3, h, w) -> (B, C, h, w), float32."""
     with torch.autocast(low.device.type, torch.bfloat16):
         return autoencoder.encode(resample(low, autoencoder.spec.factor)).float()
 
@@ -98,9 +98,9 @@ def residuals(autoencoder: Autoencoder, data: dict[str, Tensor], count: int = 51
 def batches(
     data: dict[str, Tensor], autoencoder: Autoencoder, scale: float, spec: UpscalingSpec, size: int, seed: int
 ) -> Iterator[Batch]:
-    """Endless random batches: a degraded image of each crop, with noise of a random level.
+    """Endless random batches: of each crop one degraded copy, with noise of a random level.
 
-    scale: of the latents. Raises ValueError if the spec has no noise schedule.
+    scale: the autoencoder's scale_factor. Raises ValueError if the spec has no noise schedule.
     """
     if spec.noise is None:
         raise ValueError("training an upscaler requires a noise schedule")
@@ -146,7 +146,7 @@ def train(
     """Trains the UNet to predict v of residual latents; resumes from `state`."""
     network, table = make_network(spec), Schedule(schedule).alpha_bar
     trainer = Trainer(network, budget, state, device)
-    # Uniform in the angle between signal and noise: upscaling takes few steps, of which each matters alike.
+    # Uniform in the angle between signal and noise: all of an upscaler's few steps matter equally.
     density = torch.from_numpy(np.gradient(np.arccos(np.sqrt(table)))).to(device, torch.float32)
     alpha_bar = torch.from_numpy(table).to(device, torch.float32)
 

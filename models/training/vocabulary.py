@@ -34,7 +34,9 @@ def learn_merges(words: Counter[str]) -> list[Pair]:
     """Byte-pair merges until every word is one token (Sennrich et al. 2016, algorithm 1)."""
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     counts: Counter[Pair] = Counter()
-    containing: defaultdict[Pair, set[str]] = defaultdict(set)  # words that have, or had, each pair
+    containing: defaultdict[Pair, set[str]] = defaultdict(
+        set
+    )  # words that contain each pair, or did before a merge
 
     def count(word: str, sign: int) -> None:
         for pair in pairwise(split[word]):
@@ -59,7 +61,7 @@ def learn_merges(words: Counter[str]) -> list[Pair]:
 
 @cache
 def caption_merges() -> list[Pair]:
-    """The merges of all captions' words; they take seconds."""
+    """The merges of all captions' words; computed once, in seconds."""
     return learn_merges(caption_words())
 
 
@@ -75,10 +77,13 @@ def merge(symbols: list[str], pair: Pair) -> list[str]:
 
 
 def build_tokenizer(tokens: int, words: Iterable[str] | None = None) -> CLIPTokenizer:
-    """A CLIP tokenizer over the given words, the captions' by default; `tokens` is the context length."""
+    """A CLIP tokenizer over the given words.
+
+    tokens: the context length; words: None: the captions' words.
+    """
     merges = caption_merges() if words is None else learn_merges(Counter(words))
     alphabet = sorted(ByteLevel.alphabet())
     entries = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges), BEGIN, END]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(entries))}
-    # transformers annotates merges as strings, and takes pairs.
+    # transformers annotates merges as strings, but takes pairs.
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=tokens)  # type: ignore[arg-type]
