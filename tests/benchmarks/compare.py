@@ -1,11 +1,11 @@
-"""Ours against `diffusers`: the same weights, the same machine, alternating.
+"""Times our networks against those of `diffusers`, with the same random weights, in alternation.
 
     python -m tests.benchmarks.compare [SHAPE ...] [--parts PART ...] [--batches N ...] [--compiled] [--tiny]
 
-Parts: unet (one call; batch: rows), D, E, text (batch: images or prompts), images (whole ones, with
-text and D, ours through the engine that serves). Weights are random, the same tensors on both sides.
-What does not agree is not timed. In every round each side runs once, and a matrix product between them: the
-ceiling, of the type and at the time of what it is held against. Numbers are medians over the rounds.
+Parts: unet (one call; batch: rows), D, E and text (batch: images or prompts), images (whole images, text
+encoder and D included; ours by the service's engine). A part whose two results differ too much is not timed.
+In every round each side runs once, with a matrix product of the same dtype between them, whose speed is the
+reference for "of matmul". All figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from service.device.select import choose_device, choose_dtype
 from tests.benchmarks.shapes import SHAPES, TINY, IncomparableError, Pair, Setting, Shape, images, networks
 
 PARTS = ("unet", "D", "E", "text", "images")
-CEILING = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices of the ceiling
-# The largest relative error of a network; of whole images, which add up many calls, the least PSNR.
-LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-IMAGES_DB = {torch.float32: 50.0, torch.float16: 35.0, torch.bfloat16: 25.0}
-COLUMNS = ("shape", "part", "batch", "ours s", "theirs s", "ratio", "TFLOP/s", "of ceiling", "apart")
+MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices
+# Limits of the difference: relative error of a network, PSNR of whole images, which add up many calls.
+MAX_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+MIN_IMAGES_DB = {torch.float32: 50.0, torch.float16: 35.0, torch.bfloat16: 25.0}
+COLUMNS = ("shape", "part", "batch", "ours s", "theirs s", "ratio", "TFLOP/s", "of matmul", "error")
 WIDTHS = (10, 9, 6, 10, 10, 8, 9, 11, 9)
 
 
 class DisagreementError(Exception):
-    """Two networks of the same weights that do not give the same: neither is worth timing."""
+    """The two sides give different results, so that timing them would be pointless."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What was measured of one part."""
+    """The measurements of one part."""
 
     shape: str
     part: str
@@ -50,15 +50,15 @@ class Line:
     ours: float  # seconds
     theirs: float
     flops: int
-    ceiling: float  # FLOP/s
-    apart: float  # relative error, or dB of images
+    matmul: float  # FLOP/s of the matrix product
+    error: float  # between both sides: relative, or PSNR in dB for images
 
     def cells(self) -> tuple[str, ...]:
         rate = self.flops / self.ours
-        apart = f"{self.apart:.0f} dB" if self.part == "images" else f"{self.apart:.0e}"
+        error = f"{self.error:.0f} dB" if self.part == "images" else f"{self.error:.0e}"
         return (
             self.shape, self.part, str(self.batch), f"{self.ours:.3f}", f"{self.theirs:.3f}",
-            f"{self.theirs / self.ours:.2f}", f"{rate / 1e12:.2f}", f"{rate / self.ceiling:.0%}", apart,
+            f"{self.theirs / self.ours:.2f}", f"{rate / 1e12:.2f}", f"{rate / self.matmul:.0%}", error,
         )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     shapes = TINY if args.tiny else SHAPES
-    print(machine(device, dtype, "compiled" if args.compiled else "as it comes"), flush=True)
+    print(machine(device, dtype, "compiled" if args.compiled else "with default options"), flush=True)
     print(form(COLUMNS), flush=True)
     setting = Setting(device, dtype, args.compiled, args.steps)
     lines, fine = [], True
@@ -100,7 +100,7 @@ def batches(shape: Shape, part: str) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def measured(shape: Shape, part: str, batch: int, setting: Setting, rounds: int) -> Line:
-    """A part of a shape, made and measured. Raises DisagreementError."""
+    """Builds and measures one part of a shape. Raises DisagreementError and IncomparableError."""
     if part == "images":
         pair = images(shape.spec, batch, setting)
     else:
@@ -112,22 +112,24 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     top.add_argument("shapes", metavar="SHAPE", nargs="*", choices=[*SHAPES, []], help=", ".join(SHAPES))
     top.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    top.add_argument("--batches", nargs="+", type=int, help="rows of the UNet, images of the rest")
-    top.add_argument("--steps", type=int, default=0, help="of images (default: the model's)")
+    top.add_argument(
+        "--batches", nargs="+", type=int, help="rows of the UNet, images or prompts of other parts"
+    )
+    top.add_argument("--steps", type=int, default=0, help="of whole images (default: the model's own)")
     top.add_argument("--rounds", type=int, default=5)
     top.add_argument("--device", default="auto")
     top.add_argument("--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto")
-    top.add_argument("--threads", type=int, default=0, help="0: as many as torch likes")
+    top.add_argument("--threads", type=int, default=0, help="0: torch's default")
     top.add_argument(
-        "--compiled", action="store_true", help="theirs with torch.compile, its fastest documented way"
+        "--compiled", action="store_true", help="diffusers with torch.compile, its fastest documented option"
     )
-    top.add_argument("--tiny", action="store_true", help="networks of few channels, to try it out")
-    top.add_argument("--json", type=Path, metavar="FILE", help="the lines as numbers")
+    top.add_argument("--tiny", action="store_true", help="small networks, for a trial run")
+    top.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     return top
 
 
 def machine(device: torch.device, dtype: torch.dtype, theirs: str) -> str:
-    """What a table's figures are of."""
+    """The heading of a table: date, machine and versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return (
         f"{time.strftime('%Y-%m-%d')}, {name}, {torch.get_num_threads()} threads, {dtype}, "
@@ -136,7 +138,7 @@ def machine(device: torch.device, dtype: torch.dtype, theirs: str) -> str:
 
 
 def processor() -> str:
-    """The CPU's name, and whether it has matrix units."""
+    """The CPU's name, and which bfloat16 instructions it has."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -152,45 +154,45 @@ def form(cells: tuple[str, ...]) -> str:
 
 
 def measure(pair: Pair, shape: str, part: str, batch: int, setting: Setting, rounds: int) -> Line:
-    """Both sides in turn, after they have agreed; the first call of each is not counted."""
+    """Compares both sides, which warms them up, then times them in turn."""
     device = setting.device
-    apart = agreement(pair, part, setting.dtype)
-    product, flops = ceiling(device, setting.dtype)
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "ceiling": []}
+    error = difference(pair, part, setting.dtype)
+    product, flops = matmul(device, setting.dtype)
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "matmul": []}
     for _ in range(rounds):
-        for name, call in (("ours", pair.ours), ("ceiling", product), ("theirs", pair.theirs)):
+        for name, call in (("ours", pair.ours), ("matmul", product), ("theirs", pair.theirs)):
             seconds[name].append(timed(call, device))
-    ours, theirs, top = (statistics.median(seconds[name]) for name in ("ours", "theirs", "ceiling"))
-    return Line(shape, part, batch, ours, theirs, pair.flops, flops / top, apart)
+    ours, theirs, top = (statistics.median(seconds[name]) for name in ("ours", "theirs", "matmul"))
+    return Line(shape, part, batch, ours, theirs, pair.flops, flops / top, error)
 
 
-def agreement(pair: Pair, part: str, dtype: torch.dtype) -> float:
-    """How far apart the two are. Raises DisagreementError."""
+def difference(pair: Pair, part: str, dtype: torch.dtype) -> float:
+    """Relative error between both sides, or PSNR of images. Raises DisagreementError beyond the limit."""
     ours, theirs = pair.ours().float(), pair.theirs().float()
     if ours.shape != theirs.shape:
         raise DisagreementError(f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}")
     if theirs.std() < 0.05:
-        raise DisagreementError("the reference is all but constant")
+        raise DisagreementError("the reference is almost constant")
     if part == "images":
-        apart = (10 * torch.log10(1 / (ours - theirs).square().mean())).item()
-        fine = apart >= IMAGES_DB[dtype]
+        error = (10 * torch.log10(1 / (ours - theirs).square().mean())).item()
+        fine = error >= MIN_IMAGES_DB[dtype]
     else:
-        apart = ((ours - theirs).norm() / theirs.norm()).item()
-        fine = apart <= LIMITS[dtype]
+        error = ((ours - theirs).norm() / theirs.norm()).item()
+        fine = error <= MAX_ERROR[dtype]
     if not fine:
-        raise DisagreementError(f"{apart:.2g} apart")
-    return apart
+        raise DisagreementError(f"difference {error:.2g}")
+    return error
 
 
-def ceiling(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
-    """A matrix product of that type, and its FLOP."""
-    side = CEILING[device.type]
+def matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
+    """A matrix product, and its number of floating point operations."""
+    side = MATMUL_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return (lambda: a @ b), 2 * side**3
 
 
 def timed(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds until the device is done."""
+    """Seconds of a call, until the device has finished it."""
     synchronise(device)
     begin = time.perf_counter()
     call()
@@ -204,7 +206,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """What a part held is gone before the next one is made."""
+    """Frees the memory of a part before the next one is built."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

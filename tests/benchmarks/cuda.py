@@ -1,10 +1,10 @@
-"""Everything about a GPU in one command: what is fast is right first, then how fast it is.
+"""Checks and times the service's GPU code: first whether the fast paths are right, then how fast they are.
 
     python -m tests.benchmarks.cuda [--device cuda] [--shapes NAME ...] [--steps N] [--without-compare]
-    python -m tests.benchmarks.cuda --tiny --device cpu   rehearsal: small networks, nothing of it is a figure
+    python -m tests.benchmarks.cuda --tiny --device cpu   rehearsal with small networks; times mean nothing
 
-Checks end in "ok", "BAD" or "-" (not on this device, or something is not installed). Whole images go
-through the engine that serves, without HTTP. Random weights: an image shows nothing, its numbers do.
+A check ends in "ok", "BAD" or "-" (does not apply to this device, or a package is missing). Whole images come
+from the service's engine, without HTTP. Weights are random, so images show noise, but can be compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: for the check of bits
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for bit-identical results; before cuBLAS starts
 
 import torch
 from torch import Tensor
@@ -44,11 +44,18 @@ from service.engine.job import ImageKey, Job
 from service.errors import DeviceLost
 from service.worker.faults import FaultyRunner, read_faults
 from tests.benchmarks import shapes
-from tests.benchmarks.shapes import GUIDANCE, PROMPT, Held, Setting, made, unet_inputs
+from tests.benchmarks.shapes import (
+    GUIDANCE,
+    PROMPT,
+    Setting,
+    SingleModelRegistry,
+    random_network,
+    unet_inputs,
+)
 
-LIMIT = 790e12  # FLOP/s that float16 reaches on an H200
-EPS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # relative errors that are right
-IMAGE_DB = 35.0
+PEAK_FLOPS = 790e12  # FLOP/s that float16 matrix products reach on an H200
+MAX_EPS_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # relative
+MIN_IMAGE_DB = 35.0  # PSNR against float32
 BUCKETS = (2, 4, 8, 16, 32)
 IMAGES = (1, 4, 8, 16)
 CLIENTS = 16
@@ -62,7 +69,7 @@ with translate_device_lost():
 
 @dataclass(frozen=True)
 class Check:
-    """fine: None where it was not made."""
+    """The result of a check. fine: None if it does not apply here."""
 
     shape: str
     what: str
@@ -85,7 +92,7 @@ def main() -> None:
             fine &= check.fine is not False
             verdict = {True: "ok", False: "BAD", None: "-"}[check.fine]
             print(f"{check.shape:10} {check.what:58} {verdict:4} {check.figure}", flush=True)
-    logging.disable()  # jobs fail on purpose
+    logging.disable()  # jobs fail on purpose here
     fine &= print_faults(setting)
     logging.disable(logging.NOTSET)
     for name in args.shapes:
@@ -102,8 +109,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--shapes", nargs="+", choices=tuple(shapes.SHAPES), default=tuple(shapes.SHAPES))
     top.add_argument("--device", default="cuda")
     top.add_argument("--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto")
-    top.add_argument("--steps", type=int, default=0, help="of timed images (default: the model's)")
-    top.add_argument("--tiny", action="store_true", help="networks of few channels, to try it out")
+    top.add_argument("--steps", type=int, default=0, help="of timed images (default: the model's own)")
+    top.add_argument("--tiny", action="store_true", help="small networks, for a rehearsal")
     top.add_argument("--without-compare", action="store_true", help="leave diffusers out")
     return top
 
@@ -112,18 +119,18 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
 
 
-def bundle_of(spec, setting: Setting) -> LatentDiffusion:
-    """A whole model of random weights, as it is served."""
-    words = [tokenizers.clip(text.pad_id) for text in spec.texts] or [shapes.bert_words()]
-    unet = made(lambda: UNet(spec.unet), setting)
-    autoencoder = made(lambda: Autoencoder(spec.autoencoder), setting)
+def random_model(spec, setting: Setting) -> LatentDiffusion:
+    """A whole model with random weights, prepared as for serving."""
+    words = [tokenizers.clip(text.pad_id) for text in spec.texts] or [shapes.bert_tokenizer()]
+    unet = random_network(lambda: UNet(spec.unet), setting)
+    autoencoder = random_network(lambda: Autoencoder(spec.autoencoder), setting)
     whole = LatentDiffusion(spec, unet, autoencoder, shapes.conditioner(spec, words, setting))
     return prepare_for_device(whole, setting.device)
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Without fused kernels."""
+    """Switches fused kernels off."""
     fused, kernels.fused_on = kernels.fused_on, lambda device: None
     try:
         yield
@@ -131,33 +138,33 @@ def plain() -> Iterator[None]:
         kernels.fused_on = fused
 
 
-def apart(x: Tensor, exact: Tensor) -> float:
+def relative_error(x: Tensor, exact: Tensor) -> float:
     return ((x.float() - exact.float()).norm() / exact.float().norm()).item()
 
 
 def decibels(x: Tensor, exact: Tensor) -> float:
-    """PSNR of images in [-1, 1] as files hold them."""
+    """PSNR in dB of images in [-1, 1], rounded to 8 bits."""
     error = (to_uint8(x).float() - to_uint8(exact).float()).square().mean().item()
     return float("inf") if not error else 10 * torch.log10(torch.tensor(255**2 / error)).item()
 
 
 @torch.inference_mode()
 def checks(shape: shapes.Shape, setting: Setting) -> Iterator[Check]:
-    """Each fast path against float32 as it is, on the same device."""
+    """Each fast path against plain float32 on the same device."""
     spec, name, device = shape.spec, shape.spec.name, setting.device
-    bundle = bundle_of(spec, setting)
-    exact = bundle.copy(torch.float32)
+    model = random_model(spec, setting)
+    exact = model.copy(torch.float32)
     x, t, context, pooled = unet_inputs(spec, 4, setting)
     with plain():
         wanted = exact.denoiser(x, t, context, pooled)
     graphs = graphs_on(device)
 
     def eps() -> Tensor:
-        return graphs.run(bundle.unet, bundle.denoiser, x, t, context, pooled)
+        return graphs.run(model.unet, model.denoiser, x, t, context, pooled)
 
     first, *replayed = (eps() for _ in range(4))
-    bound = EPS[bundle.unet.dtype]
-    yield Check(name, f"eps in {bundle.unet.dtype}", (e := apart(first, wanted)) <= bound, f"{e:.1e}")
+    bound = MAX_EPS_ERROR[model.unet.dtype]
+    yield Check(name, f"eps in {model.unet.dtype}", (e := relative_error(first, wanted)) <= bound, f"{e:.1e}")
     graph = all(torch.equal(first, again) for again in replayed) if device.type == "cuda" else None
     yield Check(name, "a replayed graph gives the same bits as the call", graph)
     fused = kernels.fused_on(device) is not None if device.type == "cuda" else None
@@ -166,83 +173,87 @@ def checks(shape: shapes.Shape, setting: Setting) -> Iterator[Check]:
     with plain():
         wanted = exact.decode(z)
     del exact
-    first, *again = (graphs.run(bundle.autoencoder, bundle.decode, z) for _ in range(3))
+    first, *again = (graphs.run(model.autoencoder, model.decode, z) for _ in range(3))
     db = decibels(first, wanted)
-    yield Check(name, f"D in {bundle.autoencoder.dtype}", db >= IMAGE_DB, f"{db:.0f} dB")
+    yield Check(name, f"D in {model.autoencoder.dtype}", db >= MIN_IMAGE_DB, f"{db:.0f} dB")
     if device.type == "cuda":
         yield Check(name, "D's graph gives the same bits", all(torch.equal(first, one) for one in again))
-    yield from check_invariance(bundle, setting)
-    yield check_waits(bundle)
+    yield from check_invariance(model, setting)
+    yield check_waits(model)
 
 
-def check_invariance(bundle: LatentDiffusion, setting: Setting) -> Iterator[Check]:
-    """A row's bits among others, wherever it is, at one size of calls."""
-    size, name = 8, bundle.spec.name
-    x, t, context, pooled = unet_inputs(bundle.spec, size, setting)
+def check_invariance(model: LatentDiffusion, setting: Setting) -> Iterator[Check]:
+    """Whether a row's bits depend on the other rows or on its position, at one batch size."""
+    size, name = 8, model.spec.name
+    x, t, context, pooled = unet_inputs(model.spec, size, setting)
     graphs, threads = graphs_on(setting.device), torch.get_num_threads()
-    torch.set_num_threads(1)  # on a CPU, where MKL with more threads must be configured before its first call
+    torch.set_num_threads(
+        1
+    )  # with more threads, MKL on a CPU would have to be configured before its first call
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
     def row(order: Sequence[int]) -> Tensor:
-        """What becomes of row 0 where the rows of a call are these."""
+        """The result for input 0 in a call with these inputs as rows."""
         index = torch.tensor(order, device=setting.device)
         given = [None if rows is None else rows[index] for rows in (x, t, context, pooled)]
-        return graphs.run(bundle.unet, bundle.denoiser, *given)[order.index(0)]
+        return graphs.run(model.unet, model.denoiser, *given)[order.index(0)]
 
     try:
-        alone = row([0] * size)  # made as it is; those that follow are replayed
+        alone = row([0] * size)  # the first call runs directly; later ones are replayed from the graph
         others = [row([0, *range(1, size)]), row([*range(1, size), 0]), row([3, 3, 3, 0, 5, 5, 1, 1])]
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
     same = all(torch.equal(alone, other) for other in others)
-    yield Check(name, "--invariant: a row's bits in any company, at any place", same)
+    yield Check(name, "--invariant: same bits with any other rows, at any position", same)
 
 
-def check_waits(bundle: LatentDiffusion) -> Check:
-    """Steps while torch raises at whatever waits for the device; the one wait of a step, for the event of the
-    step before, is not of that kind."""
+def check_waits(model: LatentDiffusion) -> Check:
+    """Whether a step waits for the device, by torch's own detection (set_sync_debug_mode).
+
+    The only intended wait, for the event of the previous step, is not detected by it.
+    """
     what = "no wait for the device in a step"
-    if bundle.device.type != "cuda":
-        return Check(bundle.spec.name, what, None)
-    runner = TorchRunner(Held(bundle), BUCKETS, device=bundle.device)
-    job = job_of(bundle, "one", 20, sampler="euler_ancestral")
+    if model.device.type != "cuda":
+        return Check(model.spec.name, what, None)
+    runner = TorchRunner(SingleModelRegistry(model), BUCKETS, device=model.device)
+    job = job_of(model, "one", 20, sampler="euler_ancestral")
     runner.shape(job)
     runner.start(job)
     key = [ImageKey("one", 0)]
-    for _ in range(4):  # kernels are chosen, and the call is recorded
+    for _ in range(4):  # these calls choose kernels and record the graph
         runner.step(key)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):
             runner.step(key)
     except RuntimeError as error:
-        return Check(bundle.spec.name, what, False, str(error).splitlines()[0])
+        return Check(model.spec.name, what, False, str(error).splitlines()[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     runner.settle()
-    return Check(bundle.spec.name, what, True)
+    return Check(model.spec.name, what, True)
 
 
-def job_of(bundle: LatentDiffusion, name: str, steps: int, n: int = 1, **changes) -> Job:
-    defaults = bundle.spec.defaults
+def job_of(model: LatentDiffusion, name: str, steps: int, n: int = 1, **changes) -> Job:
+    defaults = model.spec.defaults
     size = (defaults.width, defaults.height)
-    plain_job = Job(name, bundle.spec.name, PROMPT, "", *size, steps, GUIDANCE, 0, n, "ddim", eta=0.0)
+    plain_job = Job(name, model.spec.name, PROMPT, "", *size, steps, GUIDANCE, 0, n, "ddim", eta=0.0)
     return replace(plain_job, **changes)
 
 
 def run(runner, jobs: Sequence[Job], at_once: int = 10**6) -> tuple[list[Event], list[float]]:
-    """The events, and each job's seconds from its submission to its end."""
+    """All events, and each job's seconds from submission to end. at_once: jobs in the engine at a time."""
     events: list[Event] = []
     ended: dict[str, float] = {}
 
-    def hear(event: Event) -> None:
+    def record(event: Event) -> None:
         events.append(event)
         if isinstance(event, Done | Failed):
             ended[event.job] = time.monotonic() - begun[event.job]
 
-    engine = Engine(runner, hear, runner.buckets[-1], 4, time.monotonic)
+    engine = Engine(runner, record, runner.buckets[-1], 4, time.monotonic)
     waiting, begun = list(reversed(jobs)), {}
     while waiting or engine.busy:
         while waiting and len(engine.jobs) < at_once:
@@ -254,13 +265,15 @@ def run(runner, jobs: Sequence[Job], at_once: int = 10**6) -> tuple[list[Event],
 
 
 def print_faults(setting: Setting) -> bool:
-    """Faults on this device, with small networks; a real one last, in a process of its own."""
-    bundle = bundle_of(shapes.TINY["sd15"].spec, setting)
+    """Injected faults, with a small network; on a GPU also a real one, in its own process."""
+    model = random_model(shapes.TINY["sd15"].spec, setting)
     fine = True
     for fault in ("step:nan:poison:1", "step:nan:poison", "step:oom:poison"):
         outcome = Done if fault.endswith("1") else Failed
-        runner = FaultyRunner(TorchRunner(Held(bundle), BUCKETS, device=setting.device), read_faults(fault))
-        jobs = [job_of(bundle, "a", 3), job_of(bundle, "b", 3, prompt="poison"), job_of(bundle, "c", 4)]
+        runner = FaultyRunner(
+            TorchRunner(SingleModelRegistry(model), BUCKETS, device=setting.device), read_faults(fault)
+        )
+        jobs = [job_of(model, "a", 3), job_of(model, "b", 3, prompt="poison"), job_of(model, "c", 4)]
         events, _ = run(runner, jobs)
         ends = {event.job: type(event) for event in events if isinstance(event, Done | Failed)}
         right = ends == {"a": Done, "b": outcome, "c": Done}
@@ -274,27 +287,27 @@ def print_faults(setting: Setting) -> bool:
     return fine
 
 
-def flops_of(bundle: LatentDiffusion, steps: int, setting: Setting) -> int:
-    """Of one guided image, D included, text left out."""
-    pair = shapes.flops_of(bundle.unet, *unet_inputs(bundle.spec, 2, setting))
-    z = shapes.latents(bundle.spec, 1, setting)
-    return steps * pair + shapes.flops_of(bundle.autoencoder, z, method="decode")
+def flops_of(model: LatentDiffusion, steps: int, setting: Setting) -> int:
+    """Floating point operations of one guided image: UNet and D, without the text encoder."""
+    pair = shapes.flops_of(model.unet, *unet_inputs(model.spec, 2, setting))
+    z = shapes.latents(model.spec, 1, setting)
+    return steps * pair + shapes.flops_of(model.autoencoder, z, method="decode")
 
 
 def print_speed(shape: shapes.Shape, setting: Setting, args: argparse.Namespace) -> None:
-    """Whole images at batch 1 and more; the mixed load against one at a time."""
-    bundle = bundle_of(shape.spec, setting)
-    runner = TorchRunner(Held(bundle), BUCKETS, device=setting.device)
+    """Times whole images in batches, and a mixed load against the same jobs one at a time."""
+    model = random_model(shape.spec, setting)
+    runner = TorchRunner(SingleModelRegistry(model), BUCKETS, device=setting.device)
     steps = setting.steps or shape.spec.defaults.steps
-    work = flops_of(bundle, steps, setting)
+    work = flops_of(model, steps, setting)
     print(f"\n{shape.spec.name}, {steps} guided steps, {work / 1e12:.3g} TFLOP an image")
     for n in IMAGES[:2] if args.tiny else IMAGES:
-        run(runner, [job_of(bundle, "warm", 5, n)])
-        seconds = statistics.median(sum(run(runner, [job_of(bundle, "j", steps, n)])[1]) for _ in range(2))
+        run(runner, [job_of(model, "warm", 5, n)])
+        seconds = statistics.median(sum(run(runner, [job_of(model, "j", steps, n)])[1]) for _ in range(2))
         rate = n / seconds
-        share = f"{rate * work / LIMIT:.1%} of 790 TFLOP/s"
+        share = f"{rate * work / PEAK_FLOPS:.1%} of 790 TFLOP/s"
         print(f"  {n:2} at once: {rate:8.3f} images/s, {seconds:.3f} s, {share}", flush=True)
-    jobs = mixed(bundle, 8 if args.tiny else 32, setting.steps)
+    jobs = mixed(model, 8 if args.tiny else 32, setting.steps)
     run(runner, jobs)
     (one, _), (many, seconds) = (timed(lambda c=c: run(runner, jobs, c)[1]) for c in (1, CLIENTS))
     seconds.sort()
@@ -306,13 +319,13 @@ def print_speed(shape: shapes.Shape, setting: Setting, args: argparse.Namespace)
     )
 
 
-def mixed(bundle: LatentDiffusion, count: int, steps: int) -> list[Job]:
-    """10 to 50 steps (or half to all of `steps`), one in four without guidance."""
+def mixed(model: LatentDiffusion, count: int, steps: int) -> list[Job]:
+    """Jobs with different step counts, 10 to 50 or half to all of `steps`; one in four without guidance."""
     draw = torch.Generator().manual_seed(0)
     low, high = (max(1, steps // 2), steps + 1) if steps else (10, 51)
     lengths = torch.randint(low, high, (count,), generator=draw).tolist()
     return [
-        job_of(bundle, str(index), length, seed=index, guidance_scale=GUIDANCE if index % 4 else 1.0)
+        job_of(model, str(index), length, seed=index, guidance_scale=GUIDANCE if index % 4 else 1.0)
         for index, length in enumerate(lengths)
     ]
 
@@ -324,11 +337,11 @@ def timed(call: Callable[[], list[float]]) -> tuple[float, list[float]]:
 
 
 def print_compared(args: argparse.Namespace) -> None:
-    """Ratio to diffusers as it comes, of whole images."""
+    """Times whole images against diffusers with its default options."""
     if importlib.util.find_spec("diffusers") is None:
-        print("\ndiffusers is not installed: no ratio to it")
+        print("\ndiffusers is not installed: not compared with it")
         return
-    print("\nagainst diffusers without options", flush=True)
+    print("\nagainst diffusers with default options", flush=True)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "lines.json"
         command = [sys.executable, "-m", "tests.benchmarks.compare", *args.shapes, "--parts", "images"]
@@ -342,17 +355,17 @@ def print_compared(args: argparse.Namespace) -> None:
 
 
 def print_served(args: argparse.Namespace) -> None:
-    """The bundled model over HTTP, and from a start to its first image."""
+    """Times the bundled model: from start to the first image, and over HTTP."""
     wanted = ("fastapi", "uvicorn", "httpx", "pydantic")
     if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
-        print(f"\nnothing over HTTP: {', '.join(missing)} not installed")
+        print(f"\nnot timed over HTTP: {', '.join(missing)} not installed")
         return
     cli = [sys.executable, "-m", "service.cli"]
     with TemporaryDirectory() as folder:
         one = [*cli, "generate", PROMPT, "-o", str(Path(folder) / "one.png"), "--device", args.device]
         begin = time.monotonic()
         subprocess.run(one, check=True, capture_output=True)
-        print(f"\nemoji: from a start to the first image: {time.monotonic() - begin:.1f} s", flush=True)
+        print(f"\nemoji: from start to the first image: {time.monotonic() - begin:.1f} s", flush=True)
     few = ["--requests", "8", "--clients", "4"] if args.tiny else ["--requests", "256", "--clients", "32"]
     load = [*cli, "bench", "--model", "emoji", "--device", args.device, *few]
     subprocess.run(load, check=False, stderr=subprocess.DEVNULL)

@@ -1,14 +1,17 @@
-"""Every model of the latent diffusion paper at its full published shape, random, against other code.
+"""Compares every model of the latent diffusion paper, at its published shape, with other implementations.
 
     python -m tests.benchmarks.family [ROW ...] [--folder DIR] [--cells N] [--narrow]
 
-Each is written as a single file as it was published, loaded, and compared on small inputs; the references
-read the same file by themselves. It takes as much memory as the model and half as much again, and as much
-disk. Errors are |a - b| / |b|. UNets are compared with `diffusers` where it has their structure, the others
-(heads of one number and many widths, residual blocks that resample) with tests/helpers/reference_unet.py's;
-autoencoders and transformers with `diffusers`, CLIP with `transformers`, tables and maps with a line of
-their own. In float64 narrow D's of kl-f16 and kl-f32 agree to 3e-14; in float32 `diffusers` is off from that
-by 1e-5 and 6e-5, ours by 1e-6: with --narrow these two lines say more about the reference than about us.
+Weights are random. Each model is written as a single file in the published layout, loaded, and compared on
+small inputs; the references read the same file by their own code. Errors are |a - b| / |b|. Needs 1.5 times
+the model's size in memory, and its size on disk.
+
+References: `diffusers` for autoencoders, text transformers and the UNets whose structure it supports;
+tests/helpers/reference_unet.py for the other UNets (the same number of heads at every width, or residual
+blocks that resample); `transformers` for CLIP; a few lines of torch for class tables and segmentation maps.
+
+With --narrow, the errors of D of kl-f16 and kl-f32 are mostly rounding in `diffusers`: in float64 both sides
+agree to 3e-14; in float32 `diffusers` differs from that by 1e-5 and 6e-5, ours by 1e-6.
 """
 
 from __future__ import annotations
@@ -36,9 +39,9 @@ from tests.checkpoints.ldm_models import FIRST_STAGES, ROWS, shapes, thin, write
 from tests.checkpoints.tiny import byte_tokenizer
 from tests.helpers import reference_autoencoder, reference_token_transformer, reference_unet
 
-LIMIT = 3e-5
+LIMIT = 3e-5  # largest relative error
 UNET, STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
-WIDE = (9, 15, 9, 9, 9, 9, 9)
+WIDTHS = (9, 15, 9, 9, 9, 9, 9)
 COLUMNS = ("row", "tensors", "parameters", "eps", "D", "E", "context", "load s", "against")
 
 
@@ -51,36 +54,36 @@ def compare(
     all_rows: Collection[str],
     measure: Callable[[str, Path, int, bool], tuple[tuple, bool]],
     columns: tuple[str, ...] = COLUMNS,
-    wide: tuple[int, ...] = WIDE,
+    widths: tuple[int, ...] = WIDTHS,
 ) -> None:
-    """The command: a line for each row that is asked for. Exits with 1 where one is beyond the limit.
+    """The command line: prints one line per chosen row. Exits with 1 if an error is above the limit.
 
-    measure: row, folder to write in, cells along a side, whether narrow -> a line's cells, and whether its
-    errors are within the limit.
+    measure: (row, folder to write in, latent cells along a side, narrow) -> the cells of the line, and
+    whether all errors are within the limit.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"of {', '.join(all_rows)}")
-    parser.add_argument("--folder", type=Path, help="where they are written, one at a time")
+    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"one of {', '.join(all_rows)} (default: all)")
+    parser.add_argument("--folder", type=Path, help="where models are written, one at a time")
     parser.add_argument("--cells", type=int, default=16, help="along a side of latents (default: 16)")
-    parser.add_argument("--narrow", action="store_true", help="few channels, to try it out")
+    parser.add_argument("--narrow", action="store_true", help="small networks, for a trial run")
     args = parser.parse_args()
     if unknown := {*args.rows} - {*all_rows}:
-        parser.error(f"no row is called {', '.join(sorted(unknown))}")
-    print(form(columns, wide), flush=True)
+        parser.error(f"unknown row: {', '.join(sorted(unknown))}")
+    print(form(columns, widths), flush=True)
     within = True
     for name in args.rows or all_rows:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder, torch.inference_mode():
             cells, fine = measure(name, Path(folder), args.cells, args.narrow)
-        print(form(cells, wide), flush=True)
+        print(form(cells, widths), flush=True)
         within = within and fine
         gc.collect()
     raise SystemExit(0 if within else 1)
 
 
-def form(cells: tuple, wide: tuple[int, ...] = WIDE) -> str:
+def form(cells: tuple, widths: tuple[int, ...] = WIDTHS) -> str:
     first, *others, last = map(text_of, cells)
     return (
-        f"{first:<20}" + "".join(f"{text:>{w}}" for text, w in zip(others, wide, strict=True)) + "  " + last
+        f"{first:<20}" + "".join(f"{text:>{w}}" for text, w in zip(others, widths, strict=True)) + "  " + last
     )
 
 
@@ -114,7 +117,7 @@ def stage_of(name: str, narrow: bool) -> AutoencoderSpec:
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    """Infinite where the reference is all but constant, which anything would agree with."""
+    """The relative error; infinite if the reference is almost constant, since then it would mean nothing."""
     return ((ours - theirs).norm() / theirs.norm()).item() if theirs.std() > 0.1 else float("inf")
 
 
@@ -124,7 +127,7 @@ def below(tensors: safe_open, prefix: str) -> dict[str, Tensor]:
 
 
 def unet_weights(tensors: safe_open) -> dict[str, Tensor]:
-    """The averages under the last weights' names, or those where there are none."""
+    """The UNet's averaged weights, or its last ones if the file has no averages, by their usual names."""
     keys = [key.removeprefix(UNET) for key in tensors.keys() if key.startswith(UNET)]  # noqa: SIM118
     averaged = {key: "model_ema.diffusion_model" + key.replace(".", "") for key in keys}
     held = {*tensors.keys()}
@@ -132,7 +135,7 @@ def unet_weights(tensors: safe_open) -> dict[str, Tensor]:
 
 
 def unet_error(spec: UNetSpec, model: LatentDiffusion, tensors: safe_open, cells: int) -> tuple[float, str]:
-    """eps at two timesteps, of images that are not square."""
+    """The error of eps at two timesteps, on latents that are not square, and the reference's name."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(2, spec.in_channels, cells, 2 * cells, generator=generator)
     t, context = torch.tensor([1, 801]), None
@@ -153,7 +156,7 @@ def unet_error(spec: UNetSpec, model: LatentDiffusion, tensors: safe_open, cells
 
 
 def of_diffusers(weights: Mapping[str, Tensor], spec: UNetSpec) -> torch.nn.Module | None:
-    """The UNet of `diffusers` with these weights; None for a structure that it does not have."""
+    """The UNet of `diffusers` with these weights; None for a structure that it does not support."""
     if spec.residual_resampling or spec.scale_shift_norm:
         return None
     if spec.context_width:
@@ -178,7 +181,7 @@ def of_diffusers(weights: Mapping[str, Tensor], spec: UNetSpec) -> torch.nn.Modu
 def stage_errors(
     spec: AutoencoderSpec, model: LatentDiffusion, weights: dict[str, Tensor], cells: int
 ) -> tuple[float, float]:
-    """Of D and of E."""
+    """The errors of D and of E."""
     reference = reference_autoencoder.reference(spec, weights)
     generator = torch.Generator().manual_seed(8)
     z = torch.randn(1, spec.latent_channels, cells, cells, generator=generator)
@@ -192,7 +195,7 @@ def stage_errors(
 def context_error(
     condition: Condition | None, model: LatentDiffusion, tensors: safe_open, folder: Path
 ) -> float | str:
-    """Of what the conditioner makes; "-" where it has nothing learned."""
+    """The error of the conditioner's output; "-" for a model without a conditioner."""
     generator = torch.Generator().manual_seed(9)
     if model.spec.texts:
         return clip_error(model, folder)
@@ -215,12 +218,12 @@ def context_error(
     for _ in range(condition.halvings):
         x = F.interpolate(x, scale_factor=0.5, mode="bilinear")
     mapper = tensors.get_tensor("cond_stage_model.channel_mapper.weight")
-    scale = mapper.std()  # so that entries are about 1: one colour of many is small
+    scale = mapper.std()  # scales entries to about 1
     return error(model.conditioner(maps) / scale, F.conv2d(x, mapper) / scale)
 
 
 def clip_error(model: LatentDiffusion, folder: Path) -> float:
-    """Of one vector a text, of length 1; times the root of its width, so that its entries are about 1."""
+    """The error of CLIP's text vectors of length 1, scaled so that their entries are about 1."""
     network = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder").eval()
     prompts = ["red apple", "a sunset behind a mountain range"]
     ids = byte_tokenizer()(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids

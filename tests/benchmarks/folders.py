@@ -1,11 +1,11 @@
-"""Stable Diffusion and its kin at full published shape, as `diffusers` folders, against `diffusers`.
+"""Stable Diffusion's models as `diffusers` folders at their full published shapes, against `diffusers`.
 
     python -m tests.benchmarks.folders [ROW ...] [--folder DIR] [--cells N] [--narrow]
 
-Each network of a row is made by `diffusers` or `transformers`, every parameter random (and one that float16
-can hold), computed, written in float16 and freed, before the next; then the whole folder is loaded by both in
-float32, timed, and ours computes the same. It takes as much memory as the model in float32 and a little more.
-Errors are |a - b| / |b|; a reference that is all but constant counts as infinitely wrong.
+Networks of `diffusers` and `transformers` with random weights (exact in float16) are created, run, written in
+float16 and freed one after the other. Then both sides load the whole folder in float32, which is timed, and
+our model gets the same inputs. Needs a little more memory than the model in float32. Errors are
+|a - b| / |b|, and infinite if the reference is almost constant.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from tests.benchmarks.family import LIMIT, compare, error
 from tests.checkpoints.sd_folders import ROWS, Row, autoencoder, text_encoders, tokenizer_of, unet
 from tests.checkpoints.tiny import fill_randomly
 
-WIDE = (9, 15, 9, 9, 9, 9, 9, 9)
-COLUMNS = ("row", "tensors", "parameters", "eps", "D", "E", "context", "pooled", "load s", "theirs load")
+WIDTHS = (9, 15, 9, 9, 9, 9, 9, 9)
+COLUMNS = ("row", "tensors", "parameters", "eps", "D", "E", "context", "pooled", "load s", "diffusers s")
 SHARD = "2GB"
 SIZES = (1024, 768, 0, 0, 1024, 768)
 
 
 def main() -> None:
-    compare(__doc__, ROWS, measure, COLUMNS, WIDE)
+    compare(__doc__, ROWS, measure, COLUMNS, WIDTHS)
 
 
 def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, bool]:
     """A line of the table, and whether all its errors are within the limit."""
     row = ROWS[name]
     theirs, tensors = {}, 0
-    for part, network, ask in references(row, cells, narrow):
-        theirs |= ask(network)
+    for part, network, run in references(row, cells, narrow):
+        theirs |= run(network)
         tensors += len(network.state_dict())
         network.half().save_pretrained(folder / part, variant="fp16", max_shard_size=SHARD)
         del network
@@ -59,7 +59,7 @@ def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, b
     begin = time.monotonic()
     model = load(folder)
     seconds = f"{time.monotonic() - begin:.1f}"
-    ours = answers(row, model, cells)
+    ours = our_outputs(row, model, cells)
     errors = {key: error(ours[key], theirs[key]) for key in theirs}
     count = sum(
         p.numel() for part in (model.unet, model.autoencoder, model.conditioner) for p in part.parameters()
@@ -70,16 +70,16 @@ def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, b
 
 
 def references(row: Row, cells: int, narrow: bool) -> Iterator[tuple[str, nn.Module, Callable[[Any], dict]]]:
-    """Folder, network and what to ask it, one network at a time."""
-    yield "unet", random(unet(row, narrow), 0), lambda network: unet_answers(row, network, cells)
-    yield "vae", random(autoencoder(row, narrow), 1), lambda network: stage_answers(network, cells)
+    """Subfolder, network, and a function network -> its outputs, one network at a time."""
+    yield "unet", random(unet(row, narrow), 0), lambda network: unet_outputs(row, network, cells)
+    yield "vae", random(autoencoder(row, narrow), 1), lambda network: autoencoder_outputs(network, cells)
     several = len(row.texts) > 1
     for index, network in enumerate(text_encoders(row, narrow)):
         part = f"text_encoder{'_2' * index}"
         yield (
             part,
             random(network, 2 + index),
-            lambda network, part=part: text_answers(network, part, several),
+            lambda network, part=part: text_outputs(network, part, several),
         )
 
 
@@ -92,7 +92,7 @@ def random(network: nn.Module, seed: int) -> nn.Module:
 
 
 def write_rest(row: Row, folder: Path, narrow: bool) -> None:
-    """What no network is: tokenizers, schedulers and the index."""
+    """Writes the parts that are not networks: tokenizers, schedulers and model_index.json."""
     index = {
         "_class_name": row.pipeline,
         "_diffusers_version": "0.36.0",
@@ -124,17 +124,17 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs_of_unet(channels: int, context: int, pooled: int, cells: int) -> tuple[Tensor, ...]:
-    """x of an image that is not square, t, context and pooled text."""
+def unet_inputs(channels: int, context: int, pooled: int, cells: int) -> tuple[Tensor, ...]:
+    """x (of an image that is not square), t, context and pooled text."""
     x, t = drawn(7, 2, channels, cells, 2 * cells), torch.tensor([1, 801])
     return x, t, drawn(8, 2, 77, context), drawn(9, 2, max(pooled, 1))
 
 
-def unet_answers(row: Row, network: nn.Module, cells: int) -> dict[str, Tensor]:
+def unet_outputs(row: Row, network: nn.Module, cells: int) -> dict[str, Tensor]:
     config, given, pooled = network.config, {}, 0
     if config.addition_embed_type:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    x, t, context, text = inputs_of_unet(config.in_channels, config.cross_attention_dim, pooled, cells)
+    x, t, context, text = unet_inputs(config.in_channels, config.cross_attention_dim, pooled, cells)
     if pooled:
         given = {"added_cond_kwargs": {"text_embeds": text, "time_ids": torch.tensor([SIZES, SIZES])}}
     if config.num_class_embeds:
@@ -142,18 +142,18 @@ def unet_answers(row: Row, network: nn.Module, cells: int) -> dict[str, Tensor]:
     return {"eps": network(x, t, context, **given).sample}
 
 
-def stage_answers(network: nn.Module, cells: int) -> dict[str, Tensor]:
-    z, x = inputs_of_stage(len(network.config.block_out_channels), cells)
+def autoencoder_outputs(network: nn.Module, cells: int) -> dict[str, Tensor]:
+    z, x = autoencoder_inputs(len(network.config.block_out_channels), cells)
     return {"D": network.decode(z).sample, "E": network.encode(x).latent_dist.mode()}
 
 
-def inputs_of_stage(levels: int, cells: int) -> tuple[Tensor, Tensor]:
+def autoencoder_inputs(levels: int, cells: int) -> tuple[Tensor, Tensor]:
     side = cells * 2 ** (levels - 1)
     return drawn(10, 1, 4, cells, cells), drawn(11, 1, 3, side, side).clamp(-1, 1)
 
 
-def text_answers(network: nn.Module, part: str, several: bool) -> dict[str, Tensor]:
-    """The tokens' vectors, of the last layer but one where encoders are several, and the whole text's."""
+def text_outputs(network: nn.Module, part: str, several: bool) -> dict[str, Tensor]:
+    """Token vectors, of the penultimate layer if there are several encoders, and pooled text."""
     out = network(ids_of(network.config.vocab_size), output_hidden_states=True)
     pooled = {"pooled": out.text_embeds} if hasattr(out, "text_embeds") else {}
     return {f"context {part}": out.hidden_states[-2] if several else out.last_hidden_state} | pooled
@@ -166,10 +166,10 @@ def ids_of(vocabulary: int) -> Tensor:
     return ids
 
 
-def answers(row: Row, model: LatentDiffusion, cells: int) -> dict[str, Tensor]:
-    """What ours says to the same."""
+def our_outputs(row: Row, model: LatentDiffusion, cells: int) -> dict[str, Tensor]:
+    """Our model's outputs for the same inputs."""
     spec, levels, level, added = model.spec.unet, len(model.spec.autoencoder.channels), None, None
-    x, t, context, text = inputs_of_unet(
+    x, t, context, text = unet_inputs(
         spec.in_channels, spec.context_width, spec.added_width - 6 * spec.size_width, cells
     )
     if spec.added_width:
@@ -177,7 +177,7 @@ def answers(row: Row, model: LatentDiffusion, cells: int) -> dict[str, Tensor]:
         added = torch.cat([text, sizes.expand(2, -1)], dim=1)
     if spec.noise_levels:
         level = torch.tensor([0, 350])
-    z, image = inputs_of_stage(levels, cells)
+    z, image = autoencoder_inputs(levels, cells)
     outputs = {"eps": model.unet(x, t, context, added, level)}
     outputs |= {"D": model.autoencoder.decode(z), "E": model.autoencoder.encode(image)}
     for index, encoder in enumerate(model.conditioner.encoders):

@@ -26,7 +26,7 @@ from tests.helpers import reference_autoencoder, reference_token_transformer
 
 
 def fast(network: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
-    """A network as it comes, or as its documentation makes it fast on that device."""
+    """A network unchanged, or compiled as its documentation recommends for that device."""
     if not compiled:
         return network
     if device.type == "cuda":
@@ -36,7 +36,7 @@ def fast(network: nn.Module, device: torch.device, compiled: bool) -> nn.Module:
 
 
 def unet(weights: Mapping[str, Tensor], spec: UNetSpec) -> UNet2DConditionModel:
-    """With a context, on the very same tensors."""
+    """The UNet of `diffusers` with a context, on the same tensors."""
     attends = [bool(depth) for depth in spec.transformer_depth]
     blocks = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
     options = {}
@@ -51,7 +51,7 @@ def unet(weights: Mapping[str, Tensor], spec: UNetSpec) -> UNet2DConditionModel:
             in_channels=spec.in_channels, out_channels=spec.out_channels, block_out_channels=spec.channels,
             layers_per_block=spec.res_blocks, norm_num_groups=spec.groups,
             cross_attention_dim=spec.context_width, use_linear_projection=spec.linear_projection,
-            attention_head_dim=spec.heads,  # which are numbers of heads, by a published mistake
+            attention_head_dim=spec.heads,  # diffusers: the number of heads, despite its name
             transformer_layers_per_block=[depth or spec.middle_depth for depth in spec.transformer_depth],
             down_block_types=[blocks[0] if attend else blocks[1] for attend in attends],
             up_block_types=[blocks[2] if attend else blocks[3] for attend in attends[::-1]], **options,
@@ -63,13 +63,13 @@ def unet(weights: Mapping[str, Tensor], spec: UNetSpec) -> UNet2DConditionModel:
 
 
 def autoencoder(ours: Autoencoder) -> nn.Module:
-    """A copy, of the same type on the same device."""
+    """The autoencoder of `diffusers` with copies of these weights, of the same dtype and device."""
     theirs = reference_autoencoder.reference(ours.spec, ours.state_dict())
     return theirs.to(ours.post_quant_conv.weight.device, ours.dtype)
 
 
 def text(ours: TextEncoder | TokenConditioner, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """CLIP of `transformers`, or the paper's text transformer of `diffusers`: copies."""
+    """CLIP of `transformers`, or the paper's text transformer of `diffusers`, with copies of the weights."""
     if isinstance(ours, TokenConditioner):
         theirs = reference_token_transformer.reference(ours.transformer.spec, ours.transformer.state_dict())
         return theirs.to(device, dtype)
@@ -96,25 +96,25 @@ def scheduler(spec: ScheduleSpec) -> DDIMScheduler:
     )  # fmt: skip
 
 
-def pipeline(bundle: LatentDiffusion, tokenizers: list, compiled: bool) -> DiffusionPipeline:
-    """A whole pipeline with DDIM."""
-    spec, device, dtype = bundle.spec, bundle.device, bundle.unet.dtype
-    vae = autoencoder(bundle.autoencoder)
+def pipeline(model: LatentDiffusion, tokenizers: list, compiled: bool) -> DiffusionPipeline:
+    """The pipeline of `diffusers` for this model, with DDIM."""
+    spec, device, dtype = model.spec, model.device, model.unet.dtype
+    vae = autoencoder(model.autoencoder)
     vae.register_to_config(scaling_factor=spec.autoencoder.scale_factor, force_upcast=False)
-    parts = (unet(bundle.unet.state_dict(), spec.unet), scheduler(spec.schedule))
+    parts = (unet(model.unet.state_dict(), spec.unet), scheduler(spec.schedule))
     if not spec.texts:
-        network = text(bundle.conditioner, device, dtype)
-        made = LDMTextToImagePipeline(vae, network, tokenizers[0], *parts)
+        network = text(model.conditioner, device, dtype)
+        whole = LDMTextToImagePipeline(vae, network, tokenizers[0], *parts)
     else:
-        encoders = [text(encoder, device, dtype) for encoder in bundle.conditioner.encoders]
+        encoders = [text(encoder, device, dtype) for encoder in model.conditioner.encoders]
         if len(encoders) == 1:
-            made = StableDiffusionPipeline(
+            whole = StableDiffusionPipeline(
                 vae, encoders[0], tokenizers[0], *parts, None, None, requires_safety_checker=False
             )
         else:
-            made = StableDiffusionXLPipeline(vae, *encoders, *tokenizers, *parts, add_watermarker=False)
+            whole = StableDiffusionXLPipeline(vae, *encoders, *tokenizers, *parts, add_watermarker=False)
     if compiled:
-        made.unet = fast(made.unet, device, compiled)
+        whole.unet = fast(whole.unet, device, compiled)
         vae.decoder = fast(vae.decoder, device, compiled)
-    made.set_progress_bar_config(disable=True)
-    return made
+    whole.set_progress_bar_config(disable=True)
+    return whole

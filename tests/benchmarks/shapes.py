@@ -33,20 +33,20 @@ BUCKETS = tuple(2**power for power in range(1, 7))
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and what a benchmark asks of it."""
+    """A model, and the batch sizes at which it is timed."""
 
     spec: ModelSpec
-    rows: tuple[int, ...]  # of UNet calls: 2 are one guided image
-    images: tuple[int, ...]  # at once, of everything else
+    rows: tuple[int, ...]  # of a UNet call; a guided image is two rows
+    images: tuple[int, ...]  # at once, for all other parts
 
 
 class IncomparableError(Exception):
-    """The reference cannot do it."""
+    """The reference does not support this part in this setting."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The same work twice; both return what can be compared."""
+    """Two implementations of the same work, with comparable results."""
 
     ours: Callable[[], Tensor]
     theirs: Callable[[], Tensor]
@@ -55,12 +55,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how a pair runs."""
+    """Device, dtype and options of a pair."""
 
     device: torch.device
     dtype: torch.dtype
-    compiled: bool = False  # theirs
-    steps: int = 0  # of images; 0: the model's
+    compiled: bool = False  # diffusers with torch.compile
+    steps: int = 0  # of whole images; 0: the model's default
 
 
 CLIP = TextSpec(vocabulary=49408, width=768, layers=12, heads=12, intermediate=3072, tokens=77)
@@ -132,9 +132,8 @@ def narrow(shape: Shape) -> Shape:
 TINY = {name: narrow(shape) for name, shape in SHAPES.items()}
 
 
-def made(kind: Callable[[], nn.Module], setting: Setting, seed: int = 0) -> nn.Module:
-    """A network with every parameter random: matrices keep the size of what they are given, norms are near
-    1."""
+def random_network(kind: Callable[[], nn.Module], setting: Setting, seed: int = 0) -> nn.Module:
+    """A network with random parameters: matrices keep their input's scale, norms are near 1."""
     with torch.device("meta"):
         network = kind().to(setting.dtype)
     network = network.to_empty(device=setting.device).requires_grad_(False).eval()
@@ -148,8 +147,8 @@ def made(kind: Callable[[], nn.Module], setting: Setting, seed: int = 0) -> nn.M
     return network
 
 
-def in_layout(ours: nn.Module, setting: Setting) -> nn.Module:
-    """As it is served on that device; the rival keeps its tensors as they are."""
+def in_served_layout(ours: nn.Module, setting: Setting) -> nn.Module:
+    """The network in the memory layout in which it is served; the reference keeps its own."""
     return ours.to(memory_format=torch.channels_last) if setting.device.type == "cuda" else ours
 
 
@@ -165,7 +164,7 @@ class Method(nn.Module):
 
 
 def flops_of(network: nn.Module, *inputs: Tensor | None, method: str = "forward") -> int:
-    """Of one call, counted on the meta device without making it."""
+    """Floating point operations of one call, counted on the meta device without computing anything."""
     copy = {f"network.{key}": value.to("meta") for key, value in network.state_dict().items()}
     meta = tuple(x if x is None else x.to("meta") for x in inputs)
     with FlopCounterMode(display=False) as counter:
@@ -174,7 +173,7 @@ def flops_of(network: nn.Module, *inputs: Tensor | None, method: str = "forward"
 
 
 def networks(spec: ModelSpec, part: str, batch: int, setting: Setting) -> Pair:
-    """A network by itself; batch: rows of the UNet, images or prompts of the others."""
+    """One network. batch: rows of the UNet, images of D and E, prompts of the text encoder."""
     return {"unet": unets, "D": decoders, "E": encoders, "text": texts}[part](spec, batch, setting)
 
 
@@ -187,7 +186,7 @@ def latents(spec: ModelSpec, batch: int, setting: Setting) -> Tensor:
 
 
 def unet_inputs(spec: ModelSpec, rows: int, setting: Setting) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x, t, context, and what is embedded with the timestep."""
+    """x, t, context and pooled vector of a UNet call."""
     t = torch.linspace(1, 981, rows, device=setting.device).round()
     context = noise(setting, rows, *spec.context_shape)
     if not spec.unet.added_width:
@@ -201,17 +200,17 @@ def unet_inputs(spec: ModelSpec, rows: int, setting: Setting) -> tuple[Tensor, T
 
 
 def sizes(spec: ModelSpec) -> list[int]:
-    """Height and width before it was cut, where it was cut, height and width now."""
+    """SDXL's sizes: original height and width, crop offsets, target height and width."""
     width, height = spec.defaults.width, spec.defaults.height
     return [height, width, 0, 0, height, width]
 
 
 def unets(spec: ModelSpec, rows: int, setting: Setting) -> Pair:
-    from tests.benchmarks import rivals  # diffusers: not where only ours runs
+    from tests.benchmarks import rivals  # imports diffusers, which cuda.py may run without
 
-    ours = made(lambda: UNet(spec.unet), setting)
+    ours = random_network(lambda: UNet(spec.unet), setting)
     theirs = rivals.fast(rivals.unet(ours.state_dict(), spec.unet), setting.device, setting.compiled)
-    ours = in_layout(ours, setting)
+    ours = in_served_layout(ours, setting)
     x, t, context, pooled = unet_inputs(spec, rows, setting)
     added = None
     if pooled is not None:
@@ -226,11 +225,11 @@ def unets(spec: ModelSpec, rows: int, setting: Setting) -> Pair:
 
 
 def autoencoders(spec: ModelSpec, setting: Setting) -> tuple[Autoencoder, nn.Module]:
-    from tests.benchmarks import rivals  # diffusers: not where only ours runs
+    from tests.benchmarks import rivals  # imports diffusers, which cuda.py may run without
 
-    ours = made(lambda: Autoencoder(spec.autoencoder), setting)
+    ours = random_network(lambda: Autoencoder(spec.autoencoder), setting)
     theirs = rivals.autoencoder(ours)
-    ours = in_layout(ours, setting)
+    ours = in_served_layout(ours, setting)
     for name in ("encoder", "decoder"):
         setattr(theirs, name, rivals.fast(getattr(theirs, name), setting.device, setting.compiled))
     return ours, theirs
@@ -251,8 +250,8 @@ def encoders(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
 
 
 def texts(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
-    """Of several text encoders the last, and the states that its tokens are taken from."""
-    from tests.benchmarks import rivals  # diffusers: not where only ours runs
+    """The last text encoder: the token vectors that the UNet attends to."""
+    from tests.benchmarks import rivals  # imports diffusers, which cuda.py may run without
 
     whole = conditioner(spec, [None] * max(1, len(spec.texts)), setting)
     ours = whole.encoders[-1] if spec.texts else whole
@@ -270,36 +269,36 @@ def texts(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
 
 
 def states_of(out, hidden: bool) -> Tensor:
-    """Those before the last layer, or the last ones after the norm."""
+    """hidden: the penultimate layer's output; else the last layer's, after the norm."""
     return out.hidden_states[-2] if hidden else out[0]
 
 
 def conditioner(spec: ModelSpec, words: list, setting: Setting) -> TextConditioner | TokenConditioner:
-    """words: a tokenizer of each encoder."""
+    """A random conditioner. words: one tokenizer per text encoder."""
     if not spec.texts:
-        return made(lambda: TokenConditioner(spec.condition, words[0]), setting)
+        return random_network(lambda: TokenConditioner(spec.condition, words[0]), setting)
     pairs = list(zip(spec.texts, words, strict=True))
-    return made(
+    return random_network(
         lambda: TextConditioner([TextEncoder(*pair) for pair in pairs], zero_null=spec.zero_null), setting
     )
 
 
-class Held:
-    """The part of a registry that the runner asks, around one model that is there."""
+class SingleModelRegistry:
+    """The methods of a registry that the runner calls, for one model that is already loaded."""
 
-    def __init__(self, bundle: LatentDiffusion) -> None:
-        self.model, self.specs = bundle, {bundle.spec.name: bundle.spec}
+    def __init__(self, model: LatentDiffusion) -> None:
+        self.model, self.specs = model, {model.spec.name: model.spec}
 
     def __getitem__(self, name: str) -> LatentDiffusion:
         return self.model
 
-    def bundle(self, network: ModelKey) -> LatentDiffusion:
+    def bundle(self, key: ModelKey) -> LatentDiffusion:
         return self.model
 
-    def changed(self, model: LatentDiffusion, network: ModelKey) -> LatentDiffusion:
+    def merged(self, model: LatentDiffusion, key: ModelKey) -> LatentDiffusion:
         return model
 
-    def has(self, network: ModelKey) -> bool:
+    def has(self, key: ModelKey) -> bool:
         return True
 
     def holds(self, name: str) -> bool:
@@ -307,21 +306,25 @@ class Held:
 
 
 def images(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
-    """Whole guided images from a prompt, numbers of files over 255, (B, H, W, 3): ours through the engine
-    that serves, theirs through the pipeline of `diffusers`."""
-    from tests.benchmarks import rivals  # diffusers: not where only ours runs
+    """Whole guided images from a prompt, (B, H, W, 3) in [0, 1].
+
+    Ours come from the service's engine, theirs from the pipeline of `diffusers`.
+    """
+    from tests.benchmarks import rivals  # imports diffusers, which cuda.py may run without
 
     if setting.dtype == torch.bfloat16 and not spec.texts:
         raise IncomparableError("the pipeline of diffusers makes no images in bfloat16")
     steps = setting.steps or spec.defaults.steps
-    words = [tokenizers.clip(text.pad_id) for text in spec.texts] or [bert_words()]
+    words = [tokenizers.clip(text.pad_id) for text in spec.texts] or [bert_tokenizer()]
     unet, autoencoder = (
-        made(lambda: UNet(spec.unet), setting),
-        made(lambda: Autoencoder(spec.autoencoder), setting),
+        random_network(lambda: UNet(spec.unet), setting),
+        random_network(lambda: Autoencoder(spec.autoencoder), setting),
     )
-    bundle = LatentDiffusion(spec, unet, autoencoder, conditioner(spec, words, setting))
-    pipeline = rivals.pipeline(bundle, words, setting.compiled)
-    runner = TorchRunner(Held(prepare_for_device(bundle, setting.device)), BUCKETS, device=setting.device)
+    model = LatentDiffusion(spec, unet, autoencoder, conditioner(spec, words, setting))
+    pipeline = rivals.pipeline(model, words, setting.compiled)
+    runner = TorchRunner(
+        SingleModelRegistry(prepare_for_device(model, setting.device)), BUCKETS, device=setting.device
+    )
     size = {"width": spec.defaults.width, "height": spec.defaults.height}
     generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
     starts = [torch.randn(spec.latent_shape(*size.values()), generator=g) for g in generators]
@@ -335,15 +338,15 @@ def images(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
         return torch.from_numpy(out.images).mul(255).round() / 255
 
     ids = torch.zeros(2, spec.context_shape[0], dtype=torch.long, device=setting.device)
-    readers = bundle.conditioner.encoders if spec.texts else [bundle.conditioner.transformer]
+    readers = model.conditioner.encoders if spec.texts else [model.conditioner.transformer]
     flops = steps * flops_of(unet, *unet_inputs(spec, 2 * batch, setting))
     flops += flops_of(autoencoder, latents(spec, batch, setting), method="decode")
     flops += sum(flops_of(reader, ids) for reader in readers)
     return Pair(lambda: engine_images(runner, spec, batch, steps), theirs, flops)
 
 
-def bert_words() -> BertTokenizer:
-    """BERT's tokenizer with the prompt's words alone."""
+def bert_tokenizer() -> BertTokenizer:
+    """BERT's tokenizer with a vocabulary of the prompt's words."""
     entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(PROMPT.split())]
     with TemporaryDirectory() as folder:
         (Path(folder) / "vocab.txt").write_text("\n".join(entries) + "\n", encoding="utf-8")
@@ -351,16 +354,16 @@ def bert_words() -> BertTokenizer:
 
 
 def engine_images(runner: TorchRunner, spec: ModelSpec, batch: int, steps: int) -> Tensor:
-    """One job of a batch of images through the engine; the runner keeps its recorded graphs."""
-    answers = []
+    """The images of one job, from an engine on this runner, which keeps its recorded graphs."""
+    events = []
     width, height = spec.defaults.width, spec.defaults.height
-    engine = Engine(runner, answers.append, 2 * batch, 1, time.monotonic)
+    engine = Engine(runner, events.append, 2 * batch, 1, time.monotonic)
     engine.submit(
         Job("one", spec.name, PROMPT, "", width, height, steps, GUIDANCE, 0, batch, "ddim", eta=0.0)
     )
     while engine.busy:
         engine.tick()
-    if not isinstance(answers[-1], Done):
-        raise RuntimeError(f"the engine ended with {answers[-1]}")
-    pixels = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in answers[-1].images]
+    if not isinstance(events[-1], Done):
+        raise RuntimeError(f"the engine ended with {events[-1]}")
+    pixels = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in events[-1].images]
     return torch.stack(pixels).view(batch, height, width, 3) / 255

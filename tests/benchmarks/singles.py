@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.singles [ROW ...] [--folder DIR] [--cells N] [--narrow]
 
-Every parameter is random, in float32. The networks that a file is written from are made and computed one at a
-time and written to their places in it, so that no two are in memory; ours stays in the file. Errors are
-|a - b| / |b|; that of the context is the larger one of both where there is pooled text too.
+Weights are random float32. To save memory, the networks of a file are created, run and written to it one at a
+time; our model reads its weights from the file. Errors are |a - b| / |b|; the error of the context is the
+larger of token vectors and pooled text.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, b
     tensors = sd_files.published(name, row, sd_files.outline(row))
     file = sd_files.hollow(folder / f"{name}.safetensors", tensors)
     fill(file, {key: value for key, value in tensors.items() if value.device.type != "meta"})
-    theirs = answers(row, file, cells)
+    theirs = reference_outputs(row, file, cells)
     begin = time.monotonic()
     model = load(file)
     seconds = f"{time.monotonic() - begin:.1f}"
@@ -60,12 +60,12 @@ def measure(name: str, folder: Path, cells: int, narrow: bool) -> tuple[tuple, b
     errors["context"] = max(errors["context"], errors.pop("pooled", 0.0))
     parts = (model.unet, model.autoencoder, model.conditioner)
     count = sum(parameter.numel() for part in parts for parameter in part.parameters())
-    shown = [errors[what] for what in ("eps", "D", "E", "context")]
-    return (name, len(tensors), count, *shown, seconds, "diffusers"), max(shown) <= LIMIT
+    columns = [errors[what] for what in ("eps", "D", "E", "context")]
+    return (name, len(tensors), count, *columns, seconds, "diffusers"), max(columns) <= LIMIT
 
 
-def answers(row: Row, file: Path, cells: int) -> dict[str, Tensor]:
-    """What the networks give that the file is filled from, one after the other."""
+def reference_outputs(row: Row, file: Path, cells: int) -> dict[str, Tensor]:
+    """Creates the reference networks one after the other: writes each to the file and returns its outputs."""
     out, texts = {}, []
     for index, text in enumerate(row.texts):
         network = filled(sd_files.bare(lambda text=text: sd_files.make_text(text)), 3 + index)
@@ -98,7 +98,7 @@ def answers(row: Row, file: Path, cells: int) -> dict[str, Tensor]:
 
 
 def filled(network: nn.Module, seed: int) -> nn.Module:
-    """A network without memory -> with random weights, and the numbers of its places."""
+    """Gives a network on the meta device random weights, and the right position ids."""
     network = network.to_empty(device="cpu")
     if isinstance(network, CLIPTextModel | CLIPTextModelWithProjection):
         for key, buffer in network.named_buffers():
@@ -113,17 +113,17 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fill(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to their places in a file that has these already."""
+    """Overwrites tensors in a safetensors file that already has tensors of these names and shapes."""
     stored = read_safetensors(file).tensors
-    with file.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as places:
+    with file.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as data:
         for key, value in tensors.items():
             entry = stored[key]
             end = entry.start + entry.extent
-            places[entry.start : end] = value.detach().float().contiguous().numpy().tobytes()
+            data[entry.start : end] = value.detach().float().contiguous().numpy().tobytes()
 
 
 def unet_inputs(row: Row, cells: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Latents that are not square, timesteps, a context, pooled text and noise levels where it takes them."""
+    """x (not square), t, context, and the pooled text and noise levels that this UNet takes."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(2, row.in_channels, cells, 2 * cells, generator=generator)
     context = torch.randn(2, 5, sum(text.width for text in row.texts), generator=generator)
@@ -142,7 +142,7 @@ def images(row: Row, cells: int) -> Tensor:
 
 
 def ids_of(row: Row) -> list[Tensor]:
-    """Of the prompts, for each text encoder."""
+    """Token ids of PROMPTS for each text encoder."""
     tables = [tokenizers.clip(sd_files.PAD if text.open_clip else None) for text in row.texts]
     return [table(PROMPTS, padding="max_length", return_tensors="pt").input_ids for table in tables]
 

@@ -1,4 +1,4 @@
-"""The measure of speed: what it compares is the same work, and what disagrees is never timed."""
+"""The speed comparison: both sides do the same work, and different results are never timed."""
 
 import subprocess
 import sys
@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from tests.benchmarks.compare import DisagreementError, agreement
+from tests.benchmarks.compare import DisagreementError, difference
 from tests.benchmarks.shapes import SHAPES, Pair, flops_of
 
 
 @pytest.mark.slow
-def test_a_table_of_small_networks(tmp_path):
+def test_small_networks_are_compared_and_timed(tmp_path):
     command = [sys.executable, "-m", "tests.benchmarks.compare", "sd15", "--tiny", "--device", "cpu"]
     options = ["--dtype", "float32", "--rounds", "1", "--parts", "unet", "D", "images"]
     run = subprocess.run([*command, *options], capture_output=True, text=True)
@@ -23,24 +23,24 @@ def test_a_table_of_small_networks(tmp_path):
         assert ratio == pytest.approx(theirs / ours, rel=0.2)
 
 
-def test_what_disagrees_is_not_timed():
+def test_different_results_are_an_error():
     x = torch.randn(1, 4, 8, 8)
     same = Pair(lambda: x, lambda: x.clone(), 1)
-    assert agreement(same, "unet", torch.float32) == 0
-    for other, what in ((x + 0.01, "apart"), (x[:, :2], "shapes")):
+    assert difference(same, "unet", torch.float32) == 0
+    for other, what in ((x + 0.01, "difference"), (x[:, :2], "shapes")):
         with pytest.raises(DisagreementError, match=what):
-            agreement(Pair(lambda: x, lambda other=other: other, 1), "unet", torch.float32)
+            difference(Pair(lambda: x, lambda other=other: other, 1), "unet", torch.float32)
     with pytest.raises(DisagreementError, match="constant"):
-        agreement(Pair(lambda: 0 * x, lambda: 0 * x, 1), "unet", torch.float32)
+        difference(Pair(lambda: 0 * x, lambda: 0 * x, 1), "unet", torch.float32)
 
 
-def test_counted_work():
+def test_flops_are_counted():
     linear = torch.nn.Linear(8, 16)
     assert flops_of(linear, torch.randn(4, 8)) == 2 * 4 * 8 * 16
 
 
-def test_shapes_are_the_published_ones():
-    """Parameters of the published UNets, to a tenth of a million."""
+def test_unets_have_the_published_number_of_parameters():
+    """To a tenth of a million."""
     from models.networks.unet import UNet
 
     sizes = {}

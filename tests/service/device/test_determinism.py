@@ -132,13 +132,13 @@ def test_with_two_threads_a_rows_place_changes_nothing():
         "import torch\n"
         "from service.device.determinism import configure_determinism\n"
         "configure_determinism(2, invariant=True)\n"
-        "from tests.benchmarks.cuda import bundle_of, unet_inputs\n"
+        "from tests.benchmarks.cuda import random_model, unet_inputs\n"
         "from tests.benchmarks.shapes import TINY, Setting\n"
         "setting, spec = Setting(torch.device('cpu'), torch.float32), TINY['ldm-text'].spec\n"
-        "bundle, given = bundle_of(spec, setting), unet_inputs(spec, 8, setting)\n"
+        "model, given = random_model(spec, setting), unet_inputs(spec, 8, setting)\n"
         "turned = [None if rows is None else rows.roll(1, 0) for rows in given]\n"
         "with torch.inference_mode():\n"
-        "    print(torch.equal(bundle.denoiser(*given).roll(1, 0), bundle.denoiser(*turned)))\n"
+        "    print(torch.equal(model.denoiser(*given).roll(1, 0), model.denoiser(*turned)))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert run.stdout == "True\n"
