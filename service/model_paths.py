@@ -10,10 +10,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 
 from models.errors import CheckpointError
 from models.formats import companions
-from models.formats.identify import Source, identify, is_checkpoint
+from models.formats.averages import WeightChoice
+from models.formats.identify import Source, identify, is_checkpoint, with_vae
+from models.formats.safetensors import is_safetensors
 from models.formats.single_file import model_name
 from models.spec import Prediction
 
@@ -33,7 +36,7 @@ def locate(name: str, allow_pickle: bool = False) -> tuple[str, Path]:
     """
     path = bundled(name) if name in BUNDLED else absolute(name)
     if path is not None and path.is_file():
-        if path.suffix != ".safetensors" and not allow_pickle:
+        if not is_safetensors(path) and not allow_pickle:
             raise ModelPathError(f"{name!r} is not a .safetensors file; pickled weights need --allow-pickle")
         return model_name(path), path
     if path is None or not is_checkpoint(path):
@@ -123,19 +126,28 @@ def absolute(path: str | Path) -> Path:
 
 
 def identify_all(
-    paths: Mapping[str, Path | Source], allow_pickle: bool = False, prediction: Prediction | None = None
+    paths: Mapping[str, Path | Source],
+    allow_pickle: bool = False,
+    prediction: Prediction | None = None,
+    weights: WeightChoice = "auto",
+    vaes: Mapping[str, Path] = MappingProxyType({}),
 ) -> dict[str, Source]:
     """Identify the checkpoint of each model, without reading its weights; arguments as for identify().
 
-    The models get the names given here. A model that is identified already stays as it is. Raises
-    CheckpointError, also for a model that cannot generate anything.
+    vaes: of models whose file has none; see locate_vaes(). The models get the names given here. A model that
+    is identified already stays as it is. Raises CheckpointError, also for a model that cannot generate
+    anything.
     """
     sources = {}
     for name, path in paths.items():
-        source = path if isinstance(path, Source) else identify(path, allow_pickle, prediction)
+        source = path if isinstance(path, Source) else identify(path, allow_pickle, prediction, weights)
         if source.spec.unet is None:
             raise CheckpointError(f"{name} is an autoencoder alone: without a UNet it cannot generate images")
         if source.spec.lacks_text_encoder:
             raise CheckpointError(f"{name}: {companions.TEXT_ENCODER_MISSING}")
+        if source.lacks_vae:
+            if name not in vaes:
+                raise CheckpointError(f"{name} {companions.VAE_MISSING}")
+            source = with_vae(source, vaes[name])
         sources[name] = replace(source, spec=replace(source.spec, name=name))
     return sources

@@ -79,6 +79,13 @@ class Settings:
         """What a single file of Stable Diffusion 2 predicts, unless a YAML file next to it names it: its
         tensors do not show it. The wrong value gives images of noise.""",
     )
+    weights: Literal["auto", "ema", "raw"] = setting(
+        "auto",
+        choice("auto", "ema", "raw"),
+        """Which weights of a single file's UNet are used if it has both: raw ones, as they were trained, or
+        their averages over training (ema). auto: raw for Stable Diffusion, as other programs do, and the
+        averages for the LDM paper's models.""",
+    )
     vocabulary: str = setting(
         "",
         Parser(str, "the file vocab.txt, or its folder"),

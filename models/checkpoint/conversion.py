@@ -18,8 +18,10 @@ from models.checkpoint.parts import OpenedModel, check
 from models.checkpoint.saving import save, write_tensors
 from models.errors import CheckpointError
 from models.formats import ldm, ldm_json
+from models.formats.averages import WeightChoice
 from models.formats.companions import VOCABULARY_FILE
 from models.formats.identify import Source, identify
+from models.formats.safetensors import FLOATS_OF_8_BITS
 from models.spec import Prediction, TokenSpec
 
 
@@ -29,17 +31,18 @@ def convert(
     dtype: str | None = None,
     allow_pickle: bool = False,
     prediction: Prediction | None = None,
+    weights: WeightChoice = "auto",
 ) -> None:
     """Write a model as a folder that load() reads as the same model, completely or not at all.
 
     A diffusers folder becomes a diffusers folder, and so does a single file of Stable Diffusion. The weights
     of other single files keep their published names: averages replace the last weights, duplicates and
     tensors that no network takes are left out, and ldm.json says what no tensor shows. dtype: of the weights;
-    None: as they are. allow_pickle, prediction: as for load(). Raises CheckpointError, also if the target
-    exists and is not an empty folder.
+    None: as they are, and float16 for weights of 8 bits. allow_pickle, prediction, weights: as for load().
+    Raises CheckpointError, also if the target exists and is not an empty folder.
     """
     if not isinstance(source, Source):
-        source = identify(source, allow_pickle, prediction)
+        source = identify(source, allow_pickle, prediction, weights)
     opened = open_model(source)
     check(opened)
     with complete_folder(target) as folder:
@@ -53,7 +56,8 @@ def convert(
 def most_common_type(opened: OpenedModel) -> str:
     """The type that most tensors of the UNet have."""
     stored = opened.parts[0].weights.stored
-    return Counter(entry.dtype for entry in stored.values()).most_common(1)[0][0]
+    found = Counter(entry.dtype for entry in stored.values()).most_common(1)[0][0]
+    return "float16" if found in FLOATS_OF_8_BITS else found  # which has all numbers of these
 
 
 def write_single_file(opened: OpenedModel, folder: Path, dtype: str | None) -> None:

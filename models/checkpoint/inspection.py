@@ -14,6 +14,7 @@ from models.checkpoint.loading import open_model
 from models.checkpoint.parts import OpenedModel, Part
 from models.checkpoint.tokenizers import CLIP_FILES, has_clip_tokenizer
 from models.formats import companions, ldm
+from models.formats.averages import WeightChoice
 from models.formats.diffusers_tables import TOKENIZERS
 from models.formats.identify import Source, identify
 from models.spec import ClassSpec, ModelSpec, Prediction, SegmentationSpec, TokenSpec
@@ -41,6 +42,7 @@ class Report:
     networks: tuple[NetworkReport, ...]
     averaged: bool  # the UNet's weights are averages over its training (EMA)
     schedule: dict[str, Any] | None
+    prediction_origin: str  # what says what the UNet predicts
     scale_factor: float
     conditioner: str
     notes: tuple[str, ...]
@@ -48,14 +50,17 @@ class Report:
 
 
 def inspect(
-    source: str | Path | Source, allow_pickle: bool = False, prediction: Prediction | None = None
+    source: str | Path | Source,
+    allow_pickle: bool = False,
+    prediction: Prediction | None = None,
+    weights: WeightChoice = "auto",
 ) -> Report:
-    """Describe a checkpoint. allow_pickle, prediction: as for load().
+    """Describe a checkpoint. allow_pickle, prediction, weights: as for load().
 
     Raises CheckpointError if the checkpoint cannot be identified.
     """
     if not isinstance(source, Source):
-        source = identify(source, allow_pickle, prediction)
+        source = identify(source, allow_pickle, prediction, weights)
     opened = open_model(source)
     spec = opened.spec
     width, height = spec.defaults.width, spec.defaults.height
@@ -67,8 +72,9 @@ def inspect(
         image=(width, height),
         latent=spec.latent_shape(width, height),
         networks=tuple(map(network, opened.parts)),
-        averaged=opened.averaged,
+        averaged=source.averaged,
         schedule=asdict(spec.schedule) if spec.unet else None,
+        prediction_origin=source.prediction_origin,
         scale_factor=spec.autoencoder.scale_factor,
         conditioner=conditioner(spec),
         notes=tuple(notes(opened)),
@@ -117,7 +123,7 @@ def notes(opened: OpenedModel) -> Iterator[str]:
     """What a user should know, and is no error."""
     if opened.duplicates:
         yield f"the file has the first stage twice: {len(opened.duplicates)} tensors are redundant"
-    yield from opened.source.notes
+    yield from opened.notes
     if opened.spec.uses_bert_tokens and companions.find_vocabulary(opened.source.folder) is None:
         yield companions.VOCABULARY_MISSING
 
@@ -152,7 +158,9 @@ def as_text(report: Report) -> str:
     if schedule:
         betas = f"{schedule['beta_start']:g} to {schedule['beta_end']:g}"
         kind = f"{schedule['timesteps']} steps, betas {betas} ({schedule['beta_schedule']})"
-        lines.append(("schedule", f"{kind}, predicts {schedule['prediction']}"))
+        lines.append(("schedule", kind + (", zero terminal SNR" if schedule["zero_terminal_snr"] else "")))
+        origin = f" ({report.prediction_origin})" if report.prediction_origin else ""
+        lines.append(("predicts", schedule["prediction"] + origin))
     lines.append(("scale factor", f"{report.scale_factor:g}"))
     lines += [("note", note) for note in report.notes] + [("PROBLEM", text) for text in report.problems]
     width = max(len(label) for label, _ in lines)

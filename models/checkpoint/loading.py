@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,10 +11,13 @@ from models.checkpoint.folder import open_folder
 from models.checkpoint.parts import OpenedModel, assign, check, make_on_meta
 from models.checkpoint.single_file import open_single_file
 from models.checkpoint.tokenizers import give_tokenizers
+from models.formats.averages import WeightChoice
 from models.formats.identify import Source, identify, refreshed
 from models.latent_diffusion import LatentDiffusion, autoencoder_dtype
 from models.spec import Prediction
 from models.stopwatch import Stopwatch
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -24,24 +28,27 @@ def load(
     vocabulary: Path | None = None,
     watch: Stopwatch | None = None,
     prediction: Prediction | None = None,
+    weights: WeightChoice = "auto",
 ) -> LatentDiffusion:
     """The model in a diffusers folder or in a single file, ready to run.
 
     Files are mapped: tensors that no network takes are never read, the others go to their device one by one.
     On the CPU, weights of the file's own type may stay in the file: replace it, do not write into it.
 
-    source: a path, or what identify() found there; allow_pickle and prediction are then as given to
+    source: a path, or what identify() found there; allow_pickle, prediction and weights are then as given to
     identify(). allow_pickle: read .bin files if there is no safetensors file, and .ckpt files; they never run
     code even then. vocabulary: BERT's vocab.txt or its folder, for a model that needs it; if None, it is
     looked for next to the model and in the local Hugging Face cache. watch: measures the time of each part.
-    prediction: as for identify(). Never uses the network. Raises CheckpointError, naming tensors that are
-    missing, unexpected, misshaped, mistyped or unreadable.
+    prediction, weights: as for identify(). Notes about the files are logged. Never uses the network. Raises
+    CheckpointError, naming tensors that are missing, unexpected, misshaped, mistyped or unreadable.
     """
     watch = watch or Stopwatch()
     if not isinstance(source, Source):
-        source = identify(source, allow_pickle, prediction)
+        source = identify(source, allow_pickle, prediction, weights)
     opened = open_model(source, device)
     check(opened)
+    for note in opened.notes:
+        log.warning("%s: %s", opened.spec.name, note)
     watch.lap("headers")
     stage = autoencoder_dtype(opened.spec.autoencoder, dtype, device) or dtype
     for part in opened.parts:

@@ -20,8 +20,9 @@ from models.conditioning.conditioner import (
 from models.conditioning.text_encoder import TextEncoder
 from models.errors import CheckpointError
 from models.formats import keymaps
+from models.formats.companions import VAE_MISSING
 from models.formats.identify import Source
-from models.formats.safetensors import FLOATS
+from models.formats.safetensors import WEIGHT_TYPES
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
 from models.spec import ModelSpec
@@ -55,13 +56,19 @@ class OpenedModel:
     networks: Networks
     parts: tuple[Part, ...]
     leftover: tuple[str, ...] = ()  # tensors of no network
-    averaged: bool = False  # the UNet's weights are averages over its training (EMA)
+    ignored: tuple[str, ...] = ()  # tensors that are not needed to use the model
     duplicates: Mapping[str, str] | None = None  # tensors of a second first stage -> of the first
     weights: Weights | None = None  # all of a single file
 
     @property
     def spec(self) -> ModelSpec:
         return self.source.spec
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the files, and is no error."""
+        ignored = list(self.ignored)
+        return self.source.notes + ((summarise_keys("ignored", ignored),) if ignored else ())
 
 
 def make_networks(spec: ModelSpec) -> Networks:
@@ -147,7 +154,7 @@ def mismatches(part: Part) -> dict[str, list[str]]:
     found = {key: stored[key] for key in shapes if key in stored}
     counts = [sum(entry.dtype == name for entry in found.values()) for name in HALVES]
     rarer = HALVES[counts.index(min(counts))] if min(counts) else None
-    accepted = [name for name in FLOATS if name != rarer]
+    accepted = [name for name in WEIGHT_TYPES if name != rarer]
     misshaped = {key: entry.shape for key, entry in found.items() if entry.shape != shapes[key]}
     problems = {
         "missing": [key for key in shapes if key not in stored],
@@ -165,6 +172,8 @@ def problems(opened: OpenedModel) -> list[str]:
         for part in opened.parts
         for problem, keys in mismatches(part).items()
     ]
+    if opened.source.lacks_vae:
+        found.append(f"it {VAE_MISSING}")
     if opened.leftover:
         found.append(summarise_keys("unexpected", list(opened.leftover)))
     return found

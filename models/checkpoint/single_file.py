@@ -17,6 +17,7 @@ from models.checkpoint.parts import (
     text_names,
     without_text_prefix,
 )
+from models.checkpoint.separate_vae import open_vae
 from models.checkpoint.weights import TEXT_FILES, Weights, map_weights, open_network
 from models.conditioning.conditioner import TextConditioner
 from models.conditioning.text_encoder import TextEncoder
@@ -39,28 +40,40 @@ def open_single_file(
     left = {key for key in weights.stored if not keymaps.is_ignored(key)} - duplicates.keys()
     texts = text_parts(source.text_encoders, networks, weights, left)
     left -= {key for location in source.text_encoders for key in left if key.startswith(location.prefix)}
-    parts, averages = [], set()
+    parts = []
+    averages = {key for key in left if key.startswith(keymaps.EMA)}
     if networks.unet:
         names = {key: ldm.UNET + key for key in networks.unet.state_dict()}
-        averages = {key for key in left if key.startswith(keymaps.EMA)}
-        if averages:  # then the averages of all weights are used in place of the last weights
+        if source.averaged:
             left -= set(names.values())
             names = {key: keymaps.averaged(name) for key, name in names.items()}
-        keys = averages | {key for key in left if key.startswith(ldm.UNET)}
+        keys = {key for key in left if key.startswith(ldm.UNET)} | (averages if source.averaged else set())
         parts.append(Part(networks.unet, names, weights.selected(keys)))
+    left -= averages
     stage = ldm.FIRST_STAGE if networks.unet else ""
     own = networks.conditioner if spec.condition else None
-    for network, prefix in ((own, ldm.CONDITION), (networks.autoencoder, stage)):
+    inside = None if source.lacks_vae or source.vae else networks.autoencoder
+    for network, prefix in ((own, ldm.CONDITION), (inside, stage)):
         if network:
             names = {key: prefix + key for key in network.state_dict()}
             keys = {key for key in left if key.startswith(prefix)}
             parts.append(Part(network, names, weights.selected(keys)))
     parts += texts
-    leftover = left.difference(*(part.weights.stored for part in parts))
+    if source.vae:
+        part = open_vae(source.vae, networks.autoencoder.spec, device, source.allow_pickle)[1]
+        parts.append(part._replace(network=networks.autoencoder))
+    rest = left.difference(*(part.weights.stored for part in parts))
+    leftover = {key for key in rest if key.startswith(keymaps.NETWORK_PREFIXES)}
     if spec.texts and not source.text_encoders:
         parts.append(adjacent_text_part(source, networks, device))
     return OpenedModel(
-        source, networks, tuple(parts), tuple(sorted(leftover)), bool(averages), duplicates, weights
+        source,
+        networks,
+        tuple(parts),
+        leftover=tuple(sorted(leftover)),
+        ignored=tuple(sorted(rest - leftover)),
+        duplicates=duplicates,
+        weights=weights,
     )
 
 
@@ -125,26 +138,37 @@ def is_unused(key: str, encoder: TextEncoder, location: EncoderLocation) -> bool
     if not location.open_clip or encoder.spec.pooled:
         return False
     last_layer = f"{location.prefix}transformer.resblocks.{encoder.spec.layers}."
-    return key == location.prefix + stable_diffusion.PROJECTION or key.startswith(last_layer)
+    return is_projection(key.removeprefix(location.prefix)) or key.startswith(last_layer)
+
+
+def is_projection(name: str) -> bool:
+    return name in (stable_diffusion.PROJECTION, stable_diffusion.LINEAR_PROJECTION)
 
 
 def split_open_clip(weights: Weights) -> Weights:
-    """The same tensors with q, k and v of each attention separate, and the projection transposed."""
+    """The same tensors with q, k and v of each attention separate, and the projection as a linear layer's."""
     stored: dict[str, Stored] = {}
     read, pieces = weights.read, keymaps.PIECES
     for key, entry in weights.stored.items():
         if FUSED_ATTENTION in key and entry.shape and entry.shape[0] % len(pieces) == 0:
             third = replace(entry, shape=(entry.shape[0] // len(pieces), *entry.shape[1:]))
             stored |= {f"{key}.{piece}": third for piece in pieces}
-        elif key.endswith(stable_diffusion.PROJECTION):
-            stored[key] = replace(entry, shape=entry.shape[::-1])
+        elif key.endswith("." + stable_diffusion.PROJECTION):
+            stored.setdefault(key, replace(entry, shape=entry.shape[::-1]))
+        elif key.endswith(
+            "." + stable_diffusion.LINEAR_PROJECTION
+        ):  # takes precedence: it needs no transposition
+            stored[key.removesuffix(".weight")] = entry
         else:
             stored[key] = entry
 
     def read_piece(name: str) -> Tensor:
+        if name.endswith("." + stable_diffusion.PROJECTION):
+            linear = name + ".weight"
+            return read(linear) if linear in weights.stored else read(name).T.contiguous()
         if name not in weights.stored:
             fused, _, piece = name.rpartition(".")
             return read(fused).chunk(len(pieces))[pieces[piece]]
-        return read(name).T.contiguous() if name.endswith(stable_diffusion.PROJECTION) else read(name)
+        return read(name)
 
     return Weights(stored, read_piece)

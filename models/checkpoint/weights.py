@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.errors import CheckpointError
 from models.formats.config_files import read_json, reason, shortened
-from models.formats.safetensors import Header, Stored
+from models.formats.safetensors import Header, Stored, is_safetensors
 from models.formats.single_file import read_header
 
 INDEX_SUFFIX = ".index.json"
@@ -64,7 +64,7 @@ def open_weights(file: Path, device: torch.device | str, allow_pickle: bool) -> 
 def map_weights(file: Path, header: Header, device: torch.device | str) -> Weights:
     """The tensors of a file whose header was read. The file is mapped into memory."""
     stored = header.tensors
-    if file.suffix == ".safetensors":
+    if is_safetensors(file):
         with translated(file):
             tensors = safe_open(file, framework="pt", device=str(device))
         return Weights(stored, partial(read_safetensor, file, tensors))

@@ -111,11 +111,13 @@ def find_config(weights: Path) -> CompvisConfig | None:
 
     The folder's only YAML file does not count if it has the stem of another file of weights or no `model`.
     """
-    found = sorted(path for path in weights.parent.glob("*") if path.suffix in SUFFIXES and path.is_file())
+    found = sorted(
+        path for path in weights.parent.glob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
     for path in found:
         if path.stem == weights.stem:
             return CompvisConfig(path, read_yaml(path))
-    others = {path.stem for path in weights.parent.glob("*") if path.suffix in WEIGHT_SUFFIXES}
+    others = {path.stem for path in weights.parent.glob("*") if path.suffix.lower() in WEIGHT_SUFFIXES}
     if len(found) != 1 or found[0].stem in others - {weights.stem}:
         return None
     config = CompvisConfig(found[0], read_yaml(found[0]))

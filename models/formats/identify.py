@@ -16,11 +16,13 @@ from typing import Literal
 
 from models.errors import CheckpointError
 from models.formats import companions, ldm, ldm_json
+from models.formats.averages import WeightChoice
 from models.formats.diffusers_read import config_file, pooled_text_spec, read_folder, read_part
-from models.formats.diffusers_tables import ADDED_KEY, INDEX_FILE
+from models.formats.diffusers_tables import ADDED_KEY, INDEX_FILE, SCHEDULER
 from models.formats.safetensors import Header
 from models.formats.single_file import SingleFile, identify_single_file
 from models.formats.stable_diffusion import SIZES, EncoderLocation
+from models.formats.vae_files import read_vae_spec
 from models.spec import ALL_TASKS, ModelSpec, Prediction
 
 Layout = Literal["diffusers folder", "single file", "folder of a single file"]
@@ -51,6 +53,11 @@ class Source:
     file: Path | None = None
     header: Header = field(default_factory=lambda: Header({}))
     text_encoders: tuple[EncoderLocation, ...] = ()
+    weights: WeightChoice = "auto"  # as given to identify()
+    lacks_vae: bool = False  # the single file has no autoencoder, see with_vae()
+    vae: Path | None = None  # of a single file without its own: the folder or file of the autoencoder
+    averaged: bool = False  # the UNet's averaged weights (EMA) are used
+    prediction_origin: str = ""  # what says what the UNet predicts
     notes: tuple[str, ...] = ()
     state: tuple[int, ...] = ()  # of the single file when it was read, see file_state()
 
@@ -60,12 +67,18 @@ class Source:
         return bool(self.text_encoders)
 
 
-def identify(path: str | Path, allow_pickle: bool = False, prediction: Prediction | None = None) -> Source:
+def identify(
+    path: str | Path,
+    allow_pickle: bool = False,
+    prediction: Prediction | None = None,
+    weights: WeightChoice = "auto",
+) -> Source:
     """Identify the checkpoint in a diffusers folder or in a single file, without reading weights.
 
     allow_pickle: also look at .ckpt files, which never run code even then. prediction: what the UNet of a
-    Stable Diffusion 2 file predicts, if neither the file nor a YAML file next to it says; None: v. Raises
-    CheckpointError, naming the file and the option.
+    Stable Diffusion 2 file predicts, if neither the file nor a YAML file next to it says; None: v. weights:
+    which are used of a UNet that has trained and averaged ones; auto: the trained ones of Stable Diffusion,
+    the averages of the paper's models. Raises CheckpointError, naming the file and the option.
     """
     path = Path(path)
     own = ldm_json.read(path) if path.is_dir() else None
@@ -73,34 +86,56 @@ def identify(path: str | Path, allow_pickle: bool = False, prediction: Predictio
         if path.name == ldm_json.WEIGHTS_FILE:
             own = ldm_json.read(path.parent)
             own = own if own and own.describes_single_file else None
-        return from_single_file(path, path, own, allow_pickle, prediction)
+        return from_single_file(path, path, own, allow_pickle, prediction, weights)
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a folder nor a .safetensors or .ckpt file")
     file = path / ldm_json.WEIGHTS_FILE
     if own and own.describes_single_file and file.is_file():
-        return from_single_file(path, file, own, allow_pickle, prediction)
+        return from_single_file(path, file, own, allow_pickle, prediction, weights)
     spec = read_folder(path)
     if own:
         spec = own.with_inputs(spec)
     check_fit(spec, path)
     if own:
         spec = own.with_defaults(spec)
-    return Source(path, "diffusers folder", folder_family(spec), spec, path, allow_pickle, prediction)
+    return Source(
+        path,
+        "diffusers folder",
+        folder_family(spec),
+        spec,
+        path,
+        allow_pickle,
+        prediction,
+        weights=weights,
+        prediction_origin=f"{SCHEDULER}/scheduler_config.json",
+    )
 
 
 def read_spec(
-    path: str | Path, allow_pickle: bool = False, prediction: Prediction | None = None
+    path: str | Path,
+    allow_pickle: bool = False,
+    prediction: Prediction | None = None,
+    weights: WeightChoice = "auto",
 ) -> ModelSpec:
     """The spec of the checkpoint at a path; arguments and errors as of identify()."""
-    return identify(path, allow_pickle, prediction).spec
+    return identify(path, allow_pickle, prediction, weights).spec
 
 
 def refreshed(source: Source) -> Source:
     """The source, identified again if its file has changed since then."""
     if source.file is None or file_state(source.file) == source.state:
         return source
-    found = identify(source.path, source.allow_pickle, source.prediction)
+    found = identify(source.path, source.allow_pickle, source.prediction, source.weights)
+    if source.vae and found.lacks_vae:
+        found = with_vae(found, source.vae)
     return replace(found, spec=replace(found.spec, name=source.spec.name))
+
+
+def with_vae(source: Source, vae: Path) -> Source:
+    """A model whose file has no autoencoder, with the one at a path. Raises CheckpointError if it is none."""
+    spec = source.spec
+    autoencoder = read_vae_spec(vae, spec.autoencoder, source.allow_pickle)
+    return replace(source, spec=replace(spec, autoencoder=autoencoder), lacks_vae=False, vae=vae)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -119,10 +154,15 @@ def file_state(file: Path) -> tuple[int, ...]:
 
 
 def from_single_file(
-    path: Path, file: Path, own: ldm_json.LdmJson | None, allow_pickle: bool, prediction: Prediction | None
+    path: Path,
+    file: Path,
+    own: ldm_json.LdmJson | None,
+    allow_pickle: bool,
+    prediction: Prediction | None,
+    weights: WeightChoice,
 ) -> Source:
     state = file_state(file)
-    found = identify_single_file(file, own, allow_pickle, prediction)
+    found = identify_single_file(file, own, allow_pickle, prediction, weights)
     spec = with_adjacent_text_encoder(found.spec, file.parent)
     if spec.texts:
         check_fit(spec, path)
@@ -140,6 +180,10 @@ def from_single_file(
         file=file,
         header=found.header,
         text_encoders=found.text_encoders,
+        weights=weights,
+        lacks_vae=found.lacks_vae,
+        averaged=found.averaged,
+        prediction_origin=found.prediction_origin if spec.unet else "",
         notes=found.notes + missing,
         state=state,
     )

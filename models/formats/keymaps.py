@@ -6,6 +6,8 @@ that the table holds, is the same in both.
 
 from __future__ import annotations
 
+import re
+
 from models.spec import AutoencoderSpec, UNetSpec
 
 UNET_ENDS = {
@@ -84,25 +86,38 @@ SINGLE_IGNORED = (
         "model_ema.num_updates",
         "cond_stage_model.transformer.to_logits.weight",
         "cond_stage_model.transformer.to_logits.bias",
-        "cond_stage_model.logit_scale",
-        "cond_stage_model.model.logit_scale",
-        "cond_stage_model.model.attn_mask",
-        "conditioner.embedders.1.model.logit_scale",
-        "conditioner.embedders.1.model.attn_mask",
-        "cond_stage_model.transformer.text_model.embeddings.position_ids",
-        "cond_stage_model.transformer.embeddings.position_ids",
-        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
         "denoiser.sigmas",
         "v_pred",
+        "ztsnr",
     }
 )
-SINGLE_IGNORED_PREFIXES = ("loss.", "first_stage_model.loss.", "cond_stage_model.loss.")
+SINGLE_IGNORED_PREFIXES = (
+    "loss.",
+    "first_stage_model.loss.",
+    "first_stage_model.model_ema.",
+    "cond_stage_model.loss.",
+)
+# Of a text encoder in a single file: what only a comparison with images uses, masks and numbers of positions.
+TEXT_UNUSED = re.compile(
+    r"(cond_stage_model|conditioner)\.(.*\.)?"
+    r"(logit_scale|attn_mask|position_ids|(vision_model|visual|visual_projection)\..*"
+    r"|transformer\.(text_model\.)?text_projection(\.weight)?)"
+)
+# A tensor below one of these belongs to a network; a tensor below none is not needed to use the model.
+NETWORK_PREFIXES = (
+    "model.",
+    "first_stage_model.",
+    "cond_stage_model.",
+    "conditioner.",
+    "low_scale_model.",
+)
 EMA = "model_ema."
 
 
 def is_ignored(key: str) -> bool:
     """Whether a served model does not use a tensor of a single file."""
-    return key in SINGLE_IGNORED or key.startswith(SINGLE_IGNORED_PREFIXES)
+    unused = key in SINGLE_IGNORED or key.startswith(SINGLE_IGNORED_PREFIXES)
+    return unused or bool(TEXT_UNUSED.fullmatch(key))
 
 
 def averaged(key: str) -> str:

@@ -16,10 +16,11 @@ from __future__ import annotations
 import io
 import pickletools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from models.formats.config_files import shortened
+from models.formats.safetensors import ITEM_SIZES
 
 MAX_OPCODES = 400_000  # torch writes 38 for a tensor
 MAX_NAME = 256  # characters of a module and a name in it
@@ -41,6 +42,8 @@ STORAGES = {  # torch's storage classes -> the type of their numbers
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
 }
+BYTES_STORAGE = "torch.storage.UntypedStorage"  # of types that have no class: a tensor names the type itself
+TYPES = {f"torch.{name}": name for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")}
 HARMFUL_TEXT = """
 os posix nt sys subprocess shutil socket ctypes importlib runpy code pickle _pickle marshal
 types.CodeType types.FunctionType webbrowser pty commands multiprocessing asyncio urllib http
@@ -323,6 +326,8 @@ def storage(value: Any) -> Storage:
     if tag != "storage" or not isinstance(kind, Name) or not isinstance(key, str) or len(key) > MAX_NAME:
         raise ValueError("its pickle refers to something that is not a storage")
     module, _, name = kind.text.rpartition(".")
+    if kind.text == BYTES_STORAGE and isinstance(count, int) and is_natural(count):
+        return Storage(key, "uint8", count)
     if module != "torch" or name not in STORAGES:
         raise ValueError(f"{kind.text} is not a storage class of torch")
     if not isinstance(count, int) or not is_natural(count):
@@ -343,6 +348,19 @@ def tensor(
     if not isinstance(storage, Storage) or not valid or not all(map(is_natural, (offset, *shape, *stride))):
         raise ValueError("a tensor of its pickle is damaged")
     return TensorRecord(storage, offset, shape, stride)
+
+
+def typed_tensor(
+    storage: Any = None, offset: Any = None, shape: Any = None, stride: Any = None, *rest: Any
+) -> TensorRecord:
+    """torch._utils._rebuild_tensor_v3, which gives the type after the gradient and the hooks."""
+    record = tensor(storage, offset, shape, stride)
+    kind = rest[2] if len(rest) > 2 else None
+    dtype = TYPES.get(kind.text) if isinstance(kind, Name) else None
+    width = ITEM_SIZES.get(dtype or "", 0)
+    if dtype is None or record.storage.dtype != "uint8" or record.storage.count % width:
+        raise ValueError("a tensor of its pickle has an unknown type")
+    return replace(record, storage=replace(record.storage, dtype=dtype, count=record.storage.count // width))
 
 
 def parameter(data: Any = None, *_: Any) -> Any:
@@ -366,6 +384,7 @@ def ordered_dict(*arguments: Any) -> dict[Any, Any]:
 CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": tensor,
     "torch._utils._rebuild_tensor_v2": tensor,
+    "torch._utils._rebuild_tensor_v3": typed_tensor,
     "torch._utils._rebuild_parameter": parameter,
     "collections.OrderedDict": ordered_dict,
 }

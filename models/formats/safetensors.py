@@ -29,7 +29,9 @@ ITEM_SIZES = {  # torch's names of types -> bytes of one number
     **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
     **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool"), 1),
 }
-FLOATS = ("float64", "float32", "float16", "bfloat16")  # types that weights may have
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+FLOATS_OF_8_BITS = ("float8_e4m3fn", "float8_e5m2")
+WEIGHT_TYPES = (*FLOATS, *FLOATS_OF_8_BITS)  # types that weights may have
 SAFETENSORS_TYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -94,6 +96,11 @@ class Header:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: stored.shape for key, stored in self.tensors.items()}
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a file is named as one, in upper or lower case."""
+    return file.suffix.lower() == ".safetensors"
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from models.formats.hints import Hints
 from models.formats.ldm import CONDITION, FIRST_STAGE, UNET, Shapes, below
 from models.spec import (
     ALL_TASKS,
+    AutoencoderSpec,
     Defaults,
     ModelSpec,
     Prediction,
@@ -30,6 +31,7 @@ OPEN_CLIP_PAD = 0  # padding token that OpenCLIP's encoders were trained with; C
 CLIP_TOKENS = 49408  # vocabulary size of CLIP's tokenizer, which these files do not contain
 OPEN_CLIP_LAYERS = 24  # of the complete text encoder of Stable Diffusion 2
 PROJECTION, TEXT_MODEL = "text_projection", "text_model."
+LINEAR_PROJECTION = PROJECTION + ".weight"  # as some tools write it: the weight of a linear layer, transposed
 SIZES = 6  # numbers of image size and crop that SDXL's UNet takes
 
 
@@ -47,10 +49,6 @@ SDXL_SECOND = EncoderLocation("conditioner.embedders.1.model.", open_clip=True)
 SDXL_BOTH = (SDXL_FIRST, SDXL_SECOND)
 REFINER_PREFIX = "conditioner.embedders.0.model."
 NOISE_LEVELS = UNET + "label_emb.weight"
-V_PREDICTION_KEY = "v_pred"  # an empty tensor that marks files of v-prediction models
-# Some tools write the prediction into the header of a safetensors file instead.
-METADATA_KEY = "modelspec.prediction_type"
-METADATA_PREDICTIONS: dict[str, Prediction] = {"v": "v_prediction", "epsilon": "epsilon"}
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,6 @@ def find_text_encoders(keys: Iterable[str]) -> tuple[EncoderLocation, ...]:
     return (CLIP,) if has(*(CLIP.prefix + part for part in (TEXT_MODEL, "embeddings.", "encoder."))) else ()
 
 
-def is_refiner(keys: Iterable[str]) -> bool:
-    """Whether these are the tensors of SDXL's refiner; find_text_encoders() finds none there."""
-    return any(key.startswith(REFINER_PREFIX) for key in keys)
-
-
 def recognise(
     shapes: Shapes,
     encoders: tuple[EncoderLocation, ...],
@@ -157,7 +150,8 @@ def recognise_model(
     if betas:
         schedule = replace(schedule, beta_start=betas[0], beta_end=betas[1])
     size, scale = family.image_size, hints.scale_factor or family.scale_factor
-    autoencoder = ldm.autoencoder_spec(below(shapes, FIRST_STAGE), size, scale)
+    stage = below(shapes, FIRST_STAGE)
+    autoencoder = ldm.autoencoder_spec(stage, size, scale) if stage else published_vae(family, size, scale)
     spec = ModelSpec(
         name=name,
         unet=unet_spec(shapes, texts, hints, family),
@@ -171,6 +165,12 @@ def recognise_model(
         zero_null=family.zero_null,
     )
     return spec, key
+
+
+def published_vae(family: Family, size: int, scale: float) -> AutoencoderSpec:
+    """The VAE that a family was published with, for a file that has none."""
+    channels = (128, 256, 512) if family.upscaling else (128, 256, 512, 512)
+    return AutoencoderSpec(channels, 2, 4, scale, sample_size=size)
 
 
 def family_of(shapes: Shapes, encoders: tuple[EncoderLocation, ...], prediction: Prediction | None) -> str:
@@ -207,7 +207,8 @@ def single_text(shapes: Shapes, encoders: tuple[EncoderLocation, ...]) -> TextSp
     if encoders == (CLIP,):
         return clip_text(shapes, CLIP.prefix)
     text = open_clip_text(shapes, OPEN_CLIP.prefix)
-    complete = OPEN_CLIP.prefix + PROJECTION in shapes or text.layers == OPEN_CLIP_LAYERS
+    projected = any(OPEN_CLIP.prefix + name in shapes for name in (PROJECTION, LINEAR_PROJECTION))
+    complete = projected or text.layers == OPEN_CLIP_LAYERS
     return replace(text, layers=text.layers - 1) if complete else text
 
 
@@ -215,7 +216,9 @@ def sdxl_texts(shapes: Shapes) -> tuple[TextSpec, TextSpec]:
     """Both give the output of their last but one layer, without the norm (Podell et al. 2023, 2.1)."""
     first = replace(clip_text(shapes, SDXL_FIRST.prefix), skipped=1, final_norm=False)
     second = replace(open_clip_text(shapes, SDXL_SECOND.prefix), skipped=1, final_norm=False)
-    return first, replace(second, pooled=shapes[SDXL_SECOND.prefix + PROJECTION][1])
+    linear = shapes.get(SDXL_SECOND.prefix + LINEAR_PROJECTION)
+    pooled = linear[0] if linear else shapes[SDXL_SECOND.prefix + PROJECTION][1]
+    return first, replace(second, pooled=pooled)
 
 
 def clip_text(shapes: Shapes, prefix: str) -> TextSpec:

@@ -24,6 +24,7 @@ SERVE_FIRST = (
     "lora",
     "embedding",
     "prediction",
+    "weights",
     "invariant",
     "api_key_file",
 )
@@ -39,8 +40,13 @@ ONE_SHOT = (
     "vae",
     "embedding",
     "prediction",
+    "weights",
 )
-CHECKPOINT = ("allow_pickle", "prediction")  # the settings of commands that read a checkpoint's description
+CHECKPOINT = (
+    "allow_pickle",
+    "prediction",
+    "weights",
+)  # the settings of commands that read a checkpoint's description
 REPEATABLE = ("lora", "vae", "embedding", "cors_origins", "alias")  # each flag of these adds one entry
 
 

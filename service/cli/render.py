@@ -182,7 +182,8 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     image_format = format_of(output)
     settings = replace(settings_of(args, *ONE_SHOT), lora=tuple(entry for entry, _ in args.lora))
     paths, loras = locate_all(settings.model, settings.allow_pickle), locate_loras(settings.lora)
-    sources = identify_all(paths, settings.allow_pickle, settings.prediction)
+    vaes = locate_vaes(settings.vae, paths)
+    sources = identify_all(paths, settings.allow_pickle, settings.prediction, settings.weights, vaes)
     # Every LoRA is accepted here; whether it fits the model shows when it is loaded.
     specs = {name: replace(source.spec, loras=tuple(loras)) for name, source in sources.items()}
     body = request_of(args, kind, {name: file for name, file in files.items() if file})

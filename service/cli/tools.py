@@ -24,7 +24,7 @@ def list_models(args: argparse.Namespace) -> int:
     """Print one line for each model."""
     settings = settings_of(args, "model", *CHECKPOINT)
     for name, path in locate_all(settings.model, settings.allow_pickle).items():
-        spec = read_spec(path, settings.allow_pickle, settings.prediction)
+        spec = read_spec(path, settings.allow_pickle, settings.prediction, settings.weights)
         d = spec.defaults
         defaults = f"{d.width}x{d.height}, {d.steps} steps, guidance {d.guidance_scale:g}"
         print(f"{name}  {defaults}, {', '.join(spec.tasks)}")
@@ -43,7 +43,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     from models.checkpoint import inspection  # torch
 
     settings = settings_of(args, *CHECKPOINT)
-    report = inspection.inspect(args.path, settings.allow_pickle, settings.prediction)
+    report = inspection.inspect(args.path, settings.allow_pickle, settings.prediction, settings.weights)
     print(inspection.as_json(report) if args.json else inspection.as_text(report))
     return 1 if report.problems else 0
 
@@ -61,7 +61,9 @@ def run_convert(args: argparse.Namespace) -> int:
     from models.checkpoint.conversion import convert  # torch
 
     settings = settings_of(args, *CHECKPOINT)
-    convert(args.source, args.target, args.dtype, settings.allow_pickle, settings.prediction)
+    convert(
+        args.source, args.target, args.dtype, settings.allow_pickle, settings.prediction, settings.weights
+    )
     print(args.target)
     return 0
 

@@ -26,7 +26,7 @@ from service.device.runner import TorchRunner
 from service.device.select import choose_device, choose_dtype, prepare_for_device
 from service.device.threads import choose_threads, read_host
 from service.device.torch_errors import translate_oom
-from service.model_paths import locate_embeddings, locate_loras, locate_vaes
+from service.model_paths import identify_all, locate_embeddings, locate_loras, locate_vaes
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -49,17 +49,16 @@ def build(
     def load_model(source: Source) -> LatentDiffusion:
         with translate_oom():
             bundle = load(source, device, dtype, vocabulary=vocabulary, watch=watch)
-            if vae := vaes.get(source.spec.name):
+            vae = vaes.get(source.spec.name)
+            if vae and not source.vae:  # else it is loaded with the model, which has no VAE of its own
                 bundle = replacement_vae.with_vae(bundle, vae, device, dtype, settings.allow_pickle)
             return prepare_for_device(textual_inversion.add_embeddings(bundle, embeddings), device)
 
     registry = Registry(
-        paths,
+        identify_all(paths, settings.allow_pickle, settings.prediction, settings.weights, vaes),
         load_model,
         lambda spec: count_parameters(spec) * dtype.itemsize,
         settings.model_memory,
-        settings.allow_pickle,
-        settings.prediction,
     )
     check_companions(registry.sources, vocabulary)
     for name, spec in registry.specs.items():

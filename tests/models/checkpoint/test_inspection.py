@@ -40,7 +40,8 @@ def test_the_report_as_text_and_as_json(tmp_path):
         "family        unconditional VQ (celebahq, ffhq, lsun_beds)",
         "images        256x256, from latents of 3x128x128",
         "parameters, float32, averaged (EMA)",
-        "schedule      1000 steps, betas 0.0015 to 0.0195 (scaled_linear), predicts epsilon",
+        "schedule      1000 steps, betas 0.0015 to 0.0195 (scaled_linear)",
+        "predicts      epsilon (the family)",
         "conditioner   none with weights of its own",
     ):
         assert line in text
@@ -57,8 +58,8 @@ def test_missing_and_unexpected_tensors_are_problems(tmp_path):
     assert report.problems == (
         "ClassConditioner: 1 mistyped keys: cond_stage_model.embedding.weight int8",
         "Autoencoder: 1 missing keys: first_stage_model.quant_conv.bias",
-        "6 unexpected keys: optimizer.0, optimizer.1, optimizer.2, optimizer.3 and 2 more",
     )
+    assert report.notes == ("6 ignored keys: optimizer.0, optimizer.1, optimizer.2, optimizer.3 and 2 more",)
     assert "PROBLEM" in as_text(report)
 
 

@@ -113,8 +113,8 @@ def test_the_short_prompts_padding(tmp_path):
 
 
 @torch.inference_mode()
-def test_averaged_weights_are_used(tmp_path):
-    model, (row, networks) = load(write(tmp_path, "sd1", averaged=True)), made("sd1")
+def test_averaged_weights_are_used_on_request(tmp_path):
+    model, (row, networks) = load(write(tmp_path, "sd1", averaged=True), weights="ema"), made("sd1")
     assert relative_error(*outputs(row, model, networks)["eps"]) <= LIMIT
 
 
@@ -274,16 +274,14 @@ def test_missing_keys_are_named(tmp_path, name, key, what):
 @pytest.mark.parametrize(
     "key",
     [
-        "anything",
+        "model.diffusion_model.x",
         OPEN + "transformer.resblocks.1.x",
-        OPEN + "visual.proj",
-        "model_ema.x",
         "low_scale_model.x",
         "cond_stage_model.transformer.x",
     ],
 )
 def test_unexpected_keys_are_named(tmp_path, key):
-    with pytest.raises(CheckpointError, match=rf"1 unexpected keys: {key}|missing keys: model_ema"):
+    with pytest.raises(CheckpointError, match=f"1 unexpected keys: {key}"):
         load(outline(tmp_path, "sd2", lambda tensors: tensors.update({key: torch.zeros(2)})))
 
 
@@ -317,7 +315,7 @@ def test_unused_tensors_are_ignored_by_name(tmp_path):
         (
             "sd1",
             lambda ts: ts.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 8, 3, 3)}),
-            "8 input and 4 output channels, expected 4 and 4",
+            "InstructPix2Pix, whose UNet has 8 input channels",
         ),
         (
             "sd1",

@@ -1,0 +1,114 @@
+"""The noise schedule and the scale factor that a single file contains, at the precision of their types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.errors import CheckpointError
+from models.formats.safetensors import FLOATS, Header, read_values
+from models.sampling.schedule import Schedule
+from models.spec import ScheduleSpec
+
+# Relative, between numbers of two sources. Where a tool converted a file to half precision, its tables were
+# rounded with the weights.
+TOLERANCE = 1e-4
+HALF_TOLERANCES = {"float16": 2e-3, "bfloat16": 1e-2}
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class Ends(NamedTuple):
+    """The first and the last beta of a schedule, before a rescaling to zero terminal SNR."""
+
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers of a small tensor, and how exact they are."""
+
+    values: Array
+    tolerance: float
+
+    @property
+    def exact(self) -> bool:
+        return self.tolerance == TOLERANCE
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Of betas: whether nothing of the signal is left at the last timestep."""
+        return bool(self.values[-1] == 1)
+
+
+def read_table(file: Path, header: Header, key: str) -> Table | None:
+    """None if the file does not contain it, or in 8 bits, which are too few to say anything."""
+    stored = header.tensors.get(key)
+    if stored is None or stored.dtype.startswith("float8"):
+        return None
+    if stored.dtype not in FLOATS:
+        raise CheckpointError(f"{file}: {key} has the type {stored.dtype}, expected floats")
+    return Table(read_values(file, stored), HALF_TOLERANCES.get(stored.dtype, TOLERANCE))
+
+
+def read_scale_factor(file: Path, header: Header) -> Table | None:
+    """The latents' scale factor, if the file contains it."""
+    table = read_table(file, header, "scale_factor")
+    if table and (table.values.size != 1 or not 0 < table.values.item() < math.inf):
+        raise CheckpointError(f"{file}: its scale_factor is not one number above 0")
+    return table
+
+
+def read_betas(file: Path, header: Header, key: str = "betas") -> Table | None:
+    """The betas, if the file contains them."""
+    table = read_table(file, header, key)
+    if table is None:
+        return None
+    betas = table.values
+    last = betas[-1:] if betas.ndim == 1 else betas
+    if (
+        betas.ndim != 1
+        or len(betas) < 2
+        or not ((betas[:-1] > 0) & (betas[:-1] < 1)).all()
+        or not 0 < last <= 1
+    ):
+        raise CheckpointError(f"{file}: its betas are not numbers between 0 and 1")
+    return table
+
+
+def ends_of(table: Table, known: Iterable[Ends]) -> Ends:
+    """The ends of a table of betas: of those `known`, if it was rounded and they are as near as its precision
+    shows; otherwise its own, to seven digits, as files have float32."""
+    first, last = float(table.values[0]), float(table.values[-1])
+    if not table.exact or table.zero_terminal_snr:
+        for ends in known:
+            if near(ends.start, first, table) and (table.zero_terminal_snr or near(ends.end, last, table)):
+                return ends
+    return Ends(float(f"{first:.6e}"), float(f"{last:.6e}"))
+
+
+def near(expected: float, value: float, table: Table) -> bool:
+    return math.isclose(expected, value, rel_tol=table.tolerance)
+
+
+def check_betas(file: Path, table: Table | None, spec: ScheduleSpec) -> None:
+    """Raise CheckpointError unless a file's betas, if it contains them, are those of a schedule."""
+    if table is None:
+        return
+    # A file that is marked for a rescaled schedule may have the table from before the rescaling.
+    expected = Schedule(replace(spec, zero_terminal_snr=table.zero_terminal_snr)).betas
+    same = table.values.shape == expected.shape
+    if not same or not np.allclose(table.values, expected, rtol=table.tolerance, atol=1e-8):
+        raise CheckpointError(f"{file}: its betas are not {len(expected)} with evenly spaced square roots")
+
+
+def check_equal(file: Path, option: str, claimed: float, actual: float, tolerance: float = TOLERANCE) -> None:
+    """Raise CheckpointError if a configuration and the weights have different numbers."""
+    if not math.isclose(claimed, actual, rel_tol=tolerance):
+        raise CheckpointError(f"{file}: {option} is {claimed}, but the weights have {actual}")

@@ -1,0 +1,106 @@
+"""Files of other kinds than complete latent diffusion models, recognised to be refused by their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from models.errors import CheckpointError
+from models.formats.ldm import CONDITION, FIRST_STAGE, UNET, Shapes
+
+NO_MODEL = "is not supported"
+ADAPTER = "is given with {}, beside a model"
+
+
+class Kind(NamedTuple):
+    """A kind of file: patterns of which each matches the beginning of one of its tensors' names."""
+
+    name: str
+    patterns: tuple[str, ...]
+    reason: str = NO_MODEL
+
+
+UNET_PREFIX = r"(model\.diffusion_model\.|unet\.|)"
+KINDS = (
+    Kind("Playground v2.5 (EDM)", (r"edm_mean$", r"edm_std$")),
+    Kind("CosXL (EDM)", (r"edm_vpred\.sigma_(max|min)$",)),
+    Kind(
+        "SDXL's refiner", (r"conditioner\.embedders\.0\.model\.",), "is not supported: SDXL's base model is"
+    ),
+    Kind("FLUX", (UNET_PREFIX + r"double_blocks\.", UNET_PREFIX + r"single_blocks\.")),
+    Kind("a FLUX-like transformer", (r"(transformer\.|)single_transformer_blocks\.",)),
+    Kind("Stable Diffusion 3", (UNET_PREFIX + r"joint_blocks\.",)),
+    Kind("PixArt", (UNET_PREFIX + r"(adaln_single|t_block)\.",)),
+    Kind("Hunyuan-DiT", (UNET_PREFIX + r"(mlp_t5|style_embedder)\.",)),
+    Kind("AuraFlow", (UNET_PREFIX + r"double_layers\.",)),
+    Kind("Stable Cascade", (UNET_PREFIX + r"(clip_txt_mapper|clip_mapper|effnet_mapper)\.",)),
+    Kind("Kandinsky 2", (UNET_PREFIX + r"(encoder_hid_proj\.image_embeds|add_embedding\.image_proj)",)),
+    Kind("a video model", (r".*(time_stack|motion_modules|temporal_transformer)\.",)),
+    Kind("a model with GLIGEN's layout attention", (UNET_PREFIX + r"position_net\.",)),
+    Kind("Stable Diffusion 2 depth2img", (r"depth_model\.",)),
+    Kind("a model in scaled fp8", (r".*\.(scale_weight|weight_scale)$",)),
+    Kind("a model in 4 bits (bitsandbytes)", (r".*\.weight\.(absmax|quant_map|quant_state)",)),
+    Kind("a ControlNet", (r"(control_model\.|)(input_hint_block|controlnet_cond_embedding|zero_convs)\.",)),
+    Kind("an IP-Adapter", (r"(image_proj|ip_adapter)\.",)),
+    Kind("a LoRA", (r"lora_(unet|te\d?)_|(unet|text_encoder)\..*lora",), ADAPTER.format("--lora")),
+    Kind(
+        "a textual inversion embedding",
+        (r"(emb_params|string_to_param|clip_l|clip_g)$",),
+        ADAPTER.format("--embedding"),
+    ),
+    Kind("an upscaler of pixels (ESRGAN)", (r"(model\.0\.|conv_first\.|body\.0\.rdb)",)),
+)
+# Widths of the context -> the base model of a UNet alone.
+BASES = {
+    768: "Stable Diffusion 1",
+    1024: "Stable Diffusion 2",
+    2048: "Stable Diffusion XL",
+    1280: "SDXL's refiner",
+}
+CONTEXT_KEYS = re.compile(r".*\.attn2\.to_k\.weight")
+DIFFUSERS_UNET, BARE_UNET = "time_embedding.linear_1.weight", "input_blocks.0.0.weight"
+DIFFUSERS_VAE = "decoder.mid_block.resnets.0.norm1.weight"
+BY_CHANNELS = {8: "InstructPix2Pix", 5: "Stable Diffusion 2 depth2img"}  # by the UNet's input channels
+
+
+def refuse_other_models(shapes: Shapes, name: str) -> None:
+    """Raise CheckpointError, saying what a file is, if it is of a known kind that is not supported."""
+    for kind in KINDS:
+        if all(any_matches(pattern, shapes) for pattern in kind.patterns):
+            raise CheckpointError(f"{name} is {kind.name}, which {kind.reason}")
+    if DIFFUSERS_UNET in shapes or (BARE_UNET in shapes and UNET + "out.2.weight" not in shapes):
+        raise CheckpointError(f"{name} is a UNet alone{base_of(shapes)}: it holds no text encoder and no VAE")
+    if DIFFUSERS_VAE in shapes:
+        raise CheckpointError(f"{name} is a VAE alone in the names of diffusers: give it with --vae")
+    if not is_plain_text_model(shapes):
+        return
+    into = shapes.get(UNET + "input_blocks.0.0.weight", (0, 0))[1]
+    if into in BY_CHANNELS:
+        raise CheckpointError(
+            f"{name} is {BY_CHANNELS[into]}, whose UNet has {into} input channels; it is not supported"
+        )
+
+
+def refuse_unet_alone(shapes: Shapes, name: str) -> None:
+    """Raise CheckpointError for a UNet of Stable Diffusion without a text encoder and a VAE."""
+    complete = any(key.startswith((CONDITION, FIRST_STAGE)) for key in shapes)
+    if not complete and (base := base_of(shapes)):
+        raise CheckpointError(f"{name} is a UNet alone{base}: it holds no text encoder and no VAE")
+
+
+def any_matches(pattern: str, keys: Iterable[str]) -> bool:
+    compiled = re.compile(pattern)
+    return any(compiled.match(key) for key in keys)
+
+
+def is_plain_text_model(shapes: Shapes) -> bool:
+    """Whether a file has a UNet with a context of text, as Stable Diffusion's."""
+    return any(key.startswith(UNET) and CONTEXT_KEYS.fullmatch(key) for key in shapes)
+
+
+def base_of(shapes: Shapes) -> str:
+    """' of Stable Diffusion ...', by the width of the UNet's context; empty if it is of no known model."""
+    widths = {shape[1] for key, shape in shapes.items() if CONTEXT_KEYS.fullmatch(key) and len(shape) == 2}
+    named = [BASES[width] for width in widths if width in BASES]
+    return f" of {named[0]}" if named else ""
