@@ -1,18 +1,19 @@
-"""Low-rank changes of weights (LoRA, Hu et al. 2021): read strictly, merged into a copy of the model.
+"""LoRA files (Hu et al. 2021) of every kind in lora_kinds, merged into a copy of a model.
 
 A file names modules in kohya's style (lora_unet_..., lora_te_...) or in that of PEFT and diffusers (unet...,
 text_encoder..., base_model.model...), each by diffusers' or by CompVis's names. A weight that is changed is
 copied, and the changes are added once, in float32; all other weights are shared with the base model, which
-stays as it is.
+stays as it is. Each change is that of the base model's weight, so that the order of LoRAs has no effect.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import TypeVar
@@ -20,45 +21,37 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.adapters.lora_targets import Target, find_targets
-from models.checkpoint.weights import Weights, map_weights, summarise_keys
+from models.adapters.lora_kinds import (
+    DORA,
+    FULL,
+    LORA,
+    MAGNITUDE,
+    NUMBERS,
+    Kind,
+    dora_delta,
+    kinds_of,
+    magnitude_of,
+    magnitude_shape,
+    trimmed,
+)
+from models.adapters.lora_targets import Layer, Target, find_layers
+from models.adapters.textual_inversion import Embedding, add_embeddings, read_bundled
+from models.checkpoint.weights import MAX_KEY_CHARS, Weights, map_weights, summarise_keys
 from models.errors import CheckpointError
 from models.formats.adapters import LoraScale, read_lora_scales
+from models.formats.lora_keys import BUNDLED_EMBEDDING, split_key, unsupported_kind
 from models.formats.safetensors import FLOATS
 from models.formats.single_file import read_header
 from models.latent_diffusion import LatentDiffusion
 from models.spec import ModelSpec
 
-DOWN, UP, MID, ALPHA = "down", "up", "mid", "alpha"
-SUFFIXES = {  # end of a key -> which part of a module's change the tensor is
-    ".lora_down.weight": DOWN,
-    ".lora_up.weight": UP,
-    ".lora_mid.weight": MID,
-    ".alpha": ALPHA,
-    ".lora_A.weight": DOWN,
-    ".lora_B.weight": UP,
-    ".lora_A.default.weight": DOWN,
-    ".lora_B.default.weight": UP,
-    ".lora.down.weight": DOWN,
-    ".lora.up.weight": UP,
-    ".lora_linear_layer.down.weight": DOWN,
-    ".lora_linear_layer.up.weight": UP,
-}
-UNSUPPORTED = {  # part of a key -> the kind of change
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".oft_": "OFT",
-    ".on_input": "IA3",
-    ".a1.weight": "GLoRA",
-    ".w_norm": "norm changes",
-    ".diff": "full differences of weights",
-    ".lora_embedding_": "LoRA of embeddings",
-    ".lora_B.bias": "LoRA with biases",
-    "bundle_emb.": "LoRA with embeddings of its own",
-}
-PEFT_PREFIX = "base_model.model."  # before PEFT's names of modules
+log = logging.getLogger(__name__)
+
+WEIGHT_TYPES = (*FLOATS, "float8_e4m3fn", "float8_e5m2")
+NUMBER_TYPES = (*WEIGHT_TYPES, "int64", "int32", "int16", "int8", "uint8")  # of alpha
+ALPHA, SCALAR = NUMBERS
+FULL_PART, BIAS = "diff", "diff_b"
+MAX_LISTED_MODULES = 3  # in a warning
 
 Problems = dict[str, list[str]]  # kind of problem -> keys
 Module = TypeVar("Module", bound="nn.Module | None")
@@ -66,65 +59,78 @@ Module = TypeVar("Module", bound="nn.Module | None")
 
 @dataclass(frozen=True)
 class Change:
-    """scale * up @ down for one weight, or with `mid` in between (LyCORIS, convolutions). Names in a file."""
+    """The change of one weight, of a kind in lora_kinds. keys: part -> name in the file. scale: of the whole
+    change, before DoRA."""
 
     target: Target
-    down: str
-    up: str
-    mid: str | None
+    kind: Kind
+    keys: Mapping[str, str]
+    rank: int | None
     scale: float
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A file's changes of one model's weights; they are read when they are merged."""
+    """A file's changes of one model; they are read when they are merged.
+
+    embeddings: the words that the file adds to prompts. vocabulary: numbers in the model's tables of token
+    embeddings, which they copy. ignored: names of tensors that the model has no place for.
+    """
 
     changes: tuple[Change, ...]
     weights: Weights
+    embeddings: tuple[Embedding, ...] = ()
+    vocabulary: int = 0
+    ignored: tuple[str, ...] = ()
 
-    def delta(self, change: Change) -> Tensor:
-        """What to add to the target, in its shape, float32, on the device that the file was opened for."""
-        read = self.weights.read
-        up, down = (read(name).float().flatten(1) for name in (change.up, change.down))  # (out, r), (r, in..)
-        if change.mid:
-            product = torch.einsum("oa,abhw,bi->oihw", up, read(change.mid).float(), down)
-        else:
-            product = up @ down
-        return change.scale * product.reshape(change.target.shape)
+    def delta(self, change: Change, weight: Tensor) -> Tensor:
+        """What to add to a weight, in its shape, float32, on the device that the file was opened for."""
+        parts = {part: self.weights.read(key).float() for part, key in change.keys.items()}
+        device = next(iter(parts.values())).device
+        weight = weight.detach().to(device, torch.float32)
+        delta = change.scale * change.kind.delta(parts, weight)
+        magnitude = magnitude_of(parts, weight)
+        return delta if magnitude is None else dora_delta(weight, delta, magnitude)
 
 
-def apply(bundle: LatentDiffusion, loras: Sequence[tuple[Lora, float]]) -> LatentDiffusion:
-    """The model with LoRAs and their weights. Only changed weights are copied; the base stays as it is."""
+def apply(bundle: LatentDiffusion, loras: Sequence[tuple[Lora, float, float]]) -> LatentDiffusion:
+    """The model with LoRAs, each with its weights for the UNet and for the text encoders.
+
+    Only changed weights are copied; the base stays as it is.
+    """
     changes: dict[Target, list[tuple[Lora, Change, float]]] = defaultdict(list)
-    for lora, weight in loras:
+    for lora, unet_weight, text_weight in loras:
         for change in lora.changes:
-            changes[change.target].append((lora, change, weight))
+            if weight := unet_weight if change.target.network == "unet" else text_weight:
+                changes[change.target].append((lora, change, weight))
     merged: dict[str, dict[int, nn.Parameter]] = {"unet": {}, "conditioner": {}}
     for target, of_target in changes.items():
         network = bundle.unet if target.network == "unet" else bundle.conditioner
         assert network is not None
         base = network.get_parameter(target.parameter)
         merged[target.network][id(base)] = changed(base, of_target)
-    unet, conditioner = (
-        sharing(bundle.unet, merged["unet"]),
-        sharing(bundle.conditioner, merged["conditioner"]),
-    )
-    return LatentDiffusion(bundle.spec, unet, bundle.autoencoder, conditioner)
+    unet = sharing(bundle.unet, merged["unet"])
+    embeddings = [embedding for lora, *_ in loras for embedding in lora.embeddings]
+    conditioner = sharing(bundle.conditioner, merged["conditioner"], always=bool(embeddings))
+    return add_embeddings(LatentDiffusion(bundle.spec, unet, bundle.autoencoder, conditioner), embeddings)
 
 
 @torch.no_grad()
 def changed(base: nn.Parameter, changes: Sequence[tuple[Lora, Change, float]]) -> nn.Parameter:
     """A weight with its changes, rounded once, in the type and memory layout of the base."""
-    deltas = (weight * lora.delta(change) for lora, change, weight in changes)
+    deltas = (weight * lora.delta(change, base) for lora, change, weight in changes)
     total = reduce(torch.add, deltas)
     return nn.Parameter(
         torch.empty_like(base).copy_(base.float() + total.to(base.device)), requires_grad=False
     )
 
 
-def sharing(network: Module, merged: Mapping[int, nn.Parameter]) -> Module:
-    """A copy of a network that has other parameters in place of some, by id, and shares the rest."""
-    if network is None or not merged:
+def sharing(network: Module, merged: Mapping[int, nn.Parameter], always: bool = False) -> Module:
+    """A copy of a network that has other parameters in place of some, by id, and shares the rest.
+
+    Without other parameters it is the network itself, unless `always`.
+    """
+    if network is None or not (merged or always):
         return network
     kept: dict[int, object] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     tokenizers = (getattr(module, "tokenizer", None) for module in network.modules())
@@ -135,7 +141,8 @@ def sharing(network: Module, merged: Mapping[int, nn.Parameter]) -> Module:
 def changed_bytes(loras: Sequence[Lora], dtype: torch.dtype) -> int:
     """Memory that merging these takes: the size of the weights that they change."""
     targets = {change.target for lora in loras for change in lora.changes}
-    return dtype.itemsize * sum(math.prod(target.shape) for target in targets)
+    vocabulary = max((lora.vocabulary for lora in loras), default=0)
+    return dtype.itemsize * (vocabulary + sum(math.prod(target.shape) for target in targets))
 
 
 def open_loras(
@@ -146,19 +153,23 @@ def open_loras(
 ) -> dict[str, dict[str, Lora]]:
     """Model -> name -> LoRA, of those that fit it; files by name.
 
-    Raises CheckpointError for one that fits no model, with what does not fit the model closest to it.
+    A LoRA fits a model that has at least one of its modules, each of the right shape. Raises CheckpointError
+    for one that fits no model, with what does not fit the model closest to it.
     """
-    targets = {model: find_targets(spec) for model, spec in specs.items()} if files else {}
+    layers = {model: find_layers(spec) for model, spec in specs.items()} if files else {}
     fitting: dict[str, dict[str, Lora]] = {model: {} for model in specs}
     for name, file in files.items():
         header = read_header(file, allow_pickle)
         weights, scales = map_weights(file, header, device), read_lora_scales(file, header)
         check_supported(name, file, weights)
+        embeddings = read_bundled(name, file, weights)
         problems = {}
-        for model in specs:
-            lora, problems[model] = fit(weights, scales, targets[model])
+        for model, spec in specs.items():
+            lora, problems[model] = fit(weights, scales, layers[model])
             if not problems[model]:
-                fitting[model][name] = lora
+                fitting[model][name] = with_embeddings(lora, embeddings, spec)
+                if text := warning(name, fitting[model][name]):
+                    log.warning("model %s: %s", model, text)
         if all(problems.values()):
             model = min(problems, key=lambda model: sum(map(len, problems[model].values())))
             found = "; ".join(summarise_keys(problem, keys) for problem, keys in problems[model].items())
@@ -166,101 +177,133 @@ def open_loras(
     return fitting
 
 
+def with_embeddings(lora: Lora, embeddings: Sequence[Embedding], spec: ModelSpec) -> Lora:
+    """The LoRA with those of its file's embeddings that fit the model; the others are ignored."""
+    fitting = tuple(embedding for embedding in embeddings if embedding.fits(spec))
+    ignored = tuple(BUNDLED_EMBEDDING + each.name for each in embeddings if each not in fitting)
+    vocabulary = sum(text.vocabulary * text.width for text in spec.texts) if fitting else 0
+    return replace(lora, embeddings=fitting, vocabulary=vocabulary, ignored=lora.ignored + ignored)
+
+
+def warning(name: str, lora: Lora) -> str:
+    """What of a LoRA a model ignores, in one sentence; empty if it ignores nothing."""
+    modules = sorted({split_key(key)[0] or key for key in lora.ignored})
+    if not modules:
+        return ""
+    more = f" and {len(modules) - MAX_LISTED_MODULES} more" if len(modules) > MAX_LISTED_MODULES else ""
+    listed = ", ".join(module[:MAX_KEY_CHARS] for module in modules[:MAX_LISTED_MODULES])
+    return f"LoRA {name}: modules that this model does not have are ignored: {listed}{more}"
+
+
 def check_supported(name: str, file: Path, weights: Weights) -> None:
-    """Raise CheckpointError for a file without tensors, or with changes that are not plain LoRA."""
+    """Raise CheckpointError for a file without tensors, or with changes that cannot be merged."""
     if not weights.stored:
         raise CheckpointError(f"LoRA {name} ({file}) has no tensors")
-    for part, kind in UNSUPPORTED.items():
-        if keys := [key for key in weights.stored if part in key]:
-            raise CheckpointError(
-                f"LoRA {name} ({file}) is of the kind {kind}, which is not supported: {keys[0]}"
-            )
+    if found := unsupported_kind(list(weights.stored)):
+        kind, key = found
+        raise CheckpointError(f"LoRA {name} ({file}) is of the kind {kind}, which is not supported: {key}")
 
 
 def fit(
-    weights: Weights, scales: Mapping[str, LoraScale], targets: Mapping[str, Target]
+    weights: Weights, scales: Mapping[str, LoraScale], layers: Mapping[str, Layer]
 ) -> tuple[Lora, Problems]:
-    """A file's changes of these targets, and what is wrong with them."""
+    """A file's changes of these layers, and what is wrong with them."""
     modules: dict[str, dict[str, str]] = defaultdict(dict)  # module -> part -> key
     problems: Problems = defaultdict(list)
+    ignored = []
     for key in weights.stored:
         module, part = split_key(key)
-        problem = "unknown" if module not in targets else "repeated" if part in modules[module] else ""
-        if problem:
-            problems[problem].append(key)
+        if key.startswith(BUNDLED_EMBEDDING):
+            continue
+        if module not in layers:
+            ignored.append(key)
+        elif part in modules[module]:
+            problems["repeated"].append(key)
         else:
             modules[module][part] = key
     changes: dict[Target, Change] = {}
     for module, keys in modules.items():
-        if not keys:
-            continue
-        target = targets[module]
-        wrong = module_problems(keys, target, weights)
-        if target in changes:  # under another name
-            wrong = {"repeated": list(keys.values())}
-        for problem, names in wrong.items():
-            problems[problem] += names
-        if not wrong:
-            scale = module_scale(module, keys, weights, scales)
-            changes[target] = Change(target, keys[DOWN], keys[UP], keys.get(MID), scale)
-    return Lora(tuple(changes.values()), weights), dict(problems)
+        layer, bias = layers[module], keys.pop(BIAS, None)
+        wanted = [(layer.weight, keys)] if keys.keys() - NUMBERS or not bias else []
+        if bias and layer.bias:
+            wanted.append((layer.bias, {FULL_PART: bias}))
+        elif bias:
+            ignored.append(bias)
+        for target, parts in wanted:
+            wrong = part_problems(parts, target, weights)
+            if target in changes:  # under another name
+                wrong = {"repeated": list(parts.values())}
+            for problem, names in wrong.items():
+                problems[problem] += names
+            if not wrong:
+                changes[target] = read_change(module, parts, target, weights, scales)
+    if not changes and not problems:
+        problems["unknown"] += ignored
+    return Lora(tuple(changes.values()), weights, ignored=tuple(ignored)), dict(problems)
 
 
-def split_key(key: str) -> tuple[str, str]:
-    """The module of a tensor, without PEFT's prefix, and which part of the change the tensor is."""
-    for suffix, part in SUFFIXES.items():
-        if key.endswith(suffix):
-            return key.removesuffix(suffix).replace(PEFT_PREFIX, ""), part
-    return "", ""
-
-
-def module_problems(keys: Mapping[str, str], target: Target, weights: Weights) -> Problems:
-    """What is wrong with a module's tensors; keys: part -> key."""
-    if not {DOWN, UP} <= keys.keys():
-        return {"incomplete": list(keys.values())}
+def part_problems(keys: Mapping[str, str], target: Target, weights: Weights) -> Problems:
+    """What is wrong with the tensors that change one weight; keys: part -> key."""
+    names, kinds = list(keys.values()), kinds_of(set(keys))
+    if len(kinds) != 1:
+        return {"ambiguous" if kinds else "incomplete": names}
     entries = {part: weights.stored[key] for part, key in keys.items()}
-    mistyped = [f"{keys[part]} {entry.dtype}" for part, entry in entries.items() if entry.dtype not in FLOATS]
+    mistyped = [
+        f"{keys[part]} {entry.dtype}"
+        for part, entry in entries.items()
+        if entry.dtype not in (NUMBER_TYPES if part in NUMBERS else WEIGHT_TYPES)
+    ]
     if mistyped:
         return {"mistyped": mistyped}
     shapes = {part: trimmed(entry.shape) for part, entry in entries.items()}
-    rank, outer = (
-        shapes[part][axis] if len(shapes[part]) > axis else 0 for part, axis in ((DOWN, 0), (UP, 1))
-    )
-    out, into, *kernel = trimmed(target.shape)
-    expected: dict[str, tuple[int, ...]] = {DOWN: (rank, into, *kernel), UP: (out, outer)}
-    if MID in keys:
-        expected |= {DOWN: (rank, into), MID: trimmed((outer, rank, *kernel))}
-    elif rank != outer:
-        expected[UP] = (out, rank)
-    if ALPHA in keys:
-        expected[ALPHA] = ()
-        shapes[ALPHA] = () if entries[ALPHA].count == 1 else shapes[ALPHA]
-    wrong = [part for part in keys if shapes[part] != expected[part] or not entries[part].count]
+    goal = trimmed(target.shape)
+    if len(goal) == 1 and kinds[0] is not FULL:
+        return {"misshaped": [f"{name} (expected {FULL.name} of a norm)" for name in names]}
+    try:
+        expected = kinds[0].expected(shapes, goal)
+    except KeyError:  # a part is missing
+        return {"incomplete": names}
+    if expected.keys() - keys.keys():
+        return {"incomplete": names}
+    for part in keys:
+        if part in NUMBERS:
+            expected[part] = shapes[part] if entries[part].count == 1 else ()
+        elif part in (DORA, MAGNITUDE):
+            expected[part] = magnitude_shape(part, shapes[part], goal)
+    wrong = [part for part in keys if shapes[part] != expected.get(part) or not entries[part].count]
     if not wrong:
         return {}
-    return {"misshaped": [f"{keys[p]} {entries[p].shape} (expected {expected[p]})" for p in wrong]}
+    return {"misshaped": [f"{keys[p]} {entries[p].shape} (expected {expected.get(p)})" for p in wrong]}
 
 
-def trimmed(shape: Sequence[int]) -> tuple[int, ...]:
-    """Without trailing axes of 1 after the second axis: a 1x1 convolution is a matrix."""
-    sides = list(shape)
-    while len(sides) > 2 and sides[-1] == 1:
-        sides.pop()
-    return tuple(sides)
+def read_change(
+    module: str, keys: Mapping[str, str], target: Target, weights: Weights, scales: Mapping[str, LoraScale]
+) -> Change:
+    """The change of one weight, its numbers read. Raises CheckpointError for a scale that is not finite."""
+    (kind,) = kinds_of(set(keys))
+    rank = kind.rank({part: trimmed(weights.stored[key].shape) for part, key in keys.items()})
+    scale = module_scale(module, keys, rank, weights, scales if kind is LORA else {})
+    if SCALAR in keys:
+        scale *= weights.read(keys[SCALAR]).float().item()
+    if not math.isfinite(scale):
+        raise CheckpointError(f"{keys.get(ALPHA, module)}: the alpha of a LoRA must be finite")
+    parts = {part: key for part, key in keys.items() if part not in NUMBERS}
+    return Change(target, kind, parts, rank, scale)
 
 
 def module_scale(
-    module: str, keys: Mapping[str, str], weights: Weights, scales: Mapping[str, LoraScale]
+    module: str,
+    keys: Mapping[str, str],
+    rank: int | None,
+    weights: Weights,
+    scales: Mapping[str, LoraScale],
 ) -> float:
-    """alpha / rank of a module's change; 1 if nothing gives alpha. Raises CheckpointError if not finite."""
-    rank = weights.stored[keys[DOWN]].shape[0]
-    network, _, inner = module.partition(".")
+    """alpha / rank of a module's change; 1 if nothing gives alpha, or the kind has no rank."""
+    if rank is None:
+        return 1.0
     if ALPHA in keys:
-        scale = weights.read(keys[ALPHA]).float().item() / rank
-    elif network in scales:
-        scale = scales[network].scale(inner, rank)
-    else:
-        scale = scales.get("", LoraScale()).scale(module, rank)
-    if not math.isfinite(scale):
-        raise CheckpointError(f"{keys.get(ALPHA, module)}: the alpha of a LoRA must be finite")
-    return scale
+        return weights.read(keys[ALPHA]).float().item() / rank
+    network, _, inner = module.partition(".")
+    if network in scales:
+        return scales[network].scale(inner, rank)
+    return scales.get("", LoraScale()).scale(module, rank)

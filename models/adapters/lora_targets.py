@@ -15,8 +15,11 @@ from models.formats.adapters import NETWORKS
 from models.networks.unet import UNet
 from models.spec import ModelSpec
 
-KOHYA_UNET = "lora_unet_"
+LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.GroupNorm | nn.LayerNorm
+KOHYA_UNET = ("lora_unet_", "lycoris_")
+COMFY_UNET = "diffusion_model."
 KOHYA_TEXTS = (("lora_te_", "lora_te1_"), ("lora_te2_",))  # of each text encoder
+COMFY_TEXTS = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
 
 
 class Target(NamedTuple):
@@ -27,51 +30,62 @@ class Target(NamedTuple):
     shape: tuple[int, ...]
 
 
-def find_targets(spec: ModelSpec) -> dict[str, Target]:
-    """Name in a file -> weight, for all weights of a model and all their names."""
+class Layer(NamedTuple):
+    """A linear layer, a convolution or a norm."""
+
+    weight: Target
+    bias: Target | None
+
+
+def find_layers(spec: ModelSpec) -> dict[str, Layer]:
+    """Name in a file -> layer, for all layers of a model that LoRAs can change, and all their names."""
     with shapes_only():
         networks = make_networks(spec)
-    targets: dict[str, Target] = {}
-    for names, target in (*unet_targets(networks.unet), *text_targets(networks.conditioner)):
-        targets |= dict.fromkeys(names, target)
-    return targets
+    layers: dict[str, Layer] = {}
+    for names, layer in (*unet_layers(networks.unet), *text_layers(networks.conditioner)):
+        layers |= dict.fromkeys(names, layer)
+    return layers
 
 
-def unet_targets(unet: UNet | None) -> Iterator[tuple[set[str], Target]]:
-    """Each weight of a UNet, with its names in diffusers' and in CompVis's layout."""
+def unet_layers(unet: UNet | None) -> Iterator[tuple[set[str], Layer]]:
+    """Each layer of a UNet, with its names in diffusers' and in CompVis's layout."""
     if unet is None:
         return
     table = keymaps.unet(unet.spec)
-    for native, shape in layer_shapes(unet):
+    for native, layer in layers_of(unet, "unet", ""):
         names = {native}
         if any(native == module or native.startswith(module + ".") for module in table):
             names.add(keymaps.rename(native, table))
-        dotted = names | {f"{NETWORKS[0]}.{name}" for name in names}
-        yield (
-            dotted | {kohya_name(KOHYA_UNET, name) for name in names},
-            Target("unet", f"{native}.weight", shape),
-        )
+        dotted = names | {f"{NETWORKS[0]}.{name}" for name in names} | {COMFY_UNET + native}
+        yield dotted | {kohya_name(prefix, name) for prefix in KOHYA_UNET for name in names}, layer
 
 
-def text_targets(conditioner: Conditioner | None) -> Iterator[tuple[set[str], Target]]:
-    """Each weight of CLIP's text encoders, with its names."""
+def text_layers(conditioner: Conditioner | None) -> Iterator[tuple[set[str], Layer]]:
+    """Each layer of CLIP's text encoders, with its names."""
     if not isinstance(conditioner, TextConditioner):
         return
     for index, encoder in enumerate(conditioner.encoders):
-        for native, shape in layer_shapes(encoder):
+        for native, layer in layers_of(encoder, "conditioner", f"encoders.{index}."):
             inner = native.removeprefix("transformer.")
             names = {inner, keymaps.TEXT_PREFIX + inner}
-            prefixed = {f"{NETWORKS[1 + index]}.{name}" for name in names}
+            prefixed = {
+                prefix + name for prefix in (f"{NETWORKS[1 + index]}.", COMFY_TEXTS[index]) for name in names
+            }
             prefixed |= {kohya_name(prefix, name) for prefix in KOHYA_TEXTS[index] for name in names}
             bare = names if index == 0 else set()
-            yield prefixed | bare, Target("conditioner", f"encoders.{index}.{native}.weight", shape)
+            yield prefixed | bare, layer
 
 
-def layer_shapes(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and weight shape of each linear layer and convolution."""
+def layers_of(network: nn.Module, part: str, prefix: str) -> Iterator[tuple[str, Layer]]:
+    """Each linear layer, convolution and norm, by name. prefix: before parameters' names in `part`."""
     for name, module in network.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-            yield name, tuple(module.weight.shape)
+        if isinstance(module, LAYERS):
+            weight, bias = (
+                Target(part, f"{prefix}{name}.{leaf}", tuple(tensor.shape)) if tensor is not None else None
+                for leaf, tensor in (("weight", module.weight), ("bias", module.bias))
+            )
+            if weight:
+                yield name, Layer(weight, bias)
 
 
 def kohya_name(prefix: str, name: str) -> str:

@@ -6,6 +6,7 @@ A file has them under the word itself, as `emb_params`, below `string_to_param`,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint.weights import open_weights
+from models.checkpoint.weights import Weights, open_weights
 from models.conditioning.conditioner import TextConditioner
 from models.conditioning.text_encoder import TextEncoder
 from models.errors import CheckpointError
+from models.formats.lora_keys import BUNDLED_EMBEDDING
 from models.formats.safetensors import FLOATS
 from models.latent_diffusion import LatentDiffusion
 from models.spec import ModelSpec
 
-ENCODER_KEYS = ("clip_l", "clip_g")  # for the first and the second text encoder
+# Names of the vectors for the first and the second text encoder.
+ENCODER_KEYS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
 MAX_LISTED_KEYS = 4  # in an error message
 
 
@@ -47,22 +50,38 @@ def token_widths(spec: ModelSpec) -> tuple[int, ...]:
 
 def read_embedding(name: str, file: Path, allow_pickle: bool = False) -> Embedding:
     """The vectors in a file. Raises CheckpointError."""
-    weights = open_weights(file, "cpu", allow_pickle)
-    keys = ENCODER_KEYS if set(weights.stored) == set(ENCODER_KEYS) else tuple(weights.stored)
-    if keys != ENCODER_KEYS and len(keys) != 1:
+    return to_embedding(name, f"embedding {name} ({file})", open_weights(file, "cpu", allow_pickle))
+
+
+def read_bundled(lora: str, file: Path, weights: Weights) -> tuple[Embedding, ...]:
+    """The embeddings in a LoRA file, under bundle_emb.NAME. Raises CheckpointError."""
+    names: dict[str, dict[str, str]] = defaultdict(dict)  # embedding -> its key -> key in the file
+    for key in weights.stored:
+        if key.startswith(BUNDLED_EMBEDDING):
+            name, _, inner = key.removeprefix(BUNDLED_EMBEDDING).partition(".")
+            names[name][inner] = key
+    return tuple(
+        to_embedding(name, f"LoRA {lora} ({file}): embedding {name}", weights.renamed(keys))
+        for name, keys in names.items()
+    )
+
+
+def to_embedding(name: str, source: str, weights: Weights) -> Embedding:
+    """The vectors of an embedding's tensors. Raises CheckpointError, with `source` in front."""
+    pairs = (pair for pair in ENCODER_KEYS if set(weights.stored) == set(pair))
+    keys = next(pairs, tuple(weights.stored))
+    if keys not in ENCODER_KEYS and len(keys) != 1:
         found = ", ".join(sorted(keys)[:MAX_LISTED_KEYS]) or "nothing"
-        raise CheckpointError(
-            f"embedding {name} ({file}) has the tensors {found}; expected one tensor, or clip_l and clip_g"
-        )
+        raise CheckpointError(f"{source} has the tensors {found}; expected one tensor, or clip_l and clip_g")
     for key in keys:
         entry = weights.stored[key]
         if entry.dtype not in FLOATS or len(entry.shape) not in (1, 2) or not entry.count:
-            raise CheckpointError(
-                f"embedding {name} ({file}): {key} is {entry.dtype} {entry.shape}; expected vectors (k, C)"
-            )
-    vectors = tuple(torch.atleast_2d(weights.read(key).float()) for key in keys)
+            raise CheckpointError(f"{source}: {key} is {entry.dtype} {entry.shape}; expected vectors (k, C)")
+    vectors = tuple(torch.atleast_2d(weights.read(key).float().cpu()) for key in keys)
     if not all(torch.isfinite(each).all() for each in vectors):
-        raise CheckpointError(f"embedding {name} ({file}) has NaN or infinite values")
+        raise CheckpointError(f"{source} has NaN or infinite values")
+    if len({len(each) for each in vectors}) > 1:
+        raise CheckpointError(f"{source} has another number of vectors for each text encoder")
     return Embedding(name, vectors)
 
 

@@ -67,9 +67,8 @@ def read_lora_scales(file: Path, header: Header) -> dict[str, LoraScale]:
 def lora_scale(config: Mapping[str, Any], file: Path) -> LoraScale:
     """The scale in PEFT's configuration of one network. Raises CheckpointError for unsupported kinds."""
     kind = config.get("peft_type") or "LORA"
-    if kind != "LORA" or config.get("use_dora"):
-        name = "DoRA" if config.get("use_dora") else shortened(kind)
-        raise CheckpointError(f"{file} is of the kind {name}, which is not supported")
+    if kind != "LORA":
+        raise CheckpointError(f"{file} is of the kind {shortened(kind)}, which is not supported")
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or not all(map(is_number, (*patterns.values(), alpha or 0))):
         raise CheckpointError(f"{file}: lora_alpha and alpha_pattern in its configuration must be numbers")

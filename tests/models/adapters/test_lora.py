@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import conv2d
 
 from models.adapters import lora
-from models.adapters.lora_targets import find_targets
+from models.adapters.lora_targets import find_layers
 from models.checkpoint import CheckpointError, load
 from models.conditioning.conditioner import ConditioningInput
 from models.formats import keymaps
@@ -51,6 +51,11 @@ def changes(tiny):
 def opened(base, *files):
     """Those of these files, each by its stem."""
     return list(lora.open_loras({f.stem: f for f in files}, {"tiny": base.spec})["tiny"].values())
+
+
+def with_loras(bundle, *pairs):
+    """The model with LoRAs, each with one weight."""
+    return lora.apply(bundle, [(each, weight, weight) for each, weight in pairs])
 
 
 def outputs(bundle):
@@ -93,7 +98,7 @@ def difference(ours, theirs):
 def test_a_file_changes_the_model_as_diffusers_fuses_it(tiny, base, changes, style, tmp_path):
     (ours,) = opened(base, write_lora(tmp_path / "a.safetensors", style(changes)))
     theirs = reference(tiny, style(changes), 0.7)
-    assert difference(outputs(lora.apply(base, [(ours, 0.7)])), theirs) <= LIMIT
+    assert difference(outputs(with_loras(base, (ours, 0.7))), theirs) <= LIMIT
     assert difference(outputs(base), theirs) > 0.1
 
 
@@ -102,7 +107,7 @@ def test_convolutions_change_as_diffusers_fuses_them(tiny, base, tmp_path):
     (ours,) = opened(base, write_lora(tmp_path / "c.safetensors", tensors))
     assert {len(change.target.shape) for change in ours.changes} == {2, 4}
     theirs = reference(tiny, tensors)
-    assert difference(outputs(lora.apply(base, [(ours, 1.0)])), theirs) <= LIMIT
+    assert difference(outputs(with_loras(base, (ours, 1.0))), theirs) <= LIMIT
 
 
 def test_all_styles_of_names_give_the_same_model(base, changes, tmp_path):
@@ -114,7 +119,7 @@ def test_all_styles_of_names_give_the_same_model(base, changes, tmp_path):
         write_lora(tmp_path / f"{index}.safetensors", tensors)
         for index, tensors in enumerate((kohya, compvis, peft, wrapped))
     ]
-    first, *others = (outputs(lora.apply(base, [(each, 1.0)])) for each in opened(base, *files))
+    first, *others = (outputs(with_loras(base, (each, 1.0))) for each in opened(base, *files))
     assert all(difference(other, first) <= 1e-6 for other in others)
 
 
@@ -138,9 +143,9 @@ def test_several_are_added_in_any_order(tiny, base, changes, tmp_path):
     pipeline.set_adapters([*two], [0.8, -0.5])
     pipeline.fuse_lora(adapter_names=[*two])
     pairs = [*zip(ours, (0.8, -0.5), strict=True)]
-    mine = outputs(lora.apply(base, pairs))
+    mine = outputs(with_loras(base, *pairs))
     assert difference(mine, outputs_of(pipeline)) <= LIMIT
-    assert difference(outputs(lora.apply(base, pairs[::-1])), mine) <= 1e-6
+    assert difference(outputs(with_loras(base, *pairs[::-1])), mine) <= 1e-6
 
 
 def test_peft_itself_merges_to_the_same_from_its_own_folder(tiny, base, tmp_path):
@@ -159,7 +164,7 @@ def test_peft_itself_merges_to_the_same_from_its_own_folder(tiny, base, tmp_path
     x, t, context = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([5, 700]), outputs(base)[1]
     with torch.inference_mode():
         theirs = merged(x, t, context).sample
-        assert difference([lora.apply(base, [(ours, 1.0)]).unet(x, t, context)], [theirs]) <= LIMIT
+        assert difference([with_loras(base, (ours, 1.0)).unet(x, t, context)], [theirs]) <= LIMIT
 
 
 def test_the_alpha_in_the_header_of_diffusers_is_used(base, changes, tmp_path):
@@ -170,14 +175,14 @@ def test_the_alpha_in_the_header_of_diffusers_is_used(base, changes, tmp_path):
         write_lora(tmp_path / "told.safetensors", tensors, {METADATA_KEY: own}),
     )
     one, other = opened(base, plain, told)
-    twice = lora.apply(base, [(one, 2.0)])
-    assert difference(outputs(lora.apply(base, [(other, 1.0)])), outputs(twice)) <= 1e-6
+    twice = with_loras(base, (one, 2.0))
+    assert difference(outputs(with_loras(base, (other, 1.0))), outputs(twice)) <= 1e-6
 
 
 def test_unchanged_weights_are_shared_with_the_unchanged_base(tiny, base, changes, tmp_path):
     before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
     (ours,) = opened(base, write_lora(tmp_path / "a.safetensors", as_peft(changes)))
-    changed = lora.apply(base, [(ours, 1.0)])
+    changed = with_loras(base, (ours, 1.0))
     targets = {change.target for change in ours.changes}
     for network in ("unet", "conditioner"):
         mine = dict(getattr(changed, network).named_parameters())
@@ -203,7 +208,7 @@ def test_a_convolution_in_the_middle_is_one_after_the_other(base, tmp_path):
     (ours,) = opened(
         base, write_lora(tmp_path / "m.safetensors", tensors | {f"{module}.alpha": torch.tensor(6.0)})
     )
-    changed = lora.apply(base, [(ours, 1.0)]).unet.input_blocks[1][0].in_layers[2].weight
+    changed = with_loras(base, (ours, 1.0)).unet.input_blocks[1][0].in_layers[2].weight
     x = torch.randn(1, 32, 8, 8, generator=generator)
     apart = conv2d(conv2d(conv2d(x, down), mid, padding=1), up)
     error = conv2d(x, changed - weight, padding=1) - 2 * apart
@@ -211,14 +216,15 @@ def test_a_convolution_in_the_middle_is_one_after_the_other(base, tmp_path):
 
 
 TARGET = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+NORM = "lora_unet_mid_block_attentions_0_norm"
 PAIR = {f"{TARGET}.lora_down.weight": (2, 64), f"{TARGET}.lora_up.weight": (64, 2)}
 
 
 @pytest.mark.parametrize(
     ("shapes", "named"),
     [
-        (PAIR | {"lora_unet_nowhere.lora_up.weight": (1, 1)}, r"1 unknown keys: lora_unet_nowhere.lora_up"),
-        (PAIR | {f"{TARGET}.lora_other": (1,)}, rf"1 unknown keys: {TARGET}.lora_other"),
+        ({"lora_unet_nowhere.lora_up.weight": (1, 1)}, r"1 unknown keys: lora_unet_nowhere.lora_up"),
+        ({f"{TARGET}.lora_other": (1,)}, rf"1 unknown keys: {TARGET}.lora_other"),
         (
             PAIR | {f"{TARGET}.lora_up.weight": (32, 2)},
             rf"1 misshaped keys: {TARGET}.lora_up.weight \(32, 2\)",
@@ -227,9 +233,16 @@ PAIR = {f"{TARGET}.lora_down.weight": (2, 64), f"{TARGET}.lora_up.weight": (64, 
         ({f"{TARGET}.lora_up.weight": (64, 2)}, rf"1 incomplete keys: {TARGET}.lora_up.weight"),
         (PAIR | {f"{TARGET}.alpha": (2,)}, rf"1 misshaped keys: {TARGET}.alpha"),
         (PAIR | {f"{TARGET}.lora_A.weight": (2, 64)}, rf"1 repeated keys: {TARGET}.lora_A.weight|lora_down"),
-        ({f"{TARGET}.hada_w1_a": (2, 64)}, "LoHa"),
-        ({f"{TARGET}.lokr_w1": (2, 64)}, "LoKr"),
-        (PAIR | {f"{TARGET}.dora_scale": (64, 1)}, "DoRA"),
+        ({f"{TARGET}.hada_w1_a": (64, 2)}, rf"1 incomplete keys: {TARGET}.hada_w1_a"),
+        (PAIR | {f"{TARGET}.diff": (64, 64)}, "3 ambiguous keys"),
+        (PAIR | {f"{TARGET}.dora_scale": (32, 1)}, rf"{TARGET}.dora_scale \(32, 1\) \(expected \(64, 1\)\)"),
+        ({f"{TARGET}.lokr_w1": (3, 4), f"{TARGET}.lokr_w2": (16, 16)}, r"expected \(0, 16\)"),
+        (
+            {f"{NORM}.lora_down.weight": (2, 64), f"{NORM}.lora_up.weight": (64, 2)},
+            "full differences of a norm",
+        ),
+        ({f"{TARGET}.oft_blocks": (4, 16, 16)}, "OFT or BOFT, which is not supported"),
+        ({f"{TARGET}.weight": (64,), f"{TARGET}.on_input": ()}, "IA3, which is not supported"),
         ({}, "no tensors"),
     ],
 )
@@ -244,6 +257,44 @@ def test_a_non_finite_alpha_is_refused(base, tmp_path):
     file = write_lora(tmp_path / "bad.safetensors", tensors | {f"{TARGET}.alpha": torch.tensor(float("nan"))})
     with pytest.raises(CheckpointError, match="finite"):
         opened(base, file)
+
+
+def test_modules_that_the_model_does_not_have_are_ignored_with_a_warning(base, changes, tmp_path, caplog):
+    tensors = as_kohya(changes)
+    more = tensors | {"lora_unet_nowhere.lora_up.weight": torch.ones(1, 1), f"{TARGET}.extra": torch.ones(1)}
+    plain, ours = opened(
+        base, *(write_lora(tmp_path / f"{n}.safetensors", t) for n, t in (("a", tensors), ("b", more)))
+    )
+    assert lora.warning("plain", plain) == ""
+    text = f"LoRA b: modules that this model does not have are ignored: {TARGET}.extra, lora_unet_nowhere"
+    assert lora.warning("b", ours) == text
+    assert text in caplog.text
+    pairs = zip(outputs(with_loras(base, (ours, 1.0))), outputs(with_loras(base, (plain, 1.0))), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64, torch.bfloat16])
+def test_alpha_is_a_number_of_any_type(base, dtype, tmp_path):
+    tensors = {name: torch.randn(shape) for name, shape in PAIR.items()}
+    plain, ours = opened(
+        base,
+        write_lora(tmp_path / "plain.safetensors", tensors),
+        write_lora(
+            tmp_path / "typed.safetensors", tensors | {f"{TARGET}.alpha": torch.tensor(4, dtype=dtype)}
+        ),
+    )
+    assert [plain.changes[0].scale, ours.changes[0].scale] == [1.0, 2.0]
+
+
+def test_text_encoders_and_the_unet_may_have_their_own_weights(base, changes, tmp_path):
+    unet, text = ([low for low in changes if (low.network == "unet") == of_unet] for of_unet in (True, False))
+    named = {"both": changes, "unet": unet, "text": text}
+    both, unet_only, text_only = opened(
+        base, *(write_lora(tmp_path / f"{name}.safetensors", as_peft(part)) for name, part in named.items())
+    )
+    ours = outputs(lora.apply(base, [(both, 0.3, 0.8)]))
+    apart = outputs(with_loras(base, (unet_only, 0.3), (text_only, 0.8)))
+    assert all(torch.equal(*pair) for pair in zip(ours, apart, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +347,7 @@ def test_a_file_of_sdxl_changes_both_text_encoders_and_the_unet(large, style, tm
     with torch.inference_mode():
         theirs = pipeline.unet(x, t, told, added_cond_kwargs=added).sample
         for weight, same in ((1.0, True), (0.0, False)):
-            changed = lora.apply(ours, [(fitting["a"], weight)])
+            changed = with_loras(ours, (fitting["a"], weight))
             context = changed.context_pair(ConditioningInput("red apple", size=(64, 64)))
             tokens, extra = context.tokens[1:], context.pooled[1:]
             eps = changed.unet(x, t, tokens, extra)
@@ -309,7 +360,7 @@ def test_names_of_compvis_are_those_of_sdxl(large):
     """At its own depth, as diffusers translates them."""
     shape = {"channels": (32, 64, 96), "heads": (2, 2, 2), "groups": 8}
     depth = {"res_blocks": 2, "transformer_depth": (0, 2, 3), "middle_depth": 3}
-    targets = find_targets(replace(large[1].spec, unet=replace(large[1].spec.unet, **shape, **depth)))
+    targets = find_layers(replace(large[1].spec, unet=replace(large[1].spec.unet, **shape, **depth)))
     blocks = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
     native = [name for name in targets if name.startswith(blocks) and "_transformer_blocks_" in name]
     config = SimpleNamespace(layers_per_block=2)

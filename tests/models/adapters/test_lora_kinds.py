@@ -1,0 +1,273 @@
+"""Each kind of LoRA file against its written formula in float64, through a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, einsum, kron
+
+from models.adapters import lora
+from models.checkpoint import load
+from models.latent_diffusion import LatentDiffusion
+from tests.checkpoints.lora_files import write_lora
+
+LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"  # 64 x 32
+CONVOLUTION = "down_blocks.0.resnets.0.conv1"  # 32 x 32 x 3 x 3
+NORM = "mid_block.attentions.0.norm"  # 64
+NATIVE = {
+    LINEAR: "middle_block.1.transformer_blocks.0.attn2.to_k",
+    CONVOLUTION: "input_blocks.1.0.in_layers.2",
+    NORM: "middle_block.1.norm",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny) -> LatentDiffusion:
+    return load(tiny)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) / 2
+
+
+def kohya(module: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"lora_unet_{module.replace('.', '_')}.{part}": tensor for part, tensor in parts.items()}
+
+
+def opened(base: LatentDiffusion, folder: Path, tensors: dict[str, Tensor]) -> lora.Lora:
+    file = write_lora(folder / "a.safetensors", tensors)
+    return lora.open_loras({"a": file}, {"m": base.spec})["m"]["a"]
+
+
+def merged_weight(
+    base: LatentDiffusion, folder: Path, tensors: dict[str, Tensor], module: str, weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(weight before, weight after), in float64."""
+    changed = lora.apply(base, [(opened(base, folder, tensors), weight, 0.0)])
+    name = NATIVE[module] + ".weight"
+    return tuple(model.unet.get_parameter(name).double() for model in (base, changed))
+
+
+def double(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {part: tensor.double() for part, tensor in parts.items()}
+
+
+LOW_RANK = {"lora_down.weight": draw(4, 32), "lora_up.weight": draw(64, 4), "alpha": torch.tensor(2.0)}
+LOHA = {
+    "hada_w1_a": draw(64, 4), "hada_w1_b": draw(4, 32), "hada_w2_a": draw(64, 4, seed=1),
+    "hada_w2_b": draw(4, 32, seed=1), "alpha": torch.tensor(2.0),
+}  # fmt: skip
+LOHA_TUCKER = {
+    "hada_w1_a": draw(4, 32), "hada_w1_b": draw(4, 32, seed=1), "hada_t1": draw(4, 4, 3, 3),
+    "hada_w2_a": draw(4, 32, seed=2), "hada_w2_b": draw(4, 32, seed=3), "hada_t2": draw(4, 4, 3, 3, seed=1),
+    "alpha": torch.tensor(2.0),
+}  # fmt: skip
+HUGE = torch.tensor(1e9)
+
+
+def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """(out, in, kh, kw): the core of (r1, r2, kh, kw) between a (r1, out) and b (r2, in)."""
+    return einsum("ijkl,ip,jr->prkl", core, a, b)
+
+
+def blocks(first: Tensor, second: Tensor) -> Tensor:
+    """The Kronecker product for a convolution, entry by entry."""
+    rows, columns = second.shape[:2]
+    out = torch.zeros(first.shape[0] * rows, first.shape[1] * columns, *second.shape[2:], dtype=torch.float64)
+    for i in range(first.shape[0]):
+        for j in range(first.shape[1]):
+            out[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] = first[i, j] * second
+    return out
+
+
+W1, W2 = draw(8, 4), draw(8, 8)
+W1_FACTORS = {"lokr_w1_a": draw(8, 3), "lokr_w1_b": draw(3, 4)}
+W2_FACTORS = {"lokr_w2_a": draw(8, 2), "lokr_w2_b": draw(2, 8)}
+GLORA = {
+    "a1.weight": draw(32, 4),
+    "a2.weight": draw(4, 32),
+    "b1.weight": draw(64, 4),
+    "b2.weight": draw(4, 32),
+}
+OLD_GLORA = {
+    "a2.weight": draw(32, 4),
+    "a1.weight": draw(4, 32),
+    "b2.weight": draw(64, 4),
+    "b1.weight": draw(4, 32),
+}
+
+CASES = {  # module, parts, what is added to its weight w, with the parts p in float64
+    "LoHa": (
+        LINEAR,
+        LOHA,
+        lambda p, w: 0.5 * (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]),
+    ),
+    "LoHa, no alpha": (
+        LINEAR,
+        {part: tensor for part, tensor in LOHA.items() if part != "alpha"},
+        lambda p, w: (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]),
+    ),
+    "LoHa of a convolution": (
+        CONVOLUTION,
+        {
+            "hada_w1_a": draw(32, 4),
+            "hada_w1_b": draw(4, 288),
+            "hada_w2_a": draw(32, 4, seed=1),
+            "hada_w2_b": draw(4, 288, seed=1),
+        },
+        lambda p, w: ((p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"])).reshape(w.shape),
+    ),
+    "LoHa, Tucker": (
+        CONVOLUTION,
+        LOHA_TUCKER,
+        lambda p, w: (
+            0.5
+            * tucker(p["hada_t1"], p["hada_w1_a"], p["hada_w1_b"])
+            * tucker(p["hada_t2"], p["hada_w2_a"], p["hada_w2_b"])
+        ),
+    ),
+    "LoKr, both whole": (
+        LINEAR,
+        {"lokr_w1": W1, "lokr_w2": W2, "alpha": HUGE},
+        lambda p, w: kron(p["lokr_w1"], p["lokr_w2"]),
+    ),
+    "LoKr, second factored": (
+        LINEAR,
+        {"lokr_w1": W1, **W2_FACTORS, "alpha": torch.tensor(6.0)},
+        lambda p, w: 3 * kron(p["lokr_w1"], p["lokr_w2_a"] @ p["lokr_w2_b"]),
+    ),
+    "LoKr, first factored": (
+        LINEAR,
+        {**W1_FACTORS, "lokr_w2": W2, "alpha": torch.tensor(6.0)},
+        lambda p, w: 2 * kron(p["lokr_w1_a"] @ p["lokr_w1_b"], p["lokr_w2"]),
+    ),
+    "LoKr, both factored": (
+        LINEAR,
+        {**W1_FACTORS, **W2_FACTORS, "alpha": torch.tensor(6.0)},
+        lambda p, w: 3 * kron(p["lokr_w1_a"] @ p["lokr_w1_b"], p["lokr_w2_a"] @ p["lokr_w2_b"]),
+    ),
+    "LoKr of a convolution": (
+        CONVOLUTION,
+        {"lokr_w1": draw(4, 4), "lokr_w2": draw(8, 8, 3, 3)},
+        lambda p, w: blocks(p["lokr_w1"], p["lokr_w2"]),
+    ),
+    "LoKr of a convolution, second factored": (
+        CONVOLUTION,
+        {
+            "lokr_w1": draw(4, 8),
+            "lokr_w2_a": draw(8, 2),
+            "lokr_w2_b": draw(2, 36),
+            "alpha": torch.tensor(2.0),
+        },
+        lambda p, w: blocks(p["lokr_w1"], (p["lokr_w2_a"] @ p["lokr_w2_b"]).reshape(8, 4, 3, 3)),
+    ),
+    "LoKr, Tucker": (
+        CONVOLUTION,
+        {
+            "lokr_w1": draw(4, 8),
+            "lokr_t2": draw(2, 2, 3, 3),
+            "lokr_w2_a": draw(2, 8),
+            "lokr_w2_b": draw(2, 4),
+            "alpha": torch.tensor(1.0),
+        },
+        lambda p, w: 0.5 * blocks(p["lokr_w1"], tucker(p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"])),
+    ),
+    "full differences": (CONVOLUTION, {"diff": draw(32, 32, 3, 3), "alpha": HUGE}, lambda p, w: p["diff"]),
+    "differences of a norm": (NORM, {"w_norm": draw(64)}, lambda p, w: p["w_norm"]),
+    "GLoRA": (
+        LINEAR,
+        GLORA | {"alpha": torch.tensor(2.0)},
+        lambda p, w: 0.5 * (p["b1.weight"] @ p["b2.weight"] + w @ p["a1.weight"] @ p["a2.weight"]),
+    ),
+    "GLoRA of older files": (
+        LINEAR,
+        OLD_GLORA | {"alpha": torch.tensor(2.0)},
+        lambda p, w: 0.5 * (p["b2.weight"] @ p["b1.weight"] + w @ p["a2.weight"] @ p["a1.weight"]),
+    ),
+    "LoRA with a stored scalar": (
+        LINEAR,
+        LOW_RANK | {"scalar": torch.tensor(3.0)},
+        lambda p, w: 1.5 * p["lora_up.weight"] @ p["lora_down.weight"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_weight_changes_by_the_formula_of_its_kind(base, case, tmp_path):
+    module, parts, formula = CASES[case]
+    before, after = merged_weight(base, tmp_path, kohya(module, parts), module, 0.7)
+    expected = 0.7 * formula(double(parts), before)
+    assert expected.norm() > 0.1
+    assert ((after - before - expected).norm() / expected.norm()).item() <= 1e-5
+
+
+@pytest.mark.parametrize("axis", ["per output", "per input"])
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr of a convolution"])
+def test_dora_scales_the_changed_weight_to_its_magnitudes(base, kind, axis, tmp_path):
+    module, parts, formula = CASES.get(kind, (LINEAR, LOW_RANK, None))
+    before = base.unet.get_parameter(NATIVE[module] + ".weight").double()
+    shape = [1] * before.ndim
+    kept = 0 if axis == "per output" else 1
+    shape[kept] = before.shape[kept]
+    magnitude = 1 + draw(*shape).abs()
+    p = double(parts)
+    delta = formula(p, before) if formula else 0.5 * p["lora_up.weight"] @ p["lora_down.weight"]
+    changed = before + delta
+    norms = changed.transpose(0, kept).flatten(1).norm(dim=1).reshape(shape)
+    expected = before + 0.6 * (magnitude.double() * changed / norms - before)
+    _, after = merged_weight(base, tmp_path, kohya(module, parts | {"dora_scale": magnitude}), module, 0.6)
+    assert ((after - expected).norm() / expected.norm()).item() <= 1e-6
+
+
+def test_the_magnitudes_of_peft_are_per_output(base, tmp_path):
+    magnitude = 1 + draw(1, 32, 1, 1).abs()
+    name = f"base_model.model.unet.{CONVOLUTION}"
+    down, up = draw(2, 32, 3, 3), draw(32, 2, 1, 1)
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    before, after = merged_weight(
+        base, tmp_path, tensors | {f"{name}.lora_magnitude_vector": magnitude}, CONVOLUTION
+    )
+    changed = before + einsum("or,rikl->oikl", up[:, :, 0, 0].double(), down.double())
+    expected = magnitude.double().reshape(32, 1, 1, 1) * changed
+    expected /= changed.flatten(1).norm(dim=1).reshape(32, 1, 1, 1)
+    assert ((after - expected).norm() / expected.norm()).item() <= 1e-6
+
+
+def test_biases_change_by_their_differences(base, tmp_path):
+    parts = {"diff": draw(32, 32, 3, 3), "diff_b": draw(32)}
+    norm = {"w_norm": draw(64), "b_norm": draw(64)}
+    tensors = kohya(CONVOLUTION, parts) | kohya(NORM, norm)
+    changed = lora.apply(base, [(opened(base, tmp_path, tensors), 0.5, 0.0)])
+    for module, part in ((CONVOLUTION, parts["diff_b"]), (NORM, norm["b_norm"])):
+        before, after = (model.unet.get_parameter(NATIVE[module] + ".bias") for model in (base, changed))
+        torch.testing.assert_close(after, before + 0.5 * part)
+
+
+UNET_NAMES = (
+    f"lora_unet_{LINEAR.replace('.', '_')}.lora_{{}}.weight",
+    f"lora_unet_{NATIVE[LINEAR].replace('.', '_')}.lora_{{}}.weight",
+    f"lycoris_{LINEAR.replace('.', '_')}.lora_{{}}.weight",
+    f"{LINEAR.removesuffix('.to_k')}.processor.to_k_lora.{{}}.weight",
+    f"unet.{LINEAR.removesuffix('.to_k')}.processor.to_k_lora.{{}}.weight",
+    f"unet.{LINEAR}.lora.{{}}.weight",
+    f"diffusion_model.{NATIVE[LINEAR]}.lora_{{}}.weight",
+)
+TEXT = "encoder.layers.0.self_attn.q_proj"
+TEXT_NAMES = (
+    f"lora_te_text_model_{TEXT.replace('.', '_')}.lora_{{}}.weight",
+    f"text_encoder.text_model.{TEXT}.lora_linear_layer.{{}}.weight",
+    "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.{}.weight",
+    f"text_encoders.clip_l.transformer.text_model.{TEXT}.lora_{{}}.weight",
+)
+
+
+@pytest.mark.parametrize("name", [*UNET_NAMES, *TEXT_NAMES])
+def test_every_name_of_a_module_leads_to_it(base, name, tmp_path):
+    into = 32
+    out = 64 if name in UNET_NAMES else 32
+    ours = opened(base, tmp_path, {name.format("down"): draw(2, into), name.format("up"): draw(out, 2)})
+    (change,) = ours.changes
+    unet, text = NATIVE[LINEAR], f"encoders.0.transformer.{TEXT}"
+    assert change.target.parameter == (unet if name in UNET_NAMES else text) + ".weight"
