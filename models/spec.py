@@ -221,6 +221,7 @@ class ModelSpec:
     condition: Condition | None = None  # shape of a conditioner other than CLIP
     zero_null: bool = False  # an empty negative prompt has a context of zeros
     loras: tuple[str, ...] = ()  # names of the LoRAs that requests can use
+    lora_warnings: tuple[str, ...] = ()  # for each of them: what of its file the model ignores, or ""
     embeddings: tuple[str, ...] = ()  # names of textual inversion embeddings: words that prompts can use
 
     @property
@@ -344,6 +345,7 @@ class ModelSpec:
             layout_channels=d["layout_channels"],
             labels=tuple(d["labels"]),
             loras=tuple(d["loras"]),
+            lora_warnings=tuple(d["lora_warnings"]),
             embeddings=tuple(d["embeddings"]),
             upscaling=d["upscaling"]
             and UpscalingSpec(**d["upscaling"] | {"noise": build(ScheduleSpec, d["upscaling"]["noise"])}),

@@ -9,7 +9,7 @@ from typing import Any
 
 DEVICES = ("auto", "cpu", "cuda")
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
-NAMED_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}=.")
+NAMED_LORA = re.compile(r"(?!\s)[^=,:<>\x00-\x1f]{1,128}(?<!\s)=.")  # the name is used in <lora:name:1>
 NAMED_EMBEDDING = re.compile(r"[^\s=()\[\]:\\]{1,64}=.")  # the name is a word of prompts
 NAMED_MODEL = re.compile(r"[^\s=][^=]*=.")
 ORIGIN = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")

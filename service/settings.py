@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 from service.setting_values import (
     BYTES,
     NAMED_EMBEDDING,
+    NAMED_LORA,
     NAMED_MODEL,
-    NAMED_PATH,
     Parser,
     boolean,
     choice,
@@ -106,7 +106,7 @@ class Settings:
     )
     lora: tuple[str, ...] = setting(
         (),
-        Parser(matching(NAMED_PATH), "NAME=PATH, separated by commas"),
+        Parser(matching(NAMED_LORA), "NAME=PATH, separated by commas"),
         """LoRAs that requests can use by NAME. Each must fit at least one model.""",
     )
     lora_sets: int = setting(

@@ -69,7 +69,9 @@ def build(
         registry.specs = {name: with_embeddings(spec, embeddings) for name, spec in registry.specs.items()}
     if files := locate_loras(settings.lora):
         loras = lora.open_loras(files, registry.specs, device, settings.allow_pickle)
-        registry.offer(loras, lora.apply, partial(lora.changed_bytes, dtype=dtype), settings.lora_sets)
+        registry.offer(
+            loras, lora.apply, partial(lora.changed_bytes, dtype=dtype), settings.lora_sets, lora.warning
+        )
     if watch:
         watch.lap("device")
     registry.load_all()

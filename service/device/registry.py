@@ -54,17 +54,22 @@ class Registry(Generic[Bundle]):
     def offer(
         self,
         loras: Mapping[str, Mapping[str, Lora]],
-        apply: Callable[[Bundle, Sequence[tuple[Lora, float]]], Bundle],
+        apply: Callable[[Bundle, Sequence[tuple[Lora, float, float]]], Bundle],
         size: Callable[[Sequence[Lora]], int],
         max_merged: int,
+        warn: Callable[[str, Lora], str] = lambda name, lora: "",
     ) -> None:
         """Make LoRAs available.
 
-        `loras`: model -> name -> LoRA, of those that fit; `apply`: makes a copy of a bundle with LoRAs of the
-        given weights merged; `size`: bytes of such a copy; `max_merged`: most copies at the same time.
+        `loras`: model -> name -> LoRA, of those that fit; `apply`: makes a copy of a bundle with LoRAs
+        merged, each with its weights for the UNet and for the text encoders; `size`: bytes of such a copy;
+        `max_merged`: most copies at the same time; `warn`: what of a LoRA a model ignores.
         """
         self._loras, self._apply, self._copy_size, self._max_merged = loras, apply, size, max_merged
-        self.specs = {m: replace(spec, loras=tuple(loras.get(m, ()))) for m, spec in self.specs.items()}
+        for model, spec in self.specs.items():
+            own = loras.get(model, {})
+            warnings = tuple(warn(name, lora) for name, lora in own.items())
+            self.specs[model] = replace(spec, loras=tuple(own), lora_warnings=warnings)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sources)
@@ -171,13 +176,13 @@ class Registry(Generic[Bundle]):
         finally:
             self.loading = False
 
-    def _loras_of(self, key: ModelKey) -> list[tuple[Any, float]]:
+    def _loras_of(self, key: ModelKey) -> list[tuple[Any, float, float]]:
         """The LoRAs and their weights."""
-        return [(self._loras[key.model][name], weight) for name, weight in key.loras]
+        return [(self._loras[key.model][name], unet, text) for name, unet, text in key.loras]
 
     def _merged_size(self, key: ModelKey) -> int:
         """Bytes of the merged copy."""
-        return self._copy_size([lora for lora, _ in self._loras_of(key)])
+        return self._copy_size([lora for lora, *_ in self._loras_of(key)])
 
     def _unload(self, name: str) -> None:
         """Unload a model and its merged copies."""

@@ -16,11 +16,19 @@ MAX_SEED = 2**64 - 1  # the largest seed of a random number generator
 LatentFill = Literal["image", "noise", "zeros"]
 
 
+class LoraWeights(NamedTuple):
+    """A LoRA by its name, and how strongly it changes the UNet and the text encoders."""
+
+    name: str
+    unet: float
+    text: float
+
+
 class ModelKey(NamedTuple):
-    """What a job runs on: a model and the LoRAs merged into it, sorted by name, no weight being 0."""
+    """What a job runs on: a model and the LoRAs merged into it, sorted by name, with no weights of 0 only."""
 
     model: str
-    loras: tuple[tuple[str, float], ...] = ()
+    loras: tuple[LoraWeights, ...] = ()
 
 
 class ImageKey(NamedTuple):
@@ -68,7 +76,7 @@ class Job:
     spacing: Spacing | None = None  # of the timesteps; None for the sampler's own
     long_prompts: str = "cut"  # or "chunk": as many chunks of context as the prompts fill
     prompt_weights: bool = False  # whether prompts are in the syntax of models.conditioning.prompts
-    loras: tuple[tuple[str, float], ...] = ()  # as in ModelKey
+    loras: tuple[LoraWeights, ...] = ()  # as in ModelKey
     latent_fill: LatentFill = "image"  # what masked latent cells start from, before noise is added
 
     @property

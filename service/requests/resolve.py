@@ -121,7 +121,7 @@ def image_to_image(
     requested = coalesce(request.width, image.width), coalesce(request.height, image.height)
     warnings = () if requested == size else (RESIZED.format(*image.size, *size),)
     pixels = image.resize(size, Image.Resampling.LANCZOS).tobytes()
-    return with_inputs(replace(resolved, warnings=warnings), image=pixels)
+    return with_inputs(replace(resolved, warnings=resolved.warnings + warnings), image=pixels)
 
 
 def fitting_size(size: tuple[int, int], request: GenerateRequest, multiple: int) -> tuple[int, int]:
@@ -208,6 +208,7 @@ def with_defaults(
         prompt_weights=request.prompt_weights or None,
         boxes=scene.boxes if scene else None,
         loras=loras_of(request, spec) or None,
+        lora_text_weights=text_weights_of(request) or None,
     )
     return ResolvedRequest(
         id=uuid.uuid4().hex,
@@ -219,6 +220,11 @@ def with_defaults(
         format="png",
         priority=request.priority,
         label_name=prompts.escape(label_name) if request.prompt_weights else label_name,
+        warnings=tuple(
+            warning
+            for name, warning in zip(spec.loras, spec.lora_warnings, strict=False)
+            if warning and name in (parameters.loras or {})
+        ),
     )
 
 
@@ -228,12 +234,21 @@ def drawn_seed(n: int) -> int:
 
 
 def loras_of(request: ImageRequest, spec: ModelSpec) -> dict[str, float]:
-    """Weights by name, sorted, without weights of 0. Raises InvalidRequest for a LoRA of another model."""
+    """Weights by name, sorted, without LoRAs that change nothing. Raises InvalidRequest for unknown names."""
     known = ", ".join(spec.loras) or "none"
     for name in request.loras:
         expected = f"contains {shorten(name)!r}, which this model does not have; available: {known}"
         require([("loras", name in spec.loras, expected)])
-    return {name: weight for name, weight in sorted(request.loras.items()) if weight}
+    for name in request.lora_text_weights:
+        require([("lora_text_weights", name in request.loras, f"contains {shorten(name)!r}; loras does not")])
+    loras, text = request.loras, request.lora_text_weights
+    return {name: weight for name, weight in sorted(loras.items()) if weight or text.get(name)}
+
+
+def text_weights_of(request: ImageRequest) -> dict[str, float]:
+    """Weights of LoRAs for text encoders where they differ from those for the UNet, by name, sorted."""
+    different = sorted(request.lora_text_weights.items())
+    return {name: weight for name, weight in different if weight != request.loras[name]}
 
 
 def with_layout(

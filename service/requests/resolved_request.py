@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from models.conditioning.boxes import Box as NumberedBox
 from models.spec import Spacing
 from models.tiles import Tiles
-from service.engine.job import Job, LatentFill
+from service.engine.job import Job, LatentFill, LoraWeights
 from service.requests.images import Format
 from service.requests.schemas import LabelBox
 
@@ -43,6 +43,14 @@ class Parameters(BaseModel):
     noise_level: int | None = None
     boxes: list[LabelBox] | None = None
     loras: dict[str, float] | None = None
+    lora_text_weights: dict[str, float] | None = None
+
+    @property
+    def lora_weights(self) -> tuple[LoraWeights, ...]:
+        """The LoRAs as in ModelKey."""
+        text = self.lora_text_weights or {}
+        names = sorted((self.loras or {}).items())
+        return tuple(LoraWeights(name, weight, text.get(name, weight)) for name, weight in names)
 
     def of_image(self, index: int) -> dict[str, Any]:
         """The parameters of image `index` alone, as plain values."""
@@ -154,7 +162,7 @@ class ResolvedRequest:
             spacing=parameters.spacing,
             long_prompts=parameters.long_prompts or "cut",
             prompt_weights=bool(parameters.prompt_weights),
-            loras=tuple(sorted((parameters.loras or {}).items())),
+            loras=parameters.lora_weights,
             latent_fill=self.latent_fill,
         )
 

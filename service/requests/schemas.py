@@ -27,6 +27,7 @@ MAX_N = 1024  # the operator may set a lower limit
 MAX_TEXT = 4000
 MAX_BOXES = 64
 MAX_LORA_WEIGHT = 10.0
+LoraWeight = Annotated[float, Field(ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)]
 
 
 def not_blank(text: str) -> str:
@@ -129,9 +130,16 @@ class ImageRequest(BaseModel):
         Field(ge=0, le=1, description="Noise added at each DDIM step; 0: deterministic DDIM, 1: DDPM"),
     ] = None
     loras: Annotated[
-        dict[str, Annotated[float, Field(ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)]],
+        dict[str, LoraWeight],
         Field(
             default_factory=dict, description="Weight of each LoRA by its name; GET /models lists the names"
+        ),
+    ]
+    lora_text_weights: Annotated[
+        dict[str, LoraWeight],
+        Field(
+            default_factory=dict,
+            description="For LoRAs of `loras`: other weights for the changes of text encoders",
         ),
     ]
     output_format: Format | None = None

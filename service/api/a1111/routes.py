@@ -60,6 +60,7 @@ class A1111Route(ClientErrorRoute):
         "output_format": "override_settings.samples_format",
         "scale": "upscaling_resize",
         "loras": "prompt",
+        "lora_text_weights": "prompt",
     }
 
 

@@ -40,7 +40,12 @@ class Body(BaseModel):
 class Processing(Body):
     """Fields that txt2img and img2img share."""
 
-    prompt: Annotated[str | None, Field(description="may name LoRAs as <lora:name:weight>")] = None
+    prompt: Annotated[
+        str | None,
+        Field(
+            description="may name LoRAs as <lora:name:weight> or <lora:name:text encoder weight:UNet weight>"
+        ),
+    ] = None
     negative_prompt: str | None = None
     seed: Annotated[int | None, Field(ge=-1, description="-1: drawn at random")] = None
     steps: int | None = None

@@ -35,7 +35,7 @@ PREVIEWS = Previews(every=10, format="png")  # A1111's default
 STRENGTH, BLUR = 0.75, 4  # A1111's defaults for img2img and masks
 DRAWN = 2**32  # drawn seeds are smaller, as in A1111
 NETWORK = re.compile(r"<(\w+):([^<>]*)>")
-WEIGHT = re.compile(r"(-?(\d+(\.\d+)?|\.\d+))?")  # unambiguous: no backtracking on long texts
+WEIGHT = re.compile(r"(-?(\d+(\.\d+)?|\.\d+))")  # unambiguous: no backtracking on long texts
 LATENT_FILL: dict[int, LatentFill] = {2: "noise", 3: "zeros"}  # inpainting_fill: latent noise or nothing
 BLANK_MASK = "The mask is empty: the whole image was processed."
 
@@ -163,13 +163,16 @@ def fields_of(
     n, most = batch * batches, session.jobs.supervisor.settings.max_images
     field = "n_iter" if batches > batch else "batch_size"
     require([(field, n <= most, f"is too large: batch_size * n_iter must be at most {most}")])
-    prompt, loras = split_prompt(body.prompt or "")
+    prompt, loras, text_weights = split_prompt(body.prompt or "")
+    if body.disable_extra_networks:
+        loras, text_weights = {}, {}
     kind = options.read_format(body.override_settings or {}, SETTINGS)
     return {
         "model": spec.name,
         "prompt": prompt if prompt.strip() else None,
         "negative_prompt": body.negative_prompt,
-        "loras": None if body.disable_extra_networks else loras or None,
+        "loras": loras or None,
+        "lora_text_weights": text_weights or None,
         "seed": secrets.randbelow(max(1, DRAWN - n)) if body.seed in (None, -1) else body.seed,
         "n": n,
         "steps": body.steps,
@@ -185,15 +188,46 @@ def fields_of(
     }
 
 
-def split_prompt(prompt: str) -> tuple[str, dict[str, float]]:
-    """(the prompt without <lora:name:weight>, weight by name). Raises InvalidRequest for other networks."""
+def split_prompt(prompt: str) -> tuple[str, dict[str, float], dict[str, float]]:
+    """The prompt without <lora:name:weight>; weights for the UNet and for the text encoders, by name.
+
+    One weight is for both. Of two the first is for the text encoders, as in A1111; they may be named te= and
+    unet=. Raises InvalidRequest for other networks.
+    """
     loras: dict[str, float] = {}
+    text_weights: dict[str, float] = {}
     for kind, rest in NETWORK.findall(prompt):
-        name, _, weight = rest.partition(":")
-        if kind != "lora" or not WEIGHT.fullmatch(weight):
-            raise InvalidRequest("prompt must name extra networks as <lora:name:weight>", param="prompt")
-        loras[name] = loras.get(name, 0.0) + float(weight or 1.0)
-    return NETWORK.sub("", prompt), loras
+        name, *options = rest.split(":")
+        text, unet = read_weights(options) if kind == "lora" and len(options) <= 2 else (None, None)
+        if text is None or unet is None:
+            raise InvalidRequest(
+                "prompt must name extra networks as <lora:name:weight> or "
+                "<lora:name:text encoder weight:unet weight>",
+                param="prompt",
+            )
+        text_weights[name] = text_weights.get(name, 0.0) + text
+        loras[name] = loras.get(name, 0.0) + unet
+    different = {name: weight for name, weight in text_weights.items() if weight != loras[name]}
+    return NETWORK.sub("", prompt), loras, different
+
+
+def read_weights(options: list[str]) -> tuple[float | None, float | None]:
+    """(text encoder weight, UNet weight) of what follows a LoRA's name; None for one that is not a number."""
+    named = dict(option.split("=", 1) for option in options if "=" in option)
+    positional = [option for option in options if "=" not in option]
+    if named.keys() - {"te", "unet"}:
+        return None, None
+    first, *second = positional or [""]
+    text = number_in(named.get("te", first))
+    unet = named.get("unet", second[0] if second else None)
+    return text, text if unet is None else number_in(unet)
+
+
+def number_in(text: str) -> float | None:
+    """A weight; 1 where there is none."""
+    if not text:
+        return 1.0
+    return float(text) if WEIGHT.fullmatch(text) else None
 
 
 def read_masked(body: ImageToImage, session: A1111Session) -> MaskedImage:

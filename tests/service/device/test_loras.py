@@ -9,7 +9,7 @@ import torch
 
 from service.device.loading import build
 from service.device.registry import Registry
-from service.engine.job import ModelKey
+from service.engine.job import LoraWeights, ModelKey
 from service.errors import InvalidRequest
 from service.model_paths import ModelPathError, bundled, locate_loras
 from service.requests.resolve import resolve
@@ -34,7 +34,7 @@ def test_the_order_of_names_changes_nothing():
         resolve(GenerateRequest(prompt="p", loras=loras), specs, Settings()).to_job()
         for loras in ({"ink": 1.0, "oil": 0.5}, {"oil": 0.5, "ink": 1.0})
     )
-    assert one.model_key == other.model_key == ModelKey("tiny", (("ink", 1.0), ("oil", 0.5)))
+    assert one.model_key == other.model_key == ModelKey("tiny", (("ink", 1.0, 1.0), ("oil", 0.5, 0.5)))
     with pytest.raises(InvalidRequest, match="available: none"):
         resolve(GenerateRequest(prompt="p", loras={"ink": 1.0}), {"tiny": tiny_spec()}, Settings())
 
@@ -45,7 +45,7 @@ def test_the_bundled_model_takes_a_lora(tmp_path):
     file = write_lora(tmp_path / "a.safetensors", as_peft(random_lora(shapes_of(emoji, *ATTENTION, *TEXT))))
     runner = build(Settings(dtype="bfloat16", device="cpu", lora=(f"a={file}",)), {"emoji": emoji})
     assert runner.specs["emoji"].loras == ("a",)
-    job = make_job("x", model="emoji", width=64, height=64, steps=2, loras=(("a", 0.5),))
+    job = make_job("x", model="emoji", width=64, height=64, steps=2, loras=(LoraWeights("a", 0.5, 0.5),))
     with_it, without = run_jobs(runner, job)["x"], run_jobs(runner, replace(job, loras=()))["x"]
     assert with_it != without
     network = runner.registry.bundle(job.model_key)
@@ -70,7 +70,7 @@ def registry_of(memory: int, sets: int) -> Registry[str]:
     return registry
 
 
-A, B, HALF = (ModelKey("m", loras) for loras in ((("a", 1.0),), (("b", 1.0),), (("a", 0.5),)))
+A, B, HALF = (ModelKey("m", loras) for loras in ((("a", 1.0, 1.0),), (("b", 1.0, 1.0),), (("a", 0.5, 0.5),)))
 
 
 def test_the_least_used_set_goes_when_too_many_are_merged():
@@ -78,7 +78,7 @@ def test_the_least_used_set_goes_when_too_many_are_merged():
     assert registry.ready(A, ())
     assert registry.ready(B, (A,))
     assert not registry.ready(HALF, (A, B))
-    assert registry.bundle(A) == "base[(4, 1.0)]"
+    assert registry.bundle(A) == "base[(4, 1.0, 1.0)]"
     assert registry.ready(HALF, ())
     assert [registry.has(network) for network in (A, B, HALF)] == [True, False, True]
 
@@ -103,7 +103,9 @@ def test_loras_are_named_at_the_start_and_must_exist(tmp_path):
     folder.mkdir()
     (folder / "adapter_model.safetensors").touch()
     assert locate_loras([f"s={folder}"]) == {"s": folder / "adapter_model.safetensors"}
-    for text in ("nameless.safetensors", "a b=x", "=x"):
+    named = "my lora (v2) 墨=a.safetensors"
+    assert read_settings({"LDM_LORA": named}).lora == (named,)
+    for text in ("nameless.safetensors", "a:b=x", " =x", "=x", "<a>=x"):
         with pytest.raises(SettingError, match="NAME=PATH"):
             read_settings({"LDM_LORA": text})
     for names in ([f"s={tmp_path}"], [f"s={tmp_path / 'no'}"], [f"s={folder}"] * 2):

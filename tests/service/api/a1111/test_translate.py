@@ -11,7 +11,7 @@ from service.errors import InvalidRequest
 
 
 def test_loras_are_taken_out_of_the_prompt():
-    assert split_prompt("a <lora:ink:0.5>cat<lora:dots>") == ("a cat", {"ink": 0.5, "dots": 1.0})
+    assert split_prompt("a <lora:ink:0.5>cat<lora:dots>") == ("a cat", {"ink": 0.5, "dots": 1.0}, {})
     with pytest.raises(InvalidRequest, match="lora"):
         split_prompt("a cat <lora:ink:much>")
 
@@ -22,6 +22,28 @@ def test_weights_are_numbers_however_long():
     for text in (":1.", ":.", ":1e3", ":" + "1" * 1_000_000 + "x"):
         with pytest.raises(InvalidRequest):
             split_prompt(f"<lora:ink{text}>")
+
+
+@pytest.mark.parametrize(
+    ("text", "unet", "text_encoder"),
+    [
+        (":0.8:0.6", 0.6, 0.8),
+        (":0.8:unet=0.6", 0.6, 0.8),
+        (":unet=0.6:te=0.8", 0.6, 0.8),
+        (":te=.5", 0.5, 0.5),
+        (":unet=0", 0.0, 1.0),
+    ],
+)
+def test_a_lora_may_have_its_own_weight_for_text_encoders(text, unet, text_encoder):
+    name = "my lora (v2) 墨"
+    different = {name: text_encoder} if unet != text_encoder else {}
+    assert split_prompt(f"cat<lora:{name}{text}>") == ("cat", {name: unet}, different)
+
+
+@pytest.mark.parametrize("text", [":1:1:1", ":dyn=4", ":te=x", ":1:x"])
+def test_other_options_of_a_lora_are_refused(text):
+    with pytest.raises(InvalidRequest, match="text encoder weight"):
+        split_prompt(f"cat<lora:ink{text}>")
 
 
 @pytest.mark.parametrize("args", [["\ud800"], json.loads("[" * 400 + "]" * 400), [float("inf")]])
