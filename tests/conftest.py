@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.helpers.node import install_clients
 from tests.helpers.servers import Server, serve, write_import_trap
@@ -23,6 +24,11 @@ from tests.helpers.servers import Server, serve, write_import_trap
 # Groups of tests that take longest, which start first. A file that is not named here is a group of its own.
 SLOWEST_FIRST = ("shared_server", "bundled", "test_cli.py", "families")
 SHARED = ("shared_server", "bundled", "families")  # fixtures of servers whose tests are a group, in any file
+
+
+# A busy machine makes an example slow, which says nothing about the code.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")

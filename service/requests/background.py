@@ -153,7 +153,7 @@ class Record:
             if state.preview and (shown is None or state.preview is not shown.preview):
                 preview = await asyncio.to_thread(response.to_job_preview, self.resolved, state.preview)
                 yield JobEvent(state.number, "preview", preview)
-            changed = shown is None or replace(state, preview=shown.preview, number=shown.number) != shown
+            changed = shown is None or replace(state, preview=shown.preview) != shown
             if changed and not self.work.done():  # else the final event, below, says it
                 name = "step" if self.status == "running" else "queued"
                 yield JobEvent(state.number, name, await self.describe())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from service.engine.events import Previewed
@@ -26,7 +26,7 @@ class State:
     step: int = 0
     steps: int = 0
     preview: Previewed | None = None
-    number: int = 0
+    number: int = field(default=0, compare=False)
 
     @property
     def ended(self) -> bool:

@@ -27,6 +27,7 @@ PUBLIC = {
     "/openapi.json",
     "/docs",
     "/docs/{name}",
+    "/page/{name}",
     "/v1/images/files/{name}",  # the unguessable name is the permission
 }
 

@@ -114,7 +114,7 @@ def test_a_job_with_nan_values_runs_again_in_float32():
     events, _ = run([make_job("good"), make_job("bad", prompt="broken"), make_job("so-so", prompt="wobbly")])
     assert outcomes(events) == {"good": "done", "bad": "non_finite", "so-so": "done"}
     assert sorted(event.job for event in of(events, Started)) == ["bad", "good", "so-so"]
-    steps = [dict(event.jobs)["so-so"] for event in of(events, Stepped) if "so-so" in dict(event.jobs)]
+    steps = [part.steps for event in of(events, Stepped) for part in event.jobs if part.job == "so-so"]
     assert steps == sorted(steps), "the count never goes back"
 
 
@@ -291,7 +291,13 @@ class History:
             assert len(started) <= 1
             assert len(ended) <= 1
             assert waiting + started + worked + ended == list(range(len(mine))), names
-            steps = [dict(event.jobs)[job.id] for event in mine if isinstance(event, Stepped)]
+            steps = [
+                part.steps
+                for event in mine
+                if isinstance(event, Stepped)
+                for part in event.jobs
+                if part.job == job.id
+            ]
             assert steps == sorted(steps)
             shown = [(event.index, event.step) for event in mine if isinstance(event, Previewed)]
             assert len(set(shown)) == len(shown)
@@ -313,7 +319,7 @@ def concerns(event, job: str) -> bool:
         return False
     if isinstance(event, QueuePositions):
         return any(name == job for name, _, _ in event.positions)
-    return any(name == job for name, _ in event.jobs) if isinstance(event, Stepped) else event.job == job
+    return any(part.job == job for part in event.jobs) if isinstance(event, Stepped) else event.job == job
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=SECONDS)
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
@@ -81,7 +82,7 @@ def visit(browser: Browser, bundled: Server) -> Iterator[Visit]:
 
 def test_shows_previews_and_keeps_the_images_in_the_gallery(visit: Visit):
     page = visit.page
-    card = visit.submit(prompt="red apple on a blue background", n="2", steps="60")
+    card = visit.submit(prompt="red apple on a blue background", n="2", steps="250")
     preview = card.locator("img.preview").first
     first = preview.get_attribute("src")
     expect(preview).not_to_have_attribute("src", first)
