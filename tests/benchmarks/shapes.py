@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -303,6 +303,9 @@ class SingleModelRegistry:
 
     def holds(self, name: str) -> bool:
         return True
+
+    def unload_idle(self, busy: Collection[ModelKey]) -> None:
+        pass
 
 
 def images(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
