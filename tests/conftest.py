@@ -1,6 +1,7 @@
-"""Fixtures that many test files share, how tests are grouped on workers, and which of them are fast.
+"""Fixtures that many test files share, worker groups, and the `server` and `fast` markers.
 
-What is no fixture lives in tests/helpers, models of tests in tests/checkpoints. See tests/README.md.
+Helpers that are not fixtures are in tests/helpers, builders of test models in tests/checkpoints. See
+tests/README.md.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from hypothesis import HealthCheck, settings
 from tests.helpers.node import install_clients
 from tests.helpers.servers import Server, serve, write_import_trap
 
-# Groups of tests that take longest, which start first. A file that is not named here is a group of its own.
+# Worker groups in the order in which they start; all others follow. Most groups are one file.
 SLOWEST_FIRST = ("shared_server", "bundled", "test_cli.py", "families")
-SHARED = ("shared_server", "bundled", "families")  # fixtures of servers whose tests are a group, in any file
+SHARED = ("shared_server", "bundled", "families")  # server fixtures: all tests that use one are one group
 
 
 # A busy machine makes an example slow, which says nothing about the code.
@@ -33,7 +34,7 @@ settings.load_profile("shared machine")
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny model named tiny."""
+    """The folder of the model `tiny`, with random weights."""
     from tests.checkpoints.tiny import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
@@ -41,9 +42,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
-    """start_server(model, ..., LDM_X=...) is a context: a ready server of these models, by default of tiny.
+    """start_server(model, ..., LDM_X=...): a context manager that gives a ready server; default model: tiny.
 
-    Its current directory holds packages named models, service and weights, which it must not import.
+    The server's current directory holds packages named models, service and weights; importing one of them
+    fails the server.
     """
     trap = tmp_path_factory.mktemp("trap")
     write_import_trap(trap)
@@ -56,18 +58,18 @@ def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.fixture(scope="session")
 def shared_server(start_server) -> Iterator[Callable[[], Server]]:
-    """A function that gives the server of tiny that tests share, a new one if the last has ended."""
+    """A function that returns the shared server of `tiny`, or a new one if that has ended."""
     with ExitStack() as stack:
         servers: list[Server] = []
 
-        def give() -> Server:
+        def running() -> Server:
             if servers and (code := servers[-1].process.poll()) is not None:
-                warnings.warn(f"the server that tests share has ended with exit code {code}", stacklevel=1)
+                warnings.warn(f"the shared server has ended with exit code {code}", stacklevel=1)
             if not servers or servers[-1].process.poll() is not None:
                 servers.append(stack.enter_context(start_server()))
             return servers[-1]
 
-        yield give
+        yield running
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +86,7 @@ def bundled(start_server) -> Iterator[Server]:
 
 @pytest.fixture
 def server(shared_server) -> Iterator[Server]:
-    """The server of tiny that tests share. Every test leaves it idle."""
+    """The shared server of `tiny`. Every test leaves it idle."""
     server = shared_server()
     yield server
     server.check_alive()

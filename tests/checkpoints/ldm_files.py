@@ -1,4 +1,4 @@
-"""Tiny models of every kind that the paper published, as their files have them, every parameter random."""
+"""Tiny models of every kind that the paper published, with random weights, in their published file layout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unet(latent=3, concat=0, context=0, heads=(1, 2), depth=(0, 1), **options):
 
 EIGHT = {"heads": (8, 8)}
 CHURCHES = EIGHT | {"depth": (1, 0), "residual_resampling": True, "scale_shift_norm": True}
-ROWS = {  # UNet, autoencoder, condition, last beta
+ROWS = {  # model -> shapes of UNet, autoencoder and conditioner, and the last beta
     "celebahq": (unet(), VQ, None, 0.0195),
     "lsun_churches": (unet(4, **CHURCHES), replace(KL, scale_factor=0.25), None, 0.0155),
     "cin256": (unet(context=16, depth=(1, 1)), VQ, ClassSpec(1000, 16), 0.0195),
@@ -58,9 +58,10 @@ def random(network, seed):
 
 
 def published(name, row=None, twice=True):
-    """The tensors of a model as its file has them: the last weights, the averages if any, tables.
+    """The tensors of a model's file: last weights, averaged weights if the original has them, and tables.
 
-    twice: else the last weights are zeros of fewer bits where there are averages, to save memory.
+    row: shapes; None: ROWS[name]. twice: False saves memory: next to averaged weights, the last ones are
+    float16 zeros.
     """
     unet, first_stage, condition, end = row or ROWS[name]
     start = 0.00085 if name == "txt2img-1p4B" else 0.0015

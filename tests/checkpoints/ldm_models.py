@@ -1,6 +1,6 @@
-"""The latent diffusion paper's models as they were published, at full width or narrow, all else the same.
+"""The latent diffusion paper's models with random weights, at their published width or narrow.
 
-From the configurations that were published with the checkpoints.
+Shapes are those of the configurations that were published with the checkpoints.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from models.spec import AutoencoderSpec, ClassSpec, Condition, SegmentationSpec,
 from tests.checkpoints.ldm_files import published
 from tests.checkpoints.tiny import byte_tokenizer, fill_randomly
 
-NARROW = 32  # channels of the finest level, of UNets and autoencoders
-CONTEXT = 16
-LAYERS = 2
+# Of narrow models:
+NARROW = 32  # channels of the finest level of UNets and autoencoders
+CONTEXT = 16  # width of the context
+LAYERS = 2  # of the token transformer
 
 
 def first_stage(mult: tuple[int, ...], latent: int, codes: int = 0, **options) -> AutoencoderSpec:
-    """128 channels at the finest level, two residual blocks a level, configured for images of 256."""
+    """An autoencoder with 128 channels at the finest level, for images of 256x256."""
     return AutoencoderSpec(
         channels=tuple(128 * m for m in mult), res_blocks=2, latent_channels=latent, scale_factor=1.0,
         sample_size=256, codes=codes, **options,
@@ -44,20 +45,20 @@ FIRST_STAGES = {
 
 @dataclass(frozen=True)
 class Published:
-    """A row of the table of models."""
+    """The shape of a published model."""
 
     channels: int  # of the UNet's finest level
     mult: tuple[int, ...]
-    attends: tuple[int, ...]  # downsampling factors
+    attends: tuple[int, ...]  # downsampling factors of the levels with attention
     first_stage: str
     beta_end: float
-    heads: int | None = None  # at every level; None: 32 channels wide
+    heads: int | None = None  # at every level; None: heads of 32 channels
     concat: int = 0  # channels that the UNet takes after the latent
     context: int = 0
     depth: int = 1
-    options: tuple[str, ...] = ()  # of UNetSpec, that are true
+    options: tuple[str, ...] = ()  # fields of UNetSpec that are True
     condition: Condition | None = None
-    side: int = 256
+    side: int = 256  # of images, in pixels
 
 
 BERT = TokenSpec(vocabulary=30522, width=640, layers=32, tokens=77)
@@ -96,11 +97,15 @@ ROWS = {
     ),
     "rdm768": Published(448, LEVELS, (4, 2, 1), "kl-f16", 0.015, context=768, side=768),
 }  # fmt: skip
-SCALES = {"txt2img-1p4B": 0.18215, "rdm768": 0.22765929, "lsun_churches": 0.25}  # the last in the file
+SCALES = {
+    "txt2img-1p4B": 0.18215,
+    "rdm768": 0.22765929,
+    "lsun_churches": 0.25,
+}  # scale factors that are not 1
 
 
 def shapes(name: str, narrow: bool) -> tuple[UNetSpec, AutoencoderSpec, Condition | None, float]:
-    """UNet, autoencoder, condition and last beta of a row."""
+    """Shapes of UNet, autoencoder and conditioner, and the last beta, of a model."""
     row = ROWS[name]
     base = NARROW if narrow else row.channels
     channels = tuple(base * m for m in row.mult)
@@ -134,7 +139,7 @@ def slim(condition: Condition | None) -> Condition | None:
 
 
 def write(folder: Path, name: str, narrow: bool = True) -> Path:
-    """The single file of a row, every parameter random, with the other files that it needs."""
+    """Write a model as a single file with random weights, and the other files that it needs."""
     file = folder / f"{name}.safetensors"
     if name in FIRST_STAGES:
         stage = Autoencoder(thin(FIRST_STAGES[name]) if narrow else FIRST_STAGES[name])
@@ -151,15 +156,15 @@ def write(folder: Path, name: str, narrow: bool = True) -> Path:
 
 
 def write_text_encoder(folder: Path, narrow: bool) -> None:
-    """CLIP's text encoder with its projection, as `transformers` writes it, with a vocabulary of bytes."""
+    """Write CLIP's text encoder with its projection by `transformers`, and a tokenizer of bytes."""
     tokenizer = byte_tokenizer()
-    tall = {"vocab_size": 49408, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    full = {"vocab_size": 49408, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
             "intermediate_size": 3072, "projection_dim": 768}  # fmt: skip
     small = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2,
              "num_attention_heads": 4, "intermediate_size": 64, "projection_dim": CONTEXT}  # fmt: skip
     network = CLIPTextModelWithProjection(
         CLIPTextConfig(
-            **(small if narrow else tall), bos_token_id=tokenizer.bos_token_id,
+            **(small if narrow else full), bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip

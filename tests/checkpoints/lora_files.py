@@ -1,4 +1,4 @@
-"""LoRA files made by tests: random changes of some weights, in either key style."""
+"""Random LoRAs, and their tensors in kohya's and PEFT's key styles."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KOHYA_XL = KOHYA | {
 
 
 class Low(NamedTuple):
-    """A change of one module of a network, called as by diffusers."""
+    """The low-rank change of one module, by its name in diffusers."""
 
     network: str
     module: str
@@ -31,7 +31,7 @@ class Low(NamedTuple):
 
 
 def random_lora(shapes: dict[str, dict[str, tuple[int, ...]]], seed: int = 0, rank: int = 4) -> list[Low]:
-    """A LoRA of every module in `shapes` (network -> module -> shape of its weight) of a strong effect."""
+    """A LoRA with a strong effect on every module in `shapes` (network -> module -> weight shape)."""
     generator = torch.Generator().manual_seed(seed)
     changes = []
     for network, modules in shapes.items():
@@ -47,7 +47,7 @@ def down_scale(into: int, kernel: Sequence[int]) -> float:
 
 
 def shapes_of(folder: Path, *ends: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    """network -> module -> its weight's shape, of a diffusers folder's modules that end so."""
+    """network -> module -> weight shape, of the modules in a diffusers folder with one of these endings."""
     from safetensors import safe_open
 
     files = {
@@ -60,7 +60,7 @@ def shapes_of(folder: Path, *ends: str) -> dict[str, dict[str, tuple[int, ...]]]
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for network, file in files.items():
         with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - it is no mapping
+            for key in tensors.keys():  # noqa: SIM118 - not a mapping
                 module = key.removesuffix(".weight").removeprefix("text_model.")
                 if key.endswith(".weight") and module.endswith(ends):
                     found.setdefault(network, {})[module] = tuple(tensors.get_slice(key).get_shape())
@@ -78,7 +78,7 @@ def as_kohya(changes: Sequence[Low], prefixes: dict[str, str] = KOHYA) -> dict[s
 
 
 def as_peft(changes: Sequence[Low]) -> dict[str, Tensor]:
-    """Without alpha, which this style has in B."""
+    """This style has no alpha: the scale is multiplied into B."""
     tensors = {}
     for low in changes:
         inner = "" if low.network == "unet" else "text_model."

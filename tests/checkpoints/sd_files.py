@@ -1,7 +1,7 @@
-"""Stable Diffusion's models in one file, written from networks of `diffusers` and `transformers`.
+"""Stable Diffusion's models as single files, written from random networks of `diffusers` and `transformers`.
 
-Every parameter is random. The names in the files come from tables of this module alone, narrow or at their
-published width, all else the same.
+They have their published width or are narrow. Key names come from tables in this module, not from the code
+under test.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from tests.checkpoints.tiny import fill_randomly
 
-TOKENS, VOCABULARY, PAD = 77, 49408, 0  # PAD: of OpenCLIP's encoders; the others pad with the end token
+TOKENS, VOCABULARY = 77, 49408
+PAD = 0  # padding token of OpenCLIP's encoders; the others pad with the end token
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,18 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """A model; narrow: channels and text encoders are small."""
+    """The shape of a model."""
 
     channels: tuple[int, ...]
-    attends: tuple[int, ...]  # transformer blocks after each residual block of a level
-    heads: int | None  # at every level; None: as many as are 64 wide
+    attends: tuple[int, ...]  # of each level: transformer blocks after each residual block
+    heads: int | None  # at every level; None: heads of 64 channels
     texts: tuple[Text, ...]
     in_channels: int = 4
     linear: bool = False
     crosses_only: tuple[bool, ...] = ()  # levels where both attentions of a block are cross-attention
     noise_levels: int = 0
-    size_width: int = 0  # of the embedding of one of six sizes; 0: not conditioned on sizes
-    factor: int = 8
+    size_width: int = 0  # embedding width of each of SDXL's six sizes; 0: not conditioned on sizes
+    factor: int = 8  # f of the autoencoder
     stage: int = 128  # channels of the autoencoder's finest level
 
 
@@ -79,11 +80,11 @@ ROWS = {
     "sdxl": SDXL,
     "sdxl-inpainting": replace(SDXL, in_channels=9),
 }
-NARROW = {320: 1, 640: 1, 1280: 2, 256: 1, 512: 2, 1024: 2}  # times 64, the least that is a head; or 32
+NARROW = {320: 1, 640: 1, 1280: 2, 256: 1, 512: 2, 1024: 2}  # channels -> narrow ones, in units of 64 or 32
 
 
 def narrow(row: Row) -> Row:
-    """The same, small: depths 0, 2 and 3 for SDXL's 0, 2 and 10."""
+    """The same structure with few channels and layers; SDXL's depths 0, 2, 10 become 0, 2, 3."""
     return replace(
         row,
         channels=tuple(NARROW[width] * (32 if row.heads else 64) for width in row.channels),
@@ -102,11 +103,11 @@ class Reference(NamedTuple):
     texts: tuple[CLIPTextModel | CLIPTextModelWithProjection, ...]
 
     def context(self, row: Row, ids: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """What the UNet attends to, and the second encoder's one vector; ids: (B, 77) of each encoder."""
+        """The context, and SDXL's pooled text. ids: one (B, 77) per encoder."""
         outs = [
             text(input_ids=one, output_hidden_states=True) for text, one in zip(self.texts, ids, strict=True)
         ]
-        if len(outs) == 2:  # the last but one layers' states, with no norm
+        if len(outs) == 2:  # SDXL: penultimate layers, without the final norm
             return torch.cat([out.hidden_states[-2] for out in outs], dim=-1), outs[1].text_embeds
         if not row.texts[0].open_clip:
             return outs[0].last_hidden_state, None
@@ -159,13 +160,13 @@ def make_text(text: Text) -> CLIPTextModel | CLIPTextModelWithProjection:
 
 
 def bare(make: Callable[[], nn.Module]) -> nn.Module:
-    """A network without memory."""
+    """A network on the meta device, which takes no memory."""
     with torch.device("meta"):
         return make()
 
 
 def outline(row: Row) -> Reference:
-    """Networks of this shape without memory."""
+    """Networks of this shape on the meta device, which take no memory."""
     texts = tuple(bare(partial(make_text, text)) for text in row.texts)
     return Reference(bare(partial(make_unet, row)), bare(partial(make_autoencoder, row)), texts)
 
@@ -231,8 +232,8 @@ def replaced(key: str, parts: Mapping[str, str]) -> str:
     return key
 
 
-def unet_places(row: Row) -> Iterator[tuple[str, str]]:
-    """Modules of `diffusers`' UNet and where they are in the file."""
+def unet_names(row: Row) -> Iterator[tuple[str, str]]:
+    """(module of `diffusers`' UNet, its name in the file) for every module."""
     yield from UNET_PARTS.items()
     last, number = len(row.channels) - 1, 1
     for level in range(last + 1):
@@ -255,10 +256,10 @@ def unet_places(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def unet_tensors(row: Row, unet: nn.Module) -> dict[str, Tensor]:
-    places, out = dict(unet_places(row)), {}
+    names, out = dict(unet_names(row)), {}
     for key, value in unet.state_dict().items():
-        module = next(m for m in sorted(places, key=len, reverse=True) if key.startswith(m + "."))
-        out[replaced(places[module] + key[len(module) :], RES_PARTS if ".resnets." in key else {})] = value
+        module = next(m for m in sorted(names, key=len, reverse=True) if key.startswith(m + "."))
+        out[replaced(names[module] + key[len(module) :], RES_PARTS if ".resnets." in key else {})] = value
     return out
 
 
@@ -290,7 +291,7 @@ def betas(start: float, end: float) -> Tensor:
 
 
 def tables(name: str) -> dict[str, Tensor]:
-    """What a schedule leaves in the files of all but SDXL."""
+    """Schedule tables, which all files but SDXL's contain."""
     if name.startswith("sdxl"):
         return {}
     ends = (0.0001, 0.02) if name == "sd-x4" else (0.00085, 0.012)
@@ -302,7 +303,7 @@ def tables(name: str) -> dict[str, Tensor]:
 
 
 def published(name: str, row: Row, networks: Reference, averaged: bool = False) -> dict[str, Tensor]:
-    """The tensors of a file; averaged: the UNet's weights are the averages, and the last ones are others."""
+    """The tensors of a file. averaged: the UNet is stored as averaged weights, its last weights are zeros."""
     out, unet = tables(name), unet_tensors(row, networks.unet)
     if averaged:
         out |= {"model_ema.diffusion_model" + key.replace(".", ""): value for key, value in unet.items()}
@@ -317,9 +318,9 @@ def published(name: str, row: Row, networks: Reference, averaged: bool = False) 
 
 
 def hollow(file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str] | None = None) -> Path:
-    """A file of tensors of these shapes, in float32 and all zero, that takes no time and no room.
+    """A safetensors file with these names and shapes, all float32 zeros, sparse on disk. words: metadata.
 
-    The largest come first: all but a few small ones lie at addresses that kernels like.
+    The largest tensors come first, so that all but a few small ones are well aligned.
     """
     header, end = {"__metadata__": dict(words or {})}, 0
     for key, value in sorted(tensors.items(), key=lambda item: -item[1].numel()):
@@ -334,7 +335,7 @@ def hollow(file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str] |
 
 
 def write(folder: Path, name: str, row: Row, networks: Reference, form: str = "safetensors") -> Path:
-    """The single file of a model, in float32."""
+    """Write a model as a single file in float32. form: safetensors or ckpt."""
     file, tensors = folder / f"{name}.{form}", published(name, row, networks)
     torch.save({"state_dict": tensors, "global_step": 9}, file) if form == "ckpt" else save_file(
         tensors, file

@@ -1,6 +1,6 @@
-"""Stable Diffusion and its kin as folders that `diffusers` writes, at full published width or narrow.
+"""Stable Diffusion's models with random weights, as folders that `diffusers` writes.
 
-Every parameter is random. Shapes are those of the configurations that were published with the weights.
+They have their published width or are narrow. Shapes are those of the published configurations.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CLIP_G = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 2
           "hidden_act": "gelu", "projection_dim": 1280}  # fmt: skip
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 KL_F8, KL_F4 = (128, 256, 512, 512), (128, 256, 512)
-PUBLISHED_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # which are none of the tokenizer's
-FIRST = "!"  # the token of id 0, with which some of these models fill up short prompts
+PUBLISHED_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # wrong, as in published configs
+FIRST = "!"  # the token with id 0, the padding of some of these models
 ATTENDS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 SD1 = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "sample_size": 64}
 SD2 = SD1 | {
@@ -53,17 +53,17 @@ XL = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table of models."""
+    """The shape of a model."""
 
     pipeline: str
     unet: Options
     texts: tuple[Options, ...]
-    pad: int | None = None  # of the last tokenizer; None: the end token
+    pad: int | None = None  # padding id of the last tokenizer; None: the end token
     stage: tuple[int, ...] = KL_F8
     scale: float = 0.18215
     prediction: str = "epsilon"
     betas: tuple[float, float] = (0.00085, 0.012)
-    extra: Options = field(default_factory=dict)  # of the pipeline
+    extra: Options = field(default_factory=dict)  # further arguments of the pipeline
 
 
 INPAINT = {"in_channels": 9}
@@ -88,7 +88,7 @@ ROWS = {
 
 
 def unet_options(row: Row, narrow: bool) -> dict[str, Any]:
-    """Options of UNet2DConditionModel. Narrow: fewer channels and heads, at most a few layers."""
+    """Options of UNet2DConditionModel. narrow: fewer channels, heads and layers."""
     options = dict(row.unet)
     if narrow:
         levels = len(options["block_out_channels"])
@@ -107,7 +107,7 @@ def unet_options(row: Row, narrow: bool) -> dict[str, Any]:
 
 
 def text_options(row: Row, narrow: bool) -> list[dict[str, Any]]:
-    """Options of the configuration of each text encoder."""
+    """Options of CLIPTextConfig for each text encoder."""
     if not narrow:
         return [dict(text) for text in row.texts]
     small = [dict(text) | SMALL for text in row.texts]
@@ -146,7 +146,7 @@ def text_encoders(row: Row, narrow: bool) -> list[CLIPTextModel | CLIPTextModelW
 
 
 def parts(row: Row, narrow: bool) -> dict[str, Any]:
-    """What the pipeline is made of, without weights of a meaning."""
+    """The parts of the pipeline, not yet with their final random weights."""
     texts = text_encoders(row, narrow)
     pads = [None] * (len(texts) - 1) + [row.pad]
     betas = {"beta_start": row.betas[0], "beta_end": row.betas[1], "beta_schedule": "scaled_linear"}
@@ -165,7 +165,7 @@ def parts(row: Row, narrow: bool) -> dict[str, Any]:
 
 
 def pipeline(name: str, narrow: bool = True) -> Any:
-    """The pipeline of `diffusers` of a row, every parameter random."""
+    """The pipeline of `diffusers` for a model, with random weights."""
     row = ROWS[name]
     made = parts(row, narrow)
     networks = [part for part in made.values() if isinstance(part, torch.nn.Module)]
@@ -178,6 +178,6 @@ def pipeline(name: str, narrow: bool = True) -> Any:
 
 
 def write(folder: Path, name: str, narrow: bool = True, **options: Any) -> Path:
-    """A row's folder, as `diffusers` writes it."""
+    """Write a model's folder by `diffusers`. options: of save_pretrained()."""
     pipeline(name, narrow).save_pretrained(folder / name, **options)
     return folder / name

@@ -1,4 +1,4 @@
-"""A tiny model of Stable Diffusion 1.x structure, every parameter random, for the tests of all above it."""
+"""Tiny models with random weights: in the structure of Stable Diffusion 1.x and XL, and an upscaler."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_tokenizer(tokens: int = 77, pad: str = END) -> CLIPTokenizer:
-    """CLIP's tokenizer without merges: each byte is a token, and another token at the end of a word."""
+    """CLIP's tokenizer without merges: two tokens per byte, one of them for the end of a word."""
     alphabet = sorted(ByteLevel.alphabet())
     entries = [*alphabet, *(c + "</w>" for c in alphabet), BEGIN, END]
     vocabulary = {token: index for index, token in enumerate(entries)}
@@ -40,7 +40,7 @@ def byte_tokenizer(tokens: int = 77, pad: str = END) -> CLIPTokenizer:
 
 
 def fill_randomly(module: nn.Module, seed: int) -> None:
-    """Fill EVERY parameter: matrices keep their input's scale, norms are near 1, the rest near 0."""
+    """Set every parameter: matrices keep their input's scale, norms are near 1, all others near 0."""
     generator = torch.Generator().manual_seed(seed)
     norms = {m for m in module.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)}
     for part in module.modules():
@@ -55,7 +55,7 @@ def fill_randomly(module: nn.Module, seed: int) -> None:
 
 
 def scene_spec() -> ModelSpec:
-    """tiny_spec() for every task: the UNet takes a mask, E(masked image) and 3 channels of regions too."""
+    """tiny_spec() with all tasks but upscaling: also takes a mask, a masked image and 3 layout channels."""
     spec = tiny_spec()
     unet = replace(spec.unet, in_channels=4 + 1 + 4 + 3)
     labels = ("cat", "dog", "bird")
@@ -71,7 +71,7 @@ def scene_spec() -> ModelSpec:
 
 
 def tiny_spec(prediction: Prediction = "epsilon", tokens: int = 77) -> ModelSpec:
-    """Images of 64x64 from latents of 4x8x8."""
+    """Stable Diffusion 1.x's structure: 64x64 images from latents of (4, 8, 8)."""
     tokenizer = byte_tokenizer(tokens)
     return ModelSpec(
         name="tiny",
@@ -93,7 +93,7 @@ def tiny_spec(prediction: Prediction = "epsilon", tokens: int = 77) -> ModelSpec
 
 
 def xl_spec() -> ModelSpec:
-    """tiny_spec() in SDXL's structure: two text encoders, pooled text, sizes, transformers of two depths."""
+    """SDXL's structure: two text encoders, pooled text, size conditioning, transformers of two depths."""
     spec = tiny_spec()
     unet = replace(
         spec.unet, transformer_depth=(0, 1), middle_depth=2, context_width=32 + 48, linear_projection=True,
@@ -105,7 +105,7 @@ def xl_spec() -> ModelSpec:
 
 
 def upscaler_spec() -> ModelSpec:
-    """Four times the size, by tiles of 16x16 cells; no text, noise levels up to 9."""
+    """An upscaler by 4 in tiles of 16x16 cells, without text, with noise levels up to 9."""
     return ModelSpec(
         name="upscaler",
         unet=UNetSpec(
@@ -125,12 +125,12 @@ def upscaler_spec() -> ModelSpec:
 
 
 def tiny_model(seed: int = 0, prediction: Prediction = "epsilon") -> LatentDiffusion:
-    """The model itself, float32 on the CPU."""
+    """A model of tiny_spec(), float32 on the CPU."""
     return random_model(tiny_spec(prediction), seed)
 
 
 def random_model(spec: ModelSpec, seed: int = 0) -> LatentDiffusion:
-    """A model of this shape."""
+    """A model of this shape with random weights, float32 on the CPU."""
     conditioner = random_conditioner(spec) if spec.texts else None
     model = LatentDiffusion(spec, UNet(spec.unet), Autoencoder(spec.autoencoder), conditioner)
     for index, network in enumerate(filter(None, (model.unet, model.autoencoder, conditioner))):
@@ -146,6 +146,6 @@ def random_conditioner(spec: ModelSpec) -> TextConditioner:
 
 
 def write_tiny_model(path: Path, seed: int = 0, prediction: Prediction = "epsilon") -> Path:
-    """Write the model as a diffusers folder and return its path."""
+    """Write tiny_model() as a diffusers folder; returns its path."""
     save(tiny_model(seed, prediction), path)
     return path

@@ -1,4 +1,4 @@
-"""Requests of POST /generate to a server of tests, and what their responses hold."""
+"""POST /generate requests to a test server, and the images and errors in their responses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.servers import Server, wait_until
 
 EIGHT = ("ddim", "ddpm", "plms", "euler", "euler_ancestral", "dpmpp_2m_karras", "unipc", "lcm")
 LONG = {"prompt": "long", "steps": 1000, "width": 128, "height": 128}  # does not end within a test
-SLOW = {"prompt": "slow", "steps": 1000, "width": 256, "height": 256}  # about 0.1 s a step
+SLOW = {"prompt": "slow", "steps": 1000, "width": 256, "height": 256}  # about 0.1 s per step
 
 
 def image_of(answer: httpx.Response, index: int = 0) -> np.ndarray:
@@ -31,13 +31,13 @@ def open_image(answer: httpx.Response, index: int = 0) -> Image.Image:
 
 
 def post(server: Server, body: dict, **headers: str) -> httpx.Response:
-    """POST /generate with any body, NaN and lone surrogates included."""
+    """POST /generate with any body, also with NaN or lone surrogates in it."""
     headers = {"Content-Type": "application/json"} | headers
     return server.client.post("/generate", content=json.dumps(body), headers=headers)
 
 
 def alone(server: Server, bodies: list[dict]) -> list[np.ndarray]:
-    """The image of each body, generated one after the other."""
+    """The image of each request, generated one after the other."""
     return [image_of(post(server, body)) for body in bodies]
 
 
@@ -47,12 +47,12 @@ def together(server: Server, pool: ThreadPoolExecutor, bodies: list[dict]) -> li
 
 
 def worst_psnr(images: list[np.ndarray], answers: list[Future[httpx.Response]]) -> float:
-    """The lowest PSNR of the responses, which are waited for, against these images."""
+    """The lowest PSNR of the responses' images against these images, once all have arrived."""
     return min(psnr(a, image_of(b.result())) for a, b in zip(images, answers, strict=True))
 
 
 def error_of(answer: httpx.Response, status: int) -> dict:
-    """The error of a response, which must have this status and the error format."""
+    """The error in a response. Asserts the status and the error format."""
     error = answer.json()["error"]
     assert answer.status_code == status, answer.text
     assert set(error) == {"type", "message", "param", "code", "request_id"}

@@ -1,4 +1,4 @@
-"""Where the repository lies, and what a machine must have for some tests."""
+"""The repository's folder, and requirements that some tests have of the machine."""
 
 from __future__ import annotations
 

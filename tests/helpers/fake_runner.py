@@ -32,31 +32,39 @@ class Clock:
 
 
 class CountingRunner:
-    """Counts steps; a prompt says where its job breaks. holds: rows that a call can have; rooms: models."""
+    """Counts steps instead of computing them; a job whose prompt is the name of a method fails there.
+
+    Other prompts: "oom" runs out of memory, "broken" always gives NaN, "wobbly" gives NaN except in full
+    precision. fits_rows: most rows of a call that fit in memory; fits_models: most models that fit.
+    """
 
     def __init__(
-        self, buckets: Sequence[int] = (8,), clock: Clock | None = None, holds: int = 1024, rooms: int = 9
+        self,
+        buckets: Sequence[int] = (8,),
+        clock: Clock | None = None,
+        fits_rows: int = 1024,
+        fits_models: int = 9,
     ) -> None:
         self.buckets = tuple(buckets)
         self.clock = clock or Clock()
-        self.holds = holds
-        self.rooms = rooms
+        self.fits_rows = fits_rows
+        self.fits_models = fits_models
         self.loaded: list[str] = []
         self.steps: Counter[ImageKey] = Counter()
-        self.shaped: dict[str, bool] = {}  # job -> full_precision
-        self.held: dict[str, Job] = {}
+        self.full_precision: dict[str, bool] = {}  # job id -> as given to shape()
+        self.started: dict[str, Job] = {}
         self.measures = False
 
     def shape(self, job: Job, full_precision: bool = False) -> Shape:
         self.break_at("shape", job)
-        self.shaped[job.id] = full_precision
+        self.full_precision[job.id] = full_precision
         return Shape((job.model, job.width, full_precision), job.steps, 1.0)
 
     def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
         self.break_at("load", job)
         if job.model not in self.loaded:
             kept = [model for model in self.loaded if ModelKey(model) in busy]
-            if len(kept) >= self.rooms:
+            if len(kept) >= self.fits_models:
                 return False
             self.loaded = [*kept, job.model]
         return True
@@ -65,38 +73,38 @@ class CountingRunner:
         self.loaded = [model for model in self.loaded if ModelKey(model) in busy]
 
     def start(self, job: Job, full_precision: bool = False) -> tuple[str, ...]:
-        assert self.shaped[job.id] == full_precision
+        assert self.full_precision[job.id] == full_precision
         assert job.model in self.loaded
         self.break_at("start", job)
-        self.held[job.id] = job
+        self.started[job.id] = job
         for index in range(job.n):
             self.steps.pop(ImageKey(job.id, index), None)
         return ()
 
     def step(self, keys: Sequence[ImageKey]) -> Call:
-        jobs = {key.job: self.held[key.job] for key in keys}
+        jobs = {key.job: self.started[key.job] for key in keys}
         rows = sum(jobs[key.job].rows for key in keys)
         size = next((size for size in self.buckets if size >= rows), rows)
         self.clock.now += 0.01
         for job in jobs.values():
             self.break_at("step", job)
-        if (len(keys) > 1 and size > self.holds) or any(job.prompt == "oom" for job in jobs.values()):
+        if (len(keys) > 1 and size > self.fits_rows) or any(job.prompt == "oom" for job in jobs.values()):
             raise OutOfMemory
-        assert len({(job.model, job.width, self.shaped[job.id]) for job in jobs.values()}) == 1
+        assert len({(job.model, job.width, self.full_precision[job.id]) for job in jobs.values()}) == 1
         assert all(job.model in self.loaded for job in jobs.values())
         self.clock.now += 0.01 * rows
         self.steps.update(keys)
         return Call(size, tuple(name for name, job in jobs.items() if self.is_broken(job)), self.use(size))
 
     def is_broken(self, job: Job) -> bool:
-        return job.prompt == "broken" or (job.prompt == "wobbly" and not self.shaped[job.id])
+        return job.prompt == "broken" or (job.prompt == "wobbly" and not self.full_precision[job.id])
 
     def use(self, size: int) -> MemoryUse | None:
-        """A row takes 90 bytes."""
-        return MemoryUse(size, 90 * size, 100 * self.holds) if self.measures else None
+        """Memory after a call with rows of 90 bytes, if self.measures."""
+        return MemoryUse(size, 90 * size, 100 * self.fits_rows) if self.measures else None
 
     def preview(self, key: ImageKey) -> Preview:
-        self.break_at("preview", self.held[key.job])
+        self.break_at("preview", self.started[key.job])
         return Preview(1, 1, b"abc")
 
     def settle(self) -> tuple[str, ...]:
@@ -104,14 +112,14 @@ class CountingRunner:
 
     def finish(self, key: ImageKey) -> bytes:
         self.clock.now += 0.05
-        self.break_at("finish", self.held[key.job])
-        job = self.held[key.job]
+        self.break_at("finish", self.started[key.job])
+        job = self.started[key.job]
         assert self.steps[key] == job.steps or job.prompt == "interrupted"
         return b"%d" % (job.seed + key.image)
 
     def discard(self, job: str) -> None:
-        self.held.pop(job, None)
-        self.shaped.pop(job, None)
+        self.started.pop(job, None)
+        self.full_precision.pop(job, None)
 
     def break_at(self, where: str, job: Job) -> None:
         if job.prompt == where:
@@ -138,6 +146,6 @@ def of(events: Sequence, kind: type) -> list:
 
 
 def outcomes(events: Sequence) -> dict[str, str]:
-    """Job -> done, cancelled or the code of its failure."""
+    """Job id -> "done", "cancelled" or the error code of its failure."""
     ends = of(events, Done | Failed | Cancelled)
     return {end.job: end.code if isinstance(end, Failed) else type(end).__name__.lower() for end in ends}

@@ -1,4 +1,4 @@
-"""Images as tests make them, send them and compare them."""
+"""Images for tests: random ones, their files, and PSNR."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MASK[20:41, 30:50] = 255
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """An image of random pixels, which no lossy codec reproduces."""
+    """An image of random pixels, which no lossy format reproduces exactly."""
     channels = len(mode) if mode != "L" else 1
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
     return Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
 
 
 def hole(size: tuple[int, int]) -> Image.Image:
-    """A mask that is white in the middle."""
+    """A mask with a white rectangle in it."""
     mask = Image.new("L", size)
     mask.paste(255, (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
     return mask
@@ -35,7 +35,7 @@ def file_of(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def base64_of(image: Image.Image | bytes, kind: str = "PNG", **options) -> str:
-    """An image, or a file's bytes, as a client sends it."""
+    """An image, or the bytes of a file, in base64."""
     file = image if isinstance(image, bytes) else file_of(image, kind, **options)
     return base64.b64encode(file).decode()
 
@@ -46,7 +46,7 @@ def png(pixels: np.ndarray) -> str:
 
 
 def psnr(a: np.ndarray | bytes, b: np.ndarray | bytes) -> float:
-    """Peak signal-to-noise ratio of two arrays or strings of uint8, in decibels; 99 where they are equal."""
+    """Peak signal-to-noise ratio in dB of two images, as uint8 arrays or bytes; 99 if they are equal."""
     x, y = (np.frombuffer(v, np.uint8) if isinstance(v, bytes) else v for v in (a, b))
     error = np.mean((x.astype(float) - y.astype(float)) ** 2)
     return 99.0 if error == 0 else 10 * np.log10(255**2 / error)

@@ -1,4 +1,4 @@
-"""A request for each model of the latent diffusion paper, and each model's tasks and inputs."""
+"""A request body for each model of the latent diffusion paper, and the tasks that each model lists."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from service.requests.labels import colour_of
 from service.requests.schemas import GenerateRequest, InpaintRequest, UpscaleRequest
 from tests.helpers.images import IMAGE, MASK, png
 
-GUIDED = 3.0
+GUIDANCE = 3.0
 rng = np.random.default_rng(1)
 SMALL = rng.integers(0, 256, (16, 24, 3), np.uint8)
-CLASSES = rng.integers(0, 182, (32, 32)).repeat(2, 0).repeat(2, 1)  # of each pixel
+CLASSES = rng.integers(0, 182, (32, 32)).repeat(2, 0).repeat(2, 1)  # class of each pixel, from 0
 BOXES = [
     {"name": 7, "x": 0.1, "y": 0.2, "w": 0.5, "h": 0.3},
     {"name": "599", "x": 0.75, "y": 0.5, "w": 0.9, "h": 0.25},
@@ -19,32 +19,35 @@ BOXES = [
 
 
 def painted(classes: np.ndarray) -> str:
-    """A segmentation: class i has the colour of label i + 1."""
+    """A segmentation map as an image in base64; class i has the colour of label i + 1."""
     table = np.array([colour_of(number) for number in range(1, 183)], np.uint8)
     return png(table[classes])
 
 
-SIDES = {"lsun_churches": 128, "rdm768": 128}  # the smallest that its factors allow
+SIDES = {
+    "lsun_churches": 128,
+    "rdm768": 128,
+}  # image sides that are not 64, which their size_multiple forbids
 BODIES = {
     "celebahq": {},
     "lsun_churches": {},
     "cin256": {"class_label": 999},
-    "cin256-v2": {"class_label": "17", "guidance_scale": GUIDED},
-    "text2img256": {"prompt": "red apple", "negative_prompt": "blue", "guidance_scale": GUIDED},
-    "txt2img-1p4B": {"prompt": "blue apple", "guidance_scale": GUIDED},
+    "cin256-v2": {"class_label": "17", "guidance_scale": GUIDANCE},
+    "text2img256": {"prompt": "red apple", "negative_prompt": "blue", "guidance_scale": GUIDANCE},
+    "txt2img-1p4B": {"prompt": "blue apple", "guidance_scale": GUIDANCE},
     "inpainting_big": {"image": png(IMAGE), "mask": png(MASK)},
     "bsr_sr": {"image": png(SMALL)},
     "layout2img": {"boxes": BOXES},
     "semantic_synthesis": {"segmentation": painted(CLASSES)},
-    "rdm768": {"prompt": "red apple", "guidance_scale": GUIDED},
+    "rdm768": {"prompt": "red apple", "guidance_scale": GUIDANCE},
 }
 
 
-def kind(name: str):
+def schema_of(name: str):
     return {"inpainting_big": InpaintRequest, "bsr_sr": UpscaleRequest}.get(name, GenerateRequest)
 
 
-TASKS = {
+TASKS = {  # model -> tasks, inputs, whether guidance is supported, number of labels
     "celebahq": (["unconditional"], [], False, 0),
     "lsun_churches": (["unconditional"], [], False, 0),
     "cin256": (["class-to-image"], ["class_label"], False, 1000),

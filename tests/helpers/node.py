@@ -1,4 +1,4 @@
-"""JavaScript and TypeScript clients: npm packages, installed once for all tests, and node."""
+"""JavaScript and TypeScript clients: installs their npm packages and runs them with node."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def install_clients(folder: Path) -> Path:
 
 
 def run(command: list[str], folder: Path) -> str:
-    """The standard output of a command that must succeed."""
+    """Run a command, which must succeed; returns its standard output."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def run_node(folder: Path, script: str, *arguments: str) -> object:
-    """What a script prints, read as JSON."""
+    """Run a script; returns its output, parsed as JSON."""
     return json.loads(run(["node", script, *arguments], folder))

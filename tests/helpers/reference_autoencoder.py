@@ -1,4 +1,4 @@
-"""Autoencoders of `diffusers` with weights of published names."""
+"""Autoencoders of `diffusers` that load weights by their published (CompVis) names."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ROWS = {
     "vq-f4-noattn": spec((1, 2, 4), 3, codes=512, middle=False),
     "vq-f8": spec((1, 2, 2, 4), 4, codes=256, attention=(3,)),
     "vq-f16": spec((1, 1, 2, 2, 4), 8, codes=64, attention=(4,)),
-    "inner channels of another number": spec((1, 2), 3, codes=64, inner=6),
+    "more inner than latent channels": spec((1, 2), 3, codes=64, inner=6),
 }
 
 
 def table(spec):
-    """Native module -> module of `diffusers`."""
+    """Our module names -> those of `diffusers`."""
     out, last = keymaps.autoencoder(spec) | {"quantize": "quantize"}, len(spec.channels) - 1
     for level in spec.attention_levels:
         for block in range(spec.res_blocks + 1):
@@ -43,7 +43,7 @@ def table(spec):
 
 
 def reference(spec, tensors):
-    """The network of `diffusers` of a shape, with weights of published names."""
+    """The autoencoder of `diffusers` of this shape, with these weights under their published names."""
     attends = [level in spec.attention_levels for level in range(len(spec.channels))]
     options = {
         "block_out_channels": spec.channels,

@@ -10,5 +10,5 @@ def their_alpha_bar(start, end):
 
 
 def their_timesteps(count):
-    """The visited timesteps, in rising order."""
+    """The visited timesteps, ascending."""
     return np.arange(0, 1000, 1000 // count) + 1

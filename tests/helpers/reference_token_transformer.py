@@ -1,10 +1,10 @@
-"""The text transformer of `diffusers` with weights of the latent diffusion paper's names."""
+"""The text transformer of `diffusers`, loading weights by their published (CompVis) names."""
 
 from __future__ import annotations
 
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
-LAYER = {  # ours: the first of each two layers attends, the other feeds forward
+LAYER = {  # our layers come in pairs: attention, then feed-forward; theirs are one layer
     "0.0": "self_attn_layer_norm",
     "0.1.to_q": "self_attn.q_proj",
     "0.1.to_k": "self_attn.k_proj",
@@ -18,7 +18,7 @@ ENDS = {"token_emb": "embed_tokens", "pos_emb.emb": "embed_positions", "norm": "
 
 
 def reference(spec, weights):
-    """The text transformer of `diffusers` of a shape, with weights of published names."""
+    """The text transformer of `diffusers` of this shape, with these weights under their published names."""
     config = LDMBertConfig(
         vocab_size=spec.vocabulary, max_position_embeddings=spec.tokens, encoder_layers=spec.layers,
         encoder_ffn_dim=4 * spec.width, d_model=spec.width,

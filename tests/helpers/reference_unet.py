@@ -1,4 +1,4 @@
-"""The UNet of the latent diffusion paper, written again, straight from tensors with their published names."""
+"""A second implementation of the paper's UNet, computed from a dict of tensors by their published names."""
 
 from __future__ import annotations
 
@@ -24,31 +24,33 @@ def spec(
     )  # fmt: skip
 
 
-def wide(c):  # heads of the same width at every level
+def four_wide(c):
+    """Number of heads of 4 channels."""
     return c // 4
 
 
 def eight(c):
+    """8 heads at every level."""
     return 8
 
 
 ROWS = {
-    "celebahq": spec((1, 2, 3, 4), (8, 4, 2), wide),
+    "celebahq": spec((1, 2, 3, 4), (8, 4, 2), four_wide),
     "lsun_churches": spec((1, 2, 2, 4, 4), (1, 2, 4, 8), eight, latent=4, updown=True, scale_shift=True),
-    "cin256": spec((1, 2, 4), (4, 2, 1), wide, context=12, latent=4),
+    "cin256": spec((1, 2, 4), (4, 2, 1), four_wide, context=12, latent=4),
     "cin256-v2": spec((1, 2, 3, 5), (8, 4, 2), lambda c: 1, context=12),
-    "text2img256": spec((1, 2, 3, 5), (8, 4, 2), wide, context=20),
+    "text2img256": spec((1, 2, 3, 5), (8, 4, 2), four_wide, context=20),
     "txt2img-1p4B": spec((1, 2, 4, 4), (4, 2, 1), eight, context=24, latent=4),
     "inpainting_big": spec((1, 2, 3, 4), (8, 4, 2), eight, concat=4, updown=True),
-    "bsr_sr": spec((1, 2, 2, 4), (16, 8), wide, concat=3),
-    "layout2img": spec((1, 2, 3, 4), (8, 4, 2), wide, context=12, depth=3),
+    "bsr_sr": spec((1, 2, 2, 4), (16, 8), four_wide, concat=3),
+    "layout2img": spec((1, 2, 3, 4), (8, 4, 2), four_wide, context=12, depth=3),
     "semantic_synthesis": spec((1, 4, 8), (32, 16, 8), eight, concat=3),
-    "rdm768": spec((1, 2, 3, 4), (4, 2, 1), wide, context=12, latent=16),
+    "rdm768": spec((1, 2, 3, 4), (4, 2, 1), four_wide, context=12, latent=16),
 }
 
 
 class Reference:
-    """A UNet computed straight from tensors with their published names."""
+    """A UNet computed from tensors by their published names."""
 
     def __init__(self, weights, spec):
         self.w, self.spec = weights, spec
@@ -82,7 +84,7 @@ class Reference:
         x = resize(x)
         return h + (self.conv(x, f"{name}.skip_connection") if self.has(f"{name}.skip_connection") else x)
 
-    def plain(self, x, name):
+    def self_attention(self, x, name):
         b, c, *size = x.shape
         heads, n = self.heads[c], size[0] * size[1]
         qkv = self.linear(self.norm(x, f"{name}.norm", 1e-5).reshape(b, c, n).transpose(1, 2), f"{name}.qkv")
@@ -121,7 +123,7 @@ class Reference:
             if self.has(f"{part}.in_layers"):
                 x = self.res(x, emb, part, resize if index in resize_at else lambda y: y)
             elif self.has(f"{part}.qkv"):
-                x = self.plain(x, part)
+                x = self.self_attention(x, part)
             elif self.has(f"{part}.transformer_blocks"):
                 x = self.transformer(x, context, part)
             elif self.has(f"{part}.op"):
@@ -138,14 +140,14 @@ class Reference:
         angles = t.float()[:, None] * torch.tensor([10000 ** (-i / half) for i in range(half)])
         emb = torch.cat([angles.cos(), angles.sin()], 1)
         emb = self.linear(F.silu(self.linear(emb, "time_embed.0")), "time_embed.2")
-        across, index = [], 0
+        skips, index = [], 0
         while self.has(name := f"input_blocks.{index}"):
             x = self.stage(x, emb, context, name, (0,) if index and index % 3 == 0 else (), half_of)
-            across.append(x)
+            skips.append(x)
             index += 1
         x, index = self.stage(x, emb, context, "middle_block"), 0
         while self.has(name := f"output_blocks.{index}"):
-            x = self.stage(torch.cat([x, across.pop()], 1), emb, context, name, (1, 2), twice)
+            x = self.stage(torch.cat([x, skips.pop()], 1), emb, context, name, (1, 2), twice)
             index += 1
         return self.conv(F.silu(self.norm(x, "out.0", 1e-5)), "out.2")
 
@@ -159,7 +161,7 @@ def half_of(x):
 
 
 def as_diffusers(weights, spec):
-    """Weights under the names of `diffusers`' unconditional UNet, attention's q, k and v apart."""
+    """Weights under the names of `diffusers`' unconditional UNet, with separate q, k and v."""
     out = {}
     heads = dict(zip(spec.channels, spec.heads, strict=True))
     for key, value in weights.items():

@@ -1,4 +1,4 @@
-"""A server process, and waiting for what it does."""
+"""A server process with a client, and waiting for conditions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ import httpx
 
 from tests.helpers.environment import ROOT
 
-# The most seconds that a busy machine may need for anything that must happen. No test sleeps this long.
-PATIENCE = 180.0
+MAX_WAIT_SECONDS = 180.0  # for any condition, on a busy machine; tests never sleep this long
 QUEUE_SIZE = 16
 
 
@@ -37,7 +36,7 @@ class Server:
         return next(float(line.split()[-1]) for line in lines if line.rpartition(" ")[0] == name)
 
     def calls(self, over: int = 0) -> float:
-        """UNet calls so far; with `over`, those of more rows than that."""
+        """The number of UNet calls so far; over: only calls with more rows than this."""
         within = self.metric(f'ldm_unet_rows_bucket{{le="{float(over)}"}}') if over else 0
         return self.metric("ldm_unet_rows_count") - within
 
@@ -77,7 +76,7 @@ class Server:
 
     @contextmanager
     def open_request(self, body: dict) -> Iterator[socket.socket]:
-        """A client that sends a request and disconnects, at the latest with the end of the context."""
+        """A connection that has sent a request; it is closed when the context ends."""
         content = json.dumps(body)
         request = (
             "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -90,7 +89,7 @@ class Server:
 
 
 def write_import_trap(folder: Path) -> None:
-    """Write packages with the names of ours that raise an error when they are imported."""
+    """Write packages with the names of our packages that raise an error on import."""
     for name in ("models", "service", "weights"):
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text(
@@ -98,11 +97,11 @@ def write_import_trap(folder: Path) -> None:
         )
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Wait until a condition holds; fail after this many seconds."""
+def wait_until(holds: Callable[[], bool], seconds: float = MAX_WAIT_SECONDS) -> None:
+    """Wait until a condition is true; fail after this many seconds."""
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, f"not within {seconds} s"
+        assert time.monotonic() < end, f"condition not met within {seconds} s"
         time.sleep(0.02)
 
 
@@ -110,7 +109,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
 def serve(
     models: Sequence[Path | str], folder: Path, stderr: IO[str] | None, settings: Mapping[str, str]
 ) -> Iterator[Server]:
-    """A ready server of models, started in a folder, killed at the end of the context."""
+    """Start a server of these models in a folder and wait until it is ready; kill it at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -125,7 +124,7 @@ def serve(
     environment = os.environ | defaults | settings
     process = subprocess.Popen(command, env=environment, cwd=folder, stderr=stderr)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=MAX_WAIT_SECONDS) as client:
             server = Server(process, client)
             wait_until(lambda: server.is_ready)
             yield server

@@ -1,4 +1,4 @@
-"""A supervisor whose worker is played by the test."""
+"""A supervisor without a worker process, and a fake worker that sends it messages."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from service.worker.supervisor import Supervisor
 
 
 def supervisor(specs: bool = True, **settings) -> Supervisor:
-    """A supervisor without a worker. specs: as if a worker had been ready before."""
+    """A supervisor without a worker. specs: whether it knows a model, as after a worker was ready."""
     made = Supervisor(Settings(**settings), Metrics())
     made.specs = {"m": object()} if specs else {}
     return made
 
 
 def run(scenario: Coroutine) -> None:
-    """Run a scenario to its end; fail after two minutes."""
+    """Run a coroutine; fail after two minutes."""
     asyncio.run(asyncio.wait_for(scenario, 120))
 
 
 class Worker:
-    """Sends a supervisor the messages that a worker sends about one job."""
+    """A fake worker: sends the supervisor messages about one job."""
 
     def __init__(self, service: Supervisor, job: str = "a") -> None:
         self.service = service

@@ -1,4 +1,4 @@
-"""The runner of the service on a model of tests, without a server."""
+"""The service's real runner on a small model, without a server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.fake_runner import make_job, outcomes
 
 
 def run_together(runner: TorchRunner, *jobs: Job) -> tuple[list[list[bytes]], list[Stepped]]:
-    """The images of jobs that run together, and the UNet calls."""
+    """Run jobs together; returns the images of each, and the events of all UNet calls."""
     events: list = []
     engine = Engine(runner, events.append, 8, 4, time.monotonic)
     for job in jobs:
@@ -30,7 +30,7 @@ def run_together(runner: TorchRunner, *jobs: Job) -> tuple[list[list[bytes]], li
 
 
 def run_jobs(runner: TorchRunner, *jobs: Job) -> dict[str, tuple[bytes, ...]]:
-    """Job id -> images of jobs that run together."""
+    """Run jobs together; returns job id -> images."""
     done: dict[str, tuple[bytes, ...]] = {}
 
     def emit(event: Event) -> None:

@@ -7,7 +7,7 @@ from diffusers import UNet2DModel
 from models.networks.unet import UNet
 from tests.checkpoints.tiny import fill_randomly
 from tests.helpers.numbers import LIMIT, relative_error
-from tests.helpers.reference_unet import GROUPS, ROWS, Reference, as_diffusers, spec, wide
+from tests.helpers.reference_unet import GROUPS, ROWS, Reference, as_diffusers, four_wide, spec
 
 
 def random_unet(spec, seed=0):
@@ -55,7 +55,7 @@ def test_published_keys(name, key):
 
 @torch.inference_mode()
 def test_eps_against_diffusers():
-    ours = random_unet(spec((1, 2, 3), (4, 2), wide))
+    ours = random_unet(spec((1, 2, 3), (4, 2), four_wide))
     reference = UNet2DModel(
         block_out_channels=ours.spec.channels, attention_head_dim=4, norm_num_groups=GROUPS,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),

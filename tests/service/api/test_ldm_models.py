@@ -21,7 +21,7 @@ from service.settings import Settings
 from tests.checkpoints.ldm_models import FIRST_STAGES, thin
 from tests.helpers.clients import error_of, image_of
 from tests.helpers.images import IMAGE, MASK, psnr
-from tests.helpers.ldm_requests import BODIES, TASKS, kind
+from tests.helpers.ldm_requests import BODIES, TASKS, schema_of
 from tests.helpers.servers import Server, wait_until
 from tests.helpers.torch_runner import run_together
 
@@ -42,7 +42,7 @@ def ask(server: Server, name: str, **changes):
 def here(ldm_files: dict[str, Path], name: str) -> np.ndarray:
     """The same request on an engine in this process."""
     runner = TorchRunner(Registry({name: ldm_files[name]}, load), buckets=(2, 4, 8))
-    resolved = resolve(kind(name).model_validate(body_of(name)), runner.specs, Settings())
+    resolved = resolve(schema_of(name).model_validate(body_of(name)), runner.specs, Settings())
     (images,), _ = run_together(runner, resolved.to_job())
     return Result(resolved, Done(resolved.id, tuple(images), (), 0, 0, 0)).pixels(0)
 

@@ -1,7 +1,7 @@
-"""Every model of the latent diffusion paper, narrow, through the engine, against runs put together here.
+"""Every model of the latent diffusion paper, narrow, through the engine, against reference runs in this file.
 
-The networks themselves are compared with other implementations in tests/models. This file computes again what
-they are conditioned on, in which channels, and what is made of their outputs.
+The networks themselves are compared with other implementations in tests/models. This file implements again
+how they are conditioned (context and concat channels), the DDIM run, and the conversion to pixels.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from service.settings import Settings
 from tests.checkpoints.ldm_models import FIRST_STAGES, ROWS, thin, write
 from tests.checkpoints.tiny import byte_tokenizer, fill_randomly
 from tests.helpers.images import IMAGE, MASK, png, psnr
-from tests.helpers.ldm_requests import BODIES, BOXES, CLASSES, SIDES, SMALL, TASKS, kind, painted
+from tests.helpers.ldm_requests import BODIES, BOXES, CLASSES, SIDES, SMALL, TASKS, painted, schema_of
 from tests.helpers.reference_schedule import their_timesteps
 from tests.helpers.torch_runner import run_together
 
 STEPS = 4
 
 
-OTHERS = {  # that run at the same time
+OTHERS = {  # changes to BODIES for the jobs that run at the same time
     "cin256": {"class_label": 0},
     "cin256-v2": {"class_label": 5, "guidance_scale": 1.0},
     "layout2img": {"boxes": BOXES[:1]},
@@ -51,10 +51,10 @@ OTHERS = {  # that run at the same time
 }
 
 
-def order_of(runner: TorchRunner, name: str, **body) -> ResolvedRequest:
-    if kind(name) is GenerateRequest:
+def resolved(runner: TorchRunner, name: str, **body) -> ResolvedRequest:
+    if schema_of(name) is GenerateRequest:
         body = {"width": SIDES.get(name, 64), "height": SIDES.get(name, 64)} | body
-    return resolve(kind(name).model_validate(body), runner.specs, Settings())
+    return resolve(schema_of(name).model_validate(body), runner.specs, Settings())
 
 
 @pytest.fixture(scope="module", params=ROWS)
@@ -64,20 +64,20 @@ def loaded(request, tmp_path_factory) -> tuple[str, Path, TorchRunner]:
     return request.param, folder, TorchRunner(Registry({"m": file}, load), buckets=(2, 4, 8))
 
 
-# The conditioning of each model, computed from its weights: (null context, context, concat channels).
+# For each model: (unconditional context, context, concat channels), computed from its weights.
 
 
-def conditioning(name: str, bundle: LatentDiffusion, folder: Path):
-    weights = {} if bundle.conditioner is None else bundle.conditioner.state_dict()
-    return CONDITIONING[name](bundle, weights, folder)
+def conditioning(name: str, model: LatentDiffusion, folder: Path):
+    weights = {} if model.conditioner is None else model.conditioner.state_dict()
+    return CONDITIONING[name](model, weights, folder)
 
 
-def nothing(bundle, weights, folder):
+def nothing(model, weights, folder):
     return None, None, None
 
 
 def a_class(number, null):
-    def compute(bundle, weights, folder):
+    def compute(model, weights, folder):
         table = weights["embedding.weight"]
         return None if null is None else table[null][None, None], table[number][None, None], None
 
@@ -85,21 +85,21 @@ def a_class(number, null):
 
 
 def words(negative, positive):
-    """[CLS] is 2, [SEP] 3 and [PAD] 0 in the vocabulary; its words begin at 5."""
+    """Token ids of two prompts. In this vocabulary [PAD] is 0, [CLS] 2 and [SEP] 3; words begin at 5."""
 
-    def compute(bundle, weights, folder):
+    def compute(model, weights, folder):
         ids = torch.zeros(2, 77, dtype=torch.long)
         for row, text in enumerate((negative, positive)):
             tokens = [2, *text, 3]
             ids[row, : len(tokens)] = torch.tensor(tokens)
-        null, context = bundle.conditioner.from_ids(ids)
+        null, context = model.conditioner.from_ids(ids)
         return null[None], context[None], None
 
     return compute
 
 
-def clip(bundle, weights, folder):
-    """The end token's projection, of length 1; zeros for no text."""
+def clip(model, weights, folder):
+    """The normalised projection of the text; zeros for the empty negative prompt."""
     network = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder").eval()
     ids = byte_tokenizer()(["red apple"], padding="max_length", max_length=77, return_tensors="pt").input_ids
     text = network(input_ids=ids).text_embeds
@@ -107,30 +107,30 @@ def clip(bundle, weights, folder):
     return torch.zeros_like(context), context, None
 
 
-def boxes(bundle, weights, folder):
-    """A grid of 90 x 90, for 8192 tokens; the last of these is nothing; 8099 is the lower right corner."""
+def boxes(model, weights, folder):
+    """For 8192 tokens the grid is 90 x 90: 8099 is its lower right corner. 8191 means "no object"."""
     ids = [7, 18 * 90 + 9, 44 * 90 + 53]  # 0.1 and 0.2 of 89 are 8.9 and 17.8; 0.6 and 0.5: 53.4 and 44.5
     ids += [599, 44 * 90 + 67, 67 * 90 + 89]  # 0.75 and 0.5: 66.75 and 44.5; the edge and 0.75
     ids += [8191] * (90 - 6) + [0, 8099]
-    return None, bundle.conditioner.from_ids(torch.tensor([ids])), None
+    return None, model.conditioner.from_ids(torch.tensor([ids])), None
 
 
-def segmentation(bundle, weights, folder):
+def segmentation(model, weights, folder):
     x = F.one_hot(torch.from_numpy(CLASSES), 182).movedim(-1, 0)[None].float()
     for _ in range(2):
         x = F.interpolate(x, scale_factor=0.5, mode="bilinear")
     return None, None, F.conv2d(x, weights["channel_mapper.weight"])
 
 
-def masked(bundle, weights, folder):
-    """As the published script has it: all from 0 to 1 first, then twice that minus one."""
+def masked(model, weights, folder):
+    """As in the published script: masked in the range 0 to 1, then scaled to -1 to 1."""
     image = torch.from_numpy(IMAGE).movedim(-1, 0)[None] / 255
     mask = (torch.from_numpy(MASK)[None, None] / 255 >= 0.5).float()
-    z = bundle.autoencoder.encode((1 - mask) * image * 2 - 1)
+    z = model.autoencoder.encode((1 - mask) * image * 2 - 1)
     return None, None, torch.cat([z, F.interpolate(mask * 2 - 1, size=z.shape[-2:])], dim=1)
 
 
-def small(bundle, weights, folder):
+def small(model, weights, folder):
     return None, None, torch.from_numpy(SMALL).movedim(-1, 0)[None] / 127.5 - 1
 
 
@@ -149,10 +149,10 @@ CONDITIONING = {
 }
 
 
-def expected(name: str, bundle: LatentDiffusion, folder: Path, seed: int, scale: float) -> np.ndarray:
-    """The image that the reference's DDIM makes, from the networks alone: (H, W, 3) of [0, 255]."""
-    null, context, concat = conditioning(name, bundle, folder)
-    spec, f = bundle.spec, bundle.spec.autoencoder.factor
+def expected(name: str, model: LatentDiffusion, folder: Path, seed: int, scale: float) -> np.ndarray:
+    """The image of a DDIM run that uses only the networks: (H, W, 3) in [0, 255]."""
+    null, context, concat = conditioning(name, model, folder)
+    spec, f = model.spec, model.spec.autoencoder.factor
     side = SIDES.get(name, 64) // f
     cells = (side, side) if concat is None else concat.shape[-2:]
     start, end = spec.schedule.beta_start, spec.schedule.beta_end
@@ -160,36 +160,36 @@ def expected(name: str, bundle: LatentDiffusion, folder: Path, seed: int, scale:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, spec.autoencoder.latent_channels, *cells, generator=generator)
     t = their_timesteps(STEPS)
-    before = np.append(alpha_bar[0], alpha_bar[t[:-1]])
+    next_alpha_bar = np.append(alpha_bar[0], alpha_bar[t[:-1]])
     for index in reversed(range(STEPS)):
-        given = x if concat is None else torch.cat([x, concat], dim=1)
+        x_in = x if concat is None else torch.cat([x, concat], dim=1)
         when = torch.tensor([t[index]])
-        eps = bundle.unet(given, when, context)
+        eps = model.unet(x_in, when, context)
         if scale != 1:
-            without = bundle.unet(given, when, null)
+            without = model.unet(x_in, when, null)
             eps = without + scale * (eps - without)
-        here, there = alpha_bar[t[index]], before[index]
+        here, there = alpha_bar[t[index]], next_alpha_bar[index]
         x = there**0.5 * (x - (1 - here) ** 0.5 * eps) / here**0.5 + (1 - there) ** 0.5 * eps
-    pixels = (bundle.autoencoder.decode(x / spec.autoencoder.scale_factor)[0].clamp(-1, 1) + 1) * 127.5
+    pixels = (model.autoencoder.decode(x / spec.autoencoder.scale_factor)[0].clamp(-1, 1) + 1) * 127.5
     return pixels.movedim(0, -1).numpy()
 
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_images_are_those_of_the_networks_alone_with_other_jobs_running(loaded):
+def test_images_match_the_reference_run_while_other_jobs_run(loaded):
     name, folder, runner = loaded
-    order = order_of(runner, name, **BODIES[name], steps=STEPS, seed=11)
+    order = resolved(runner, name, **BODIES[name], steps=STEPS, seed=11)
     scale = BODIES[name].get("guidance_scale", 1.0)
     assert order.to_job().guidance_scale == scale
     other = BODIES[name] | OTHERS.get(name, {})
-    others = [order_of(runner, name, **other, steps=2 + seed, seed=seed, sampler=sampler).to_job()
+    others = [resolved(runner, name, **other, steps=2 + seed, seed=seed, sampler=sampler).to_job()
               for seed, sampler in ((1, "ddim"), (2, "plms"), (3, "euler_ancestral"))]  # fmt: skip
     (images, *_), calls = run_together(runner, order.to_job(), *others)
     assert any(call.images == 4 for call in calls)
     (alone,), _ = run_together(runner, order.to_job())
 
-    bundle = runner.registry["m"]
-    image = expected(name, bundle, folder, 11, scale)
+    model = runner.registry["m"]
+    image = expected(name, model, folder, 11, scale)
     ours = np.frombuffer(images[0], np.uint8).reshape(image.shape)
     if name == "inpainting_big":
         assert (ours[MASK == 0] == IMAGE[MASK == 0]).all()
@@ -200,29 +200,29 @@ def test_images_are_those_of_the_networks_alone_with_other_jobs_running(loaded):
 
 
 @torch.inference_mode()
-def test_python_makes_what_the_service_makes(loaded):
+def test_sample_and_upscale_match_the_service(loaded):
     name, _, runner = loaded
-    order = order_of(runner, name, **BODIES[name], steps=2, seed=3)
-    ((images,), _), bundle, job = run_together(runner, order.to_job()), runner.registry["m"], order.to_job()
+    order = resolved(runner, name, **BODIES[name], steps=2, seed=3)
+    ((images,), _), model, job = run_together(runner, order.to_job()), runner.registry["m"], order.to_job()
     if name == "bsr_sr":
-        x = bundle.upscale(torch.from_numpy(SMALL).movedim(-1, 0)[None] / 127.5 - 1, [3], 2)
+        x = model.upscale(torch.from_numpy(SMALL).movedim(-1, 0)[None] / 127.5 - 1, [3], 2)
     else:
         regions = torch.from_numpy(CLASSES + 1) if "segmentation" in BODIES[name] else None
         inputs = ConditioningInput(job.prompt, job.negative_prompt, job.class_label, job.boxes, regions)
         concat = None
         if name == "inpainting_big":
             image = torch.from_numpy(IMAGE).movedim(-1, 0)[None] / 127.5 - 1
-            masked_latent = bundle.encode_masked(image, torch.from_numpy(MASK >= 128))
-            concat = [bundle.concat_channels(16, 16, masked=masked_latent)]
+            masked_latent = model.encode_masked(image, torch.from_numpy(MASK >= 128))
+            concat = [model.concat_channels(16, 16, masked=masked_latent)]
         size = (job.width, job.height)
-        x = bundle.sample([inputs], [3], 2, job.guidance_scale, concat, size)
+        x = model.sample([inputs], [3], 2, job.guidance_scale, concat, size)
     image = ((x[0].clamp(-1, 1) + 1) * 127.5).movedim(0, -1).numpy()
     ours = np.frombuffer(images[0], np.uint8).reshape(image.shape)
     where = MASK > 0 if name == "inpainting_big" else slice(None)
     assert psnr(ours[where], image[where]) > 45
 
 
-def test_what_is_listed_is_so(loaded):
+def test_each_model_is_listed_with_its_tasks_inputs_and_defaults(loaded):
     name, _, runner = loaded
     spec = runner.specs["m"]
     listed = describe(spec, Settings())
@@ -230,57 +230,59 @@ def test_what_is_listed_is_so(loaded):
     assert listed.defaults.width == listed.defaults.height == ROWS[name].side
     assert (listed.defaults.guidance_scale > 1) == listed.guided
     assert spec.unet.in_channels == spec.autoencoder.latent_channels + spec.concat_channels
-    assert len(listed.labels) == (182 if name == "semantic_synthesis" else 0)  # whose colours are needed
+    assert len(listed.labels) == (
+        182 if name == "semantic_synthesis" else 0
+    )  # which clients need for the colours
     if name == "inpainting_big":
         assert listed.inpainting == "mask channels"
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.0])
-def test_guidance_is_refused_where_there_is_no_null_condition(loaded, scale):
+def test_guidance_is_rejected_without_a_null_condition(loaded, scale):
     name, _, runner = loaded
     body = BODIES[name] | {"guidance_scale": scale}
     if runner.specs["m"].guided:
-        assert order_of(runner, name, **body).to_job().guidance_scale == scale
+        assert resolved(runner, name, **body).to_job().guidance_scale == scale
         return
     with pytest.raises(InvalidRequest, match="must be 1") as refused:
-        order_of(runner, name, **body)
+        resolved(runner, name, **body)
     assert refused.value.param == "guidance_scale"
 
 
-def test_what_a_model_needs_is_required_and_what_it_cannot_hear_is_refused(loaded):
+def test_the_main_input_is_required_and_unsupported_inputs_are_rejected(loaded):
     name, _, runner = loaded
     inputs = TASKS[name][1]
     if inputs:
         with pytest.raises(InvalidRequest, match="is required") as refused:
-            order_of(runner, name)
+            resolved(runner, name)
         assert refused.value.param == inputs[0]
-    elif kind(name) is GenerateRequest:
-        assert order_of(runner, name).task == "unconditional"
-    deaf = {"prompt": "red", "class_label": 1, "boxes": BOXES, "segmentation": painted(CLASSES)}
-    if kind(name) is UpscaleRequest:
-        deaf = {"prompt": "red"}
-    for field, value in deaf.items():
+    elif schema_of(name) is GenerateRequest:
+        assert resolved(runner, name).task == "unconditional"
+    inputs_of_others = {"prompt": "red", "class_label": 1, "boxes": BOXES, "segmentation": painted(CLASSES)}
+    if schema_of(name) is UpscaleRequest:
+        inputs_of_others = {"prompt": "red"}
+    for field, value in inputs_of_others.items():
         if field not in inputs:
             with pytest.raises(InvalidRequest) as refused:
-                order_of(runner, name, **(BODIES[name] | {field: value}))
+                resolved(runner, name, **(BODIES[name] | {field: value}))
             assert refused.value.param == field
 
 
-def test_the_task_of_a_request_is_one_of_the_models(loaded):
+def test_a_request_gets_the_models_first_task_and_its_parameters_are_a_request(loaded):
     name, _, runner = loaded
-    order = order_of(runner, name, **BODIES[name])
+    order = resolved(runner, name, **BODIES[name])
     assert order.task == TASKS[name][0][0]
-    again = kind(name).model_validate(
+    again = schema_of(name).model_validate(
         BODIES[name] | order.parameters.of_image(0) | {"model": "m"}
     )  # parameters are a request without its images
     assert resolve(again, runner.specs, Settings()).prompt == order.prompt
 
 
 BLACK = np.zeros((64, 64, 3), np.uint8)
-REFUSED = {  # body, and the field that is to blame
+REFUSED = {  # model -> (invalid fields, the field that the error names)
     "celebahq": [({"width": 48}, "width")],
     "cin256": [({"class_label": 1000}, "class_label"), ({"class_label": "cat"}, "class_label")],
-    "cin256-v2": [({"class_label": 1000}, "class_label")],  # the null class is none to ask for
+    "cin256-v2": [({"class_label": 1000}, "class_label")],  # the null class cannot be requested
     "layout2img": [
         ({"boxes": BOXES * 16}, "boxes"),
         ({"boxes": [BOXES[0] | {"name": 8191}]}, "boxes.0.name"),
@@ -294,26 +296,26 @@ REFUSED = {  # body, and the field that is to blame
 }
 
 
-def test_what_is_no_label_or_does_not_fit_is_refused(loaded):
+def test_unknown_labels_and_wrong_sizes_are_rejected(loaded):
     name, _, runner = loaded
     for body, param in REFUSED.get(name, []):
         with pytest.raises(InvalidRequest) as refused:
-            order_of(runner, name, **body)
+            resolved(runner, name, **body)
         assert refused.value.param == param
 
 
-def test_a_long_prompt_is_said_to_be_cut(loaded):
+def test_a_prompt_that_is_too_long_gives_a_warning(loaded):
     name, _, runner = loaded
     body = BODIES[name] | ({"prompt": "red " * 75 + "apple"} if "prompt" in BODIES[name] else {})
-    job = order_of(runner, name, **body, steps=1).to_job()
+    job = resolved(runner, name, **body, steps=1).to_job()
     runner.shape(job)
-    said = list(runner.start(job))
-    assert bool(said) == runner.specs["m"].reads_prompts
-    if runner.specs["m"].uses_bert_tokens:  # 77 less a begin and an end token
-        assert said == ["prompt is longer than the model can read; ignored: apple"]
+    warnings = list(runner.start(job))
+    assert bool(warnings) == runner.specs["m"].reads_prompts
+    if runner.specs["m"].uses_bert_tokens:  # 75 tokens fit between begin and end
+        assert warnings == ["prompt is longer than the model can read; ignored: apple"]
 
 
-def test_without_a_text_encoder_the_model_that_needs_one_says_which(tmp_path):
+def test_a_missing_text_encoder_is_named(tmp_path):
     file = write(tmp_path, "rdm768")
     (tmp_path / "text_encoder").rename(tmp_path / "elsewhere")
     assert load(file).spec.tasks == ()
@@ -321,7 +323,7 @@ def test_without_a_text_encoder_the_model_that_needs_one_says_which(tmp_path):
         Registry({"m": file}, load)
 
 
-def test_a_first_stage_alone_has_nothing_to_generate(tmp_path):
+def test_an_autoencoder_alone_cannot_be_served(tmp_path):
     stage = Autoencoder(thin(FIRST_STAGES["vq-f16"]))
     fill_randomly(stage, 0)
     save_file(stage.state_dict(), tmp_path / "stage.safetensors")

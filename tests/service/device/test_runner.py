@@ -56,7 +56,7 @@ def test_torchs_out_of_memory_becomes_the_services_own(runner, monkeypatch):
         runner.start(job)
 
 
-def picture_job(name: str = "a", **changes) -> Job:
+def image_job(name: str = "a", **changes) -> Job:
     return make_job(name, **({"width": 64, "height": 64, "steps": 3, "image": IMAGE.tobytes()} | changes))
 
 
@@ -66,7 +66,7 @@ def pixels(runner: TorchRunner, job: Job) -> np.ndarray:
 
 
 def test_image_to_image_starts_from_the_noised_latent_of_the_input(runner):
-    job = picture_job(strength=0.7, guidance_scale=1.0, seed=5)
+    job = image_job(strength=0.7, guidance_scale=1.0, seed=5)
     bundle = runner.registry["m"]
     with torch.inference_mode():
         x = torch.from_numpy(IMAGE).permute(2, 0, 1)[None] / 127.5 - 1
@@ -83,13 +83,13 @@ def test_image_to_image_starts_from_the_noised_latent_of_the_input(runner):
 
 
 def test_pixels_outside_the_mask_are_those_of_the_input(runner):
-    out = pixels(runner, picture_job(mask=MASK.tobytes()))
+    out = pixels(runner, image_job(mask=MASK.tobytes()))
     assert (out[MASK == 0] == IMAGE[MASK == 0]).all()
     assert (out[MASK > 0] != IMAGE[MASK > 0]).any(axis=-1).mean() > 0.9
 
 
 def test_a_latent_cell_is_repainted_if_any_of_its_pixels_is(runner):
-    begin(runner, picture_job(mask=MASK.tobytes()))
+    begin(runner, image_job(mask=MASK.tobytes()))
     mask = runner.jobs["a"].mask[0]
     assert mask.nonzero().min(0).values.tolist() == [2, 3]
     assert mask.nonzero().max(0).values.tolist() == [5, 6]
@@ -97,7 +97,7 @@ def test_a_latent_cell_is_repainted_if_any_of_its_pixels_is(runner):
 
 
 def test_the_latent_outside_the_mask_stays_that_of_the_input(runner):
-    job = picture_job(mask=MASK.tobytes(), eta=1.0)
+    job = image_job(mask=MASK.tobytes(), eta=1.0)
     begin(runner, job)
     made(runner, job)
     state = runner.jobs["a"]
@@ -108,7 +108,7 @@ def test_the_input_image_is_encoded_once_per_job(runner, monkeypatch):
     calls = []
     bundle = runner.registry["m"]
     monkeypatch.setattr(bundle, "encode", lambda x: calls.append(x) or torch.zeros(1, 4, 8, 8))
-    begin(runner, picture_job(n=3))
+    begin(runner, image_job(n=3))
     assert len(calls) == 1
 
 
@@ -116,20 +116,20 @@ def test_all_tasks_and_samplers_share_one_call_without_changing_each_other(runne
     jobs = [
         *(make_job(name, width=64, height=64, steps=4, sampler=name) for name in SAMPLERS),
         make_job("a", width=64, height=64, steps=3, eta=0.5),
-        picture_job("b", strength=1.0, guidance_scale=1.0),
-        picture_job("c", mask=MASK.tobytes(), steps=4, eta=1.0),
+        image_job("b", strength=1.0, guidance_scale=1.0),
+        image_job("c", mask=MASK.tobytes(), steps=4, eta=1.0),
     ]
     for job in jobs:
         begin(runner, job)
     while running := [job for job in jobs if left(runner, job)]:
         runner.step([ImageKey(job.id, 0) for job in running])
     together = [runner.finish(ImageKey(job.id, 0)) for job in jobs]
-    for job, picture in zip(jobs, together, strict=True):
+    for job, image in zip(jobs, together, strict=True):
         alone = TorchRunner(runner.registry, runner.buckets)
         begin(alone, job)
         while left(alone, job):
             alone.step([ImageKey(job.id, 0)])
-        assert psnr(alone.finish(ImageKey(job.id, 0)), picture) > 40
+        assert psnr(alone.finish(ImageKey(job.id, 0)), image) > 40
 
 
 class Scarce:

@@ -79,7 +79,7 @@ def test_an_interrupted_job_ends_with_its_images_as_they_are():
 
 
 def test_a_call_that_does_not_fit_is_split_and_later_calls_are_smaller():
-    engine, events = engine_on(CountingRunner((2, 4, 8), holds=4))
+    engine, events = engine_on(CountingRunner((2, 4, 8), fits_rows=4))
     for i in range(8):
         engine.submit(make_job(str(i), steps=4, guidance_scale=1.0))
     while engine.busy:
@@ -97,7 +97,7 @@ def test_a_job_that_does_not_fit_alone_fails_alone():
 
 
 def test_a_new_group_starts_with_small_calls_which_grow_as_far_as_memory_allows():
-    runner = CountingRunner((2, 4, 8, 16), holds=8)
+    runner = CountingRunner((2, 4, 8, 16), fits_rows=8)
     runner.measures = True
     engine, events = engine_on(runner)
     for i in range(16):
@@ -160,7 +160,7 @@ def test_decoding_takes_about_as_much_time_as_steps():
 
 
 def test_models_that_do_not_fit_together_take_turns_and_no_job_starves():
-    runner = CountingRunner((4,), rooms=1)
+    runner = CountingRunner((4,), fits_models=1)
     engine, events = engine_on(runner)
     engine.submit(make_job("first", model="m", steps=50))
     engine.tick()
@@ -245,8 +245,8 @@ CODES = {"oom": "out_of_memory", "broken": "non_finite", "finish": "non_finite"}
 class History:
     """Engines one after the other, as a supervisor runs them, and all their events."""
 
-    def __init__(self, buckets: Sequence[int], holds: int, rooms: int, measures: bool) -> None:
-        self.setting = buckets, holds, rooms, measures
+    def __init__(self, buckets: Sequence[int], fits_rows: int, fits_models: int, measures: bool) -> None:
+        self.setting = buckets, fits_rows, fits_models, measures
         self.clock = Clock()
         self.jobs: dict[str, Job] = {}
         self.deadlines: dict[str, float] = {}
@@ -255,8 +255,8 @@ class History:
 
     def begin(self) -> None:
         """A new engine gets every job that has no end."""
-        buckets, holds, rooms, measures = self.setting
-        self.runner = CountingRunner(buckets, self.clock, holds, rooms)
+        buckets, fits_rows, fits_models, measures = self.setting
+        self.runner = CountingRunner(buckets, self.clock, fits_rows, fits_models)
         self.runner.measures = measures
         self.engine, self.events = engine_on(self.runner, decode_chunk=2)
         for job in self.jobs.values():
@@ -327,12 +327,12 @@ def concerns(event, job: str) -> bool:
 @given(
     moves=moves,
     buckets=st.sampled_from([(2,), (2, 4, 8), (3, 9)]),
-    holds=st.integers(1, 9),
-    rooms=st.integers(1, 2),
+    fits_rows=st.integers(1, 9),
+    fits_models=st.integers(1, 2),
     measures=st.booleans(),
 )
-def test_every_job_ends_exactly_once(moves, buckets, holds, rooms, measures):
-    history = History(buckets, holds, rooms, measures)
+def test_every_job_ends_exactly_once(moves, buckets, fits_rows, fits_models, measures):
+    history = History(buckets, fits_rows, fits_models, measures)
     for move in moves:
         if isinstance(move, dict):
             history.submit(move)
@@ -352,7 +352,7 @@ def test_every_job_ends_exactly_once(moves, buckets, holds, rooms, measures):
     assert all(history.ends[job] == 1 for job in history.jobs)
     engine, runner = history.engine, history.runner
     left = (engine.jobs, engine.pending, engine.busy_models, engine.undecoded, engine.scheduler)
-    assert not any(map(len, (*left, runner.held, runner.shaped)))
+    assert not any(map(len, (*left, runner.started, runner.full_precision)))
     most = max(buckets[-1], 2)
     assert all(event.rows <= most for event in history.events if isinstance(event, Stepped))
 

@@ -1,4 +1,4 @@
-"""The jobs API: over HTTP, and behind it on a supervisor that is spoken to as a worker speaks."""
+"""The jobs API: over HTTP, and without HTTP on a supervisor with a fake worker."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def body(steps: int = 5, **changes) -> GenerateJob:
 
 
 class Service:
-    """Jobs whose worker says what a test tells it to."""
+    """Jobs on a supervisor whose worker is a fake that sends the test's messages."""
 
     def __init__(self, **settings) -> None:
         self.supervisor = supervisor(**settings)
@@ -55,10 +55,10 @@ class Service:
         parts = {"queue": 0.1, "denoise": 0.2, "decode": 0.3}
         self.worker(record).say(Done(record.id, (PIXELS,), ("w",), **parts))
         await asyncio.wait({record.work})
-        await asyncio.sleep(0)  # what is called back
+        await asyncio.sleep(0)  # for the callbacks
 
 
-def test_a_job_tells_its_place_its_steps_and_its_pictures():
+def test_a_job_reports_its_position_its_steps_and_its_images():
     async def scenario():
         service = Service()
         record = await service.begun()
@@ -87,33 +87,33 @@ def test_events_are_the_current_state_then_every_change_then_the_end(monkeypatch
         record = await service.begun(preview_every=2)
         events = record.events()
 
-        async def news() -> tuple:
+        async def next_event() -> tuple:
             while (event := await anext(events)) is None:
                 pass
             return event
 
-        assert (await news()).name == "queued"
-        assert await anext(events) is None  # silence is kept alive
+        assert (await next_event()).name == "queued"
+        assert await anext(events) is None  # a keep-alive
         worker = service.worker(record)
         worker.start(5)
         worker.step(1)
-        worker.step(2)  # nobody has looked in between
-        _, name, status = await news()
+        worker.step(2)  # not read in between: merged
+        _, name, status = await next_event()
         assert (name, status.step, status.steps) == ("step", 2, 5)
         worker.say(Previewed(record.id, index=0, step=2, width=2, height=2, pixels=bytes(12)))
-        number, name, preview = await news()
+        number, name, preview = await next_event()
         assert (name, preview.step, preview.width, preview.media_type) == ("preview", 2, 2, "image/jpeg")
         assert (await anext(record.events())).name == "preview"  # a new reader gets the current state
         assert await anext(record.events(seen=number)) is None  # one that has it does not
         await service.end(record)
-        number, name, status = await news()
+        number, name, status = await next_event()
         assert (name, len(status.result.images)) == ("done", 1)
         assert [event async for event in record.events() if event] == [(number, name, status)]
 
     run(scenario())
 
 
-def test_a_job_that_fails_says_why():
+def test_a_failed_job_has_an_error():
     async def scenario():
         service = Service()
         record = await service.begun()
@@ -129,7 +129,7 @@ def test_a_job_that_fails_says_why():
     run(scenario())
 
 
-def test_cancelling_frees_the_place_at_any_moment():
+def test_cancelling_frees_the_slot_at_any_time():
     async def scenario():
         service = Service()
         at_once = await service.jobs.submit(body(), None, "r")  # before its task has begun
@@ -150,7 +150,7 @@ def test_cancelling_frees_the_place_at_any_moment():
     run(scenario())
 
 
-def test_a_key_begins_one_job_even_for_twins_and_none_for_another_body():
+def test_an_idempotency_key_starts_one_job_and_rejects_another_body():
     async def scenario():
         service = Service()
         ask = service.jobs.submit
@@ -164,7 +164,7 @@ def test_a_key_begins_one_job_even_for_twins_and_none_for_another_body():
     run(scenario())
 
 
-def test_a_key_of_a_refused_request_is_free_again():
+def test_the_key_of_a_rejected_request_can_be_used_again():
     async def scenario():
         service = Service(queue_size=1)
         first = await service.begun()
@@ -178,7 +178,7 @@ def test_a_key_of_a_refused_request_is_free_again():
     run(scenario())
 
 
-def test_jobs_that_ended_are_kept_up_to_a_count_and_a_size_and_for_a_time():
+def test_ended_jobs_are_kept_up_to_a_count_a_size_and_an_age():
     async def scenario():
         service = Service(jobs_kept=2)
         records = [await service.begun() for _ in range(3)]
@@ -225,7 +225,7 @@ def numbered_events_of(answer: httpx.Response) -> Iterator[tuple[int, str, dict]
             yield int(fields["id"]), fields["event"], json.loads(value)
 
 
-def test_a_job_over_http_makes_the_image_that_generate_makes(server):
+def test_a_job_makes_the_same_image_as_generate(server):
     request = {"prompt": "red apple", "seed": 4}
     accepted = ask(server, request)
     assert accepted.status_code == 202
@@ -239,7 +239,7 @@ def test_a_job_over_http_makes_the_image_that_generate_makes(server):
         assert [name for name, _ in events_of(answer)] == ["done"]
 
 
-def test_a_job_is_watched_over_http_and_cancelled_while_it_runs(server):
+def test_a_running_job_is_followed_and_cancelled_over_http(server):
     path = ask(server, LONG).headers["location"]
     for _ in range(2):  # who comes back goes on where the job is
         with server.client.stream("GET", path + "/events") as answer:
@@ -255,7 +255,7 @@ def test_a_job_is_watched_over_http_and_cancelled_while_it_runs(server):
     assert server.client.get(path).json()["result"] is None
 
 
-def test_a_stream_goes_on_after_the_last_event_id(server):
+def test_a_stream_continues_after_last_event_id(server):
     path = ask(server, LONG).headers["location"]
     with server.client.stream("GET", path + "/events") as answer:
         number, _, data = next(event for event in numbered_events_of(answer) if event[1] == "step")
@@ -280,7 +280,7 @@ def test_a_job_shows_previews_while_it_runs(server):
     wait_for_jobs(server, 0)
 
 
-def test_a_job_that_waits_tells_its_position(server):
+def test_a_waiting_job_reports_its_position(server):
     whole_calls = LONG | {"n": 16}
     paths = [ask(server, whole_calls).headers["location"] for _ in range(3)]
     for path, position in zip(paths[1:], (1, 2), strict=True):
@@ -293,7 +293,7 @@ def test_a_job_that_waits_tells_its_position(server):
     wait_for_jobs(server, 0)
 
 
-def test_a_job_that_inpaints(server):
+def test_a_job_can_inpaint(server):
     request = {"image": base64_of(noise(20, 20)), "mask": base64_of(Image.new("L", (20, 20), 255))}
     path = ask(server, request, "inpaint").headers["location"]
     wait_until(lambda: server.client.get(path).json()["status"] == "done")
@@ -312,13 +312,13 @@ def test_a_job_that_inpaints(server):
         ({"task": "generate"}, "request"),
     ],
 )
-def test_a_bad_job_is_refused_by_its_field(server, content, param):
+def test_an_invalid_job_is_rejected_with_the_name_of_the_field(server, content, param):
     error = error_of(server.client.post("/jobs", json=content), 422)
     assert error["param"] == param
     assert error["message"].startswith(param)
 
 
-def test_unknown_jobs_are_404_and_keys_are_kept_apart(server):
+def test_unknown_jobs_are_404_and_jobs_belong_to_an_api_key(server):
     for method, path in (("GET", "/jobs/no"), ("GET", "/jobs/no/events"), ("DELETE", "/jobs/no")):
         assert error_of(server.client.request(method, path), 404)["code"] == "not_found"
     headers = {"Idempotency-Key": f"key {time.time()}"}
@@ -343,7 +343,7 @@ def test_jobs_share_the_queue_with_requests(server):
     wait_for_jobs(server, 0)
 
 
-def test_one_place_is_held_from_before_decoding_until_the_files_are_encoded():
+def test_a_slot_is_held_from_before_images_are_read_until_files_are_encoded():
     async def scenario():
         service = Service(queue_size=1)
         taken = []
@@ -384,7 +384,7 @@ def test_a_caller_that_stops_waiting_cancels_its_job():
     run(scenario())
 
 
-def test_a_job_that_somebody_else_cancels_ends_its_caller_too():
+def test_cancelling_a_job_ends_the_request_that_waits_for_it():
     async def scenario():
         service = Service()
         caller = asyncio.create_task(service.jobs.run(lambda: Submission(body().request), "r"))

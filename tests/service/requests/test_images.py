@@ -1,4 +1,4 @@
-"""Clients' pictures: what is taken and as what, and what is refused by the name of its field."""
+"""Images in requests: which files are read and how, which are rejected with the name of their field."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ CAP = 10_000
 ORIENTATION = 0x0112
 
 
-def read(picture: Image.Image, kind: str = "PNG", **options) -> np.ndarray:
-    """What becomes of a picture that a client sends."""
-    return np.asarray(read_image(base64_of(picture, kind, **options), "image", CAP))
+def read(image: Image.Image, kind: str = "PNG", **options) -> np.ndarray:
+    """The pixels that are read from an image that a client sends in base64."""
+    return np.asarray(read_image(base64_of(image, kind, **options), "image", CAP))
 
 
-def order(**body):
-    """An order for the tiny model, by /generate."""
+def resolved(**body):
+    """A /generate request, resolved for the model `tiny`."""
     body = GenerateRequest(**({"prompt": "p"} | body))
     return resolve(body, {"tiny": tiny_spec()}, Settings(max_input_pixels=CAP, max_pixels=10**6))
 
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
-def test_an_8_bit_rgb_picture_is_read_as_it_is(kind, options):
+def test_an_8_bit_rgb_image_is_read_unchanged(kind, options):
     assert (read(noise(7, 5), kind, **options) == np.asarray(noise(7, 5))).all()
 
 
@@ -46,7 +46,7 @@ def test_a_jpeg_is_read_as_any_decoder_reads_it():
     assert (np.asarray(read) == np.asarray(Image.open(io.BytesIO(file)))).all()
 
 
-def test_grey_palette_and_opaque_pictures_keep_their_colours():
+def test_grey_palette_and_opaque_images_keep_their_colours():
     grey = noise(7, 5, "L")
     assert (read(grey) == np.asarray(grey)[..., None]).all()
     palette = noise(7, 5).quantize(8)
@@ -56,31 +56,31 @@ def test_grey_palette_and_opaque_pictures_keep_their_colours():
     assert (read(opaque) == np.asarray(noise(7, 5))).all()
 
 
-def test_what_is_transparent_shows_white():
-    picture = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
-    picture.putpixel((1, 0), (200, 0, 0, 0))
-    assert read(picture).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+def test_transparent_pixels_become_white():
+    image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    image.putpixel((1, 0), (200, 0, 0, 0))
+    assert read(image).tolist() == [[[200, 0, 0], [255, 255, 255]]]
 
 
-def test_of_16_bits_the_upper_8_stay():
+def test_16_bit_values_keep_their_upper_8_bits():
     values = np.array([[0, 255, 256, 65535]], np.uint16)
     assert read(Image.fromarray(values))[0, :, 0].tolist() == [0, 0, 1, 255]
 
 
-def test_a_picture_is_turned_as_its_exif_data_say():
+def test_an_image_is_rotated_by_its_exif_orientation():
     exif = Image.Exif()
     exif[ORIENTATION] = 6  # a camera held upright
     turned = read(noise(7, 5), exif=exif)
     assert (turned == np.asarray(noise(7, 5).transpose(Image.Transpose.ROTATE_270))).all()
 
 
-def test_a_photograph_with_a_preview_of_itself_is_one_picture():
+def test_a_jpeg_with_a_second_preview_image_is_read_as_one_image():
     file = file_of(noise(16, 16), "MPO", save_all=True, append_images=[noise(8, 8)])
     assert read_image(base64_of(file), "image", CAP).size == (16, 16)
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
         Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)),
         Image.fromarray(np.array([[False, False, True, True]])),
@@ -89,18 +89,18 @@ def test_a_photograph_with_a_preview_of_itself_is_one_picture():
     ],
     ids=["L", "1", "I;16", "LA"],
 )
-def test_a_mask_of_any_mode_is_cut_at_half(picture):
-    assert np.asarray(read_mask(base64_of(picture), "mask", CAP)).tolist() == [[0, 0, 255, 255]]
+def test_a_mask_of_any_mode_is_thresholded_at_half(image):
+    assert np.asarray(read_mask(base64_of(image), "mask", CAP)).tolist() == [[0, 0, 255, 255]]
 
 
-def test_base64_may_be_a_data_url_and_broken_into_lines():
+def test_base64_may_be_a_data_url_or_contain_line_breaks():
     text = base64_of(b"any bytes at all")
     for sent in (text, "data:image/png;base64," + text, text[:5] + "\r\n" + text[5:]):
         assert from_base64(sent, "image") == b"any bytes at all"
 
 
 def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
-    """A PNG of a few bytes whose header promises gigabytes."""
+    """A PNG file of a few bytes whose header claims gigabytes of pixels."""
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"")))
     parts = (
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -109,34 +109,34 @@ def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def cut(kind: str) -> bytes:
+def truncated(kind: str) -> bytes:
     file = file_of(noise(64, 64), kind)
     return file[: len(file) // 2]
 
 
 FRAMES = {"save_all": True, "append_images": [ImageOps.invert(noise(8, 8))]}
 REFUSED = {
-    "no base64": ("äöü", "base64"),
-    "half of base64": ("iVBORw0KGgo", "base64"),
-    "an address": ("http://127.0.0.1/picture.png", "base64"),
+    "not base64": ("äöü", "base64"),
+    "truncated base64": ("iVBORw0KGgo", "base64"),
+    "a URL": ("http://127.0.0.1/image.png", "base64"),
     "a path": ("file:///etc/passwd", "base64"),
-    "nothing": ("", "PNG, JPEG or WebP"),
-    "no picture": (base64_of(b"<svg/>"), "PNG, JPEG or WebP"),
+    "empty": ("", "PNG, JPEG or WebP"),
+    "not an image": (base64_of(b"<svg/>"), "PNG, JPEG or WebP"),
     "another format": (base64_of(noise(8, 8), "GIF"), "PNG, JPEG or WebP"),
-    "another format of Pillow's": (base64_of(noise(8, 8), "TIFF"), "PNG, JPEG or WebP"),
+    "another format that Pillow reads": (base64_of(noise(8, 8), "TIFF"), "PNG, JPEG or WebP"),
     "too many pixels": (base64_of(noise(101, 100)), "10000 pixels"),
-    "a bomb": (base64_of(bomb()), "10000 pixels"),
+    "a decompression bomb": (base64_of(bomb()), "10000 pixels"),
     "a header without pixels": (base64_of(bomb(8, 8)), "broken"),
     "animated PNG": (base64_of(noise(8, 8), "PNG", **FRAMES), "animated"),
     "animated WebP": (base64_of(noise(8, 8), "WEBP", **FRAMES), "animated"),
-    "half a PNG": (base64_of(cut("PNG")), "broken"),
-    "half a JPEG": (base64_of(cut("JPEG")), "broken"),
-    "half a WebP": (base64_of(cut("WEBP")), ""),
+    "half a PNG": (base64_of(truncated("PNG")), "broken"),
+    "half a JPEG": (base64_of(truncated("JPEG")), "broken"),
+    "half a WebP": (base64_of(truncated("WEBP")), ""),
 }
 
 
 @pytest.mark.parametrize(("text", "expected"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_picture_of_ours_is_refused_by_its_field(text, expected):
+def test_other_data_is_rejected_with_the_name_of_the_field(text, expected):
     with pytest.raises(InvalidRequest) as refused:
         read_image(text, "init_image", CAP)
     assert refused.value.param == "init_image"
@@ -145,12 +145,12 @@ def test_what_is_no_picture_of_ours_is_refused_by_its_field(text, expected):
 
 
 def test_a_canvas_repeats_the_last_row_and_column():
-    picture = Image.fromarray(np.array([[1, 2], [3, 4]], np.uint8))
-    assert list(extend(picture, 3, 4)) == [1, 2, 2, 3, 4, 4, 3, 4, 4, 3, 4, 4]
+    image = Image.fromarray(np.array([[1, 2], [3, 4]], np.uint8))
+    assert list(extend(image, 3, 4)) == [1, 2, 2, 3, 4, 4, 3, 4, 4, 3, 4, 4]
 
 
 @pytest.mark.parametrize(
-    ("asked", "size"),
+    ("fields", "size"),
     [
         ({}, (96, 48)),
         ({"width": 64, "height": 64}, (64, 64)),
@@ -158,29 +158,29 @@ def test_a_canvas_repeats_the_last_row_and_column():
         ({"height": 96}, (192, 96)),
     ],
 )
-def test_a_run_from_a_picture_has_the_size_asked_for_or_the_pictures_own(asked, size):
-    made = order(init_image=base64_of(noise(100, 50)), **asked)
-    assert (made.width, made.height) == (made.canvas_width, made.canvas_height) == size
-    assert len(made.inputs.image) == 3 * size[0] * size[1]
-    assert made.task == "image-to-image"
-    assert ("init_image is 100x50 and was resized" in "".join(made.warnings)) == (len(asked) < 2)
+def test_image_to_image_has_the_requested_size_or_that_of_the_image(fields, size):
+    request = resolved(init_image=base64_of(noise(100, 50)), **fields)
+    assert (request.width, request.height) == (request.canvas_width, request.canvas_height) == size
+    assert len(request.inputs.image) == 3 * size[0] * size[1]
+    assert request.task == "image-to-image"
+    assert ("init_image is 100x50 and was resized" in "".join(request.warnings)) == (len(fields) < 2)
 
 
-def test_a_picture_of_a_size_that_the_model_takes_is_run_from_as_it_is():
-    made = order(init_image=base64_of(noise(32, 48)), strength=1)
+def test_an_image_of_a_size_of_the_model_is_not_resized():
+    made = resolved(init_image=base64_of(noise(32, 48)), strength=1)
     assert (made.inputs.image, made.parameters.strength, made.warnings) == (noise(32, 48).tobytes(), 1.0, ())
-    assert order(init_image=base64_of(noise(32, 48))).parameters.strength == 0.75
+    assert resolved(init_image=base64_of(noise(32, 48))).parameters.strength == 0.75
 
 
-def test_a_run_from_a_picture_needs_no_words():
-    spec, asked = tiny_spec(), {"init_image": base64_of(noise(16, 16)), "strength": 0.5}
-    job = resolve(GenerateRequest(**asked), {"tiny": spec}, Settings())
+def test_image_to_image_needs_no_prompt():
+    spec, fields = tiny_spec(), {"init_image": base64_of(noise(16, 16)), "strength": 0.5}
+    job = resolve(GenerateRequest(**fields), {"tiny": spec}, Settings())
     assert (job.prompt, job.task) == ("", "image-to-image")
     with pytest.raises(InvalidRequest, match="prompt is required"):
         resolve(GenerateRequest(), {"tiny": spec}, Settings())
 
 
-def test_a_model_is_asked_only_for_what_it_does():
+def test_a_task_that_the_model_does_not_support_is_rejected():
     spec = replace(tiny_spec(), tasks=("text-to-image",))
     with pytest.raises(InvalidRequest, match="model must support image-to-image"):
         resolve(GenerateRequest(prompt="p", init_image=base64_of(noise(16, 16))), {"tiny": spec}, Settings())
@@ -194,13 +194,13 @@ def test_a_model_is_asked_only_for_what_it_does():
         ({"init_image": base64_of(noise(1, 100)), "width": 2048}, "width"),
     ],
 )
-def test_sizes_and_strengths_that_cannot_be_are_refused(body, param):
+def test_invalid_sizes_and_strengths_are_rejected(body, param):
     with pytest.raises(InvalidRequest) as refused:
-        order(**body)
+        resolved(**body)
     assert refused.value.param == param
 
 
-def test_pixels_and_files_are_read_as_base64_is():
+def test_pixels_and_files_are_read_like_base64():
     image = noise(50, 37, "RGBA")
     expected = np.asarray(read_image(base64_of(image), "image", CAP))
     for source in (image, file_of(image)):
@@ -209,8 +209,8 @@ def test_pixels_and_files_are_read_as_base64_is():
         read_image(image, "image", 100)
 
 
-def test_a_request_inside_the_service_may_carry_pixels_and_one_from_outside_may_not():
+def test_only_requests_made_inside_the_service_may_hold_pixels():
     image = noise(32, 48)
-    assert order(init_image=image).inputs == order(init_image=base64_of(image)).inputs
+    assert resolved(init_image=image).inputs == resolved(init_image=base64_of(image)).inputs
     with pytest.raises(ValidationError):
         GenerateRequest.model_validate_json('{"init_image": {}}')

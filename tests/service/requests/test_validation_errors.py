@@ -1,4 +1,4 @@
-"""The library's validation errors in this API's words."""
+"""pydantic's validation errors, translated to this API's messages."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_all_types_of_a_union_are_named():
     assert explain(refused.value.errors()).message == "a must be an integer or a list"
 
 
-def test_a_body_of_another_type_is_told_from_one_that_is_no_object():
+def test_another_content_type_and_a_body_that_is_not_an_object_are_different_errors():
     error = {"type": "model_attributes_type", "loc": ("body",), "msg": "", "input": "secret"}
     assert isinstance(explain([error], "application/json"), UnreadableBody)
     assert isinstance(explain([error], "text/plain"), UnsupportedMedia)

@@ -7,7 +7,7 @@ import time
 
 from service.cli.serve import LINGER_SECONDS
 from tests.benchmarks.drains import drain
-from tests.helpers.servers import PATIENCE, wait_until
+from tests.helpers.servers import MAX_WAIT_SECONDS, wait_until
 
 CLIENTS = 8
 
@@ -36,4 +36,4 @@ def test_a_job_that_ends_during_the_drain_can_still_be_read(start_server):
         wait_until(lambda: server.health()["jobs"] == 0)
         time.sleep(2 * LINGER_SECONDS)
         assert server.client.get(path).json()["result"]["images"]
-        assert server.process.wait(PATIENCE) == 0
+        assert server.process.wait(MAX_WAIT_SECONDS) == 0

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from service.worker.supervisor import MAX_FAILURES
 from tests.helpers.clients import LONG, alone, error_of, post, together, wait_for_running, worst_psnr
-from tests.helpers.servers import PATIENCE, wait_until
+from tests.helpers.servers import MAX_WAIT_SECONDS, wait_until
 
 
 def test_a_killed_worker_loses_no_job(server):
@@ -84,4 +84,4 @@ def test_a_stalled_worker_is_replaced_and_sigterm_drains(start_server):
         assert server.client.get("/health/live").status_code == 200
         assert not last.done()
         assert last.result().status_code == 200
-        assert server.process.wait(PATIENCE) == 0
+        assert server.process.wait(MAX_WAIT_SECONDS) == 0
