@@ -62,14 +62,18 @@ def locate_loras(arguments: Iterable[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for argument in arguments:
         name, _, text = argument.partition("=")
-        folder_files = [Path(text) / file for file in LORA_FILES if (Path(text) / file).is_file()]
-        file = folder_files[0] if folder_files else Path(text)
-        if not file.is_file():
+        if (file := adapter_file(Path(text))) is None:
             raise ModelPathError(f"no LoRA at {text!r}: expected a file, or a folder with {LORA_FILES[0]}")
         if name in found:
             raise ModelPathError(f"two LoRAs are called {name!r}; rename one of them")
         found[name] = absolute(file)
     return found
+
+
+def adapter_file(path: Path) -> Path | None:
+    """The file of a LoRA or an embedding: the path itself, or the LoRA in a folder; None if there is none."""
+    candidates = (*(path / name for name in LORA_FILES), path)
+    return next((file for file in candidates if file.is_file()), None)
 
 
 def locate_vaes(arguments: Iterable[str], models: Collection[str]) -> dict[str, Path]:

@@ -92,14 +92,19 @@ def read_embeddings(
     specs = list(specs)
     found = tuple(read_embedding(name, file, allow_pickle) for name, file in files.items())
     for embedding in found:
-        if not any(embedding.fits(spec) for spec in specs):
-            expected = [f"{spec.name} takes {joined(token_widths(spec))}" for spec in specs if spec.texts]
-            models = ", ".join(expected) or "no model has a CLIP text encoder"
-            raise CheckpointError(
-                f"embedding {embedding.name} ({files[embedding.name]}) has vectors "
-                f"{joined(embedding.widths)} wide; {models}"
-            )
+        check_fits(embedding, files[embedding.name], specs)
     return found
+
+
+def check_fits(embedding: Embedding, file: Path, specs: Sequence[ModelSpec]) -> None:
+    """Raise CheckpointError for an embedding that fits none of the models."""
+    if any(embedding.fits(spec) for spec in specs):
+        return
+    expected = [f"{spec.name} takes {joined(token_widths(spec))}" for spec in specs if spec.texts]
+    models = ", ".join(expected) or "no model has a CLIP text encoder"
+    raise CheckpointError(
+        f"embedding {embedding.name} ({file}) has vectors {joined(embedding.widths)} wide; {models}"
+    )
 
 
 def joined(widths: Sequence[int]) -> str:

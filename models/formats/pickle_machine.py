@@ -27,6 +27,7 @@ MAX_NAME = 256  # characters of a module and a name in it
 MAX_MODULE_DEPTH = 16
 MAX_ARGUMENTS = 16  # of a call; torch's have at most 7
 MAX_DIMENSIONS = 64
+PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
 
 STORAGES = {  # torch's storage classes -> the type of their numbers
     "DoubleStorage": "float64",
@@ -70,6 +71,10 @@ class Name:
 
 class Opaque:
     """Whatever a pickle would make by calling a name; nothing is made."""
+
+
+class Parameters(dict[Any, Any]):
+    """torch's nn.ParameterDict: its parameters by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,9 +234,12 @@ class Machine:
         self.set_items(self.pop_to_mark())
 
     def on_build(self, _: Any) -> None:
-        """Drops the state of an object."""
-        self.pop()
-        self.expect(Opaque, dict)
+        """Drops the state of an object; a ParameterDict keeps its parameters."""
+        state, target = self.pop(), self.expect(Opaque, dict)
+        parameters = state.get("_parameters") if isinstance(state, dict) else None
+        if isinstance(target, Parameters) and isinstance(parameters, dict) and parameters is not target:
+            target.update(parameters)
+            parameters.clear()  # so that a dictionary that the memo keeps is copied once
 
     def on_global(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
@@ -257,7 +265,7 @@ class Machine:
         arguments, kind = self.pop(), self.pop()
         if not isinstance(kind, Name) or not isinstance(arguments, tuple):
             raise ValueError("its pickle builds an object from something that is not a name")
-        self.stack.append(Opaque())
+        self.stack.append(Parameters() if kind.text == PARAMETER_DICT else Opaque())
 
     def on_newobj_ex(self, _: Any) -> None:
         self.pop()

@@ -11,7 +11,7 @@ from typing import Any
 from models.formats.identify import read_spec
 from service.bench.arguments import add_arguments
 from service.cli.options import CHECKPOINT, NO_FLAG, ONE_SHOT, SETTINGS, add_settings, flag, settings_of
-from service.model_paths import locate_all
+from service.model_paths import adapter_file, locate_all
 from service.settings import DTYPES, Settings, as_text, variable
 
 
@@ -32,17 +32,34 @@ def list_models(args: argparse.Namespace) -> int:
 
 
 def add_inspect(command: argparse.ArgumentParser) -> None:
-    command.add_argument("path", metavar="PATH", type=Path, help="a folder, or a .safetensors or .ckpt file")
+    command.add_argument(
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="a model, LoRA or textual inversion embedding: a folder, or a .safetensors or .ckpt file",
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument(
+        "--base",
+        metavar="MODEL",
+        type=Path,
+        help="the model that a LoRA or an embedding is for: also say what of it that model does not read",
+    )
     add_settings(command, *CHECKPOINT)
     command.set_defaults(command=run_inspect)
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Print what a checkpoint is; returns 1 if it has missing or unexpected tensors."""
-    from models.checkpoint import inspection  # torch
+    """Print what a checkpoint, a LoRA or an embedding is; returns 1 if its tensors do not fit."""
+    from models.adapters import inspection as adapters  # torch
+    from models.checkpoint import inspection
 
     settings = settings_of(args, *CHECKPOINT)
+    if file := adapter_file(args.path):
+        base = read_spec(args.base, settings.allow_pickle, settings.prediction) if args.base else None
+        if adapter := adapters.inspect_adapter(file, settings.allow_pickle, base):
+            print(adapters.as_json(adapter) if args.json else adapters.as_text(adapter))
+            return 1 if adapter.problems else 0
     report = inspection.inspect(args.path, settings.allow_pickle, settings.prediction, settings.weights)
     print(inspection.as_json(report) if args.json else inspection.as_text(report))
     return 1 if report.problems else 0

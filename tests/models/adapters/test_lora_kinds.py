@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, einsum, kron
 
-from models.adapters import lora
+from models.adapters import lora, textual_inversion
 from models.checkpoint import load
 from models.latent_diffusion import LatentDiffusion
 from tests.checkpoints.lora_files import write_lora
@@ -243,6 +244,30 @@ def test_biases_change_by_their_differences(base, tmp_path):
     for module, part in ((CONVOLUTION, parts["diff_b"]), (NORM, norm["b_norm"])):
         before, after = (model.unet.get_parameter(NATIVE[module] + ".bias") for model in (base, changed))
         torch.testing.assert_close(after, before + 0.5 * part)
+
+
+@pytest.mark.parametrize("key", ["string_to_param.*", "emb_params"])
+@torch.inference_mode()
+def test_embeddings_in_a_file_are_words_of_the_changed_model_only(base, key, tmp_path):
+    vectors = draw(2, 32)
+    tensors = kohya(LINEAR, LOW_RANK) | {f"bundle_emb.Cat-Toy.{key}": vectors}
+    ours = opened(base, tmp_path, tensors)
+    changed = lora.apply(base, [(ours, 0.5, 0.5)])
+    file = tmp_path / "word.safetensors"
+    save_file({"emb_params": vectors}, file)
+    word = textual_inversion.read_embedding("cat-toy", file)
+    expected = textual_inversion.add_embeddings(base.copy(torch.float32), [word])
+    prompt = ["a cat-toy here"]
+    assert torch.equal(changed.conditioner(prompt), expected.conditioner(prompt))
+    assert not torch.allclose(changed.conditioner(prompt), base.conditioner(prompt))
+    table = base.conditioner.encoders[0].transformer.embeddings.token_embedding.weight
+    assert lora.changed_bytes([ours], torch.float32) == 4 * (64 * 32 + table.numel())
+
+
+def test_embeddings_of_another_width_are_ignored_with_a_warning(base, tmp_path):
+    ours = opened(base, tmp_path, kohya(LINEAR, LOW_RANK) | {"bundle_emb.wide.emb_params": draw(1, 48)})
+    assert ours.embeddings == ()
+    assert "bundle_emb.wide" in lora.warning("a", ours)
 
 
 UNET_NAMES = (

@@ -44,6 +44,11 @@ FORMS = {
         "string_to_token": {"*": 265}, "string_to_param": {"*": v}, "name": "cat", "step": 500,
         "sd_checkpoint": None, "sd_checkpoint_name": None,
     },
+    # As the authors' program of 2022 saves it.
+    "2022.pt": lambda v: {
+        "string_to_token": {"*": torch.tensor(265)},
+        "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(v)}),
+    },
 }  # fmt: skip
 
 
@@ -59,13 +64,14 @@ def test_every_form_of_file_is_read(tmp_path, vectors, name):
     assert torch.equal(textual_inversion.read_embedding("cat", file, allow_pickle=True).vectors[0], vectors)
 
 
+@pytest.mark.parametrize("names", textual_inversion.ENCODER_KEYS)
 @torch.inference_mode()
-def test_an_embedding_of_existing_vectors_gives_the_same_context(tmp_path):
+def test_an_embedding_of_existing_vectors_gives_the_same_context(tmp_path, names):
     model = random_model(xl_spec())
     ids = model.conditioner.encoders[0].tokenize(["cat"])[0, 1:4]
     pair = {
         key: encoder.transformer.embeddings.token_embedding.weight[ids].clone()
-        for key, encoder in zip(("clip_l", "clip_g"), model.conditioner.encoders, strict=True)
+        for key, encoder in zip(names, model.conditioner.encoders, strict=True)
     }
     save_file(pair, tmp_path / "pair.safetensors")
     before = model.context_pair(ConditioningInput("a cat here", "cat"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
+from safetensors.torch import save_file
 
 from service.cli.main import main
 from service.cli.tools import settings_table
@@ -41,6 +42,17 @@ def test_inspect_describes_a_checkpoint_and_fails_if_tensors_are_missing_or_unex
     file.write_bytes(file.read_bytes()[:1000])
     assert main(["inspect", str(file)]) == 2
     assert "corrupt or truncated" in capsys.readouterr().err
+
+
+def test_inspect_describes_a_lora_in_a_folder_and_fails_if_it_does_not_fit(tiny, tmp_path, capsys):
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(
+        {"unet.conv_in.lora.down.weight": torch.ones(2, 3), "unet.a.lora.up.weight": torch.ones(3, 2)}, file
+    )
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "adapter     LoRA" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--base", str(tiny)]) == 1
+    assert "does not fit tiny" in capsys.readouterr().out
 
 
 def test_pickles_are_read_only_with_a_flag_or_a_variable(tmp_path, capsys, monkeypatch):
