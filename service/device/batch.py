@@ -1,4 +1,4 @@
-"""One step of any mix of images of one group, in one UNet call."""
+"""One step of several images of one group, which may belong to different jobs, in one UNet call."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from models.latent_diffusion import LatentDiffusion
 from models.sampling.guidance import guide
+from models.sampling.samplers import ALPHA, FRESH_NOISE, SIGMA, T
 from models.sampling.step import blend_unmasked, step
 from service.device.graphs import Graphs
 from service.device.state import ImageState, JobState
@@ -19,12 +20,12 @@ from service.device.transfer import upload
 
 
 class UNetInputs(NamedTuple):
-    """What each row of a UNet call gets besides x and t; None if the model has no such input."""
+    """The inputs of a UNet call besides x and t, one entry per row; None if the model has no such input."""
 
     tokens: Tensor | None  # (R, L, C): context for cross-attention
     pooled: Tensor | None  # (R, P): added to the timestep embedding
     concat: Tensor | None  # (R, C', h, w): channels concatenated to x
-    noise_levels: Tensor | None  # (R,): noise that was added to the low-resolution image
+    noise_levels: Tensor | None  # (R,): level of the noise added to the low-resolution image
 
     def rows(self, part: slice) -> UNetInputs:
         return UNetInputs(*(None if x is None else x[part] for x in self))
@@ -36,16 +37,16 @@ class UNetInputs(NamedTuple):
 def advance(
     states: Sequence[JobState], images: Sequence[ImageState], size: int, graphs: Graphs | None = None
 ) -> Tensor:
-    """The states of I images of one group after their next step, from UNet calls of `size` rows each.
+    """The states of I images of one group after their next step: (I, 1 + m, C, h, w).
 
-    With `size` large enough, all rows share one call; every row is at its own timestep of its own plan.
-    All work is queued on the device without waiting for it.
-    -> (I, 1 + m, C, h, w), where m is the longest sampler history among the images.
+    m is the longest sampler history among the images. All rows share one UNet call if they are at most
+    `size`; every row is at its own timestep of its own plan. The work is queued on the device; this function
+    does not wait for it.
     """
     state = stack_states(images)  # (I, 1 + m, C, h, w)
     x = state[:, 0]
     lines = [state.plan.coeffs[image.done] for state, image in zip(states, images, strict=True)]
-    table = torch.from_numpy(np.stack(lines))  # (I, ...) float64: one line of Plan.coeffs an image
+    table = torch.from_numpy(np.stack(lines))  # (I, ...) float64: one line of Plan.coeffs per image
     coeffs = upload(table.float(), x.device)
     eps = predict(states, images, x, coeffs, size, graphs or Graphs())
     state = step(state, eps, coeffs, draw_noise(images, table))
@@ -68,17 +69,16 @@ def predict(
     size: int,
     graphs: Graphs,
 ) -> Tensor:
-    """Guided eps (I, C, h, w), float32, of x (I, C, h, w)."""
+    """Guided eps (I, C, h, w), float32, of x (I, C, h, w); `size`: rows of each UNet call."""
     image_of_row = [index for index, state in enumerate(states) for _ in range(state.job.rows)]
-    conditional = torch.tensor(image_of_row).bincount().cumsum(0) - 1  # each image's conditional row
-    unconditional = conditional - torch.tensor(
-        [state.job.rows - 1 for state in states]
-    )  # same row without CFG
+    # The row of each image that is conditional, and the one that is unconditional: the same without guidance.
+    conditional = torch.tensor(image_of_row).bincount().cumsum(0) - 1
+    unconditional = conditional - torch.tensor([state.job.rows - 1 for state in states])
     bundle, device = states[0].bundle, x.device
     inputs = unet_inputs(states, images, image_of_row, device)
     index = upload(torch.tensor(image_of_row), device)
     calls = [
-        call(bundle, x[index[part]], coeffs[index[part]], inputs.rows(part), size, graphs)
+        call_unet(bundle, x[index[part]], coeffs[index[part]], inputs.rows(part), size, graphs)
         for part in (slice(begin, begin + size) for begin in range(0, len(image_of_row), size))
     ]
     eps = torch.cat(calls)  # (R, C, h, w)
@@ -108,21 +108,21 @@ def unet_inputs(
 
 
 def concatenate(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The rows of all images; None if the images have none, which is the same for all images of a group."""
+    """The rows of all images; None if they have none. Of a group, either all images have rows or none has."""
     tensors = [part for part in parts if part is not None]
     assert len(tensors) in (0, len(parts))
     return torch.cat(tensors) if tensors else None
 
 
-def call(
+def call_unet(
     bundle: LatentDiffusion, x: Tensor, coeffs: Tensor, inputs: UNetInputs, size: int, graphs: Graphs
 ) -> Tensor:
-    """THE UNet call: eps (R, C, h, w) of R rows, padded to `size` with copies of the first row."""
+    """One UNet call: eps (R, C, h, w) of R rows, padded to `size` rows with copies of the first one."""
     assert bundle.unet is not None
     assert bundle.denoiser is not None
     count, padding = len(x), size - len(x)
     x, coeffs, inputs = padded(x, padding), padded(coeffs, padding), inputs.padded(padding)
-    t, signal_and_sigma = coeffs[:, 0], coeffs[:, 1:3]
+    t, signal_and_sigma = coeffs[:, T], coeffs[:, ALPHA : SIGMA + 1]
     eps = graphs.run(
         bundle.unet,
         bundle.denoiser,
@@ -143,8 +143,8 @@ def padded(rows: Tensor, padding: int) -> Tensor:
 
 
 def draw_noise(images: Sequence[ImageState], table: Tensor) -> Tensor | None:
-    """Noise (I, C, h, w) from the generators of images whose sampler adds noise now; None if none does."""
-    adds_noise = (table[:, 3] != 0).tolist()
+    """Noise (I, C, h, w), 0 for images whose sampler adds none at this step; None if no sampler does."""
+    adds_noise = (table[:, FRESH_NOISE] != 0).tolist()
     if not any(adds_noise):
         return None
     draws = []
@@ -158,7 +158,7 @@ def draw_noise(images: Sequence[ImageState], table: Tensor) -> Tensor | None:
 def apply_masks(
     states: Sequence[JobState], images: Sequence[ImageState], x: Tensor, coeffs: Tensor
 ) -> Tensor:
-    """x with the input image put back outside the mask, in the images that have one."""
+    """x, in images with a mask with the noised input image outside the mask."""
     masked, zs, noises, masks = [], [], [], []
     for index, (state, image) in enumerate(zip(states, images, strict=True)):
         if state.mask is not None:
@@ -178,8 +178,8 @@ def apply_masks(
 
 
 def keep_x_0(states: Sequence[JobState], images: Sequence[ImageState], x: Tensor, eps: Tensor) -> None:
-    """Store x_0 = (x - sigma eps) / alpha of the images that may be shown before they are finished."""
+    """Store x_0 = (x - sigma eps) / alpha of images that may be shown before their last step."""
     for index, (state, image) in enumerate(zip(states, images, strict=True)):
         if state.keeps_x_0:
-            alpha, sigma = map(float, state.plan.coeffs[image.done, 1:3])
+            alpha, sigma = map(float, state.plan.coeffs[image.done, ALPHA : SIGMA + 1])
             image.x_0 = (x[index] - sigma * eps[index]) / alpha

@@ -1,4 +1,4 @@
-"""Which calls produced NaN or Inf values, found without waiting for the device."""
+"""Detection of NaN and Inf values in the results of calls, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class TimePoint(Protocol):
     """A point in the device's sequence of calls."""
 
     def wait(self) -> None:
-        """Until the device has reached this point."""
+        """Wait until the device has reached this point."""
 
     def seconds_since(self, begin: TimePoint) -> float:
         """Seconds between two points that the device has reached."""
 
 
 class CpuTimePoint:
-    """Now: a CPU has finished every call that was made."""
+    """The time at which it was made: a CPU has finished all calls by then."""
 
     def __init__(self) -> None:
         self.now = time.perf_counter()
@@ -56,7 +56,7 @@ class CudaTimePoint:
 
 @dataclass(frozen=True)
 class PendingCheck(Generic[Owner]):
-    """A call whose result has not been looked at yet."""
+    """A call whose result has not been checked yet."""
 
     owners: Sequence[Owner]
     finite: Tensor  # (I,) bool, on the CPU once `end` is reached
@@ -65,23 +65,26 @@ class PendingCheck(Generic[Owner]):
 
 
 class FiniteChecker(Generic[Owner]):
-    """Reports the owners of non-finite results, and how long calls took.
+    """Reports the owners of non-finite results, and the duration of calls.
 
-    With `late` (the default on CUDA), the report on a call comes with the next submit(), or from flush(), so
-    that the device always has a call queued and never waits for the CPU.
+    With `late` (the default on CUDA), the next submit() or flush() reports on a call. So the device always
+    has a call queued and never waits for the CPU.
     """
 
     def __init__(self, device: torch.device, late: bool | None = None) -> None:
         self.cuda = device.type == "cuda"
         self.late = self.cuda if late is None else late
-        self.seconds: float | None = None  # of the last call that was reported on; None unless late
+        self.seconds: float | None = None  # duration of the last reported call; None unless late
         self._pending: PendingCheck[Owner] | None = None
 
     def now(self) -> TimePoint:
         return CudaTimePoint() if self.cuda else CpuTimePoint()
 
     def submit(self, owners: Sequence[Owner], finite: Tensor, begin: TimePoint) -> list[Owner]:
-        """Register a call's flags, (I,) bool, one an owner; returns the owners reported non-finite."""
+        """Submit a call's flags (I,) bool, one per owner; returns the owners with non-finite results.
+
+        With `late`, those of the call before.
+        """
         previous = self._pending
         flags = start_download(finite) if self.cuda else finite
         self._pending = PendingCheck(owners, flags, begin, self.now())

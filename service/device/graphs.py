@@ -1,4 +1,4 @@
-"""Network calls captured as CUDA graphs and replayed without Python: one graph for each shape of inputs."""
+"""CUDA graphs of network calls: captured once per set of input shapes, then replayed without Python."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-MAX_GRAPHS = 24  # each holds its inputs, its output and some megabytes of the driver's
-WARM_UPS = 2  # calls before a capture: in them, libraries choose kernels and allocate workspaces
+MAX_GRAPHS = 24  # each holds its inputs, its output and some megabytes of driver memory
+WARM_UPS = 2  # calls before a capture, in which libraries choose kernels and allocate workspaces
 
 Function = Callable[..., Tensor]
 Inputs = tuple[Tensor | None, ...]
 
 
 class Recording(Protocol):
-    """One call that can be repeated with other values."""
+    """A recorded call, which can be repeated with other values."""
 
     def replay(self, inputs: Inputs) -> Tensor:
-        """The call with other inputs of the same shapes; the result is not overwritten later."""
+        """Repeat the call with inputs of the same shapes; later replays do not overwrite the result."""
 
 
 Recorder = Callable[[Function, Inputs], Recording]
@@ -45,8 +45,8 @@ class Entry:
 class Graphs:
     """Runs calls: the first with a set of input shapes directly, later ones by replaying a recording.
 
-    The least recently used recordings are dropped first. Calls that cannot be recorded run directly, and
-    without a recorder all do.
+    The least recently used recordings are dropped first. Calls that cannot be recorded run directly; without
+    a recorder, all calls do.
     """
 
     def __init__(self, record: Recorder | None = None, max_graphs: int = MAX_GRAPHS) -> None:
@@ -99,7 +99,7 @@ class Graphs:
             except Exception:
                 entry.failed = True
                 log.warning(
-                    "a network call cannot be captured as a CUDA graph; it runs without", exc_info=True
+                    "a network call cannot be captured as a CUDA graph; running it directly", exc_info=True
                 )
         return entry.recording
 
@@ -107,15 +107,15 @@ class Graphs:
 class CudaRecorder:
     """Captures CUDA graphs, all in one memory pool.
 
-    They can share it because they never run at the same time, and each result is copied before another graph
-    can overwrite it.
+    Graphs can share the pool because they never run at the same time, and each result is copied before
+    another graph can overwrite it.
     """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Function, inputs: Inputs) -> CudaRecording:
-        """Capture a call. The function must not wait for the device nor read tensor values."""
+        """Capture a call. The function must neither wait for the device nor read tensor values."""
         static_inputs = tuple(None if x is None else x.clone() for x in inputs)
         current = torch.cuda.current_stream()
         side = torch.cuda.Stream()

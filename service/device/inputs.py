@@ -1,4 +1,4 @@
-"""A job's bytes and texts -> tensors, and the latents that its images start from."""
+"""From a job's bytes and texts to tensors, and the initial latents of its images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from service.device.state import ImageState, JobState
 from service.engine.job import Job
 
 TILE_SEED_STEP = 2**53  # difference between the noise seeds of two tiles of an image
-MASK_THRESHOLD = 128  # mask values from here on mean "repaint"
+MASK_THRESHOLD = 128  # pixels with this mask value or a larger one are repainted
 
 
 def pixels_of(job: Job) -> np.ndarray:
-    """The job's input image: (H, W, 3) uint8; of a job that enlarges it, smaller than the result."""
+    """The job's input image, (H, W, 3) uint8; for upscaling the small image."""
     scale = job.scale or 1
     return np.frombuffer(job.image, np.uint8).reshape(job.height // scale, job.width // scale, 3)
 
@@ -42,7 +42,7 @@ def encode(bundle: LatentDiffusion, job: Job, device: torch.device) -> Tensor:
 
 
 def masked_image(bundle: LatentDiffusion, job: Job, device: torch.device) -> MaskedImage:
-    """The input image without the pixels to repaint, for a UNet that takes it as concat channels."""
+    """The input image without the pixels to repaint, for a UNet with concat channels for it."""
     return bundle.encode_masked(image_of(job, device), torch.from_numpy(masked_pixels(job).copy()).to(device))
 
 
@@ -69,14 +69,14 @@ def prompt_options(job: Job) -> PromptOptions:
 
 
 def start_images(state: JobState, conditioning: ConditioningInput, rows: slice) -> None:
-    """Add the images' start states: noise, or the input image with noise added.
+    """Add the initial states of the images: noise, or the input image with noise added.
 
-    `rows`: which of the two guidance rows (unconditional, conditional) the job needs.
+    `rows`: the guidance rows that the job needs: both (unconditional, conditional), or the conditional alone.
     """
     job, bundle, spec = state.job, state.bundle, state.bundle.spec
     device, shape = bundle.device, spec.latent_shape(job.width, job.height)
     masked = masked_image(bundle, job, device) if job.mask and spec.mask_channels else None
-    # A UNet that takes the masked image repaints from noise alone at full strength, as it was trained to.
+    # A UNet with channels for the masked image starts from noise alone at full strength, as in its training.
     if job.image and not (masked and job.strength == 1.0):
         state.z = encode(bundle, job, device)
     if job.mask and not masked:
@@ -97,9 +97,9 @@ def start_images(state: JobState, conditioning: ConditioningInput, rows: slice) 
 
 
 def start_tiles(state: JobState) -> None:
-    """Add the start states of the tiles of an image to enlarge.
+    """Add the initial states of the tiles of an image to enlarge.
 
-    Each tile gets its part of one noise field and of the low-resolution image.
+    Each tile gets its part of the noise of the whole image, and of the low-resolution image.
     """
     job, bundle = state.job, state.bundle
     low = image_of(job, bundle.device)[0]

@@ -37,7 +37,7 @@ def build(
 ) -> TorchRunner:
     """A runner with as many models loaded as fit in memory, at least the first one.
 
-    `watch` takes the time of each part. Raises CheckpointError, or ValueError for an unknown device.
+    `watch` measures the time of each part. Raises CheckpointError, or ValueError for an unknown device.
     """
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
@@ -62,7 +62,7 @@ def build(
     )
     check_companions(registry.sources, vocabulary)
     for name, spec in registry.specs.items():
-        if vae := vaes.get(name):  # a VAE that does not fit must fail now, not when its model is loaded
+        if vae := vaes.get(name):  # a VAE of the wrong shape fails here, not when its model is loaded
             replacement_vae.open_vae(vae, spec.autoencoder, "cpu", settings.allow_pickle)
     if files := locate_embeddings(settings.embedding):
         embeddings += textual_inversion.read_embeddings(files, registry.specs.values(), settings.allow_pickle)
@@ -97,5 +97,5 @@ def check_companions(sources: Mapping[str, Source], vocabulary: Path | None) -> 
 
 
 def with_embeddings(spec: ModelSpec, embeddings: Sequence[textual_inversion.Embedding]) -> ModelSpec:
-    """The spec with the names of the embeddings that fit the model."""
+    """The spec, with the names of the embeddings that fit the model added."""
     return replace(spec, embeddings=tuple(one.name for one in embeddings if one.fits(spec)))

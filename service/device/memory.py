@@ -1,4 +1,4 @@
-"""How much memory a device has, and how much one call takes of it."""
+"""The memory of a device, and the memory that a call uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CudaMemory:
         self._allocated_before = 0
 
     def used(self) -> int:
-        """Bytes that this process holds. Asks the allocator only: the driver may be capturing a graph."""
+        """Bytes that this process holds, from the allocator: the driver may be busy capturing a graph."""
         return torch.cuda.memory_reserved(self.device)
 
     def total(self) -> int:
@@ -30,7 +30,7 @@ class CudaMemory:
         torch.cuda.empty_cache()
 
     def begin(self) -> bool:
-        """Start to measure a call; returns whether measuring is possible, which it always is here."""
+        """Start to measure a call; returns True: measuring is always possible here."""
         torch.cuda.reset_peak_memory_stats(self.device)
         self._allocated_before = torch.cuda.memory_allocated(self.device)
         return True
@@ -43,11 +43,11 @@ class CudaMemory:
 
 
 class HostMemory:
-    """Memory of this process as Linux reports it; elsewhere nothing is measured.
+    """Memory of this process as Linux reports it; on other systems nothing is measured.
 
-    The allocator keeps the pages of past calls and reuses them without any sign. So a call's peak is counted
-    from the smallest size that the process has had since the models were loaded: that may be too much but
-    never too little.
+    The allocator keeps the pages of past calls and reuses them, which cannot be observed. So a call's peak is
+    the difference to the smallest size of the process since the models were loaded, which may be too large a
+    value but never too small a one.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ def memory_of(device: torch.device) -> CudaMemory | HostMemory:
 
 
 def free_cache() -> None:
-    """Give back the memory that torch keeps for later calls, so that the next call can use all there is."""
+    """Free the memory that torch caches for later calls."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""Which models are loaded, and which are merged with LoRAs, within a limit of memory. Imports no torch."""
+"""The registry of models: loaded ones, and copies with LoRAs, within a limit of memory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ class Registry(Generic[Bundle]):
     """Models by name: the specs of all, and the loaded models (bundles) of as many as memory allows.
 
     `load`: source -> bundle; `size`: spec -> bytes of the weights; `memory`: bytes for all weights, 0
-    for no limit. The least recently used models are unloaded first. Besides the models themselves it holds
-    copies of them with LoRAs merged, once offer() was called. Raises CheckpointError for a model that cannot
-    be read.
+    for no limit. The least recently used models are unloaded first. After offer(), the registry also holds
+    copies of models with LoRAs merged. Raises CheckpointError for a model that cannot be read.
     """
 
     def __init__(
@@ -75,14 +74,14 @@ class Registry(Generic[Bundle]):
         return iter(self.sources)
 
     def __getitem__(self, name: str) -> Bundle:
-        """The model, loaded now if necessary. Raises KeyError for a name not given at start-up."""
+        """The model; loads it if necessary. Raises KeyError for a name that was not given at start-up."""
         if name not in self._loaded:
             self.load(name, self._loaded.keys())
         self._loaded.move_to_end(name)
         return self._loaded[name]
 
     def bundle(self, key: ModelKey) -> Bundle:
-        """The model with its LoRAs merged, loaded and merged now if necessary. Raises KeyError."""
+        """The model with its LoRAs merged; loads and merges if necessary. Raises KeyError."""
         model = self[key.model]
         if not key.loras:
             return model
@@ -95,29 +94,29 @@ class Registry(Generic[Bundle]):
         """A copy of `model` with the LoRAs of `key`; the model itself if there are none."""
         return self._apply(model, self._loras_of(key)) if key.loras else model
 
-    def holds(self, name: str) -> bool:
+    def is_loaded(self, name: str) -> bool:
         """Whether the model is loaded."""
         return name in self._loaded
 
-    def has(self, key: ModelKey) -> bool:
+    def is_ready(self, key: ModelKey) -> bool:
         """Whether the model is loaded and its LoRAs are merged."""
-        return self.holds(key.model) and (not key.loras or key in self._merged)
+        return self.is_loaded(key.model) and (not key.loras or key in self._merged)
 
-    def ready(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
-        """Load the model and merge its LoRAs if necessary, unloading what is not busy.
+    def make_ready(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
+        """Load the model and merge its LoRAs if necessary; may unload models that are not busy.
 
         False if it does not fit in memory together with the busy models.
         """
         models = {other.model for other in busy}
-        if not self.holds(key.model):
+        if not self.is_loaded(key.model):
             if self._memory:  # merged copies go first, because they are quick to make again
                 self._forget(other for other in list(self._merged) if other not in busy)
             if not self.load(key.model, models):
                 return False
-        return self.has(key) or self._merge(key, busy)
+        return self.is_ready(key) or self._merge(key, busy)
 
     def _merge(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
-        """Merge the LoRAs of `key` into a copy of its loaded model; as ready()."""
+        """Merge the LoRAs of `key` into a copy of its loaded model; False as in make_ready()."""
         size = self._merged_size(key)
         idle = [other for other in self._merged if other not in busy]
         if len(self._merged) - len(idle) >= self._max_merged:
@@ -135,13 +134,13 @@ class Registry(Generic[Bundle]):
         return True
 
     def load(self, name: str, busy: Collection[str] = ()) -> bool:
-        """Load a model, unloading others that are not busy.
+        """Load a model; may unload others that are not busy.
 
-        False if it does not fit in memory together with the busy models. Without a loaded busy model it is
-        loaded whatever its size.
+        False if it does not fit in memory together with the busy models. If no busy model is loaded, the
+        model is loaded whatever its size.
         """
         size = self._sizes.get(name, 0)
-        if self._used_by(busy) + size > self._memory > 0 and any(map(self.holds, busy)):
+        if self._used_by(busy) + size > self._memory > 0 and any(map(self.is_loaded, busy)):
             return False
         for other in [other for other in self._loaded if other not in busy]:
             if self._fits(size):
@@ -198,7 +197,7 @@ class Registry(Generic[Bundle]):
         return not self._memory or self._used_by(self._loaded) + size <= self._memory
 
     def _used_by(self, names: Iterable[str]) -> int:
-        """Bytes of those of these models that are loaded, with their merged copies."""
+        """Bytes of the loaded models among `names`, and of their merged copies."""
         loaded = {name for name in names if name in self._loaded}
         copies = sum(self._merged_size(key) for key in self._merged if key.model in loaded)
         return sum(self._sizes.get(name, 0) for name in loaded) + copies

@@ -1,4 +1,4 @@
-"""Jobs on the device: start, step, decode."""
+"""TorchRunner: starts, steps and decodes jobs on the device."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ from service.engine.runner import Call, Preview
 from service.errors import NonFinite, OutOfMemory
 
 MEASURE_EVERY = 64  # calls of a group's largest size between two measurements of its memory
-MAX_PLANS = 1024  # kept; a plan depends on the sampler, steps, eta, strength and spacing
-MAX_WARNING_CHARS = 80  # characters of a cut-off prompt that a warning repeats
+MAX_PLANS = 1024  # cached; a plan depends on the model, sampler, steps, eta, strength and spacing
+MAX_WARNING_CHARS = 80  # of the ignored end of a prompt, which a warning quotes
 
 
 class TorchRunner:
     """The engine's runner on real models.
 
-    A row's last bits depend on how many rows run with it, never on which ones. So calls run in few sizes, a
-    job's prompts are always encoded as one pair, and the VAE runs one image at a time. With `invariant` there
-    is one size only, so that the other jobs in a call cannot change a bit, and no call is ever split.
+    The last bits of a row depend on the number of rows in its call, but not on the content of the other rows.
+    So calls have few sizes, a job's two prompts are always encoded together, and the VAE runs one image at a
+    time. With `invariant` there is a single size and no call is ever split, so that other jobs cannot change
+    a bit of an image.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class TorchRunner:
         self.schedules = {name: Schedule(spec.schedule) for name, spec in registry.specs.items()}
         self.float32_copies: dict[ModelKey, LatentDiffusion] = {}  # for jobs that run again in float32
         self.projections: dict[str, Projection] = {}  # model -> latent to preview
-        self.note: Callable[[Incident], None] = lambda incident: None  # called for each recovered failure
+        self.report_incident: Callable[[Incident], None] = lambda incident: (
+            None
+        )  # also for failures that are recovered
         device = device or torch.device("cpu")
         self.memory = memory_of(device)
         self.graphs = graphs_on(device)
@@ -98,32 +101,32 @@ class TorchRunner:
         return self.plans[key]
 
     def _context_shape(self, job: Job) -> tuple[int, int] | None:
-        """(L, C). Only a loaded model's tokenizer shows how many chunks a long prompt takes."""
-        if job.long_prompts == "cut" or not self.registry.holds(job.model):
+        """(L, C). How many chunks a long prompt has is known only once the model's tokenizer is loaded."""
+        if job.long_prompts == "cut" or not self.registry.is_loaded(job.model):
             return self.specs[job.model].context_shape
         conditioning = ConditioningInput(job.prompt, job.negative_prompt, prompt_options=prompt_options(job))
         return self.registry[job.model].context_shape(conditioning)
 
     @translate_device_lost()
     def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
-        if self.registry.has(job.model_key):
+        if self.registry.is_ready(job.model_key):
             return True
         with translate_oom():
-            loaded = self.registry.ready(job.model_key, busy)
+            loaded = self.registry.make_ready(job.model_key, busy)
         if loaded:
             self._after_swap()
         return loaded
 
     @translate_device_lost()
     def make_room(self, busy: Collection[ModelKey]) -> None:
-        """Unload models that are not busy, and free what is only kept to make later calls faster."""
+        """Unload models that are not busy, and free captured graphs and cached memory."""
         self.registry.unload_idle(busy)
         self._free()
         self._after_swap()
 
     def _after_swap(self) -> None:
-        """Forget what belongs to unloaded models, and what was measured: the free memory is different now."""
-        self.projections = {m: p for m, p in self.projections.items() if self.registry.holds(m)}
+        """Drop the state of unloaded models, and measurements, since the free memory has changed."""
+        self.projections = {m: p for m, p in self.projections.items() if self.registry.is_loaded(m)}
         self.measured.clear()
         self.graphs.prune()
         self.memory.reset()
@@ -147,7 +150,7 @@ class TorchRunner:
         return tuple(prompt_warnings(bundle, job))
 
     def _in_float32(self, key: ModelKey) -> LatentDiffusion:
-        """The model (and its LoRAs) in float32: a copy, unless it is loaded in float32."""
+        """The model with its LoRAs in float32: a copy, unless the model is loaded in float32."""
         model = self.registry[key.model]
         if model.unet is not None and model.unet.dtype == torch.float32:
             return self.registry.bundle(key)
@@ -167,14 +170,14 @@ class TorchRunner:
         new_states, use = self._advance(states, images, size)
         for state, image, new in zip(states, images, new_states, strict=True):
             image.state, image.done, image.noise = new[: 1 + state.plan.history], image.done + 1, None
-        # The only wait for the device in a step: for this call on a CPU, for the previous one on a GPU.
+        # The only place in a step that waits for the device: on a CPU for this call, on CUDA for the last.
         finite = torch.isfinite(new_states).flatten(1).all(1)
         non_finite = self.finite_checker.submit(states, finite, begin)
         checker = self.finite_checker
         return Call(size, self._current_jobs(non_finite), use, checker.late, checker.seconds)
 
     def _encode_new_tiles(self, states: Sequence[JobState], images: Sequence[ImageState]) -> None:
-        """Make the concat channels of tiles at their first step: all at once would make other jobs wait."""
+        """Make the concat channels of tiles at their first step: all at once would delay other jobs."""
         for state, image in zip(states, images, strict=True):
             if image.low is not None:
                 with translate_oom():
@@ -182,7 +185,7 @@ class TorchRunner:
                 image.concat, image.low = concat.expand(state.job.rows, -1, -1, -1), None
 
     def _current_jobs(self, states: Sequence[JobState]) -> tuple[str, ...]:
-        """The ids of these jobs, each once, without those that ended or restarted since the call."""
+        """The distinct ids of these jobs, without jobs that have ended or started again since the call."""
         ids = (state.job.id for state in states if self.jobs.get(state.job.id) is state)
         return tuple(dict.fromkeys(ids))
 
@@ -195,15 +198,15 @@ class TorchRunner:
     ) -> tuple[Tensor, MemoryUse | None]:
         """The next states, and the call's memory use if it was measured.
 
-        One image that does not fit runs row by row, or with `invariant` in the same size again. Calls of
-        several images are split by the engine.
+        If one image alone does not fit in memory, it runs row by row, or with `invariant` in the same size
+        again. Calls of several images are split by the engine.
         """
         try:
             return self._advance_measured(states, images, size)
         except OutOfMemory:
             if len(images) > 1:
                 raise
-            self.note(Incident("out_of_memory", "step"))
+            self.report_incident(Incident("out_of_memory", "step"))
         self._free()
         with translate_oom(), self.graphs.paused():
             return advance(states, images, size if self.invariant else 1), None
@@ -217,7 +220,7 @@ class TorchRunner:
         self.calls += 1
         due = size > largest or (size == largest and self.calls % MEASURE_EVERY == 0)
         measuring = due and self.memory.begin()
-        # A captured graph has its memory already, so only a call without graphs shows what it takes.
+        # The memory of a captured graph is allocated already, so only a call without graphs can be measured.
         with translate_oom(), self.graphs.paused() if measuring else nullcontext():
             new_states = advance(states, images, size, self.graphs)
         if not measuring:
@@ -226,7 +229,7 @@ class TorchRunner:
         return new_states, self.memory.end(size, self.room)
 
     def _free(self) -> None:
-        """Free everything that is only kept to make later calls faster."""
+        """Free captured graphs and cached memory, which only make later calls faster."""
         self.graphs.clear()
         free_cache()
 
@@ -255,7 +258,7 @@ class TorchRunner:
         z = state.bundle.add_residual_base(state.latent_of(image)[None], image.concat)  # (1, C, h, w)
         x = self._decode(state.bundle, z)
         if not torch.isfinite(x).all() and state.bundle.autoencoder.dtype != torch.float32:
-            self.note(Incident("non_finite", "decode"))
+            self.report_incident(Incident("non_finite", "decode"))
             with translate_oom():
                 x = self._decode(state.bundle.with_autoencoder_dtype(torch.float32), z)
         if not torch.isfinite(x).all():
@@ -269,7 +272,7 @@ class TorchRunner:
             with translate_oom():
                 return self.graphs.run(bundle.autoencoder, bundle.decode, z.clone())
         except OutOfMemory:
-            self.note(Incident("out_of_memory", "decode"))
+            self.report_incident(Incident("out_of_memory", "decode"))
         self._free()  # after the except block: inside it, the exception keeps the failed call's tensors alive
         with translate_oom():
             return bundle.decode(z.clone()) if self.invariant else bundle.decode_tiles(z.clone())
@@ -287,7 +290,7 @@ def rgb_bytes(x: Tensor) -> np.ndarray:
 
 
 def with_kept_pixels(job: Job, pixels: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3) with the input image's exact pixels outside the mask."""
+    """The image (H, W, 3), in inpainting jobs with the exact pixels of the input image outside the mask."""
     return np.where(masked_pixels(job)[:, :, None], pixels, pixels_of(job)) if job.mask else pixels
 
 

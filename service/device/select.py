@@ -1,4 +1,4 @@
-"""Which device and dtype a model runs with."""
+"""The choice of the device and the dtype."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from models.latent_diffusion import LatentDiffusion
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-TRIAL_TIMESTEPS = (0.02, 0.98)  # fractions of the schedule at which a UNet is tried for overflow
+TRIAL_TIMESTEPS = (0.02, 0.98)  # fractions of the schedule at which a trial run looks for overflow
 
 
 def choose_device(name: str) -> torch.device:
@@ -57,10 +57,10 @@ def cpu_vendor() -> str:
 
 
 def prepare_for_device(bundle: LatentDiffusion, device: torch.device) -> LatentDiffusion:
-    """Set memory format and dtypes of a loaded model to what the device runs best; returns the same model.
+    """Set the memory format and the dtypes that a loaded model runs best with; returns the same model.
 
-    On CUDA, networks become channels_last, which convolutions are fastest in. A network that overflows in
-    float16 becomes bfloat16. That is found by a trial run here: finding it at the first image would spoil
+    On CUDA, networks become channels_last, in which convolutions are fastest. A network that overflows in
+    float16 becomes bfloat16. A trial run finds that here, because an overflow at the first image would spoil
     that image and those that share its calls.
     """
     unet, autoencoder = bundle.unet, bundle.autoencoder

@@ -1,4 +1,4 @@
-"""What is held for each running job and each of its images."""
+"""The state of running jobs and of their images."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ class ImageState:
     """One image (or one tile of an image to enlarge) between two UNet calls."""
 
     state: Tensor  # (1 + memory, C, h, w) float32, on the device: x, then the sampler's history
-    generator: torch.Generator  # on the CPU, so that a seed means the same on every device
-    concat: Tensor | None  # (1 or 2, C', h, w): concat channels of the UNet's input, rows as JobState.context
+    generator: torch.Generator  # on the CPU, so that a seed gives the same noise for every device
+    concat: (
+        Tensor | None
+    )  # (1 or 2, C', h, w): concat channels of the UNet; rows as those of JobState.context
     start_noise: Tensor | None  # (C, h, w), if a mask is applied after each step
     done: int = 0  # steps taken
-    noise: Tensor | None = None  # drawn for the next step; kept, so that a failed call draws no second one
-    low: Tensor | None = None  # (3, h, w), of a tile that has not begun: `concat` will be made from it
+    noise: Tensor | None = None  # drawn for the next step; kept until it succeeds, so that a retry reuses it
+    low: Tensor | None = None  # (3, h, w): low-resolution pixels of a tile, until `concat` is made from them
     x_0: Tensor | None = None  # (C, h, w), the last step's prediction of the final latent; see keeps_x_0
 
     @property
@@ -35,7 +37,7 @@ class ImageState:
 
 @dataclass
 class JobState:
-    """What a job's images share, and the images."""
+    """The state of a job: what its images share, and the images."""
 
     job: Job
     group: Hashable  # of Shape: jobs with equal groups may share a UNet call
@@ -43,14 +45,14 @@ class JobState:
     plan: Plan
     context: Context | None  # 1 or 2 rows; with guidance the unconditional one first
     z: Tensor | None = None  # (C, h, w), the latent of the input image
-    mask: Tensor | None = None  # (1, h, w), 1 where to repaint; None if it goes into concat channels
+    mask: Tensor | None = None  # (1, h, w), 1 marks cells to repaint; None for models with mask channels
     images: list[ImageState] = field(default_factory=list)
 
     @property
     def keeps_x_0(self) -> bool:
-        """Whether the images may be shown before they are finished: in previews, or when interrupted."""
+        """Whether images may be shown before their last step: in previews, or after an interrupt."""
         return bool(self.job.preview_every)
 
     def latent_of(self, image: ImageState) -> Tensor:
-        """(C, h, w), to decode: the latent, or while steps are left the prediction of the final latent."""
+        """(C, h, w), to decode: the latent, or before the last step the prediction of the final latent."""
         return image.x if image.x_0 is None or image.done == len(self.plan) else image.x_0

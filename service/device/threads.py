@@ -1,4 +1,4 @@
-"""How many CPU threads to use: no more than the CPUs that this process may really use.
+"""The number of CPU threads: no more than the CPUs that this process may really use.
 
 torch counts the cores of the host. In a container that may use 4 CPUs of 64, its 64 threads would mostly wait
 for each other and be stopped by the kernel in the middle of every tensor operation.
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # read by torch's libraries; they take precedence
+ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # torch's libraries read these variables
 
 
 class Threads(NamedTuple):
@@ -34,7 +34,7 @@ def choose_threads(setting: int, default: int, environ: Mapping[str, str], host:
 
     `default`: torch's own choice, which already respects the environment. A quota of 1.5 CPUs gives one
     thread: a second one would use up the quota by waiting for the first (measured with the bundled model:
-    34 and 28 s an image instead of 8.5 and 9.4 s, on two busy cores, 2026-11-30).
+    34 and 28 s per image instead of 8.5 and 9.4 s, on two busy cores, 2026-11-30).
     """
     if setting:
         return Threads(setting, "from the setting threads")
@@ -49,9 +49,8 @@ def choose_threads(setting: int, default: int, environ: Mapping[str, str], host:
     if host.quota is not None:
         reason = f"from the cgroup's CPU quota of {host.quota:g} CPUs (host has {host.cpus})"
         limits.append(Threads(max(1, int(host.quota)), reason))
-    return min(
-        reversed(limits), key=lambda threads: threads.number
-    )  # of equal ones, the most specific reason
+    # Of equal limits the last one, whose reason is the most specific.
+    return min(reversed(limits), key=lambda threads: threads.number)
 
 
 def read_host(root: Path = Path("/")) -> Host:

@@ -1,4 +1,4 @@
-"""torch's exceptions -> the service's own."""
+"""Translation of torch's exceptions to the service's errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from service.errors import DeviceLost, OutOfMemory
 OOM_MESSAGES = (
     "DefaultCPUAllocator",
     "could not allocate",
-    "Cannot allocate memory",  # of a file that cannot be mapped
+    "Cannot allocate memory",  # when a file cannot be mapped
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-CUDA_FAILURE = "CUDA error"  # in every message after which the process cannot use the device any more
+CUDA_FAILURE = "CUDA error"  # part of each message after which this process cannot use the device any more
 
 
 @contextmanager

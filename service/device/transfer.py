@@ -1,4 +1,4 @@
-"""Tensors between the CPU and a device."""
+"""Copies of tensors between the CPU and a device."""
 
 from __future__ import annotations
 

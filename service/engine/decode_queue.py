@@ -1,4 +1,4 @@
-"""Images that wait to be decoded, and how much of the device's time decoding may take."""
+"""The queue of images to decode, and how much of the device's time decoding may take."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from service.engine.job import ImageKey
 
 
 class DecodeQueue:
-    """Finished latents, and the time credit of decoding.
+    """Denoised images in the order of arrival, and a time credit for decoding them.
 
-    Decoding gets about as much time as UNet calls. So running jobs go at half speed at worst while images
-    wait to be decoded, and an image waits for a step or two. The last image of a turn may overdraw it.
+    Every UNet call adds its duration to the credit, and every decoding uses its own duration up. So decoding
+    takes about as much time as UNet calls: running jobs slow down to half speed at worst, and an image waits
+    for a step or two. The last image of a turn may overdraw the credit.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class DecodeQueue:
         self._latents.append((key, job_size))
 
     def images_of(self, job: str) -> set[int]:
-        """The numbers of a job's images that wait."""
+        """The indices of a job's images in the queue."""
         return {key.image for key, _ in self._latents if key.job == job}
 
     def discard(self, job: str) -> None:
@@ -35,27 +36,27 @@ class DecodeQueue:
         self._latents = deque(entry for entry in self._latents if entry[0].job != job)
 
     def charge(self, seconds: float) -> None:
-        """Decoding has taken so long."""
+        """Reduce the credit by the time that a decoding took."""
         self._credit -= seconds
 
     def begin_turn(self, step_seconds: float | None) -> None:
-        """A UNet call took so long; None: there was none."""
+        """Add the time of this turn's UNet call to the credit; None: the turn had no call."""
         self._credit += step_seconds or 0.0
 
-    def may_decode(self, already: int, step_seconds: float | None) -> bool:
-        """Whether another image is decoded in this turn after `already` ones.
+    def may_decode(self, decoded: int, step_seconds: float | None) -> bool:
+        """Whether to decode another image in this turn, in which `decoded` images were decoded already.
 
-        Without a UNet call the first image does not depend on the credit.
+        In a turn without a UNet call the first image is decoded whatever the credit.
         """
-        return bool(self._latents) and (self._credit > 0 or (step_seconds is None and not already))
+        return bool(self._latents) and (self._credit > 0 or (step_seconds is None and not decoded))
 
     def end_turn(self, step_seconds: float | None) -> None:
-        """Forget the credit when nothing is left to decode, or no UNet call competes for the device."""
+        """Reset the credit if nothing is left to decode, or if no UNet call competes for the device."""
         if not self._latents or step_seconds is None:
             self._credit = 0.0
 
     def pop(self) -> ImageKey:
-        """In turns an image of the smallest job, and the one that has waited longest."""
+        """Remove the next image: alternately one of the smallest job, and the one that has waited longest."""
         self._popped += 1
         entry = min(self._latents, key=lambda entry: entry[1]) if self._popped % 2 else self._latents[0]
         self._latents.remove(entry)

@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 REPORT_SECONDS = 0.5  # between two reports of queue positions
-ADMISSION_TIMEOUT = 10.0  # seconds after which no later job overtakes one whose model has no room
-MAX_CALL_SECONDS = 1.0  # of a call of more than the smallest size: a new job waits for the call to end
+MAX_OVERTAKING_SECONDS = 10.0  # a job whose model has no room waits this long, then later jobs wait for it
+MAX_CALL_SECONDS = 1.0  # calls that would take longer get fewer rows, since a new job waits for their end
 
 
 class Engine:
@@ -117,14 +117,14 @@ class Engine:
         begin = self.clock()
         if picked:
             self._step(picked)
-        if self.undecoded:  # decode only what is known to be finite
+        if self.undecoded:  # latents with NaN or Inf values are not decoded
             self._restart_non_finite(self.runner.settle())
         self._decode_some(self.clock() - begin if picked else None)
 
     # Admission: a job's model is loaded, then the scheduler gets the job.
 
     def _admit_pending(self) -> None:
-        """Admit the jobs whose models are loaded; none overtakes one that has waited too long for room."""
+        """Admit the jobs whose models are loaded or can be. No job overtakes one that has waited too long."""
         for job in list(self.pending):
             run = self.jobs[job]
             try:
@@ -134,7 +134,7 @@ class Engine:
             except Exception as error:
                 self._handle(run, error, "load")
                 continue
-            if not loaded and self.clock() - run.received >= ADMISSION_TIMEOUT:
+            if not loaded and self.clock() - run.received >= MAX_OVERTAKING_SECONDS:
                 break
 
     def _load(self, run: JobRun) -> bool:
@@ -153,7 +153,7 @@ class Engine:
 
     def _admit(self, run: JobRun) -> None:
         job = run.job
-        # Again, since the length of the context may depend on the model, which is loaded now.
+        # Computed again, because the length of the context may depend on the model, which is loaded by now.
         run.shape = self.runner.shape(job, run.full_precision)
         self.scheduler.admit(job.id, run.shape, run.parts, job.rows, job.priority)
         self.pending.pop(job.id, None)
@@ -190,7 +190,7 @@ class Engine:
         return self._running(keys)
 
     def _running(self, keys: Sequence[ImageKey]) -> list[ImageKey]:
-        """Without the images of jobs that have ended or that must start again."""
+        """The images of running jobs among these: some jobs may have ended, or may have to start again."""
         return [key for key in keys if key.job in self.jobs and self.jobs[key.job].started]
 
     def _start(self, run: JobRun) -> None:
@@ -224,7 +224,7 @@ class Engine:
     # UNet calls.
 
     def _step(self, keys: list[ImageKey]) -> None:
-        """Step these images. What fails is split: into halves if memory runs out, else into jobs."""
+        """Step these images. A failed call is split: into halves if memory ran out, otherwise into jobs."""
         failure: Exception
         try:
             if len(keys) == 1:
@@ -244,11 +244,11 @@ class Engine:
             log.warning("a call of %d images failed (%s); trying parts", len(keys), type(failure).__name__)
         del failure  # its traceback keeps tensors of the failed call in memory
         for part in parts:
-            if remaining := self._running(part):  # an earlier part may have ended a job of this one
+            if remaining := self._running(part):  # a job may have failed in an earlier part
                 self._step(remaining)
 
     def _halves(self, keys: list[ImageKey]) -> list[list[ImageKey]]:
-        """Two halves, with smaller calls of the group from now on; a single image as it is."""
+        """Two halves of the images (a single image as it is); later calls of the group will be smaller."""
         if len(keys) == 1:
             return [keys]
         group = self.jobs[keys[0].job].shape.group
@@ -283,7 +283,7 @@ class Engine:
             self._preview(key)
 
     def _record(self, keys: list[ImageKey], call: Call, seconds: float) -> None:
-        """Learn from a call how fast the device is, and how many rows of the group fit."""
+        """Update the estimates of speed and memory, and with them the group's limit of rows."""
         shape = self.jobs[keys[0].job].shape
         self.limits.record_success(shape.group, call.memory)
         self.speed.record(CallSize(shape, self._rows(keys), call.rows), call, seconds)
@@ -348,17 +348,17 @@ class Engine:
     # Failures.
 
     def _with_retry(self, stage: Stage, call: Callable[[], Result]) -> Result:
-        """Make a call of the runner; if memory runs out, free what can be freed and make it once more."""
+        """Call the runner; if memory runs out, free what can be freed and call once more."""
         try:
             return call()
         except OutOfMemory as error:
             self._report_incident(error, stage)
-        log.warning("out of memory (%s); trying again with what can be freed", stage)
+        log.warning("out of memory (%s); freeing memory and trying once more", stage)
         self.runner.make_room(frozenset(self.busy_models))
         return call()
 
     def _handle(self, run: JobRun, error: Exception, stage: Stage) -> None:
-        """Run a job with NaN or Inf values again in float32; let it fail after every other error."""
+        """Run a job again in float32 if it had NaN or Inf values; after any other error it has failed."""
         self._report_incident(error, stage)
         if isinstance(error, NonFinite) and not run.full_precision:
             self._retry_in_float32(run)

@@ -59,14 +59,14 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Decoded:
-    """The VAE has decoded one image (or one tile of one)."""
+    """The VAE has decoded one image, or one tile of an image."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Incident:
-    """Memory ran out, or NaN or Inf values were found. Says nothing about whether a retry helped."""
+    """Memory ran out, or NaN or Inf values were found; a retry may have helped."""
 
     kind: IncidentKind
     stage: Stage
@@ -105,7 +105,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The job has no images. code: one of service.errors.TABLE."""
+    """The job has failed. code: one of service.errors.TABLE."""
 
     job: str
     code: str

@@ -12,7 +12,6 @@ from models.spec import Spacing
 
 MAX_SEED = 2**64 - 1  # the largest seed of a random number generator
 
-
 LatentFill = Literal["image", "noise", "zeros"]
 
 
@@ -32,7 +31,7 @@ class ModelKey(NamedTuple):
 
 
 class ImageKey(NamedTuple):
-    """One image of a job, or one tile of an image: the number in the order of their seeds."""
+    """One image of a job, by its index (its seed is the job's seed + index); when upscaling, one tile."""
 
     job: str
     image: int
@@ -40,13 +39,13 @@ class ImageKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides what a job's images are, and its priority. Image i has seed + i.
+    """The parameters of a job's images, and its priority. Image i has the seed `seed` + i.
 
     image: height x width x 3 bytes, the input of image-to-image and inpainting; for upscaling the image to
         enlarge, height / scale x width / scale x 3 bytes; empty for runs from noise.
     mask: height x width bytes, 255 where the image is repainted, 0 where it stays; empty for other tasks.
-    regions: for every ModelSpec.label_cell pixels, row by row, two bytes: the number of a label, counted from
-        1, or 0 for none; empty for models without segmentation maps.
+    regions: a segmentation map, row by row: for each cell of ModelSpec.label_cell x label_cell pixels the
+        number of a label in two bytes, counted from 1, or 0 for no label; empty for models without such maps.
     boxes: as in models.conditioning.boxes; empty for models without boxes.
     """
 
@@ -69,15 +68,15 @@ class Job:
     regions: bytes = b""
     scale: int = 0  # factor of upscaling; 0 for other tasks
     noise_level: int = 0  # of the noise that upscaling adds to the image first
-    preview_every: int = 0  # steps of an image between two previews; 0 for none
+    preview_every: int = 0  # steps of an image between two previews; 0: no previews
     preview_decoded: bool = False  # previews come from the VAE decoder at full size, not from a projection
     class_label: int | None = None  # counted from 0; `prompt` is its name
     boxes: tuple[Box, ...] = ()
     spacing: Spacing | None = None  # of the timesteps; None for the sampler's own
-    long_prompts: str = "cut"  # or "chunk": as many chunks of context as the prompts fill
+    long_prompts: str = "cut"  # or "chunk": a long prompt becomes several chunks of context
     prompt_weights: bool = False  # whether prompts are in the syntax of models.conditioning.prompts
     loras: tuple[LoraWeights, ...] = ()  # as in ModelKey
-    latent_fill: LatentFill = "image"  # what masked latent cells start from, before noise is added
+    latent_fill: LatentFill = "image"  # initial content of masked latent cells, before noise is added
 
     @property
     def model_key(self) -> ModelKey:

@@ -1,4 +1,4 @@
-"""A job and how far the engine is with it."""
+"""The engine's record of one job."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from service.engine.job import Job, ModelKey, Shape
 
 @dataclass
 class JobRun:
-    """A job and how far it is; times are readings of the engine's clock."""
+    """A job and its progress. The times received, began and denoised are readings of the engine's clock."""
 
     job: Job
     received: float
     shape: Shape
-    full_precision: bool = False  # it runs again, in float32
+    full_precision: bool = False  # the job runs again, in float32
     no_room_with: frozenset[ModelKey] = frozenset()  # busy models that left no memory for the job's model
     admitted: bool = False  # the scheduler has it
     started: bool = False  # the runner has its latents
     announced: bool = False  # its Started event was sent
-    steps: dict[int, int] = field(default_factory=dict)  # of each image, in this run
-    most_steps: dict[int, int] = field(default_factory=dict)  # of each image, in any run
+    steps: dict[int, int] = field(default_factory=dict)  # done of each image, in this run
+    most_steps: dict[int, int] = field(default_factory=dict)  # done of each image, in any run
     began: float = 0.0
     denoised: float = 0.0
     warnings: tuple[str, ...] = ()
@@ -49,6 +49,6 @@ class JobRun:
         return is_new and every > 0 and step % every == 0 and step < self.shape.evaluations
 
     def start_over(self) -> None:
-        """Forget this run; what was announced of it is not announced again."""
+        """Reset the steps and images of this run, but not what was announced to clients."""
         self.started = False
         self.steps, self.images = {}, {}

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from cachetools import LRUCache
 
-MAX_GROUPS = 4096  # remembered; more are possible, since requests choose image sizes and LoRA weights
+MAX_GROUPS = 4096  # groups remembered; there may be more, since requests choose sizes and LoRA weights
 MEMORY_SHARE = 0.9  # of the free memory that calls may take; the rest is for decoding and fragmentation
 RECOVERY_CALLS = 64  # calls without a failure, after which a size that failed is tried again
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What one call of `rows` rows took. peak: bytes at its peak; room: bytes that calls may take in all."""
+    """Memory of one call of `rows` rows. peak: most bytes that it used; room: bytes that a call may use."""
 
     rows: int
     peak: int
@@ -23,7 +23,8 @@ class MemoryUse:
 
 @dataclass
 class GroupLimit:
-    """What is known about one group. measured: the most rows by measured memory; allowed: by failures."""
+    """The limits of one group. measured: most rows that fit by measured memory use; allowed: most rows of
+    the sizes that have not run out of memory lately."""
 
     measured: int
     allowed: int
@@ -52,7 +53,7 @@ class RowLimits:
         self.groups.setdefault(group, GroupLimit(self.sizes[0], self.sizes[-1]))
 
     def record_success(self, group: Hashable, memory: MemoryUse | None = None) -> None:
-        """A call has succeeded; memory: what it took, if that was measured."""
+        """Account for a call that has succeeded; memory: its use of memory, if that was measured."""
         limit = self.groups.get(group)
         if not limit:
             return
@@ -70,10 +71,10 @@ class RowLimits:
                 limit.allowed = next(size for size in self.sizes if size > limit.allowed)
 
     def record_failure(self, group: Hashable, rows: int) -> None:
-        """A call of so many rows has run out of memory."""
+        """Account for a call of `rows` rows that has run out of memory."""
         limit = self.groups.setdefault(group, GroupLimit(self.sizes[-1], self.sizes[-1], known=True))
         limit.successes, limit.allowed = 0, min(limit.allowed, self._largest_within(rows - 1))
 
     def _largest_within(self, rows: float) -> int:
-        """The largest size of at most so many rows; below them all 1, which means one image a call."""
+        """The largest size of at most so many rows; 1 if there is none, which means one image per call."""
         return max((size for size in self.sizes if size <= rows), default=1)

@@ -14,9 +14,9 @@ from service.engine.row_limits import MemoryUse
 class Call:
     """The result of one UNet call.
 
-    rows: that were run, padding included; non_finite: jobs with NaN or Inf values; memory: what the call
-    took, if that was measured. unfinished: the device still works on the call; non_finite and seconds (None:
-    unknown) are then those of the call before.
+    rows: rows of the call, padding included; non_finite: jobs with NaN or Inf values; memory: the call's use
+    of memory, if that was measured. unfinished: the device still works on the call; then non_finite and
+    seconds (None: unknown) belong to the previous call.
     """
 
     rows: int
@@ -27,7 +27,7 @@ class Call:
 
 
 class Preview(NamedTuple):
-    """pixels: height x width x 3 bytes."""
+    """A preview of an image. pixels: height x width x 3 bytes."""
 
     width: int
     height: int
@@ -37,8 +37,8 @@ class Preview(NamedTuple):
 class Runner(Protocol):
     """Runs jobs on a device.
 
-    Every method may raise an exception, OutOfMemory and NonFinite among them; the images that it was about
-    are then as they were before.
+    Every method may raise an exception, such as OutOfMemory or NonFinite, and leaves the images then as they
+    were before the call.
     """
 
     @property
@@ -46,25 +46,25 @@ class Runner(Protocol):
         """The row counts that calls are padded to, in ascending order."""
 
     def shape(self, job: Job, full_precision: bool = False) -> Shape:
-        """What the scheduler needs to know about a job. It may change when load() has loaded the job's model.
+        """The shape of a job, or with full_precision of its run in float32.
 
-        full_precision: about a run in float32.
+        It may be another one after load() has loaded the job's model.
         """
 
     def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
-        """Load what the job runs on, unless it is loaded; False if busy models leave no room for it."""
+        """Load the job's model and LoRAs if necessary; False if busy models leave no room for them."""
 
     def make_room(self, busy: Collection[ModelKey]) -> None:
         """Free all memory that neither running jobs nor busy models need."""
 
     def start(self, job: Job, full_precision: bool = False) -> tuple[str, ...]:
-        """Make the initial latents of a job's images, again if it has been started; returns warnings."""
+        """Make the initial latents of a job's images, also of a job that starts again; returns warnings."""
 
     def step(self, keys: Sequence[ImageKey]) -> Call:
         """One UNet call: one step of each of these images of one group."""
 
     def settle(self) -> tuple[str, ...]:
-        """Wait for the device; returns the jobs with NaN or Inf values that no call has returned."""
+        """Wait for the device; returns jobs with NaN or Inf values that no Call has reported yet."""
 
     def preview(self, key: ImageKey) -> Preview:
         """What an image looks like at its current step."""

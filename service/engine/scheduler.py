@@ -13,7 +13,7 @@ from cachetools import LRUCache
 from service.engine.job import ImageKey, Shape
 from service.engine.row_limits import MAX_GROUPS
 
-PATIENCE = 8  # full calls without the oldest job; with fewer, large old jobs slow small ones down
+PATIENCE = 8  # full calls that may pass over the oldest job; with fewer, large old jobs delay small ones
 TOP_PRIORITY = 9
 
 
@@ -35,16 +35,16 @@ class Queued:
     rows: int  # of one image
     weight: float
     left: dict[ImageKey, int]  # steps left of each unfinished image
-    place: tuple[float, int] = (0.0, 0)  # fair time at which fair sharing would finish it; serial number
+    place: tuple[float, int] = (0.0, 0)  # (fair time at which fair sharing would finish the job, its number)
     started: bool = False
 
     @property
     def work(self) -> float:
-        """The work left of it."""
+        """The work left of the job."""
         return sum(self.left.values()) * self.rows * self.group.row_cost
 
     def longest(self, count: int) -> list[ImageKey]:
-        """The `count` images with the most steps left, so that all images of a job finish together."""
+        """The `count` images with the most steps left, so that the images of a job finish together."""
         return sorted(self.left, key=self.left.__getitem__, reverse=True)[:count]
 
 
@@ -52,8 +52,8 @@ class Group:
     """Jobs that may share a UNet call, and a simulation of fair sharing that sets their order.
 
     time: fair time, the work that a job of weight 1 would have received by now if all the group's work had
-    been shared among its jobs by weight. spent: work done per weight of the jobs in the queue, which decides
-    which group is next.
+    been shared among its jobs by weight. spent: work done, divided by the weight of the jobs in the queue;
+    the group with the smallest value is next.
     """
 
     def __init__(self, key: Hashable, number: int, row_cost: float, spent: float) -> None:
@@ -73,7 +73,7 @@ class Group:
         return self.spent, self.number, self
 
     def join(self, job: Queued, number: int, level: float) -> None:
-        """Add a new job. What the group has spent above `level` is from now on shared among more jobs."""
+        """Add a new job. The part of `spent` above `level` is from now on shared among more jobs."""
         self.spent = level + (self.spent - level) * self.weight / (self.weight + job.weight)
         self.weight += job.weight
         job.place = self.time + job.work / job.weight, number
@@ -86,7 +86,7 @@ class Group:
         self.weight -= job.weight
 
     def cancel(self, job: Queued) -> None:
-        """Remove an unfinished job; in the simulation it becomes as large as the work done on it."""
+        """Remove an unfinished job; the simulation counts only the work already done on it."""
         self.leave(job)
         index = bisect_left(self.fair, job.place)
         if self.fair[index : index + 1] == [(*job.place, job.weight)]:
@@ -95,7 +95,7 @@ class Group:
             self._share(job.place[0] - job.work / job.weight, job.place[1], job.weight)
 
     def spend(self, work: float) -> None:
-        """Account for work done: advance fair time, and finish jobs of the simulation that it passes."""
+        """Account for work done: advance fair time, and end the simulated jobs that are finished by then."""
         self.spent += work / self.weight
         while self.fair and work >= (span := (self.fair[0][0] - self.time) * self.fair_weight):
             work -= span
@@ -184,9 +184,9 @@ class Scheduler:
         return sum(job.work for job in self._jobs.values())
 
     def limit(self, group: Hashable, rows: int | None) -> None:
-        """Allow a group's calls at most so many rows from now on (None: max_rows), and never over max_rows.
+        """Set the most rows of a group's calls; None removes the limit. max_rows applies in any case.
 
-        An image of more rows than that is still picked, alone.
+        An image of more rows is still picked, alone.
         """
         if rows is None:
             self._limits.pop(group, None)
@@ -200,11 +200,10 @@ class Scheduler:
         if job in self._jobs:
             raise ValueError(f"job {job} is queued already")
         if min(images, rows) < 1:
-            raise ValueError(f"job {job} needs images of rows, not {images} of {rows}")
+            raise ValueError(f"job {job} needs at least 1 image of 1 row, not {images} of {rows}")
         self._numbers += 1
-        level = (
-            self._turns[0][0] if self._turns else 0.0
-        )  # a new group does not catch up on work done before it came
+        # A new group starts at the level of the next one: it does not catch up on work done before it came.
+        level = self._turns[0][0] if self._turns else 0.0
         if shape.group not in self._groups:
             self._groups[shape.group] = Group(shape.group, self._numbers, shape.row_cost, level)
             insort(self._turns, self._groups[shape.group].turn)

@@ -15,7 +15,7 @@ EMA_ALPHA = 0.2  # weight of the newest call in the averages
 
 
 class CallSize(NamedTuple):
-    """rows: that belong to images; padded_rows: with the padding."""
+    """The size of a UNet call. rows: without padding rows; padded_rows: with them."""
 
     shape: Shape
     rows: int
@@ -39,7 +39,7 @@ class Speed:
         return None if self.seconds_per_work is None else work * self.seconds_per_work
 
     def record(self, size: CallSize, call: Call, seconds: float) -> None:
-        """Take a call into the averages; an unfinished one is taken when the next call is recorded."""
+        """Add a call to the averages; an unfinished one is added when the next call is recorded."""
         previous, self._last = self._last, size
         if not call.unfinished:
             self._average(size, seconds)
@@ -53,7 +53,7 @@ class Speed:
         self._average_row(size.shape.group, seconds / size.padded_rows)
 
     def _average_row(self, group: Hashable, seconds: float) -> None:
-        """A group's first call does not count, since it may compile or capture something."""
+        """Average the seconds per row; a group's first call is left out, since it may compile kernels."""
         before = self._row_seconds.get(group)
         if before:
             seconds = before + EMA_ALPHA * (seconds - before)

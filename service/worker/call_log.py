@@ -1,4 +1,4 @@
-"""The most recent UNet calls, for those who watch the service."""
+"""The most recent UNet calls, which GET /activity returns."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ class CallLog:
         self._calls.append(call)
 
     def after(self, number: int) -> list[Stepped]:
-        """The calls after number `number`, as far as they are kept; the oldest first."""
+        """The kept calls with numbers above `number`, the oldest first."""
         new = self.count - number
         return list(self._calls)[-new:] if new > 0 else []

@@ -1,4 +1,4 @@
-"""One worker process, as the API process sees it: how it is started, watched and ended."""
+"""A worker process from the API process's side: its start, its signs of life and its end."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from service.worker.oom_kills import count_oom_kills
 from service.worker.protocol import Command, Heartbeat
 from service.worker.quarantine import Cause
 
-EXIT_SECONDS = 2.0  # that a worker without a socket has to exit before it is killed
-LOADING_FACTOR = 10  # times the stall limit: the limit for a worker that loads a model
-# A process ends itself with these; all other signals come from somebody else.
-OWN_SIGNALS = (
+EXIT_SECONDS = 2.0  # between cutting a worker's connection and killing a worker that has not exited by then
+LOADING_FACTOR = 10  # a worker that loads a model may go without progress for this many stall limits
+# Signals that a process's own failure raises; any other signal was sent by somebody else.
+CRASH_SIGNALS = (
     signal.SIGABRT,
     signal.SIGBUS,
     signal.SIGFPE,
@@ -36,7 +36,7 @@ OWN_SIGNALS = (
 class WorkerProcess:
     """One worker, from its start to its end.
 
-    Its first model is loading until it is ready(). clock: seconds, of any origin.
+    It counts as loading a model until become_ready(). clock: seconds, from any origin.
     """
 
     def __init__(
@@ -78,40 +78,40 @@ class WorkerProcess:
             self.writer.write(protocol.encode(command))
 
     def become_ready(self) -> float:
-        """Note that it takes jobs; returns the seconds that its start took."""
+        """Record that the worker takes jobs now; returns the seconds that its start took."""
         self.ready_at = self.last_progress = self.clock()
         self._loading = False
         return self.ready_at - self.started_at
 
     def beat(self, beat: Heartbeat) -> None:
-        """Note a heartbeat. Progress is a tick, to be idle, or the start or end of loading a model."""
+        """Record a heartbeat. Progress: the engine has ticked, is idle, or has begun or ended loading."""
         if beat.ticks != self._ticks or not beat.busy or beat.loading != self._loading:
             self.last_progress = self.clock()
         self._ticks, self._loading = beat.ticks, beat.loading
         self._oom_kills = count_oom_kills()
 
     def is_stalled(self, limit: float) -> bool:
-        """Whether it has been silent, or has had work without progress, for longer than the limit."""
+        """Whether the worker sent no message, or was busy without progress, for longer than the limit."""
         patience = limit * (LOADING_FACTOR if self._loading else 1)
         return self.silence > limit or self.clock() - self.last_progress > patience
 
     def kill(self) -> None:
-        """Kill it and cut the connection at once, even where the system needs time to end the process."""
+        """Kill the worker and cut the connection at once, also if the process takes time to end."""
         self._ended_by_us = True
         self.process.kill()
         self.writer.transport.abort()
 
     def cause_of_end(self) -> Cause:
-        """Why it has ended, once it has: see quarantine.py."""
+        """Why the worker has ended: see quarantine.py. Only for a worker that has."""
         code = self.process.returncode
-        ended_itself = code is None or code >= 0 or -code in OWN_SIGNALS
+        ended_itself = code is None or code >= 0 or -code in CRASH_SIGNALS
         oom_killed = (count_oom_kills() or 0) > (self._oom_kills or 0)
         return "crash" if self._ended_by_us or ended_itself or oom_killed else "kill"
 
     async def end(self) -> None:
-        """Cut the connection, which ends the worker, and kill it if it does not exit soon.
+        """Cut the connection, at which the worker exits, and kill it if it does not exit soon.
 
-        One that does not even die is left behind.
+        If the process survives even that, nothing more is done.
         """
         self.writer.transport.abort()  # close() would wait until a hanging worker has read everything
         try:
@@ -123,7 +123,7 @@ class WorkerProcess:
             raise
 
     async def _exits(self) -> bool:
-        """Whether it exits within EXIT_SECONDS."""
+        """Whether the process exits within EXIT_SECONDS."""
         try:
             await asyncio.to_thread(self.process.wait, EXIT_SECONDS)
         except subprocess.TimeoutExpired:

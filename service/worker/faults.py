@@ -1,8 +1,10 @@
-"""Failures on request, for tests only: LDM_FAULTS=step:oom:poison makes steps of jobs with that word fail.
+"""Injected failures, for tests only: LDM_FAULTS=step:oom:poison makes a step run out of memory if the
+prompt of one of its jobs contains the word "poison".
 
 A fault is `stage:kind:word` or `stage:kind:word:times`; several are separated by commas. It strikes when a
-job whose prompt contains the word reaches the stage: every time, or so many times in a worker's life. An
-`error` stays with the job that it struck, so that it is the same job's when a failed call is split.
+job whose prompt contains the word reaches the stage: every time, or `times` times in a worker's life. The
+kind `error` strikes the same job again whatever `times` says: when a failed call is split, that job's part
+must fail again.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from service.engine.runner import Call, Preview, Runner
 from service.errors import NonFinite, OutOfMemory
 
 STAGES = get_args(Stage)
-# What a job does: raises an exception, runs out of memory, has NaN values, loses the CUDA device; or what its
-# worker does: ends by SIGKILL, SIGSEGV, SIGABRT or exit(), or hangs.
+# Failures of a job: an exception, out of memory, NaN values, a lost CUDA device. Failures of the worker: it
+# ends by SIGKILL, SIGSEGV, SIGABRT or exit(), or hangs.
 KINDS = ("error", "oom", "nan", "device", "kill", "segfault", "abort", "exit", "stall")
 
 
 @dataclass
 class Fault:
-    """One fault and whom it has struck. times: 0 for every time."""
+    """One fault, and the jobs that it has struck. times: 0 for every time."""
 
     stage: str
     kind: str
@@ -37,7 +39,7 @@ class Fault:
     struck_jobs: set[str] = field(default_factory=set, compare=False)
 
     def strikes(self, job: str, prompt: str) -> bool:
-        """Whether it strikes a job that has reached the stage; if so, it is counted."""
+        """Whether the fault strikes a job that has reached its stage; if so, that is counted."""
         if self.word not in prompt:
             return False
         if self.kind == "error" and job in self.struck_jobs:
@@ -63,7 +65,7 @@ def read_fault(text: str) -> Fault:
 
 
 class FaultyRunner:
-    """A runner that fails on request and otherwise does what the inner runner does."""
+    """A runner that fails where a fault strikes, and otherwise passes every call on to the inner runner."""
 
     def __init__(self, inner: Runner, faults: Sequence[Fault]) -> None:
         self.inner = inner
@@ -91,7 +93,7 @@ class FaultyRunner:
         return self.inner.start(job, full_precision)
 
     def step(self, keys: Sequence[ImageKey]) -> Call:
-        """A job with NaN values does not fail; the call says so."""
+        """Step the images; a `nan` fault raises nothing, but its job is non-finite in the returned call."""
         jobs = list(dict.fromkeys(key.job for key in keys))
         self._fail("step", jobs, tuple(kind for kind in KINDS if kind != "nan"))
         call = self.inner.step(keys)
@@ -113,7 +115,7 @@ class FaultyRunner:
         self.inner.discard(job)
 
     def _fail(self, stage: Stage, jobs: Sequence[str], kinds: Collection[str] = KINDS) -> None:
-        """Fail for the first of these jobs that a fault strikes."""
+        """Fail if a fault strikes one of these jobs."""
         for job in jobs:
             if kind := self._kind_of_strike(stage, job, kinds):
                 fail(kind)

@@ -1,4 +1,4 @@
-"""How often the kernel has killed a process for want of memory, as far as this process can see."""
+"""How many processes the kernel has killed because memory ran out, as far as this process can see."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ MACHINE = Path("/proc/vmstat")
 
 
 def count_oom_kills() -> int | None:
-    """The kills in this process's control group, or on the machine where no group counts them; else None."""
+    """The kills in this process's control group, or on the whole machine if no group counts them.
+
+    None if neither can be read.
+    """
     return next((count for file in counters() if (count := read_count(file)) is not None), None)
 
 

@@ -38,8 +38,8 @@ from service.worker.protocol import (
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
-FATAL_EXIT = 3  # exit code: the start failed for a reason that another attempt does not change
-DEVICE_EXIT = 4  # exit code: the device fails at everything; it may work for another process
+FATAL_EXIT = 3  # exit code: the start failed, and would fail again
+DEVICE_EXIT = 4  # exit code: the device fails at every call; it may work for another process
 
 
 class Link:
@@ -51,7 +51,7 @@ class Link:
         self.stream = connection.makefile("rb")
 
     def send(self, report: Report) -> None:
-        """Send one message; exit if the socket is closed, since nobody waits for results any more."""
+        """Send one message; exit if the socket is closed, because then the API process is gone."""
         data = protocol.encode(report)
         try:
             with self._lock:
@@ -61,14 +61,16 @@ class Link:
 
 
 class HeartbeatThread(threading.Thread):
-    """Sends a heartbeat every HEARTBEAT_SECONDS, by which the supervisor notices a stall."""
+    """Sends a heartbeat every HEARTBEAT_SECONDS; without heartbeats the supervisor replaces the worker."""
 
     def __init__(self, link: Link) -> None:
         super().__init__(daemon=True)
         self.link = link
         self.ticks = 0  # of the engine
         self.busy = True  # whether the engine has jobs
-        self.loading: Callable[[], bool] = lambda: True  # whether a model loads, which may take longer
+        self.loading: Callable[[], bool] = lambda: (
+            True
+        )  # whether a model is being loaded, which may take long
         self.memory: Callable[[], int] = lambda: 0  # bytes of the device in use
 
     def run(self) -> None:
@@ -93,7 +95,7 @@ def listen(link: Link, inbox: queue.SimpleQueue[Command]) -> None:
 
 
 def drain(inbox: queue.SimpleQueue[Command], engine: Engine) -> None:
-    """Carry out every command in the inbox; without jobs, wait for one."""
+    """Carry out every command in the inbox; if the engine has no jobs, wait for a command."""
     while not inbox.empty() or not engine.busy:
         match inbox.get():
             case Submit(job):
@@ -105,23 +107,23 @@ def drain(inbox: queue.SimpleQueue[Command], engine: Engine) -> None:
 
 
 def load(settings: Settings, link: Link, heartbeat: HeartbeatThread) -> Engine:
-    """An engine with as many models loaded as fit in memory; sends what all models are.
+    """An engine with as many models loaded as fit in memory. Sends Ready, with the specs of all models.
 
-    Raises CheckpointError or ValueError for a checkpoint, device or setting that cannot work.
+    Raises CheckpointError or ValueError for a checkpoint, device or setting that cannot be used.
     """
     faults = read_faults(settings.faults)
     watch = Stopwatch()
-    from service.device.loading import build  # torch: takes seconds, during which heartbeats are sent
+    from service.device.loading import build  # imports torch, which takes seconds: heartbeats are sent by now
 
     watch.lap("imports")
     runner = build(settings, locate_all(settings.model, settings.allow_pickle), watch)
-    runner.note = link.send
+    runner.report_incident = link.send
     registry, memory = runner.registry, runner.memory
     heartbeat.loading, heartbeat.memory = (lambda: registry.loading), memory.used
     link.send(Ready(tuple(registry.specs.values()), memory.total(), tuple(watch.parts.items())))
     engine_runner: Runner = runner
     if faults:
-        log.warning("this worker fails on request: %s", settings.faults)
+        log.warning("failures are injected into this worker: %s", settings.faults)
         engine_runner = FaultyRunner(runner, faults)
     return Engine(engine_runner, link.send, settings.max_rows, settings.decode_chunk, time.monotonic)
 
@@ -138,7 +140,7 @@ def serve(inbox: queue.SimpleQueue[Command], engine: Engine, heartbeat: Heartbea
 
 def main() -> None:
     """Run the worker; the first argument is the number of the inherited socket."""
-    # A terminal and some init systems send these to every process; only the API process decides when to stop.
+    # Terminals and some init systems signal every process, but only the API process decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     settings = read_settings()

@@ -1,4 +1,4 @@
-"""How far a job is, for those who follow it. Only the newest state is kept, and it never goes backwards."""
+"""The progress of a job, for its watchers. Only the newest state is kept; it never goes backwards."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Stage = Literal["queued", "running", "done", "failed", "cancelled"]
 class State:
     """The state of a job at one moment.
 
-    position: in the queue, from 1; estimate: seconds until the job ends, if known; step, steps: done and in
-    all, of all its images together; preview: the newest one; number: of the state, from 0.
+    position: in the queue, from 1; estimate: seconds until the job ends, if known; step, steps: the number of
+    steps done and the total, of all images together; preview: the newest one; number: of the state, from 0.
     """
 
     stage: Stage = "queued"
@@ -36,7 +36,7 @@ class State:
 class Progress:
     """The newest state of one job.
 
-    A slow watcher misses states in between. A job that runs again in another worker repeats no state.
+    A slow watcher misses states in between. A job that runs again in another worker shows no state twice.
     """
 
     def __init__(self) -> None:
@@ -45,28 +45,28 @@ class Progress:
         self._preview_steps: dict[int, int] = {}  # image -> step of its newest preview
 
     def wait_at(self, position: int, estimate: float | None) -> None:
-        """The job waits at a position; ignored if it has started in an earlier worker."""
+        """Set the queue position; ignored if the job has started in an earlier worker."""
         if self.state.stage == "queued":
             self._change(position=position, estimate=estimate)
 
     def start(self, steps: int) -> None:
-        """The job's first step is about to run."""
+        """Change to "running"; ignored if the job has started in an earlier worker."""
         if self.state.stage == "queued":
             self._change(stage="running", position=None, estimate=None, steps=steps)
 
     def advance(self, step: int) -> None:
-        """So many steps are done."""
+        """Set the number of steps done; ignored if it is not larger than before."""
         if self.state.stage == "running" and step > self.state.step:
             self._change(step=step)
 
     def show(self, preview: Previewed) -> None:
-        """A preview has arrived."""
+        """Set the newest preview; ignored if its image had a later one, in an earlier worker."""
         if self.state.stage == "running" and preview.step > self._preview_steps.get(preview.index, 0):
             self._preview_steps[preview.index] = preview.step
             self._change(preview=preview)
 
     def end(self, stage: Stage) -> None:
-        """The job has ended; every later call is ignored."""
+        """Set the final stage; every later call is ignored."""
         if not self.state.ended:
             self._change(stage=stage, position=None, estimate=None, preview=None)
 
@@ -78,7 +78,7 @@ class Progress:
             self._changed = asyncio.Event()
 
     async def after(self, seen: State | None) -> State:
-        """The newest state, as soon as it is not `seen`."""
+        """Wait until the state is another one than `seen`; returns the newest."""
         while self.state is seen:
             await self._changed.wait()
         return self.state

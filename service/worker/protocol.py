@@ -1,9 +1,9 @@
 """The messages between the API process and the worker, and the one codec for them.
 
-A message is a frame: a magic number, two lengths, a JSON text and raw bytes. The text is
-[kind, job or null, fields, sizes of the byte strings]; `bytes` fields travel behind the text, not in it. The
-annotations of a class say how its fields are encoded, and decoding checks every value against them. The
-lengths alone keep the stream in step, so a frame with unreadable content costs that message only.
+A message is a frame: a magic number, two lengths, a JSON text and raw bytes. The text is [kind, job or null,
+fields, sizes of the byte strings]; the values of `bytes` fields follow the text as raw bytes. The annotations
+of a class decide how its fields are encoded, and decoding checks every value against them. The next frame is
+found by the lengths alone, so a frame with unreadable content costs that message only.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ class Submit:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Stop a job; nobody waits for it any more."""
+    """Stop a job that has no client any more."""
 
     job: str
 
 
 @dataclass(frozen=True)
 class Interrupt:
-    """Take no more steps of a job that has started; it ends with its images as they are."""
+    """End a job that has started without further steps, with its images as they are."""
 
     job: str
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker takes jobs. memory: bytes of the device; parts: what the start spent its seconds on."""
+    """The worker takes jobs. memory: bytes of the device; parts: seconds of each part of the start."""
 
     specs: tuple[ModelSpec, ...]
     memory: int
@@ -68,14 +68,14 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Fatal:
-    """The worker cannot start, for a reason that another attempt does not change."""
+    """The worker cannot start, and another attempt would fail too."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """The worker could not read a message; job: the one that it was about, if that much was readable."""
+    """The worker could not read a message. job: the job that the message was about, if that was readable."""
 
     job: str | None
     reason: str
@@ -86,14 +86,14 @@ Report = Event | Ready | Heartbeat | Fatal | Rejected  # from the worker
 
 
 class Frame(NamedTuple):
-    """A message as it travels, without its prefix."""
+    """An encoded message without its prefix."""
 
     text: bytes
     body: bytes
 
 
 class UnreadableMessageError(ValueError):
-    """A frame that is not a message. kind and job: what could be read of it."""
+    """A frame is not a valid message. kind, job: those of the message, if they were readable."""
 
     def __init__(self, reason: str, kind: str | None = None, job: str | None = None) -> None:
         super().__init__(f"unreadable {kind or 'message'}: {reason}")
@@ -102,7 +102,7 @@ class UnreadableMessageError(ValueError):
 
 
 class LostSyncError(ConnectionError):
-    """The stream does not continue with a frame; nothing after that can be read."""
+    """The stream does not continue with a frame, so nothing more can be read from it."""
 
 
 def encode(message: Command | Report) -> bytes:

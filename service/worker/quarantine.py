@@ -1,9 +1,9 @@
-"""Which job makes the workers die? The rule, without clocks and processes.
+"""The rule by which the service finds out which job makes the workers die. No clocks, no processes.
 
 A worker's end has a cause:
 
 - "crash": it exited or was ended by a signal of its own making (SIGSEGV, SIGABRT, ...), it stalled, or the
-  kernel recorded that it killed a process for want of memory.
+  kernel recorded that it killed a process because memory ran out.
 - "kill": a signal such as SIGKILL, which an operator, a container runtime or the kernel may have sent.
 
 The rule:
@@ -35,23 +35,23 @@ from typing import Literal
 Cause = Literal["crash", "kill"]
 
 SUSPICION = 2.0  # ends of workers after which a job runs alone
-CRASHES = 2  # crashes of workers in which a job was alone, after which it is refused
-KILLS_AT_ONE_STEP = 3  # kills of workers in which a suspect was alone, after which it is refused
-KILLS = 6  # the same, at whatever steps
+MAX_CRASHES = 2  # crashes of workers in which a job was alone, after which the job is refused
+MAX_KILLS_AT_ONE_STEP = 3  # kills at about the same step in which a suspect was alone, before it is refused
+MAX_KILLS = 6  # kills at any steps in which a suspect was alone, before it is refused
 QUIET_SECONDS = 1.0  # the first quiet time
 
 
 @dataclass
 class Record:
-    """What is known about one unanswered job."""
+    """One unanswered job, and the evidence against it."""
 
-    sent: bool = False  # to the worker that runs now
-    started: bool = False  # in that worker
-    steps: int = 0  # in that worker
-    suspicion: float = 0.0  # ends of workers that had the job
-    crashes: int = 0  # of workers in which it was alone
-    kills: list[int] = field(default_factory=list)  # its steps at each, of workers in which it was alone
-    quiet: float = QUIET_SECONDS  # that a worker must have been ready before the job is sent to it alone
+    sent: bool = False  # to the current worker
+    started: bool = False  # in the current worker
+    steps: int = 0  # done in the current worker
+    suspicion: float = 0.0  # number of ended workers that had the job
+    crashes: int = 0  # of workers in which the job was alone
+    kills: list[int] = field(default_factory=list)  # for each kill of a worker with this job alone, its steps
+    quiet: float = QUIET_SECONDS  # seconds that a worker must have been ready before the job is sent to it
 
     @property
     def suspect(self) -> bool:
@@ -60,13 +60,13 @@ class Record:
     @property
     def guilty(self) -> bool:
         """Whether the job is refused."""
-        last = self.kills[-KILLS_AT_ONE_STEP:]
-        repeated = len(last) == KILLS_AT_ONE_STEP and max(last) - min(last) <= 1
-        return self.crashes >= CRASHES or repeated or len(self.kills) >= KILLS
+        last = self.kills[-MAX_KILLS_AT_ONE_STEP:]
+        repeated = len(last) == MAX_KILLS_AT_ONE_STEP and max(last) - min(last) <= 1
+        return self.crashes >= MAX_CRASHES or repeated or len(self.kills) >= MAX_KILLS
 
 
 class Quarantine:
-    """Decides which jobs a worker gets, and which are refused because workers die of them."""
+    """Decides which jobs a worker gets, and which jobs are refused because they make workers die."""
 
     def __init__(self) -> None:
         self._records: dict[str, Record] = {}
@@ -75,17 +75,17 @@ class Quarantine:
         self._records[job] = Record()
 
     def remove(self, job: str) -> bool:
-        """Forget a job that has its answer, or that nobody waits for; returns whether the worker had it."""
+        """Forget a job that is answered or cancelled; returns whether it was sent to the current worker."""
         record = self._records.pop(job, None)
         return record is not None and record.sent
 
     def start(self, job: str) -> None:
-        """The worker has started a job. An unknown one is left alone, here and in step()."""
+        """Record that the worker has started a job; unknown jobs are ignored."""
         if record := self._records.get(job):
             record.started = True
 
     def step(self, job: str, steps: int) -> None:
-        """The worker has done so many steps of a job."""
+        """Record how many steps of a job the worker has done; unknown jobs are ignored."""
         if record := self._records.get(job):
             record.steps = steps
 
@@ -103,14 +103,14 @@ class Quarantine:
         return jobs
 
     def quiet_left(self, age: float) -> float:
-        """Seconds after which release() may have more to send although nothing has happened; 0 for none."""
+        """Seconds until the next suspect's quiet time has passed; 0 if there is none to wait for."""
         first = self._first_suspect()
         return 0.0 if first is None else max(0.0, first.quiet - age)
 
     def end(self, cause: Cause, age: float) -> list[str]:
-        """The worker has ended after it was ready for `age` seconds. Returns the jobs to refuse.
+        """Judge the end of a worker that had been ready for `age` seconds. Returns the jobs to refuse.
 
-        Those are forgotten; all others may be sent to the next worker.
+        Refused jobs are forgotten; all others may be sent to the next worker.
         """
         sent = [record for record in self._records.values() if record.sent]
         if len(sent) == 1:
@@ -139,5 +139,5 @@ class Quarantine:
             record.suspicion += 1.0 if record.started or not any_started else 0.5
 
     def _first_suspect(self) -> Record | None:
-        """The suspect that runs next, or that runs now."""
+        """The suspect that runs now, or next."""
         return next((record for record in self._records.values() if record.suspect), None)

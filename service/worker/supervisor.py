@@ -1,4 +1,4 @@
-"""The API process's side of the worker: starts it, watches it, replaces it and runs its jobs again."""
+"""The supervisor, in the API process: starts, watches and replaces the worker, and runs its jobs again."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ from service.worker.quarantine import Cause, Quarantine
 
 log = logging.getLogger(__name__)
 
-MAX_FAILURES = 5  # workers in a row that failed without a job's help, after which the service gives up
+MAX_FAILURES = 5  # workers in a row that failed without having had a job, after which the service gives up
 MAX_KILLED_STARTS = 10  # workers in a row killed before they were ready, after which open jobs are refused
-WATCH_SECONDS = 0.5  # between two looks at whether the worker has stalled
+WATCH_SECONDS = 0.5  # between two checks whether the worker has stalled
 RETRY_AFTER = {QueueFull: 5, Loading: 5, Draining: 30, Unavailable: 30}  # seconds
 
 
 class WorkerFailed(Exception):  # noqa: N818 - not an error of a request
-    """No worker can be started; the message is for the operator."""
+    """No worker can be started. The message is for the operator."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Ticket:
     job: Job
     answer: asyncio.Future[Done]
     progress: Progress
-    running: bool = False  # in the worker that runs now; `progress` remembers previous workers too
+    running: bool = False  # in the current worker; `progress` covers earlier workers too
 
     def fail(self, error: ServiceError) -> None:
         """Answer with an error, unless there is an answer or the client has left."""
@@ -79,7 +79,7 @@ class Ticket:
             self.answer.set_exception(error)
 
     def close(self) -> None:
-        """Tell those who follow the job how it ended; without an answer it was cancelled."""
+        """Set the final stage of the job's progress; a job without an answer was cancelled."""
         if not self.answer.done() or self.answer.cancelled():
             self.progress.end("cancelled")
         else:
@@ -87,7 +87,7 @@ class Ticket:
 
 
 class Supervisor:
-    """Counts the slots of the queue and keeps every unanswered job, however many workers die."""
+    """Limits the number of open requests, and keeps every job until it is answered: workers may die."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
@@ -101,8 +101,8 @@ class Supervisor:
         self._tickets: dict[str, Ticket] = {}
         self._quarantine = Quarantine()
         self._worker: WorkerProcess | None = None
-        self._timer: asyncio.TimerHandle | None = None  # for jobs that wait for a quiet time
-        self._closed_by: type[ServiceError] | None = None  # the error of every job from now on
+        self._timer: asyncio.TimerHandle | None = None  # for suspects; see quiet time in quarantine.py
+        self._closed_by: type[ServiceError] | None = None  # the error that every new job gets
         self._no_slots_in_use = asyncio.Event()
         self._no_slots_in_use.set()
 
@@ -118,7 +118,7 @@ class Supervisor:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker sent a message within the stall limit, or is about to be started."""
+        """Whether the worker sent a message within the stall limit, or a new worker is about to start."""
         silence = self._worker.silence if self._worker else 0.0
         return self.failure is None and silence < self.settings.stall_seconds
 
@@ -133,7 +133,7 @@ class Supervisor:
 
     @contextmanager
     def reserve_slot(self) -> Iterator[None]:
-        """Hold a slot of the queue until the context ends. Raises QueueFull, and as check_open() does."""
+        """Hold a slot of the queue until the context ends. Raises QueueFull, or as check_open() does."""
         self.check_open()
         if self.slots_in_use >= self.settings.queue_size:
             raise refusal(QueueFull)
@@ -147,10 +147,10 @@ class Supervisor:
                 self._no_slots_in_use.set()
 
     async def run(self, job: Job, progress: Progress | None = None) -> Done:
-        """Run a job; it is cancelled if this coroutine is.
+        """Run a job. Cancelling this coroutine cancels the job.
 
-        progress: kept up to date for those who watch it. Raises the ServiceError that the job failed with,
-        and ValueError if there is an unanswered job with its id.
+        progress: updated while the job runs. Raises the ServiceError that the job failed with, and ValueError
+        if an unanswered job has the same id.
         """
         if job.id in self._tickets:
             raise ValueError(f"job {job.id} is not answered yet")
@@ -167,7 +167,7 @@ class Supervisor:
             self._close(ticket)
 
     def interrupt(self, job_id: str) -> None:
-        """End a job early, with its images as they are; a job that is not running is left alone."""
+        """End a running job early, with its images as they are; other jobs are left alone."""
         if (ticket := self._tickets.get(job_id)) and ticket.running and self._worker:
             self._worker.send(Interrupt(job_id))
 
@@ -178,7 +178,7 @@ class Supervisor:
         return self._tickets[job_id].progress.watch()
 
     def _close(self, ticket: Ticket) -> None:
-        """Forget a job; one without an answer is cancelled in the worker too."""
+        """Forget a job; if it has no answer, cancel it in the worker too."""
         job = ticket.job.id
         was_sent = self._quarantine.remove(job)
         del self._tickets[job]
@@ -190,7 +190,7 @@ class Supervisor:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """Send the worker the jobs that it may run now."""
+        """Send the worker the jobs that the quarantine releases."""
         worker = self._worker
         if worker is None or not worker.is_ready:
             return
@@ -203,7 +203,7 @@ class Supervisor:
             self._timer = asyncio.get_running_loop().call_later(seconds + 0.01, self._dispatch)
 
     async def drain(self) -> None:
-        """Accept no more requests; return when all have an answer, or refuse the rest after drain_seconds."""
+        """Accept no more requests; wait until all are answered, and after drain_seconds refuse the rest."""
         self.draining = True
         with suppress(TimeoutError):
             await asyncio.wait_for(self._no_slots_in_use.wait(), self.settings.drain_seconds)
@@ -252,7 +252,7 @@ class Supervisor:
     async def _run_worker(self) -> str:
         """Run one worker to its end; returns "ended", "failed" or "killed before ready".
 
-        A worker has failed if it could not be started, or ended by itself although it had no job. Raises
+        A worker has failed if it could not be started, or if it crashed without ever having had a job. Raises
         WorkerFailed.
         """
         try:
@@ -276,11 +276,11 @@ class Supervisor:
         return "ended" if worker.is_ready else "killed before ready"
 
     def _requeue(self, cause: Cause, age: float) -> None:
-        """Run every unanswered job again, except those that are found to make workers die."""
+        """Run every unanswered job again, except those that the quarantine refuses."""
         for ticket in self._tickets.values():
             ticket.running = False
         for job in self._quarantine.end(cause, age):
-            log.error("job %s is refused: workers died of it", job, extra={"job": job})
+            log.error("job %s is refused: it made workers die", job, extra={"job": job})
             self._tickets[job].fail(WorkerLost())
 
     async def _watch(self, worker: WorkerProcess) -> None:
@@ -309,7 +309,7 @@ class Supervisor:
             log.warning("the connection to the worker is lost: %s", error)
 
     def _reject(self, error: UnreadableMessageError) -> None:
-        """Count an unreadable message. The job whose end it may have been fails: no other end will come."""
+        """Count an unreadable message. If it may have been the end of a job, the job fails: none follows."""
         log.error("the worker sent an %s", error)
         self.metrics.unreadable_messages.inc()
         if error.kind not in ("Started", "Previewed"):
@@ -357,7 +357,7 @@ class Supervisor:
             ticket.fail(error)
 
     def _start_serving(self, worker: WorkerProcess, ready: Ready) -> None:
-        """Remember what the worker offers, log what its start took, and send it the jobs."""
+        """Take the worker's models, log the duration of its start, and send it the jobs."""
         self.specs = {spec.name: spec for spec in ready.specs}
         total = worker.become_ready()
         parts = dict(ready.parts)
@@ -393,5 +393,5 @@ class Supervisor:
 
 
 def refusal(kind: type[ServiceError]) -> ServiceError:
-    """An error of this kind that says when to try again."""
+    """An error of this kind, with its Retry-After seconds."""
     return kind(retry_after=RETRY_AFTER[kind])

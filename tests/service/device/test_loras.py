@@ -75,26 +75,26 @@ A, B, HALF = (ModelKey("m", loras) for loras in ((("a", 1.0, 1.0),), (("b", 1.0,
 
 def test_the_least_used_set_goes_when_too_many_are_merged():
     registry = registry_of(0, sets=2)
-    assert registry.ready(A, ())
-    assert registry.ready(B, (A,))
-    assert not registry.ready(HALF, (A, B))
+    assert registry.make_ready(A, ())
+    assert registry.make_ready(B, (A,))
+    assert not registry.make_ready(HALF, (A, B))
     assert registry.bundle(A) == "base[(4, 1.0, 1.0)]"
-    assert registry.ready(HALF, ())
-    assert [registry.has(network) for network in (A, B, HALF)] == [True, False, True]
+    assert registry.make_ready(HALF, ())
+    assert [registry.is_ready(network) for network in (A, B, HALF)] == [True, False, True]
 
 
 def test_merged_sets_count_as_memory_and_go_before_models():
     registry = registry_of(24, sets=9)
-    assert registry.ready(ModelKey("k"), ())
-    assert registry.ready(A, ())
-    assert not registry.ready(B, (A, ModelKey("k")))
-    assert registry.ready(B, (ModelKey("k"),))  # in the place of A
-    assert [registry.has(each) for each in (A, B, ModelKey("k"))] == [False, True, True]
-    assert registry.ready(A, (B,))  # in the place of k
-    assert not registry.holds("k")
-    assert registry.ready(ModelKey("k"), ())  # both make room
-    assert registry.holds("m")
-    assert not registry.has(A)
+    assert registry.make_ready(ModelKey("k"), ())
+    assert registry.make_ready(A, ())
+    assert not registry.make_ready(B, (A, ModelKey("k")))
+    assert registry.make_ready(B, (ModelKey("k"),))  # in the place of A
+    assert [registry.is_ready(each) for each in (A, B, ModelKey("k"))] == [False, True, True]
+    assert registry.make_ready(A, (B,))  # in the place of k
+    assert not registry.is_loaded("k")
+    assert registry.make_ready(ModelKey("k"), ())  # both make room
+    assert registry.is_loaded("m")
+    assert not registry.is_ready(A)
 
 
 def test_loras_are_named_at_the_start_and_must_exist(tmp_path):

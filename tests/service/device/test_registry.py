@@ -31,7 +31,7 @@ def registry_of(paths: dict[str, Path], memory: int) -> Registry[str]:
 
 
 def loaded(registry: Registry) -> list[str]:
-    return [name for name in NAMES if registry.holds(name)]
+    return [name for name in NAMES if registry.is_loaded(name)]
 
 
 def test_specs_are_read_without_the_weights(paths):

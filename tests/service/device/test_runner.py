@@ -271,4 +271,4 @@ def test_models_that_do_not_fit_together_take_turns(tiny):
         engine.tick()
     assert set(outcomes(events).values()) == {"done"}
     assert len(loads) == 2, "jobs of the loaded model run first"
-    assert not registry.holds("m")
+    assert not registry.is_loaded("m")
