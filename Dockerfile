@@ -7,7 +7,7 @@
 ARG PYTHON=3.11-slim-bookworm
 
 FROM python:${PYTHON} AS base
-# The environment has no pip, so nothing inside it can install packages; the base image's pip fills it.
+# The environment has no pip of its own; the base image's pip installs into it.
 RUN python3 -m venv --without-pip /opt/ldm
 ENV PATH=/opt/ldm/bin:$PATH
 

@@ -9,7 +9,7 @@
 # they are installed.
 #
 # The image runs almost as in a container: a read-only root, its own process and mount namespaces, ldm as process 1,
-# the image's user, command and environment. Only the network is the host's.
+# the image's user, command and environment. Only the network is that of the host.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,7 +40,7 @@ base() {
   fi
 }
 
-# A base image with Debian's Python: like the official one with Python's headers and without a compiler.
+# A base image with Debian's Python. Like the official one it has Python's headers and no compiler.
 debian_base() {
   local root=$work/base made
   debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,libpython3-dev "$1" "$root" >"$work/log"
@@ -60,7 +60,7 @@ build() {
     --build-arg VARIANT="$variant" ${BUILD_ARGS:-} . >"$work/build" 2>&1 || { tail -40 "$work/build"; fail build; }
 }
 
-# A value of the image's configuration; each item ends with NUL, since items may contain newlines.
+# Prints a value of the image's configuration; each item ends with NUL, since items may contain newlines.
 config() {
   buildah inspect --type image "$image" | python3 -c '
 import json, sys
@@ -173,7 +173,7 @@ frozen() {
     grep -viE '^(torch|triton|nvidia|cuda|latent)' || true
 }
 
-# Checks that Triton's launchers can be compiled; the driver's library would be the host's.
+# Checks that Triton's launchers can be compiled; there is no GPU driver here to run them with.
 compiles() {
   say "compiling as Triton does at run time"
   given=()
@@ -181,9 +181,9 @@ compiles() {
 from pathlib import Path
 from triton.runtime.build import compile_module_from_src
 source = """#include <Python.h>
-static struct PyModuleDef made = {PyModuleDef_HEAD_INIT, "made", 0, -1, 0};
-PyMODINIT_FUNC PyInit_made(void) { return PyModule_Create(&made); }"""
-print(compile_module_from_src(source, "made").__file__)') || fail "compilation failed"
+static struct PyModuleDef probe = {PyModuleDef_HEAD_INIT, "probe", 0, -1, 0};
+PyMODINIT_FUNC PyInit_probe(void) { return PyModule_Create(&probe); }"""
+print(compile_module_from_src(source, "probe").__file__)') || fail "compilation failed"
 }
 
 one_shot() {

@@ -1,18 +1,18 @@
-"""Everything that can go wrong with a request, and its HTTP status.
+"""The errors of requests, and their HTTP statuses.
 
 ServiceError
-├── InvalidRequest          a field of the body has a value that is not possible
-│   ├── BadRequest          the same, for APIs that use 400 instead of 422
+├── InvalidRequest          a field of the body has an invalid value
+│   ├── BadRequest          the same, for APIs that answer 400 instead of 422
 │   ├── UnreadableBody      the body is not JSON
 │   └── UnsupportedMedia    the body has the wrong content type
 ├── Unauthorized            the API key is missing or unknown
-├── NotAcceptable           the Accept header allows no type that this request can have
+├── NotAcceptable           the Accept header allows none of the possible types of the response
 ├── NotFound                unknown model, path or job
-├── MethodNotAllowed
+├── MethodNotAllowed        the path exists, but not for this method
 ├── TooLarge                the body exceeds its limit
 ├── Stalled                 the rest of the body did not arrive in time
-├── QueueFull
-├── Unavailable
+├── QueueFull               too many open requests, or too many bytes of request bodies
+├── Unavailable             no worker can be started, or the worker does not respond
 │   ├── Loading             no model is loaded yet
 │   └── Draining            the service is shutting down
 ├── DeadlineExceeded        the request's timeout has passed
@@ -30,7 +30,7 @@ from __future__ import annotations
 class ServiceError(Exception):
     """An error with an HTTP status and an error body.
 
-    `param`: the field at fault, if there is one; `retry_after`: seconds until another try makes sense.
+    `param`: the invalid field, if the error is about one; `retry_after`: seconds until a client should retry.
     """
 
     default = "the service failed"
@@ -47,7 +47,7 @@ class ServiceError(Exception):
         return str(self.args[0])
 
     def within(self, field: str) -> ServiceError:
-        """The error of a request that is nested in `field` of another one; unchanged if it names no field."""
+        """This error of a request that is nested in `field` of another one: its field is renamed."""
         if self.param is None:
             return self
         named = f"{field}.{self.message}" if self.message.startswith(self.param) else self.message
@@ -75,7 +75,7 @@ class Unauthorized(ServiceError):
 
 
 class NotAcceptable(ServiceError):
-    default = "the Accept header allows no type that this request can be answered with"
+    default = "the Accept header allows none of the possible types of the response"
 
 
 class NotFound(ServiceError):
@@ -83,7 +83,7 @@ class NotFound(ServiceError):
 
 
 class MethodNotAllowed(ServiceError):
-    default = "this path does not support that method"
+    default = "this path does not support this method"
 
 
 class TooLarge(ServiceError):
@@ -135,9 +135,9 @@ class WorkerLost(JobFailed):
 
 
 class DeviceLost(BaseException):
-    """The device fails at every call from now on, whatever the job, so the worker process must end.
+    """The device fails at every later call, of any job, so the worker process must end.
 
-    A BaseException, so that no handler for a job's errors catches it.
+    A BaseException, so that no handler for the errors of jobs catches it.
     """
 
 

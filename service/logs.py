@@ -1,4 +1,4 @@
-"""Logs: one JSON object on each line, or text on a terminal. Lines about a request carry its id.
+"""Logs: one JSON object on each line, or text on a terminal. Lines about a request contain its id.
 
 Text from clients (prompts, paths, headers) is logged at the debug level only.
 """
@@ -22,7 +22,7 @@ TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonFormatter(logging.Formatter):
-    """Fields: time (UTC), level, logger, message, request_id, those of FIELDS that are set, traceback."""
+    """A JSON object: time (UTC), level, logger, message, request_id, any of FIELDS, traceback."""
 
     converter = staticmethod(time.gmtime)
     default_msec_format = "%s.%03dZ"
@@ -42,7 +42,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Text for a terminal: the request's id at the end of the first line."""
+    """Text for a terminal, with the request's id at the end of the first line."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -58,7 +58,7 @@ def identify(record: logging.LogRecord) -> bool:
 
 
 def set_up(settings: Settings) -> None:
-    """Send all logs of this process to stderr, in the format and from the level of the settings."""
+    """Send all logs of this process to stderr, with the format and the lowest level of the settings."""
     handler = logging.StreamHandler()
     handler.addFilter(identify)
     as_text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())

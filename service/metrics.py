@@ -1,4 +1,4 @@
-"""Prometheus metrics. Every application has a registry of its own."""
+"""Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from prometheus_client import (
 from service.engine.events import Incident, Stepped
 from service.errors import TABLE
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # bucket bounds of histograms
+# Upper bounds of the buckets of histograms.
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """The service's metrics; their names and units are part of its interface."""
+    """The metrics of one application. Their names and units are part of the service's interface."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no annotation here
@@ -34,17 +35,17 @@ class Metrics:
         self.images = self._counter("ldm_images", "Images returned to clients")
         self.out_of_memory = self._counter(
             "ldm_out_of_memory",
-            "Out-of-memory errors on the device by stage, including those recovered by a retry",
+            "Out-of-memory errors on the device by stage, also if a retry succeeded",
             "stage",
         )
         self.non_finite = self._counter(
             "ldm_non_finite",
-            "NaN or Inf values detected by stage, including those recovered in float32",
+            "NaN or Inf values detected by stage, also if a retry in float32 succeeded",
             "stage",
         )
         self.worker_restarts = self._counter("ldm_worker_restarts", "Worker processes that exited")
         self.unreadable_messages = self._counter(
-            "ldm_unreadable_messages", "Messages between server and worker that could not be decoded"
+            "ldm_unreadable_messages", "Messages between API process and worker that could not be decoded"
         )
         self.jobs_running = self._gauge("ldm_jobs_running", "Jobs that have started")
         self.jobs_waiting = self._gauge("ldm_jobs_waiting", "Jobs in the queue that have not started")
@@ -62,7 +63,7 @@ class Metrics:
         self.padded_rows = self._counter("ldm_unet_padded_rows", "Padding rows added to UNet calls")
         self.step_seconds = self._histogram("ldm_step_seconds", "Duration of a UNet call", SECONDS)
         self.decode_seconds = self._histogram(
-            "ldm_decode_seconds", "Duration of the VAE decoding of an image", SECONDS
+            "ldm_decode_seconds", "Duration of the VAE decoding of an image or tile", SECONDS
         )
         self.part_seconds = self._histogram(
             "ldm_request_seconds",
@@ -82,7 +83,7 @@ class Metrics:
         return Histogram(name, documentation, labels, buckets=buckets, registry=self.registry)
 
     def _create_series(self) -> None:
-        """Report 0 for every known label value: a rate needs a sample before the first event."""
+        """Start every series at 0: rate() in Prometheus needs a sample before the first event."""
         for stage in ("load", "start", "step", "decode"):
             self.out_of_memory.labels(stage)
             self.non_finite.labels(stage)
@@ -115,5 +116,5 @@ class Metrics:
             self.part_seconds.labels(part).observe(seconds)
 
     def text(self) -> bytes:
-        """The Prometheus text."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)

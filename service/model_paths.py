@@ -1,6 +1,6 @@
-"""Names and paths given at start-up (--model, --lora, --vae, --embedding) -> files on disk. No torch.
+"""From the names and paths given at start-up (--model, --lora, --vae, --embedding) to files. No torch.
 
-Names in requests never reach this module: they are looked up among the models that were loaded.
+Names in requests never reach this module: they are looked up among the models given at start-up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  
 
 
 class ModelPathError(ValueError):
-    """A model or an adapter named at start-up does not exist, or its name is taken."""
+    """A model or an adapter given at start-up does not exist, or two have the same name."""
 
 
 def locate(name: str, allow_pickle: bool = False) -> tuple[str, Path]:
@@ -88,8 +88,8 @@ def locate_vaes(arguments: Iterable[str], models: Collection[str]) -> dict[str, 
             model, text = next(iter(models)), argument
             if len(models) > 1:
                 raise ModelPathError(
-                    f"the VAE {argument!r} does not say which model it is for: expected MODEL=PATH, "
-                    f"with MODEL one of {', '.join(models)}"
+                    f"the VAE {argument!r} names no model: expected MODEL=PATH, with MODEL one of "
+                    f"{', '.join(models)}"
                 )
         path = Path(text)
         if not (path.is_file() or (path / "config.json").is_file()):
@@ -125,7 +125,7 @@ def bundled(name: str) -> Path | None:
 
 
 def absolute(path: str | Path) -> Path:
-    """The absolute path, with symbolic links kept: a link's own name and suffix are the ones that count."""
+    """The absolute path. Symbolic links are not resolved: the link's own name and suffix count."""
     return Path(os.path.abspath(path))
 
 
@@ -138,9 +138,8 @@ def identify_all(
 ) -> dict[str, Source]:
     """Identify the checkpoint of each model, without reading its weights; arguments as for identify().
 
-    vaes: of models whose file has none; see locate_vaes(). The models get the names given here. A model that
-    is identified already stays as it is. Raises CheckpointError, also for a model that cannot generate
-    anything.
+    vaes: for models whose file has none; see locate_vaes(). The models get the names given here. A path may
+    already be an identified Source. Raises CheckpointError, also for a model that cannot generate images.
     """
     sources = {}
     for name, path in paths.items():

@@ -1,4 +1,4 @@
-"""Text -> values of settings, each with a description of what is accepted."""
+"""Parsers from text to values of settings, each with a description of the accepted texts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ API_KEY = re.compile(r"[!-+\--~]{8,}")  # visible ASCII without a comma
 
 @dataclass(frozen=True)
 class Parser:
-    """How text becomes a setting's value; read() raises ValueError for anything that is not `expected`.
+    """Parses the text of a setting. read() raises ValueError for a text other than `expected` describes.
 
-    secret: the value is never shown in messages.
+    secret: messages do not show the value.
     """
 
     read: Callable[[str], Any]
@@ -78,7 +78,7 @@ def read_models(text: str) -> tuple[str, ...]:
 
 
 def matching(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, ...]]:
-    """Reads a list whose every entry begins with the pattern."""
+    """A reader of lists in which every entry begins with the pattern."""
 
     def read(text: str) -> tuple[str, ...]:
         entries = read_list(text)

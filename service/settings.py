@@ -39,11 +39,11 @@ LOG_FORMATS = ("auto", "json", "text")
 
 
 class SettingError(ValueError):
-    """A setting has an invalid value: names its key, its value, its source and what was expected."""
+    """A setting has an invalid value; the message names key, value, source and the accepted values."""
 
 
 class Given(NamedTuple):
-    """The text of a setting, the key that it was given under, and its source."""
+    """The text of a setting, with the key (flag, variable or name in a file) and the source of the text."""
 
     text: str
     key: str
@@ -51,15 +51,15 @@ class Given(NamedTuple):
 
 
 def setting(default: Any, parser: Parser, meaning: str) -> Any:
-    """A field of Settings. `meaning` says what it does and what a wrong value costs: the command line's help
-    and the table in service/README.md show it."""
+    """A field of Settings. `meaning` explains the setting and the effect of a wrong value, in the help of the
+    command line and in the table of service/README.md."""
     metadata = {"parser": parser, "meaning": " ".join(meaning.split())}
     return field(default=default, metadata=metadata, repr=not parser.secret)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator can set. Field `x_y` is the flag --x-y, the variable LDM_X_Y, and `x_y` in a file."""
+    """All settings. The field `x_y` is the flag --x-y, the variable LDM_X_Y, and `x_y` in a file."""
 
     # models
     model: tuple[str, ...] = setting(
@@ -76,21 +76,21 @@ class Settings:
     prediction: Literal["epsilon", "v_prediction"] = setting(
         "v_prediction",
         choice("epsilon", "v_prediction"),
-        """What a single file of Stable Diffusion 2 predicts, unless a YAML file next to it names it: its
-        tensors do not show it. The wrong value gives images of noise.""",
+        """Prediction type of single files of Stable Diffusion 2, whose tensors do not show it; a YAML file
+        next to the checkpoint takes precedence. The wrong value gives images of noise.""",
     )
     weights: Literal["auto", "ema", "raw"] = setting(
         "auto",
         choice("auto", "ema", "raw"),
-        """Which weights of a single file's UNet are used if it has both: raw ones, as they were trained, or
-        their averages over training (ema). auto: raw for Stable Diffusion, as other programs do, and the
-        averages for the LDM paper's models.""",
+        """UNet weights to use of a single file that has both: raw, the weights at the end of training, or
+        ema, their averages over training. auto: raw for Stable Diffusion, as in other programs, and ema for
+        the LDM paper's models.""",
     )
     vocabulary: str = setting(
         "",
         Parser(str, "the file vocab.txt, or its folder"),
-        """vocab.txt of bert-base-uncased, for the LDM paper's text models. Empty: looked for next to each
-        model and in the local cache of Hugging Face.""",
+        """vocab.txt of bert-base-uncased, for the LDM paper's text models. Empty: the file is searched next
+        to each model and in the local cache of Hugging Face.""",
     )
     vae: tuple[str, ...] = setting(
         (),
@@ -112,8 +112,8 @@ class Settings:
     lora_sets: int = setting(
         4,
         number(int, 1, 1024),
-        """Combinations of LoRAs (names and weights) kept merged at the same time, each as large as the
-        weights that it changes. Too few: jobs with another combination wait until one is free. Too many:
+        """Most combinations of LoRAs (names and weights) that are kept merged at the same time. Each takes
+        as much memory as the weights that it changes. Too few: jobs with another combination wait. Too many:
         out of memory.""",
     )
 
@@ -134,36 +134,37 @@ class Settings:
         number(int, 0, 1024),
         """CPU threads for tensor operations; 0: OMP_NUM_THREADS if it is set, otherwise the number of cores
         that the process may use (CPU affinity and cgroup quota). Too many: threads wait for each other and
-        everything is slower. The last bits of an image can depend on it.""",
+        everything is slower. The last bits of an image can depend on this number.""",
     )
     buckets: tuple[int, ...] = setting(
         (2, 4, 8, 16, 32),
         Parser(read_buckets, "increasing whole numbers from 2 to 1024, separated by commas"),
-        """Row counts that a UNet call is padded to; the last one is the most rows of a call. An image's
-        last bits depend on its bucket. Fewer buckets: more padding, fewer differences. One row alone is not
-        allowed, because it differs most.""",
+        """Row counts that UNet calls are padded to; the last one is the maximum. The last bits of an image
+        depend on the bucket of its calls. Fewer buckets: more padding, fewer differences. A bucket of one row
+        is not possible, because its results differ most.""",
     )
     invariant: bool = setting(
         False,
         boolean(),
-        """Give the same bytes for a request whatever else runs: every UNet call has the size of the last
-        bucket, which lowers the throughput of light load.""",
+        """Make the bytes of an image independent of the other jobs: every UNet call has the size of the last
+        bucket, which lowers the throughput under light load.""",
     )
     decode_chunk: int = setting(
         4,
         number(int, 1, 1024),
-        """Most images decoded between two UNet calls. Decoding also stops after one UNet call's time.""",
+        """Most images decoded between two UNet calls. Decoding also stops after the duration of one UNet
+        call.""",
     )
     step_memory: int = setting(
         0,
         Parser(read_bytes, BYTES),
-        """Bytes that one UNet call may take besides the weights; 0: all that the device has free. Too many:
-        jobs run out of memory and are repeated in smaller calls. Too few: small calls.""",
+        """Most bytes of one UNet call, without the weights; 0: all free memory of the device. Too many: calls
+        run out of memory and are repeated with fewer rows. Too few: small calls.""",
     )
     model_memory: int = setting(
         0,
         Parser(read_bytes, BYTES),
-        """Bytes for the weights of all loaded models together; 0: no limit. Less than all models take: they
+        """Most bytes of the weights of all loaded models together; 0: no limit. If not all models fit, they
         are unloaded and loaded again as requests need them.""",
     )
 
@@ -177,13 +178,14 @@ class Settings:
     api_key_file: str = setting(
         "",
         Parser(read_non_blank, "a file of API keys, one on each line"),
-        """File of API keys, one on each line. A request without one of them gets a 401. Without this
-        setting and api_keys, no key is needed.""",
+        """File of API keys, one on each line. A request without a valid key gets a 401. If neither this
+        setting nor api_keys is set, no key is needed.""",
     )
     api_keys: tuple[str, ...] = setting(
         (),
         Parser(read_keys, "keys of at least 8 visible characters, separated by commas", secret=True),
-        """API keys, as api_key_file. Not a flag, because every user of a machine can read the flags.""",
+        """API keys, in addition to those of api_key_file. There is no flag, because every user of a machine
+        can read the flags of a process.""",
     )
     cors_origins: tuple[str, ...] = setting(
         (),
@@ -217,8 +219,8 @@ class Settings:
     queue_size: int = setting(
         64,
         number(int, 1, 100_000),
-        """Jobs accepted and not yet answered; more get a 429. Too few: needless 429s. Too many: answers
-        that come too late.""",
+        """Most requests accepted and not yet answered; further ones get a 429. Too few: needless 429s. Too
+        many: answers that come too late.""",
     )
     max_images: int = setting(16, number(int, 1, 1024), """Most images of one request (n).""")
     max_pixels: int = setting(
@@ -238,18 +240,18 @@ class Settings:
     max_bodies_bytes: int = setting(
         2**28,
         number(int, 1024, 2**40),
-        """Most bytes of all request bodies at the same time. Too few: needless 429s. The memory that they
-        take is up to four times that.""",
+        """Most bytes of all request bodies at the same time. Too few: needless 429s. Bodies take up to four
+        times as much memory.""",
     )
     jobs_kept: int = setting(
         256,
         number(int, 1, 1_000_000),
-        """Most finished jobs of POST /jobs that are kept. Too few: a 404 for clients that fetch late.""",
+        """Most finished jobs of POST /jobs that are kept. Too few: clients that fetch late get a 404.""",
     )
     jobs_bytes: int = setting(
         2**29,
         Parser(read_bytes, BYTES),
-        """Most bytes of memory for the images of kept jobs; the newest job is kept in any case.""",
+        """Most bytes of the images of kept jobs; the newest job is kept in any case.""",
     )
     jobs_seconds: float = setting(
         900.0,
@@ -267,13 +269,13 @@ class Settings:
         300.0,
         number(float, 0, 86_400),
         """Seconds after SIGTERM until unfinished jobs are cancelled. The process manager must wait longer
-        than that (docker stop -t).""",
+        before it kills the service (docker stop -t).""",
     )
     stall_seconds: float = setting(
         120.0,
         number(float, 0.1, 86_400),
-        """Seconds without progress after which a worker is replaced. Less than one UNet call takes: it is
-        replaced forever.""",
+        """Seconds without progress after which a worker is replaced. If a UNet call takes longer, workers are
+        replaced without end.""",
     )
     faults: str = setting(
         "",

@@ -1,4 +1,4 @@
-"""GET /activity: the most recent UNet calls, and which jobs shared them."""
+"""GET /activity: the most recent UNet calls, and the jobs in each."""
 
 from __future__ import annotations
 

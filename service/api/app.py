@@ -49,8 +49,8 @@ FRAMEWORK_ERRORS: dict[int, type[ServiceError]] = {
     405: MethodNotAllowed,
 }
 
-# Routes that need an API key, where keys are set, and routes that never do. The latter reveal nothing about
-# anyone's requests; /metrics has only counts, and Prometheus often has no key.
+# If API keys are set, these routes need one. PUBLIC routes never do: they reveal nothing about requests.
+# /metrics has only counts, and Prometheus often has no key.
 KEYED = (native.router, jobs.router, activity.router, openai.router, a1111.router)
 PUBLIC = (health.router, docs.router, openai.file_router)
 
@@ -59,7 +59,7 @@ CORS_EXPOSED = ("X-Request-Id", "X-Seed", "Retry-After", "Location", "WWW-Authen
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application; its lifespan runs the worker. Raises SettingError if API keys cannot be read."""
+    """The application, whose lifespan runs the worker. Raises SettingError if API keys cannot be read."""
     keys = keys_of(settings)
     metrics = Metrics()
     supervisor = Supervisor(settings, metrics)
@@ -77,8 +77,8 @@ def create_app(settings: Settings) -> FastAPI:
         title="Latent diffusion",
         lifespan=lifespan,
         generate_unique_id_function=operation_id,
-        redirect_slashes=False,  # the redirect would go to whatever the Host header says
-        docs_url=None,  # docs.router serves the page without the internet
+        redirect_slashes=False,  # a redirect would go to the address in the Host header, which may be forged
+        docs_url=None,  # docs.router serves the page from local files
         redoc_url=None,
     )
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
@@ -98,7 +98,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def add_middleware(app: FastAPI, settings: Settings) -> None:
-    """Wrap the application; the middleware that is added last sees a request first."""
+    """Wrap the application in middleware; what is added last sees a request first."""
     metrics, supervisor, keys = app.state.metrics, app.state.supervisor, app.state.keys
     app.add_middleware(
         BodyLimit,
@@ -134,11 +134,11 @@ def allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
 
 
 def walk(routes: Iterable[BaseRoute], prefix: str = "") -> Iterator[tuple[str, Route]]:
-    """(path pattern, route) of all routes, those of included routers too."""
+    """(path pattern, route) of all routes, including those of included routers."""
     for route in routes:
         if isinstance(route, Route):
             yield prefix + route.path, route
-        elif included := getattr(route, "original_router", None):  # how newer FastAPI keeps a router
+        elif included := getattr(route, "original_router", None):  # an included router in newer FastAPI
             yield from walk(included.routes, prefix + getattr(route, "include_context").prefix)  # noqa: B009
 
 

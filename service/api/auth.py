@@ -1,4 +1,4 @@
-"""API keys. app.py decides which routers require one."""
+"""API keys. app.py decides which routes need one."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Keys:
         self._digests = [digest(key.encode()) for key in keys]
 
     def admits(self, scope: Scope) -> bool:
-        """Whether a request carries a key, as `Authorization: Bearer KEY`, `X-API-Key: KEY`, or the password
-        of `Authorization: Basic`, the only form that clients of AUTOMATIC1111's API can send."""
+        """Whether a request has a valid key: as `Authorization: Bearer KEY`, as `X-API-Key: KEY`, or as the
+        password of `Authorization: Basic`, the only form that clients of AUTOMATIC1111's API can send."""
         return not self._digests or any(map(self._is_key, credentials_in(scope)))
 
     def _is_key(self, credential: bytes) -> bool:
-        """Compares in constant time, whichever key matches and if none does."""
+        """Whether a credential is a key; takes the same time for every credential."""
         return sum(hmac.compare_digest(digest(credential), known) for known in self._digests) > 0
 
 
@@ -42,7 +42,7 @@ def digest(key: bytes) -> bytes:
 
 
 def credentials_in(scope: Scope) -> list[bytes]:
-    """Everything in a request's headers that may be an API key."""
+    """All credentials in a request's headers that may be an API key."""
     plain = [value.strip() for name, value in scope["headers"] if name == b"x-api-key"]
     pairs = (value.split(None, 1) for name, value in scope["headers"] if name == b"authorization")
     schemes = [(pair[0].lower(), pair[1].strip()) for pair in pairs if len(pair) == 2]
@@ -51,7 +51,7 @@ def credentials_in(scope: Scope) -> list[bytes]:
 
 
 def password_in(credentials: bytes) -> bytes:
-    """The password of `user:password` in base64; empty, which is never a key, if it is anything else."""
+    """The password of `user:password` in base64; if malformed, empty, which is never a key."""
     try:
         return base64.b64decode(credentials, validate=True).partition(b":")[2]
     except ValueError:
@@ -59,7 +59,7 @@ def password_in(credentials: bytes) -> bytes:
 
 
 def keys_of(settings: Settings) -> Keys:
-    """The keys of both settings. Raises SettingError for a file without keys or with an invalid one."""
+    """The keys of both settings. Raises SettingError for a file that has no keys or an invalid one."""
     return Keys(settings.api_keys + (keys_in(Path(settings.api_key_file)) if settings.api_key_file else ()))
 
 

@@ -1,4 +1,4 @@
-"""The page at /docs (Swagger UI), from files of this package; / leads to it where there is no other page."""
+"""The page at /docs (Swagger UI), from files of this package. With no_page, / redirects to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ASSETS = {
     "swagger-ui-bundle.js": "text/javascript",
     "initializer.js": "text/javascript",
 }
-# Scripts come from this service alone; Swagger UI writes style attributes and data: images.
+# Scripts may come from this service only; Swagger UI needs inline styles and data: images.
 POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; object-src 'none'"
 
 

@@ -38,7 +38,7 @@ async def health(request: Request) -> Health:
 
 @router.get("/health/live", responses=error_responses(500, 503), summary="Liveness")
 async def health_live(request: Request) -> Health:
-    """200 while the service works; 503 if it must be restarted."""
+    """200 while the service works; 503 if it has failed and must be restarted."""
     if not request.app.state.supervisor.alive:
         raise Unavailable("the worker does not respond")
     return describe(request.app.state.supervisor)

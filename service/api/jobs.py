@@ -84,9 +84,8 @@ async def job_events(
         Header(alias="Last-Event-ID", max_length=32, description="`id` of the last event that was received"),
     ] = None,
 ) -> StreamingResponse:
-    """Sends the current state, then every change to the end. A slow reader may miss steps, never the end.
-
-    With Last-Event-ID the current state is left out if it was received already.
+    """Sends the current state, then every change until the job ends. A slow reader may miss steps, but never
+    the last event. The current state is left out if Last-Event-ID is its id.
     """
     seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else None
     events = stream(find(request, job_id), seen)
@@ -94,7 +93,7 @@ async def job_events(
 
 
 async def stream(record: Record, seen: int | None) -> AsyncIterator[str]:
-    """A job's events as text/event-stream; a comment now and then keeps a silent connection open."""
+    """A job's events as text/event-stream; comments in between keep a silent connection open."""
     async for event in record.events(seen):
         if event is None:
             yield ": keep-alive\n\n"

@@ -18,14 +18,14 @@ from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-SMALL_BODY_BYTES = 2**16  # a body of this size is accepted however much memory other bodies take
-RETRY_SECONDS = 5
-BODY_STALL_SECONDS = 30.0  # without a new part of a body, after which its memory is given to others
+SMALL_BODY_BYTES = 2**16  # bodies up to this size are accepted however much memory other bodies take
+RETRY_SECONDS = 5  # Retry-After of a body that finds no memory
+BODY_STALL_SECONDS = 30.0  # longest wait for the next part of a body, before the request is given up
 CLIENT_GONE_STATUS = 499
 METRIC_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others count as OTHER
 BODY_HEADERS = (b"content-type", b"content-length", b"transfer-encoding")
 CONNECTION_CLOSE = (b"connection", b"close")
-# Polled, or fetched in numbers: logged at level debug.
+# Clients poll these routes or fetch many files from them, so they are logged at level debug.
 QUIET_ROUTES = ("/health", "/health/live", "/health/ready", "/metrics", "/page/{name}")
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -46,9 +46,9 @@ async def send_error(send: Send, error: ServiceError, request_id: str) -> None:
 
 
 class RequestContext:
-    """Gives each request an id, counts and logs its response, and turns unhandled exceptions into a 500.
+    """Gives each request an id, counts and logs its response, and answers 500 to unhandled exceptions.
 
-    leaving: whether the service is about to stop; each connection then closes after its response.
+    leaving: whether the service is about to stop. Connections are then closed after their next response.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, leaving: Callable[[], bool]) -> None:
@@ -84,8 +84,8 @@ class RequestContext:
             current_request_id.reset(token)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        """Count and log a response; status 0: the client left before there was one."""
-        route = getattr(scope.get("route"), "path", None)  # a path itself may contain anything
+        """Count and log a response; status 0: the client left before the response began."""
+        route = getattr(scope.get("route"), "path", None)  # not the path, which may be any text
         method = scope["method"] if scope["method"] in METRIC_METHODS else "OTHER"
         status = status or CLIENT_GONE_STATUS
         self.metrics.requests.labels(method, route or "none", str(status)).inc()
@@ -97,7 +97,7 @@ class RequestContext:
 
 
 class HeadSent(Exception):  # noqa: N818 - it ends a streamed response and is no error
-    """The response to a HEAD request is complete; the application need not produce more."""
+    """The response to a HEAD request is complete, so the application stops here."""
 
 
 class HeadAndOptions:
@@ -124,7 +124,7 @@ class HeadAndOptions:
         return METRIC_METHODS if scope["path"] == "*" else self.methods_of(scope)
 
     async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the request as GET, send the headers, and drop the body; a stream ends at its first part."""
+        """Run the request as GET, send the headers, and drop the body; a streamed body stops at once."""
 
         async def send_headers(message: Message) -> None:
             if message["type"] != "http.response.body":
@@ -144,10 +144,10 @@ class HeadAndOptions:
 class BodyLimit:
     """Reads the whole body before the application sees the request, and limits its size.
 
-    limit: bytes of one body. total_limit: bytes of all large bodies together, since a body is read before
-    the request has a place in the queue; small bodies are always accepted, so that slow senders of large
-    ones cannot lock them out. admits: whether a request may send a body; without permission the application
-    sees an empty body and refuses the request itself.
+    limit: bytes of one body. total_limit: bytes of all large bodies together, because a body is read before
+    its request has a slot in the queue. Small bodies are always accepted, so that slow senders of large ones
+    cannot block them. admits: whether a request may send a body; otherwise the application gets an empty body
+    and refuses the request itself.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class BodyLimit:
             self.held -= len(body)
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-        """Call the application with a body that was read."""
+        """Call the application with a body that has been read."""
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_body() -> Message:
@@ -189,7 +189,7 @@ class BodyLimit:
         await self.app(scope, receive_body, send)
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
-        """Fill `body`; False if the client left first. Raises TooLarge, QueueFull or Stalled."""
+        """Fill `body`; False if the client left before its end. Raises TooLarge, QueueFull or Stalled."""
         length = header(scope, b"content-length")
         if length.isdecimal() and int(length) > self.limit:
             raise self._too_large()

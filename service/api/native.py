@@ -103,16 +103,16 @@ async def answer(body: AnyRequest, request: Request, accept: str | None) -> Gene
 
 
 async def run(request: Request, prepare: Callable[[], Submission]) -> response.Answer:
-    """Run a job for a client that waits for it. prepare: as for Jobs.start().
+    """Run a job while its client waits. prepare: as for Jobs.start().
 
-    Raises as Jobs.start(), and ClientGone when the client leaves.
+    Raises the errors of Jobs.start(), and ClientGone if the client leaves.
     """
     jobs: Jobs = request.app.state.jobs
     return await while_connected(request, jobs.run(prepare, request.state.request_id))
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`, which is cancelled when the client leaves (ClientGone)."""
+    """The result of `work`. If the client leaves, `work` is cancelled. Raises ClientGone."""
     task, gone = asyncio.create_task(work), asyncio.create_task(disconnect(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -169,7 +169,7 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
 
 
 def names_of(spec: ModelSpec) -> Sequence[str]:
-    """Names of the labels; numbers if they have no names but colours, and none if they have neither."""
+    """Names of the labels; their numbers if a segmentation model has no names for them."""
     if not spec.labels and "segmentation" in spec.inputs:
         return [str(number) for number in range(spec.label_count)]
     return spec.labels

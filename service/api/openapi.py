@@ -1,4 +1,4 @@
-"""The OpenAPI document, in a form that client generators handle."""
+"""The OpenAPI document, simplified for generators of client code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def document_text(app: FastAPI) -> str:
 
 
 def simplify(node: Any) -> Any:
-    """Rewrite a part of the document, in place, where client generators fail on what the framework writes."""
+    """Rewrite a part of the document in place: constructs of the framework that client generators reject."""
     if isinstance(node, dict):
         mark_upload(node)
         widen_integer(node)
@@ -48,7 +48,7 @@ def mark_upload(schema: dict[str, Any]) -> None:
 
 
 def widen_integer(schema: dict[str, Any]) -> None:
-    """Give an integer that may pass 32 bits, such as a seed, `format: int64`; the default is 32 bits."""
+    """Give an integer that may exceed 32 bits, such as a seed, `format: int64`; generators assume 32 bits."""
     if schema.get("type") == "integer" and schema.get("maximum", MAX_INT32 + 1) > MAX_INT32:
         schema["format"] = "int64"
 
@@ -61,17 +61,18 @@ def allow_empty_text(schema: dict[str, Any]) -> None:
 
 
 def drop_properties(schema: dict[str, Any]) -> None:
-    """Leave out the properties that no client needs and that make generated code invalid.
+    """Remove properties that no client needs and that make generated code invalid.
 
-    A property that can only be null has no type. `image[]` is another name of `image` in forms, and most
-    languages would give both one name. `model_name` becomes getModelName, which PHP clients already have.
+    A property that can only be null has no type. `image[]` is another name of `image` in forms; in most
+    languages both would become the same name. `model_name` becomes getModelName, a name that generated PHP
+    code already uses.
     """
     properties = schema.get("properties")
     if not isinstance(properties, dict):
         return
     for name in list(properties):
-        twin = name.endswith("[]") and name[:-2] in properties
-        if twin or name == "model_name" or properties[name].get("type") == "null":
+        is_second_name = name.endswith("[]") and name[:-2] in properties
+        if is_second_name or name == "model_name" or properties[name].get("type") == "null":
             del properties[name]
             schema["required"] = [one for one in schema.get("required", ()) if one != name]
     if not schema.get("required", True):

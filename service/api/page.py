@@ -34,7 +34,7 @@ FILES = {
 
 
 def respond(name: str) -> Response:
-    """A file of the page. Raises NotFound for any other name: names are looked up, never joined to a path."""
+    """A file of the page. Raises NotFound for an unknown name, which is never joined to a path."""
     if name not in FILES:
         raise NotFound("the page has no such file")
     return Response(FILES[name], media_type=MEDIA_TYPES[name.rpartition(".")[2]], headers=HEADERS)

@@ -1,4 +1,4 @@
-"""Route classes: how JSON bodies are read, and how errors name the fields of an API."""
+"""Route classes: limits of JSON bodies, and the field names of an API in its errors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from service.requests.validation_errors import explain
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
-# Bytes that start or separate JSON values. Base64 has none of them, so that they bound the number of values,
-# and with it the time and the memory that parsing takes.
+# Bytes that start or separate JSON values. Their number bounds time and memory of parsing. Base64 contains
+# none of them.
 JSON_SEPARATORS = (b",", b"[", b"{", b'"')
 MAX_JSON_SEPARATORS = 100_000
 
 
 class JSONRoute(APIRoute):
-    """Reads a JSON body that comes without a Content-Type, and refuses one of too many values."""
+    """Accepts a JSON body without a Content-Type, and refuses a body with too many values."""
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
@@ -34,16 +34,17 @@ class JSONRoute(APIRoute):
             add_content_type(request)
             body = await request.body()
             if sum(map(body.count, JSON_SEPARATORS)) > MAX_JSON_SEPARATORS:
-                raise UnreadableBody("the body must have fewer values")
+                raise UnreadableBody("the body has too many values")
             return await handle(request)
 
         return handler
 
 
 def add_content_type(request: Request) -> None:
-    """Let a body without a Content-Type be JSON, unless it comes from a web page of another origin.
+    """Treat a body without a Content-Type as JSON, unless it comes from a web page.
 
-    A browser sends such a body to any address without asking that server (CORS), which it would for JSON.
+    For JSON, browsers first ask the server whether pages of that origin may send it (CORS). Without a
+    Content-Type they do not ask, so such a body of a page stays what it is.
     """
     headers: list[tuple[bytes, bytes]] = request.scope["headers"]
     if not {b"content-type", b"origin"} & {name for name, _ in headers}:
@@ -53,8 +54,8 @@ def add_content_type(request: Request) -> None:
 class ClientErrorRoute(JSONRoute):
     """A route of an API that imitates another one: its errors use the names of that API.
 
-    field_names: fields of the native API -> fields of this one. invalid: the error for a request that cannot
-    be done.
+    field_names: field of the native API -> field of this API. invalid: the class of error that replaces
+    InvalidRequest.
     """
 
     field_names: ClassVar[Mapping[str, str]] = {}
@@ -67,7 +68,7 @@ class ClientErrorRoute(JSONRoute):
             content_type = request.headers.get("content-type", "")
             try:
                 return await handle(request)
-            except RequestValidationError as error:  # of this API's own schema, which has its names
+            except RequestValidationError as error:  # has the names of this API already
                 raise self.as_invalid(explain(error.errors(), content_type)) from None
             except HTTPException as error:
                 if error.status_code == 400 and content_type.startswith("multipart/"):
@@ -79,13 +80,13 @@ class ClientErrorRoute(JSONRoute):
         return handler
 
     def renamed(self, error: InvalidRequest) -> InvalidRequest:
-        """The error with this API's name of the field."""
+        """The error, with this API's name of the field."""
         ours, theirs = error.param or "", self.field_names.get(error.param or "")
         if theirs is None:
             return error
         return type(error)(theirs + error.message.removeprefix(ours), param=theirs)
 
     def as_invalid(self, error: InvalidRequest) -> InvalidRequest:
-        """As this API's class of error, unless it is about the body as a whole."""
+        """The error as this API's class of error, unless it is about the body as a whole."""
         kind = self.invalid if type(error) is InvalidRequest else type(error)
         return kind(error.message, param=error.param)

@@ -1,4 +1,4 @@
-"""The address under which a client reaches this service, for links in responses."""
+"""The URL at which a client reaches this service, for links in responses."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*/?")
 
 
 def base_url(request: Request) -> str:
-    """The service's address without a final slash, as the client, or the proxy before it, addressed it.
+    """The service's URL as the client sees it, without a final slash.
 
-    Reads X-Forwarded-Proto, -Host and -Prefix. A client that forges them only changes its own response.
+    A proxy names it in X-Forwarded-Proto, -Host and -Prefix. A client that forges these headers changes only
+    its own response.
     """
     scheme = forwarded(request, "proto")
     host = forwarded(request, "host")
@@ -30,5 +31,5 @@ def path_prefix(request: Request) -> str:
 
 
 def forwarded(request: Request, name: str) -> str:
-    """What the first proxy wrote into an X-Forwarded-* header, or ''."""
+    """The first value of an X-Forwarded-* header, or ''."""
     return request.headers.get(f"x-forwarded-{name}", "").split(",")[0].strip()

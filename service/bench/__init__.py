@@ -17,6 +17,6 @@
     height = 1.0
 
 The same --seed draws the same requests. Throughput is measured from the first request to the last response,
-which includes the end of the run, when fewer and fewer requests are left: send many more requests than there
-are clients. Two runs can be compared only if nothing else used the machine.
+which includes the end of the run, when fewer requests than clients are left: send many more requests than
+there are clients. Compare two runs only if nothing else used the machine.
 """

@@ -1,4 +1,4 @@
-"""The flags of `ldm bench`. A module of its own, so that other commands need not import the rest."""
+"""The flags of `ldm bench`. A separate module, so that other commands do not import the benchmark itself."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="seed of the drawn requests and arrival times (default: 0)",
     )
-    add("--mix", type=Path, metavar="FILE", help="mix of requests, as above (default: all tasks)")
+    add("--mix", type=Path, metavar="FILE", help="mix of requests, in the format above (default: all tasks)")
     add("--against-solo", action="store_true", help="first run the same requests one at a time")
     add(
         "--bare",
         action="store_true",
-        help="then run the same requests in this process, without HTTP and worker",
+        help="afterwards run the same requests in this process, without HTTP and worker",
     )
     add("--json", type=Path, metavar="FILE", help="write the results as JSON")
     add("--chart", type=Path, metavar="FILE.png", help="draw rows per UNet call over time, and latencies")

@@ -1,4 +1,4 @@
-"""The in-process baseline: the same requests on an engine in this process, without HTTP, worker and files."""
+"""The in-process baseline: the same requests in this process, without HTTP, worker and image files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from service.bench.mix import Request
-from service.device.loading import build  # torch: no other module of the bench imports it
+from service.device.loading import build  # imports torch, which the other modules of the benchmark do not
 from service.engine.engine import Engine
 from service.engine.events import Done, Event
 from service.engine.job import Job
@@ -20,7 +20,7 @@ BODIES = {"/generate": GenerateRequest, "/inpaint": InpaintRequest}
 
 
 class InProcessBaseline:
-    """A model in this process; counts the images that it generates."""
+    """A model in this process, which runs requests and counts its images."""
 
     def __init__(self, settings: Settings) -> None:
         runner = build(settings, locate_all(settings.model, settings.allow_pickle))

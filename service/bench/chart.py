@@ -1,9 +1,9 @@
 """A chart of a run, drawn with Pillow: rows of UNet calls over time, and latencies by task.
 
-Bands: each request while it was denoised, as high as the rows of a call with all its images. Its start and
-end come from the timings in its response, precise to about one step. Line: rows per UNet call, the mean of
-the calls that ended between two samples of /metrics. Where bands are higher than the line, requests took
-turns.
+Bands: each request while it was denoised; the height is the number of its rows in a call with all its images.
+Start and end come from the timings in the response, precise to about one step. Line: rows per UNet call, the
+mean of the calls that ended between two samples of /metrics. Where the bands together are higher than the
+line, requests took turns.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from PIL import Image, ImageDraw, ImageFont
 from service.bench.load import Answer, Run, intervals
 from service.bench.report import by_task
 
-SCALE = 2  # drawn this much larger and then reduced, for smooth edges
+SCALE = 2  # the chart is drawn this many times larger and then reduced, for smooth edges
 SIZE = (1280, 880)
 INK, GRAY, GRID, PAPER = "#222222", "#666666", "#e4e4e4", "#ffffff"
 COLOURS = {"text-to-image": "#2a78d6", "image-to-image": "#eb6834", "inpainting": "#1baf7a"}
 TINTS = {"text-to-image": "#a9c9ef", "image-to-image": "#f7c2ae", "inpainting": "#a4dfca"}
-MAX_BANDS = 80  # more would be too thin to see; then only the beginning of the run is drawn
+MAX_BANDS = 80  # more would be too thin to see, so only the beginning of a longer run is drawn
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes from 0 to x_max and y_max in the box (left, top, right, bottom); pixels before scaling."""
+    """A diagram with axes from 0 to x_max and y_max, at `box` (left, top, right, bottom; before scaling)."""
 
     draw: ImageDraw.ImageDraw
     box: tuple[int, int, int, int]
@@ -73,7 +73,7 @@ def ticks(maximum: float) -> list[float]:
 
 
 def chart(run: Run) -> Image.Image:
-    """The chart."""
+    """The chart of a run."""
     image = Image.new("RGB", (SIZE[0] * SCALE, SIZE[1] * SCALE), PAPER)
     draw = ImageDraw.Draw(image)
     draw_rows(draw, run)

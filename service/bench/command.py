@@ -1,4 +1,4 @@
-"""The command: starts a server if necessary, runs the load, prints and writes the results."""
+"""`ldm bench`: starts a server if necessary, runs the load, prints and writes the results."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from service.settings import Settings
 from service.worker.child import environment
 
 DEFAULT_REQUESTS = 64  # if neither --requests nor --seconds is given
-PERMANENT_ERRORS = (400, 404, 413, 422)  # statuses that a retry does not change
+PERMANENT_ERRORS = (400, 404, 413, 422)  # statuses that a retry would get again
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The runs over HTTP and their requests; with --seconds the requests are not kept."""
+    """The runs over HTTP, and their requests (empty with --seconds)."""
 
     warm_up: list[Request]
     requests: list[Request]
@@ -40,7 +40,7 @@ class Outcome:
 
 
 def bench(args: argparse.Namespace, settings: Settings) -> int:
-    """Run the command. Raises ValueError for arguments that are not possible."""
+    """Run the command. Raises ValueError for invalid arguments."""
     check(args)
     mix = read_mix(args.mix) if args.mix else None
     with server(args.url, settings) as url:
@@ -70,14 +70,14 @@ def check(args: argparse.Namespace) -> None:
     if args.seconds is None and args.requests is None:
         args.requests = DEFAULT_REQUESTS
     if args.seconds and (args.against_solo or args.bare):
-        raise ValueError("--against-solo and --bare repeat the same requests: use --requests, not --seconds")
+        raise ValueError("--against-solo and --bare repeat the same requests: use --requests, no --seconds")
     if args.bare and args.url:
         raise ValueError("--bare runs the model in this process: it cannot be combined with --url")
     if args.chart and args.chart.suffix.lower() != ".png":
-        raise ValueError(f"--chart is {str(args.chart)!r}; expected the ending .png")
+        raise ValueError(f"--chart is {str(args.chart)!r}; expected the suffix .png")
     for file in filter(None, (args.json, args.chart)):
         if not file.absolute().parent.is_dir():
-            raise ValueError(f"{file} cannot be written: expected a folder that exists")
+            raise ValueError(f"{file} cannot be written: its folder does not exist")
 
 
 def ratio(a: float, b: float) -> float:
@@ -86,7 +86,7 @@ def ratio(a: float, b: float) -> float:
 
 @contextmanager
 def server(url: str | None, settings: Settings) -> Iterator[str]:
-    """The address of a ready server: the one at `url`, or one started for the duration of the context."""
+    """The URL of a ready server: `url`, or that of a server started for the duration of the context."""
     if url:
         yield url
         return
@@ -96,7 +96,7 @@ def server(url: str | None, settings: Settings) -> Iterator[str]:
 
 @contextmanager
 def started(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """The process and the address of a ready server, which is stopped at the end of the context."""
+    """The process and the URL of a ready server, which is stopped at the end of the context."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -112,7 +112,7 @@ def started(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], str]]
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    """Raises ValueError if the server exits instead."""
+    """Wait until the server is ready. Raises ValueError if it exits instead."""
     while process.poll() is None:
         with suppress(httpx.TransportError):
             if httpx.get(f"{url}/health/ready").status_code == 200:
@@ -146,7 +146,7 @@ async def over_http(
 
 
 async def find_model(client: httpx.AsyncClient, name: str | None) -> Mapping[str, Any]:
-    """The model of that name, or the first. Raises ValueError."""
+    """The entry of GET /models with this name, or the first one. Raises ValueError."""
     try:
         response = await client.get("/models")
         models: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Sends requests, closed loop or open, and watches /metrics while they run."""
+"""Sends requests, in a closed or an open loop, and samples /metrics while they run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from service.bench.mix import Request
 
-POLL_SECONDS = 0.2  # between two samples of /metrics; each costs the server about a millisecond
-PAUSE_SECONDS = 1.0  # of a client after an error, so that it does not send without end
+POLL_SECONDS = 0.2  # between two samples of /metrics; each takes the server about a millisecond
+PAUSE_SECONDS = 1.0  # between an error and a client's next request, so that it does not flood the server
 NO_ANSWER = "no answer"
 
 
@@ -28,7 +28,7 @@ class Answer:
     """
 
     request: Request
-    sent: float  # in an open loop the due time, so that a late sender counts against the service
+    sent: float  # in an open loop the due time, so that time lost before sending counts as latency
     ended: float
     status: str  # "200", "429", ..., or NO_ANSWER
     queue: float = 0.0
@@ -50,11 +50,11 @@ class Sample(NamedTuple):
     values: dict[str, float]
 
     def since(self, before: Sample, name: str) -> float:
-        """The increase of a value."""
+        """The increase of a value since an earlier sample."""
         return self.values.get(name, 0.0) - before.values.get(name, 0.0)
 
     def rows_per_call(self, before: Sample) -> float:
-        """The mean of the UNet calls since then, without padding; 0 without calls."""
+        """Mean rows, without padding, of the UNet calls since an earlier sample; 0 without calls."""
         calls = self.since(before, "ldm_unet_rows_count")
         return self.since(before, "ldm_unet_rows_sum") / calls if calls else 0.0
 
@@ -73,7 +73,7 @@ class Interval(NamedTuple):
 
 
 def intervals(samples: Sequence[Sample]) -> Iterator[Interval]:
-    """Skips samples taken during a UNet call; an interval without work has 0 rows."""
+    """The intervals between samples; samples during a UNet call are skipped. Without work, rows is 0."""
     before = samples[0]
     for after in samples[1:]:
         if after.rows_per_call(before) or not after.jobs:
@@ -108,8 +108,8 @@ class Run:
         return answer
 
     async def sample(self) -> None:
-        """Record a sample of /metrics, and show it."""
-        with suppress(httpx.TransportError):  # a missing sample does no harm
+        """Record a sample of /metrics, and update the progress bar."""
+        with suppress(httpx.TransportError):  # a sample may be missing
             text = (await self.client.get("/metrics")).text
             self.samples.append(Sample(self.now(), read_metrics(text)))
             self.bar.set_postfix_str(self.live())
@@ -147,7 +147,7 @@ Traffic = Callable[[Run], Awaitable[None]]
 
 
 def closed(requests: Iterator[Request], clients: int, seconds: float) -> Traffic:
-    """Closed loop: each of the clients sends its next request after the response to the last one."""
+    """Closed loop: each client sends its next request after the response to its last one."""
 
     async def client(run: Run) -> None:
         for request in requests:  # the iterator is shared by all clients

@@ -1,4 +1,4 @@
-"""The mix of requests: weighted kinds, and requests drawn from them."""
+"""The mix of requests: kinds of requests with weights, and requests drawn from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Factor = Annotated[float, Field(gt=0, le=16)]
 
 
 class Entry(BaseModel):
-    """A kind of request. `width` and `height` are factors of the model's default size; None is not sent."""
+    """A kind of request. `width`, `height`: factors of the model's default size. None: not sent."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,7 +68,7 @@ DEFAULT = (
 
 @dataclass(frozen=True)
 class Request:
-    """A request to send. rows: those of a UNet call with all its images."""
+    """A request to send. rows: its rows in a UNet call with all its images."""
 
     task: str
     body: Mapping[str, Any]
@@ -116,7 +116,7 @@ def to_request(entry: Entry, model: Mapping[str, Any], prompt: str, seed: int) -
 
 
 def image_fields(task: str, width: int, height: int) -> dict[str, str]:
-    """The fields of a task that hold images."""
+    """The image fields of a request for the task."""
     if task == "image-to-image":
         return {"init_image": test_image(width, height, "RGB")}
     if task == "inpainting":
@@ -126,7 +126,7 @@ def image_fields(task: str, width: int, height: int) -> dict[str, str]:
 
 @cache
 def test_image(width: int, height: int, mode: str) -> str:
-    """A PNG in base64 of a disc on a background; in mode L a mask, white on black."""
+    """A PNG in base64: a disc on a background; in mode L a mask, white on black."""
     background, disc = ((0,), (255,)) if mode == "L" else ((200, 220, 240), (240, 190, 40))
     image = Image.new(mode, (width, height), background)
     ImageDraw.Draw(image).ellipse((width // 4, height // 4, 3 * width // 4, 3 * height // 4), fill=disc)

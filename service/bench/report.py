@@ -14,7 +14,7 @@ UNET, DECODE = "ldm_step_seconds_sum", "ldm_decode_seconds_sum"
 
 
 def latency(answers: Sequence[Answer]) -> dict[str, float]:
-    """Latencies in seconds, from sending to the last byte, of successful requests."""
+    """Statistics of the latencies (seconds from sending to the last byte) of successful requests."""
     ordered = sorted(answer.latency for answer in answers)
     last = len(ordered) - 1
     parts = {name: ordered[min(int(q * len(ordered)), last)] for name, q in QUANTILES.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,21 +14,26 @@ from service.errors import ServiceError
 from service.model_paths import ModelPathError
 from service.settings import SettingError
 
-WRONG_INPUT = (SettingError, ModelPathError, CheckpointError, ValueError)  # the user's fault: exit code 2
+USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit code 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 1 if the work failed, 2 if its arguments are wrong."""
+    """Run a command. Returns its exit code: 0; 1 if the work failed; 2 if the arguments are wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:  # has its own argument parser, --help included
+    if argv[:1] == ["train"]:  # has its own argument parser, and so its own --help
         from models.training.cli import main as train
 
         return train(argv[1:]) or 0
     args = parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
-        return command(args)
-    except WRONG_INPUT as error:
+        code = command(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of stdout has left, as in `ldm models | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
+        return 1
+    except USER_ERRORS as error:
         return complain(error, 2)
     except ServiceError as error:
         return complain(error, 2 if error.param else 1)

@@ -1,4 +1,4 @@
-"""Command-line flags that stand for settings, shared by several commands."""
+"""The command-line flags of settings, shared by several commands."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from service.settings import Settings, as_text, read_settings, variable
 
 SETTINGS: dict[str, Field[Any]] = {field.name: field for field in fields(Settings)}
-# Settings without a flag: secrets, which `ps` would show, and failures for tests.
+# Settings without a flag: API keys, which `ps` would show to other users, and injected failures for tests.
 NO_FLAG = ("api_keys", "faults")
-# The flags of `ldm serve` that its --help shows first; the rest comes in a group of its own.
+# Settings whose flags `ldm serve --help` shows first; the others follow in a group of their own.
 SERVE_FIRST = (
     "model",
     "host",
@@ -42,12 +42,9 @@ ONE_SHOT = (
     "prediction",
     "weights",
 )
-CHECKPOINT = (
-    "allow_pickle",
-    "prediction",
-    "weights",
-)  # the settings of commands that read a checkpoint's description
-REPEATABLE = ("lora", "vae", "embedding", "cors_origins", "alias")  # each flag of these adds one entry
+# Settings of commands that only describe or convert checkpoints.
+CHECKPOINT = ("allow_pickle", "prediction", "weights")
+REPEATABLE = ("lora", "vae", "embedding", "cors_origins", "alias")  # may be given several times
 
 
 class UsageError(ValueError):
@@ -57,9 +54,9 @@ class UsageError(ValueError):
 def add_settings(
     command: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str, several_models: bool = False
 ) -> None:
-    """Flags for settings; variables LDM_* and the defaults apply where a flag is missing.
+    """Add the flags of settings. Without a flag, the variable LDM_* or the default applies.
 
-    several_models: --model takes more than one value, which cannot be combined with positional arguments.
+    several_models: --model takes several values, which is not possible in commands with positional arguments.
     """
     for name in names:
         field = SETTINGS[name]

@@ -1,4 +1,4 @@
-"""`ldm generate`, `inpaint` and `upscale`: one request on an engine in this process, without a server."""
+"""`ldm generate`, `inpaint` and `upscale`: run one request in this process, without a server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from service.requests.response import Result, encode_image
 from service.requests.schemas import AnyRequest, GenerateRequest, InpaintRequest, UpscaleRequest
 from service.settings import Given, Settings, parse
 
-# Fields of a request that are read from arguments of the same name.
+# Fields of a request that are arguments of the same name.
 REQUEST_FIELDS = (
     "prompt",
     "negative_prompt",
@@ -129,7 +129,7 @@ def add_scene(command: argparse.ArgumentParser) -> None:
         metavar="LABEL,X,Y,W,H",
         type=box,
         action="append",
-        help="put LABEL there: left, top, width and height, as parts of the image's sides; may be repeated",
+        help="place LABEL in this box: left, top, width and height as fractions of the image (repeatable)",
     )
     add("--segmentation", metavar="FILE", help="an image in the colours of the model's labels")
 
@@ -177,14 +177,14 @@ def upscale(args: argparse.Namespace) -> int:
 
 
 def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str, str | None]) -> int:
-    """Run a request of this kind and write its images; `files`: field -> image file, if given."""
+    """Run a request of this kind and write its images; `files`: field -> image file, or None."""
     output = Path(args.output)
     image_format = format_of(output)
     settings = replace(settings_of(args, *ONE_SHOT), lora=tuple(entry for entry, _ in args.lora))
     paths, loras = locate_all(settings.model, settings.allow_pickle), locate_loras(settings.lora)
     vaes = locate_vaes(settings.vae, paths)
     sources = identify_all(paths, settings.allow_pickle, settings.prediction, settings.weights, vaes)
-    # Every LoRA is accepted here; whether it fits the model shows when it is loaded.
+    # Every LoRA is accepted here; loading the model fails if one does not fit.
     specs = {name: replace(source.spec, loras=tuple(loras)) for name, source in sources.items()}
     body = request_of(args, kind, {name: file for name, file in files.items() if file})
     resolved = resolve(body, specs, settings, OutputFormat(image_format, "output"))
@@ -206,14 +206,14 @@ def format_of(output: Path) -> images.Format:
     """
     suffix = output.suffix.lower()
     if suffix not in images.SUFFIXES:
-        raise UsageError(f"--output is {str(output)!r}; expected the ending {', '.join(images.SUFFIXES)}")
+        raise UsageError(f"--output is {str(output)!r}; expected the suffix {' or '.join(images.SUFFIXES)}")
     if not output.absolute().parent.is_dir():
-        raise UsageError(f"--output is {str(output)!r}; expected a folder that exists")
+        raise UsageError(f"--output is {str(output)!r}; its folder does not exist")
     return images.SUFFIXES[suffix]
 
 
 def request_of(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str, str]) -> AnyRequest:
-    """The request of the arguments. Raises InvalidRequest; UsageError for files that cannot be read."""
+    """The request that the arguments describe. Raises InvalidRequest, or UsageError for a file."""
     fields: dict[str, Any] = {name: getattr(args, name, None) for name in REQUEST_FIELDS}
     fields["loras"] = {entry.partition("=")[0]: weight for entry, weight in args.lora}
     return build_request(kind, fields | {name: read(Path(file)) for name, file in files.items()})
@@ -248,7 +248,7 @@ def run_job(job: Job, settings: Settings, sources: Mapping[str, Source]) -> Done
     from service.engine.engine import Engine
 
     logging.basicConfig(format="ldm: %(message)s")
-    logging.getLogger(build.__module__).setLevel(logging.INFO)  # reports the number of threads
+    logging.getLogger(build.__module__).setLevel(logging.INFO)  # to log the number of threads
     vaes = locate_vaes(settings.vae, sources)
     settings = replace(settings, vae=(str(vaes[job.model]),) if job.model in vaes else ())
     runner = build(settings, {job.model: sources[job.model]})

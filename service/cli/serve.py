@@ -19,11 +19,9 @@ from service.requests.background import Jobs
 from service.settings import Settings, misspelled
 from service.worker.supervisor import Supervisor
 
-# Seconds after the drain, 16 at most: for clients to fetch finished jobs, for clients that send another
-# request right after their answer (they get a 503, not a closed connection), and for answers being sent.
-COLLECT_SECONDS = 5.0
-LINGER_SECONDS = 1.0
-GRACE_SECONDS = 10
+FETCH_SECONDS = 5.0  # after the drain, for clients to fetch finished background jobs
+LINGER_SECONDS = 1.0  # then, for clients that send another request: they get a 503, not a closed connection
+GRACE_SECONDS = 10  # then, for responses that are still being sent
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ def serve(settings: Settings) -> Exception | None:
 
 
 def check_paths(settings: Settings) -> None:
-    """Raise ModelPathError or SettingError for a wrong path or alias, before the worker loads anything."""
+    """Raise ModelPathError or SettingError for a wrong path or alias, before a worker is started."""
     models = locate_all(settings.model, settings.allow_pickle)
     locate_loras(settings.lora)
     locate_vaes(settings.vae, models)
@@ -52,7 +50,7 @@ def check_paths(settings: Settings) -> None:
 
 
 class DrainingServer(uvicorn.Server):
-    """Drains before it stops listening, and stops if no worker can be started."""
+    """Finishes running jobs before it stops listening; stops at once if no worker can be started."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         super().__init__(
@@ -88,8 +86,8 @@ class DrainingServer(uvicorn.Server):
 
     async def drain(self) -> None:
         busy = self.supervisor.slots_in_use > 0
-        collected = self.loop.create_task(self.jobs.wait_until_fetched(COLLECT_SECONDS))
-        await asyncio.gather(self.supervisor.drain(), collected)
+        fetched = self.loop.create_task(self.jobs.wait_until_fetched(FETCH_SECONDS))
+        await asyncio.gather(self.supervisor.drain(), fetched)
         await asyncio.sleep(LINGER_SECONDS if busy else 0)
         self.should_exit = True
 

@@ -50,8 +50,8 @@ def add_inspect(command: argparse.ArgumentParser) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Print what a checkpoint, a LoRA or an embedding is; returns 1 if its tensors do not fit."""
-    from models.adapters import inspection as adapters  # torch
+    """Print a description of a checkpoint, LoRA or embedding; returns 1 if its tensors do not fit."""
+    from models.adapters import inspection as adapters  # imports torch
     from models.checkpoint import inspection
 
     settings = settings_of(args, *CHECKPOINT)
@@ -67,14 +67,14 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="IN", type=Path, help="a folder, or a .safetensors or .ckpt file")
-    command.add_argument("target", metavar="OUT", type=Path, help="the folder to write: new or empty")
+    command.add_argument("target", metavar="OUT", type=Path, help="folder to write to; new or empty")
     command.add_argument("--dtype", choices=DTYPES[1:], help="dtype of the weights (default: unchanged)")
     add_settings(command, *CHECKPOINT)
     command.set_defaults(command=run_convert)
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """Write a checkpoint as a folder of safetensors files; nothing is left behind if it fails."""
+    """Convert a checkpoint to a folder of safetensors files; a failure leaves no files behind."""
     from models.checkpoint.conversion import convert  # torch
 
     settings = settings_of(args, *CHECKPOINT)
@@ -122,7 +122,7 @@ def print_settings(args: argparse.Namespace) -> int:
 
 
 def settings_table() -> Iterator[str]:
-    """Every setting as a row of a Markdown table."""
+    """The lines of a Markdown table of all settings."""
     yield "| flag | variable | default | meaning |"
     yield "| --- | --- | --- | --- |"
     for name, field in SETTINGS.items():

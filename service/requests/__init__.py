@@ -1,1 +1,1 @@
-"""From a wire request to a job, and from its result to the response."""
+"""From a request to a job, and from the job's result to the response."""

@@ -1,4 +1,4 @@
-"""Jobs, which every API call runs through: started, watched, cancelled, and kept for a while if wanted."""
+"""The jobs of all APIs: starts, watches and cancels them, and keeps background jobs after their end."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ from service.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.05
-KEEP_ALIVE_SECONDS = 15.0  # after so much silence an event stream sends a comment, or a proxy may hang up
+POLL_SECONDS = 0.05  # between two checks whether ended jobs were fetched
+KEEP_ALIVE_SECONDS = (
+    15.0  # without an event, after which a stream sends a comment: proxies close idle connections
+)
 
 
 Task = Literal["generate", "inpaint", "upscale"]
@@ -55,10 +57,10 @@ TASK_OF_REQUEST: dict[type[AnyRequest], Task] = {
 
 @dataclass(frozen=True)
 class Submission:
-    """A request to run. output: a file format that was chosen outside the request.
+    """A request to run. output: a file format that takes precedence over the request's own.
 
-    encode: makes the file of image `index` from the finished pixels; it runs off the event loop. warnings:
-    for the client, beside those of the request itself. latent_fill: as in Job.
+    encode: makes the file of image `index` from the result, in a thread. warnings: for the client, in
+    addition to those of the resolved request. latent_fill: as in Job.
     """
 
     request: AnyRequest
@@ -79,18 +81,18 @@ class JobEvent(NamedTuple):
 
 @dataclass(eq=False)
 class Record:
-    """One job. resolved: without its input images; work: ends with the answer."""
+    """One job. resolved: without its input images; work: the task that returns the answer."""
 
     resolved: ResolvedRequest
     task: Task
     request_id: str
     progress: Progress
     work: asyncio.Task[Answer]
-    kept: bool = False  # it can be found for a while after its end
-    key: Hashable = None  # of submit()
-    awaited: bool = False  # run() raises its error, to somebody who counts it
+    kept: bool = False  # the job can be found for a while after its end
+    key: Hashable = None  # idempotency key; see submit()
+    awaited: bool = False  # run() raises the job's error, and its caller counts it
     created: float = field(default_factory=time.time)
-    fetched: bool = False  # its end was read
+    fetched: bool = False  # a client has read the final state
 
     @property
     def id(self) -> str:
@@ -98,7 +100,7 @@ class Record:
 
     @property
     def status(self) -> Stage:
-        """A job runs until its files are encoded, which is after the worker is done with it."""
+        """The job's stage. It is running until its files are encoded, which is later than in the worker."""
         if self.work.cancelled():
             return "cancelled"
         if self.work.done():
@@ -108,12 +110,12 @@ class Record:
 
     @property
     def bytes(self) -> int:
-        """The size of its files, once they are encoded."""
+        """The size of the job's files; 0 before they are encoded."""
         return sum(map(len, self.work.result().files)) if self.status == "done" else 0
 
     @property
     def error(self) -> ServiceError | None:
-        """The error that it failed with."""
+        """The error that the job failed with, if it did."""
         error = self.work.exception() if self.status == "failed" else None
         return error if error is None or isinstance(error, ServiceError) else ServiceError()
 
@@ -123,7 +125,7 @@ class Record:
         await asyncio.wait({self.work})
 
     async def describe(self) -> JobStatus:
-        """Where the job stands, with the images once it is done."""
+        """The state of the job; once it is done, with the images."""
         state, status = self.progress.state, self.status
         self.fetched = self.fetched or self.work.done()
         return JobStatus(
@@ -154,7 +156,7 @@ class Record:
                 preview = await asyncio.to_thread(response.to_job_preview, self.resolved, state.preview)
                 yield JobEvent(state.number, "preview", preview)
             changed = shown is None or replace(state, preview=shown.preview) != shown
-            if changed and not self.work.done():  # else the final event, below, says it
+            if changed and not self.work.done():  # otherwise the final event follows below
                 name = "step" if self.status == "running" else "queued"
                 yield JobEvent(state.number, name, await self.describe())
             shown = state
@@ -174,24 +176,26 @@ class Record:
 
 @dataclass(frozen=True)
 class IdempotencyEntry:
-    """What an Idempotency-Key stands for: the digest of a body, and the job that it started."""
+    """The use of an Idempotency-Key: the digest of the request body, and the job that it started."""
 
     digest: bytes
     record: asyncio.Future[Record]
 
 
 class Jobs:
-    """All jobs: open ones, at most as many as the queue has places, and ended ones that are still kept."""
+    """All open jobs (at most one per slot of the queue), and ended jobs that are kept."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self.supervisor = supervisor
         self._records: dict[str, Record] = {}
-        self._ended: dict[str, Hashable] = {}  # id -> key of submit(), in the order in which they ended
+        self._ended: dict[
+            str, Hashable
+        ] = {}  # id -> idempotency key of kept jobs, in the order of their ends
         self._keys: dict[Hashable, IdempotencyEntry] = {}
-        self._bytes = 0  # of the files of all that ended
+        self._bytes = 0  # of the files of kept jobs
 
     async def wait_until_fetched(self, seconds: float) -> None:
-        """Wait until every open job has ended and its end was read, or `seconds` after the last one ended."""
+        """Wait until every open job has ended and been fetched, or `seconds` after the last one has ended."""
         open_now = [record for record in self._records.values() if not record.work.done()]
         if open_now:
             await asyncio.wait({record.work for record in open_now})
@@ -208,7 +212,7 @@ class Jobs:
     async def run(self, prepare: Callable[[], Submission], request_id: str) -> Answer:
         """Start a job and wait for its answer. Cancelling this coroutine cancels the job.
 
-        Raises as start(), and ClientGone when somebody else cancelled the job.
+        Raises the errors of start() and of the job, and ClientGone if the job was cancelled elsewhere.
         """
         record = await self.start(prepare, request_id)
         record.awaited = True
@@ -227,11 +231,11 @@ class Jobs:
         kept: bool = False,
         key: Hashable = None,
     ) -> Record:
-        """Reserve a place in the queue, resolve the request in a thread, and start its job.
+        """Reserve a slot of the queue, resolve the request in a thread, and start its job.
 
-        prepare: makes the submission, in that thread; it may decode images. The place is held until the
-        files are encoded; the deadline counts from here. kept: the job can be found for a while after its
-        end. Raises ServiceError; a request that is refused leaves nothing behind.
+        prepare: makes the submission, in that thread; it may decode images. The slot is held until the files
+        are encoded. The request's timeout begins here. kept: the job can be found for a while after its end.
+        Raises ServiceError; a refused request leaves no job and holds no slot.
         """
         begin, service = time.monotonic(), self.supervisor
         with ExitStack() as slot:
@@ -244,7 +248,7 @@ class Jobs:
             task = TASK_OF_REQUEST[type(submission.request)]
             record = Record(resolved.without_inputs(), task, request_id, progress, work, kept, key)
             self._records[record.id] = record
-            held = slot.pop_all()  # not in the task: one that is cancelled at once never begins
+            held = slot.pop_all()  # not released by the task itself, which may be cancelled before it begins
             work.add_done_callback(lambda _: self._end(record, held))
             return record
 
@@ -277,14 +281,17 @@ class Jobs:
         return Answer(resolved, tuple(files), resolved.warnings + done.warnings, timings, int(time.time()))
 
     async def submit(self, body: AnyJob, key: Hashable, request_id: str) -> Record:
-        """A new job that is kept, or the one that the key (Idempotency-Key and sender, or None) started.
+        """A new background job, or the job that an earlier request with the same key has started.
 
-        Raises as start(), with fields named as in the body.
+        key: the Idempotency-Key together with its sender, or None. Raises the errors of start(), with fields
+        named as in `body`.
         """
         if key is None:
             return await self._start_kept(body, None, request_id)
         digest = await asyncio.to_thread(digest_of, body)
-        if key not in self._keys:  # no await between this and the assignment: a twin request finds the entry
+        if (
+            key not in self._keys
+        ):  # no await until the assignment, so that a simultaneous repetition finds the entry
             starting = asyncio.ensure_future(self._start_kept(body, key, request_id))
             self._keys[key] = IdempotencyEntry(digest, starting)
         known = self._keys[key]
@@ -304,7 +311,7 @@ class Jobs:
             raise
 
     def _end(self, record: Record, slot: ExitStack) -> None:
-        """Give the place back, and keep the record for a while if it is to be kept."""
+        """Release the slot, and forget the job unless it is kept."""
         slot.close()
         record.progress.end(record.status)
         if record.error and not record.awaited:

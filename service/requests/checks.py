@@ -1,4 +1,4 @@
-"""Which requests a model and this service can serve. Each check raises InvalidRequest, naming the field."""
+"""Checks of a request against the model and the limits. Each raises InvalidRequest, which names the field."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASK_OF_CONDITION = {
     "boxes": "layout-to-image",
     "segmentation": "layout-to-image",
 }
-MAX_ERROR_CHARS = 64  # of a client's own text that an error message repeats
+MAX_ERROR_CHARS = 64  # of a client's text that an error message quotes
 NO_PROMPT = "is not supported by this model, which reads no prompts"
 
 
@@ -33,28 +33,26 @@ def require(rules: Iterable[tuple[str, bool, str]]) -> None:
 
 
 def shorten(text: str) -> str:
-    """Client text as an error message repeats it: short, and valid UTF-8."""
+    """A client's text as error messages quote it: short, and valid UTF-8."""
     return text.encode("utf-8", "replace").decode()[:MAX_ERROR_CHARS]
 
 
 def check_task(spec: ModelSpec, tasks: Collection[str]) -> None:
-    """The model does at least one of the tasks."""
-    able = not {*tasks}.isdisjoint(spec.tasks)
+    """Check that the model supports at least one of the tasks."""
+    supported = not {*tasks}.isdisjoint(spec.tasks)
     expected = f"must support {next(iter(tasks))}; {spec.name} supports {', '.join(spec.tasks)}"
-    require([("model", able, expected)])
+    require([("model", supported, expected)])
 
 
 def check_conditions(request: GenerateRequest | InpaintRequest, spec: ModelSpec) -> None:
-    """The model takes the conditions of the request, they do not exclude each other, and none is missing."""
+    """Check that the model supports the request's conditions, and that they are complete and compatible."""
     given = [name for name in TASK_OF_CONDITION if getattr(request, name) is not None]
     inputs = " or ".join(spec.inputs) or "none"
     for name in given:
         supported = name in spec.inputs and TASK_OF_CONDITION[name] in spec.tasks
         require([(name, supported, f"is not supported by this model; supported inputs: {inputs}")])
-    starts_from_nothing = isinstance(request, GenerateRequest) and not (
-        request.prompt is not None or request.init_image is not None
-    )
-    unconditioned = not given and bool(spec.inputs) and (starts_from_nothing or not spec.reads_prompts)
+    is_empty = isinstance(request, GenerateRequest) and request.prompt is None and request.init_image is None
+    unconditioned = not given and bool(spec.inputs) and (is_empty or not spec.reads_prompts)
     required = spec.inputs[0] if spec.inputs else "prompt"
     require(
         (
@@ -71,7 +69,7 @@ def check_conditions(request: GenerateRequest | InpaintRequest, spec: ModelSpec)
 
 
 def check_mask(request: InpaintRequest, image: Image.Image, mask: Image.Image) -> None:
-    """The mask fits its image and is white somewhere; width and height, if given, are the image's."""
+    """Check that the mask has the image's size and white pixels, and that width and height agree."""
     width, height = image.size
     require(
         (
@@ -86,9 +84,9 @@ def check_mask(request: InpaintRequest, image: Image.Image, mask: Image.Image) -
 def check_limits(
     resolved: ResolvedRequest, spec: ModelSpec, settings: Settings, size_field: str = "width"
 ) -> None:
-    """The request is within the limits of the model and of this service.
+    """Check the limits of the model and of this service.
 
-    size_field: the field that an error about the size names.
+    size_field: the field that decides the size, which errors about the size name.
     """
     parameters = resolved.parameters
     width, height, steps, n = resolved.canvas_width, resolved.canvas_height, parameters.steps, parameters.n
@@ -134,7 +132,7 @@ def check_limits(
 
 
 def check_prompt_options(resolved: ResolvedRequest, spec: ModelSpec) -> None:
-    """prompt_weights and long_prompts fit the model, and the weights in the prompts are within bounds."""
+    """Check that the model supports prompt_weights and long_prompts, and that weights are within bounds."""
     parameters, supported = resolved.parameters, reads_tokens(spec)
     expected = "requires a model with per-token text conditioning"
     rules = [
@@ -150,12 +148,12 @@ def check_prompt_options(resolved: ResolvedRequest, spec: ModelSpec) -> None:
 
 
 def reads_tokens(spec: ModelSpec) -> bool:
-    """Whether each token of a prompt conditions the model, so that tokens can have weights."""
+    """Whether the model is conditioned on each token of a prompt, so that tokens can have weights."""
     return spec.reads_prompts and spec.context_shape is not None and spec.context_shape[0] > 1
 
 
 def costliest_field(resolved: ResolvedRequest, spec: ModelSpec, size_field: str) -> str:
-    """The field that adds most to the cost of the request, relative to the model's defaults."""
+    """The field that raises the cost of the request most, compared with the model's defaults."""
     defaults, parameters = spec.defaults, resolved.parameters
     factors = {
         "n": float(parameters.n),
@@ -166,7 +164,15 @@ def costliest_field(resolved: ResolvedRequest, spec: ModelSpec, size_field: str)
 
 
 def check_format(width: int, height: int, kind: Format, field: str) -> None:
-    """The format can hold images of that size. field: the field that chose the format."""
+    """Check that the format supports images of this size. field: the field that chose the format."""
     side, limit = max(width, height), MAX_SIDE_OF_FORMAT.get(kind)
     fits = limit is None or side <= limit
-    require([(field, fits, f"must be a format for sides of {side} pixels; {kind} allows at most {limit}")])
+    require(
+        [
+            (
+                field,
+                fits,
+                f"must be a format that supports sides of {side} pixels; {kind} supports at most {limit}",
+            )
+        ]
+    )

@@ -1,7 +1,7 @@
-"""What a decoder gets of a client's file: the parts that decide its pixels, and a little metadata.
+"""Reduces a client's image file to the parts that decide its pixels and a little metadata, for the decoder.
 
-A small file can hold millions of empty parts, or metadata that take minutes to read. Here each part costs the
-same, their number is limited, and everything else about the file is left to the decoder.
+A small file can contain millions of empty parts, or metadata that take minutes to read. Here the number of
+parts is limited and each takes the same time. All other checks of the file are left to the decoder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WEBP_ICC_AND_XMP, WEBP_EXIF = 0x20 | 0x04, 0x08  # flags of VP8X
 
 
 class TooManyPartsError(ValueError):
-    """The file is in more parts than any real image."""
+    """The file has more parts than any real image."""
 
 
 class AnimatedError(ValueError):
@@ -37,9 +37,9 @@ class AnimatedError(ValueError):
 
 
 def essentials(file: bytes) -> bytes:
-    """A PNG, JPEG or WebP file without the parts that do not matter; any other file as it is.
+    """A PNG, JPEG or WebP file without unnecessary parts; any other file unchanged.
 
-    Raises TooManyPartsError and AnimatedError. What is broken otherwise stays so, for the decoder to refuse.
+    Raises TooManyPartsError and AnimatedError. Other faults of a file are left to the decoder.
     """
     if file.startswith(PNG_SIGNATURE):
         return essential_png(file)
@@ -100,7 +100,7 @@ def chunks(file: bytes, start: int, order: str) -> Iterator[tuple[bytes, int, in
 
 
 def essential_jpeg(file: bytes) -> bytes:
-    """Everything from the first scan on stays as it is."""
+    """Removes unnecessary segments before the first scan; everything from there on is unchanged."""
     kept, position, has_exif = [file[:2]], 2, False
     for _ in range(MAX_PARTS):
         marker = JPEG_MARKER.search(file, position)  # skips what lies between two segments, as decoders do

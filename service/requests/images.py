@@ -1,4 +1,4 @@
-"""Images in and out: clients' files, base64 and pixels -> uint8 images -> PNG, JPEG and WebP files."""
+"""Decodes images of clients (files, base64) to 8-bit pixels, and encodes pixels as PNG, JPEG and WebP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMAT_OF_MEDIA_TYPE: dict[str, Format] = {media_type: kind for kind, media_type
 SUFFIXES: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 MAX_SIDE_OF_FORMAT: dict[Format, int] = {"jpeg": 65_500, "webp": 16_383}  # pixels
 SAVE_OPTIONS: dict[Format, dict[str, Any]] = {
-    "png": {"compress_level": 1},  # 6 takes five times as long for a tenth of the size
+    "png": {"compress_level": 1},  # level 6 takes five times as long and saves a tenth of the size
     "jpeg": {"quality": 95, "subsampling": 0},
     "webp": {"quality": 95, "method": 4},
 }
@@ -33,13 +33,13 @@ DATA_URL = re.compile(r"data:[\w/+.;=-]{0,200};base64,", re.IGNORECASE)
 WHITESPACE = b" \t\r\n\v\f"
 WHITE, BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
 MASK_THRESHOLD = 128
-# A progressive JPEG is decoded once for each of its scans: a small file can hold minutes of work.
+# A progressive JPEG is decoded once for each of its scans, so a small file could take minutes.
 START_OF_SCAN, MAX_SCANS = b"\xff\xda", 32
-MAX_SIDE = 2**16 - 1  # pixels; time goes by rows too
+MAX_SIDE = 2**16 - 1  # pixels; images of one pixel per row would take long, too
 
 
 def encode(pixels: Pixels, kind: Format, parameters: str = "", quality: int | None = None) -> bytes:
-    """A file of (H, W, 3) pixels; a PNG carries `parameters`, if any, in a text chunk of that name.
+    """A file of (H, W, 3) pixels; a PNG stores `parameters`, if any, in a text chunk of that name.
 
     quality: 1 to 100, of a JPEG or WebP file.
     """
@@ -72,7 +72,7 @@ def read_mask(source: ImageSource, param: str, max_pixels: int) -> Image.Image:
 
 
 def open_source(source: ImageSource, param: str, max_pixels: int) -> Image.Image:
-    """The image of field `param` as it was sent, upright. Raises InvalidRequest."""
+    """The image of field `param`, upright and otherwise unchanged. Raises InvalidRequest."""
     if isinstance(source, Image.Image):
         check_size(source, param, max_pixels)
         return source
@@ -80,7 +80,7 @@ def open_source(source: ImageSource, param: str, max_pixels: int) -> Image.Image
 
 
 def from_base64(text: str, param: str) -> bytes:
-    """The bytes of base64, broken into lines or not, or of a data: URL. Raises InvalidRequest."""
+    """The bytes of base64, which may contain white space, or of a data: URL. Raises InvalidRequest."""
     start = DATA_URL.match(text)
     try:
         characters = text[start.end() if start else 0 :].encode("ascii")
@@ -106,7 +106,7 @@ def decode(file: bytes, param: str, max_pixels: int) -> Image.Image:
     except image_files.AnimatedError:
         raise InvalidRequest(f"{param} must be one image; this one is animated", param=param) from None
     except image_files.TooManyPartsError:
-        raise InvalidRequest(f"{param} must be a file in fewer parts", param=param) from None
+        raise InvalidRequest(f"{param} must be a file with fewer parts", param=param) from None
     except UnidentifiedImageError:
         raise InvalidRequest(f"{param} must be a PNG, JPEG or WebP file", param=param) from None
     except Image.DecompressionBombError:
@@ -116,7 +116,7 @@ def decode(file: bytes, param: str, max_pixels: int) -> Image.Image:
 
 
 def check_size(image: Image.Image, param: str, max_pixels: int) -> None:
-    """Raise InvalidRequest for an image with more than max_pixels pixels."""
+    """Raise InvalidRequest for an image with more than max_pixels pixels, or with a side over MAX_SIDE."""
     width, height = image.size
     if width * height > max_pixels:
         expected = f"must have at most {max_pixels} pixels, not {width}x{height}"
@@ -126,7 +126,7 @@ def check_size(image: Image.Image, param: str, max_pixels: int) -> None:
 
 
 def flatten(image: Image.Image, background: tuple[int, int, int, int]) -> Image.Image:
-    """As 8-bit RGB, on a background where it is transparent."""
+    """The image as 8-bit RGB, with transparent pixels blended onto the background."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow itself cuts 16-bit colours to their upper 8 bits
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -136,7 +136,7 @@ def flatten(image: Image.Image, background: tuple[int, int, int, int]) -> Image.
 
 
 def extend(image: Image.Image, width: int, height: int) -> bytes:
-    """The pixels of a larger canvas: the image at its upper left, its last row and column repeated."""
+    """The pixels of a larger canvas with the image at the upper left, its last row and column repeated."""
     pixels = np.asarray(image)
     missing = ((0, height - pixels.shape[0]), (0, width - pixels.shape[1]))
     return np.pad(pixels, missing + ((0, 0),) * (pixels.ndim - 2), mode="edge").tobytes()

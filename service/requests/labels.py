@@ -1,4 +1,4 @@
-"""Layouts: from boxes and label colours to the label of every cell of an image, or to numbered boxes."""
+"""Layouts: from boxes and label colours to the label of each cell of an image, or to numbered boxes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def colour_of(number: int) -> tuple[int, int, int]:
 
 
 def number_of(label: int | str, spec: ModelSpec, param: str) -> int:
-    """The number of a label, counted from 0; if labels have no names, text may be a number too.
+    """The number of a label, counted from 0. If labels have no names, text may be a number.
 
-    Raises InvalidRequest, naming `param`.
+    Raises InvalidRequest, which names `param`.
     """
     if isinstance(label, str) and label in spec.labels:
         return spec.labels.index(label)
@@ -45,7 +45,7 @@ def number_of(label: int | str, spec: ModelSpec, param: str) -> int:
 
 
 def from_boxes(boxes: Sequence[LabelBox], spec: ModelSpec, h: int, w: int) -> np.ndarray:
-    """(h, w) uint16: each box fills the cells whose centre it covers, at least the nearest one."""
+    """(h, w) uint16: each box fills the cells whose centre it covers, and at least the nearest cell."""
     regions = np.zeros((h, w), np.uint16)
     for index, box in enumerate(boxes):
         rows, columns = cells(box.y, box.h, h), cells(box.x, box.w, w)
@@ -54,13 +54,13 @@ def from_boxes(boxes: Sequence[LabelBox], spec: ModelSpec, h: int, w: int) -> np
 
 
 def to_prompt(regions: np.ndarray, spec: ModelSpec) -> str:
-    """A prompt of the labels in `regions`, as "A, B and C". regions: numbers from 1; 0: no label."""
+    """A prompt of the labels in `regions`, such as "A, B and C". regions: numbers from 1; 0: no label."""
     names = [spec.labels[number - 1] for number in np.unique(regions) if number]
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
 def to_numbered_boxes(boxes: Sequence[LabelBox], spec: ModelSpec) -> tuple[boxes_of.Box, ...]:
-    """Boxes for a model that takes them as tokens. Raises InvalidRequest."""
+    """Boxes for a model that reads boxes as tokens. Raises InvalidRequest."""
     most = spec.condition.objects if isinstance(spec.condition, TokenSpec) else 0
     if len(boxes) > most:
         raise InvalidRequest(f"boxes must have at most {most} items for this model", param="boxes")
@@ -71,7 +71,7 @@ def to_numbered_boxes(boxes: Sequence[LabelBox], spec: ModelSpec) -> tuple[boxes
 
 
 def cells(start: float, extent: float, count: int) -> slice:
-    """Those of `count` cells whose centre lies in [start, start + extent], fractions of the side."""
+    """The cells (of `count` along a side) whose centre is in [start, start + extent], in fractions of it."""
     first = min(round(start * count), count - 1)
     return slice(first, max(round(min(start + extent, 1.0) * count), first + 1))
 
@@ -81,14 +81,14 @@ def from_colours(image: Image.Image, spec: ModelSpec, h: int, w: int, param: str
 
     Raises InvalidRequest for other colours, and for black if the model needs a label everywhere.
     """
-    known = {colour_of(number): number for number in range(spec.label_count + 1)}
+    number_of_colour = {colour_of(number): number for number in range(spec.label_count + 1)}
     pixels = np.asarray(image.resize((w, h), Image.Resampling.NEAREST))
     colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
-    numbers = [known.get((int(red), int(green), int(blue))) for red, green, blue in colours]
+    numbers = [number_of_colour.get((int(red), int(green), int(blue))) for red, green, blue in colours]
     if None in numbers:
-        strange = "#{:02x}{:02x}{:02x}".format(*colours[numbers.index(None)])
+        unknown = "#{:02x}{:02x}{:02x}".format(*colours[numbers.index(None)])
         raise InvalidRequest(
-            f"{param} contains {strange}, which is no label's colour; GET /models lists the colours",
+            f"{param} contains {unknown}, which is no label's colour; GET /models lists the colours",
             param=param,
         )
     if 0 in numbers and spec.labels_pixels:

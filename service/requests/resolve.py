@@ -1,4 +1,4 @@
-"""From a request and the model's spec to a ResolvedRequest, or to an error that names the field."""
+"""Resolves a request with the model's spec to a ResolvedRequest, or raises an error that names the field."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ Request = TypeVar("Request", bound=ImageRequest)
 Value = TypeVar("Value")
 
 DEFAULT_STRENGTH = 0.75  # of image-to-image
-MAX_DRAWN_SEED = 2**53 - 1  # the largest integer that every JSON client can hold
-RESIZED = "init_image is {}x{} and was resized to {}x{}, the nearest size that the model takes"
+MAX_RANDOM_SEED = 2**53 - 1  # the largest integer that every JSON client can represent
+RESIZED = "init_image is {}x{} and was resized to {}x{}, the nearest size that the model supports"
 
 TASKS_OF: dict[type[ImageRequest], tuple[str, ...]] = {  # the model must support one of them
     GenerateRequest: tuple(task for task in ALL_TASKS if task not in ("inpainting", "upscaling")),
@@ -47,7 +47,7 @@ TASKS_OF: dict[type[ImageRequest], tuple[str, ...]] = {  # the model must suppor
 
 
 class OutputFormat(NamedTuple):
-    """A file format, and the field or header that chose it."""
+    """A file format, and the field or header that selected it."""
 
     format: Format
     field: str
@@ -60,10 +60,10 @@ def resolve(
     output: OutputFormat | None = None,
     previews: Previews = NO_PREVIEWS,
 ) -> ResolvedRequest:
-    """The request with every default filled in and checked. Decodes its images, which takes a while.
+    """The request with all defaults filled in and all checks passed. Slow, because it decodes images.
 
-    output: a format that was chosen outside the request. Raises NotFound for the model, InvalidRequest for
-    anything else.
+    output: a file format that takes precedence over the request's own. Raises NotFound for the model,
+    InvalidRequest for everything else.
     """
     tasks = TASKS_OF[type(request)]
     spec = find_model(request.model, specs, tasks)
@@ -80,7 +80,7 @@ def resolve(
             resolved = text_to_image(request, spec, settings)
         resolved = with_layout(resolved, request, spec, settings)
     checks.check_task(spec, (resolved.task,))
-    if request.guidance_scale is None and not is_guided(resolved, spec):  # the same image in half the rows
+    if request.guidance_scale is None and not is_guided(resolved, spec):  # the same image with half the rows
         resolved = with_parameters(resolved, guidance_scale=1.0)
     kind, field = output or OutputFormat(request.output_format or "png", "output_format")
     checks.check_format(resolved.width, resolved.height, kind, field)
@@ -88,19 +88,19 @@ def resolve(
 
 
 def find_model(name: str | None, specs: Mapping[str, ModelSpec], tasks: Collection[str]) -> ModelSpec:
-    """The model of that name, or without a name the first one that supports a task. Raises NotFound.
+    """The model with this name, or without a name the first one that supports a task. Raises NotFound.
 
-    A name is only looked up; it never becomes a path.
+    The name is only looked up; it never becomes a path.
     """
-    able = [key for key, spec in specs.items() if not {*tasks}.isdisjoint(spec.tasks)]
-    name = coalesce(name, next(iter([*able, *specs])))
+    supporting = [key for key, spec in specs.items() if not {*tasks}.isdisjoint(spec.tasks)]
+    name = coalesce(name, next(iter([*supporting, *specs])))
     if name not in specs:
         raise NotFound(f"model does not exist; expected one of {', '.join(specs)}", param="model")
     return specs[name]
 
 
 def text_to_image(request: GenerateRequest, spec: ModelSpec, settings: Settings) -> ResolvedRequest:
-    """A run that starts from noise."""
+    """Resolve a request that starts from noise."""
     if request.strength is not None:
         raise InvalidRequest("strength requires init_image", param="strength")
     size = coalesce(request.width, spec.defaults.width), coalesce(request.height, spec.defaults.height)
@@ -112,7 +112,7 @@ def text_to_image(request: GenerateRequest, spec: ModelSpec, settings: Settings)
 def image_to_image(
     request: GenerateRequest, source: images.ImageSource, spec: ModelSpec, settings: Settings
 ) -> ResolvedRequest:
-    """A run that starts from init_image, resized to the requested or the nearest possible size."""
+    """Resolve a request that starts from init_image, resized to the requested or the nearest size."""
     image = images.read_image(source, "init_image", settings.max_input_pixels)
     size = fitting_size(image.size, request, spec.size_multiple)
     resolved = with_defaults(request, spec, size, size, coalesce(request.strength, DEFAULT_STRENGTH))
@@ -125,7 +125,8 @@ def image_to_image(
 
 
 def fitting_size(size: tuple[int, int], request: GenerateRequest, multiple: int) -> tuple[int, int]:
-    """(width, height) for an input image of `size`; a side that is not requested keeps the proportions."""
+    """(width, height) to resize an input image of `size` to. A side that is not requested keeps the
+    proportions."""
 
     def nearest(side: float) -> int:
         return max(1, round(side / multiple)) * multiple
@@ -138,7 +139,7 @@ def fitting_size(size: tuple[int, int], request: GenerateRequest, multiple: int)
 
 
 def inpaint(request: InpaintRequest, spec: ModelSpec, settings: Settings) -> ResolvedRequest:
-    """A run that repaints where the mask is white, on a canvas of the next size that the model takes."""
+    """Resolve an inpainting request, on a canvas of the next larger size that the model supports."""
     image = images.read_image(request.image, "image", settings.max_input_pixels)
     mask = images.read_mask(request.mask, "mask", settings.max_input_pixels)
     checks.check_mask(request, image, mask)
@@ -150,7 +151,7 @@ def inpaint(request: InpaintRequest, spec: ModelSpec, settings: Settings) -> Res
 
 
 def upscale(request: UpscaleRequest, spec: ModelSpec, settings: Settings) -> ResolvedRequest:
-    """A run that upscales an image in tiles, on a canvas of the next size that the UNet takes."""
+    """Resolve an upscaling request, on a canvas of the next larger size that the UNet supports."""
     if spec.upscaling is None or spec.unet is None:
         raise ValueError(f"{spec.name} is no upscaling model")
     image = images.read_image(request.image, "image", settings.max_input_pixels)
@@ -197,7 +198,7 @@ def with_defaults(
         height=size[1] if scene else None,
         steps=coalesce(request.steps, defaults.steps),
         guidance_scale=coalesce(request.guidance_scale, defaults.guidance_scale),
-        seed=drawn_seed(request.n) if request.seed in (None, -1) else request.seed,
+        seed=random_seed(request.n) if request.seed in (None, -1) else request.seed,
         n=request.n,
         sampler=sampler,
         eta=coalesce(request.eta, defaults.eta),
@@ -228,13 +229,13 @@ def with_defaults(
     )
 
 
-def drawn_seed(n: int) -> int:
-    """A random seed for n images, all of which every JSON client can read back exactly."""
-    return secrets.randbelow(MAX_DRAWN_SEED + 2 - n)
+def random_seed(n: int) -> int:
+    """A random seed for n images: every JSON client can represent all n seeds exactly."""
+    return secrets.randbelow(MAX_RANDOM_SEED + 2 - n)
 
 
 def loras_of(request: ImageRequest, spec: ModelSpec) -> dict[str, float]:
-    """Weights by name, sorted, without LoRAs that change nothing. Raises InvalidRequest for unknown names."""
+    """Name -> weight, sorted, without LoRAs that change nothing. Raises InvalidRequest for unknown names."""
     known = ", ".join(spec.loras) or "none"
     for name in request.loras:
         expected = f"contains {shorten(name)!r}, which this model does not have; available: {known}"
@@ -254,9 +255,9 @@ def text_weights_of(request: ImageRequest) -> dict[str, float]:
 def with_layout(
     resolved: ResolvedRequest, request: SceneRequest, spec: ModelSpec, settings: Settings
 ) -> ResolvedRequest:
-    """With the layout of boxes or segmentation; its labels are the prompt too, if there is none.
+    """Add the layout of boxes or segmentation. Without a prompt, the names of its labels become the prompt.
 
-    The layout is of the client's image; the rest of a larger canvas has no label.
+    The layout covers the client's image; the rest of a larger canvas has no labels.
     """
     if request.boxes is not None and not spec.layout_channels:
         return with_inputs(resolved, boxes=labels.to_numbered_boxes(request.boxes, spec))
@@ -279,7 +280,7 @@ def with_layout(
 
 
 def is_guided(resolved: ResolvedRequest, spec: ModelSpec) -> bool:
-    """Whether the two predictions that guidance compares can differ."""
+    """Whether the conditional and the unconditional prediction can differ."""
     inputs, prompt, negative = resolved.inputs, resolved.prompt, resolved.negative_prompt
     conditioned = inputs.regions or inputs.boxes or resolved.parameters.class_label is not None
     return bool(conditioned or (spec.zero_null and not negative) or prompt != negative)
@@ -303,7 +304,7 @@ def coalesce(value: Value | None, default: Value) -> Value:
 
 
 def build_request(kind: type[Request], fields: Mapping[str, Any]) -> Request:
-    """The request of those fields that are not None. Raises InvalidRequest as the native API does."""
+    """The request with the fields that are not None. Raises InvalidRequest as the native API does."""
     try:
         return kind.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:

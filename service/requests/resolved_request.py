@@ -1,4 +1,4 @@
-"""A request with every default filled in and checked: its Job is built from it, its files carry it."""
+"""Requests with all defaults filled in, from which jobs and the parameters in image files are made."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from service.requests.schemas import LabelBox
 
 
 class Parameters(BaseModel):
-    """The fields of a request that decide its images, apart from its input images. None: left out of files.
+    """The fields of a request that decide its images, without input images. None: left out of files.
 
-    Files carry them as JSON. Posted again, with the input images, they make the same images.
+    Image files contain them as JSON. Posting them again, with the input images, gives the same images.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,16 +53,16 @@ class Parameters(BaseModel):
         return tuple(LoraWeights(name, weight, text.get(name, weight)) for name, weight in names)
 
     def of_image(self, index: int) -> dict[str, Any]:
-        """The parameters of image `index` alone, as plain values."""
+        """The parameters of a request for image `index` alone, as plain values."""
         alone = self.model_copy(update={"seed": self.seed + index, "n": 1})
         return alone.model_dump(exclude_none=True)
 
 
 @dataclass(frozen=True)
 class Previews:
-    """Which previews a job sends while it runs. every: steps between two previews of an image; 0: none.
+    """The previews of a running job. every: steps between two previews of an image; 0: no previews.
 
-    decoded: through the VAE decoder at full size, rather than by a projection of the latent.
+    decoded: at full size from the VAE decoder, instead of small ones from a projection of the latent.
     """
 
     every: int = 0
@@ -85,11 +85,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """A request that can run. width, height: of the images that the client gets.
+    """A request that can run. width, height: size of the images that the client gets.
 
-    The job paints a canvas of canvas_width x canvas_height, of which the client gets the upper left part.
-    An upscaled canvas comes in tiles, `model_scale` times the size of the input; parameters.scale is the
-    scale that the client gets.
+    The job generates a canvas of canvas_width x canvas_height; the client gets its upper left part. When
+    upscaling, the canvas consists of tiles and is `model_scale` times the size of the input; the client gets
+    it at parameters.scale.
     """
 
     id: str
@@ -110,7 +110,7 @@ class ResolvedRequest:
 
     @property
     def prompt(self) -> str:
-        """The prompt that the model reads: the label's name where a class was requested."""
+        """The prompt that the model reads; if a class was requested, the name of its label."""
         return self.label_name or self.parameters.prompt or ""
 
     @property
@@ -119,7 +119,7 @@ class ResolvedRequest:
 
     @property
     def task(self) -> str:
-        """As in ModelSpec.tasks."""
+        """One of ModelSpec.tasks."""
         if self.model_scale:
             return "upscaling"
         if self.inputs.mask:
@@ -167,5 +167,5 @@ class ResolvedRequest:
         )
 
     def without_inputs(self) -> ResolvedRequest:
-        """What is kept once the job has the input images."""
+        """The request without its input images, which only the job needs."""
         return replace(self, inputs=Inputs())

@@ -1,4 +1,4 @@
-"""From a finished job to what the client accepts: JSON with base64 files, or one image file by itself."""
+"""Responses from finished jobs, in a form that the client accepts: JSON with base64, or an image file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JSON_TYPES = ("application/json", "application/*", "*/*")
 
 
 def negotiate(accept: str | None, request: ImageRequest) -> OutputFormat | None:
-    """The format of an image that is sent by itself, or None for JSON. Raises NotAcceptable."""
+    """The format of a response that is an image file; None for a JSON response. Raises NotAcceptable."""
     wanted = preferred_type(accept or "*/*")
     if wanted is None:
         expected = "application/json, image/png, image/jpeg or image/webp"
@@ -41,7 +41,7 @@ def negotiate(accept: str | None, request: ImageRequest) -> OutputFormat | None:
 
 
 def preferred_type(accept: str) -> str | None:
-    """The media type with the largest q among those that we can send, the first of equals; None if none."""
+    """The accepted media type with the largest q that this service can send, or None."""
     offers = [quality(part) for part in accept.split(",")]
     known = [
         (q, kind) for q, kind in offers if q > 0 and kind in (*JSON_TYPES, *FORMAT_OF_MEDIA_TYPE, "image/*")
@@ -67,7 +67,7 @@ class Result:
     done: Done
 
     def pixels(self, index: int) -> Pixels:
-        """Image `index`: (height, width, 3), the client's part of the canvas. Slow where it is tiled."""
+        """Image `index`, (height, width, 3): the client's part of the canvas. Slow for upscaled images."""
         resolved, count = self.resolved, len(self.done.images) // self.resolved.parameters.n
         parts = self.done.images[index * count :][:count]
         if resolved.tiles:
@@ -76,7 +76,7 @@ class Result:
         return canvas[: resolved.height, : resolved.width]
 
     def _merged(self, parts: tuple[bytes, ...]) -> Pixels:
-        """The client's part of a canvas in tiles, at the requested scale."""
+        """The client's part of a canvas of tiles, at the requested scale."""
         resolved, tiles, model_scale = self.resolved, self.resolved.tiles, self.resolved.model_scale
         assert tiles is not None
         shape = model_scale * tiles.size[0], model_scale * tiles.size[1], 3
@@ -91,7 +91,7 @@ class Result:
 
 
 def encode_image(result: Result, index: int) -> bytes:
-    """The file of image `index`; a PNG carries the parameters that make it again."""
+    """The file of image `index`; a PNG contains the parameters to generate it again."""
     parameters = json.dumps(result.resolved.parameters.of_image(index))
     return images.encode(result.pixels(index), result.resolved.format, parameters)
 
@@ -107,12 +107,12 @@ class Answer:
     created: int
 
     def as_image(self) -> Response:
-        """The one image by itself."""
+        """The response of a request for one image file."""
         headers = {"X-Seed": str(self.resolved.parameters.seed)}
         return Response(self.files[0], media_type=MEDIA_TYPES[self.resolved.format], headers=headers)
 
     async def as_json(self) -> GenerateResponse:
-        """The images in base64."""
+        """The response with the images in base64."""
         texts = await asyncio.to_thread(lambda: list(map(base64.b64encode, self.files)))
         resolved = self.resolved
         return GenerateResponse(
@@ -141,7 +141,7 @@ def timings_of(done: Done, total: float) -> dict[str, float]:
 
 
 def to_job_preview(resolved: ResolvedRequest, preview: Previewed) -> JobPreview:
-    """A preview as a small file of the client's part of the canvas."""
+    """A preview as an image file of the client's part of the canvas."""
     whole = np.frombuffer(preview.pixels, np.uint8).reshape(preview.height, preview.width, 3)
     width = max(1, round(preview.width * resolved.width / resolved.canvas_width))
     height = max(1, round(preview.height * resolved.height / resolved.canvas_height))

@@ -1,4 +1,4 @@
-"""Request and response bodies of the native API. Unknown fields are refused, never ignored."""
+"""Request and response bodies of the native API. Unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ IMAGE = "A PNG, JPEG or WebP file in base64 or as a data: URL"
 
 
 class _ImageSourceSchema:
-    """On the wire an image is text; inside the service it may also be a file's bytes or pixels."""
+    """An image is text in the API; inside the service it may also be the bytes of a file, or pixels."""
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_wrap_validator_function(self.validate, core_schema.str_schema(strict=True))
@@ -63,8 +63,8 @@ def within_seeds(seed: int) -> int:
     return seed
 
 
-# The API document has no `maximum` for it: clients generated from it use signed
-# 64-bit integers, which cannot hold it.
+# The OpenAPI document has no `maximum` for seeds: generated clients use signed 64-bit integers, which cannot
+# represent it.
 SeedInput = Annotated[int, Field(ge=-1), AfterValidator(within_seeds)]
 LabelInput = Annotated[
     Annotated[int, Field(ge=0)] | Annotated[str, Field(max_length=200)], WrapValidator(label_or_error)
@@ -73,7 +73,7 @@ ImageInput = Annotated[ImageSource, _ImageSourceSchema()]
 
 
 class LabelBox(BaseModel):
-    """Where an object goes: upper left corner and size, as fractions of the image's width and height."""
+    """The place of an object: upper left corner and size, as fractions of the image's width and height."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -85,20 +85,20 @@ class LabelBox(BaseModel):
 
 
 class ImageRequest(BaseModel):
-    """Fields of every request for images. Defaults are those of the model; GET /models lists them."""
+    """The common fields of all requests for images. GET /models lists each model's defaults."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     negative_prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     long_prompts: Annotated[
         Literal["cut", "chunk"],
-        Field(
-            description="Prompts longer than the model's context (77 tokens): cut, or encoded in chunks of 75"
-        ),
+        Field(description="A prompt longer than the context (77 tokens) is cut, or encoded in chunks of 75"),
     ] = "cut"
     prompt_weights: Annotated[
         bool,
-        Field(description="Whether (word:1.3), (word) and [word] weight words; \\( is a bracket"),
+        Field(
+            description="true: (word:1.3), (word) and [word] change a word's weight; \\( is a plain bracket"
+        ),
     ] = False
     model: Annotated[
         str | None, Field(max_length=200, description="Default: the first model that supports the task")
@@ -109,14 +109,14 @@ class ImageRequest(BaseModel):
         Field(
             ge=0,
             le=50,
-            description="Classifier-free guidance; 1: none, the default without any condition",
+            description="Scale of classifier-free guidance; 1: none, the default without any condition",
         ),
     ] = None
     seed: Annotated[
         SeedInput | None,
         Field(
-            description="Seed of image 0; image i uses seed + i. Missing or -1: drawn at random, below 2^53. "
-            "Seeds up to 2^64 - 1 are accepted."
+            description="Seed of image 0, at most 2^64 - 1; image i uses seed + i. Missing or -1: a random "
+            "seed below 2^53"
         ),
     ] = None
     n: Annotated[int, Field(ge=1, le=MAX_N, description="Number of images")] = 1
@@ -179,20 +179,20 @@ class SceneRequest(ImageRequest):
 
 
 class GenerateRequest(SceneRequest):
-    """An image from a prompt or another condition, starting from noise or from an image."""
+    """A prompt or another condition, and optionally an image to start from."""
 
     prompt: Annotated[
         Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(not_blank)] | None,
         Field(
-            description="may be missing where class_label, boxes or segmentation say what to make: labels' "
-            "names are it then"
+            description="Optional with class_label, boxes or segmentation, whose labels' names then become "
+            "the prompt"
         ),
     ] = None
-    init_image: Annotated[ImageInput | None, Field(description=f"{IMAGE}, from which the run starts")] = None
+    init_image: Annotated[ImageInput | None, Field(description=f"{IMAGE}; the image to start from")] = None
 
 
 class InpaintRequest(SceneRequest):
-    """An image with a part to repaint. The result has its size, and equals it where the mask is black."""
+    """An image and a mask. The result has the image's size, and equals the image where the mask is black."""
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     image: Annotated[ImageInput, Field(description=IMAGE)]
@@ -211,7 +211,9 @@ class UpscaleRequest(ImageRequest):
     scale: Annotated[
         int | None,
         Field(
-            ge=2, le=16, description="Default: the model's own scale; for a smaller one its result is resized"
+            ge=2,
+            le=16,
+            description="Default and maximum: the model's own scale; for less, its result is resized",
         ),
     ] = None
     noise_level: Annotated[
@@ -244,7 +246,7 @@ class ImageResult(BaseModel):
 
 
 class Timings(BaseModel):
-    """In seconds."""
+    """Durations of the parts of a request, in seconds."""
 
     queue: float
     denoise: float
@@ -262,7 +264,7 @@ class GenerateResponse(BaseModel):
 
 
 class JobBody(BaseModel):
-    """Fields of every job."""
+    """The common fields of all jobs."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -271,10 +273,10 @@ class SceneJob(JobBody):
     """A job that can send previews."""
 
     preview_every: Annotated[
-        int, Field(ge=0, le=1000, description="Steps between two previews of an image; 0: none")
+        int, Field(ge=0, le=1000, description="Steps between two previews of an image; 0: no previews")
     ] = 0
     preview_decoded: Annotated[
-        bool, Field(description="Previews at full size from the VAE decoder, which is slower")
+        bool, Field(description="true: previews at full size from the VAE decoder, which is slower")
     ] = False
     preview_format: Format = "jpeg"
 
@@ -306,15 +308,17 @@ class JobStatus(BaseModel):
     status: Stage
     created: Annotated[int, Field(description="Seconds since 1970")]
     position: Annotated[int | None, Field(description="Position in the queue; 1 is next")]
-    estimate: Annotated[float | None, Field(description="Seconds until it ends, if known, while it waits")]
+    estimate: Annotated[
+        float | None, Field(description="Estimated seconds until the end of a queued job, if known")
+    ]
     step: Annotated[int, Field(description="Steps done, of all images together")]
     steps: Annotated[int, Field(description="Steps in total; 0 before the job has started")]
-    result: Annotated[GenerateResponse | None, Field(description="Once the job is done")]
-    error: Annotated[ErrorDetail | None, Field(description="Once the job has failed")]
+    result: Annotated[GenerateResponse | None, Field(description="Present once the job is done")]
+    error: Annotated[ErrorDetail | None, Field(description="Present once the job has failed")]
 
 
 class JobPreview(BaseModel):
-    """An image of a running job."""
+    """A preview of an image of a running job."""
 
     index: Annotated[int, Field(description="Index of the image")]
     step: Annotated[int, Field(description="Steps done of that image")]
@@ -336,7 +340,7 @@ class ModelDefaults(BaseModel):
 
 
 class ModelLimits(BaseModel):
-    size_multiple: Annotated[int, Field(description="Width and height must be multiples of it")]
+    size_multiple: Annotated[int, Field(description="Width and height must be multiples of this")]
     max_pixels: Annotated[int, Field(description="Largest width * height")]
     max_steps: int
     max_n: int
@@ -344,7 +348,7 @@ class ModelLimits(BaseModel):
 
 
 class Label(BaseModel):
-    """A label that class_label, boxes and segmentation can use; a label without a name has its number."""
+    """A label for class_label, boxes and segmentation. The name of a label without a name is its number."""
 
     name: str
     colour: Annotated[str, Field(description="Its colour in `segmentation`, as #rrggbb")]
@@ -361,31 +365,36 @@ class Model(BaseModel):
     inpainting: Annotated[
         Literal["mask channels", "blending"] | None,
         Field(
-            description="mask channels: the UNet takes the mask; blending: the rest is restored at each step"
+            description="mask channels: the UNet reads the mask; blending: each step restores unmasked pixels"
         ),
     ]
     upscaling: Annotated[Upscaling | None, Field(description="For upscaling models")]
     inputs: Annotated[
         list[str],
-        Field(description="The supported ones of prompt, class_label, boxes and segmentation"),
+        Field(description="Supported inputs, of prompt, class_label, boxes and segmentation"),
     ]
     guided: Annotated[
         bool,
-        Field(description="Whether guidance_scale may be other than 1"),
+        Field(description="Whether a guidance_scale other than 1 is supported"),
     ]
     label_count: Annotated[int, Field(description="Number of labels")]
     labels: Annotated[
         list[Label],
-        Field(description="Label i is the i-th, counted from 0; labels that are numbers only are not listed"),
+        Field(
+            description="In the order of their numbers, from 0; empty if labels have no names and no colours"
+        ),
     ]
     loras: Annotated[list[str], Field(description="Names for `loras`")]
     embeddings: Annotated[
-        list[str], Field(description="Words that textual inversion has added to its prompts")
+        list[str], Field(description="Names of textual inversion embeddings, which prompts can use as words")
     ]
     defaults: ModelDefaults
     limits: ModelLimits
     samplers: list[str]
-    spacings: Annotated[list[Spacing], Field(description="For all samplers but lcm and dpmpp_2m_karras")]
+    spacings: Annotated[
+        list[Spacing],
+        Field(description="Values of `spacing`, for all samplers except lcm and dpmpp_2m_karras"),
+    ]
 
 
 class ModelList(BaseModel):
@@ -395,7 +404,7 @@ class ModelList(BaseModel):
 class Health(BaseModel):
     status: Literal["ok", "loading", "draining", "failed"]
     models: list[str]
-    jobs: Annotated[int, Field(description="Accepted and not yet answered")]
+    jobs: Annotated[int, Field(description="Requests accepted and not yet answered")]
     capacity: int
 
 

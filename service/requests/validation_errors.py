@@ -1,6 +1,6 @@
-"""Pydantic's validation errors as InvalidRequest, in this API's words.
+"""Translates pydantic's validation errors to InvalidRequest, with messages of this service.
 
-No message repeats a value, which may be anything, and none shows the library's own wording.
+The messages quote no values, which may be anything, and no texts of the library.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Error = Mapping[str, Any]
 
 TASKS = ("generate", "inpaint", "upscale")  # of POST /jobs
 UNKNOWN_TASK = ("union_tag_invalid", "union_tag_not_found")
-LOCATIONS = ("body", "header", "query", "path", "cookie", "file")  # that start the path of an error
+LOCATIONS = ("body", "header", "query", "path", "cookie", "file")  # first part of an error's path
 
 DEFAULT_SENTENCE = "is invalid"
 OBJECT, LIST, STRING, NUMBER = "must be an object", "must be a list", "must be a string", "must be a number"
 INTEGER = "must be an integer"
-# Error type -> what was expected, to follow the field's name. {x} is filled from the error's context.
+# Error type -> text after the field's name. {x} is filled from the error's context.
 SENTENCES = {
     **dict.fromkeys(UNKNOWN_TASK, f"must be one of {', '.join(TASKS)}"),
     **dict.fromkeys(
@@ -70,15 +70,15 @@ SENTENCES = {
     "none_required": "is not supported here",
     "is_instance_of": "must be a file",
     "url_scheme": "must be a URL that starts with {expected_schemes}",
-    "value_error": "{error}",  # of this project's own validators
+    "value_error": "{error}",  # raised by this project's validators
 }
 ONE = re.compile(r"\b1 (character|item)s\b")
-# How pydantic calls a member of a union in the path of an error.
+# Pydantic's name of a member of a union, in the path of an error.
 UNION_MEMBER = re.compile(r"(constrained-)?(int|float|str|bool|none|dict|bytes)|[\w-]+\[.*\]")
 
 
 def explain(errors: Sequence[Error], content_type: str = "application/json") -> InvalidRequest:
-    """The first of pydantic's errors; content_type: of the request."""
+    """The first of pydantic's errors as InvalidRequest. content_type: that of the request."""
     error = errors[0]
     if error["type"] == "json_invalid":
         return UnreadableBody()
@@ -96,7 +96,7 @@ def explain(errors: Sequence[Error], content_type: str = "application/json") -> 
 
 
 def members(errors: Sequence[Error]) -> list[Error]:
-    """The errors about the same value as the first one, if that is a union."""
+    """The errors about the same value as the first one: several if the field is a union."""
     return [error for error in errors[:16] if error["loc"][:-1] == errors[0]["loc"][:-1]]
 
 
@@ -105,7 +105,7 @@ def is_union(errors: Sequence[Error]) -> bool:
 
 
 def path_of(error: Error) -> list[str | int]:
-    """The field names that lead to an error, without the parts of the path that no request contains."""
+    """The field names that lead to the invalid value, without the parts that pydantic adds."""
     path: list[str | int] = list(error["loc"])
     if path and path[0] in LOCATIONS:
         del path[0]
@@ -117,7 +117,7 @@ def path_of(error: Error) -> list[str | int]:
 
 
 def sentence_of(error: Error) -> str:
-    """What was expected, to follow the field's name."""
+    """The text after the field's name: what was expected."""
     context = error.get("ctx", {}).items()
     shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context}
     try:

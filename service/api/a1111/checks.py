@@ -1,6 +1,6 @@
-"""Unsupported parts of a request: refused where they would change the image, else ignored.
+"""Unsupported parts of a request: refused if they would change the image, otherwise ignored.
 
-A1111 ignores unknown fields, unknown styles and more; so does this service, with a sentence in the answer's
+A1111 ignores unknown fields, unknown styles and more. So does this service, with a warning in the response's
 `info.warnings`.
 """
 
@@ -17,12 +17,12 @@ from service.api.a1111.schemas import ImageToImage, Processing
 from service.errors import InvalidRequest
 from service.requests.checks import require
 
-MAX_NAMES = 20  # ignored names that a warning repeats
+MAX_NAMES = 20  # ignored names that a warning lists
 MAX_NAME_CHARS = 64
 SETTINGS = "override_settings"
 CLIP_SKIP = "CLIP_stop_at_last_layers"
 
-# Field -> the values that change nothing; null is always one. All other values are refused.
+# Field -> its values that do not change the image, besides null. All other values are refused.
 NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "enable_hr": (False,),
     "infotext": ("",),
@@ -38,10 +38,7 @@ NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
 
 
 def check_unsupported(body: Processing, choice: SamplerChoice, spec: ModelSpec) -> list[str]:
-    """Refuse what would change the image and is not done here; return warnings of what is ignored.
-
-    Raises InvalidRequest.
-    """
+    """Warnings about ignored parts. Raises InvalidRequest for parts that would change the image."""
     check_fields(body)
     check_scripts(body.alwayson_scripts or {})
     ignored = [*(body.model_extra or {})]
@@ -74,7 +71,7 @@ def check_settings(body: Processing, choice: SamplerChoice, spec: ModelSpec) -> 
     """Names of options in override_settings that are ignored. Raises InvalidRequest."""
     options = dict(body.override_settings or {})
     ignored = []
-    if len(spec.texts) > 1 and options.pop(CLIP_SKIP, 1) != 1:  # SDXL, for which A1111 has no clip skip
+    if len(spec.texts) > 1 and options.pop(CLIP_SKIP, 1) != 1:  # SDXL: A1111 ignores clip skip for it
         ignored.append(f"{SETTINGS}.{CLIP_SKIP}")
     tables = [NEUTRAL_SAMPLER.get(choice.name, {})]
     if isinstance(body, ImageToImage):
@@ -83,7 +80,7 @@ def check_settings(body: Processing, choice: SamplerChoice, spec: ModelSpec) -> 
 
 
 def check_scripts(scripts: Mapping[str, Any]) -> None:
-    """Raise InvalidRequest for an extension's script that would do something."""
+    """Raise InvalidRequest for an extension's script that is switched on."""
     for name, script in scripts.items():
         arguments = script.get("args") if isinstance(script, dict) else script
         if not switched_off(arguments):
@@ -95,7 +92,7 @@ def check_scripts(scripts: Mapping[str, Any]) -> None:
 
 
 def switched_off(arguments: Any) -> bool:
-    """Whether a script's arguments are none, begin with false, or are units that are all disabled."""
+    """Whether a script has no arguments, the first is false, or all are disabled units."""
     if not arguments or not isinstance(arguments, list):
         return not arguments
     if arguments[0] is False:
@@ -105,14 +102,14 @@ def switched_off(arguments: Any) -> bool:
 
 
 def ignored_warning(reason: str, names: Iterable[str]) -> list[str]:
-    """One sentence that repeats the first of the client's names; none where there are none."""
-    known = [shown_name(name) for name in names]
-    if not known:
+    """A warning that lists the ignored names of a client; empty if there are none."""
+    shown = [shown_name(name) for name in names]
+    if not shown:
         return []
-    more = ", ..." if len(known) > MAX_NAMES else ""
-    return [f"{reason} and are ignored: {', '.join(known[:MAX_NAMES])}{more}"]
+    more = ", ..." if len(shown) > MAX_NAMES else ""
+    return [f"{reason} and are ignored: {', '.join(shown[:MAX_NAMES])}{more}"]
 
 
 def shown_name(name: str) -> str:
-    """A client's own name, shortened, as text that UTF-8 can hold."""
+    """A name from a client, shortened, as valid UTF-8 text."""
     return name.encode("utf-8", "replace").decode()[:MAX_NAME_CHARS]

@@ -1,4 +1,4 @@
-"""A1111's upscaling ("extras"): by a model or by resampling, to a factor or to a size."""
+"""A1111's upscaling ("extras"): with a model or by resampling, by a factor or to a size."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def upscaler_names(specs: Mapping[str, ModelSpec]) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Upscaling:
-    """One image to upscale, `scale` times, to `size`; of that, the middle `window` is kept."""
+    """One image to upscale by `scale` to `size`, and then to crop to its middle, of the size `window`."""
 
     image: Image.Image
     size: tuple[int, int]
@@ -45,7 +45,7 @@ class Upscaling:
     scale: float
 
     def finish(self, image: Image.Image, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> bytes:
-        """The file of the image, resized to `size` from the size that it has by now, and cropped."""
+        """The file of the upscaled image, resized to `size` if necessary, and cropped."""
         if image.size != self.size:
             image = image.resize(self.size, resampling)
         (width, height), (w, h) = self.size, self.window
@@ -54,7 +54,7 @@ class Upscaling:
 
 
 def check(body: Extras, specs: Mapping[str, ModelSpec]) -> str:
-    """Refuse what is not supported; return the warnings as HTML. Raises InvalidRequest."""
+    """Raise InvalidRequest for unsupported values; return the warnings about ignored fields, as HTML."""
     known = upscaler_names(specs)
     name = coalesce(body.upscaler_1, NO_UPSCALER)
     require([("upscaler_1", name in known, f"must be one of {', '.join(known)}")])
@@ -65,7 +65,7 @@ def check(body: Extras, specs: Mapping[str, ModelSpec]) -> str:
 
 
 def read(body: Extras, file: str, param: str, settings: Settings) -> Upscaling:
-    """Decode one image, and compute its size. Raises InvalidRequest."""
+    """Decode one image, and compute the sizes to upscale to. Raises InvalidRequest."""
     most = settings.max_input_pixels
     image = images.read_image(file, param, most)
     width, height = image.size
@@ -81,7 +81,7 @@ def read(body: Extras, file: str, param: str, settings: Settings) -> Upscaling:
     else:
         scale = coalesce(body.upscaling_resize, FACTOR)
         size = window = max(1, int(width * scale)), max(1, int(height * scale))
-    require([("upscaling_resize", size[0] * size[1] <= most, f"must leave at most {most} pixels")])
+    require([("upscaling_resize", size[0] * size[1] <= most, f"must give an image of at most {most} pixels")])
     return Upscaling(image, size, window, scale)
 
 
@@ -91,7 +91,7 @@ def needs_model(body: Extras) -> bool:
 
 
 def resample(body: Extras, file: str, param: str, settings: Settings) -> bytes:
-    """The finished file, without a model; "None" returns the image as it is. Raises InvalidRequest."""
+    """The finished file, resampled; with the upscaler "None" the unchanged image. Raises InvalidRequest."""
     work = read(body, file, param, settings)
     if coalesce(body.upscaler_1, NO_UPSCALER) == NO_UPSCALER:
         return images.encode(np.asarray(work.image), "png")
@@ -99,7 +99,7 @@ def resample(body: Extras, file: str, param: str, settings: Settings) -> bytes:
 
 
 def submission(body: Extras, file: str, param: str, settings: Settings) -> Submission:
-    """Upscaling by a model, by the next whole number; resampling does the rest. Raises InvalidRequest."""
+    """Upscaling with a model by a whole factor, then resampling to the size. Raises InvalidRequest."""
     work = read(body, file, param, settings)
     fields = {"image": work.image, "model": body.upscaler_1, "scale": max(2, math.ceil(work.scale))}
 

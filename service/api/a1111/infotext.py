@@ -1,4 +1,4 @@
-"""A1111's infotext: the prompts and parameters of an image as text, written and read."""
+"""Writes and reads A1111's infotext: the prompts and parameters of an image as text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-KEY = "parameters"  # of the text chunk in a PNG file
+KEY = "parameters"  # name of the text chunk in a PNG file
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
-MAX_LINE = 10_000  # characters of a line that is read as parameters
-MIN_PAIRS = 3  # in a line of parameters
+MAX_LINE = 10_000  # characters; a longer last line is not parsed
+MIN_PAIRS = 3  # a last line with fewer pairs is not one of parameters
 PAIR = re.compile(r'\s*(\w[\w /-]{1,80}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 SIZE = re.compile(r"(\d+)x(\d+)")
 NEGATIVE = "Negative prompt:"
@@ -26,13 +26,13 @@ def write(prompt: str, negative_prompt: str, values: Mapping[str, Any]) -> str:
 
 
 def quoted(value: Any) -> str:
-    """The value as text, in JSON's quotes where it holds a separator."""
+    """The value as text; quoted as in JSON if it contains a separator."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if {",", ":", "\n"} & {*text} else text
 
 
 def parse(text: str) -> dict[str, str]:
-    """The inverse of write(), with A1111's names; a size also as its two sides. Empty where it is not one."""
+    """The inverse of write(): name -> value, a size also as two sides. Empty for a text of another form."""
     *lines, last = text.strip().split("\n")
     pairs = PAIR.findall(last) if len(last) <= MAX_LINE else []
     if len(pairs) < MIN_PAIRS:
@@ -61,7 +61,7 @@ def unquoted(value: str) -> str:
 
 
 def read(image: Image.Image) -> tuple[str, dict[str, str]]:
-    """(infotext, other texts) of an opened file; an empty infotext where it carries none."""
+    """(infotext, other texts) of an opened file; the infotext is empty if the file has none."""
     items = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
     comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
     text = items.pop(KEY, None)
@@ -76,7 +76,7 @@ def decoded(comment: bytes) -> str:
 
 
 def parameters_of(text: str) -> dict[str, str]:
-    """The parameters in a file's text, which may be JSON, as this service writes it, or an infotext."""
+    """The parameters in the text of a file: JSON, which this service writes, or an infotext."""
     if text.startswith("{"):
         try:
             values = json.loads(text)

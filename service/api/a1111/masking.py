@@ -1,6 +1,6 @@
-"""Inpainting as A1111 does it: the mask, the region to repaint, its size, and how the result is put back.
+"""Inpainting as in A1111: the blurred mask, the region to repaint, and pasting the result into the original.
 
-The mask's edge is blurred; there the repainted image fades into the original.
+At the mask's blurred edge the repainted image fades into the original.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from PIL import Image, ImageFilter, ImageOps
 
 from service.api.a1111.resizing import resize
 
-HALF = 128
+HALF = 128  # mask values from here on count as white
 Region = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
 
 
 @dataclass(frozen=True, eq=False)
 class MaskedImage:
-    """image: RGB; mask: L, of its size, 255 where the image is repainted and less at a blurred edge."""
+    """An image (RGB) and its mask (L, same size): 255 marks pixels to repaint; blurred edges have less."""
 
     image: Image.Image
     mask: Image.Image
 
     @property
     def binary_mask(self) -> Image.Image:
-        """255 where the image is repainted, else 0."""
+        """The mask without blur: 255 marks pixels to repaint, 0 all others."""
         return self.mask.point([0] * HALF + [255] * (256 - HALF))
 
     def resized(self, width: int, height: int, mode: int = 0) -> MaskedImage:
@@ -38,14 +38,14 @@ class MaskedImage:
         return MaskedImage(self.image.crop(region), self.mask.crop(region))
 
     def filled(self) -> Image.Image:
-        """The image, its masked pixels replaced by the colours around them."""
+        """The image, with the masked pixels replaced by the colours around them."""
         return fill(self.image, np.asarray(self.binary_mask) > 0)
 
 
 def read_mask(file: Image.Image, invert: bool, blur: tuple[int, int], rounded: bool = True) -> Image.Image:
     """A client's mask as L: its opacity if it has transparent pixels, else its brightness.
 
-    blur: standard deviations in x and y, in pixels. rounded: opacity counts as 0 or 255.
+    blur: standard deviations in x and y, in pixels. rounded: opacity is rounded to 0 or 255.
     """
     alpha = file.convert("RGBA").getchannel("A") if file.has_transparency_data else None
     if alpha is None or alpha.getextrema() == (255, 255):
@@ -57,7 +57,7 @@ def read_mask(file: Image.Image, invert: bool, blur: tuple[int, int], rounded: b
 
 
 def region_of(mask: Image.Image, padding: int, width: int, height: int) -> Region:
-    """The box around the mask, widened to the proportions of width x height as far as the image reaches."""
+    """The box around the mask with padding, widened to the proportions of width x height within the image."""
     left, upper, right, lower = mask.getbbox() or (0, 0, *mask.size)
     left, right = max(0, left - padding), min(mask.width, right + padding)
     upper, lower = max(0, upper - padding), min(mask.height, lower + padding)
@@ -70,14 +70,14 @@ def region_of(mask: Image.Image, padding: int, width: int, height: int) -> Regio
 
 
 def widened(low: int, high: int, length: int, limit: int) -> tuple[int, int]:
-    """The interval with the same middle, of `length` or as much as fits between 0 and the limit."""
+    """The interval widened to `length` on both sides, within 0 and `limit`."""
     length = min(max(length, high - low), limit)
     start = min(max(0, (low + high - length) // 2), limit - length)
     return start, start + length
 
 
 def paste_into(original: MaskedImage, region: Region | None) -> Callable[[Image.Image], Image.Image]:
-    """A function that puts the repainted region (None: the whole image) into the original."""
+    """A function that pastes a repainted region (None: the whole image) into the original."""
     left, upper, right, lower = region or (0, 0, *original.image.size)
 
     def paste(repainted: Image.Image) -> Image.Image:
@@ -92,9 +92,9 @@ def paste_into(original: MaskedImage, region: Region | None) -> Callable[[Image.
 
 
 def fill(image: Image.Image, hole: np.ndarray) -> Image.Image:
-    """The image, its hole (H, W) filled from the pixels around it.
+    """The image, with its hole (H, W) filled from the pixels around it.
 
-    Known pixels are averaged at sizes halved again and again; holes take the average, made larger again.
+    Pixels outside the hole are averaged to half the size, repeatedly; the hole takes the enlarged averages.
     """
     if not hole.any() or hole.all():
         return image

@@ -1,7 +1,7 @@
-"""A1111's options (settings of the program that a request may override): which of them change an image.
+"""A1111's options: its settings, which a request may override.
 
-An option that changes images, and that this service does not have, is accepted at the values that change
-nothing. All other options (file names, user interface, memory, ...) are ignored.
+Options that would change images and that this service does not support are accepted only with values that do
+not change images. All other options (file names, user interface, memory, ...) are ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHECKPOINT = "sd_model_checkpoint"
 FORMAT = "samples_format"
 FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 
-# Option -> the values that change nothing, A1111's default first.
+# Option -> its values that do not change images, A1111's default first.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "CLIP_stop_at_last_layers": (1,),
     "always_discard_next_to_last_sigma": (False,),
@@ -63,7 +63,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_old_emphasis_implementation": (False,),
     "use_old_karras_scheduler_sigmas": (False,),
 }
-# The same, of options that only img2img uses.
+# The same for options that only img2img uses.
 NEUTRAL_IMG2IMG: Mapping[str, tuple[Any, ...]] = {
     "img2img_background_color": ("#ffffff", "#fff", "white"),
     "img2img_color_correction": (False,),
@@ -74,7 +74,7 @@ NEUTRAL_IMG2IMG: Mapping[str, tuple[Any, ...]] = {
     "token_merging_ratio_img2img": (0.0,),
     "upscaler_for_img2img": (None, "None", "", "Lanczos"),
 }
-# The same, of options that only one sampler uses.
+# The same for options that only one sampler uses.
 NEUTRAL_SAMPLER: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "UniPC": {
         "uni_pc_lower_order_final": (True,),
@@ -83,17 +83,16 @@ NEUTRAL_SAMPLER: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "uni_pc_variant": ("bh1", "bh2"),
     }
 }
-SERVED = (CHECKPOINT, FORMAT)
+SUPPORTED = (CHECKPOINT, FORMAT)
 ONLY_SOMETIMES = {*NEUTRAL_IMG2IMG, *(name for table in NEUTRAL_SAMPLER.values() for name in table)}
 
 
 def check_options(
     options: Mapping[str, Any], *tables: Mapping[str, tuple[Any, ...]], within: str = ""
 ) -> list[str]:
-    """Refuse options that would change an image; return the names of those that are ignored.
+    """Raise InvalidRequest for unsupported options that would change an image; return ignored names.
 
-    tables: further tables like NEUTRAL that apply. within: the field that holds the options, for errors.
-    Raises InvalidRequest.
+    tables: tables like NEUTRAL that also apply. within: the field that contains the options, for errors.
     """
     ignored = []
     for name, value in options.items():
@@ -101,15 +100,15 @@ def check_options(
         neutral = next((table[name] for table in (NEUTRAL, *tables) if name in table), None)
         if neutral is not None:
             if value is not None and value not in neutral:
-                expected = " or ".join(json.dumps(known) for known in neutral)
+                expected = " or ".join(map(json.dumps, neutral))
                 raise InvalidRequest(f"{param} must be {expected}", param=param)
-        elif name not in (*SERVED, *ONLY_SOMETIMES):
+        elif name not in (*SUPPORTED, *ONLY_SOMETIMES):
             ignored.append(param)
     return ignored
 
 
 def read_text(options: Mapping[str, Any], name: str, within: str = "") -> str | None:
-    """The text of an option; None where it is missing, null or empty. Raises InvalidRequest."""
+    """The text of an option; None if it is missing, null or empty. Raises InvalidRequest."""
     value, param = options.get(name), f"{within}.{name}" if within else name
     if value is not None and not isinstance(value, str):
         raise InvalidRequest(f"{param} must be a string", param=param)
@@ -117,7 +116,7 @@ def read_text(options: Mapping[str, Any], name: str, within: str = "") -> str | 
 
 
 def read_format(options: Mapping[str, Any], within: str = "") -> str | None:
-    """The file format for answers that `samples_format` names. Raises InvalidRequest."""
+    """The image format that `samples_format` selects, or None. Raises InvalidRequest."""
     name, param = read_text(options, FORMAT, within), f"{within}.{FORMAT}" if within else FORMAT
     if name is None:
         return None
@@ -127,6 +126,6 @@ def read_format(options: Mapping[str, Any], within: str = "") -> str | None:
 
 
 def defaults() -> dict[str, Any]:
-    """Every option that changes images, at A1111's default."""
+    """All options that change images, with A1111's defaults."""
     tables: Collection[Mapping[str, tuple[Any, ...]]] = (NEUTRAL, NEUTRAL_IMG2IMG, *NEUTRAL_SAMPLER.values())
     return {name: values[0] for table in tables for name, values in table.items()}

@@ -1,4 +1,4 @@
-"""A1111's resize modes: how an image comes to a size of other proportions."""
+"""A1111's resize modes, for sizes of other proportions than the image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ STRETCH, CROP, FILL = range(3)
 
 
 def resize(image: Image.Image, width: int, height: int, mode: int = STRETCH) -> Image.Image:
-    """The image at width x height: stretched, or cropped, or its outermost pixels repeated, at two sides."""
+    """The image at width x height: stretched, cropped, or with its outermost pixels repeated on two sides."""
     if mode == STRETCH or image.width * height == image.height * width:
         return image.resize((width, height), Image.Resampling.LANCZOS)
     wider = image.width * height > image.height * width
@@ -26,7 +26,7 @@ def resize(image: Image.Image, width: int, height: int, mode: int = STRETCH) -> 
 
 
 def surrounded(image: Image.Image, left: int, upper: int, width: int, height: int) -> Image.Image:
-    """The image at (left, upper) of a width x height canvas; its outermost pixels fill the rest."""
+    """A canvas of width x height with the image at (left, upper); its outermost pixels fill the rest."""
     canvas = Image.new(image.mode, (width, height))
     right, lower = left + image.width, upper + image.height
     for x, y, w, h, edge in (

@@ -48,7 +48,7 @@ from service.worker.supervisor import Supervisor
 
 
 class A1111Route(ClientErrorRoute):
-    """Errors name A1111's fields."""
+    """A route whose errors use A1111's field names."""
 
     field_names = {  # noqa: RUF012 - a ClassVar there
         "model": "override_settings.sd_model_checkpoint",
@@ -81,9 +81,8 @@ def session_of(request: Request) -> A1111Session:
 
 @sdapi.post("/txt2img", **GENERATE, summary="Text to image")
 async def txt2img(body: TextToImage, request: Request) -> ProcessingResponse:
-    """Generate images and wait for them. Fields that would change the images, and that are not supported,
-    are a 422 unless their values change nothing; everything else that is unknown is ignored, with a sentence
-    in `info.warnings`.
+    """Generates images and waits for them. An unsupported field that would change the images gets a 422. All
+    other unknown fields are ignored, with a warning in `info.warnings`.
     """
     choice, session = choose_sampler(body), session_of(request)
     done = await run(lambda: translate.text_submission(body, choice, session), request)
@@ -92,8 +91,8 @@ async def txt2img(body: TextToImage, request: Request) -> ProcessingResponse:
 
 @sdapi.post("/img2img", **GENERATE, summary="Image to image, and inpainting")
 async def img2img(body: ImageToImage, request: Request) -> ProcessingResponse:
-    """Generate images from an image and wait for them. With a mask, only what it marks is repainted, and its
-    blurred edge fades into the original.
+    """Generates images from an image and waits for them. With a mask, only the marked pixels are repainted;
+    at the mask's blurred edge the result fades into the original.
     """
     choice, session = choose_sampler(body), session_of(request)
     if body.denoising_strength == 0:
@@ -105,14 +104,14 @@ async def img2img(body: ImageToImage, request: Request) -> ProcessingResponse:
 
 
 async def run(prepare: Callable[[], Submission], request: Request) -> Answer:
-    """Run a job and wait for it; a client that leaves cancels it. prepare: as for Jobs.start()."""
+    """Run a job and wait for it; it is cancelled if the client leaves. prepare: as for Jobs.start()."""
     work = session_of(request).run(prepare, request.state.request_id)
     return await native.while_connected(request, work)
 
 
 @sdapi.post("/extra-single-image", **GENERATE, summary="Upscale an image")
 async def extra_single_image(body: ExtraSingleImage, request: Request) -> ExtraSingleResponse:
-    """By a model from GET /sdapi/v1/upscalers, or by resampling; "None" returns the image as it is."""
+    """Upscales with an upscaler from GET /sdapi/v1/upscalers; "None" returns the image unchanged."""
     warnings = extras.check(body, open_supervisor(request).specs)
     file = await upscaled(body, body.image, "image", request)
     shown = "" if body.show_extras_results is False else base64.b64encode(file).decode()
@@ -121,7 +120,7 @@ async def extra_single_image(body: ExtraSingleImage, request: Request) -> ExtraS
 
 @sdapi.post("/extra-batch-images", **GENERATE, summary="Upscale several images")
 async def extra_batch_images(body: ExtraBatchImages, request: Request) -> ExtraBatchResponse:
-    """As extra-single-image, one image after the other."""
+    """Does the same as extra-single-image, one image after the other."""
     warnings = extras.check(body, open_supervisor(request).specs)
     files = [
         await upscaled(body, entry.data, f"imageList.{index}.data", request)
@@ -132,7 +131,7 @@ async def extra_batch_images(body: ExtraBatchImages, request: Request) -> ExtraB
 
 
 async def upscaled(body: Extras, file: str, param: str, request: Request) -> bytes:
-    """The finished file of an image, by a model; without one, or when interrupted, by resampling."""
+    """The finished file: upscaled with a model, or resampled without a model and after an interrupt."""
     settings = request.app.state.settings
     if extras.needs_model(body):
         done = await run(lambda: extras.submission(body, file, param, settings), request)
@@ -143,15 +142,15 @@ async def upscaled(body: Extras, file: str, param: str, request: Request) -> byt
 
 
 def open_supervisor(request: Request) -> Supervisor:
-    """The supervisor. Raises as Supervisor.check_open()."""
+    """The supervisor. Raises the errors of Supervisor.check_open()."""
     supervisor: Supervisor = request.app.state.supervisor
     supervisor.check_open()
     return supervisor
 
 
-@sdapi.post("/png-info", **GENERATE, summary="Read the parameters that an image file carries")
+@sdapi.post("/png-info", **GENERATE, summary="Read the parameters in an image file")
 async def png_info(body: PNGInfo, request: Request) -> PNGInfoResponse:
-    """Of a PNG, JPEG or WebP file made by this service or by A1111."""
+    """Reads PNG, JPEG and WebP files made by this service or by A1111."""
     state = request.app.state
 
     def read() -> PNGInfoResponse:
@@ -165,33 +164,39 @@ async def png_info(body: PNGInfo, request: Request) -> PNGInfoResponse:
 
 @sdapi.get("/progress", **READ, summary="Progress of the oldest request")
 async def progress(request: Request, skip_current_image: bool = False) -> ProgressResponse:
-    """Of the requests of this API; with the newest preview, unless it is to be skipped."""
+    """Returns the progress of the oldest unfinished request of this API, with its newest preview unless
+    `skip_current_image` is set.
+    """
     return await session_of(request).progress(not skip_current_image)
 
 
 @sdapi.post("/interrupt", **READ, summary="Interrupt the oldest request")
 async def interrupt(request: Request) -> Empty:
-    """The one that GET /sdapi/v1/progress describes: it is answered at once, with its images as they are."""
+    """Interrupts the request that GET /sdapi/v1/progress describes: it is answered at once, with its images
+    as they are.
+    """
     session_of(request).interrupt()
     return Empty()
 
 
 @sdapi.post("/skip", **READ, summary="Interrupt the oldest request (as /interrupt)")
 async def skip(request: Request) -> None:
-    """A1111 would go on with the next batch; here all batches of a request run at the same time."""
+    """A1111 would continue with the next batch. Here all batches of a request run at the same time, so this
+    ends the request.
+    """
     session_of(request).interrupt()
 
 
 @sdapi.get("/options", **READ, summary="Options")
 async def read_options(request: Request) -> Options:
-    """The options that change images, at the values that are in effect."""
+    """Lists the options that change images, with their current values."""
     return session_of(request).options()
 
 
 @sdapi.post("/options", **WRITE, summary="Choose the model and the file format of later requests")
 async def write_options(body: OptionsUpdate, request: Request) -> None:
-    """Kept until the service ends. Options that this service does not have are ignored; those that would
-    change images are a 422 unless their values change nothing.
+    """The choice is kept until the service ends. Unsupported options that would change images get a 422; all
+    other unknown options are ignored.
     """
     session, values = session_of(request), body.model_dump(exclude_none=True)
     check_options(values, NEUTRAL_IMG2IMG, *NEUTRAL_SAMPLER.values())
@@ -203,19 +208,19 @@ async def write_options(body: OptionsUpdate, request: Request) -> None:
 
 @sdapi.get("/sd-models", **READ, summary="Models that generate images")
 async def list_checkpoints(request: Request) -> list[SDModel]:
-    """Title, name and file name are the same here; hashes are not computed."""
+    """Lists the models. Title, name and file name are the same; hashes are not computed."""
     return [SDModel(title=name, model_name=name, filename=name) for name in session_of(request).specs]
 
 
 @sdapi.get("/samplers", **READ, summary="Samplers")
 async def list_samplers() -> list[SamplerItem]:
-    """By A1111's names. A scheduler's name may follow: "DPM++ 2M Karras"."""
+    """Lists samplers by A1111's names. Requests may add a scheduler's name: "DPM++ 2M Karras"."""
     return [SamplerItem(name=name, aliases=list(row.aliases)) for name, row in SAMPLERS.items()]
 
 
 @sdapi.get("/schedulers", **READ, summary="Schedulers")
 async def list_schedulers() -> list[SchedulerItem]:
-    """DDIM, DDPM, PLMS, UniPC and LCM ignore them."""
+    """Lists schedulers. The samplers DDIM, DDPM, PLMS, UniPC and LCM ignore the scheduler."""
     return [
         SchedulerItem(name=name, label=row.label, aliases=list(row.aliases))
         for name, row in SCHEDULERS.items()
@@ -224,7 +229,7 @@ async def list_schedulers() -> list[SchedulerItem]:
 
 @sdapi.get("/upscalers", **READ, summary="Upscalers")
 async def list_upscalers(request: Request) -> list[UpscalerItem]:
-    """Resampling, and the models that upscale."""
+    """Lists the resampling methods, and the models that upscale."""
     specs = open_supervisor(request).specs
     scales = {name: spec.autoencoder.factor for name, spec in specs.items() if extras.is_upscaler(spec)}
     return [UpscalerItem(name=name, scale=scales.get(name, 4)) for name in extras.upscaler_names(specs)]
@@ -232,14 +237,14 @@ async def list_upscalers(request: Request) -> list[UpscalerItem]:
 
 @sdapi.get("/loras", **READ, summary="LoRAs")
 async def list_a1111_loras(request: Request) -> list[LoRAItem]:
-    """Names that a prompt may use as <lora:name:weight>, of all models."""
+    """Lists the LoRAs of all models; prompts use them as <lora:name:weight>."""
     names = {name for spec in session_of(request).specs.values() for name in spec.loras}
     return [LoRAItem(name=name, alias=name, path=name) for name in sorted(names)]
 
 
 @sdapi.get("/embeddings", **READ, summary="Textual inversion embeddings")
 async def list_embeddings(request: Request) -> Embeddings:
-    """`loaded`: those of the chosen model; `skipped`: those of other models."""
+    """Lists embeddings: `loaded` are those of the selected model, `skipped` those of other models."""
     session = session_of(request)
     specs, chosen = session.specs, session.options().sd_model_checkpoint
     tables: tuple[dict[str, EmbeddingItem], dict[str, EmbeddingItem]] = ({}, {})
@@ -255,35 +260,35 @@ async def list_embeddings(request: Request) -> Embeddings:
 
 @sdapi.get("/scripts", **READ, summary="Scripts (none)")
 async def list_scripts() -> ScriptsList:
-    """Clients read this at start to find extensions."""
+    """Always empty; clients read this at start to find extensions."""
     return ScriptsList()
 
 
 @sdapi.get("/cmd-flags", **READ, summary="Command-line flags (not shown)")
 async def read_cmd_flags() -> dict[str, str]:
-    """The command line of this service is not shown to clients."""
+    """Always empty: the command line of this service is not shown to clients."""
     return {}
 
 
 @sdapi.get("/memory", **READ, summary="Memory statistics (not available)")
 async def read_memory() -> Memory:
-    """In the form that A1111 uses when it cannot measure."""
+    """Returns the body that A1111 returns when it cannot measure memory."""
     return Memory()
 
 
 @router.get("/internal/ping", **READ, summary="Ping")
 async def ping() -> Empty:
-    """Answers while the process runs; GET /health/ready says whether it can generate images."""
+    """Always answers; GET /health/ready reports whether the service can generate images."""
     return Empty()
 
 
 async def nothing() -> Empty:
-    """Accepted for compatibility; has no effect."""
+    """Has no effect; accepted for compatibility."""
     return Empty()
 
 
 async def empty_list() -> list[str]:
-    """Always empty: this service has none."""
+    """Always empty: this service has none of these."""
     return []
 
 

@@ -1,4 +1,4 @@
-"""A1111's names of samplers and schedulers, and our sampler and timestep spacing for each pair of them."""
+"""A1111's samplers and schedulers, and the native sampler and timestep spacing for each pair of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from models.spec import Spacing
 from service.api.a1111.schemas import Processing
 from service.requests.checks import require
 
-Ours = tuple[str, Spacing | None]  # our sampler, and its spacing; None: the model's own
+Native = tuple[str, Spacing | None]  # a native sampler and its spacing; None: the model's own
 
 
 @dataclass(frozen=True)
 class SchedulerNames:
-    """A1111's scheduler: a rule for which noise levels the steps visit."""
+    """A1111's names of a scheduler, which chooses the noise levels of the steps."""
 
     label: str
     aliases: tuple[str, ...] = ()
@@ -22,14 +22,14 @@ class SchedulerNames:
 
 @dataclass(frozen=True)
 class SamplerNames:
-    """A1111's sampler, and ours for each scheduler that it can be combined with.
+    """A1111's names of a sampler, and the native sampler for each scheduler that it supports.
 
-    timesteps: it visits timesteps of its own and ignores the scheduler. uses: the A1111 parameters besides
-    the scheduler that change its images.
+    timesteps: the sampler has its own timesteps and ignores the scheduler. uses: A1111's parameters, besides
+    the scheduler, that change its images.
     """
 
     aliases: tuple[str, ...]
-    ours: Mapping[str, Ours]
+    native: Mapping[str, Native]
     timesteps: bool = False
     uses: frozenset[str] = frozenset()
 
@@ -48,40 +48,44 @@ SCHEDULERS = {
 }
 
 
-def combined(ours: str, automatic: Ours | None = None) -> dict[str, Ours]:
-    """Our sampler for every scheduler."""
-    exponential: Ours = (f"{ours}_exponential", None)
+def with_schedulers(native: str, automatic: Native | None = None) -> dict[str, Native]:
+    """The variants of a native sampler for A1111's schedulers."""
+    exponential: Native = (f"{native}_exponential", None)
     return {
-        AUTOMATIC: automatic or (ours, None),
-        "uniform": (ours, "linspace"),
-        "normal": (ours, "linspace"),
-        "sgm_uniform": (ours, "trailing"),
-        "simple": (ours, "trailing"),
-        "ddim": (ours, "leading"),
-        "karras": (f"{ours}_karras", None),
+        AUTOMATIC: automatic or (native, None),
+        "uniform": (native, "linspace"),
+        "normal": (native, "linspace"),
+        "sgm_uniform": (native, "trailing"),
+        "simple": (native, "trailing"),
+        "ddim": (native, "leading"),
+        "karras": (f"{native}_karras", None),
         "exponential": exponential,
         "polyexponential": exponential,
     }
 
 
-def on_timesteps(alias: str, ours: str, uses: frozenset[str] = frozenset()) -> SamplerNames:
-    return SamplerNames((alias,), {AUTOMATIC: (ours, None)}, timesteps=True, uses=uses)
+def without_schedulers(alias: str, native: str, uses: frozenset[str] = frozenset()) -> SamplerNames:
+    return SamplerNames((alias,), {AUTOMATIC: (native, None)}, timesteps=True, uses=uses)
 
 
 EULER, EULER_A = "Euler", "Euler a"
 SAMPLERS = {
-    "DPM++ 2M": SamplerNames(("k_dpmpp_2m",), combined("dpmpp_2m", automatic=("dpmpp_2m_karras", None))),
-    EULER_A: SamplerNames(
-        ("k_euler_a", "k_euler_ancestral"), combined("euler_ancestral"), uses=frozenset({"eta", "s_noise"})
+    "DPM++ 2M": SamplerNames(
+        ("k_dpmpp_2m",), with_schedulers("dpmpp_2m", automatic=("dpmpp_2m_karras", None))
     ),
-    EULER: SamplerNames(("k_euler",), combined("euler"), uses=frozenset({"s_churn"})),
-    "DDIM": on_timesteps("ddim", "ddim", frozenset({"eta"})),
-    "DDPM": on_timesteps("ddpm", "ddpm"),
-    "PLMS": on_timesteps("plms", "plms"),
-    "UniPC": on_timesteps("unipc", "unipc"),
-    "LCM": on_timesteps("k_lcm", "lcm"),
+    EULER_A: SamplerNames(
+        ("k_euler_a", "k_euler_ancestral"),
+        with_schedulers("euler_ancestral"),
+        uses=frozenset({"eta", "s_noise"}),
+    ),
+    EULER: SamplerNames(("k_euler",), with_schedulers("euler"), uses=frozenset({"s_churn"})),
+    "DDIM": without_schedulers("ddim", "ddim", frozenset({"eta"})),
+    "DDPM": without_schedulers("ddpm", "ddpm"),
+    "PLMS": without_schedulers("plms", "plms"),
+    "UniPC": without_schedulers("unipc", "unipc"),
+    "LCM": without_schedulers("k_lcm", "lcm"),
 }
-NEUTRAL = {"s_churn": 0.0, "s_noise": 1.0}  # values that change no image
+NEUTRAL = {"s_churn": 0.0, "s_noise": 1.0}  # values that do not change images
 
 SAMPLER_NAMES = {
     spelling.lower(): name for name, row in SAMPLERS.items() for spelling in (name, *row.aliases)
@@ -93,10 +97,10 @@ SCHEDULER_NAMES = {
 
 @dataclass(frozen=True)
 class SamplerChoice:
-    """A request's sampler and scheduler, in A1111's words and in ours."""
+    """A request's sampler and scheduler, with A1111's names and with the native ones."""
 
-    name: str
-    scheduler: str
+    name: str  # A1111's name of the sampler
+    scheduler: str  # A1111's name of the scheduler
     sampler: str
     spacing: Spacing | None
     eta: float | None
@@ -108,20 +112,20 @@ class SamplerChoice:
 
 
 def choose_sampler(body: Processing) -> SamplerChoice:
-    """Look up a request's sampler and scheduler; one name may hold both. Raises InvalidRequest."""
+    """Look up a request's sampler and scheduler; sampler_name may name both. Raises InvalidRequest."""
     wanted, scheduler = split_name(body.sampler_name or body.sampler_index or EULER, body.scheduler)
     name = SAMPLER_NAMES.get(wanted, "")
     require([("sampler_name", bool(name), f"must be one of {', '.join(SAMPLERS)}")])
     row, warnings = SAMPLERS[name], []
     if row.timesteps and scheduler != AUTOMATIC:
-        warnings.append(f"scheduler is ignored: {name} visits timesteps of its own.")
+        warnings.append(f"scheduler is ignored: {name} has its own timesteps.")
         scheduler = AUTOMATIC
-    offered = ", ".join(SCHEDULERS[known].label for known in row.ours)
-    require([("scheduler", scheduler in row.ours, f"must be one of {offered} with {name}")])
-    ours, eta = row.ours[scheduler], body.eta
+    labels = ", ".join(SCHEDULERS[supported].label for supported in row.native)
+    require([("scheduler", scheduler in row.native, f"must be one of {labels} with {name}")])
+    native, eta = row.native[scheduler], body.eta
     if name == EULER_A and eta is not None:
         require([("eta", eta in (0.0, 1.0), f"must be 0 or 1 with {name}")])
-        ours = ours if eta else SAMPLERS[EULER].ours[scheduler]
+        native = native if eta else SAMPLERS[EULER].native[scheduler]
     ignored = [] if not eta or "eta" in row.uses else ["eta"]
     for field_name, neutral in NEUTRAL.items():
         value = getattr(body, field_name)
@@ -130,13 +134,13 @@ def choose_sampler(body: Processing) -> SamplerChoice:
             require([(field_name, not used, f"must be {neutral:g} with {name}")])
             ignored.append(field_name)
     warnings += [f"{field_name} is ignored: {name} does not use it." for field_name in ignored]
-    return SamplerChoice(name, scheduler, *ours, eta if name == "DDIM" else None, tuple(warnings))
+    return SamplerChoice(name, scheduler, *native, eta if name == "DDIM" else None, tuple(warnings))
 
 
 def split_name(sampler: str, scheduler: str | None) -> tuple[str, str]:
-    """(sampler, scheduler) in lower case; a scheduler's name at the end of the sampler's takes precedence.
+    """(sampler, scheduler) in lower case; a scheduler's name at the end of `sampler` takes precedence.
 
-    A scheduler that is not in SCHEDULERS stays as it is.
+    An unknown scheduler is returned unchanged.
     """
     wanted = sampler.strip().lower()
     if wanted not in SAMPLER_NAMES:

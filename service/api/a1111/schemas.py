@@ -1,7 +1,7 @@
 """Request and response bodies of A1111's API.
 
-Every field may be null, as there, and unknown fields are accepted and ignored. Fields have A1111's own types;
-which of their values are served is checked later (checks.py, samplers.py, options.py).
+As in A1111, every field may be null, and unknown fields are accepted. Fields have A1111's types; the values
+that this service supports are checked later (checks.py, samplers.py, options.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from service.requests.schemas import IMAGE
 
 
 def serialisable(value: Any) -> Any:
-    """Raise ValueError for values that no answer can repeat: NaN, lone surrogates, deep nesting."""
+    """The value, to be repeated in a response. Raises ValueError for NaN, lone surrogates, deep nesting."""
     try:
         to_json(value)
         json.dumps(value, allow_nan=False)
@@ -25,7 +25,7 @@ def serialisable(value: Any) -> Any:
     return value
 
 
-NEUTRAL_ONLY = Field(description="accepted at values that change nothing")
+NEUTRAL_ONLY = Field(description="not supported: only values that do not change the image are accepted")
 NO_EFFECT = Field(description="no effect")
 Anything = Annotated[Any, AfterValidator(serialisable)]
 AnyObject = Annotated[dict[str, Any], AfterValidator(serialisable)]
@@ -38,7 +38,7 @@ class Body(BaseModel):
 
 
 class Processing(Body):
-    """Fields that txt2img and img2img share."""
+    """The common fields of txt2img and img2img."""
 
     prompt: Annotated[
         str | None,
@@ -47,7 +47,7 @@ class Processing(Body):
         ),
     ] = None
     negative_prompt: str | None = None
-    seed: Annotated[int | None, Field(ge=-1, description="-1: drawn at random")] = None
+    seed: Annotated[int | None, Field(ge=-1, description="-1: a random seed")] = None
     steps: int | None = None
     cfg_scale: float | None = None
     width: Side | None = None
@@ -57,20 +57,23 @@ class Processing(Body):
     sampler_name: str | None = None
     sampler_index: Annotated[str | None, Field(description="older name of sampler_name")] = None
     scheduler: str | None = None
-    eta: Annotated[float | None, Field(description="of DDIM; 0 or 1 with Euler a")] = None
+    eta: Annotated[float | None, Field(description="noise of DDIM's steps, 0 to 1; with Euler a 0 or 1")] = (
+        None
+    )
     override_settings: Annotated[
-        AnyObject | None, Field(description="options for this request: sd_model_checkpoint, samples_format")
+        AnyObject | None, Field(description="options of this request: sd_model_checkpoint, samples_format")
     ] = None
     override_settings_restore_afterwards: Annotated[
-        bool | None, Field(description="false: the checkpoint stays chosen for later requests")
+        bool | None, Field(description="false: later requests use the checkpoint, too")
     ] = None
     disable_extra_networks: Annotated[
-        bool | None, Field(description="true: LoRAs that the prompt names are not applied")
+        bool | None, Field(description="true: ignore the LoRAs in the prompt")
     ] = None
-    send_images: Annotated[bool | None, Field(description="false: the answer has no images")] = None
+    send_images: Annotated[bool | None, Field(description="false: the response has no images")] = None
 
     alwayson_scripts: Annotated[
-        AnyObject | None, Field(description="accepted without arguments, or switched off")
+        AnyObject | None,
+        Field(description="not supported: scripts are accepted only without arguments or switched off"),
     ] = None
     infotext: Annotated[str | None, NEUTRAL_ONLY] = None
     refiner_checkpoint: Annotated[str | None, NEUTRAL_ONLY] = None
@@ -125,22 +128,26 @@ class ImageToImage(Processing):
 
     init_images: Annotated[list[str], Field(description=f"one image: {IMAGE}")]
     denoising_strength: Annotated[
-        float | None, Field(description="0: the image stays as it is; default: 0.75")
+        float | None, Field(description="0: the image is returned unchanged; default: 0.75")
     ] = None
     resize_mode: Annotated[
         int | None,
-        Field(ge=0, le=3, description="to width x height: 0: stretch; 1: crop; 2: fill; 3: not supported"),
+        Field(
+            ge=0,
+            le=3,
+            description="of the image to width x height: 0: stretch; 1: crop; 2: fill; 3: not supported",
+        ),
     ] = None
     mask: Annotated[
-        str | None, Field(description=f"{IMAGE}; white pixels, or opaque ones, are repainted")
+        str | None, Field(description=f"{IMAGE}; white (with transparency: opaque) pixels are repainted")
     ] = None
-    mask_blur: Annotated[Blur | None, Field(description="pixels, instead of mask_blur_x and mask_blur_y")] = (
-        None
-    )
-    mask_blur_x: Annotated[Blur | None, Field(description="pixels; default: 4")] = None
-    mask_blur_y: Annotated[Blur | None, Field(description="pixels; default: 4")] = None
+    mask_blur: Annotated[
+        Blur | None, Field(description="in pixels; replaces mask_blur_x and mask_blur_y")
+    ] = None
+    mask_blur_x: Annotated[Blur | None, Field(description="in pixels; default: 4")] = None
+    mask_blur_y: Annotated[Blur | None, Field(description="in pixels; default: 4")] = None
     mask_round: Annotated[
-        bool | None, Field(description="false: a mask with transparency keeps its shades")
+        bool | None, Field(description="false: opacities of the mask are not rounded to 0 or 1")
     ] = None
     inpainting_mask_invert: Annotated[int | None, Field(ge=0, le=1)] = None
     inpainting_fill: Annotated[
@@ -148,18 +155,18 @@ class ImageToImage(Processing):
         Field(
             ge=0,
             le=3,
-            description="what the masked pixels start from: 0: the colours around them; 1: the image; "
+            description="initial content of the masked pixels: 0: the colours around them; 1: the image; "
             "2: latent noise; 3: latent nothing",
         ),
     ] = None
     inpaint_full_res: Annotated[
-        bool | None, Field(description="repaint the masked region alone, at width x height; default: true")
+        bool | None, Field(description="true (default): process only the masked region, at width x height")
     ] = None
     inpaint_full_res_padding: Annotated[
-        int | None, Field(ge=0, description="pixels around the masked region; default: 0")
+        int | None, Field(ge=0, description="pixels added around the masked region; default: 0")
     ] = None
     include_init_images: Annotated[
-        bool | None, Field(description="repeat init_images and mask in `parameters`")
+        bool | None, Field(description="true: `parameters` contains init_images and mask")
     ] = None
     initial_noise_multiplier: Annotated[float | None, NEUTRAL_ONLY] = None
     latent_mask: Annotated[str | None, NEUTRAL_ONLY] = None
@@ -167,7 +174,7 @@ class ImageToImage(Processing):
 
 
 class ProcessingResponse(BaseModel):
-    """The answer of txt2img and img2img."""
+    """The response of txt2img and img2img."""
 
     images: Annotated[list[str], Field(description="files in base64")]
     parameters: Annotated[dict[str, Any], Field(description="the request")]
@@ -213,11 +220,15 @@ class Info(BaseModel):
 
 
 class Extras(Body):
-    """Fields that extra-single-image and extra-batch-images share."""
+    """The common fields of extra-single-image and extra-batch-images."""
 
     resize_mode: Annotated[
         int | None,
-        Field(ge=0, le=1, description="0: by a factor, upscaling_resize; 1: to upscaling_resize_w, _h"),
+        Field(
+            ge=0,
+            le=1,
+            description="0: by the factor upscaling_resize; 1: to upscaling_resize_w x upscaling_resize_h",
+        ),
     ] = None
     upscaling_resize: Annotated[float | None, Field(gt=0, le=16, description="default: 2")] = None
     upscaling_resize_w: Annotated[Side | None, Field(description="default: 512")] = None
@@ -232,7 +243,7 @@ class Extras(Body):
     gfpgan_visibility: Annotated[float | None, NEUTRAL_ONLY] = None
     codeformer_visibility: Annotated[float | None, NEUTRAL_ONLY] = None
     show_extras_results: Annotated[
-        bool | None, Field(description="false: the answer has no image; default: true")
+        bool | None, Field(description="false: the response has no image; default: true")
     ] = None
     upscaler_2: Annotated[Anything, NO_EFFECT] = None
     codeformer_weight: Annotated[Anything, NO_EFFECT] = None
@@ -275,19 +286,19 @@ class PNGInfo(Body):
 
 
 class PNGInfoResponse(BaseModel):
-    info: Annotated[str, Field(description="the parameters that the file carries; empty if none")]
+    info: Annotated[str, Field(description="the parameters in the file as text; empty if there are none")]
     items: Annotated[dict[str, Any], Field(description="other texts in the file")]
     parameters: Annotated[dict[str, str], Field(description="the parameters, by name")]
 
 
 class ProgressState(BaseModel):
-    """Counters of the oldest request of this API; the others wait or run at the same time."""
+    """State of the oldest request of this API; other requests may wait or run at the same time."""
 
     skipped: bool = False
     interrupted: bool = False
     stopping_generation: bool = False
     job: str
-    job_count: Annotated[int, Field(description="requests of this API that are not finished")]
+    job_count: Annotated[int, Field(description="unfinished requests of this API")]
     job_timestamp: str
     job_no: int = 0
     sampling_step: int
@@ -296,14 +307,14 @@ class ProgressState(BaseModel):
 
 class ProgressResponse(BaseModel):
     progress: Annotated[float, Field(description="0 to 1, of the oldest request of this API")]
-    eta_relative: Annotated[float, Field(description="seconds left; 0: not known")]
+    eta_relative: Annotated[float, Field(description="seconds left; 0: unknown")]
     state: ProgressState
     current_image: Annotated[str | None, Field(description="a PNG file in base64")] = None
     textinfo: str | None = None
 
 
 class Options(BaseModel):
-    """Options, at the values that are in effect."""
+    """The options with their current values."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -313,12 +324,13 @@ class Options(BaseModel):
 
 
 class OptionsUpdate(BaseModel):
-    """POST /sdapi/v1/options. Options that change images are accepted at values that change nothing."""
+    """POST /sdapi/v1/options. Unsupported options are accepted only with values that do not change images."""
 
     model_config = ConfigDict(extra="allow")
 
     sd_model_checkpoint: Annotated[
-        str | None, Field(description="a model from GET /sdapi/v1/sd-models, for requests that name none")
+        str | None,
+        Field(description="a model from GET /sdapi/v1/sd-models, used by requests without a model"),
     ] = None
     samples_format: Annotated[str | None, Field(description="png, jpg or webp")] = None
 
@@ -371,7 +383,7 @@ class ScriptsList(BaseModel):
 
 
 class EmbeddingItem(BaseModel):
-    """A textual inversion embedding; its size is not known to this process."""
+    """A textual inversion embedding. The number of its vectors is unknown to this process."""
 
     step: int | None = None
     sd_checkpoint: str | None = None

@@ -1,7 +1,7 @@
-"""State that the clients of A1111's API share: the chosen model and file format, and the running requests.
+"""The state that all clients of A1111's API share: the selected model and file format, and the requests.
 
-A1111 has one model and runs one request at a time, and its clients read the state of both. Here they are the
-model of requests that name none, and the oldest request of this API that is not finished.
+A1111 has one model at a time and runs one request at a time, and its clients read the state of both. Here
+"the model" is the one for requests that name no model, and "the request" is the oldest unfinished one.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ SUFFIX = re.compile(r"\.(safetensors|ckpt|pth?|bin)$", re.IGNORECASE)
 
 
 class A1111Session:
-    """One for the whole service, as A1111 has one state for all its clients."""
+    """The selected model, the file format and the unfinished requests of this API."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.jobs = jobs
-        self.format = "png"  # of answers, as A1111 calls it
+        self.format = "png"  # of images in responses, by A1111's name
         self._checkpoint: str | None = None
         self._running: dict[str, Record] = {}  # the oldest first
-        self._interrupted: set[str] = set()  # ids of running ones
+        self._interrupted: set[str] = set()  # ids of running requests
 
     @property
     def specs(self) -> Mapping[str, ModelSpec]:
-        """The models that make images from text or images. Raises as Supervisor.check_open()."""
+        """The models that generate images, so without upscalers. Raises the errors of check_open()."""
         self.jobs.supervisor.check_open()
         return {name: spec for name, spec in self.jobs.supervisor.specs.items() if makes_images(spec)}
 
     @property
     def checkpoint(self) -> str | None:
-        """The model of requests that name none; None: the first that does the task."""
+        """The model for requests that name no model; None: the first one that supports the task."""
         return self._checkpoint
 
     def find(self, name: str, param: str) -> str:
-        """The model that A1111's name for a checkpoint means: NAME, NAME [hash] or NAME.safetensors.
+        """The model for A1111's name of a checkpoint: NAME, NAME [hash] or NAME.safetensors.
 
         Raises NotFound, naming `param`.
         """
@@ -60,7 +60,7 @@ class A1111Session:
         raise NotFound(f"{param} must be one of {', '.join(specs)}", param=param)
 
     def choose(self, name: str, param: str = options.CHECKPOINT) -> None:
-        """Set the model of requests that name none. Raises NotFound."""
+        """Select the model for requests that name no model. Raises NotFound."""
         self._checkpoint = self.find(name, param)
 
     def options(self) -> Options:
@@ -68,7 +68,10 @@ class A1111Session:
         return Options(sd_model_checkpoint=checkpoint, samples_format=self.format, **options.defaults())
 
     async def run(self, prepare: Callable[[], Submission], request_id: str) -> Answer:
-        """As Jobs.run(), with progress() and interrupt(); interrupted before its start, it has no images."""
+        """Run a job as Jobs.run() does, visible to progress() and interrupt().
+
+        If it is interrupted before its first step, the answer has no images.
+        """
         record = await self.jobs.start(prepare, request_id)
         record.awaited = True
         self._running[record.id] = record
@@ -98,7 +101,7 @@ class A1111Session:
             self.jobs.supervisor.interrupt(record.id)
 
     async def progress(self, with_image: bool) -> ProgressResponse:
-        """The progress of the oldest request; all zeros without one."""
+        """The progress of the oldest request; all zeros if there is none."""
         record = self._oldest()
         if record is None:
             none = ProgressState(job="", job_count=0, job_timestamp="0", sampling_step=0, sampling_steps=0)

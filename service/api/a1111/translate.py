@@ -1,4 +1,4 @@
-"""Requests of A1111's API to submissions, and answers to A1111's responses."""
+"""Translation of A1111's requests to submissions, and of answers to A1111's responses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from service.requests.schemas import GenerateRequest, ImageRequest, InpaintReque
 VERSION = "ldm"
 PREVIEWS = Previews(every=10, format="png")  # A1111's default
 STRENGTH, BLUR = 0.75, 4  # A1111's defaults for img2img and masks
-DRAWN = 2**32  # drawn seeds are smaller, as in A1111
+SEED_LIMIT = 2**32  # random seeds are smaller, as in A1111
 NETWORK = re.compile(r"<(\w+):([^<>]*)>")
 WEIGHT = re.compile(r"(-?(\d+(\.\d+)?|\.\d+))")  # unambiguous: no backtracking on long texts
 LATENT_FILL: dict[int, LatentFill] = {2: "noise", 3: "zeros"}  # inpainting_fill: latent noise or nothing
@@ -49,7 +49,7 @@ def text_submission(body: Processing, choice: SamplerChoice, session: A1111Sessi
 
 
 def image_submission(body: ImageToImage, choice: SamplerChoice, session: A1111Session) -> Submission:
-    """The submission of img2img; decodes images, which takes a while. Raises as text_submission()."""
+    """The submission of img2img. Slow, because it decodes images. Raises as text_submission()."""
     masked = read_masked(body, session) if body.mask else None
     blank = masked is not None and masked.mask.getbbox() is None
     if masked is not None and not (blank and coalesce(body.inpaint_full_res, True)):
@@ -95,7 +95,7 @@ def inpaint_submission(
 
 
 def unchanged_answer(body: ImageToImage, choice: SamplerChoice, session: A1111Session) -> Answer:
-    """The answer of img2img at denoising strength 0: its image. Nothing is generated. Raises as resolve()."""
+    """The answer of img2img at denoising strength 0: the input image, without a job. Raises as resolve()."""
     spec = spec_for(body, InpaintRequest if body.mask else GenerateRequest, session)
     warnings = tuple(check_unsupported(body, choice, spec))
     fields = fields_of(body, choice, spec, session) | {"strength": 1.0}
@@ -134,7 +134,7 @@ def read_first(body: ImageToImage, session: A1111Session) -> Image.Image:
 
 
 def only_image(body: ImageToImage) -> str:
-    require([("init_images", len(body.init_images) == 1, "must hold one image")])
+    require([("init_images", len(body.init_images) == 1, "must contain one image")])
     return body.init_images[0]
 
 
@@ -147,7 +147,7 @@ def size_of(body: ImageToImage, image: Image.Image, session: A1111Session) -> tu
 
 
 def spec_for(body: Processing, kind: type[ImageRequest], session: A1111Session) -> ModelSpec:
-    """The model of a request: the one that it names, the chosen one, or the first that does the task."""
+    """The model of a request: the named one, the selected one, or the first that supports the task."""
     name = options.read_text(body.override_settings or {}, options.CHECKPOINT, SETTINGS)
     named = session.find(name, f"{SETTINGS}.{options.CHECKPOINT}") if name else session.checkpoint
     if named and body.override_settings_restore_afterwards is False:
@@ -158,7 +158,7 @@ def spec_for(body: Processing, kind: type[ImageRequest], session: A1111Session) 
 def fields_of(
     body: Processing, choice: SamplerChoice, spec: ModelSpec, session: A1111Session
 ) -> dict[str, Any]:
-    """The fields of our request that every kind of request has. Raises InvalidRequest."""
+    """The fields of the native request that do not depend on its kind. Raises InvalidRequest."""
     batch, batches = coalesce(body.batch_size, 1), coalesce(body.n_iter, 1)
     n, most = batch * batches, session.jobs.supervisor.settings.max_images
     field = "n_iter" if batches > batch else "batch_size"
@@ -173,7 +173,7 @@ def fields_of(
         "negative_prompt": body.negative_prompt,
         "loras": loras or None,
         "lora_text_weights": text_weights or None,
-        "seed": secrets.randbelow(max(1, DRAWN - n)) if body.seed in (None, -1) else body.seed,
+        "seed": secrets.randbelow(max(1, SEED_LIMIT - n)) if body.seed in (None, -1) else body.seed,
         "n": n,
         "steps": body.steps,
         "guidance_scale": body.cfg_scale,
@@ -189,10 +189,10 @@ def fields_of(
 
 
 def split_prompt(prompt: str) -> tuple[str, dict[str, float], dict[str, float]]:
-    """The prompt without <lora:name:weight>; weights for the UNet and for the text encoders, by name.
+    """(prompt without <lora:name:weight>, LoRA -> UNet weight, LoRA -> text encoder weight if it differs).
 
-    One weight is for both. Of two the first is for the text encoders, as in A1111; they may be named te= and
-    unet=. Raises InvalidRequest for other networks.
+    As in A1111, a single weight is for both; the first of two is for the text encoders, and they may be named
+    te= and unet=. Raises InvalidRequest for networks other than LoRAs.
     """
     loras: dict[str, float] = {}
     text_weights: dict[str, float] = {}
@@ -212,7 +212,7 @@ def split_prompt(prompt: str) -> tuple[str, dict[str, float], dict[str, float]]:
 
 
 def read_weights(options: list[str]) -> tuple[float | None, float | None]:
-    """(text encoder weight, UNet weight) of what follows a LoRA's name; None for one that is not a number."""
+    """(text encoder weight, UNet weight) from the parts after a LoRA's name; None for an invalid number."""
     named = dict(option.split("=", 1) for option in options if "=" in option)
     positional = [option for option in options if "=" not in option]
     if named.keys() - {"te", "unet"}:
@@ -224,7 +224,7 @@ def read_weights(options: list[str]) -> tuple[float | None, float | None]:
 
 
 def number_in(text: str) -> float | None:
-    """A weight; 1 where there is none."""
+    """The weight in a text: 1 if it is empty, None if it is invalid."""
     if not text:
         return 1.0
     return float(text) if WEIGHT.fullmatch(text) else None
@@ -247,7 +247,7 @@ def read_masked(body: ImageToImage, session: A1111Session) -> MaskedImage:
 
 
 def strength_of(body: Processing) -> float | None:
-    """A1111's denoising strength, which means 1 where it is larger; None for txt2img."""
+    """A1111's denoising strength, at most 1; None for txt2img."""
     return min(coalesce(body.denoising_strength, STRENGTH), 1.0) if isinstance(body, ImageToImage) else None
 
 

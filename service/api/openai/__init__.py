@@ -1,1 +1,1 @@
-"""The Images API of OpenAI on the same engine."""
+"""The Images API of OpenAI."""

@@ -1,4 +1,4 @@
-"""Image files that a response names by URL: kept in memory for a while, under names nobody can guess."""
+"""Image files behind the URLs in responses, kept in memory for a limited time under unguessable names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class KeptFiles:
         self._bytes = 0
 
     def keep(self, content: bytes, kind: Format) -> str:
-        """Keep a file; returns its name. The oldest files are dropped where there are too many."""
+        """Keep a file; returns its name. The oldest files are dropped if the limits are exceeded."""
         name = f"img-{secrets.token_hex(24)}.{SUFFIXES[kind]}"
         self._files[name] = KeptFile(content, MEDIA_TYPES[kind])
         self._bytes += len(content)
@@ -40,7 +40,7 @@ class KeptFiles:
         return name
 
     def find(self, name: str) -> KeptFile:
-        """The file of a name. Raises NotFound."""
+        """The file with this name. Raises NotFound."""
         if name not in self._files:
             raise NotFound("there is no such image; images are kept for a limited time")
         return self._files[name]

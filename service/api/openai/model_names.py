@@ -1,4 +1,4 @@
-"""Model names of OpenAI clients: served models, aliases that the operator set, and OpenAI's own names."""
+"""Model names of OpenAI clients: names of served models, the operator's aliases, and OpenAI's own names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.errors import NotFound
 from service.settings import SettingError, Settings
 
 OPENAI_NAME = re.compile(r"(dall-e|gpt-image|chatgpt-image)-[\w.-]{1,100}")
-GPT_IMAGE_NAME = re.compile(r"(gpt-image|chatgpt-image)-.*")  # their responses hold base64 alone
+GPT_IMAGE_NAME = re.compile(r"(gpt-image|chatgpt-image)-.*")  # their responses have no URLs
 
 
 def aliases_of(settings: Settings) -> dict[str, str]:
@@ -29,22 +29,22 @@ def check_aliases(settings: Settings, models: Collection[str]) -> None:
 def find_served_name(
     name: str | None, task: str, specs: Mapping[str, ModelSpec], aliases: Mapping[str, str]
 ) -> str | None:
-    """The served model that a client's name means for a task; None, as the name, means the default.
+    """The served model for a client's model name and a task; None for None, the default model.
 
-    A name of OpenAI's own models means the one model with that task. Raises NotFound.
+    A name of OpenAI's own models selects the only model that supports the task. Raises NotFound.
     """
     if name is None or name in specs:
         return name
     if name in aliases:
         return aliases[name]
-    able = [model for model, spec in specs.items() if task in spec.tasks]
-    if OPENAI_NAME.fullmatch(name) and len(able) == 1:
-        return able[0]
-    known = ", ".join([*specs, *aliases])
-    raise NotFound(f"model does not exist; expected one of {known}", param="model")
+    supporting = [model for model, spec in specs.items() if task in spec.tasks]
+    if OPENAI_NAME.fullmatch(name) and len(supporting) == 1:
+        return supporting[0]
+    names = ", ".join([*specs, *aliases])
+    raise NotFound(f"model does not exist; expected one of {names}", param="model")
 
 
 def list_names(specs: Mapping[str, ModelSpec], aliases: Mapping[str, str]) -> list[str]:
-    """The names that GET /v1/models shows: models that do more than upscale, and their aliases."""
-    able = [name for name, spec in specs.items() if {*spec.tasks} - {"upscaling"}]
-    return able + [alias for alias, model in aliases.items() if model in able]
+    """The names in GET /v1/models: all models except upscalers, and their aliases."""
+    names = [name for name, spec in specs.items() if {*spec.tasks} - {"upscaling"}]
+    return names + [alias for alias, model in aliases.items() if model in names]

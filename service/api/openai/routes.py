@@ -39,7 +39,7 @@ class OpenAIRoute(ClientErrorRoute):
     invalid = BadRequest
 
     def as_invalid(self, error: InvalidRequest) -> InvalidRequest:
-        """Names an upload by its field alone: `image[].0` is `image` to a client."""
+        """As the base class, but `image[].0` in pydantic's errors is `image` for clients."""
         field = (error.param or "").removesuffix(".0").removesuffix("[]")
         if error.param and field in ("image", "mask"):
             error = type(error)(field + error.message.removeprefix(error.param), param=field)
@@ -53,15 +53,15 @@ async def require_form(request: Request) -> None:
 
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=OpenAIRoute)
-# URLs in responses: the unguessable name is the permission, since clients fetch them without an API key. They
-# are not in the OpenAPI document, because no client builds them.
+# Clients fetch the URLs in responses without an API key, so access is granted by the unguessable name. The
+# route is not in the OpenAPI document, because clients never build its URLs themselves.
 file_router = APIRouter(prefix="/v1", include_in_schema=False)
 
 EVENT_STREAM: dict[str, Any] = {
     "description": "With `stream`: server-sent events `*.partial_image`, then `*.completed` or `error`",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
-# Without it the framework would describe a 422, which this API never sends.
+# Without a default response, the framework documents a 422, which this API never sends.
 OTHER_ERRORS: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorBody, "description": "Any other error"}
 }
@@ -78,10 +78,10 @@ GENERATE_RESPONSES: dict[str, Any] = {
 
 @router.post("/images/generations", **GENERATE_RESPONSES, summary="OpenAI: generate images from a prompt")
 async def create_image(body: ImageGeneration, request: Request) -> ImagesResponse | StreamingResponse:
-    """Generate images from a prompt.
+    """Generates images from a prompt.
 
-    Fields that a latent diffusion model cannot follow, such as `quality` and `style`, are accepted and named
-    in `warnings`. Any other value that would change the image and is not supported is a 400.
+    Fields without a meaning for latent diffusion models, such as `quality` and `style`, are accepted and
+    listed in `warnings`. Any other unsupported value that would change the image gets a 400.
     """
     translator = translator_of(request)
     return await answer(body, lambda: translator.generation(body), request, "image_generation")
@@ -96,10 +96,10 @@ async def create_image(body: ImageGeneration, request: Request) -> ImagesRespons
 async def edit_image(
     body: Annotated[ImageEdit, Form(media_type=FORM)], request: Request
 ) -> ImagesResponse | StreamingResponse:
-    """Edit an image.
+    """Edits an image.
 
-    With a mask, or where the image itself has fully transparent pixels, those pixels are repainted and the
-    others come back as they were sent. Otherwise the whole image may change; `strength` says how much.
+    With a mask, or if the image has fully transparent pixels, the marked pixels are repainted and all others
+    are returned unchanged. Otherwise the whole image may change, as much as `strength` allows.
     """
     translator = translator_of(request)
     return await answer(body, lambda: translator.edit(body), request, "image_edit")
@@ -114,7 +114,7 @@ async def edit_image(
 async def vary_image(
     body: Annotated[ImageVariation, Form(media_type=FORM)], request: Request
 ) -> ImagesResponse:
-    """Vary an image without a prompt; `strength` says how much it may change."""
+    """Varies an image without a prompt, as much as `strength` allows."""
     translator = translator_of(request)
     return await finished(body, lambda: translator.variation(body), request)
 
@@ -122,7 +122,7 @@ async def vary_image(
 async def answer(
     body: PromptedRequest, prepare: Callable[[], Submission], request: Request, prefix: Prefix
 ) -> ImagesResponse | StreamingResponse:
-    """The finished images, or with `stream` their events from now on."""
+    """The finished images, or with `stream` the events of their job."""
     if not body.stream:
         return await finished(body, prepare, request)
     jobs: Jobs = request.app.state.jobs
@@ -151,7 +151,7 @@ def translator_of(request: Request) -> Translator:
 
 @file_router.get("/images/files/{name}")
 async def read_image_file(name: str, request: Request) -> Response:
-    """The image that `url` in a response names; needs no API key. Images are kept for a limited time."""
+    """Returns the image of a `url` in a response, for a limited time; needs no API key."""
     files: KeptFiles = request.app.state.openai_files
     file = files.find(name)
     headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
@@ -160,7 +160,7 @@ async def read_image_file(name: str, request: Request) -> Response:
 
 @router.get("/models", responses=error_responses(500, 503), summary="OpenAI: list models")
 async def list_openai_models(request: Request) -> OpenAIModelList:
-    """List the models that generate images, and their aliases. Models that only upscale are left out."""
+    """Lists the models that generate images, and their aliases, without upscalers."""
     state = request.app.state
     state.supervisor.check_open()
     names = list_names(state.supervisor.specs, state.openai_aliases)
@@ -173,10 +173,10 @@ async def list_openai_models(request: Request) -> OpenAIModelList:
     summary="OpenAI: read a model",
 )
 async def read_openai_model(model: str, request: Request) -> OpenAIModel:
-    """Read one model, by any name that POST /v1/images/generations accepts."""
+    """Describes a model, by any name that POST /v1/images/generations accepts."""
     state = request.app.state
     state.supervisor.check_open()
     specs, aliases = state.supervisor.specs, state.openai_aliases
     if find_served_name(model, "text-to-image", specs, aliases) not in list_names(specs, aliases):
-        raise NotFound("model generates no images; GET /v1/models lists those that do", param="model")
+        raise NotFound("model generates no images; GET /v1/models lists the models that do", param="model")
     return OpenAIModel(id=model, created=state.started)

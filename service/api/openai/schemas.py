@@ -1,6 +1,6 @@
 """Request and response bodies of the OpenAI Images API.
 
-Values are limited by the checks of POST /generate, which every request passes through.
+Limits of values are checked later, when a body is translated to a native request.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from service.requests.images import Format
 
 MAX_PARTIAL_IMAGES = 3  # the limit of OpenAI's API
 NO_EFFECT = "Accepted; has no effect."
-WARNED = "Accepted; has no effect, which `warnings` says."
+WARNED = "Accepted; has no effect, with a warning in `warnings`."
 EXTENSION = "Extension of this service."
 
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 
 
 def require_file(value: object) -> object:
-    """Refuse a form field with text where a file belongs, before the framework does in its own words."""
+    """Refuse text in a form field for a file, with this service's message instead of the framework's."""
     if isinstance(value, str):
         raise ValueError("must be a file")
     return value
@@ -31,7 +31,7 @@ Upload = Annotated[UploadFile, BeforeValidator(require_file)]
 
 
 class OpenAIRequest(BaseModel):
-    """The fields of all three requests. In forms, numbers are text."""
+    """The common fields of all three requests. In forms, numbers are text."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -39,7 +39,7 @@ class OpenAIRequest(BaseModel):
         str | None,
         Field(
             description="A model of GET /v1/models. A name of OpenAI's own models (dall-e-3, gpt-image-1, "
-            "...) means the model that can do the request, if there is only one. Default: the first model."
+            "...) selects the only model that supports the request. Default: the first model."
         ),
     ] = None
     n: Annotated[int | None, Field(description="Number of images; default 1.")] = None
@@ -47,21 +47,22 @@ class OpenAIRequest(BaseModel):
         str | None,
         Field(
             pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$",
-            description="WIDTHxHEIGHT, or auto for the model's default. With a model name of OpenAI's or an "
-            "alias, a size larger than the model's default is generated near the default size and enlarged.",
+            description="WIDTHxHEIGHT, or auto for the model's default. If `model` is an alias or a name of "
+            "OpenAI's models, images larger than the model's default size are generated near that size and "
+            "enlarged.",
         ),
     ] = None
     response_format: Annotated[
         Literal["url", "b64_json"] | None,
         Field(
-            description="b64_json: the file in base64. url: an address that serves the file for a limited "
-            "time, without an API key. Default: base64 for gpt-image models, otherwise both."
+            description="b64_json: the file in base64. url: a URL of the file, which is valid for a limited "
+            "time and needs no API key. Default: base64 for gpt-image models, otherwise both."
         ),
     ] = None
     user: Annotated[str | None, Field(max_length=1000, description=NO_EFFECT)] = None
     seed: Annotated[
         int | None,
-        Field(description=f"{EXTENSION} Seed of the first image; -1 or none: random."),
+        Field(description=f"{EXTENSION} Seed of the first image; missing or -1: a random seed."),
     ] = None
     steps: Annotated[int | None, Field(description=f"{EXTENSION} Number of denoising steps.")] = None
     num_inference_steps: Annotated[int | None, Field(description=f"{EXTENSION} Same as steps.")] = None
@@ -75,7 +76,7 @@ class OpenAIRequest(BaseModel):
 
 
 class PromptedRequest(OpenAIRequest):
-    """The fields of the requests with a prompt."""
+    """The common fields of requests with a prompt."""
 
     prompt: str
     stream: Annotated[bool | None, Field(description="Answer with server-sent events.")] = None
@@ -109,16 +110,16 @@ class ImageGeneration(PromptedRequest):
 
 
 class UploadForm(BaseModel):
-    """The fields of both forms."""
+    """The common fields of both forms."""
 
     strength: Annotated[
         float | None,
-        Field(description=f"{EXTENSION} Share of the steps that are run on the noised input image."),
+        Field(description=f"{EXTENSION} How much of the image to change: the fraction of the steps to run."),
     ] = None
 
 
 class ImageEdit(UploadForm, PromptedRequest):
-    """Inpainting with a mask or where the image is fully transparent; otherwise image to image."""
+    """Inpainting with a mask or a partly transparent image; otherwise image to image."""
 
     image: Annotated[list[Upload], Field(description="One PNG, JPEG or WebP file.")] = []
     images: Annotated[list[Upload], Field(alias="image[]", description="Another name of image.")] = []
@@ -138,7 +139,7 @@ class ImageVariation(UploadForm, OpenAIRequest):
 
 class Image(BaseModel):
     b64_json: Annotated[str | None, Field(description="The file in base64.")] = None
-    url: Annotated[str | None, Field(description="Serves the file for a limited time.")] = None
+    url: Annotated[str | None, Field(description="URL of the file, valid for a limited time.")] = None
 
 
 class ImagesResponse(BaseModel):
@@ -148,7 +149,7 @@ class ImagesResponse(BaseModel):
     output_format: Format
     size: str
     warnings: Annotated[
-        list[str], Field(description="Extension of this service: fields that had no effect, and the like.")
+        list[str], Field(description=f"{EXTENSION} For example the fields that had no effect.")
     ] = []
 
 
@@ -158,7 +159,7 @@ class InputTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """Clients expect it at the end of a stream. Nothing is charged, so no tokens are counted."""
+    """Always 0: clients expect the field at the end of a stream, but this service counts no tokens."""
 
     input_tokens: int = 0
     input_tokens_details: InputTokens = InputTokens()
@@ -167,7 +168,7 @@ class Usage(BaseModel):
 
 
 class ImageEvent(BaseModel):
-    """The fields of both events of a stream."""
+    """The common fields of both events of a stream."""
 
     type: str
     b64_json: str

@@ -1,4 +1,4 @@
-"""From the bodies of the OpenAI Images API to this service's requests, and from its answers back."""
+"""Translation of OpenAI's request bodies to native requests, and of answers to OpenAI's responses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Size = tuple[int, int]  # width, height
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes the file of an image. size: what it is enlarged to, if anything; quality: of JPEG and WebP."""
+    """Makes the file of an image. size: to enlarge the image to, or None; quality: of JPEG and WebP."""
 
     size: Size | None = None
     quality: int | None = None
@@ -56,7 +56,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Translator:
-    """Translates request bodies for the models that are served."""
+    """Translates request bodies, given the served models."""
 
     specs: Mapping[str, ModelSpec]
     aliases: Mapping[str, str]
@@ -67,7 +67,7 @@ class Translator:
         return self._submission(body, GenerateRequest, "text-to-image", {})
 
     def edit(self, body: ImageEdit) -> Submission:
-        """Inpainting with a mask or an image with a hole, otherwise image to image. Decodes the images."""
+        """Inpainting with a mask or a partly transparent image; otherwise image to image. Decodes images."""
         uploads = [*body.image, *body.images]
         require(
             (
@@ -96,7 +96,7 @@ class Translator:
         mask = transparent_pixels(images.decode(file, "mask", self.settings.max_input_pixels))
         if mask is None or not mask.getbbox():
             has = "has no transparency" if mask is None else "has only opaque or partly transparent pixels"
-            expected = f"must be fully transparent somewhere, to mark the pixels to repaint; it {has}"
+            expected = f"must have fully transparent pixels, which mark the pixels to repaint; it {has}"
             raise InvalidRequest(f"mask {expected}", param="mask")
         return mask
 

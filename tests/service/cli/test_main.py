@@ -39,6 +39,17 @@ def test_the_installed_command_imports_nothing_from_the_current_directory(tmp_pa
     assert (parameters["prompt"], parameters["seed"]) == ("red apple", 7)
 
 
+def test_a_reader_of_stdout_that_leaves_causes_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "service.cli", "settings"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -248,7 +248,7 @@ def test_a_queued_job_cannot_be_queued_again():
 
 @pytest.mark.parametrize(("images", "rows"), [(0, 1), (1, 0)])
 def test_a_job_without_rows_is_refused(images, rows):
-    with pytest.raises(ValueError, match="needs images"):
+    with pytest.raises(ValueError, match="needs at least 1 image"):
         Scheduler(2).admit("a", shape(), images, rows)
 
 

@@ -39,8 +39,8 @@ def test_samplers_by_a1111s_names(name, scheduler, ours):
     assert (choice.sampler, choice.spacing) == ours
 
 
-def test_every_combination_is_a_sampler_of_ours():
-    assert {ours for row in SAMPLERS.values() for ours, _ in row.ours.values()} <= {*samplers.SAMPLERS}
+def test_every_combination_is_a_native_sampler():
+    assert {native for row in SAMPLERS.values() for native, _ in row.native.values()} <= {*samplers.SAMPLERS}
 
 
 def test_eta_is_for_ddim_and_turns_euler_a_into_euler():

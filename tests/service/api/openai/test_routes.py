@@ -239,7 +239,7 @@ def test_without_a_mask_the_transparent_pixels_of_the_image_are_the_mask(client,
 @pytest.mark.parametrize("alpha", [128, 1, 255])
 def test_a_mask_without_fully_transparent_pixels_is_refused(client, apple, alpha):
     mask = left_half_transparent(apple, alpha)
-    with pytest.raises(openai.BadRequestError, match="mask must be fully transparent somewhere") as caught:
+    with pytest.raises(openai.BadRequestError, match="mask must have fully transparent pixels") as caught:
         client.images.edit(image=upload_of(apple), mask=upload_of(mask), prompt="ghost")
     assert caught.value.param == "mask"
 
