@@ -275,8 +275,9 @@ class LatentDiffusion:
     ) -> Tensor:
         """Enlarges images f times by DDIM, in overlapping tiles: low (B, 3, h, w) -> x (B, 3, f*h, f*w).
 
-        h and w must be multiples of the UNet's factor. inputs: one per image, for a model that reads prompts;
-        None: empty prompts. The result is float32 on the CPU. Raises ValueError if the model is no upscaler.
+        h and w must be multiples of the UNet's side_multiple. inputs: one per image, for a model that reads
+        prompts; None: empty prompts. The result is float32 on the CPU. Raises ValueError if the model is no
+        upscaler.
         """
         h, w = low.shape[-2:]
         tiles = cut(h, w, self.spec.tile)

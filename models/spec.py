@@ -52,8 +52,13 @@ class UNetSpec:
 
     @property
     def factor(self) -> int:
-        """Latent sides must be a multiple of this."""
+        """Cells of the latent along one side of a cell of the coarsest level."""
         return 1 << (len(self.channels) - 1)
+
+    @property
+    def side_multiple(self) -> int:
+        """Latent sides must be a multiple of this: only lone convolutions can halve odd sides."""
+        return self.factor if self.residual_resampling else 1
 
 
 @dataclass(frozen=True)
@@ -307,8 +312,8 @@ class ModelSpec:
 
     @property
     def size_multiple(self) -> int:
-        """Image sides must be a multiple of this: the autoencoder's factor times the UNet's."""
-        return self.autoencoder.factor * (self.unet.factor if self.unet else 1)
+        """Image sides must be a multiple of this: the autoencoder's factor times the UNet's side_multiple."""
+        return self.autoencoder.factor * (self.unet.side_multiple if self.unet else 1)
 
     @property
     def tile(self) -> int:

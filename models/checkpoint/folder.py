@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -16,7 +18,7 @@ from models.checkpoint.parts import (
     unet_names,
     without_text_prefix,
 )
-from models.checkpoint.weights import NETWORK_FILES, TEXT_FILES, open_network
+from models.checkpoint.weights import NETWORK_FILES, TEXT_FILES, open_network, other_variant
 from models.conditioning.conditioner import TextConditioner
 from models.formats.diffusers_read import autoencoder_folder
 from models.formats.diffusers_tables import TEXT_ENCODERS
@@ -39,4 +41,16 @@ def open_folder(source: Source, networks: Networks, device: torch.device | str) 
         if layout := conditioner.layout:
             names = {key: key for key in layout.state_dict()}
             parts.append(Part(layout, names, read(path / "layout", NETWORK_FILES)))
-    return OpenedModel(source, networks, tuple(parts))
+    return OpenedModel(source, networks, tuple(parts), variants=tuple(variants(path, networks)))
+
+
+def variants(path: Path, networks: Networks) -> Iterator[str]:
+    """Sentences about networks of which a folder has other files than usual."""
+    folders = [(path / "unet", NETWORK_FILES)] if networks.unet else []
+    folders.append((autoencoder_folder(path), NETWORK_FILES))
+    if isinstance(networks.conditioner, TextConditioner):
+        count = len(networks.conditioner.encoders)
+        folders += [(path / name, TEXT_FILES) for name in TEXT_ENCODERS[:count]]
+    for folder, names in folders:
+        if sentence := other_variant(folder, names):
+            yield sentence

@@ -56,6 +56,7 @@ class OpenedModel:
     networks: Networks
     parts: tuple[Part, ...]
     leftover: tuple[str, ...] = ()  # tensors of no network
+    variants: tuple[str, ...] = ()  # sentences about files that are used for want of the usual ones
     ignored: tuple[str, ...] = ()  # tensors that are not needed to use the model
     duplicates: Mapping[str, str] | None = None  # tensors of a second first stage -> of the first
     weights: Weights | None = None  # all of a single file
@@ -68,7 +69,7 @@ class OpenedModel:
     def notes(self) -> tuple[str, ...]:
         """What a user should know about the files, and is no error."""
         ignored = list(self.ignored)
-        return self.source.notes + ((summarise_keys("ignored", ignored),) if ignored else ())
+        return self.source.notes + self.variants + ((summarise_keys("ignored", ignored),) if ignored else ())
 
 
 def make_networks(spec: ModelSpec) -> Networks:

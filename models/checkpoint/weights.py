@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from models.formats.single_file import read_header
 
 INDEX_SUFFIX = ".index.json"
 VARIANTS = ("", ".fp16")
+OTHER_VARIANTS = (".bf16", ".fp32", ".ema", ".non_ema")  # used if there is none of these
 MAX_LISTED_KEYS = 4  # in an error message
 MAX_KEY_CHARS = 200  # of each of them
 
@@ -105,8 +107,23 @@ def tensor_in(data: mmap.mmap, stored: Stored) -> Tensor:
 
 def open_network(folder: Path, names: FileNames, device: torch.device | str, allow_pickle: bool) -> Weights:
     """The tensors of a network in a folder: in one file, or in several with an index; pickled ones last."""
-    for stem, suffix in ((names.safe, ".safetensors"), (names.pickled, ".bin")):
-        for variant in VARIANTS:
+    file, index = find_network(folder, names)
+    if is_safetensors(file) or allow_pickle:
+        return (
+            open_shards(index, file.suffix, device, allow_pickle)
+            if index
+            else open_weights(file, device, allow_pickle)
+        )
+    raise CheckpointError(
+        f"{folder} has pickled weights only ({(index or file).name}); these need allow_pickle"
+    )
+
+
+def find_network(folder: Path, names: FileNames) -> tuple[Path, Path | None]:
+    """The file of a network, and its index if there are several. Raises CheckpointError if there is none."""
+    stems = (names.safe, ".safetensors"), (names.pickled, ".bin")
+    for variants in (VARIANTS, OTHER_VARIANTS):
+        for (stem, suffix), variant in product(stems, variants):
             file = folder / f"{stem}{variant}{suffix}"
             # Older files have the variant at the end.
             indexes = [
@@ -114,15 +131,16 @@ def open_network(folder: Path, names: FileNames, device: torch.device | str, all
                 file.with_name(file.name + INDEX_SUFFIX),
             ]
             index = next((index for index in indexes if index.is_file()), None)
-            if not file.is_file() and index is None:
-                continue
-            if suffix == ".bin" and not allow_pickle:
-                found = (index or file).name
-                raise CheckpointError(f"{folder} has pickled weights only ({found}); these need allow_pickle")
-            if index is None or file.is_file():
-                return open_weights(file, device, allow_pickle)
-            return open_shards(index, suffix, device, allow_pickle)
+            if file.is_file() or index:
+                return file, None if file.is_file() else index
     raise CheckpointError(f"{folder / names.safe_file} is missing")
+
+
+def other_variant(folder: Path, names: FileNames) -> str | None:
+    """A sentence about the file of a network, if it is another one than usual."""
+    file, index = find_network(folder, names)
+    found = [variant for variant in OTHER_VARIANTS if f"{variant}." in (index or file).name]
+    return f"{folder.name}/{(index or file).name} is used: there is no other variant" if found else None
 
 
 def open_shards(index: Path, suffix: str, device: torch.device | str, allow_pickle: bool) -> Weights:

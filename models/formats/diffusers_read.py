@@ -17,6 +17,7 @@ from models.formats.diffusers_tables import (
     NOISE_SCHEDULER,
     PIPELINES,
     PLAIN_UNET_FIXED,
+    SAME_NETWORKS,
     SCHEDULER,
     SCHEDULER_FIXED,
     SIZE_KEY,
@@ -133,10 +134,14 @@ def translated(file: Path, reader: Callable[[Config], Spec], config: Config) -> 
 
 
 def read_index(path: Path) -> Config:
-    """The index of a folder. Raises CheckpointError if it names an unsupported pipeline or part."""
+    """The index of a folder, with the pipeline in PIPELINES that has the same networks.
+
+    Raises CheckpointError if it names an unsupported pipeline or part.
+    """
     file = path / INDEX_FILE
     index = read_json(file)
     pipeline = index.get("_class_name")
+    pipeline = SAME_NETWORKS.get(pipeline, pipeline) if isinstance(pipeline, str) else pipeline
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise CheckpointError(
             f"{file}: pipeline {shortened(pipeline)} is not supported; supported are {', '.join(PIPELINES)}"
@@ -147,8 +152,8 @@ def read_index(path: Path) -> Config:
         if found not in (expected, expected + "Fast"):
             raise CheckpointError(f"{file}: {part} is {shortened(found)}; supported is {expected}")
     if index.get("requires_aesthetics_score"):
-        raise CheckpointError(f"{file}: requires_aesthetics_score is true, which is not supported")
-    return index
+        raise CheckpointError(f"{file}: SDXL's refiner (requires_aesthetics_score) is not supported")
+    return index | {"_class_name": pipeline}
 
 
 def check_fixed(config: Config, fixed: Accepted) -> None:

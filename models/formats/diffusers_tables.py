@@ -31,6 +31,60 @@ PIPELINES = {  # pipeline -> the folder of each part, and its class
     XL_INPAINTING: TWO_ENCODERS,
     SUPER_RESOLUTION: {"unet": "UNet2DModel", "vqvae": "AutoencoderKL"},
 }
+# Pipelines that use the networks of another one in another way. Parts of their own are not used.
+SAME_NETWORKS = {
+    **dict.fromkeys(
+        (
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionPipelineSafe",
+            "StableDiffusionSAGPipeline",
+            "StableDiffusionPAGPipeline",
+            "StableDiffusionPAGImg2ImgPipeline",
+            "StableDiffusionPanoramaPipeline",
+            "StableDiffusionAttendAndExcitePipeline",
+            "StableDiffusionDiffEditPipeline",
+            "StableDiffusionKDiffusionPipeline",
+            "StableDiffusionAdapterPipeline",
+            "StableDiffusionControlNetPipeline",
+            "StableDiffusionControlNetImg2ImgPipeline",
+            "StableDiffusionControlNetPAGPipeline",
+            "LatentConsistencyModelPipeline",
+            "LatentConsistencyModelImg2ImgPipeline",
+        ),
+        PLAIN,
+    ),
+    **dict.fromkeys(
+        (
+            "StableDiffusionInpaintPipelineLegacy",
+            "StableDiffusionPAGInpaintPipeline",
+            "StableDiffusionControlNetInpaintPipeline",
+            "StableDiffusionControlNetPAGInpaintPipeline",
+        ),
+        INPAINTING,
+    ),
+    **dict.fromkeys(
+        (
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLPAGPipeline",
+            "StableDiffusionXLPAGImg2ImgPipeline",
+            "StableDiffusionXLAdapterPipeline",
+            "StableDiffusionXLControlNetPipeline",
+            "StableDiffusionXLControlNetImg2ImgPipeline",
+            "StableDiffusionXLControlNetUnionPipeline",
+            "StableDiffusionXLControlNetPAGPipeline",
+            "StableDiffusionXLKDiffusionPipeline",
+        ),
+        XL,
+    ),
+    **dict.fromkeys(
+        (
+            "StableDiffusionXLPAGInpaintPipeline",
+            "StableDiffusionXLControlNetInpaintPipeline",
+            "StableDiffusionXLControlNetUnionInpaintPipeline",
+        ),
+        XL_INPAINTING,
+    ),
+}
 TEXT_ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 LIBRARIES = dict.fromkeys((*TEXT_ENCODERS, *TOKENIZERS), "transformers")  # of other parts: diffusers
 UNUSED_PARTS = {  # parts that a pipeline may have and that are written as absent

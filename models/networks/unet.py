@@ -104,8 +104,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(double(x))
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        """x (B, C, h, w) -> (B, C, *size); size: (2h, 2w), or one less where an odd side was halved."""
+        out: Tensor = self.conv(double(x)[..., : size[0], : size[1]])
         return out
 
 
@@ -115,13 +116,19 @@ class Stage(nn.ModuleList):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(layers)
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
-        """x (B, C_in, h, w), emb (B, E), context (B, L, C_ctx) -> (B, C_out, h', w')."""
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor | None, size: torch.Size | None = None
+    ) -> Tensor:
+        """x (B, C_in, h, w), emb (B, E), context (B, L, C_ctx) -> (B, C_out, h', w'); size: (h', w')
+        after upsampling.
+        """
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
             else:
                 x = layer(x)
         return x
@@ -228,6 +235,7 @@ class UNet(nn.Module):
             skips.append(x)
         x = self.middle_block(x, emb, context)
         for stage in self.output_blocks:
-            x = stage(torch.cat([x, skips.pop()], dim=1), emb, context)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = stage(x, emb, context, skips[-1].shape[-2:] if skips else None)
         out: Tensor = self.out[2](group_norm(x, first_norm(self.out), activate=True))
         return out

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -341,3 +341,26 @@ def write(folder: Path, name: str, row: Row, networks: Reference, form: str = "s
         tensors, file
     )
     return file
+
+
+def write_downloaded(folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
+    """Files as people find them, from those of write().
+
+    A VAE, a model without one, a model with other averages, and a model in half precision that predicts v,
+    has zero terminal SNR and the projection of a linear layer.
+    """
+    first, xl = load_file(files["sd1"]), load_file(files["sdxl"])
+    stage, unet = "first_stage_model.", "model.diffusion_model."
+    names = {key: "model_ema." + key.removeprefix("model.").replace(".", "") for key in first if unet in key}
+    projection = "conditioner.embedders.1.model.text_projection"
+    xl[projection + ".weight"] = xl.pop(projection).T
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0), "global_step": torch.tensor(9)}
+    made = {
+        "vae": {key.removeprefix(stage): value for key, value in first.items() if stage in key},
+        "sd1-no-vae": {key: value for key, value in first.items() if stage not in key},
+        "sd1-averages": first | {name: torch.zeros_like(first[key]) for key, name in names.items()},
+        "sdxl-v": {key: value.half().contiguous() for key, value in xl.items()} | marks,
+    }
+    for name, tensors in made.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    return {name: folder / f"{name}.safetensors" for name in made}

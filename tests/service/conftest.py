@@ -51,8 +51,17 @@ def sd_folders(sd_pipelines: dict, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def families(start_server, ldm_files, sd_files, sd_folders) -> Iterator[Server]:
+def downloaded_files(sd_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Stable Diffusion's files as people find them, by name; the first is the VAE of the second."""
+    from tests.checkpoints.sd_files import write_downloaded
+
+    return write_downloaded(tmp_path_factory.mktemp("downloaded"), sd_files)
+
+
+@pytest.fixture(scope="session")
+def families(start_server, ldm_files, sd_files, downloaded_files, sd_folders) -> Iterator[Server]:
     """A server of one model of each family; those of the latent diffusion paper come first."""
-    models = (*ldm_files.values(), *sd_files.values(), *sd_folders.values())
-    with start_server(*models, LDM_PREDICTION="epsilon") as server:
+    vae, *downloaded = downloaded_files.values()
+    models = (*ldm_files.values(), *sd_files.values(), *downloaded, *sd_folders.values())
+    with start_server(*models, LDM_PREDICTION="epsilon", LDM_VAE=f"sd1-no-vae={vae}") as server:
         yield server

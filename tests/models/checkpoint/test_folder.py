@@ -7,6 +7,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from models.checkpoint import CheckpointError, load, read_spec, save
+from models.checkpoint.inspection import inspect
 from models.checkpoint.parts import autoencoder_names, unet_names
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
@@ -100,6 +101,24 @@ def test_variant_file_names_are_found(folder):
     (folder / UNET).rename(folder / "unet/diffusion_pytorch_model.fp16.safetensors")
     (folder / TEXT).rename(folder / "text_encoder/model.fp16.safetensors")
     load(folder)
+
+
+@pytest.mark.parametrize("variant", ["bf16", "non_ema"])
+def test_the_only_variant_is_used_with_a_note(folder, variant):
+    (folder / UNET).rename(folder / f"unet/diffusion_pytorch_model.{variant}.safetensors")
+    load(folder)
+    (note,) = inspect(folder).notes
+    assert f"unet/diffusion_pytorch_model.{variant}.safetensors is used" in note
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    ["StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline", "StableDiffusionControlNetPipeline"],
+)
+def test_folders_of_other_pipelines_with_the_same_networks(folder, pipeline):
+    before = load(folder)
+    edit_json(folder / "model_index.json", _class_name=pipeline)
+    assert same_weights(load(folder), before)
 
 
 def test_older_key_styles_are_the_same_model(folder):

@@ -4,7 +4,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from models.networks.unet import UNet
+from models.formats import ldm, stable_diffusion
+from models.networks.unet import UNet, timestep_embedding
+from tests.checkpoints import sd_files
 from tests.checkpoints.tiny import fill_randomly
 from tests.helpers.numbers import LIMIT, relative_error
 from tests.helpers.reference_unet import GROUPS, ROWS, Reference, as_diffusers, four_wide, spec
@@ -65,3 +67,30 @@ def test_eps_against_diffusers():
     x, t, _ = inputs(ours.spec)
     theirs = reference(x, t).sample
     assert relative_error(ours(x, t), theirs) <= LIMIT
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("size", [(5, 7), (10, 15), (9, 16)])
+@torch.inference_mode()
+def test_sides_that_are_halved_from_odd_ones(name, size):
+    """As diffusers does it: what is upsampled takes the size of its skip connection."""
+    row = sd_files.narrow(sd_files.ROWS[name])
+    theirs = sd_files.random(sd_files.make_unet(row), 1)
+    tensors = sd_files.unet_tensors(row, theirs)
+    shapes = {"model.diffusion_model." + key: tuple(value.shape) for key, value in tensors.items()}
+    ours = UNet(
+        ldm.unet_spec(ldm.below(shapes, ldm.UNET), row.heads, stable_diffusion.HEAD_WIDTH)
+    ).requires_grad_(False)
+    ours.load_state_dict(tensors)
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(2, row.in_channels, *size, generator=g)
+    context = torch.randn(2, 77, theirs.config.cross_attention_dim, generator=g)
+    t, pooled, options = torch.tensor([1, 801]), None, {}
+    if row.size_width:
+        texts, sizes = torch.randn(2, row.texts[-1].width, generator=g), torch.arange(12).reshape(2, 6)
+        options = {"added_cond_kwargs": {"text_embeds": texts, "time_ids": sizes}}
+        embedded = timestep_embedding(sizes.flatten(), row.size_width).reshape(2, -1)
+        pooled = torch.cat([texts, embedded], dim=-1)
+    expected = theirs(x, t, context, **options).sample
+    assert expected.shape[-2:] == size
+    assert relative_error(ours(x, t, context, pooled), expected) <= LIMIT

@@ -39,9 +39,9 @@ def kept(array: np.ndarray) -> np.ndarray:
 
 def test_the_canvas_is_padded_to_a_size_of_the_model_and_the_result_is_cut():
     made = order()
-    assert (made.canvas_width, made.canvas_height) == (64, 48)
+    assert (made.canvas_width, made.canvas_height) == (56, 40)
     assert (made.width, made.height) == SIZE
-    assert (len(made.inputs.image), len(made.inputs.mask)) == (64 * 48 * 3, 64 * 48)
+    assert (len(made.inputs.image), len(made.inputs.mask)) == (56 * 40 * 3, 56 * 40)
     assert (made.task, made.parameters.strength, made.prompt) == ("inpainting", 1.0, "")
 
 
@@ -55,7 +55,7 @@ def test_parameters_are_those_of_the_request_without_its_images():
 
 def test_a_preview_shows_the_clients_part_of_the_canvas():
     made = order()
-    preview = response.to_job_preview(made, Previewed(made.id, 0, 2, 8, 6, bytes(8 * 6 * 3)))
+    preview = response.to_job_preview(made, Previewed(made.id, 0, 2, 7, 5, bytes(7 * 5 * 3)))
     assert (preview.width, preview.height) == (6, 5)  # of 50x37, at an eighth
     assert Image.open(io.BytesIO(base64.b64decode(preview.data))).size == (6, 5)
 

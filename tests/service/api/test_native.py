@@ -254,7 +254,7 @@ def test_models_lists_tasks_defaults_limits_and_samplers(server):
     (model,) = server.client.get("/models").json()["models"]
     assert (model["name"], model["tasks"]) == ("tiny", ["text-to-image", "image-to-image", "inpainting"])
     assert (model["defaults"]["width"], model["defaults"]["steps"]) == (64, 5)
-    assert (model["limits"]["size_multiple"], model["limits"]["max_steps"]) == (16, 1000)
+    assert (model["limits"]["size_multiple"], model["limits"]["max_steps"]) == (8, 1000)
     assert model["defaults"]["sampler"] in model["samplers"]
     assert model["spacings"] == ["leading", "trailing", "linspace"]
     assert model["defaults"]["spacing"] == "leading"

@@ -59,3 +59,19 @@ def test_each_model_is_listed_with_its_defaults(families):
     assert listed["sd-x4"]["upscaling"] == {"scale": 4, "max_noise_level": 350}
     assert listed["sd2"]["defaults"]["width"] == 512  # as it predicts eps
     assert listed["sdxl"]["defaults"]["width"] == 1024
+    assert {listed[name]["limits"]["size_multiple"] for name in ("sd1", "sd2", "sdxl")} == {8}
+    assert listed["sdxl-v"]["defaults"]["spacing"] == "trailing"
+
+
+@pytest.mark.parametrize("name", ["sd1-no-vae", "sd1-averages"])
+def test_a_separate_vae_and_unused_averages_change_nothing(families, name):
+    assert (ask(families, name, width=64, height=64) == ask(families, "sd1", width=64, height=64)).all()
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@torch.inference_mode()
+def test_sides_are_multiples_of_8(families, sd_files, name):
+    pixels = ask(families, name, width=72, height=40)
+    x = load(sd_files[name]).sample([ConditioningInput("red apple", "blue")], [5], 2, 3.0, size=(72, 40))
+    assert pixels.shape == (40, 72, 3)
+    assert psnr(pixels, bytes_of(x[0])) > 40

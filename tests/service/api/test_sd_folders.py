@@ -37,6 +37,13 @@ def test_generate_at_another_size(families, sd_pipelines):
     assert psnr(pixels, theirs(sd_pipelines["xl"], latents=start, width=96, height=64)) > 45
 
 
+def test_generate_at_sides_that_are_no_multiple_of_the_coarsest_cell(families, sd_pipelines):
+    body = {"model": "xl", "width": 72, "height": 40} | REQUEST
+    start = torch.randn(1, 4, 5, 9, generator=torch.Generator().manual_seed(7))
+    expected = theirs(sd_pipelines["xl"], latents=start, width=72, height=40)
+    assert psnr(image_of(families.client.post("/generate", json=body)), expected) > 40
+
+
 def test_inpaint(families, sd_pipelines, monkeypatch):
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
     shown, mask = noise(64, 64), np.zeros((64, 64), np.uint8)

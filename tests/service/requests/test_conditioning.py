@@ -67,11 +67,10 @@ def test_a_box_is_cut_at_the_edge():
 
 
 def test_boxes_of_an_inpainting_are_fractions_of_the_image():
-    image, mask = np.zeros((40, 40, 3), np.uint8), np.full((40, 40), 255, np.uint8)
+    image, mask = np.zeros((36, 36, 3), np.uint8), np.full((36, 36), 255, np.uint8)
     resolved = resolved_of(image=png(image), mask=png(mask), boxes=[BOX | {"x": 0.0, "w": 1.0, "h": 1.0}])
-    assert (resolved.canvas_width, resolved.canvas_height) == (48, 48)
-    assert (cells(resolved)[:5, :5] == 2).all()
-    assert cells(resolved)[5].sum() == cells(resolved)[:, 5].sum() == 0
+    assert (resolved.canvas_width, resolved.canvas_height) == (40, 40)
+    assert (cells(resolved)[:4, :4] == 2).all()
 
 
 def test_the_colours_of_a_segmentation_are_labels():

@@ -154,7 +154,7 @@ def test_a_canvas_repeats_the_last_row_and_column():
     [
         ({}, (96, 48)),
         ({"width": 64, "height": 64}, (64, 64)),
-        ({"width": 48}, (48, 32)),
+        ({"width": 48}, (48, 24)),
         ({"height": 96}, (192, 96)),
     ],
 )
