@@ -43,8 +43,8 @@ class JSONRoute(APIRoute):
 def add_content_type(request: Request) -> None:
     """Treat a body without a Content-Type as JSON, unless it comes from a web page.
 
-    For JSON, browsers first ask the server whether pages of that origin may send it (CORS). Without a
-    Content-Type they do not ask, so such a body of a page stays what it is.
+    Before they send JSON to another server, browsers ask it for permission (CORS). Without a Content-Type
+    they do not ask, so a body with an Origin header is not treated as JSON.
     """
     headers: list[tuple[bytes, bytes]] = request.scope["headers"]
     if not {b"content-type", b"origin"} & {name for name, _ in headers}:

@@ -43,7 +43,7 @@ def add_inspect(command: argparse.ArgumentParser) -> None:
         "--base",
         metavar="MODEL",
         type=Path,
-        help="the model that a LoRA or an embedding is for: also say what of it that model does not read",
+        help="with a LoRA or an embedding: also list its tensors that this model does not use",
     )
     add_settings(command, *CHECKPOINT)
     command.set_defaults(command=run_inspect)

@@ -62,7 +62,8 @@ class Registry(Generic[Bundle]):
 
         `loras`: model -> name -> LoRA, of those that fit; `apply`: makes a copy of a bundle with LoRAs
         merged, each with its weights for the UNet and for the text encoders; `size`: bytes of such a copy;
-        `max_merged`: most copies at the same time; `warn`: what of a LoRA a model ignores.
+        `max_merged`: most copies at the same time; `warn`: a warning about parts of a LoRA that its model
+        ignores, or an empty text.
         """
         self._loras, self._apply, self._copy_size, self._max_merged = loras, apply, size, max_merged
         for model, spec in self.specs.items():

@@ -16,7 +16,7 @@ LatentFill = Literal["image", "noise", "zeros"]
 
 
 class LoraWeights(NamedTuple):
-    """A LoRA by its name, and how strongly it changes the UNet and the text encoders."""
+    """The name of a LoRA, and its weights for the UNet and for the text encoders."""
 
     name: str
     unet: float
@@ -24,7 +24,7 @@ class LoraWeights(NamedTuple):
 
 
 class ModelKey(NamedTuple):
-    """What a job runs on: a model and the LoRAs merged into it, sorted by name, with no weights of 0 only."""
+    """A model and the LoRAs merged into it, sorted by name, without LoRAs whose weights are both 0."""
 
     model: str
     loras: tuple[LoraWeights, ...] = ()
@@ -82,21 +82,6 @@ class Job:
     def model_key(self) -> ModelKey:
         """Jobs with different keys cannot share a UNet call."""
         return ModelKey(self.model, self.loras)
-
-    @property
-    def task(self) -> str:
-        """One of ModelSpec.tasks."""
-        if self.scale:
-            return "upscaling"
-        if self.mask:
-            return "inpainting"
-        if self.image:
-            return "image-to-image"
-        if self.regions or self.boxes:
-            return "layout-to-image"
-        if self.class_label is not None:
-            return "class-to-image"
-        return "text-to-image" if self.prompt else "unconditional"
 
     @property
     def rows(self) -> int:

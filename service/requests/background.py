@@ -188,9 +188,7 @@ class Jobs:
     def __init__(self, supervisor: Supervisor) -> None:
         self.supervisor = supervisor
         self._records: dict[str, Record] = {}
-        self._ended: dict[
-            str, Hashable
-        ] = {}  # id -> idempotency key of kept jobs, in the order of their ends
+        self._ended: dict[str, Hashable] = {}  # kept jobs in the order of their ends: id -> idempotency key
         self._keys: dict[Hashable, IdempotencyEntry] = {}
         self._bytes = 0  # of the files of kept jobs
 

@@ -92,7 +92,7 @@ def find_model(name: str | None, specs: Mapping[str, ModelSpec], tasks: Collecti
 
     The name is only looked up; it never becomes a path.
     """
-    supporting = [key for key, spec in specs.items() if not {*tasks}.isdisjoint(spec.tasks)]
+    supporting = [key for key, spec in specs.items() if checks.supports_any(spec, tasks)]
     name = coalesce(name, next(iter([*supporting, *specs])))
     if name not in specs:
         raise NotFound(f"model does not exist; expected one of {', '.join(specs)}", param="model")
@@ -241,15 +241,23 @@ def loras_of(request: ImageRequest, spec: ModelSpec) -> dict[str, float]:
         expected = f"contains {shorten(name)!r}, which this model does not have; available: {known}"
         require([("loras", name in spec.loras, expected)])
     for name in request.lora_text_weights:
-        require([("lora_text_weights", name in request.loras, f"contains {shorten(name)!r}; loras does not")])
+        require(
+            [
+                (
+                    "lora_text_weights",
+                    name in request.loras,
+                    f"contains {shorten(name)!r}, which is not in loras",
+                )
+            ]
+        )
     loras, text = request.loras, request.lora_text_weights
     return {name: weight for name, weight in sorted(loras.items()) if weight or text.get(name)}
 
 
 def text_weights_of(request: ImageRequest) -> dict[str, float]:
-    """Weights of LoRAs for text encoders where they differ from those for the UNet, by name, sorted."""
-    different = sorted(request.lora_text_weights.items())
-    return {name: weight for name, weight in different if weight != request.loras[name]}
+    """Name -> weight for the text encoders, sorted, of LoRAs for which it differs from the UNet's weight."""
+    weights = sorted(request.lora_text_weights.items())
+    return {name: weight for name, weight in weights if weight != request.loras[name]}
 
 
 def with_layout(

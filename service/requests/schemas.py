@@ -139,7 +139,7 @@ class ImageRequest(BaseModel):
         dict[str, LoraWeight],
         Field(
             default_factory=dict,
-            description="For LoRAs of `loras`: other weights for the changes of text encoders",
+            description="Weights for the text encoders, of LoRAs for which they differ from those in `loras`",
         ),
     ]
     output_format: Format | None = None

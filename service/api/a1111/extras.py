@@ -15,7 +15,7 @@ from service.api.a1111.checks import ignored_warning
 from service.api.a1111.schemas import Extras
 from service.requests import images
 from service.requests.background import Submission
-from service.requests.checks import require
+from service.requests.checks import require, supports_any
 from service.requests.resolve import TASKS_OF, build_request, coalesce
 from service.requests.response import Result
 from service.requests.schemas import UpscaleRequest
@@ -28,7 +28,7 @@ UNSUPPORTED = ("extras_upscaler_2_visibility", "gfpgan_visibility", "codeformer_
 
 
 def is_upscaler(spec: ModelSpec) -> bool:
-    return not {*TASKS_OF[UpscaleRequest]}.isdisjoint(spec.tasks)
+    return supports_any(spec, TASKS_OF[UpscaleRequest])
 
 
 def upscaler_names(specs: Mapping[str, ModelSpec]) -> Sequence[str]:

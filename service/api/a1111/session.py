@@ -17,6 +17,7 @@ from service.api.a1111.schemas import Options, ProgressResponse, ProgressState
 from service.errors import NotFound
 from service.requests import response
 from service.requests.background import Jobs, Record, Submission
+from service.requests.checks import supports_any
 from service.requests.resolve import TASKS_OF, coalesce
 from service.requests.response import Answer
 from service.requests.schemas import GenerateRequest, InpaintRequest
@@ -123,7 +124,7 @@ class A1111Session:
 
 
 def makes_images(spec: ModelSpec) -> bool:
-    return not {*TASKS_OF[GenerateRequest], *TASKS_OF[InpaintRequest]}.isdisjoint(spec.tasks)
+    return supports_any(spec, (*TASKS_OF[GenerateRequest], *TASKS_OF[InpaintRequest]))
 
 
 def timestamp(seconds: float) -> str:
