@@ -15,6 +15,7 @@ NAMED_MODEL = re.compile(r"[^\s=][^=]*=.")
 ORIGIN = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 BYTES = "a number of bytes, or a number with K, M or G"
+QUOTED_COMMA = "\0"  # no path has this character
 API_KEY = re.compile(r"[!-+\--~]{8,}")  # visible ASCII without a comma
 
 
@@ -67,7 +68,13 @@ def read_device(text: str) -> str:
 
 
 def read_list(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """Entries between commas; a comma in double quotes belongs to its entry."""
+    pieces = text.split('"')
+    if len(pieces) % 2 == 0:  # a quote without its partner is a character like others
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    inside = [piece.replace(",", QUOTED_COMMA) if index % 2 else piece for index, piece in enumerate(pieces)]
+    parts = (part.strip().replace(QUOTED_COMMA, ",") for part in "".join(inside).split(","))
+    return tuple(part for part in parts if part)
 
 
 def read_models(text: str) -> tuple[str, ...]:

@@ -64,7 +64,9 @@ class Settings:
     # models
     model: tuple[str, ...] = setting(
         ("emoji", "emoji-upscale"),
-        Parser(read_models, "model names or paths, separated by commas"),
+        Parser(
+            read_models, "model names or paths, separated by commas (a path with a comma in double quotes)"
+        ),
         """Models to serve: the name of a bundled model (emoji, emoji-upscale), or the path of a folder or a
         single file. A request that names no model gets the first one that can do its task.""",
     )
@@ -346,7 +348,9 @@ def suggestion(key: str, names: list[str]) -> str:
 
 def as_text(value: Any) -> str:
     """A value of a setting or of a TOML file, as the text of an environment variable."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, tuple):  # of a setting: each is one entry, also if it has a comma
+        return ",".join(f'"{entry}"' if "," in str(entry) else as_text(entry) for entry in value)
+    if isinstance(value, list):  # texts, each of which may have several entries
         return ",".join(map(as_text, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -17,7 +17,7 @@ import io
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 from models.formats.config_files import shortened
 from models.formats.safetensors import ITEM_SIZES
@@ -97,13 +97,18 @@ class TensorRecord:
 
 
 def run(data: bytes) -> Any:
-    """The value of a pickle.
+    """The value of a pickle; raises as run_next()."""
+    return run_next(io.BytesIO(data), {})
+
+
+def run_next(stream: BinaryIO, storages: dict[str, Storage]) -> Any:
+    """The value of the pickle at a stream's position, which is then behind it; adds its storages, by key.
 
     Raises ValueError for one that is damaged, has very many instructions, or some that torch never writes;
     HarmfulNameError for a harmful name.
     """
-    machine = Machine()
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(data))):
+    machine = Machine(storages)
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count >= MAX_OPCODES:
             raise ValueError(f"its pickle has more than {MAX_OPCODES} instructions")
         machine.execute(opcode.name, argument)
@@ -134,7 +139,8 @@ IGNORED = frozenset({"PROTO", "FRAME", "STOP"})
 class Machine:
     """A stack and a memo. Methods on_... execute the instruction of that name."""
 
-    def __init__(self) -> None:
+    def __init__(self, storages: dict[str, Storage]) -> None:
+        self.storages = storages
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -283,7 +289,9 @@ class Machine:
             self.stack.append(call(*arguments))
 
     def on_binpersid(self, _: Any) -> None:
-        self.stack.append(storage(self.pop()))
+        found = storage(self.pop())
+        self.storages[found.key] = found
+        self.stack.append(found)
 
     def expect(self, *kinds: type) -> Any:
         """The value on top of the stack, of one of these types."""
@@ -328,7 +336,12 @@ def checked_name(module: str, name: str) -> Name:
 
 
 def storage(value: Any) -> Storage:
-    """The storage that ('storage', class, key, device, count) refers to."""
+    """The storage that ('storage', class, key, device, count) refers to.
+
+    Before torch 1.6 a sixth value said of which part of another storage it was; it must be None.
+    """
+    if isinstance(value, tuple) and len(value) == 6 and value[5] is None:
+        value = value[:5]
     valid = isinstance(value, tuple) and len(value) == 5
     tag, kind, key, _, count = value if valid else (None,) * 5
     if tag != "storage" or not isinstance(kind, Name) or not isinstance(key, str) or len(key) > MAX_NAME:

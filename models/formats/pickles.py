@@ -6,6 +6,7 @@ reads as data, and one entry for each storage of numbers.
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any, BinaryIO
 
 from models.errors import CheckpointError
 from models.formats.config_files import shortened
-from models.formats.pickle_machine import HarmfulNameError, TensorRecord, run
+from models.formats.pickle_machine import HarmfulNameError, Storage, TensorRecord, run, run_next
 from models.formats.safetensors import ITEM_SIZES, ZIP, Header, Stored, opened, sniff
 
 MAX_PICKLE_BYTES = 2**24
 MAX_DIRECTORY_BYTES = 2**21  # of the zip file's list of entries; a model of 2,500 tensors takes 200,000
 OLD_FORMAT = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch before 1.6
+OLD_VERSION = 1001
+BOOKKEEPING = (int, float, str, bytes, list, tuple, dict, type(None))  # values that are no tensors
+Ranges = dict[str, tuple[int, int]]  # name of an entry -> position of its first byte, and length
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of an entry in a zip file
 # The record that ends a zip file's directory, in both forms: signature, where the directory's size is in it
 # and in which format, the record's length.
@@ -32,13 +36,13 @@ def read_pickle(file: Path) -> Header:
     Runs nothing, and reads the pickle and the list of entries only. Raises CheckpointError.
     """
     with opened(file) as (stream, size):
-        check_format(file, sniff(file, stream, size))
+        head = sniff(file, stream, size)
+        check_format(file, head)
         try:
-            check_directory(stream, size)
-            with zipfile.ZipFile(stream) as archive:
-                entries = read_entries(archive)
-                records = named_tensors(file, run(read_entry(archive, entries["data.pkl"], MAX_PICKLE_BYTES)))
-                ranges = {key: data_range(stream, entry, size) for key, entry in entries.items()}
+            if head.startswith(OLD_FORMAT):
+                records, ranges = read_old_format(file, stream, size)
+            else:
+                records, ranges = read_archive(file, stream, size)
         except HarmfulNameError as error:
             raise CheckpointError(
                 f"{file} is refused: it contains more than tensors, it names {error}"
@@ -51,14 +55,19 @@ def read_pickle(file: Path) -> Header:
         return Header(tensors)
 
 
+def read_archive(file: Path, stream: BinaryIO, size: int) -> tuple[dict[str, TensorRecord], Ranges]:
+    """The tensors of a zip file, and where its entries lie."""
+    check_directory(stream, size)
+    with zipfile.ZipFile(stream) as archive:
+        entries = read_entries(archive)
+        records = named_tensors(file, run(read_entry(archive, entries["data.pkl"], MAX_PICKLE_BYTES)))
+        return records, {key: data_range(stream, entry, size) for key, entry in entries.items()}
+
+
 def check_format(file: Path, head: bytes) -> None:
-    """Raise CheckpointError, naming the format, for a file that is not a zip file."""
-    if head.startswith(ZIP):
+    """Raise CheckpointError, naming the format, for a file that is not one of torch."""
+    if head.startswith((ZIP, OLD_FORMAT)):
         return
-    if head.startswith(OLD_FORMAT):
-        raise CheckpointError(
-            f"{file} has the format of torch before 1.6; load and save it with a newer torch"
-        )
     if head[257:262] == b"ustar":
         raise CheckpointError(f"{file} is a tar archive, not a checkpoint of torch")
     if head[8:9] == b"{":
@@ -119,17 +128,44 @@ def data_range(stream: BinaryIO, entry: zipfile.ZipInfo, size: int) -> tuple[int
 
 
 def named_tensors(file: Path, value: Any) -> dict[str, TensorRecord]:
-    """The state dict in the value of a pickle."""
+    """The state dict in the value of a pickle, without the numbers, texts and containers in it."""
     for inner in ("state_dict", "string_to_param"):  # string_to_param: of textual inversions
         if isinstance(value, dict) and isinstance(value.get(inner), dict):
             value = value[inner]
-    if not isinstance(value, dict) or not value:
-        raise CheckpointError(f"{file} contains something else than named tensors")
-    for key, record in value.items():
+    items = value.items() if isinstance(value, dict) else ()
+    records = {key: record for key, record in items if not isinstance(record, BOOKKEEPING)}
+    for key, record in records.items():
         if not isinstance(key, str) or not isinstance(record, TensorRecord):
             name = shortened(key) if isinstance(key, str) else type(key).__name__
             raise CheckpointError(f"{file} contains something else than named tensors: {name}")
-    return value
+    if not records:
+        raise CheckpointError(f"{file} contains something else than named tensors")
+    return records
+
+
+def read_old_format(file: Path, stream: BinaryIO, size: int) -> tuple[dict[str, TensorRecord], Ranges]:
+    """The tensors of a file of torch before 1.6, and where its storages lie.
+
+    Five pickles (a mark, the version, the machine, the value, the storages' keys), then each storage: how
+    many numbers it has, and the numbers.
+    """
+    stream.seek(0)
+    pickles, storages = io.BytesIO(stream.read(MAX_PICKLE_BYTES)), dict[str, Storage]()
+    _, version, system, value, keys = (run_next(pickles, storages) for _ in range(5))
+    if version != OLD_VERSION or not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ValueError("its version is unknown, or its numbers are not little-endian")
+    if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
+        raise ValueError("its list of storages is damaged")
+    ranges, position = {}, pickles.tell()
+    for key in keys:
+        stream.seek(position)
+        (count,) = struct.unpack("<Q", stream.read(8))
+        start, length = position + 8, storages[key].count * ITEM_SIZES[storages[key].dtype]
+        if count != storages[key].count or start + length > size:
+            raise ValueError(f"its storage {shortened(key)} has {count} numbers")
+        ranges[f"data/{key}"] = (start, length)
+        position = start + length
+    return named_tensors(file, value), ranges
 
 
 def stored_tensor(name: str, record: TensorRecord, ranges: dict[str, tuple[int, int]]) -> Stored:

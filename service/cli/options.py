@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 from service.settings import Settings, as_text, read_settings, variable
@@ -81,11 +82,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def quoted(value: Any) -> Any:
+    """A flag's value, in double quotes where it is the path of a file or folder with a comma in its name."""
+    if isinstance(value, list):
+        return [quoted(entry) for entry in value]
+    is_path = isinstance(value, str) and "," in value and '"' not in value
+    return f'"{value}"' if is_path and Path(value.partition("=")[2] or value).exists() else value
+
+
 def settings_of(args: argparse.Namespace, *names: str) -> Settings:
     """Settings from flags, then the environment, then the settings file, then defaults.
 
     Raises SettingError.
     """
     texts = {name: getattr(args, name) for name in names}
-    texts = {name: as_text(text) for name, text in texts.items() if text is not None}
+    texts = {name: as_text(quoted(text)) for name, text in texts.items() if text is not None}
     return read_settings(flags=texts, config=getattr(args, "config", None))

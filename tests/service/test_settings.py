@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
+from service.cli.options import settings_of
 from service.settings import SettingError, Settings, misspelled, read_settings, to_environment
 
 
@@ -97,3 +99,14 @@ def test_every_setting_can_be_read_back():
     for one in fields(Settings):
         assert one.metadata["parser"].expected
     assert read_settings(to_environment(Settings(), {})) == Settings()
+
+
+def test_paths_with_commas(tmp_path):
+    settings = read_settings({"LDM_MODEL": 'emoji, "/w/a, b.safetensors"'})
+    assert settings.model == ("emoji", "/w/a, b.safetensors")
+    assert read_settings(to_environment(settings, {})).model == settings.model
+    (file := tmp_path / "c,d.safetensors").touch()
+    flags = argparse.Namespace(model=["emoji", str(file)], lora=[f"a={file}", "b=x,c=y"], config=None)
+    found = settings_of(flags, "model", "lora")
+    assert found.model == ("emoji", str(file))
+    assert found.lora == (f"a={file}", "b=x", "c=y")

@@ -375,10 +375,36 @@ def test_a_pickle_that_is_too_large_is_refused(tmp_path, monkeypatch):
         read_pickle(archive(tmp_path / "m.ckpt", b"N" * 2000))
 
 
-def test_other_formats_are_named(tmp_path):
-    file = written(tmp_path, {"w": torch.ones(2)}, _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"torch before 1\.6"):
+def test_files_of_torch_before_1_6(tmp_path):
+    weight = torch.arange(12.0).reshape(3, 4)
+    state = {"state_dict": {"a": weight, "b": weight.T[1:], "c": torch.ones(2).half()}, "global_step": 3}
+    file = written(tmp_path, state, _use_new_zipfile_serialization=False)
+    weights = open_weights(file, "cpu", allow_pickle=True)
+    assert weights.stored.keys() == state["state_dict"].keys()
+    assert all(torch.equal(weights.read(key), value) for key, value in state["state_dict"].items())
+    content = file.read_bytes()
+    for damaged in (content[:-1], content[:200]):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            read_pickle(file)
+    file.write_bytes(content.replace(b"torch._utils\n_rebuild_tensor_v2", b"posix\nsystem"))
+    with pytest.raises(CheckpointError, match="contains more than tensors"):
         read_pickle(file)
+
+
+def test_numbers_and_texts_among_the_tensors_are_skipped(tmp_path):
+    state = {
+        "w": torch.ones(2),
+        "global_step": 3,
+        "recipe": "a + b",
+        "optimizer": {"lr": [0.1]},
+        "loss": None,
+    }
+    assert read_pickle(written(tmp_path, state)).tensors.keys() == {"w"}
+
+
+def test_other_formats_are_named(tmp_path):
+    file = tmp_path / "m.ckpt"
     with tarfile.open(file, "w") as out:
         out.addfile(tarfile.TarInfo("storages"), io.BytesIO())
     with pytest.raises(CheckpointError, match="tar archive"):
