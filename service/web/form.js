@@ -74,6 +74,7 @@ export class Form {
       this.fillChoices(model);
     }
     for (const part of document.querySelectorAll("#form > [data-field], #form > .grid > [data-field]")) part.hidden = !shown.has(part.dataset.field);
+    document.querySelector("[data-field=prompt_options]").hidden = !model?.inputs.includes("prompt");
     this.sized();
     this.clearErrors();
     this.changed();
@@ -122,8 +123,8 @@ export class Form {
     if (!request.priority) delete request.priority;
     if ($("seed").value.trim()) request.seed = Number($("seed").value);
     if ($("output_format").value !== "png") request.output_format = $("output_format").value;
-    if ($("prompt_weights").checked) request.prompt_weights = true;
-    if ($("long_prompts").checked) request.long_prompts = "chunk";
+    if (this.shows("prompt_options") && $("prompt_weights").checked) request.prompt_weights = true;
+    if (this.shows("prompt_options") && $("long_prompts").checked) request.long_prompts = "chunk";
     if (this.shows("loras")) {
       const loras = [...document.querySelectorAll("[data-lora]")].filter((input) => Number(input.value));
       if (loras.length) request.loras = Object.fromEntries(loras.map((input) => [input.dataset.lora, Number(input.value)]));

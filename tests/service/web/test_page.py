@@ -274,6 +274,19 @@ def test_works_behind_a_path_prefix(browser: Browser, bundled: Server):
     context.close()
 
 
+def test_does_not_shift_while_it_loads_and_works(browser: Browser, bundled: Server):
+    context = browser.new_context(viewport={"width": 390, "height": 844})
+    context.add_init_script(
+        "window.shift = 0; new PerformanceObserver((list) => { for (const entry of list.getEntries())"
+        " if (!entry.hadRecentInput) window.shift += entry.value; })"
+        ".observe({type: 'layout-shift', buffered: true})"
+    )
+    visit = Visit(context, str(bundled.client.base_url))
+    visit.finished(visit.submit(prompt="ghost", steps="2"))
+    assert visit.page.evaluate("window.shift") < 0.1  # "good" by Core Web Vitals
+    context.close()
+
+
 def test_needs_no_other_host_and_no_inline_code(bundled: Server):
     answer = bundled.client.get("/")
     policy = answer.headers["content-security-policy"]
