@@ -29,9 +29,10 @@ from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet, timestep_embedding
 from models.sampling.denoiser import Denoiser
 from models.sampling.guidance import cfg_rows, guide, row_count
-from models.sampling.samplers import T, plan
+from models.sampling.samplers import plan
 from models.sampling.schedule import Schedule
 from models.sampling.step import step
+from models.sampling.table import ALPHA, SIGMA, T
 from models.spec import AutoencoderSpec, ModelSpec, UpscalingSpec
 from models.tiles import cut, merge
 
@@ -233,8 +234,10 @@ class LatentDiffusion:
         concat_channels: Tensor | None,
         guidance_scale: float,
         noise_level: Tensor | None = None,
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function (x (B, C, h, w), t (B,)) -> guided eps (B, C, h, w), for B images with these inputs.
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """A function (x (B, C, h, w), t (B,), alpha and sigma of x (B, 2)) -> guided eps (B, C, h, w).
+
+        Of B images with these inputs.
 
         R is the number of UNet rows per image, 1 or 2; all unconditional rows come first. contexts: one per
         image, from self.context_pair(); concat_channels: (R B, C', h, w); noise_level: (R B,).
@@ -248,20 +251,21 @@ class LatentDiffusion:
         tokens = stack_rows([each.tokens for each in present], rows) if present else None  # (R B, L, C)
         pooled = stack_rows(poolings, rows) if poolings else None  # (R B, P)
 
-        def eps(x: Tensor, t: Tensor) -> Tensor:
-            x, t = torch.cat([x] * count), torch.cat([t] * count)
-            out = denoiser(x, t, tokens, pooled, concat_channels, noise_level=noise_level)  # (R B, C, h, w)
+        def eps(x: Tensor, t: Tensor, alpha_sigma: Tensor) -> Tensor:
+            x, t, alpha_sigma = (torch.cat([given] * count) for given in (x, t, alpha_sigma))
+            out = denoiser(x, t, tokens, pooled, concat_channels, alpha_sigma, noise_level)  # (R B, C, h, w)
             half = len(out) // count
             return guide(out[:half], out[-half:], guidance_scale)
 
         return eps
 
-    def denoise(self, x: Tensor, steps: int, eps: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def denoise(self, x: Tensor, steps: int, eps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """DDIM from noise x (B, C, h, w) to a latent of the same shape. eps: from self.predictor()."""
         state = x[:, None]  # (B, 1, C, h, w): DDIM has no history
         for line in torch.from_numpy(plan(self.schedule, "ddim", steps).coeffs).to(x.device):
             coeffs = line.expand(len(x), -1)
-            state = step(state, eps(state[:, 0], coeffs[:, T]), coeffs)
+            alpha_sigma = coeffs[:, ALPHA : SIGMA + 1].float()
+            state = step(state, eps(state[:, 0], coeffs[:, T], alpha_sigma), coeffs)
         return state[:, 0]
 
     def upscale(

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 Prediction = Literal["epsilon", "v_prediction"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
-Spacing = TimestepSpacing
+NoiseSpacing = Literal["karras", "exponential", "sgm_uniform", "simple", "beta"]
+Spacing = Literal[TimestepSpacing, NoiseSpacing]
 BetaSchedule = Literal["scaled_linear", "linear"]
 
 ALL_TASKS = (

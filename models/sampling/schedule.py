@@ -37,7 +37,7 @@ class Schedule:
         """
         if not 1 <= steps <= len(self):
             raise ValueError(f"steps must be 1 to {len(self)}, not {steps}")
-        return SPACINGS[spacing or self.spec.spacing](steps, len(self), self.spec.steps_offset)
+        return TIMESTEP_SPACINGS[spacing or self.spec.spacing](steps, len(self), self.spec.steps_offset)
 
 
 def betas(spec: ScheduleSpec) -> Floats:
@@ -78,7 +78,7 @@ def linspace(steps: int, total: int, offset: int) -> Timesteps:
     return np.round(np.linspace(0, total - 1, steps)).astype(np.int64)[::-1].copy()
 
 
-SPACINGS: dict[TimestepSpacing, Callable[[int, int, int], Timesteps]] = {
+TIMESTEP_SPACINGS: dict[TimestepSpacing, Callable[[int, int, int], Timesteps]] = {
     "leading": leading,
     "trailing": trailing,
     "linspace": linspace,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from models.sampling.samplers import COMBO_START, FRESH_NOISE, HISTORY, NEXT_ALPHA, TERMS
+from models.sampling.table import COMBO_START, FRESH_NOISE, HISTORY, NEXT_ALPHA, TERMS
 
 
 def step(state: Tensor, eps: Tensor, coeffs: Tensor, noise: Tensor | None = None) -> Tensor:

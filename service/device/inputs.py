@@ -10,7 +10,7 @@ from torch.nn.functional import max_pool2d
 from models.conditioning.conditioner import ConditioningInput
 from models.conditioning.prompts import PromptOptions
 from models.latent_diffusion import LatentDiffusion, MaskedImage
-from models.sampling.samplers import Plan
+from models.sampling.table import Plan
 from models.tiles import cut
 from service.device.state import ImageState, JobState
 from service.engine.job import Job

@@ -14,8 +14,9 @@ from models.conditioning.conditioner import ConditioningInput, TextConditioner, 
 from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.preview import Projection
 from models.sampling.guidance import cfg_rows
-from models.sampling.samplers import Plan, plan
+from models.sampling.samplers import plan
 from models.sampling.schedule import Schedule
+from models.sampling.table import Plan
 from models.spec import ModelSpec
 from models.tiles import cut
 from service.device.batch import advance

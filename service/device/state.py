@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.conditioning.text_encoder import Context
 from models.latent_diffusion import LatentDiffusion
-from models.sampling.samplers import Plan
+from models.sampling.table import Plan
 from service.engine.job import Job
 
 

@@ -76,7 +76,7 @@ def test_tiles_share_one_field_of_noise(upscaler):
     z = upscaler.denoise(
         noise[None, :, :, 12:],
         2,
-        lambda x, t: upscaler.denoiser(x, t, concat_channels=concat[None, :, :, 12:], noise_level=levels),
+        lambda x, t, _: upscaler.denoiser(x, t, concat_channels=concat[None, :, :, 12:], noise_level=levels),
     )
     assert torch.allclose(whole[..., 64:], upscaler.decode(z)[..., 16:], atol=1e-4)
 

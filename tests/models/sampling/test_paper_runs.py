@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.sampling.samplers import ALPHA, COMBO_START, SAMPLERS, max_steps, plan
+from models.sampling.samplers import SAMPLERS, max_steps, plan
 from models.sampling.schedule import Schedule
 from models.sampling.step import step
+from models.sampling.table import ALPHA, COMBO_START
 from models.spec import ScheduleSpec
 
 DIVISORS = (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)

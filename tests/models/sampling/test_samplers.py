@@ -21,6 +21,7 @@ from models.sampling.samplers import OWN_SPACING, SAMPLERS, max_steps, plan
 from models.sampling.schedule import Schedule
 from models.sampling.step import blend_unmasked, step
 from models.spec import ScheduleSpec
+from tests.helpers import k_diffusion
 
 SHAPE = (2, 4, 8, 8)
 
@@ -82,7 +83,7 @@ SPACINGS = [("leading", 10), ("leading", 30), ("trailing", 8), ("trailing", 30),
 
 
 def test_every_sampler_has_a_reference():
-    assert {*REFERENCES} == set(SAMPLERS)
+    assert {*REFERENCES, *k_diffusion.SAMPLERS, "tcd"} == set(SAMPLERS)  # the latter in test_k_samplers.py
 
 
 class Network(torch.nn.Module):
