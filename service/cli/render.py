@@ -88,7 +88,12 @@ def add_common(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", help="seed of the noise (default: drawn, and printed)")
     add("--n", type=int, metavar="N", help="number of images, with seeds SEED, SEED + 1, ... (default: 1)")
     add("--guidance-scale", type=float, metavar="X", help="strength of classifier-free guidance; 1: none")
-    add("--eta", type=float, metavar="X", help="noise that DDIM adds at each step, 0 to 1 (default: 0)")
+    add(
+        "--eta",
+        type=float,
+        metavar="X",
+        help="noise that ddim or tcd adds at each step, 0 to 1 (default: 0; tcd: 0.3)",
+    )
     add(
         "--long-prompts",
         metavar="HOW",
@@ -103,7 +108,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
     add("--sampler", help="the sampling method (default: ddim)")
     add(
         "--spacing",
-        help=f"spacing of the timesteps: {', '.join(get_args(Spacing))} (default: the sampler's own)",
+        help=f"visited timesteps or noise levels: {', '.join(get_args(Spacing))} (default: the model's)",
     )
     add(
         "--lora",

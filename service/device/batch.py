@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 
 from models.latent_diffusion import LatentDiffusion
 from models.sampling.guidance import guide
-from models.sampling.samplers import ALPHA, FRESH_NOISE, SIGMA, T
 from models.sampling.step import blend_unmasked, step
+from models.sampling.table import ALPHA, FRESH_NOISE, SIGMA, T
 from service.device.graphs import Graphs
 from service.device.state import ImageState, JobState
 from service.device.transfer import upload

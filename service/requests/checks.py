@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from PIL import Image
 
 from models.conditioning import prompts
-from models.sampling.samplers import ETA_SAMPLERS, OWN_SPACING, SAMPLERS, max_steps
+from models.sampling.samplers import ETA_SAMPLERS, SAMPLERS, max_steps, spacings_of, unet_calls
 from models.spec import ModelSpec
 from service.engine.job import MAX_SEED
 from service.errors import InvalidRequest
@@ -96,13 +96,17 @@ def check_limits(
     width, height, steps, n = resolved.canvas_width, resolved.canvas_height, parameters.steps, parameters.n
     sampler, multiple, pixels = parameters.sampler, spec.size_multiple, width * height
     max_pixels = settings.max_input_pixels if resolved.model_scale else settings.max_pixels
-    step_limit, work = max_steps(sampler, spec.schedule.timesteps), n * steps * pixels
+    step_limit, calls = max_steps(sampler, spec.schedule.timesteps), unet_calls(sampler, steps)
+    work, counted = n * calls * pixels, "steps" if calls == steps else f"{calls} UNet calls"
+    spacings = spacings_of(sampler)
     too_large = (
         f"times height must be at most {max_pixels}"
         if size_field == "width"
         else f"would be processed at {width}x{height}; width times height must be at most {max_pixels}"
     )
-    too_much = f"is too large: n * steps * width * height is {work} and must be at most {settings.max_work}"
+    too_much = (
+        f"is too large: n * {counted} * width * height is {work} and must be at most {settings.max_work}"
+    )
     require(
         (
             ("width", width % multiple == 0, f"must be a multiple of {multiple}"),
@@ -119,8 +123,10 @@ def check_limits(
             ),
             (
                 "spacing",
-                not parameters.spacing or sampler not in OWN_SPACING,
-                f"cannot be set for the samplers {' and '.join(OWN_SPACING)}",
+                not parameters.spacing or sampler not in SAMPLERS or parameters.spacing in spacings,
+                f"must be one of {', '.join(spacings)} with {sampler}"
+                if spacings
+                else f"cannot be set for the sampler {sampler}",
             ),
             ("prompt", spec.reads_prompts or not resolved.prompt, NO_PROMPT),
             ("negative_prompt", spec.reads_prompts or not resolved.negative_prompt, NO_PROMPT),

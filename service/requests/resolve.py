@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from models.conditioning import prompts
-from models.sampling.samplers import OWN_SPACING
+from models.sampling.samplers import DEFAULT_ETA, OWN_SPACING
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import cut
 from service.errors import InvalidRequest, NotFound
@@ -201,7 +201,7 @@ def with_defaults(
         seed=random_seed(request.n) if request.seed in (None, -1) else request.seed,
         n=request.n,
         sampler=sampler,
-        eta=coalesce(request.eta, defaults.eta),
+        eta=coalesce(request.eta, defaults.eta or DEFAULT_ETA.get(sampler, 0.0)),
         strength=strength,
         class_label=label,
         spacing=coalesce(request.spacing, None if sampler in OWN_SPACING else spec.schedule.spacing),

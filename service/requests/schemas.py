@@ -103,7 +103,15 @@ class ImageRequest(BaseModel):
     model: Annotated[
         str | None, Field(max_length=200, description="Default: the first model that supports the task")
     ] = None
-    steps: Annotated[int | None, Field(ge=1, le=1000)] = None
+    steps: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=1000,
+            description="Steps of the sampler. Each is one UNet call, with heun, dpm2, dpm2_ancestral and "
+            "dpmpp_sde two, except in the last step; limits, progress and previews count UNet calls.",
+        ),
+    ] = None
     guidance_scale: Annotated[
         float | None,
         Field(
@@ -120,14 +128,27 @@ class ImageRequest(BaseModel):
         ),
     ] = None
     n: Annotated[int, Field(ge=1, le=MAX_N, description="Number of images")] = 1
-    sampler: Annotated[str | None, Field(max_length=50)] = None
+    sampler: Annotated[
+        str | None, Field(max_length=50, description="Sampling method; GET /models lists the names")
+    ] = None
     spacing: Annotated[
         Spacing | None,
-        Field(description="Spacing of the timesteps; lcm and dpmpp_2m_karras have their own"),
+        Field(
+            description="Which timesteps or noise levels the steps visit. leading, trailing and linspace "
+            "choose timesteps; karras, exponential, sgm_uniform, simple and beta choose noise levels over "
+            "the whole schedule, as A1111 schedulers of these names. Not for lcm, tcd and dpmpp_2m_karras, "
+            "which have their own; plms and names that end in _karras or _exponential take the first three "
+            "only."
+        ),
     ] = None
     eta: Annotated[
         float | None,
-        Field(ge=0, le=1, description="Noise added at each DDIM step; 0: deterministic DDIM, 1: DDPM"),
+        Field(
+            ge=0,
+            le=1,
+            description="Noise added at each step of ddim (0: deterministic, 1: DDPM; default: the model's) "
+            "or tcd (gamma in its paper; default: 0.3)",
+        ),
     ] = None
     loras: Annotated[
         dict[str, LoraWeight],
@@ -344,7 +365,7 @@ class ModelLimits(BaseModel):
     max_pixels: Annotated[int, Field(description="Largest width * height")]
     max_steps: int
     max_n: int
-    max_work: Annotated[int, Field(description="Largest n * steps * width * height")]
+    max_work: Annotated[int, Field(description="Largest n * UNet calls * width * height")]
 
 
 class Label(BaseModel):
@@ -391,10 +412,7 @@ class Model(BaseModel):
     defaults: ModelDefaults
     limits: ModelLimits
     samplers: list[str]
-    spacings: Annotated[
-        list[Spacing],
-        Field(description="Values of `spacing`, for all samplers except lcm and dpmpp_2m_karras"),
-    ]
+    spacings: Annotated[list[Spacing], Field(description="Values of `spacing`; see there for exceptions")]
 
 
 class ModelList(BaseModel):

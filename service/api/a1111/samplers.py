@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from models.spec import Spacing
+from models.spec import NoiseSpacing, Spacing
 from service.api.a1111.schemas import Processing
 from service.requests.checks import require
 
@@ -45,23 +45,24 @@ SCHEDULERS = {
     "simple": SchedulerNames("Simple"),
     "normal": SchedulerNames("Normal"),
     "ddim": SchedulerNames("DDIM", ("ddim_uniform",)),
+    "beta": SchedulerNames("Beta"),
 }
 
 
-def with_schedulers(native: str, automatic: Native | None = None) -> dict[str, Native]:
-    """The variants of a native sampler for A1111's schedulers."""
-    exponential: Native = (f"{native}_exponential", None)
-    return {
-        AUTOMATIC: automatic or (native, None),
+def with_schedulers(native: str, automatic: NoiseSpacing | None = None) -> dict[str, Native]:
+    """The native sampler for each A1111 scheduler. automatic: what A1111 takes by default, if it says so."""
+    choices: dict[str, Native] = {
         "uniform": (native, "linspace"),
         "normal": (native, "linspace"),
-        "sgm_uniform": (native, "trailing"),
-        "simple": (native, "trailing"),
+        "sgm_uniform": (native, "sgm_uniform"),
+        "simple": (native, "simple"),
         "ddim": (native, "leading"),
-        "karras": (f"{native}_karras", None),
-        "exponential": exponential,
-        "polyexponential": exponential,
+        "beta": (native, "beta"),
+        "karras": ("dpmpp_2m_karras", None) if native == "dpmpp_2m" else (native, "karras"),
+        "exponential": (native, "exponential"),
+        "polyexponential": (native, "exponential"),
     }
+    return {AUTOMATIC: choices[automatic] if automatic else (native, None)} | choices
 
 
 def without_schedulers(alias: str, native: str, uses: frozenset[str] = frozenset()) -> SamplerNames:
@@ -69,21 +70,30 @@ def without_schedulers(alias: str, native: str, uses: frozenset[str] = frozenset
 
 
 EULER, EULER_A = "Euler", "Euler a"
+S_CHURN, NOISE = frozenset({"s_churn"}), frozenset({"eta", "s_noise"})
 SAMPLERS = {
-    "DPM++ 2M": SamplerNames(
-        ("k_dpmpp_2m",), with_schedulers("dpmpp_2m", automatic=("dpmpp_2m_karras", None))
+    "DPM++ 2M": SamplerNames(("k_dpmpp_2m",), with_schedulers("dpmpp_2m", "karras")),
+    "DPM++ SDE": SamplerNames(("k_dpmpp_sde",), with_schedulers("dpmpp_sde", "karras"), uses=NOISE),
+    "DPM++ 2M SDE": SamplerNames(
+        ("k_dpmpp_2m_sde",), with_schedulers("dpmpp_2m_sde", "exponential"), uses=NOISE
     ),
-    EULER_A: SamplerNames(
-        ("k_euler_a", "k_euler_ancestral"),
-        with_schedulers("euler_ancestral"),
-        uses=frozenset({"eta", "s_noise"}),
+    "DPM++ 3M SDE": SamplerNames(
+        ("k_dpmpp_3m_sde",), with_schedulers("dpmpp_3m_sde", "exponential"), uses=NOISE
     ),
-    EULER: SamplerNames(("k_euler",), with_schedulers("euler"), uses=frozenset({"s_churn"})),
+    EULER_A: SamplerNames(("k_euler_a", "k_euler_ancestral"), with_schedulers("euler_ancestral"), uses=NOISE),
+    EULER: SamplerNames(("k_euler",), with_schedulers("euler"), uses=S_CHURN),
+    "LMS": SamplerNames(("k_lms",), with_schedulers("lms")),
+    "Heun": SamplerNames(("k_heun",), with_schedulers("heun"), uses=S_CHURN),
+    "DPM2": SamplerNames(("k_dpm_2",), with_schedulers("dpm2", "karras"), uses=S_CHURN),
+    "DPM2 a": SamplerNames(
+        ("k_dpm_2_a", "k_dpm_2_ancestral"), with_schedulers("dpm2_ancestral", "karras"), uses=NOISE
+    ),
     "DDIM": without_schedulers("ddim", "ddim", frozenset({"eta"})),
     "DDPM": without_schedulers("ddpm", "ddpm"),
     "PLMS": without_schedulers("plms", "plms"),
     "UniPC": without_schedulers("unipc", "unipc"),
     "LCM": without_schedulers("k_lcm", "lcm"),
+    "TCD": without_schedulers("tcd", "tcd", frozenset({"eta"})),  # of Forge
 }
 NEUTRAL = {"s_churn": 0.0, "s_noise": 1.0}  # values that do not change images
 
@@ -126,6 +136,8 @@ def choose_sampler(body: Processing) -> SamplerChoice:
     if name == EULER_A and eta is not None:
         require([("eta", eta in (0.0, 1.0), f"must be 0 or 1 with {name}")])
         native = native if eta else SAMPLERS[EULER].native[scheduler]
+    elif "s_noise" in row.uses:
+        require([("eta", eta in (None, 1.0), f"must be 1 with {name}")])
     ignored = [] if not eta or "eta" in row.uses else ["eta"]
     for field_name, neutral in NEUTRAL.items():
         value = getattr(body, field_name)
@@ -134,7 +146,9 @@ def choose_sampler(body: Processing) -> SamplerChoice:
             require([(field_name, not used, f"must be {neutral:g} with {name}")])
             ignored.append(field_name)
     warnings += [f"{field_name} is ignored: {name} does not use it." for field_name in ignored]
-    return SamplerChoice(name, scheduler, *native, eta if name == "DDIM" else None, tuple(warnings))
+    return SamplerChoice(
+        name, scheduler, *native, eta if row.timesteps and "eta" in row.uses else None, tuple(warnings)
+    )
 
 
 def split_name(sampler: str, scheduler: str | None) -> tuple[str, str]:

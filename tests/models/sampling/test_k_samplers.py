@@ -142,13 +142,11 @@ def compare(reference, schedule, table, steps, sampler, monkeypatch, **options):
     for module in (
         "ddpm", "lcm", "tcd", "euler_ancestral_discrete", "k_dpm_2_ancestral_discrete", "dpmsolver_multistep",
     ):  # fmt: skip
-        # Ancestral DPM2 draws noise in both calls of a step, and uses that of the second.
         monkeypatch.setattr(
             f"diffusers.schedulers.scheduling_{module}.randn_tensor",
             lambda *args, **kwargs: next(fresh, torch.zeros(SHAPE)),
         )
-    used = noises[1::2] if sampler == "dpm2_ancestral" else noises
-    ours = list(run(schedule, table, used))
+    ours = list(run(schedule, table, noises))
     alphas = np.append(table.coeffs[:-1, 4], 1.0)  # after each call
     start = table.start[0] if sampler in ON_RATIO else 1.0
     theirs, network = random(1, 0)[0] / start, Network()

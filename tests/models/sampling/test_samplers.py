@@ -173,7 +173,7 @@ def test_samplers_with_a_fixed_spacing_refuse_another():
             plan(Schedule(ScheduleSpec()), sampler, 10, spacing="trailing")
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "tcd"])  # it ends at timestep 0
 def test_every_sampler_recovers_the_image_from_its_true_noise(sampler):
     schedule = Schedule(ScheduleSpec(final_alpha_one=True))
     table = plan(schedule, sampler, 9)

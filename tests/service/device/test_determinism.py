@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from models.checkpoint import load
-from models.sampling.samplers import OWN_SPACING, SAMPLERS
+from models.sampling.samplers import SAMPLERS, spacings_of
 from service.device.determinism import floor_power_of_two
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
@@ -47,8 +47,7 @@ def random_job(name: str, draw: random.Random) -> Job:
     }
     if draw.randrange(2):
         fields |= {"sampler": draw.choice(SAMPLERS), "eta": 0.0}
-    if fields.get("sampler") not in OWN_SPACING:
-        fields["spacing"] = draw.choice([None, "leading", "trailing", "linspace"])
+    fields["spacing"] = draw.choice([None, *spacings_of(fields.get("sampler", "ddim"))])
     if (task := draw.randrange(3)) > 0:
         fields["image"] = blobs.integers(0, 256, (height, width, 3), np.uint8).tobytes()
         fields["strength"] = draw.choice([0.5, 1.0])
