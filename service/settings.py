@@ -109,7 +109,8 @@ class Settings:
     lora: tuple[str, ...] = setting(
         (),
         Parser(matching(NAMED_LORA), "NAME=PATH, separated by commas"),
-        """LoRAs that requests can use by NAME. Each must fit at least one model.""",
+        """LoRAs that requests can use by NAME: LoRA, LoCon, LoHa, LoKr, GLoRA, DoRA or full differences. Each
+        must fit at least one model; modules that a model does not have are ignored with a warning.""",
     )
     lora_sets: int = setting(
         4,

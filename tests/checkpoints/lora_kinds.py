@@ -74,9 +74,8 @@ OLD_GLORA = {
 }
 
 Formula = Callable[[dict[str, Tensor], Tensor], Tensor]
-CASES: dict[
-    str, tuple[str, dict[str, Tensor], Formula]
-] = {  # module, parts, what is added to its weight w, with the parts p in float64
+# module, parts, and what is added to the module's weight w, with the parts p in float64.
+CASES: dict[str, tuple[str, dict[str, Tensor], Formula]] = {
     "LoHa": (
         LINEAR,
         LOHA,

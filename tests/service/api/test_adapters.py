@@ -56,15 +56,12 @@ def kinds(tmp_path_factory) -> dict[str, Path]:
     """LoRAs of other kinds; SPACED has a module that the model does not have, and a word of its own."""
     folder = tmp_path_factory.mktemp("kinds")
     tensors = {kind: kohya(module, parts) for kind, (module, parts, _) in CASES.items() if kind in KINDS}
+    processor = f"unet.{LINEAR.removesuffix('.to_k')}.processor.to_k_lora"
     tensors["2023"] = {
-        f"unet.{LINEAR.removesuffix('.to_k')}.processor.to_k_lora.{part}.weight": LOW_RANK[
-            f"lora_{part}.weight"
-        ]
-        for part in ("down", "up")
+        f"{processor}.{part}.weight": LOW_RANK[f"lora_{part}.weight"] for part in ("down", "up")
     }
-    words = {
-        "bundle_emb.zebra.emb_params": 3 * torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
-    }
+    vector = 3 * torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    words = {"bundle_emb.zebra.emb_params": vector}
     unknown = {"lora_unet_nowhere.lora_up.weight": torch.ones(1)}
     tensors[SPACED] = kohya(LINEAR, LOW_RANK | {"alpha": torch.tensor(2)}) | words | unknown
     return {
@@ -146,15 +143,13 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return to_uint8(images)[0].permute(1, 2, 0).numpy()
 
 
-def expected_image(
-    folder: Path, prompt: str, parameter: str, delta: Callable[[Tensor], Tensor]
-) -> np.ndarray:
-    """The image that the model makes with one changed weight of its UNet."""
+def expected_image(folder: Path, parameter: str, delta: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """The image of "a cat" that the model makes with one changed weight of its UNet."""
     model = load(folder)
     weight = model.unet.get_parameter(parameter)
     with torch.inference_mode():
         weight.copy_(weight.double() + delta(weight.double()))
-        images = model.sample([prompt], seeds=[5], steps=4, guidance_scale=3.0)
+        images = model.sample(["a cat"], seeds=[5], steps=4, guidance_scale=3.0)
     return to_pixels(images)
 
 
@@ -164,7 +159,7 @@ def test_a_file_of_each_kind_changes_images_by_its_formula(adapters, tiny, kind)
     body = {"prompt": "a cat", "seed": 5, "steps": 4, "guidance_scale": 3.0}
     plain, ours = (image_of(post(adapters, body | {"loras": loras})) for loras in ({}, {kind: 2.0}))
     leaf = NATIVE[module] + ".weight"
-    theirs = expected_image(tiny, "a cat", leaf, lambda weight: 2 * formula(double(parts), weight))
+    theirs = expected_image(tiny, leaf, lambda weight: 2 * formula(double(parts), weight))
     assert psnr(ours, theirs) > 45
     assert psnr(ours, plain) < 35
 
@@ -177,7 +172,7 @@ def test_ignored_modules_are_a_warning_and_the_rest_is_applied(adapters, tiny):
     ]
     low = double(LOW_RANK)
     theirs = expected_image(
-        tiny, "a cat", NATIVE[LINEAR] + ".weight", lambda _: low["lora_up.weight"] @ low["lora_down.weight"]
+        tiny, NATIVE[LINEAR] + ".weight", lambda _: low["lora_up.weight"] @ low["lora_down.weight"]
     )
     assert psnr(image_of(answer), theirs) > 45
     same = post(adapters, body | {"loras": {"2023": 1.0}})
