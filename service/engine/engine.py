@@ -103,7 +103,7 @@ class Engine:
         if run is None or not run.started:
             return
         self.scheduler.remove(job)
-        run.denoised = self.clock()
+        run.denoised_at = self.clock()
         ready = self.undecoded.images_of(job) | set(run.images)
         for image in range(run.parts):
             if image not in ready:
@@ -134,7 +134,7 @@ class Engine:
             except Exception as error:
                 self._handle(run, error, "load")
                 continue
-            if not loaded and self.clock() - run.received >= MAX_OVERTAKING_SECONDS:
+            if not loaded and self.clock() - run.received_at >= MAX_OVERTAKING_SECONDS:
                 break
 
     def _load(self, run: JobRun) -> bool:
@@ -196,7 +196,7 @@ class Engine:
     def _start(self, run: JobRun) -> None:
         job, run.started = run.job, True
         if not run.announced:
-            run.announced, run.began = True, self.clock()
+            run.announced, run.started_at = True, self.clock()
             self.emit(Started(job.id, run.parts * run.shape.evaluations))
         try:
             run.warnings = self._with_retry("start", partial(self.runner.start, job, run.full_precision))
@@ -270,7 +270,7 @@ class Engine:
         due = [key for key in finite if self.jobs[key.job].count_step(key.image)]
         for key in self.scheduler.advance(finite):
             run = self.jobs[key.job]
-            run.denoised = self.clock()
+            run.denoised_at = self.clock()
             self.undecoded.add(key, run.parts)
         jobs = tuple(
             JobSteps(job, sum(self.jobs[job].most_steps.values()), self._rows(own))
@@ -339,9 +339,9 @@ class Engine:
                 job.id,
                 images=tuple(run.images[image] for image in range(run.parts)),
                 warnings=run.warnings,
-                queue=run.began - run.received,
-                denoise=run.denoised - run.began,
-                decode=self.clock() - run.denoised,
+                queue=run.started_at - run.received_at,
+                denoise=run.denoised_at - run.started_at,
+                decode=self.clock() - run.denoised_at,
             )
         )
 

@@ -9,10 +9,10 @@ from service.engine.job import Job, ModelKey, Shape
 
 @dataclass
 class JobRun:
-    """A job and its progress. The times received, began and denoised are readings of the engine's clock."""
+    """A job and its progress. The times *_at are readings of the engine's clock."""
 
     job: Job
-    received: float
+    received_at: float
     shape: Shape
     full_precision: bool = False  # the job runs again, in float32
     no_room_with: frozenset[ModelKey] = frozenset()  # busy models that left no memory for the job's model
@@ -21,8 +21,8 @@ class JobRun:
     announced: bool = False  # its Started event was sent
     steps: dict[int, int] = field(default_factory=dict)  # done of each image, in this run
     most_steps: dict[int, int] = field(default_factory=dict)  # done of each image, in any run
-    began: float = 0.0
-    denoised: float = 0.0
+    started_at: float = 0.0
+    denoised_at: float = 0.0
     warnings: tuple[str, ...] = ()
     images: dict[int, bytes] = field(default_factory=dict)
 

@@ -62,10 +62,10 @@ class Group:
         self.row_cost = row_cost
         self.spent = spent
         self.time = 0.0
-        self.line: list[tuple[float, int, Queued]] = []  # by place
-        self.fair: list[tuple[float, int, float]] = []  # place and weight of its unfinished jobs
+        self.queue: list[tuple[float, int, Queued]] = []  # by place
+        self.simulated: list[tuple[float, int, float]] = []  # place and weight of its unfinished jobs
         self.weight = 0.0  # of the jobs in the queue
-        self.fair_weight = 0.0  # of the jobs in `fair`
+        self.simulated_weight = 0.0  # of the jobs in `simulated`
 
     @property
     def turn(self) -> tuple[float, int, Group]:
@@ -77,31 +77,31 @@ class Group:
         self.spent = level + (self.spent - level) * self.weight / (self.weight + job.weight)
         self.weight += job.weight
         job.place = self.time + job.work / job.weight, number
-        insort(self.line, (*job.place, job))
+        insort(self.queue, (*job.place, job))
         self._share(*job.place, job.weight)
 
     def leave(self, job: Queued) -> None:
         """Remove a finished job from the queue; in the simulation it may not be finished yet."""
-        del self.line[bisect_left(self.line, job.place)]
+        del self.queue[bisect_left(self.queue, job.place)]
         self.weight -= job.weight
 
     def cancel(self, job: Queued) -> None:
         """Remove an unfinished job; the simulation counts only the work already done on it."""
         self.leave(job)
-        index = bisect_left(self.fair, job.place)
-        if self.fair[index : index + 1] == [(*job.place, job.weight)]:
-            del self.fair[index]
-            self.fair_weight -= job.weight
+        index = bisect_left(self.simulated, job.place)
+        if self.simulated[index : index + 1] == [(*job.place, job.weight)]:
+            del self.simulated[index]
+            self.simulated_weight -= job.weight
             self._share(job.place[0] - job.work / job.weight, job.place[1], job.weight)
 
     def spend(self, work: float) -> None:
         """Account for work done: advance fair time, and end the simulated jobs that are finished by then."""
         self.spent += work / self.weight
-        while self.fair and work >= (span := (self.fair[0][0] - self.time) * self.fair_weight):
+        while self.simulated and work >= (span := (self.simulated[0][0] - self.time) * self.simulated_weight):
             work -= span
-            self.time, _, weight = self.fair.pop(0)
-            self.fair_weight -= weight
-        self.time += work / (self.fair_weight or 1.0)
+            self.time, _, weight = self.simulated.pop(0)
+            self.simulated_weight -= weight
+        self.time += work / (self.simulated_weight or 1.0)
 
     def fill(self, limit: int, first: Queued | None = None) -> list[ImageKey]:
         """Images of at most `limit` rows in the order of places, `first` before all others.
@@ -109,14 +109,14 @@ class Group:
         If one image of the first job has more rows, it is picked alone. Only the first 2 * limit jobs are
         searched for one that fills the last gap.
         """
-        line = self.line[: 2 * limit]
+        queue = self.queue[: 2 * limit]
         if first:
-            line = [(*first.place, first), *(entry for entry in line if entry[2] is not first)]
-        if line[0][2].rows > limit:
-            return line[0][2].longest(1)
+            queue = [(*first.place, first), *(entry for entry in queue if entry[2] is not first)]
+        if queue[0][2].rows > limit:
+            return queue[0][2].longest(1)
         picked: list[ImageKey] = []
         free = limit
-        for _, _, job in line:
+        for _, _, job in queue:
             fitting = free // job.rows
             if fitting >= len(job.left):
                 picked += job.left
@@ -131,8 +131,8 @@ class Group:
     def _share(self, due: float, number: int, weight: float) -> None:
         """Let the simulation work on a job until fair time `due`."""
         if due > self.time:
-            insort(self.fair, (due, number, weight))
-            self.fair_weight += weight
+            insort(self.simulated, (due, number, weight))
+            self.simulated_weight += weight
 
 
 class Scheduler:
@@ -294,6 +294,6 @@ class Scheduler:
             self._passed = 0.0
         del self._jobs[job.name]
         self._started -= job.started
-        if not job.group.line:
+        if not job.group.queue:
             del self._groups[job.group.key]
             self._withdraw(job.group)

@@ -221,7 +221,7 @@ class Supervisor:
     @asynccontextmanager
     async def supervise(self) -> AsyncIterator[None]:
         """Keep a worker running for as long as the context lasts."""
-        task = asyncio.create_task(self._keep())
+        task = asyncio.create_task(self._keep_worker_running())
         try:
             yield
         finally:
@@ -229,7 +229,7 @@ class Supervisor:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def _keep(self) -> None:
+    async def _keep_worker_running(self) -> None:
         """Run one worker after the other until the service must give up."""
         failures = killed_starts = 0
         try:
