@@ -34,11 +34,11 @@ def test_several_images_get_numbered_files(folder, tiny, capsys):
 
 
 def test_generate_starts_from_an_image_that_is_resized_with_a_warning(folder, tiny, capsys):
-    Image.effect_noise((40, 24), 90).convert("RGB").save("sent.png")
+    Image.effect_noise((42, 26), 90).convert("RGB").save("sent.png")
     flags = ["--model", str(tiny), "--steps", "4", "--strength", "0.5", "-o", "a.png"]
     assert main(["generate", "p", "--init-image", "sent.png", *flags]) == 0
     stderr = capsys.readouterr().err
-    assert "init_image is 40x24 and was resized to 32x32" in stderr
+    assert "init_image is 42x26 and was resized to 40x24" in stderr
     assert "/2 [" in stderr, "half of the steps"
     assert read_image(folder / "a.png").size == (32, 32)
 

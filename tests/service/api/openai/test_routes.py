@@ -161,7 +161,7 @@ def test_a_size_of_openai_is_generated_near_the_model_s_own_size_and_enlarged(cl
     assert made.size == "1792x1024"
     assert open_base64(made.data[0].b64_json).size == (1792, 1024)
     assert made.warnings == [
-        "the image was generated at 176x96, which suits the model, and enlarged to 1792x1024"
+        "the image was generated at 168x96, which suits the model, and enlarged to 1792x1024"
     ]
 
 
