@@ -49,12 +49,19 @@ class UNetSpec:
     noise_levels: int = 0  # size of the table of noise level embeddings, added to the timestep's; 0: none
     cross_only: tuple[bool, ...] = ()  # levels where both attentions are to the context; (): no level
     added_width: int = 0  # width of the pooled vector (text, then sizes); 0: none
+    # Transformer blocks per residual block of each level going up, finest level first; (): transformer_depth.
+    up_depths: tuple[tuple[int, ...], ...] = ()
+    middle_res_blocks: int = 2  # before and after the middle transformer; smaller UNets have one or none
     size_width: int = 0  # embedding width of each of SDXL's six sizes (Podell et al. 2023, section 2.2)
 
     @property
     def factor(self) -> int:
         """Cells of the latent along one side of a cell of the coarsest level."""
         return 1 << (len(self.channels) - 1)
+
+    def up_depth(self, level: int, block: int) -> int:
+        """Transformer blocks after a residual block of a level going up."""
+        return self.up_depths[level][block] if self.up_depths else self.transformer_depth[level]
 
     @property
     def side_multiple(self) -> int:
@@ -203,6 +210,11 @@ class Defaults:
     noise_level: int = 0  # of upscaling
 
 
+def as_tuples(value: Any) -> Any:
+    """A value with tuples in place of lists, which messages between processes have."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """One servable latent diffusion model.
@@ -336,7 +348,7 @@ class ModelSpec:
         """The inverse of to_dict; lists become tuples again."""
 
         def build(kind: type, values: dict[str, Any] | None) -> Any:
-            return values and kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            return values and kind(**{key: as_tuples(value) for key, value in values.items()})
 
         return cls(
             name=d["name"],

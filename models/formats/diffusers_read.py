@@ -217,25 +217,53 @@ def unet_spec(config: Config) -> UNetSpec:
     for width, count in zip(channels, heads, strict=True):
         if width % count:
             raise ValueError(f"attention_head_dim {count} (heads) does not divide {width} channels")
-    depth = per_level(config.get("transformer_layers_per_block", 1), levels, "transformer_layers_per_block")
+    res_blocks = only(config.get("layers_per_block", 2), "layers_per_block")
+    depth, up_depths = transformer_depths(config, down, res_blocks)
     depths = tuple(d if attention else 0 for d, attention in zip(depth, down, strict=True))
+    middle = MIDDLE_RES_BLOCKS[config.get("mid_block_type", "UNetMidBlock2DCrossAttn")]
     classes, added = config.get("num_class_embeds"), config.get("addition_embed_type") is not None
     return UNetSpec(
         in_channels=only(config["in_channels"], "in_channels"),
         out_channels=only(config["out_channels"], "out_channels"),
         channels=channels,
-        res_blocks=only(config.get("layers_per_block", 2), "layers_per_block"),
+        res_blocks=res_blocks,
         transformer_depth=depths,
-        middle_depth=depth[-1],
+        middle_depth=depth[-1] if middle == 2 else 0,
         heads=heads,
         context_width=only(config["cross_attention_dim"], "cross_attention_dim"),
         groups=only(config.get("norm_num_groups", 32), "norm_num_groups"),
         linear_projection=bool(config.get("use_linear_projection", False)),
         noise_levels=only(classes, "num_class_embeds") if classes else 0,
+        up_depths=up_depths,
+        middle_res_blocks=middle,
         cross_only=cross_only(config.get("only_cross_attention", False), depths),
         added_width=only(config[ADDED_KEY], ADDED_KEY) if added else 0,
         size_width=only(config[SIZE_KEY], SIZE_KEY) if added else 0,
     )
+
+
+def transformer_depths(
+    config: Config, attends: list[bool], res_blocks: int
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Of each level going down, and of each residual block of each level going up, finest level first; () if
+    these are the same."""
+    levels, down_key = len(attends), "transformer_layers_per_block"
+    value = config.get(down_key, 1)
+    if isinstance(value, list):  # of a level: a number, or one for each residual block
+        value = [only(each, down_key) for each in value]
+    down = per_level(value, levels, down_key)
+    up_key = "reverse_" + down_key
+    reverse = config.get(up_key)
+    if reverse is None:
+        return down, ()
+    if not isinstance(reverse, list) or len(reverse) != levels:
+        raise ValueError(f"{up_key} must be a list of {levels} levels, not {shortened(reverse)}")
+    up = tuple(
+        per_level(each, res_blocks + 1, up_key) if attention else (0,) * (res_blocks + 1)
+        for each, attention in zip(reversed(reverse), attends, strict=True)
+    )
+    same = tuple((d * attention,) * (res_blocks + 1) for d, attention in zip(down, attends, strict=True))
+    return down, () if up == same else up
 
 
 def cross_only(value: Any, depths: tuple[int, ...]) -> tuple[bool, ...]:
@@ -401,6 +429,7 @@ def default_size(config: Config, autoencoder: AutoencoderSpec) -> tuple[int, int
     return width * autoencoder.factor, height * autoencoder.factor
 
 
+MIDDLE_RES_BLOCKS = {"UNetMidBlock2DCrossAttn": 2, "UNetMidBlock2D": 1, None: 0}
 UNETS: dict[str, Callable[[Config], UNetSpec]] = {
     "UNet2DConditionModel": unet_spec,
     "UNet2DModel": plain_unet_spec,

@@ -125,14 +125,19 @@ def plain_unet_config(spec: ModelSpec) -> Config:
     return config | ({"num_class_embeds": unet.noise_levels} if unet.noise_levels else {})
 
 
+MIDDLES = (None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn")  # by the number of residual blocks
+
+
 def unet_config(spec: ModelSpec) -> Config:
     """Raises CheckpointError for a middle block that the layout cannot describe."""
     unet = denoiser(spec)
-    if not unet.middle_depth or unet.transformer_depth[-1] not in (0, unet.middle_depth):
+    full = unet.middle_res_blocks == len(MIDDLES) - 1
+    if full and (not unet.middle_depth or unet.transformer_depth[-1] not in (0, unet.middle_depth)):
         raise CheckpointError(
             "the diffusers layout needs a middle block whose transformer is as deep as the last level's"
         )
-    depth = [d or unet.middle_depth for d in unet.transformer_depth]
+    depth = [d or unet.middle_depth or 1 for d in unet.transformer_depth]
+    up_depths = [list(depths) if any(depths) else 1 for depths in reversed(unet.up_depths)]
     down = ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in unet.transformer_depth]
     up = ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(unet.transformer_depth)]
     return (
@@ -148,6 +153,8 @@ def unet_config(spec: ModelSpec) -> Config:
             "up_block_types": up,
             "layers_per_block": unet.res_blocks,
             "transformer_layers_per_block": depth,
+            "reverse_transformer_layers_per_block": up_depths or None,
+            "mid_block_type": MIDDLES[unet.middle_res_blocks],
             "attention_head_dim": list(unet.heads),
             "cross_attention_dim": unet.context_width,
             "norm_num_groups": unet.groups,

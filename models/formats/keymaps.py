@@ -177,12 +177,16 @@ def unet(spec: UNetSpec) -> dict[str, str]:
         for block in range(spec.res_blocks + 1):
             table |= res_block(f"output_blocks.{first + block}.0", f"{up}.resnets.{block}")
             table[f"output_blocks.{first + block}.1"] = f"{up}.attentions.{block}"
-        upsample = 2 if spec.transformer_depth[level] else 1  # its place is after the attention, if any
+        upsample = (
+            2 if spec.up_depth(level, spec.res_blocks) else 1
+        )  # its place is after the attention, if any
         table[f"output_blocks.{first + spec.res_blocks}.{upsample}.conv"] = f"{up}.upsamplers.0.conv"
     if spec.middle_depth:
         table["middle_block.1"] = "mid_block.attentions.0"
-    table |= res_block("middle_block.0", "mid_block.resnets.0")
-    return table | res_block(f"middle_block.{2 if spec.middle_depth else 1}", "mid_block.resnets.1")
+    places = (0, 2 if spec.middle_depth else 1)[: spec.middle_res_blocks]
+    for number, place in enumerate(places):
+        table |= res_block(f"middle_block.{place}", f"mid_block.resnets.{number}")
+    return table
 
 
 def autoencoder(spec: AutoencoderSpec) -> dict[str, str]:

@@ -201,24 +201,32 @@ def unet_spec(shapes: Shapes, heads: int | tuple[int, ...] | None, head_width: i
     first = [1 + index * per_level for index in range(blocks // per_level)]  # of each level going down
     channels = tuple(shapes[f"input_blocks.{index}.0.in_layers.2.weight"][0] for index in first)
     each = heads if isinstance(heads, tuple) else (heads or 1,) * len(channels)
-    context = shapes.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1]
-    embedded = shapes["middle_block.0.emb_layers.1.weight"][0]
+    context = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 0)
+    projection = next((shape for key, shape in shapes.items() if key.endswith(".1.proj_in.weight")), ())
+    embedded = shapes["input_blocks.1.0.emb_layers.1.weight"][0]
+    depths = tuple(depth(shapes, f"input_blocks.{index}.1") for index in first)
+    up_depths = tuple(
+        tuple(depth(shapes, f"output_blocks.{start + index}.1") for index in range(per_level))
+        for start in reversed(range(0, blocks, per_level))
+    )
     return UNetSpec(
         in_channels=shapes["input_blocks.0.0.weight"][1],
         out_channels=shapes["out.2.weight"][0],
         channels=channels,
         res_blocks=per_level - 1,
-        transformer_depth=tuple(depth(shapes, f"input_blocks.{index}.1") for index in first),
+        transformer_depth=depths,
         middle_depth=depth(shapes, "middle_block.1"),
         heads=tuple(
             heads_at(width, count, None if heads else head_width)
             for width, count in zip(channels, each, strict=True)
         ),
         context_width=context,
-        linear_projection=len(shapes.get("middle_block.1.proj_in.weight", ())) == 2,
+        linear_projection=len(projection) == 2,
         residual_resampling=len(channels) > 1 and f"input_blocks.{per_level}.0.op.weight" not in shapes,
-        scale_shift_norm=embedded == 2 * channels[-1],
+        scale_shift_norm=embedded == 2 * channels[0],
         noise_levels=shapes.get("label_emb.weight", (0,))[0],
+        up_depths=() if up_depths == tuple((d,) * per_level for d in depths) else up_depths,
+        middle_res_blocks=sum(f"middle_block.{index}.in_layers.2.weight" in shapes for index in range(3)),
         added_width=shapes.get("label_emb.0.0.weight", (0, 0))[1],
     )
 

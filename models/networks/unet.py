@@ -184,14 +184,15 @@ class UNet(nn.Module):
                 skips.append(width)
         self.input_blocks = module_list(down)
 
-        self.middle_block = Stage(
-            res_block(width, width), *attention(spec, levels[-1], spec.middle_depth), res_block(width, width)
-        )
+        middle: list[nn.Module] = [res_block(width, width) for _ in range(spec.middle_res_blocks)]
+        if spec.middle_res_blocks == 2:
+            middle[1:1] = attention(spec, levels[-1], spec.middle_depth)
+        self.middle_block = Stage(*middle)
 
         up = []
         for level in reversed(levels):
             for index in range(spec.res_blocks + 1):
-                blocks = attention(spec, level, spec.transformer_depth[level], cross_only[level])
+                blocks = attention(spec, level, spec.up_depth(level, index), cross_only[level])
                 first, width = res_block(width + skips.pop(), spec.channels[level]), spec.channels[level]
                 if level and index == spec.res_blocks:
                     blocks.append(

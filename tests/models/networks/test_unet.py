@@ -1,13 +1,19 @@
 """The UNet of every model of the paper, narrow, against `diffusers` and a second implementation."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
-from models.formats import ldm, stable_diffusion
+from models.checkpoint.parts import unet_names
+from models.formats import diffusers_read, ldm, stable_diffusion
+from models.formats.diffusers_write import unet_config
 from models.networks.unet import UNet, timestep_embedding
+from models.spec import ModelSpec
 from tests.checkpoints import sd_files
-from tests.checkpoints.tiny import fill_randomly
+from tests.checkpoints.tiny import fill_randomly, tiny_spec
 from tests.helpers.numbers import LIMIT, relative_error
 from tests.helpers.reference_unet import GROUPS, ROWS, Reference, as_diffusers, four_wide, spec
 
@@ -94,3 +100,50 @@ def test_sides_that_are_halved_from_odd_ones(name, size):
     expected = theirs(x, t, context, **options).sample
     assert expected.shape[-2:] == size
     assert relative_error(ours(x, t, context, pooled), expected) <= LIMIT
+
+
+SMALL = {  # options of the UNets of SSD-1B, Segmind-Vega, KOALA-700M and tiny-sd, narrow
+    "SSD-1B": {
+        "layers_per_block": 2,
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 2], [3, 3]],
+        "reverse_transformer_layers_per_block": [[3, 3, 4], [2, 1, 1], 1],
+    },
+    "Segmind-Vega": {
+        "layers_per_block": 2,
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, 1, 2],
+    },
+    "KOALA-700M": {
+        "layers_per_block": 1,
+        "mid_block_type": None,
+        "transformer_layers_per_block": [1, 2, 3],
+    },
+    "tiny-sd": {"layers_per_block": 1, "mid_block_type": None, "transformer_layers_per_block": 1},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.inference_mode()
+def test_small_unets_by_their_configuration_and_by_their_keys(name):
+    options = SMALL[name] | {
+        "block_out_channels": [64, 64, 128],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": [1, 1, 2],
+        "cross_attention_dim": 32,
+        "use_linear_projection": True,
+    }
+    theirs = sd_files.random(UNet2DConditionModel(**options), 1)
+    spec = diffusers_read.unet_spec(dict(theirs.config))
+    ours = UNet(spec).requires_grad_(False)
+    ours.load_state_dict({key: theirs.state_dict()[name] for key, name in unet_names(ours).items()})
+    g = torch.Generator().manual_seed(5)
+    x, context = torch.randn(2, 4, 8, 12, generator=g), torch.randn(2, 7, 32, generator=g)
+    t = torch.tensor([1, 801])
+    assert relative_error(ours(x, t, context), theirs(x, t, context).sample) <= LIMIT
+    shapes = {key: tuple(value.shape) for key, value in ours.state_dict().items()}
+    assert ldm.unet_spec(shapes, None, 64) == spec
+    model = replace(tiny_spec(), unet=spec)
+    assert ModelSpec.from_dict(json.loads(json.dumps(model.to_dict()))) == model
+    assert diffusers_read.unet_spec(unet_config(model)) == spec
