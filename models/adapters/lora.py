@@ -84,10 +84,9 @@ class Lora:
     ignored: tuple[str, ...] = ()
 
     def delta(self, change: Change, weight: Tensor) -> Tensor:
-        """What to add to a weight, in its shape, float32, on the device that the file was opened for."""
+        """What to add to a float32 weight, in its shape, on the device that the file was opened for."""
         parts = {part: self.weights.read(key).float() for part, key in change.keys.items()}
-        device = next(iter(parts.values())).device
-        weight = weight.detach().to(device, torch.float32)
+        weight = weight.to(next(iter(parts.values())).device)
         delta = change.scale * change.kind.delta(parts, weight)
         magnitude = magnitude_of(parts, weight)
         return delta if magnitude is None else dora_delta(weight, delta, magnitude)
@@ -118,11 +117,9 @@ def apply(bundle: LatentDiffusion, loras: Sequence[tuple[Lora, float, float]]) -
 @torch.no_grad()
 def changed(base: nn.Parameter, changes: Sequence[tuple[Lora, Change, float]]) -> nn.Parameter:
     """A weight with its changes, rounded once, in the type and memory layout of the base."""
-    deltas = (weight * lora.delta(change, base) for lora, change, weight in changes)
-    total = reduce(torch.add, deltas)
-    return nn.Parameter(
-        torch.empty_like(base).copy_(base.float() + total.to(base.device)), requires_grad=False
-    )
+    original = base.float()
+    total = reduce(torch.add, (weight * lora.delta(change, original) for lora, change, weight in changes))
+    return nn.Parameter(torch.empty_like(base).copy_(original + total.to(base.device)), requires_grad=False)
 
 
 def sharing(network: Module, merged: Mapping[int, nn.Parameter], always: bool = False) -> Module:

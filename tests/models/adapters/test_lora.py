@@ -148,16 +148,18 @@ def test_several_are_added_in_any_order(tiny, base, changes, tmp_path):
     assert difference(outputs(with_loras(base, *pairs[::-1])), mine) <= 1e-6
 
 
-def test_peft_itself_merges_to_the_same_from_its_own_folder(tiny, base, tmp_path):
+@pytest.mark.parametrize("kind", [{"use_rslora": True}, {"use_dora": True}])
+def test_peft_itself_merges_to_the_same_from_its_own_folder(tiny, base, tmp_path, kind):
     unet = pipeline_of(tiny).unet
     config = LoraConfig(
-        r=3, lora_alpha=7, target_modules=["to_q", "conv2"], alpha_pattern={"attn2.to_q": 2}, use_rslora=True
+        r=3, lora_alpha=7, target_modules=["to_q", "conv2"], alpha_pattern={"attn2.to_q": 2}, **kind
     )
     wrapped = get_peft_model(unet, config)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+            noise = torch.randn(parameter.shape, generator=generator) / 4
+            parameter.data.copy_(1 + noise.abs() if "magnitude" in name else noise)
     wrapped.save_pretrained(tmp_path)
     (ours,) = opened(base, tmp_path / "adapter_model.safetensors")
     merged = wrapped.merge_and_unload()
