@@ -332,8 +332,8 @@ class JobStatus(BaseModel):
     estimate: Annotated[
         float | None, Field(description="Estimated seconds until the end of a queued job, if known")
     ]
-    step: Annotated[int, Field(description="Steps done, of all images together")]
-    steps: Annotated[int, Field(description="Steps in total; 0 before the job has started")]
+    step: Annotated[int, Field(description="UNet calls done, of all images together")]
+    steps: Annotated[int, Field(description="UNet calls in total; 0 before the job has started")]
     result: Annotated[GenerateResponse | None, Field(description="Present once the job is done")]
     error: Annotated[ErrorDetail | None, Field(description="Present once the job has failed")]
 
@@ -342,7 +342,7 @@ class JobPreview(BaseModel):
     """A preview of an image of a running job."""
 
     index: Annotated[int, Field(description="Index of the image")]
-    step: Annotated[int, Field(description="Steps done of that image")]
+    step: Annotated[int, Field(description="UNet calls done of that image")]
     data: Annotated[str, Field(description="The file in base64")]
     media_type: str
     width: int

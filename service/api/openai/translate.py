@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 from PIL import ImageOps
 
+from models.sampling.samplers import unet_calls
 from models.spec import ModelSpec
 from service.api.openai.model_names import GPT_IMAGE_NAME, find_served_name
 from service.api.openai.schemas import (
@@ -193,11 +194,12 @@ def check_enlarged(size: Size, body: OpenAIRequest, settings: Settings) -> None:
 
 
 def previews_of(request: GenerateRequest | InpaintRequest, spec: ModelSpec, partial_images: int) -> Previews:
-    """Previews of decoded images, spread evenly over the steps."""
+    """Previews of decoded images, spread evenly over the UNet calls."""
     from_image = isinstance(request, GenerateRequest) and request.init_image is not None
     share = coalesce(request.strength, DEFAULT_STRENGTH if from_image else 1.0)
-    steps = coalesce(request.steps, spec.defaults.steps) * share
-    every = max(1, int(steps / (partial_images + 1)))
+    sampler = coalesce(request.sampler, spec.defaults.sampler)
+    calls = unet_calls(sampler, coalesce(request.steps, spec.defaults.steps)) * share
+    every = max(1, int(calls / (partial_images + 1)))
     return Previews(every, decoded=True, format=request.output_format or "png")
 
 
