@@ -125,12 +125,19 @@ def test_eight_samplers_at_once_share_calls_and_change_no_image(server):
 
 
 def test_a_spacing_changes_the_image_and_is_among_its_parameters(server):
-    spacings = ("leading", "trailing", "linspace")
+    spacings = ("leading", "trailing", "linspace", "karras")
     answers = [post(server, {"prompt": "p", "seed": 1, "spacing": spacing}) for spacing in spacings]
     default = image_of(post(server, {"prompt": "p", "seed": 1}))
-    assert [bool((image_of(answer) == default).all()) for answer in answers] == [True, False, False]
+    assert [bool((image_of(answer) == default).all()) for answer in answers] == [True, False, False, False]
     texts = [open_image(answer).text["parameters"] for answer in answers]
     assert tuple(json.loads(text)["spacing"] for text in texts) == spacings
+
+
+def test_a_step_of_heun_counts_as_two_unet_calls(server):
+    request = {"prompt": "p", "sampler": "heun", "steps": 4}
+    job = server.client.post("/jobs", json={"task": "generate", "request": request}).json()["id"]
+    wait_until(lambda: server.client.get(f"/jobs/{job}").json()["status"] not in ("queued", "running"))
+    assert server.client.get(f"/jobs/{job}").json()["steps"] == 7  # the last step takes one call
 
 
 BAD = [
