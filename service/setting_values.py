@@ -70,7 +70,7 @@ def read_device(text: str) -> str:
 def read_list(text: str) -> tuple[str, ...]:
     """Entries between commas; a comma in double quotes belongs to its entry."""
     pieces = text.split('"')
-    if len(pieces) % 2 == 0:  # a quote without its partner is a character like others
+    if len(pieces) % 2 == 0:  # an unpaired quote has no special meaning
         return tuple(part.strip() for part in text.split(",") if part.strip())
     inside = [piece.replace(",", QUOTED_COMMA) if index % 2 else piece for index, piece in enumerate(pieces)]
     parts = (part.strip().replace(QUOTED_COMMA, ",") for part in "".join(inside).split(","))

@@ -83,7 +83,7 @@ def flag(name: str) -> str:
 
 
 def quoted(value: Any) -> Any:
-    """A flag's value, in double quotes where it is the path of a file or folder with a comma in its name."""
+    """A flag's value; in double quotes if it is an existing path with a comma, so that it stays one entry."""
     if isinstance(value, list):
         return [quoted(entry) for entry in value]
     is_path = isinstance(value, str) and "," in value and '"' not in value

@@ -108,7 +108,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
     add("--sampler", help="the sampling method (default: ddim)")
     add(
         "--spacing",
-        help=f"visited timesteps or noise levels: {', '.join(get_args(Spacing))} (default: the model's)",
+        help=f"timesteps or noise levels of the steps: {', '.join(get_args(Spacing))} (default: the model's)",
     )
     add(
         "--lora",

@@ -108,8 +108,8 @@ class ImageRequest(BaseModel):
         Field(
             ge=1,
             le=1000,
-            description="Steps of the sampler. Each is one UNet call, with heun, dpm2, dpm2_ancestral and "
-            "dpmpp_sde two, except in the last step; limits, progress and previews count UNet calls.",
+            description="Steps of the sampler. A step is one UNet call; with heun, dpm2, dpm2_ancestral and "
+            "dpmpp_sde it is two, except the last one. Limits, progress and previews count UNet calls.",
         ),
     ] = None
     guidance_scale: Annotated[
@@ -134,11 +134,11 @@ class ImageRequest(BaseModel):
     spacing: Annotated[
         Spacing | None,
         Field(
-            description="Which timesteps or noise levels the steps visit. leading, trailing and linspace "
-            "choose timesteps; karras, exponential, sgm_uniform, simple and beta choose noise levels over "
-            "the whole schedule, as A1111 schedulers of these names. Not for lcm, tcd and dpmpp_2m_karras, "
-            "which have their own; plms and names that end in _karras or _exponential take the first three "
-            "only."
+            description="Choice of the timesteps or noise levels of the steps. leading, trailing and "
+            "linspace choose timesteps. karras, exponential, sgm_uniform, simple and beta choose noise "
+            "levels over the whole schedule, as A1111's schedulers of these names do. lcm, tcd and "
+            "dpmpp_2m_karras have their own timesteps and support none of these. plms, and samplers whose "
+            "names end in _karras or _exponential, support only leading, trailing and linspace."
         ),
     ] = None
     eta: Annotated[
@@ -412,7 +412,9 @@ class Model(BaseModel):
     defaults: ModelDefaults
     limits: ModelLimits
     samplers: list[str]
-    spacings: Annotated[list[Spacing], Field(description="Values of `spacing`; see there for exceptions")]
+    spacings: Annotated[
+        list[Spacing], Field(description="Values of `spacing`; some samplers support only a part of them")
+    ]
 
 
 class ModelList(BaseModel):

@@ -50,7 +50,7 @@ SCHEDULERS = {
 
 
 def with_schedulers(native: str, automatic: NoiseSpacing | None = None) -> dict[str, Native]:
-    """The native sampler for each A1111 scheduler. automatic: what A1111 takes by default, if it says so."""
+    """The native sampler for each A1111 scheduler. automatic: the sampler's own choice for "Automatic"."""
     choices: dict[str, Native] = {
         "uniform": (native, "linspace"),
         "normal": (native, "linspace"),
