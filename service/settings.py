@@ -351,7 +351,7 @@ def as_text(value: Any) -> str:
     """A value of a setting or of a TOML file, as the text of an environment variable."""
     if isinstance(value, tuple):  # of a setting: each item is one entry, even with a comma
         return ",".join(f'"{entry}"' if "," in str(entry) else as_text(entry) for entry in value)
-    if isinstance(value, list):  # of a TOML file: an item may contain several entries
+    if isinstance(value, list):  # of flags or of a TOML file: an item may contain several entries
         return ",".join(map(as_text, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
