@@ -280,7 +280,7 @@ def test_a_request_gets_the_models_first_task_and_its_parameters_are_a_request(l
 
 BLACK = np.zeros((64, 64, 3), np.uint8)
 REFUSED = {  # model -> (invalid fields, the field that the error names)
-    "celebahq": [({"width": 48}, "width")],
+    "celebahq": [({"width": 50}, "width")],
     "cin256": [({"class_label": 1000}, "class_label"), ({"class_label": "cat"}, "class_label")],
     "cin256-v2": [({"class_label": 1000}, "class_label")],  # the null class cannot be requested
     "layout2img": [
