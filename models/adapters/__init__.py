@@ -1,1 +1,1 @@
-"""What a user puts on top of a base model: LoRA, textual inversion, a replacement VAE."""
+"""Adapters, which change a base model: LoRA, textual inversion, a replacement VAE."""

@@ -59,8 +59,10 @@ Module = TypeVar("Module", bound="nn.Module | None")
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one weight, of a kind in lora_kinds. keys: part -> name in the file. scale: of the whole
-    change, before DoRA."""
+    """The change of one weight.
+
+    keys: part -> name in the file. scale: factor of the whole change, before DoRA.
+    """
 
     target: Target
     kind: Kind
@@ -71,10 +73,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Lora:
-    """A file's changes of one model; they are read when they are merged.
+    """A file's changes of one model, which are read when they are merged.
 
-    embeddings: the words that the file adds to prompts. vocabulary: numbers in the model's tables of token
-    embeddings, which they copy. ignored: names of tensors that the model has no place for.
+    embeddings: words that the file adds to prompts. vocabulary: size of the model's token embeddings, which
+    embeddings copy; 0 without embeddings. ignored: names of tensors without a counterpart in the model.
     """
 
     changes: tuple[Change, ...]
@@ -84,7 +86,7 @@ class Lora:
     ignored: tuple[str, ...] = ()
 
     def delta(self, change: Change, weight: Tensor) -> Tensor:
-        """What to add to a float32 weight, in its shape, on the device that the file was opened for."""
+        """The tensor to add to a float32 weight, in its shape, on the device that the file was opened for."""
         parts = {part: self.weights.read(key).float() for part, key in change.keys.items()}
         weight = weight.to(next(iter(parts.values())).device)
         delta = change.scale * change.kind.delta(parts, weight)
@@ -92,7 +94,7 @@ class Lora:
         return delta if magnitude is None else dora_delta(weight, delta, magnitude)
 
 
-def apply(bundle: LatentDiffusion, loras: Sequence[tuple[Lora, float, float]]) -> LatentDiffusion:
+def apply(model: LatentDiffusion, loras: Sequence[tuple[Lora, float, float]]) -> LatentDiffusion:
     """The model with LoRAs, each with its weights for the UNet and for the text encoders.
 
     Only changed weights are copied; the base stays as it is.
@@ -104,14 +106,14 @@ def apply(bundle: LatentDiffusion, loras: Sequence[tuple[Lora, float, float]]) -
                 changes[change.target].append((lora, change, weight))
     merged: dict[str, dict[int, nn.Parameter]] = {"unet": {}, "conditioner": {}}
     for target, of_target in changes.items():
-        network = bundle.unet if target.network == "unet" else bundle.conditioner
+        network = model.unet if target.network == "unet" else model.conditioner
         assert network is not None
         base = network.get_parameter(target.parameter)
         merged[target.network][id(base)] = changed(base, of_target)
-    unet = sharing(bundle.unet, merged["unet"])
+    unet = sharing(model.unet, merged["unet"])
     embeddings = [embedding for lora, *_ in loras for embedding in lora.embeddings]
-    conditioner = sharing(bundle.conditioner, merged["conditioner"], always=bool(embeddings))
-    return add_embeddings(LatentDiffusion(bundle.spec, unet, bundle.autoencoder, conditioner), embeddings)
+    conditioner = sharing(model.conditioner, merged["conditioner"], always=bool(embeddings))
+    return add_embeddings(LatentDiffusion(model.spec, unet, model.autoencoder, conditioner), embeddings)
 
 
 @torch.no_grad()
@@ -123,9 +125,9 @@ def changed(base: nn.Parameter, changes: Sequence[tuple[Lora, Change, float]]) -
 
 
 def sharing(network: Module, merged: Mapping[int, nn.Parameter], always: bool = False) -> Module:
-    """A copy of a network that has other parameters in place of some, by id, and shares the rest.
+    """A copy of a network with some parameters replaced (id -> new parameter) and all others shared.
 
-    Without other parameters it is the network itself, unless `always`.
+    Without replaced parameters the network itself is returned, unless `always`.
     """
     if network is None or not (merged or always):
         return network
@@ -136,7 +138,7 @@ def sharing(network: Module, merged: Mapping[int, nn.Parameter], always: bool = 
 
 
 def changed_bytes(loras: Sequence[Lora], dtype: torch.dtype) -> int:
-    """Memory that merging these takes: the size of the weights that they change."""
+    """Bytes that merging LoRAs takes: the size of the weights that they change."""
     targets = {change.target for lora in loras for change in lora.changes}
     vocabulary = max((lora.vocabulary for lora in loras), default=0)
     return dtype.itemsize * (vocabulary + sum(math.prod(target.shape) for target in targets))
@@ -148,10 +150,10 @@ def open_loras(
     device: torch.device | str = "cpu",
     allow_pickle: bool = False,
 ) -> dict[str, dict[str, Lora]]:
-    """Model -> name -> LoRA, of those that fit it; files by name.
+    """Model -> name -> LoRA, for all LoRAs that fit the model. files: name -> path.
 
-    A LoRA fits a model that has at least one of its modules, each of the right shape. Raises CheckpointError
-    for one that fits no model, with what does not fit the model closest to it.
+    A LoRA fits a model that has at least one of its modules and in which every such module has the right
+    shape. Raises CheckpointError for a LoRA that fits no model, naming its problems with the closest one.
     """
     layers = {model: find_layers(spec) for model, spec in specs.items()} if files else {}
     fitting: dict[str, dict[str, Lora]] = {model: {} for model in specs}
@@ -183,7 +185,7 @@ def with_embeddings(lora: Lora, embeddings: Sequence[Embedding], spec: ModelSpec
 
 
 def warning(name: str, lora: Lora) -> str:
-    """What of a LoRA a model ignores, in one sentence; empty if it ignores nothing."""
+    """A warning that names the modules of a LoRA that the model ignores; empty if there are none."""
     modules = sorted({split_key(key)[0] or key for key in lora.ignored})
     if not modules:
         return ""
@@ -204,7 +206,7 @@ def check_supported(name: str, file: Path, weights: Weights) -> None:
 def fit(
     weights: Weights, scales: Mapping[str, LoraScale], layers: Mapping[str, Layer]
 ) -> tuple[Lora, Problems]:
-    """A file's changes of these layers, and what is wrong with them."""
+    """A file's changes of these layers, and their problems."""
     modules: dict[str, dict[str, str]] = defaultdict(dict)  # module -> part -> key
     problems: Problems = defaultdict(list)
     ignored = []
@@ -240,7 +242,7 @@ def fit(
 
 
 def part_problems(keys: Mapping[str, str], target: Target, weights: Weights) -> Problems:
-    """What is wrong with the tensors that change one weight; keys: part -> key."""
+    """Problems with the tensors that change one weight. keys: part -> name in the file."""
     names, kinds = list(keys.values()), kinds_of(set(keys))
     if len(kinds) != 1:
         return {"ambiguous" if kinds else "incomplete": names}
@@ -276,7 +278,7 @@ def part_problems(keys: Mapping[str, str], target: Target, weights: Weights) -> 
 def read_change(
     module: str, keys: Mapping[str, str], target: Target, weights: Weights, scales: Mapping[str, LoraScale]
 ) -> Change:
-    """The change of one weight, its numbers read. Raises CheckpointError for a scale that is not finite."""
+    """The change of one weight, with its scale. Raises CheckpointError for a non-finite scale."""
     (kind,) = kinds_of(set(keys))
     rank = kind.rank({part: trimmed(weights.stored[key].shape) for part, key in keys.items()})
     scale = module_scale(module, keys, rank, weights, scales if kind is LORA else {})
@@ -295,7 +297,7 @@ def module_scale(
     weights: Weights,
     scales: Mapping[str, LoraScale],
 ) -> float:
-    """alpha / rank of a module's change; 1 if nothing gives alpha, or the kind has no rank."""
+    """alpha / rank of a module's change; 1 without an alpha or for a kind without a rank."""
     if rank is None:
         return 1.0
     if ALPHA in keys:

@@ -21,9 +21,13 @@ NUMBERS = ("alpha", "scalar")  # parts that are one number
 
 
 class Kind(NamedTuple):
-    """parts: any of them in a module means this kind. expected: the shapes of a module's parts that fit a
-    weight of a trimmed shape; raises KeyError for a missing part. rank: the divisor of alpha; None: there is
-    no alpha. delta: D before its scale."""
+    """A kind of change.
+
+    parts: a module with any of these parts is of this kind. expected: (shapes of a module's parts, trimmed
+    shape of the weight) -> the shapes that the parts must have; raises KeyError for a missing part. rank:
+    shapes of the parts -> the divisor of alpha; None: alpha is not used. delta: (parts, weight) -> D before
+    it is scaled.
+    """
 
     name: str
     parts: frozenset[str]
@@ -33,7 +37,7 @@ class Kind(NamedTuple):
 
 
 def trimmed(shape: Sequence[int]) -> Shape:
-    """Without trailing axes of 1 after the second axis: a 1x1 convolution is a matrix."""
+    """A shape without trailing axes of 1 after the second axis, so that a 1x1 convolution is a matrix."""
     sides = list(shape)
     while len(sides) > 2 and sides[-1] == 1:
         sides.pop()
@@ -41,7 +45,7 @@ def trimmed(shape: Sequence[int]) -> Shape:
 
 
 def side(shape: Shape, axis: int) -> int:
-    """A side of a shape; 0 if it has fewer axes."""
+    """The size of an axis; 0 if the shape has fewer axes."""
     return shape[axis] if len(shape) > axis else 0
 
 
@@ -134,7 +138,7 @@ def lokr_shapes(shapes: Shapes, target: Shape) -> dict[str, Shape]:
 
 
 def lokr_rank(shapes: Shapes) -> int | None:
-    """The scale is 1 where both matrices are whole, whatever alpha is."""
+    """None, for a scale of 1, if both matrices are whole."""
     factor = shapes.get("lokr_w2_b") or shapes.get("lokr_w1_b")
     return factor[0] if factor else None
 
@@ -163,7 +167,7 @@ def glora_shapes(shapes: Shapes, target: Shape) -> dict[str, Shape]:
 
 
 def glora_is_older(a1: Shape, b1: Shape, out: int, into: int) -> bool:
-    """By the first matrices, which were (r, in) and (r, in) and are (in, r) and (out, r)."""
+    """Whether a file is older: then a1 and b1 are (r, in) instead of (in, r) and (out, r)."""
     return side(a1, 1) == side(b1, 1) == into and (side(a1, 0), side(b1, 0)) != (into, out)
 
 
@@ -223,7 +227,7 @@ def kinds_of(parts: set[str]) -> list[Kind]:
 
 
 def magnitude_shape(part: str, shape: Shape, target: Shape) -> Shape:
-    """The shape itself if it is one that magnitudes of this weight can have, or else one of these."""
+    """`shape` if magnitudes of this weight can have it, else a shape that they can have."""
     out, into = target[:2]
     if part == MAGNITUDE:
         return shape if torch.Size(shape).numel() == out else (out,)
@@ -231,15 +235,17 @@ def magnitude_shape(part: str, shape: Shape, target: Shape) -> Shape:
 
 
 def magnitude_of(parts: Parts, weight: Tensor) -> Tensor | None:
-    """DoRA's magnitudes: PEFT's, which are per output, as (out, 1..); LyCORIS's as they are."""
+    """DoRA's magnitudes, if any: PEFT's, one per output, as (out, 1, ...); LyCORIS's unchanged."""
     if MAGNITUDE in parts:
         return parts[MAGNITUDE].reshape(-1, *(1 for _ in weight.shape[1:]))
     return parts.get(DORA)
 
 
 def dora_delta(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """W' - W for W' = magnitude * (W + D) / |W + D|, with norms per output or per input, as the magnitude is:
-    (out, 1..) or (1, in, 1..)."""
+    """W' - W for W' = magnitude * (W + D) / |W + D| (Liu et al. 2024, equation 5).
+
+    The norm is taken per output or per input, as the magnitude's shape is (out, 1, ...) or (1, in, 1, ...).
+    """
     changed = weight + delta
     kept = 0 if magnitude.shape[0] == magnitude.numel() == weight.shape[0] else 1
     others = [axis for axis in range(weight.ndim) if axis != kept]

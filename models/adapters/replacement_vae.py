@@ -16,17 +16,15 @@ __all__ = ["open_vae", "with_vae"]
 
 
 def with_vae(
-    bundle: LatentDiffusion,
+    model: LatentDiffusion,
     path: Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
 ) -> LatentDiffusion:
     """The model with the autoencoder at `path`. Raises CheckpointError as open_vae() does."""
-    spec, part = open_vae(path, bundle.spec.autoencoder, device, allow_pickle)
+    spec, part = open_vae(path, model.spec.autoencoder, device, allow_pickle)
     assign(part, autoencoder_dtype(spec, dtype, device) or dtype)
     autoencoder = part.network.requires_grad_(False).eval().to(device)
     assert isinstance(autoencoder, Autoencoder)
-    return LatentDiffusion(
-        replace(bundle.spec, autoencoder=spec), bundle.unet, autoencoder, bundle.conditioner
-    )
+    return LatentDiffusion(replace(model.spec, autoencoder=spec), model.unet, autoencoder, model.conditioner)

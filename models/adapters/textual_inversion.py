@@ -1,7 +1,7 @@
 """Learned embeddings (textual inversion, Gal et al. 2022): vectors that replace a word of a prompt.
 
-A file has them under the word itself, as `emb_params`, below `string_to_param`, or, for two text encoders, as
-`clip_l` and `clip_g`.
+In a file, the tensor is named like the word, `emb_params`, or lies below `string_to_param`; for two text
+encoders there are two, `clip_l` and `clip_g`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_LISTED_KEYS = 4  # in an error message
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """vectors: for each text encoder (k, C), float32 on the CPU."""
+    """A learned word. vectors: (k, C) for each text encoder, float32 on the CPU."""
 
     name: str
     vectors: tuple[Tensor, ...]
@@ -81,7 +81,7 @@ def to_embedding(name: str, source: str, weights: Weights) -> Embedding:
     if not all(torch.isfinite(each).all() for each in vectors):
         raise CheckpointError(f"{source} has NaN or infinite values")
     if len({len(each) for each in vectors}) > 1:
-        raise CheckpointError(f"{source} has another number of vectors for each text encoder")
+        raise CheckpointError(f"{source} has different numbers of vectors for the text encoders")
     return Embedding(name, vectors)
 
 
@@ -111,13 +111,13 @@ def joined(widths: Sequence[int]) -> str:
     return " and ".join(map(str, widths))
 
 
-def add_embeddings(bundle: LatentDiffusion, embeddings: Iterable[Embedding]) -> LatentDiffusion:
+def add_embeddings(model: LatentDiffusion, embeddings: Iterable[Embedding]) -> LatentDiffusion:
     """Add the embeddings that fit to a model, in place; returns it."""
     for embedding in embeddings:
-        if embedding.fits(bundle.spec) and isinstance(bundle.conditioner, TextConditioner):
-            for encoder, vectors in zip(bundle.conditioner.encoders, embedding.vectors, strict=True):
+        if embedding.fits(model.spec) and isinstance(model.conditioner, TextConditioner):
+            for encoder, vectors in zip(model.conditioner.encoders, embedding.vectors, strict=True):
                 extend_vocabulary(encoder, embedding.name, vectors)
-    return bundle
+    return model
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Weights in and out: load, save and describe a checkpoint."""
+"""Reads and writes checkpoints: load, save, inspect, convert."""
 
 from models.checkpoint.loading import load
 from models.checkpoint.saving import save

@@ -37,8 +37,8 @@ def convert(
 
     A diffusers folder becomes a diffusers folder, and so does a single file of Stable Diffusion. The weights
     of other single files keep their published names: averages replace the last weights, duplicates and
-    tensors that no network takes are left out, and ldm.json says what no tensor shows. dtype: of the weights;
-    None: as they are, and float16 for weights of 8 bits. allow_pickle, prediction, weights: as for load().
+    unused tensors are left out, and facts that no tensor shows go into ldm.json. dtype: of the weights; None:
+    unchanged, or float16 for weights of 8 bits. allow_pickle, prediction, weights: as for load().
     Raises CheckpointError, also if the target exists and is not an empty folder.
     """
     if not isinstance(source, Source):
@@ -57,7 +57,7 @@ def most_common_type(opened: OpenedModel) -> str:
     """The type that most tensors of the UNet have."""
     stored = opened.parts[0].weights.stored
     found = Counter(entry.dtype for entry in stored.values()).most_common(1)[0][0]
-    return "float16" if found in FLOATS_OF_8_BITS else found  # which has all numbers of these
+    return "float16" if found in FLOATS_OF_8_BITS else found  # float16 represents every 8-bit value
 
 
 def write_single_file(opened: OpenedModel, folder: Path, dtype: str | None) -> None:
@@ -81,7 +81,7 @@ def published_tensors(opened: OpenedModel) -> dict[str, Tensor]:
     return {
         prefixes[part.network] + key: part.weights.read(name)
         for part in opened.parts
-        if part.network in prefixes  # a text encoder next to the file is copied instead
+        if part.network in prefixes  # a text encoder next to the file is copied unchanged
         for key, name in part.names.items()
     }
 
@@ -100,7 +100,7 @@ def complete_folder(target: Path) -> Iterator[Path]:
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            folder = temporary / "complete"  # mkdtemp's own can only be read by its owner
+            folder = temporary / "complete"  # only its owner can read mkdtemp's folder
             folder.mkdir()
             yield folder
             folder.rename(target)

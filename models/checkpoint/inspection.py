@@ -1,4 +1,4 @@
-"""What a checkpoint is and what is wrong with it, without reading a weight (`ldm inspect`)."""
+"""`ldm inspect`: describes a checkpoint and its problems without reading weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Report:
     networks: tuple[NetworkReport, ...]
     averaged: bool  # the UNet's weights are averages over its training (EMA)
     schedule: dict[str, Any] | None
-    prediction_origin: str  # what says what the UNet predicts
+    prediction_origin: str  # as in identify.Source
     scale_factor: float
     conditioner: str
     notes: tuple[str, ...]
@@ -96,7 +96,7 @@ def family(source: Source) -> str:
 
 
 def conditioner(spec: ModelSpec) -> str:
-    """What turns a request's prompt or labels into conditioning."""
+    """A description of the model's conditioner."""
     condition = spec.condition
     if spec.texts:
         shapes = " and ".join(f"{text.layers}x{text.width}" for text in spec.texts)
@@ -120,7 +120,7 @@ def network(part: Part) -> NetworkReport:
 
 
 def notes(opened: OpenedModel) -> Iterator[str]:
-    """What a user should know, and is no error."""
+    """Facts that the user should know, no errors."""
     if opened.duplicates:
         yield f"the file has the first stage twice: {len(opened.duplicates)} tensors are redundant"
     yield from opened.notes
@@ -129,7 +129,7 @@ def notes(opened: OpenedModel) -> Iterator[str]:
 
 
 def problems(opened: OpenedModel) -> Iterator[str]:
-    """Why load() would refuse the checkpoint."""
+    """The reasons for which load() would refuse the checkpoint."""
     yield from parts.problems(opened)
     if not opened.source.text_encoders:
         for name, _ in zip(TOKENIZERS, opened.spec.texts, strict=False):

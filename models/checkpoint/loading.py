@@ -32,15 +32,15 @@ def load(
 ) -> LatentDiffusion:
     """The model in a diffusers folder or in a single file, ready to run.
 
-    Files are mapped: tensors that no network takes are never read, the others go to their device one by one.
-    On the CPU, weights of the file's own type may stay in the file: replace it, do not write into it.
+    Files are memory-mapped: unused tensors are never read, the others are moved to the device one by one. On
+    the CPU, weights of the file's own dtype may stay mapped: replace such a file, do not write into it.
 
-    source: a path, or what identify() found there; allow_pickle, prediction and weights are then as given to
-    identify(). allow_pickle: read .bin files if there is no safetensors file, and .ckpt files; they never run
-    code even then. vocabulary: BERT's vocab.txt or its folder, for a model that needs it; if None, it is
-    looked for next to the model and in the local Hugging Face cache. watch: measures the time of each part.
-    prediction, weights: as for identify(). Notes about the files are logged. Never uses the network. Raises
-    CheckpointError, naming tensors that are missing, unexpected, misshaped, mistyped or unreadable.
+    source: a path, or a Source, which has its own allow_pickle, prediction and weights. allow_pickle: read
+    .bin files if there is no safetensors file, and .ckpt files; they never run code even then. vocabulary:
+    BERT's vocab.txt or its folder, for a model that needs it; if None, it is looked for next to the model and
+    in the local Hugging Face cache. watch: measures the time of each part. prediction, weights: as for
+    identify(). Notes about the files are logged. Never uses the network. Raises CheckpointError, naming
+    tensors that are missing, unexpected, misshaped, mistyped or unreadable.
     """
     watch = watch or Stopwatch()
     if not isinstance(source, Source):
@@ -59,9 +59,9 @@ def load(
     for network in opened.networks:
         if network:
             network.requires_grad_(False).eval()
-    bundle = LatentDiffusion(opened.spec, *opened.networks).to(device)
+    model = LatentDiffusion(opened.spec, *opened.networks).to(device)
     watch.lap("to the device")
-    return bundle
+    return model
 
 
 def open_model(source: Source, device: torch.device | str = "cpu") -> OpenedModel:

@@ -13,10 +13,9 @@ INITIALISERS = frozenset({"normal_", "uniform_", "kaiming_uniform_"})
 
 
 class SkipInitialisation(TorchFunctionMode):
-    """Draws no initial values.
+    """Skips the drawing of initial values.
 
-    On the meta device these have no effect, but drawing the first one takes a second there: torch imports its
-    compiler.
+    On the meta device it has no effect but takes a second, because torch imports its compiler for it.
     """
 
     def __torch_function__(

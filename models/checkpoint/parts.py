@@ -1,4 +1,4 @@
-"""A model on the meta device, the tensors that its files have for it, and whether they fit."""
+"""A model on the meta device, its tensors in files, the check that they fit, and their assignment."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from models.networks.unet import UNet
 from models.spec import ModelSpec
 
 PROJECTION = "text_projection.weight"
-HALVES = ("float16", "bfloat16")  # of one size: a network that has both has a damaged header
-ALIGNMENT = 64  # bytes; torch aligns memory and .ckpt files so, safetensors files need not be
+HALVES = ("float16", "bfloat16")  # types of the same size: a network with both has a damaged header
+ALIGNMENT = 64  # bytes; torch's memory and .ckpt files are aligned to it, safetensors files may not be
 
 
 class Part(NamedTuple):
-    """A network on the meta device, and the tensors that its file has for it."""
+    """A network on the meta device, and its tensors in a file."""
 
     network: nn.Module
     names: Mapping[str, str]  # native parameter -> name in the file
@@ -50,16 +50,16 @@ class Networks(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model on the meta device, and where its weights are: none is read yet."""
+    """A model on the meta device, and where its weights are. None is read yet."""
 
     source: Source
     networks: Networks
     parts: tuple[Part, ...]
-    leftover: tuple[str, ...] = ()  # tensors of no network
+    leftover: tuple[str, ...] = ()  # unexpected tensors: named like a network's, but used by none
     variants: tuple[str, ...] = ()  # sentences about files that are used for want of the usual ones
-    ignored: tuple[str, ...] = ()  # tensors that are not needed to use the model
-    duplicates: Mapping[str, str] | None = None  # tensors of a second first stage -> of the first
-    weights: Weights | None = None  # all of a single file
+    ignored: tuple[str, ...] = ()  # other tensors that no network uses
+    duplicates: Mapping[str, str] | None = None  # tensors of a second copy of the first stage -> of the first
+    weights: Weights | None = None  # all tensors of a single file
 
     @property
     def spec(self) -> ModelSpec:
@@ -67,7 +67,7 @@ class OpenedModel:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about the files, and is no error."""
+        """Facts about the files that the user should know, no errors."""
         ignored = list(self.ignored)
         return self.source.notes + self.variants + ((summarise_keys("ignored", ignored),) if ignored else ())
 
@@ -84,16 +84,16 @@ def make_networks(spec: ModelSpec) -> Networks:
 
 
 def make_on_meta(source: Source) -> Networks:
-    """The networks without memory. Raises CheckpointError for shapes that no network has."""
+    """The networks on the meta device, without memory. Raises CheckpointError for impossible shapes."""
     try:
         with shapes_only():
             return make_networks(source.spec)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(f"{source.path}: networks of no known structure: {error}") from error
+        raise CheckpointError(f"{source.path}: unsupported network structure: {error}") from error
 
 
 def count_parameters(spec: ModelSpec) -> int:
-    """How many numbers the networks of a model have."""
+    """The number of parameters of a model's networks."""
     with shapes_only():
         networks = make_networks(spec)
     return sum(weight.numel() for network in networks if network for weight in network.parameters())
@@ -149,7 +149,7 @@ def without_text_prefix(weights: Weights) -> Weights:
 
 
 def mismatches(part: Part) -> dict[str, list[str]]:
-    """What is wrong with a network's tensors in its file: kind of problem -> names; empty if all fit."""
+    """Problems with a network's tensors in its file: kind of problem -> names; empty if all fit."""
     stored = part.weights.stored
     shapes = {part.names[key]: tuple(value.shape) for key, value in part.network.state_dict().items()}
     found = {key: stored[key] for key in shapes if key in stored}
@@ -167,7 +167,7 @@ def mismatches(part: Part) -> dict[str, list[str]]:
 
 
 def problems(opened: OpenedModel) -> list[str]:
-    """What is wrong with the tensors of a model, one sentence each, without reading one."""
+    """Problems with the tensors of a model, one sentence each, found without reading their values."""
     found = [
         f"{type(part.network).__name__}: {summarise_keys(problem, keys)}"
         for part in opened.parts
@@ -194,11 +194,14 @@ def assign(part: Part, dtype: torch.dtype) -> None:
     """Give a network on the meta device its weights, after check()."""
     state = {}
     for key, value in part.network.state_dict().items():
-        tensor = part.weights.read(part.names[key])  # on its device already: the type is converted there
+        tensor = part.weights.read(part.names[key])  # read to the device, so that the type is converted there
         state[key] = aligned(tensor.to(dtype)).reshape(value.shape)
     part.network.load_state_dict(state, strict=True, assign=True)
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """On the CPU, at an aligned address: otherwise the last bits of results would depend on the file."""
+    """The tensor, copied to an aligned address on the CPU.
+
+    Otherwise the last bits of results would depend on the layout of the file.
+    """
     return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT else tensor

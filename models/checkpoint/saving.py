@@ -28,7 +28,7 @@ from models.spec import ModelSpec
 
 
 def save(
-    bundle: LatentDiffusion,
+    model: LatentDiffusion,
     path: str | Path,
     dtype: torch.dtype = torch.float16,
     shard: int | None = None,
@@ -39,13 +39,13 @@ def save(
     for a value that dtype cannot represent, or a model that the layout cannot describe.
     """
     path = Path(path)
-    check_writable(bundle)
-    assert bundle.unet is not None
-    write_configs(bundle.spec, path)
-    folder, conditioner = autoencoder_folder(path), bundle.conditioner
+    check_writable(model)
+    assert model.unet is not None
+    write_configs(model.spec, path)
+    folder, conditioner = autoencoder_folder(path), model.conditioner
     write = partial(write_network, dtype=dtype, shard=shard)
-    write(renamed(bundle.unet, unet_names(bundle.unet)), path / "unet", NETWORK_FILES)
-    write(renamed(bundle.autoencoder, autoencoder_names(bundle.autoencoder)), folder, NETWORK_FILES)
+    write(renamed(model.unet, unet_names(model.unet)), path / "unet", NETWORK_FILES)
+    write(renamed(model.autoencoder, autoencoder_names(model.autoencoder)), folder, NETWORK_FILES)
     if not isinstance(conditioner, TextConditioner):
         return
     for encoder, text, tokenizer in zip(conditioner.encoders, TEXT_ENCODERS, TOKENIZERS, strict=False):
@@ -62,15 +62,15 @@ def renamed(network: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
     return {names[key]: value for key, value in network.state_dict().items()}
 
 
-def check_writable(bundle: LatentDiffusion) -> None:
+def check_writable(model: LatentDiffusion) -> None:
     """Raise CheckpointError for a model that the layout cannot describe."""
-    unet, autoencoder, conditioner = bundle.spec.unet, bundle.spec.autoencoder, bundle.conditioner
+    unet, autoencoder, conditioner = model.spec.unet, model.spec.autoencoder, model.conditioner
     texts = isinstance(conditioner, TextConditioner) and unet and unet.context_width
-    if unet is None or (not texts and (conditioner or not bundle.spec.upscaling)):
+    if unet is None or (not texts and (conditioner or not model.spec.upscaling)):
         raise CheckpointError(
             "the diffusers layout supports models with CLIP's text encoder, and upscalers without text, only"
         )
-    check_texts(bundle.spec)
+    check_texts(model.spec)
     if unet.residual_resampling or unet.scale_shift_norm:
         raise CheckpointError("the diffusers layout does not support this UNet's resampling or norms")
     if autoencoder.codes or autoencoder.attention_levels:
@@ -100,7 +100,7 @@ def write_network(
     if len(groups) == 1:
         write_tensors(tensors, folder / names.safe_file, dtype)
         return
-    (folder / names.safe_file).unlink(missing_ok=True)  # of an earlier save: it would be read instead
+    (folder / names.safe_file).unlink(missing_ok=True)  # a file of an earlier save would be read first
     files: dict[str, str] = {}  # tensor -> its file
     for number, group in enumerate(groups, 1):
         name = f"{names.safe}-{number:05}-of-{len(groups):05}.safetensors"
@@ -115,7 +115,7 @@ def write_network(
 def split_by_size(
     tensors: Mapping[str, Tensor], dtype: torch.dtype, max_bytes: int | None
 ) -> list[list[str]]:
-    """Names in groups of at most so many bytes, in their order; a larger tensor has a group of its own."""
+    """Names in groups of at most max_bytes, in their order; a larger tensor is a group alone."""
     groups: list[list[str]] = [[]]
     left = max_bytes or 0
     for name, tensor in tensors.items():
@@ -136,7 +136,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype 
     out = {}
     for name, tensor in tensors.items():
         tensor = tensor.flatten(1) if is_attention_matrix(name) and tensor.dim() == 4 else tensor
-        # Tensors in a file must not share memory, not even as views.
+        # safetensors refuses tensors that share memory, also as views.
         out[name] = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         if not torch.isfinite(out[name]).all():
             raise CheckpointError(f"{name} has values that {out[name].dtype} cannot represent")

@@ -1,4 +1,4 @@
-"""Opens a VAE that is in a folder or file of its own."""
+"""Opens a VAE from a separate folder or file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from models.networks.autoencoder import Autoencoder
 from models.spec import AutoencoderSpec
 
 NOT_SHAPE = ("sample_size", "scale_factor", "upcast")  # fields of the spec that may differ
-AVERAGES = "model_ema."  # some files have averages of their training too
+AVERAGES = "model_ema."  # prefix of averaged weights, which some files contain too
 
 
 def open_vae(
@@ -33,9 +33,9 @@ def open_vae(
 ) -> tuple[AutoencoderSpec, Part]:
     """The autoencoder in a diffusers vae folder or in a single file, without its weights yet.
 
-    own: spec of the model's autoencoder, whose scale factor stays. A file may have names without a prefix,
-    those of a complete CompVis model (first_stage_model.), or those of diffusers. Raises CheckpointError if
-    the shape or the scale factor is another one.
+    own: spec of the model's autoencoder, whose scale factor is kept. Names in a file may be those of a
+    CompVis autoencoder, of a complete CompVis model (first_stage_model.), or of diffusers. Raises
+    CheckpointError if the shape or the scale factor differs.
     """
     spec = folder_spec(path, own) if path.is_dir() else own
     with shapes_only():

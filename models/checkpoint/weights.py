@@ -1,4 +1,4 @@
-"""The tensors of files, each read when it is needed."""
+"""Opens files of tensors; a tensor is read when it is needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_KEY_CHARS = 200  # of each of them
 
 
 class FileNames(NamedTuple):
-    """What the files of a network are called, without suffixes, in safetensors and pickled."""
+    """Names of a network's files without suffixes: as safetensors, and pickled."""
 
     safe: str
     pickled: str
@@ -43,7 +43,7 @@ TEXT_FILES = FileNames("model", "pytorch_model")
 
 
 class Weights(NamedTuple):
-    """Tensors in one or more files. read: reads one to the device, in the file's type."""
+    """Tensors in one or more files. read: name -> tensor on the device, in the file's dtype."""
 
     stored: Mapping[str, Stored]
     read: Callable[[str], Tensor]
@@ -71,7 +71,7 @@ def map_weights(file: Path, header: Header, device: torch.device | str) -> Weigh
             tensors = safe_open(file, framework="pt", device=str(device))
         return Weights(stored, partial(read_safetensor, file, tensors))
     with translated(file), file.open("rb") as stream:
-        # Private: what is written to a tensor does not reach the file.
+        # Copy on write: changes of a tensor do not reach the file.
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     return Weights(stored, lambda name: tensor_in(data, stored[name]).to(device))
 

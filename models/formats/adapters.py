@@ -1,4 +1,4 @@
-"""What the files of adapters say about themselves next to their tensors, without torch."""
+"""Reads the configuration of LoRA files: the scale of their changes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -83,8 +83,10 @@ def is_number(value: Any) -> bool:
 
 
 def compile_pattern(text: str, file: Path) -> re.Pattern[str]:
-    """A regular expression for the end of a module's name. Raises CheckpointError for one that may take long
-    to match, as repeated groups do."""
+    """A regular expression for the end of a module's name.
+
+    Raises CheckpointError for a pattern that may take long to match, such as repeated groups.
+    """
     try:
         if len(text) > MAX_PATTERN_CHARS:
             raise ValueError(f"it has more than {MAX_PATTERN_CHARS} characters")

@@ -1,4 +1,4 @@
-"""Which of a UNet's weights are used where a file has two sets: trained, and averaged over training (EMA)."""
+"""Chooses between the two sets of UNet weights of a file: trained, and averaged over training (EMA)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.formats.ldm import UNET, Shapes
 
 WeightChoice = Literal["auto", "ema", "raw"]
 
-# What names of a UNet's tensors consist of; those of averages have no dots.
+# Parts of the names of a UNet's tensors. Names of averages have no dots, so that all names must be listed.
 MAX_BLOCKS, MAX_LAYERS, MAX_DEPTH = 40, 3, 16
 LEAVES = ("weight", "bias")
 RES_BLOCK = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
@@ -29,15 +29,18 @@ ENDS = ("time_embed.0", "time_embed.2", "out.0", "out.2", "label_emb.0.0", "labe
 
 
 class Chosen(NamedTuple):
-    """averaged: the averages are used. note: what a user should know about it."""
+    """averaged: whether the averages are used. note: for the user, if the choice needs one."""
 
     averaged: bool
     note: str | None = None
 
 
 def choose(shapes: Shapes, stable_diffusion: bool, choice: WeightChoice) -> Chosen:
-    """Which weights are used: by default the trained ones of Stable Diffusion, whose averages other programs
-    do not read, and the averages of the paper's own models, which are published for use with them."""
+    """Which weights are used.
+
+    By default the trained ones of Stable Diffusion, since other programs do not read its averages, and the
+    averages of the paper's models, as in the paper's code.
+    """
     averages = {key for key in shapes if key.startswith(keymaps.EMA) and not keymaps.is_ignored(key)}
     trained = [key for key in shapes if key.startswith(UNET)]
     if not averages:
@@ -62,7 +65,7 @@ def choose(shapes: Shapes, stable_diffusion: bool, choice: WeightChoice) -> Chos
 
 
 def with_averages_alone(shapes: Shapes) -> Shapes:
-    """The shapes, with the UNet's under the names of trained weights if the file has averages only."""
+    """The shapes; a UNet with averages only is added under the names of trained weights."""
     if any(key.startswith(UNET) for key in shapes):
         return shapes
     return {**shapes, **dict(renamed(shapes))}

@@ -1,7 +1,7 @@
-"""The YAML configuration files of the CompVis code, which say what the tensors of a single file do not.
+"""YAML configuration files of the CompVis code: facts that the tensors of a single file do not show.
 
-Only numbers are taken from them; the classes that they name are never looked up. Where a file gives a value
-that the tensors show too, the two must agree.
+Only numbers and the names of known options are read; the classes that a file names are never imported. Values
+that the tensors show too must agree with them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEFAULT_START, DEFAULT_END = 0.0001, 0.02  # betas, if a configuration has only 
 MAX_VALUE = 2**16  # of any size or count
 MAX_LEVELS = 16
 
-Claim = tuple[str, Any, Any]  # option, its value, the value that the weights show
+Claim = tuple[str, Any, Any]  # option, its value in the file, its value by the weights
 Known = TypeVar("Known")
 
 
@@ -58,7 +58,7 @@ class CompvisConfig:
         return params
 
     def hints(self) -> Hints:
-        """What the configuration says and no tensor shows. Raises CheckpointError, naming the option."""
+        """The facts that no tensor shows. Raises CheckpointError, naming the invalid option."""
         model, file = self.model, self.file
         unet = unet_params(model, file)
         stage = section(model, file, "first_stage_config", "params", "ddconfig")
@@ -93,7 +93,7 @@ class CompvisConfig:
                 )
 
     def claims(self, spec: ModelSpec) -> Iterator[Claim]:
-        """Each option whose value the weights show too."""
+        """Every option whose value follows from the weights too."""
         model, file = self.model, self.file
         if not spec.unet:
             yield from first_stage_claims(model, spec.autoencoder, file)
@@ -168,7 +168,7 @@ def schedule(model: Config, file: Path) -> ScheduleSpec | None:
 
 
 def one_of(option: str, value: Any, accepted: Mapping[str, Known], file: Path) -> Known:
-    """What a value stands for. Raises CheckpointError for one that is not accepted."""
+    """Our name for an option's value. Raises CheckpointError for a value that is not accepted."""
     if not isinstance(value, str) or value not in accepted:
         raise CheckpointError(f"{file}: {option} is {shortened(value)}; supported are {', '.join(accepted)}")
     return accepted[value]
@@ -183,7 +183,7 @@ def whole_number(value: Any, option: str, file: Path) -> int:
 
 
 def positive_number(value: Any, option: str, file: Path) -> float:
-    """A number above 0; may be a string, which YAML makes of 1e-4."""
+    """A number above 0, which may be a string: YAML reads 1e-4 as one."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -194,7 +194,7 @@ def positive_number(value: Any, option: str, file: Path) -> float:
 
 
 def present(values: Config, options: Config) -> Iterator[Claim]:
-    """The claims of options that a configuration has."""
+    """The claims for those of these values that a configuration contains."""
     return ((name, options[name], value) for name, value in values.items() if options.get(name) is not None)
 
 
@@ -263,7 +263,7 @@ def condition_values(condition: Condition | None) -> Config:
 
 
 def first_multiple(multiples: Any) -> int:
-    """By which factor the finest level is wider than the base width."""
+    """The finest level's multiple of the base width."""
     valid = isinstance(multiples, list) and multiples and type(multiples[0]) is int and multiples[0] > 0
     return multiples[0] if valid else 1
 

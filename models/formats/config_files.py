@@ -51,13 +51,13 @@ def read_object(path: Path, form: str, parse: Callable[[str], Any], max_bytes: i
 
 
 def reason(error: BaseException) -> str:
-    """An error of a library in one line, which may repeat a part of the file."""
+    """A library's error message in one line, cut to MAX_REASON_CHARS; it may quote the file."""
     text = " ".join(str(error).split())  # YAML's messages have several lines
     return text if len(text) <= MAX_REASON_CHARS else text[:MAX_REASON_CHARS] + "..."
 
 
 def parse_json(text: str) -> Any:
-    """Raises ValueError also for NaN, Infinity and numbers as large, and RecursionError for deep nesting."""
+    """Raises ValueError also for NaN, infinite and overflowing numbers, RecursionError for deep nesting."""
     return json.loads(text, parse_constant=refuse_constant, parse_float=finite_float)
 
 
@@ -73,8 +73,10 @@ def finite_float(text: str) -> float:
 
 
 def parse_yaml(text: str) -> Any:
-    """Raises ValueError for a document whose size in memory, or the time to read it, is not bounded by its
-    length: references to other parts, deep nesting, very many values, very long numbers."""
+    """Parse a YAML document in time and memory that are bounded by its length.
+
+    Raises ValueError for references to other parts, deep nesting, very many values and very long numbers.
+    """
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=YAML_LOADER)):
         if isinstance(event, yaml.AliasEvent):
@@ -92,12 +94,12 @@ def parse_yaml(text: str) -> Any:
 
 
 def may_be_number(event: yaml.ScalarEvent) -> bool:
-    """Whether a very long value would be parsed further, rather than taken as text."""
+    """Whether a value is very long and YAML would try to read it as a number."""
     return len(event.value) > MAX_YAML_SCALAR and bool(event.tag or event.implicit[0])
 
 
 def shortened(value: Any) -> str:
-    """A value as an error message repeats it."""
+    """A value for an error message, cut to MAX_ERROR_CHARS."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a deeply nested list

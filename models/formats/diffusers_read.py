@@ -43,15 +43,15 @@ from models.spec import (
     UpscalingSpec,
 )
 
-MAX_NUMBER = 2**31  # of any option that is a whole number
+MAX_NUMBER = 2**31  # of any option with a whole number
 MAX_TIMESTEPS = 2**16
-MAX_NOISE_LEVEL = 350  # of the published upscaler, whose index does not always have it
+MAX_NOISE_LEVEL = 350  # of the published upscaler, for folders that do not contain it
 
 Spec = TypeVar("Spec")
 
 
 def read_folder(path: Path) -> ModelSpec:
-    """What the model in a diffusers folder is, by its published files alone.
+    """The spec of the model in a diffusers folder, from its published configuration files.
 
     Raises CheckpointError, naming the file and the option.
     """
@@ -75,7 +75,7 @@ def read_folder(path: Path) -> ModelSpec:
         texts=texts,
         defaults=defaults_of(size, texts, upscaling),
         upscaling=upscaling,
-        # These pipelines accept a UNet without channels for a mask too.
+        # Inpainting pipelines also accept a UNet without mask channels.
         mask_channels=pipeline in (INPAINTING, XL_INPAINTING)
         and unet.in_channels != autoencoder.latent_channels,
         tasks=("upscaling",) if upscaling else ALL_TASKS[:3],
@@ -96,7 +96,7 @@ def text_specs(path: Path, pipeline: str) -> tuple[TextSpec, ...]:
 def defaults_of(
     size: tuple[int, int], texts: tuple[TextSpec, ...], upscaling: UpscalingSpec | None
 ) -> Defaults:
-    """Defaults of a model whose folder does not have its own; size: (width, height) in pixels."""
+    """Defaults of a model without an ldm.json. size: (width, height) in pixels."""
     width, height = size
     if not texts:
         return Defaults(width, height, guidance_scale=1.0)
@@ -113,7 +113,7 @@ def config_file(path: Path, part: str) -> Path:
 
 
 def read_part(path: Path, part: str, reader: Callable[[Config], Spec]) -> Spec:
-    """What the reader makes of the configuration of a part."""
+    """The spec that `reader` returns for the configuration of a part. Raises CheckpointError."""
     file = config_file(path, part)
     return translated(file, reader, read_json(file))
 
@@ -124,7 +124,7 @@ def autoencoder_folder(path: Path) -> Path:
 
 
 def translated(file: Path, reader: Callable[[Config], Spec], config: Config) -> Spec:
-    """What the reader makes of a configuration. Its errors become a CheckpointError that names the file."""
+    """reader(config). Its errors become a CheckpointError that names the file."""
     try:
         return reader(config)
     except KeyError as error:
@@ -157,7 +157,7 @@ def read_index(path: Path) -> Config:
 
 
 def check_fixed(config: Config, fixed: Accepted) -> None:
-    """Raise ValueError for options with values that ours does not support."""
+    """Raise ValueError for an option with a value that is not supported."""
     for option, accepted in fixed.items():
         value = config.get(option, accepted[0])
         values = value if isinstance(value, list) and value else [None if value == [] else value]
@@ -212,7 +212,7 @@ def unet_spec(config: Config) -> UNetSpec:
     down = levels_with_attention(config, "down_block_types", levels)
     if levels_with_attention(config, "up_block_types", levels) != down[::-1]:
         raise ValueError("up_block_types must have attention at the same levels as down_block_types")
-    # The number of heads is published under this name by mistake: for these models it never was a width.
+    # Despite its name, this option holds the number of heads in all published models.
     heads = per_level(config.get("attention_head_dim", 8), levels, "attention_head_dim")
     for width, count in zip(channels, heads, strict=True):
         if width % count:
@@ -318,7 +318,7 @@ def upscaling_spec(index: Config, path: Path) -> UpscalingSpec:
 
 
 def noise_spec(config: Config) -> ScheduleSpec:
-    """Schedule of noise that is only added; what a sampler would clip does not matter."""
+    """Schedule of noise that is only added, so that clipping options for sampling do not matter."""
     return schedule_spec(config | {"clip_sample": False, "thresholding": False})
 
 
@@ -341,7 +341,7 @@ def autoencoder_spec(config: Config) -> AutoencoderSpec:
 
 
 def upcast_autoencoder_spec(config: Config) -> AutoencoderSpec:
-    """For pipelines that do not run the decoder in float16 unless its configuration allows it."""
+    """Spec for pipelines that run the decoder in float16 only if its configuration allows it."""
     return replace(autoencoder_spec(config), upcast=bool(config.get("force_upcast", True)))
 
 
@@ -359,9 +359,8 @@ def text_spec(config: Config) -> TextSpec:
     vocabulary = only(config["vocab_size"], "vocab_size")
     if width % heads:
         raise ValueError(f"num_attention_heads {heads} does not divide hidden_size {width}")
-    if (
-        ids.get("eos_id") == 2
-    ):  # in older files, for which `transformers` takes the largest id, the end token's
+    # Older files have a wrong 2 here, for which `transformers` takes the largest id, that of the end token.
+    if ids.get("eos_id") == 2:
         ids["eos_id"] = vocabulary - 1
     return TextSpec(
         vocabulary=vocabulary,
@@ -376,17 +375,20 @@ def text_spec(config: Config) -> TextSpec:
 
 
 def inner_text_spec(config: Config) -> TextSpec:
-    """For text encoders whose last layer and final norm are not used for the tokens' vectors."""
+    """Spec of a text encoder whose token vectors skip the last layer and the final norm."""
     return replace(text_spec(config), skipped=1, final_norm=False)
 
 
 def inner_pooled_text_spec(config: Config) -> TextSpec:
-    """The same, for an encoder that also gives one vector for the whole text."""
+    """The same, with a pooled vector of the text."""
     return replace(inner_text_spec(config), pooled=only(config["projection_dim"], "projection_dim"))
 
 
 def pooled_text_spec(config: Config) -> TextSpec:
-    """For a text encoder that gives one vector a text; the configuration may be that of a complete CLIP."""
+    """Spec of a text encoder whose output is one projected vector per text.
+
+    The configuration may be that of a complete CLIP.
+    """
     spec = text_spec(config | config.get("text_config", {}))
     return replace(spec, projection=only(config["projection_dim"], "projection_dim"))
 
@@ -396,7 +398,7 @@ def schedule_spec(config: Config) -> ScheduleSpec:
     check_fixed(config, SCHEDULER_FIXED)
     spacing = config.get("timestep_spacing", "leading")
     if spacing == "linspace" and not ddim:
-        spacing = "leading"  # the spacing that another sampler prefers is none for DDIM
+        spacing = "leading"  # another scheduler's choice, which DDIM does not share
     if spacing not in get_args(TimestepSpacing):
         supported = ", ".join(get_args(TimestepSpacing))
         raise ValueError(f"timestep_spacing is {shortened(spacing)}; supported are {supported}")

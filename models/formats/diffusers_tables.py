@@ -87,7 +87,7 @@ SAME_NETWORKS = {
 }
 TEXT_ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 LIBRARIES = dict.fromkeys((*TEXT_ENCODERS, *TOKENIZERS), "transformers")  # of other parts: diffusers
-UNUSED_PARTS = {  # parts that a pipeline may have and that are written as absent
+UNUSED_PARTS = {  # optional parts of a pipeline, which are written as absent
     PLAIN: ("feature_extractor", "image_encoder", "safety_checker"),
     INPAINTING: ("feature_extractor", "image_encoder", "safety_checker"),
     UPSCALING: ("feature_extractor", "safety_checker", "watermarker"),
@@ -99,8 +99,8 @@ SCHEDULER = "scheduler"
 NOISE_SCHEDULER = "low_res_scheduler"  # for the noise added to low-resolution images
 ADDED_KEY, SIZE_KEY = "projection_class_embeddings_input_dim", "addition_time_embed_dim"
 
-# Options that change what a network computes and for which ours has one behaviour: the accepted values. The
-# first is the value of an option that a configuration does not have.
+# Options that change a network's results, and their supported values. The first value is the default for a
+# configuration without the option.
 Accepted = dict[str, tuple[Any, ...]]
 UNET_FIXED: Accepted = {
     "center_input_sample": (False,),

@@ -1,4 +1,4 @@
-"""Facts about a single file's model that its tensors do not show."""
+"""Facts about the model in a single file that its tensors do not show."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from models.spec import Prediction, ScheduleSpec
 
 @dataclass(frozen=True)
 class Hints:
-    """What a file next to the weights says about the model; None: it does not say.
+    """Facts from a file next to the weights; None: the file does not contain this fact.
 
-    Facts that the tensors show take precedence over hints, and hints over the table of known families.
+    Facts from tensors take precedence over hints, and hints over the tables of families.
     """
 
     origin: Path | None = None  # the file that the hints come from

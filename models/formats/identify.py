@@ -1,4 +1,4 @@
-"""What is at a path: identifies a checkpoint once, by its configuration files and tensor headers.
+"""Identifies the checkpoint at a path once, by its configuration files and tensor headers.
 
     folder with model_index.json               diffusers_read
     single file: Stable Diffusion              single_file -> stable_diffusion
@@ -38,16 +38,16 @@ STABLE_DIFFUSION = {  # width of the context -> family of a diffusers folder
 class Source:
     """An identified checkpoint.
 
-    file, header, text_encoders: of a single file only. text_encoders are the text encoders inside the file;
-    those of a model with spec.texts and none inside are in `folder`. notes: what a user should know, and is
-    no error.
+    file, header, text_encoders: of a single file only. text_encoders: those inside the file; if it contains
+    none although spec.texts has some, they are in `folder`. notes: facts that the user should know, no
+    errors.
     """
 
     path: Path
     layout: Layout
     family: str
     spec: ModelSpec
-    folder: Path  # of everything that accompanies the weights
+    folder: Path  # the folder with the weights and all files that belong to them
     allow_pickle: bool
     prediction: Prediction | None = None  # as given to identify()
     file: Path | None = None
@@ -57,7 +57,7 @@ class Source:
     lacks_vae: bool = False  # the single file has no autoencoder, see with_vae()
     vae: Path | None = None  # of a single file without its own: the folder or file of the autoencoder
     averaged: bool = False  # the UNet's averaged weights (EMA) are used
-    prediction_origin: str = ""  # what says what the UNet predicts
+    prediction_origin: str = ""  # the source of spec.schedule.prediction: a file, an option or the family
     notes: tuple[str, ...] = ()
     state: tuple[int, ...] = ()  # of the single file when it was read, see file_state()
 
@@ -77,8 +77,8 @@ def identify(
 
     allow_pickle: also look at .ckpt files, which never run code even then. prediction: what the UNet of a
     Stable Diffusion 2 file predicts, if neither the file nor a YAML file next to it says; None: v. weights:
-    which are used of a UNet that has trained and averaged ones; auto: the trained ones of Stable Diffusion,
-    the averages of the paper's models. Raises CheckpointError, naming the file and the option.
+    which weights to use of a UNet that has trained and averaged ones; auto: the trained ones of Stable
+    Diffusion, the averages of the paper's models. Raises CheckpointError, naming the file and the option.
     """
     path = Path(path)
     own = ldm_json.read(path) if path.is_dir() else None
@@ -117,12 +117,12 @@ def read_spec(
     prediction: Prediction | None = None,
     weights: WeightChoice = "auto",
 ) -> ModelSpec:
-    """The spec of the checkpoint at a path; arguments and errors as of identify()."""
+    """The spec of the checkpoint at a path. Arguments and errors are those of identify()."""
     return identify(path, allow_pickle, prediction, weights).spec
 
 
 def refreshed(source: Source) -> Source:
-    """The source, identified again if its file has changed since then."""
+    """The source, identified again if its file has changed since it was identified."""
     if source.file is None or file_state(source.file) == source.state:
         return source
     found = identify(source.path, source.allow_pickle, source.prediction, source.weights)
@@ -132,14 +132,14 @@ def refreshed(source: Source) -> Source:
 
 
 def with_vae(source: Source, vae: Path) -> Source:
-    """A model whose file has no autoencoder, with the one at a path. Raises CheckpointError if it is none."""
+    """A model without an autoencoder, with the VAE at a path. Raises CheckpointError if that is no VAE."""
     spec = source.spec
     autoencoder = read_vae_spec(vae, spec.autoencoder, source.allow_pickle)
     return replace(source, spec=replace(spec, autoencoder=autoencoder), lacks_vae=False, vae=vae)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether identify() may find a checkpoint here, by the names of files alone."""
+    """Whether there may be a checkpoint at a path. Looks only at names of files."""
     converted = (path / ldm_json.FILE_NAME).is_file() and (path / ldm_json.WEIGHTS_FILE).is_file()
     return path.is_file() or (path / INDEX_FILE).is_file() or converted
 
@@ -190,7 +190,7 @@ def from_single_file(
 
 
 def single_file_family(found: SingleFile) -> str:
-    """The family, and for a first stage alone its kind."""
+    """The family; for a first stage alone with its kind, VQ or KL."""
     if found.family != ldm.FIRST_STAGE_ALONE:
         return found.family
     autoencoder = found.spec.autoencoder
@@ -198,7 +198,7 @@ def single_file_family(found: SingleFile) -> str:
 
 
 def folder_family(spec: ModelSpec) -> str:
-    """Which of the published models the model in a diffusers folder resembles."""
+    """The family of the model in a diffusers folder, by its structure."""
     if spec.upscaling and spec.texts:
         return "Stable Diffusion x4 upscaler"
     if spec.upscaling:
@@ -210,7 +210,7 @@ def folder_family(spec: ModelSpec) -> str:
 
 
 def with_adjacent_text_encoder(spec: ModelSpec, folder: Path) -> ModelSpec:
-    """The spec of a single file with the text encoder next to the file, if it needs one and one is there."""
+    """The spec of a single file, with the text encoder next to the file if it needs one and there is one."""
     if not spec.lacks_text_encoder or not (folder / "text_encoder").is_dir():
         return spec
     text = read_part(folder, "text_encoder", pooled_text_spec)

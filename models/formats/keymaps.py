@@ -56,8 +56,8 @@ OLDER_ATTENTION = {
 TEXT_IGNORED = frozenset({"embeddings.position_ids"})
 TEXT_PREFIX = "text_model."
 
-# Tensors of a single file that a served model does not use: tables of the schedule, bookkeeping, the
-# text transformer's unused last layer, what a first stage was trained with.
+# Tensors of a single file that are not used to generate images: tables of the schedule, bookkeeping, the
+# text transformer's unused last layer, the first stage's training losses.
 SCHEDULE_BUFFERS = frozenset(
     (
         "betas",
@@ -77,7 +77,7 @@ SCHEDULE_BUFFERS = frozenset(
         "scale_factor",
     )
 )
-LOW_SCALE = "low_scale_model."  # the same tables, for the noise on low-resolution images
+LOW_SCALE = "low_scale_model."  # prefix of the same tables for the noise on low-resolution images
 SINGLE_IGNORED = (
     SCHEDULE_BUFFERS
     | {LOW_SCALE + key for key in SCHEDULE_BUFFERS}
@@ -97,13 +97,13 @@ SINGLE_IGNORED_PREFIXES = (
     "first_stage_model.model_ema.",
     "cond_stage_model.loss.",
 )
-# Of a text encoder in a single file: what only a comparison with images uses, masks and numbers of positions.
+# Tensors of a text encoder in a single file: those for comparisons with images, masks, position ids.
 TEXT_UNUSED = re.compile(
     r"(cond_stage_model|conditioner)\.(.*\.)?"
     r"(logit_scale|attn_mask|position_ids|(vision_model|visual|visual_projection)\..*"
     r"|transformer\.(text_model\.)?text_projection(\.weight)?)"
 )
-# A tensor below one of these belongs to a network; a tensor below none is not needed to use the model.
+# Prefixes of all tensors of networks; tensors with other names are not needed to use a model.
 NETWORK_PREFIXES = (
     "model.",
     "first_stage_model.",
@@ -115,7 +115,7 @@ EMA = "model_ema."
 
 
 def is_ignored(key: str) -> bool:
-    """Whether a served model does not use a tensor of a single file."""
+    """Whether a tensor of a single file is not used to generate images."""
     unused = key in SINGLE_IGNORED or key.startswith(SINGLE_IGNORED_PREFIXES)
     return unused or bool(TEXT_UNUSED.fullmatch(key))
 
@@ -125,8 +125,8 @@ def averaged(key: str) -> str:
     return EMA + key.removeprefix("model.").replace(".", "")
 
 
-# A text encoder's modules -> OpenCLIP's, and those of a layer. A tensor that OpenCLIP has for q, k and v
-# together has a name for each of its PIECES, after a dot.
+# A text encoder's modules -> OpenCLIP's; then the same for the modules of a layer. OpenCLIP has one tensor
+# for q, k and v: its PIECES get names here, with the piece after a dot.
 OPEN_CLIP = {
     "transformer.embeddings.token_embedding": "token_embedding",
     "transformer.embeddings.position_embedding.weight": "positional_embedding",
@@ -151,7 +151,7 @@ CLIP_IMAGE_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale")  # 
 
 
 def rename(key: str, table: dict[str, str]) -> str:
-    """A native parameter's name in the file. Raises KeyError where the table has no module above it."""
+    """A native parameter's name in the file. Raises KeyError if the table has no module that contains it."""
     module = key
     while module and module not in table:
         module = module.rpartition(".")[0]
@@ -177,9 +177,8 @@ def unet(spec: UNetSpec) -> dict[str, str]:
         for block in range(spec.res_blocks + 1):
             table |= res_block(f"output_blocks.{first + block}.0", f"{up}.resnets.{block}")
             table[f"output_blocks.{first + block}.1"] = f"{up}.attentions.{block}"
-        upsample = (
-            2 if spec.up_depth(level, spec.res_blocks) else 1
-        )  # its place is after the attention, if any
+        # The upsampler comes after the attention, if there is any.
+        upsample = 2 if spec.up_depth(level, spec.res_blocks) else 1
         table[f"output_blocks.{first + spec.res_blocks}.{upsample}.conv"] = f"{up}.upsamplers.0.conv"
     if spec.middle_depth:
         table["middle_block.1"] = "mid_block.attentions.0"

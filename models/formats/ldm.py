@@ -1,7 +1,7 @@
 """The latent diffusion paper's models in single files, recognised by the names and shapes of their tensors.
 
-Network shapes are read off the tensors. What no tensor shows (attention heads, betas, the latents' scale
-factor, the image size) comes from hints or from a table of the published models.
+Network shapes follow from the tensors. Attention heads, betas, the latents' scale factor and the image size
+do not; they come from hints or from a table of the published models.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ Shapes = Mapping[str, tuple[int, ...]]
 UNET, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 FIRST_STAGE_ALONE = "first stage alone"  # name of the family of files with an autoencoder and nothing else
 TEXT_TOKENS = 77  # context length of the text models; models of boxes have another one
-HEAD_WIDTH = 32  # channels of an attention head where no table and no hint says otherwise
+HEAD_WIDTH = 32  # channels of an attention head, unless a table or a hint gives another width
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the tensors of a kind of model do not show (Rombach et al. 2021 and its configurations)."""
+    """Facts about a kind of model that its tensors do not show, from the paper and its configurations."""
 
     published: str  # names of the published checkpoints
     image_size: int  # pixels along a side
     beta_end: float
-    heads: int | None = None  # at every level; None: as many as are HEAD_WIDTH wide
+    heads: int | None = None  # at every level; None: heads of HEAD_WIDTH channels
     beta_start: float = 0.0015
     scale_factor: float = 1.0
     guidance_scale: float = 1.0
     tasks: tuple[str, ...] = ()
-    masking: Masking | None = None  # for UNets that take a mask and the masked image as channels
+    masking: Masking | None = None  # of UNets with mask channels
     upscaling: UpscalingSpec | None = None
 
 
@@ -102,7 +102,7 @@ def recognise(
         if UNET + "out.2.weight" in shapes:
             return recognise_model(shapes, name, betas, scale_factor, hints)
     except (KeyError, IndexError, ValueError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(f"{name}: tensors of no known structure: {error}") from error
+        raise CheckpointError(f"{name}: unsupported network structure: {error}") from error
     raise CheckpointError(f"{name} contains neither a latent diffusion model nor a first stage")
 
 
@@ -170,7 +170,7 @@ def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """How many of pattern.format(0), pattern.format(1), ... exist, up to the first that does not."""
+    """How many of pattern.format(0), pattern.format(1), ... exist without a gap."""
     number = 0
     while pattern.format(number) in shapes:
         number += 1
@@ -183,7 +183,7 @@ def condition_spec(shapes: Shapes) -> Condition | None:
         vocabulary, width = shapes["transformer.token_emb.weight"]
         layers = count(shapes, "transformer.attn_layers.layers.{}.0.weight") // 2
         tokens = shapes["transformer.pos_emb.emb.weight"][0]
-        objects = 0 if tokens == TEXT_TOKENS else (tokens - 2) // 3  # three tokens a box, two for the crop
+        objects = 0 if tokens == TEXT_TOKENS else (tokens - 2) // 3  # three tokens per box, two for the crop
         return TokenSpec(vocabulary, width, layers, tokens, objects=objects)
     if "embedding.weight" in shapes:
         classes, width = shapes["embedding.weight"]
@@ -195,7 +195,7 @@ def condition_spec(shapes: Shapes) -> Condition | None:
 
 
 def unet_spec(shapes: Shapes, heads: int | tuple[int, ...] | None, head_width: int = HEAD_WIDTH) -> UNetSpec:
-    """Spec of a UNet. heads: at every level, or at each; None: as many as are head_width wide."""
+    """Spec of a UNet. heads: for all levels or for each one; None: heads of head_width channels."""
     blocks = count(shapes, "output_blocks.{}.0.in_layers.2.weight")
     per_level = res_blocks_up(shapes, blocks)
     first = [1 + index * per_level for index in range(blocks // per_level)]  # of each level going down
@@ -240,7 +240,7 @@ def heads_at(width: int, heads: int, head_width: int | None) -> int:
 
 
 def res_blocks_up(shapes: Shapes, blocks: int) -> int:
-    """Residual blocks of a level going up: as far as the first upsampler, or all if there is one level."""
+    """Residual blocks per level going up: those before the first upsampler; all if there is one level."""
     ends = [f"{place}.{layer}.weight" for place in (1, 2) for layer in ("conv", "in_layers.2")]
     for index in range(blocks):
         if any(f"output_blocks.{index}.{end}" in shapes for end in ends):

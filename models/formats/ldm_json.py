@@ -1,7 +1,8 @@
-"""ldm.json: what this project's own folders say about a model and the published layout has no place for.
+"""ldm.json: a file in folders written by this project, with facts that the published layouts cannot hold.
 
-A diffusers folder has the model's name, defaults, tasks and labels there. A folder with a single file in the
-CompVis layout, as `ldm convert` writes it, also has what the tensors do not show, below `compvis`.
+In a diffusers folder it holds the model's name, defaults, tasks and labels. In a folder with a single file in
+the CompVis layout, as `ldm convert` writes it, it also holds, below `compvis`, facts that the tensors do not
+show.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from models.spec import (
 
 FILE_NAME = "ldm.json"
 WEIGHTS_FILE = "model.safetensors"  # of a folder with a single file
-COMPVIS = "compvis"  # the key below which a folder with a single file says what its tensors do not show
-RESIDUAL = "residual"  # whether the latents of an upscaler are residuals
+COMPVIS = "compvis"  # the key of the facts about a single file
+RESIDUAL = "residual"  # the key that says whether an upscaler's latents are residuals
 SPEC_KEYS = ("name", "defaults", "tasks", "layout_channels", "labels")
 MAX_LAYOUT_CHANNELS = 1024
 MAX_SIZE = 2**16
@@ -55,7 +56,7 @@ class LdmJson:
         return COMPVIS in self.values
 
     def hints(self) -> Hints:
-        """What it says about a single file. Raises CheckpointError, naming the option that is wrong."""
+        """The facts about the single file. Raises CheckpointError, naming the invalid option."""
         own = self.values[COMPVIS]
         if not isinstance(own, dict) or own.keys() - CHECKS.keys():
             raise CheckpointError(f"{self.file}: {COMPVIS} may have {', '.join(sorted(CHECKS))} only")
@@ -123,7 +124,7 @@ def read(folder: Path) -> LdmJson | None:
 
 
 def write(folder: Path, spec: ModelSpec, single_file_family: str | None = None) -> None:
-    """Write the file of a model; single_file_family: of the single file in the folder, if there is one."""
+    """Write the file of a model. single_file_family: the family, for a folder with a single file."""
     values: Config = {key: asdict(spec)[key] for key in SPEC_KEYS}
     if spec.upscaling and spec.upscaling.residual:
         values[RESIDUAL] = True
@@ -133,7 +134,7 @@ def write(folder: Path, spec: ModelSpec, single_file_family: str | None = None) 
 
 
 def compvis_values(spec: ModelSpec, family: str) -> Config:
-    """What LdmJson.hints() reads."""
+    """The values below COMPVIS, which LdmJson.hints() reads."""
     values: Config = {"side": spec.autoencoder.sample_size, "scale_factor": spec.autoencoder.scale_factor}
     if spec.unet:
         values |= {"kind": family, "heads": list(spec.unet.heads), "schedule": asdict(spec.schedule)}

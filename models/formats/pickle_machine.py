@@ -1,10 +1,10 @@
 """Reads pickles without unpickling: as data, in bounded time and memory.
 
 A pickle is a program for a stack machine. This machine makes plain containers and records of tensors, and has
-no instruction that calls, imports or looks anything up: a name stays a name, and whatever a name would be
-called or built with becomes an `Opaque`. So a trainer's objects, which published files have next to the
-weights, cost nothing. Files that name modules which can only do harm are refused, although nothing would run:
-no checkpoint needs them.
+no instruction that calls, imports or looks anything up. A name stays a name, and an object that would be
+built by calling it becomes an `Opaque`: this skips a trainer's objects, which published files contain next to
+the weights. Files that name harmful modules are refused, although nothing would run: no checkpoint needs
+these modules.
 
 torch's own reader of weights is not used: it reads the complete file, allocates what the file claims, knows a
 trainer's objects only through a list for the whole process, and was bypassed before (CVE-2025-32434,
@@ -64,13 +64,13 @@ class HarmfulNameError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Name:
-    """What a pickle would import."""
+    """The name of something that unpickling would import."""
 
     text: str
 
 
 class Opaque:
-    """Whatever a pickle would make by calling a name; nothing is made."""
+    """Stands for an object that unpickling would build; nothing is built."""
 
 
 class Parameters(dict[Any, Any]):
@@ -164,7 +164,7 @@ class Machine:
         raise ValueError(MISSING)
 
     def execute(self, name: str, argument: Any) -> None:
-        """One instruction."""
+        """Execute one instruction."""
         push = self.stack.append
         if name in LITERALS:
             push(argument)
@@ -322,7 +322,7 @@ def dict_key(value: Any) -> Any:
 
 
 def checked_name(module: str, name: str) -> Name:
-    """A name that does no harm. Raises HarmfulNameError for others."""
+    """A name that is not harmful. Raises HarmfulNameError for others."""
     if len(module) + len(name) > MAX_NAME:
         raise ValueError(f"its pickle has a name of more than {MAX_NAME} characters")
     parts = module.split(".")

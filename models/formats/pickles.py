@@ -1,4 +1,4 @@
-"""Torch's pickled checkpoints, without torch and without unpickling: where their tensors lie in the file.
+"""Finds the tensors in torch's pickled checkpoints, without torch and without unpickling.
 
 A checkpoint is a zip file of uncompressed entries: a pickle that describes the tensors, which pickle_machine
 reads as data, and one entry for each storage of numbers.
@@ -27,13 +27,13 @@ LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of an entry in a zip file
 # The record that ends a zip file's directory, in both forms: signature, where the directory's size is in it
 # and in which format, the record's length.
 DIRECTORY_ENDS = ((b"PK\x05\x06", 12, "<L", 22), (b"PK\x06\x06", 40, "<Q", 56))
-MAX_SHARING = 4  # how many times the file's size all tensors together may take: a few share their storage
+MAX_SHARING = 4  # total size of all tensors, in units of the file's size; a few may share their storage
 
 
 def read_pickle(file: Path) -> Header:
-    """The tensors of a checkpoint that torch.save wrote, alone or below `state_dict`.
+    """The tensors of a checkpoint that torch.save wrote, at the top level or below `state_dict`.
 
-    Runs nothing, and reads the pickle and the list of entries only. Raises CheckpointError.
+    Reads only the pickle and the list of entries; no code in them runs. Raises CheckpointError.
     """
     with opened(file) as (stream, size):
         head = sniff(file, stream, size)
@@ -137,17 +137,17 @@ def named_tensors(file: Path, value: Any) -> dict[str, TensorRecord]:
     for key, record in records.items():
         if not isinstance(key, str) or not isinstance(record, TensorRecord):
             name = shortened(key) if isinstance(key, str) else type(key).__name__
-            raise CheckpointError(f"{file} contains something else than named tensors: {name}")
+            raise CheckpointError(f"{file} contains something other than named tensors: {name}")
     if not records:
-        raise CheckpointError(f"{file} contains something else than named tensors")
+        raise CheckpointError(f"{file} contains something other than named tensors")
     return records
 
 
 def read_old_format(file: Path, stream: BinaryIO, size: int) -> tuple[dict[str, TensorRecord], Ranges]:
     """The tensors of a file of torch before 1.6, and where its storages lie.
 
-    Five pickles (a mark, the version, the machine, the value, the storages' keys), then each storage: how
-    many numbers it has, and the numbers.
+    The file is five pickles (mark, version, machine, value, keys of the storages), then each storage: its
+    number of values, and the values.
     """
     stream.seek(0)
     pickles, storages = io.BytesIO(stream.read(MAX_PICKLE_BYTES)), dict[str, Storage]()

@@ -1,4 +1,4 @@
-"""What the UNet of a single file predicts, and how that is known."""
+"""What the UNet of a single file predicts, as marked in the file itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from models.formats.config_files import shortened
 from models.formats.safetensors import Header
 from models.spec import Prediction
 
-V_KEY, ZERO_TERMINAL_SNR_KEY = "v_pred", "ztsnr"  # empty tensors that mark files of such models
+V_KEY, ZERO_TERMINAL_SNR_KEY = "v_pred", "ztsnr"  # empty tensors that mark v-prediction and zero terminal SNR
 # Some tools write it into the header of a safetensors file instead.
 HEADER_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 HEADER_VALUES: dict[str, Prediction] = {
@@ -19,14 +19,14 @@ HEADER_VALUES: dict[str, Prediction] = {
 
 
 class Known(NamedTuple):
-    """A prediction, and what says so."""
+    """A prediction, and where it was found, in words for the user."""
 
     prediction: Prediction
     origin: str
 
 
 def read_prediction(name: str, header: Header) -> Known | None:
-    """What a file says itself. Raises CheckpointError for a prediction that is not supported."""
+    """The prediction that a file is marked with. Raises CheckpointError for an unsupported one."""
     if V_KEY in header.tensors:
         return Known("v_prediction", f"the tensor {V_KEY}")
     for key in HEADER_KEYS:

@@ -1,7 +1,6 @@
-"""Which tensors a file has: names, types, shapes and positions, without reading one.
+"""Reads which tensors a safetensors file has: names, types, shapes and positions, but not their values.
 
-Nothing here trusts a value in a file that the file's size does not confirm, and reading any header takes
-bounded time and memory.
+Values in a header are checked against the file's size, and reading any header takes bounded time and memory.
 """
 
 from __future__ import annotations
@@ -53,15 +52,15 @@ SAFETENSORS_TYPES = {
 MAX_HEADER_BYTES = 2**24  # metadata of LoRAs may take some megabytes
 MAX_TENSORS = 2**15  # the largest models have a few thousand
 MAX_DIMENSIONS = 64
-MAX_VALUES_BYTES = 2**20  # of a tensor whose numbers are read here
-SNIFFED_BYTES = 512  # from the beginning of a file, by which its format is recognised
+MAX_VALUES_BYTES = 2**20  # of a tensor whose values are read without torch
+SNIFFED_BYTES = 512  # at the beginning of a file, to recognise its format
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
-NOT_WEIGHTS = {  # how files begin that were downloaded in place of weights
+NOT_WEIGHTS = {  # first bytes of files that are often downloaded by mistake -> what they are
     b"version https://git-lfs": "is a Git LFS pointer: the weights themselves were not downloaded",
     b"<": "is a web page",
 }
-# Also an unterminated string: it must match from every quote, or the search would take quadratic time.
+# Also matches an unterminated string: a search that fails at every quote would take quadratic time.
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
@@ -88,7 +87,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file of tensors says about itself."""
+    """The tensors of a file, and its metadata."""
 
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors file
@@ -99,7 +98,7 @@ class Header:
 
 
 def is_safetensors(file: Path) -> bool:
-    """Whether a file is named as one, in upper or lower case."""
+    """Whether a file's name ends in .safetensors, in any case."""
     return file.suffix.lower() == ".safetensors"
 
 
@@ -114,7 +113,7 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 @contextmanager
 def opened(file: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A file and its size. Errors of reading and parsing it inside become a CheckpointError."""
+    """A context with a file and its size; errors of reading and parsing in it become a CheckpointError."""
     try:
         with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
             state = os.fstat(stream.fileno())
@@ -141,8 +140,10 @@ def sniff(file: Path, stream: BinaryIO, size: int) -> bytes:
 
 
 def read_safetensors(file: Path) -> Header:
-    """The header of a safetensors file. Raises CheckpointError unless its tensors, in any order, fill the
-    file exactly."""
+    """The header of a safetensors file.
+
+    Raises CheckpointError unless its tensors, in any order, fill the file exactly.
+    """
     with opened(file) as (stream, size):
         head = sniff(file, stream, size)
         # A safetensors file with a header of 640 bytes begins like a pickle, too.
@@ -167,10 +168,10 @@ def read_safetensors(file: Path) -> Header:
 
 
 def check_structure(text: bytes) -> None:
-    """Raise ValueError for a header of very many values, before they are parsed."""
+    """Raise ValueError for a header with very many values, before it is parsed."""
     if text.count(b'"') - text.count(b'\\"') > 32 * MAX_TENSORS:
         raise ValueError(f"its header has more than {MAX_TENSORS} tensors")
-    outside = JSON_STRING.sub(b"", text)  # what is in no string
+    outside = JSON_STRING.sub(b"", text)  # the text outside strings
     if outside.count(b"{") > MAX_TENSORS + 2 or outside.count(b"[") > 2 * MAX_TENSORS:
         raise ValueError(f"its header has more than {MAX_TENSORS} tensors")
     if outside.count(b",") > 16 * MAX_TENSORS:
@@ -190,7 +191,7 @@ def check_metadata(metadata: Any) -> None:
 
 
 def stored_tensor(name: str, entry: Any, data: int) -> Stored:
-    """An entry of a header; data: position at which the tensors begin."""
+    """An entry of a header. data: position in the file where tensors begin."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shortened(name)} in its header has no dtype, shape and data_offsets")
     dtype = SAFETENSORS_TYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
@@ -206,7 +207,7 @@ def stored_tensor(name: str, entry: Any, data: int) -> Stored:
 
 
 def whole_numbers(value: Any, name: str) -> tuple[int, ...]:
-    """A short list of whole numbers from 0."""
+    """A list of few whole numbers, none negative. Raises ValueError for other values."""
     valid = isinstance(value, list) and len(value) <= MAX_DIMENSIONS
     if not valid or not all(type(number) is int and 0 <= number < 2**63 for number in value):
         raise ValueError(f"{shortened(name)} has {shortened(value)}, expected a list of whole numbers")

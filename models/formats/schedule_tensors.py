@@ -1,4 +1,4 @@
-"""The noise schedule and the scale factor that a single file contains, at the precision of their types."""
+"""Reads the noise schedule and the scale factor in a single file, which may have been rounded to 16 bits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from models.formats.safetensors import FLOATS, Header, read_values
 from models.sampling.schedule import Schedule
 from models.spec import ScheduleSpec
 
-# Relative, between numbers of two sources. Where a tool converted a file to half precision, its tables were
-# rounded with the weights.
+# Largest relative difference between numbers of two sources. Files that were converted to half precision have
+# rounded tables too.
 TOLERANCE = 1e-4
 HALF_TOLERANCES = {"float16": 2e-3, "bfloat16": 1e-2}
 
@@ -32,7 +32,7 @@ class Ends(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers of a small tensor, and how exact they are."""
+    """The numbers of a small tensor, and their relative tolerance."""
 
     values: Array
     tolerance: float
@@ -43,12 +43,15 @@ class Table:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """Of betas: whether nothing of the signal is left at the last timestep."""
+        """Of betas: whether no signal is left at the last timestep."""
         return bool(self.values[-1] == 1)
 
 
 def read_table(file: Path, header: Header, key: str) -> Table | None:
-    """None if the file does not contain it, or in 8 bits, which are too few to say anything."""
+    """A tensor's numbers; None if it is missing, or in 8 bits, which are too imprecise.
+
+    Raises CheckpointError if its type is not a float type.
+    """
     stored = header.tensors.get(key)
     if stored is None or stored.dtype.startswith("float8"):
         return None
@@ -83,8 +86,11 @@ def read_betas(file: Path, header: Header, key: str = "betas") -> Table | None:
 
 
 def ends_of(table: Table, known: Iterable[Ends]) -> Ends:
-    """The ends of a table of betas: of those `known`, if it was rounded and they are as near as its precision
-    shows; otherwise its own, to seven digits, as files have float32."""
+    """The first and last beta of a table.
+
+    For a rounded table, those ends among `known` that equal the table's within its tolerance. Otherwise the
+    table's own, to the seven digits of float32.
+    """
     first, last = float(table.values[0]), float(table.values[-1])
     if not table.exact or table.zero_terminal_snr:
         for ends in known:

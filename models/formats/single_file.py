@@ -26,17 +26,15 @@ from models.formats.stable_diffusion import EncoderLocation
 from models.formats.unsupported import refuse_other_models, refuse_unet_alone
 from models.spec import ModelSpec, Prediction
 
-GENERIC_STEM = "model"  # a file name that identifies nothing; the folder's name is used instead
+GENERIC_STEM = "model"  # a file name that says nothing; the folder's name is used instead
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What the model in a single file is.
+    """The identified model of a single file.
 
     family: a key of ldm.FAMILIES or stable_diffusion.FAMILIES, or ldm.FIRST_STAGE_ALONE. text_encoders:
-    where in the file they are. lacks_vae: it has no autoencoder. averaged: the UNet's averaged weights are
-    used. prediction_origin: what says what the UNet predicts. notes: what a user should know, and is no
-    error.
+    where in the file they are. lacks_vae, averaged, prediction_origin, notes: as in identify.Source.
     """
 
     spec: ModelSpec
@@ -51,7 +49,7 @@ class SingleFile:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file of weights shows, other than by its shapes."""
+    """Values that a weights file contains besides its networks; None if it does not contain them."""
 
     betas: Table | None
     ends: Ends | None  # of the betas
@@ -79,9 +77,10 @@ def identify_single_file(
     prediction: Prediction | None,
     weights: WeightChoice = "auto",
 ) -> SingleFile:
-    """own: the ldm.json of a converted file. prediction: used if neither the file nor one next to it says.
+    """Identify the model in a single file.
 
-    Raises CheckpointError, also if two sources contradict each other.
+    own: the ldm.json of a converted file. prediction: used if neither the file nor a file next to it gives
+    one. Raises CheckpointError, also if two sources contradict each other.
     """
     header = read_header(file, allow_pickle)
     config = None if own else compvis_yaml.find_config(file)
@@ -131,7 +130,7 @@ def recognise(
     prediction: Prediction | None,
     weights: WeightChoice,
 ) -> SingleFile:
-    """Of which family the tensors are, and the spec that follows."""
+    """The family that the tensors belong to, and the model's spec."""
     shapes, name = with_averages_alone(header.shapes), model_name(file)
     refuse_other_models(shapes, name)
     encoders = stable_diffusion.find_text_encoders(shapes) if ldm.UNET + "out.2.weight" in shapes else ()
@@ -141,7 +140,7 @@ def recognise(
     refuse_unet_alone(shapes, name)
     scale = None if facts.scale_factor is None else facts.scale_factor.values.item()
     if facts.scale_factor and not facts.scale_factor.exact and hints.scale_factor:
-        scale = hints.scale_factor  # the same number before it was rounded
+        scale = hints.scale_factor  # the same number, not rounded
     spec, family = ldm.recognise(shapes, name, facts.ends, scale, hints)
     origin = str(hints.origin) if hints.prediction else "the family"
     return SingleFile(

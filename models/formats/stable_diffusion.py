@@ -1,7 +1,7 @@
 """Stable Diffusion's models in single files, recognised by the names and shapes of their tensors.
 
-What no tensor shows (attention heads, betas, the latents' scale factor, the prediction, the image size) comes
-from hints or from a table of the configurations published with the checkpoints.
+Attention heads, betas, the latents' scale factor, the prediction and the image size do not follow from the
+tensors; they come from hints or from a table of the configurations published with the checkpoints.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZES = 6  # numbers of image size and crop that SDXL's UNet takes
 
 
 class EncoderLocation(NamedTuple):
-    """Where a single file has a text encoder: the prefix of its tensors, and whose names follow it."""
+    """A text encoder in a single file: the prefix of its tensors, and whether OpenCLIP's names follow it."""
 
     prefix: str
     open_clip: bool
@@ -53,10 +53,10 @@ NOISE_LEVELS = UNET + "label_emb.weight"
 
 @dataclass(frozen=True)
 class Family:
-    """What the tensors of a kind of model do not show."""
+    """Facts about a kind of model that its tensors do not show."""
 
     image_size: int  # pixels along a side
-    heads: int | None = None  # at every level; None: as many as are HEAD_WIDTH wide
+    heads: int | None = None  # at every level; None: heads of HEAD_WIDTH channels
     prediction: Prediction = "epsilon"
     scale_factor: float = 0.18215
     betas: tuple[float, float] = (0.00085, 0.012)
@@ -133,7 +133,7 @@ def recognise(
     except KeyError as error:
         raise CheckpointError(f"{name}: {error} is missing") from error
     except (IndexError, ValueError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(f"{name}: tensors of no known structure: {error}") from error
+        raise CheckpointError(f"{name}: unsupported network structure: {error}") from error
 
 
 def recognise_model(
@@ -174,7 +174,7 @@ def published_vae(family: Family, size: int, scale: float) -> AutoencoderSpec:
 
 
 def family_of(shapes: Shapes, encoders: tuple[EncoderLocation, ...], prediction: Prediction | None) -> str:
-    """Which of FAMILIES a model is of; prediction: None if unknown."""
+    """The key in FAMILIES of a model. prediction: None if unknown."""
     if NOISE_LEVELS in shapes:
         return UPSCALER
     latent, into = shapes[UNET + "out.2.weight"][0], shapes[UNET + "input_blocks.0.0.weight"][1]
@@ -186,7 +186,7 @@ def family_of(shapes: Shapes, encoders: tuple[EncoderLocation, ...], prediction:
 
 
 def prediction_is_ambiguous(shapes: Shapes, encoders: tuple[EncoderLocation, ...]) -> bool:
-    """Whether the tensors fit published models of both predictions."""
+    """Whether there are published models of both predictions with these tensors."""
     return encoders == (OPEN_CLIP,) and family_of(shapes, encoders, "v_prediction") == SD_2_V
 
 
@@ -213,7 +213,7 @@ def single_text(shapes: Shapes, encoders: tuple[EncoderLocation, ...]) -> TextSp
 
 
 def sdxl_texts(shapes: Shapes) -> tuple[TextSpec, TextSpec]:
-    """Both give the output of their last but one layer, without the norm (Podell et al. 2023, 2.1)."""
+    """SDXL's encoders: penultimate layers without the final norm (Podell et al. 2023, section 2.1)."""
     first = replace(clip_text(shapes, SDXL_FIRST.prefix), skipped=1, final_norm=False)
     second = replace(open_clip_text(shapes, SDXL_SECOND.prefix), skipped=1, final_norm=False)
     linear = shapes.get(SDXL_SECOND.prefix + LINEAR_PROJECTION)
@@ -251,7 +251,7 @@ def open_clip_text(shapes: Shapes, prefix: str) -> TextSpec:
 
 
 def count_layers(shapes: Shapes, prefix: str) -> int:
-    """One more than the highest number that follows a prefix."""
+    """The number of layers: one more than the highest number after a prefix."""
     numbers = [key.removeprefix(prefix).split(".")[0] for key in shapes if key.startswith(prefix)]
     return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
 
@@ -274,9 +274,9 @@ def unet_spec(shapes: Shapes, texts: tuple[TextSpec, ...], hints: Hints, family:
 
 
 def cross_only(shapes: Shapes, spec: UNetSpec) -> tuple[bool, ...]:
-    """Levels whose first attention has keys of the context's width; () if there are none.
+    """Levels whose first attention is to the context, by the width of its keys; () if there are none.
 
-    A level as wide as the context does not show it; the one published model has no such level.
+    Not visible at a level that is as wide as the context; the only published model has no such level.
     """
     flags = []
     for level, width in enumerate(spec.channels):

@@ -1,4 +1,4 @@
-"""Files of other kinds than complete latent diffusion models, recognised to be refused by their names."""
+"""Recognises files that are not complete latent diffusion models, so that errors can say what they are."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from models.errors import CheckpointError
 from models.formats.ldm import CONDITION, FIRST_STAGE, UNET, Shapes
 
 NO_MODEL = "is not supported"
-ADAPTER = "is given with {}, beside a model"
+ADAPTER = "is added to a model with {}"
 
 
 class Kind(NamedTuple):
-    """A kind of file: patterns of which each matches the beginning of one of its tensors' names."""
+    """A kind of file. patterns: each matches the beginning of the name of one of its tensors."""
 
     name: str
     patterns: tuple[str, ...]
@@ -65,14 +65,16 @@ BY_CHANNELS = {8: "InstructPix2Pix", 5: "Stable Diffusion 2 depth2img"}  # by th
 
 
 def refuse_other_models(shapes: Shapes, name: str) -> None:
-    """Raise CheckpointError, saying what a file is, if it is of a known kind that is not supported."""
+    """Raise CheckpointError for a known kind of file that is not a supported model, naming the kind."""
     for kind in KINDS:
         if all(any_matches(pattern, shapes) for pattern in kind.patterns):
             raise CheckpointError(f"{name} is {kind.name}, which {kind.reason}")
     if DIFFUSERS_UNET in shapes or (BARE_UNET in shapes and UNET + "out.2.weight" not in shapes):
-        raise CheckpointError(f"{name} is a UNet alone{base_of(shapes)}: it holds no text encoder and no VAE")
+        raise CheckpointError(
+            f"{name} is a UNet alone{base_of(shapes)}: it contains no text encoder and no VAE"
+        )
     if DIFFUSERS_VAE in shapes:
-        raise CheckpointError(f"{name} is a VAE alone in the names of diffusers: give it with --vae")
+        raise CheckpointError(f"{name} is a VAE alone (key names of diffusers): add it to a model with --vae")
     if not is_plain_text_model(shapes):
         return
     into = shapes.get(UNET + "input_blocks.0.0.weight", (0, 0))[1]
@@ -86,7 +88,7 @@ def refuse_unet_alone(shapes: Shapes, name: str) -> None:
     """Raise CheckpointError for a UNet of Stable Diffusion without a text encoder and a VAE."""
     complete = any(key.startswith((CONDITION, FIRST_STAGE)) for key in shapes)
     if not complete and (base := base_of(shapes)):
-        raise CheckpointError(f"{name} is a UNet alone{base}: it holds no text encoder and no VAE")
+        raise CheckpointError(f"{name} is a UNet alone{base}: it contains no text encoder and no VAE")
 
 
 def any_matches(pattern: str, keys: Iterable[str]) -> bool:

@@ -146,7 +146,7 @@ def test_an_incomplete_checkpoint_is_not_converted(tmp_path):
         ({"side": 0}, "side cannot be 0"),
         ({"side": 255}, "not a multiple of"),
         ({"heads": [3, 3]}, "heads do not divide"),
-        ({"heads": [1]}, "no known structure"),
+        ({"heads": [1]}, "unsupported network structure"),
         ({"heads": [1.0, 2.0]}, "heads cannot be"),
         ({"scale_factor": "1"}, "scale_factor cannot be"),
         ({"schedule": {}}, "schedule cannot be"),

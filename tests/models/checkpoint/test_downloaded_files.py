@@ -134,7 +134,7 @@ def without_vae(tensors: dict) -> dict:
 @pytest.mark.parametrize("names", ["CompVis", "diffusers"])
 def test_a_file_without_a_vae_takes_one_from_elsewhere(tmp_path, networks, names):
     file = write(tmp_path, without_vae(networks["sd1"]))
-    with pytest.raises(CheckpointError, match="holds no VAE; give one with --vae"):
+    with pytest.raises(CheckpointError, match="contains no VAE; add one with --vae"):
         load(file)
     if names == "CompVis":
         own = {key.removeprefix(VAE): value for key, value in networks["sd1"].items() if VAE in key}
@@ -191,11 +191,14 @@ def test_averages_alone_are_used(tmp_path, networks):
         (["adaln_single.linear.weight"], "PixArt"),
         (["edm_mean", "edm_std"], "Playground v2.5"),
         (["edm_vpred.sigma_max"], "CosXL"),
-        (["lora_unet_mid_block_attentions_0.lora_down.weight"], "a LoRA, which is given with --lora"),
-        (["emb_params"], "a textual inversion embedding, which is given with --embedding"),
+        (
+            ["lora_unet_mid_block_attentions_0.lora_down.weight"],
+            "a LoRA, which is added to a model with --lora",
+        ),
+        (["emb_params"], "a textual inversion embedding, which is added to a model with --embedding"),
         (["control_model.input_hint_block.0.weight"], "a ControlNet"),
         (["image_proj.proj.weight"], "an IP-Adapter"),
-        (["time_embedding.linear_1.weight"], "a UNet alone: it holds no text encoder and no VAE"),
+        (["time_embedding.linear_1.weight"], "a UNet alone: it contains no text encoder and no VAE"),
         ([UNET + "input_blocks.1.0.in_layers.0.scale_weight"], "scaled fp8"),
     ],
 )

@@ -131,7 +131,7 @@ def test_pickles_with_a_trainers_objects_are_read_when_allowed_and_never_run(tmp
         {"state_dict": tensors | {"x": Callback()}},
     ):
         torch.save(whole, file)
-        with pytest.raises(CheckpointError, match=r"more than tensors|something else than named tensors"):
+        with pytest.raises(CheckpointError, match=r"more than tensors|something other than named tensors"):
             load(file, allow_pickle=True)
     assert not (tmp_path / "ran").exists()
 

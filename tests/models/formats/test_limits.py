@@ -149,10 +149,10 @@ def binunicode(length: int, text: bytes) -> bytes:
 ORDERED_DICT, REBUILD = b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor\n"
 PICKLES = {
     "instructions": (lambda: b"N0" * (MAX_PICKLE_BYTES // 2 - 9), "more than 400000 instructions"),
-    "nested tuples": (lambda: b")" + b"\x85" * (MAX_OPCODES - 9), "something else than named tensors"),
-    "tuples of twice the same": (lambda: b")" + b"2\x86" * (MAX_OPCODES // 2 - 9), "something else"),
+    "nested tuples": (lambda: b")" + b"\x85" * (MAX_OPCODES - 9), "something other than named tensors"),
+    "tuples of twice the same": (lambda: b")" + b"2\x86" * (MAX_OPCODES // 2 - 9), "something other"),
     "nested lists": (lambda: b"]" * (MAX_OPCODES - 9), "more than one value"),
-    "integer of megabytes": (lambda: b"\x8b" + struct.pack("<i", 2**23) + b"\xff" * 2**23, "something else"),
+    "integer of megabytes": (lambda: b"\x8b" + struct.pack("<i", 2**23) + b"\xff" * 2**23, "something other"),
     "integer of a million digits": (lambda: b"L" + b"9" * 10**6 + b"L\n", "digits"),
     "keys of one hash": (
         lambda: (
@@ -160,7 +160,7 @@ PICKLES = {
             + b"".join(b"\x8a\x0a" + (i * COLLIDING).to_bytes(10, "little") + b"N" for i in range(190_000))
             + b"u"
         ),
-        "something else than named tensors",
+        "something other than named tensors",
     ),
     "memo indexes of one hash": (
         lambda: b"N" + b"".join(b"p%d\n" % (i * COLLIDING) for i in range(300_000)),
@@ -168,7 +168,7 @@ PICKLES = {
     ),
     "one list in many dictionaries": (
         lambda: b"]q\0(" + b"]NaNa" * 30_000 + b"e" + ORDERED_DICT + b"q\x010" + b"h\1h\0\x85R0" * 40_000,
-        "something else than named tensors",
+        "something other than named tensors",
     ),
     "many arguments": (
         lambda: b"(" + b"N" * 250_000 + b"tq\0" + REBUILD + b"q\1" + b"h\1h\0R0" * 60_000,

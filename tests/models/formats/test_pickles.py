@@ -227,7 +227,7 @@ def test_no_module_is_imported_for_a_name(tmp_path, monkeypatch):
     (tmp_path / "trap_module.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     file = archive(tmp_path / "m.ckpt", state(name("trap_module", "Thing")))
-    with pytest.raises(CheckpointError, match="something else than named tensors"):
+    with pytest.raises(CheckpointError, match="something other than named tensors"):
         read_pickle(file)
     assert "trap_module" not in sys.modules
 
@@ -257,17 +257,17 @@ def test_no_module_is_imported_for_a_name(tmp_path, monkeypatch):
         (tensor(shape=(5,), stride=(0,)), "exceeds its"),
         (tensor(shape=(4,), stride=(1, 1)), "damaged"),
         (tensor(shape=(1,) * 99, stride=(1,) * 99), "damaged"),
-        (tensor(function="torch._utils _rebuild_sparse_tensor"), "something else than named tensors"),
-        (tensor(function="torch._utils _rebuild_wrapper_subclass"), "something else than named tensors"),
-        (tensor(function="torch._tensor _rebuild_from_type_v2"), "something else than named tensors"),
-        (tensor(function="numpy.core.multiarray _reconstruct"), "something else than named tensors"),
+        (tensor(function="torch._utils _rebuild_sparse_tensor"), "something other than named tensors"),
+        (tensor(function="torch._utils _rebuild_wrapper_subclass"), "something other than named tensors"),
+        (tensor(function="torch._tensor _rebuild_from_type_v2"), "something other than named tensors"),
+        (tensor(function="numpy.core.multiarray _reconstruct"), "something other than named tensors"),
         (name("torch._utils", "_rebuild_tensor_v2") + b")R", "damaged"),
         (tensor() + b"}b", "puts something into"),
         (tensor() + b"Na", "puts something into"),
         (tensor() + b")R", "calls something that is not a name"),
         (tensor() + b")\x81", "builds an object from something"),
-        (storage(), "something else than named tensors"),
-        (b"N", "something else than named tensors"),
+        (storage(), "something other than named tensors"),
+        (b"N", "something other than named tensors"),
         (b"K\1\x85R", "corrupt"),
         (b"\x82\1", "EXT1"),
         (b"Pabc\n", "PERSID"),
@@ -288,7 +288,7 @@ def test_invalid_tensors_are_one_line_errors(tmp_path, value, what):
 
 @pytest.mark.parametrize("whole", [b"\x80\x04N.", b"\x80\x04].", b"\x80\x04}.", b"\x80\x04}K\1K\1s.", b"."])
 def test_pickles_of_something_else(tmp_path, whole):
-    with pytest.raises(CheckpointError, match=r"something else|not there|corrupt"):
+    with pytest.raises(CheckpointError, match=r"something other|not there|corrupt"):
         read_pickle(archive(tmp_path / "m.ckpt", whole))
 
 
