@@ -39,6 +39,16 @@ def test_the_order_of_names_changes_nothing():
         resolve(GenerateRequest(prompt="p", loras={"ink": 1.0}), {"tiny": tiny_spec()}, Settings())
 
 
+def test_weights_for_text_encoders_alone_are_kept_and_come_back_from_an_images_parameters():
+    specs = {"tiny": replace(tiny_spec(), loras=("ink", "oil"), lora_warnings=("", "oil is odd"))}
+    fields = {"prompt": "p", "loras": {"ink": 0.0, "oil": 0.0}, "lora_text_weights": {"ink": 0.5}}
+    resolved = resolve(GenerateRequest(**fields), specs, Settings())
+    assert resolved.to_job().model_key == ModelKey("tiny", (("ink", 0.0, 0.5),))
+    assert resolved.warnings == ()  # oil changes nothing
+    again = resolve(GenerateRequest(**resolved.parameters.of_image(0)), specs, Settings())
+    assert again.to_job().model_key == resolved.to_job().model_key
+
+
 def test_the_bundled_model_takes_a_lora(tmp_path):
     """In bfloat16: merged weights are rounded once."""
     emoji = bundled("emoji")
