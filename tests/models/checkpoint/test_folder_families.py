@@ -37,12 +37,12 @@ def noise(*shape, seed=0):
 
 
 def texts_of(reference):
-    """Their contexts of (UNWANTED, PROMPT), tokens and pooled."""
+    """Token vectors and pooled text of (UNWANTED, PROMPT) by `diffusers`."""
     if hasattr(reference, "text_encoder_2"):
-        told, null, pooled, null_pooled = reference.encode_prompt(PROMPT, negative_prompt=UNWANTED)
-        return torch.cat([null, told]), torch.cat([null_pooled, pooled])
-    told, null = reference.encode_prompt(PROMPT, "cpu", 1, True, UNWANTED)
-    return torch.cat([null, told]), None
+        context, null, pooled, null_pooled = reference.encode_prompt(PROMPT, negative_prompt=UNWANTED)
+        return torch.cat([null, context]), torch.cat([null_pooled, pooled])
+    context, null = reference.encode_prompt(PROMPT, "cpu", 1, True, UNWANTED)
+    return torch.cat([null, context]), None
 
 
 @torch.inference_mode()
@@ -84,7 +84,7 @@ def test_first_stage(pair):
 
 @torch.inference_mode()
 def test_a_guided_run(pair, monkeypatch):
-    """From the same noise to the picture, with the pipeline's own way to the null context."""
+    """Whole runs from the same noise; the pipeline computes its own unconditional context."""
     reference, ours = pair
     start = {
         "latents": noise(1, 4, 8, 8),
@@ -92,26 +92,26 @@ def test_a_guided_run(pair, monkeypatch):
         "guidance_scale": 5.0,
         "output_type": "pt",
     }
-    # Their pipelines draw the masked picture's latent from the distribution whose mode ours takes.
+    # Their pipelines sample the masked image's latent; ours takes the mode of the distribution.
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     if ours.spec.upscaling:
         low, generator = x[:, :, :8, :8], torch.Generator().manual_seed(0)
-        torch.randn(4, 8, 8, generator=generator)  # what ours starts from is drawn before what lies on low
+        torch.randn(4, 8, 8, generator=generator)  # ours draws the start noise before the noise on low
         theirs = reference(PROMPT, low, noise_level=20, generator=generator, **start).images
-        picture = ours.upscale(2 * low - 1, [0], 3, 20, [PROMPT], 5.0)
+        image = ours.upscale(2 * low - 1, [0], 3, 20, [PROMPT], 5.0)
     elif ours.spec.mask_channels:
         mask = torch.zeros(1, 1, 64, 64)
         mask[:, :, 8:40, 16:56] = 1
         theirs = reference(PROMPT, image=x, mask_image=mask, strength=1.0, **start).images
-        known = ours.encode_masked(2 * x - 1, mask[0, 0] > 0.5)
-        picture = ours.sample(
-            [PROMPT], [0], 3, 5.0, concat_channels=[ours.concat_channels(8, 8, masked=known)]
+        masked = ours.encode_masked(2 * x - 1, mask[0, 0] > 0.5)
+        image = ours.sample(
+            [PROMPT], [0], 3, 5.0, concat_channels=[ours.concat_channels(8, 8, masked=masked)]
         )
     else:
         theirs = reference(PROMPT, **start).images
-        picture = ours.sample([PROMPT], [0], 3, 5.0)
-    assert relative_error((picture / 2 + 0.5).clamp(0, 1), theirs) <= 1e-4
+        image = ours.sample([PROMPT], [0], 3, 5.0)
+    assert relative_error((image / 2 + 0.5).clamp(0, 1), theirs) <= 1e-4
 
 
 @pytest.mark.slow
@@ -137,8 +137,8 @@ def test_diffusers_reads_what_is_written(pair, tmp_path):
     loaded = load(tmp_path / "m")
     assert (loaded.spec.unet, loaded.spec.zero_null) == (ours.spec.unet, ours.spec.zero_null)
     assert ModelSpec.from_dict(json.loads(json.dumps(loaded.spec.to_dict()))) == loaded.spec
-    told = [model.context_pair(ConditioningInput(PROMPT, UNWANTED)) for model in (ours, loaded)]
-    assert torch.equal(told[0].tokens, told[1].tokens)
+    contexts = [model.context_pair(ConditioningInput(PROMPT, UNWANTED)) for model in (ours, loaded)]
+    assert torch.equal(contexts[0].tokens, contexts[1].tokens)
 
 
 @pytest.mark.parametrize("options", [{"variant": "fp16"}, {"variant": "fp16", "max_shard_size": "1MB"}])

@@ -59,10 +59,10 @@ def write(folder, name, edit=lambda tensors: None, averaged=False):
 
 
 def outputs(row: Row, model, networks: Reference) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Ours and theirs of all that a model computes."""
+    """name -> (our output, the reference's), for every network of a model."""
     generator = torch.Generator().manual_seed(1)
     ids = model.conditioner.tokenize(PROMPTS)
-    told = model.conditioner.encode(ids)
+    encoded = model.conditioner.encode(ids)
     context, pooled = networks.context(row, ids)
     x, t = torch.randn(2, row.in_channels, 16, 8, generator=generator), torch.tensor([1, 801])
     added, options = None, {}
@@ -74,14 +74,14 @@ def outputs(row: Row, model, networks: Reference) -> dict[str, tuple[torch.Tenso
     if row.noise_levels:
         options = {"class_labels": levels}
     z = torch.randn(1, 4, 8, 8, generator=generator)
-    picture = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
+    image = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
     pairs = {
         "eps": (model.unet(x, t, context, added, levels), networks.unet(x, t, context, **options).sample),
-        "context": (told.tokens, context),
+        "context": (encoded.tokens, context),
         "D": (model.autoencoder.decode(z), networks.autoencoder.decode(z).sample),
-        "E": (model.autoencoder.encode(picture), networks.autoencoder.encode(picture).latent_dist.mode()),
+        "E": (model.autoencoder.encode(image), networks.autoencoder.encode(image).latent_dist.mode()),
     }
-    return pairs | ({"pooled": (told.pooled, pooled)} if row.size_width else {})
+    return pairs | ({"pooled": (encoded.pooled, pooled)} if row.size_width else {})
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_files_written_by_others_lack_some_names(tmp_path):
 
 
 def test_the_prediction_of_stable_diffusion_2(tmp_path):
-    """No tensor shows it: v, unless a file beside says, or who asks, or a mark in the file."""
+    """No tensor shows it: v, unless a YAML file, the caller or a mark in the file gives another."""
     file, note = outline(tmp_path, "sd2"), tmp_path / "sd2.yaml"
 
     def found(*given):
@@ -194,9 +194,9 @@ def test_the_prediction_of_other_models(tmp_path):
     assert read_spec(file, prediction="v_prediction").schedule.prediction == "epsilon"  # not of this model
     (tmp_path / "sd1.yaml").write_text("model: {params: {parameterization: v}}")
     assert read_spec(file).schedule.prediction == "v_prediction"
-    told = outline(tmp_path, "sd2", words={"modelspec.prediction_type": "epsilon"})
-    assert (read_spec(told).schedule.prediction, read_spec(told).defaults.width) == ("epsilon", 512)
-    assert not [note for note in inspect(told).notes if "epsilon or v" in note]
+    marked = outline(tmp_path, "sd2", words={"modelspec.prediction_type": "epsilon"})
+    assert (read_spec(marked).schedule.prediction, read_spec(marked).defaults.width) == ("epsilon", 512)
+    assert not [note for note in inspect(marked).notes if "epsilon or v" in note]
     file = outline(tmp_path, "sdxl", lambda tensors: tensors.update(v_pred=torch.zeros(0)))
     assert load(file).spec.schedule.prediction == "v_prediction"
 

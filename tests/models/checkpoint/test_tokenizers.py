@@ -1,4 +1,4 @@
-"""The tokenizer in the box, against ids by other code."""
+"""CLIP's bundled tokenizer, against ids by other implementations."""
 
 import json
 import tomllib

@@ -1,4 +1,4 @@
-"""Files made to be slow to read are refused, or read, in a time that nobody waits for."""
+"""Files that are made to be slow to read are read or rejected within bounded time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a single file's model is, without torch: from the file and from what lies beside it."""
+"""What a single file's model is, without torch: from the file and from the files next to it."""
 
 import json
 
