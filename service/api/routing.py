@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from fastapi.params import Form
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from service.errors import InvalidRequest, UnreadableBody
+from service.errors import InvalidRequest, UnreadableBody, UnsupportedMedia
 from service.requests.validation_errors import explain
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -20,10 +21,12 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 # none of them.
 JSON_SEPARATORS = (b",", b"[", b"{", b'"')
 MAX_JSON_SEPARATORS = 100_000
+# Other names of JSON. Browsers ask before they send these, as for application/json.
+JSON_TYPES = re.compile(rb"\s*(text/(x-)?json|application/x-json)\s*(;.*)?", re.IGNORECASE | re.DOTALL)
 
 
 class JSONRoute(APIRoute):
-    """Accepts a JSON body without a Content-Type, and refuses a body with too many values."""
+    """Accepts JSON without a Content-Type or by another name; refuses compressed and very large JSON."""
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
@@ -31,7 +34,9 @@ class JSONRoute(APIRoute):
             return handle
 
         async def handler(request: Request) -> Response:
-            add_content_type(request)
+            if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+                raise UnsupportedMedia("the body must be sent without Content-Encoding")
+            normalize_content_type(request)
             body = await request.body()
             if sum(map(body.count, JSON_SEPARATORS)) > MAX_JSON_SEPARATORS:
                 raise UnreadableBody("the body has too many values")
@@ -40,8 +45,8 @@ class JSONRoute(APIRoute):
         return handler
 
 
-def add_content_type(request: Request) -> None:
-    """Treat a body without a Content-Type as JSON, unless it comes from a web page.
+def normalize_content_type(request: Request) -> None:
+    """Treat other names of JSON as application/json, and a missing one unless the body comes from a web page.
 
     Before they send JSON to another server, browsers ask it for permission (CORS). Without a Content-Type
     they do not ask, so a body with an Origin header is not treated as JSON.
@@ -49,6 +54,9 @@ def add_content_type(request: Request) -> None:
     headers: list[tuple[bytes, bytes]] = request.scope["headers"]
     if not {b"content-type", b"origin"} & {name for name, _ in headers}:
         headers.append((b"content-type", b"application/json"))
+    for index, (name, value) in enumerate(headers):
+        if name == b"content-type" and JSON_TYPES.fullmatch(value):
+            headers[index] = (name, b"application/json")
 
 
 class ClientErrorRoute(JSONRoute):

@@ -99,12 +99,19 @@ def check_options(
         param = f"{within}.{name}" if within else name
         neutral = next((table[name] for table in (NEUTRAL, *tables) if name in table), None)
         if neutral is not None:
-            if value is not None and value not in neutral:
+            if value is not None and not is_one_of(value, neutral):
                 expected = " or ".join(map(json.dumps, neutral))
                 raise InvalidRequest(f"{param} must be {expected}", param=param)
         elif name not in (*SUPPORTED, *ONLY_SOMETIMES):
             ignored.append(param)
     return ignored
+
+
+def is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether a value is one of these, or a text of one: A1111 reads "1" as 1 and "false" as false."""
+    return value in neutral or (
+        isinstance(value, str) and value.strip().lower() in {str(known).lower() for known in neutral}
+    )
 
 
 def read_text(options: Mapping[str, Any], name: str, within: str = "") -> str | None:

@@ -72,21 +72,29 @@ def without_schedulers(alias: str, native: str, uses: frozenset[str] = frozenset
 EULER, EULER_A = "Euler", "Euler a"
 S_CHURN, NOISE = frozenset({"s_churn"}), frozenset({"eta", "s_noise"})
 SAMPLERS = {
-    "DPM++ 2M": SamplerNames(("k_dpmpp_2m",), with_schedulers("dpmpp_2m", "karras")),
-    "DPM++ SDE": SamplerNames(("k_dpmpp_sde",), with_schedulers("dpmpp_sde", "karras"), uses=NOISE),
+    "DPM++ 2M": SamplerNames(("k_dpmpp_2m", "dpmpp_2m"), with_schedulers("dpmpp_2m", "karras")),
+    "DPM++ SDE": SamplerNames(
+        ("k_dpmpp_sde", "dpmpp_sde"), with_schedulers("dpmpp_sde", "karras"), uses=NOISE
+    ),
     "DPM++ 2M SDE": SamplerNames(
-        ("k_dpmpp_2m_sde",), with_schedulers("dpmpp_2m_sde", "exponential"), uses=NOISE
+        ("k_dpmpp_2m_sde", "dpmpp_2m_sde"), with_schedulers("dpmpp_2m_sde", "exponential"), uses=NOISE
     ),
     "DPM++ 3M SDE": SamplerNames(
-        ("k_dpmpp_3m_sde",), with_schedulers("dpmpp_3m_sde", "exponential"), uses=NOISE
+        ("k_dpmpp_3m_sde", "dpmpp_3m_sde"), with_schedulers("dpmpp_3m_sde", "exponential"), uses=NOISE
     ),
-    EULER_A: SamplerNames(("k_euler_a", "k_euler_ancestral"), with_schedulers("euler_ancestral"), uses=NOISE),
+    EULER_A: SamplerNames(
+        ("k_euler_a", "k_euler_ancestral", "euler_a", "euler_ancestral"),
+        with_schedulers("euler_ancestral"),
+        uses=NOISE,
+    ),
     EULER: SamplerNames(("k_euler",), with_schedulers("euler"), uses=S_CHURN),
     "LMS": SamplerNames(("k_lms",), with_schedulers("lms")),
     "Heun": SamplerNames(("k_heun",), with_schedulers("heun"), uses=S_CHURN),
-    "DPM2": SamplerNames(("k_dpm_2",), with_schedulers("dpm2", "karras"), uses=S_CHURN),
+    "DPM2": SamplerNames(("k_dpm_2", "dpm_2"), with_schedulers("dpm2", "karras"), uses=S_CHURN),
     "DPM2 a": SamplerNames(
-        ("k_dpm_2_a", "k_dpm_2_ancestral"), with_schedulers("dpm2_ancestral", "karras"), uses=NOISE
+        ("k_dpm_2_a", "k_dpm_2_ancestral", "dpm_2_ancestral"),
+        with_schedulers("dpm2_ancestral", "karras"),
+        uses=NOISE,
     ),
     "DDIM": without_schedulers("ddim", "ddim", frozenset({"eta"})),
     "DDPM": without_schedulers("ddpm", "ddpm"),

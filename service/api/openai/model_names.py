@@ -29,11 +29,13 @@ def check_aliases(settings: Settings, models: Collection[str]) -> None:
 def find_served_name(
     name: str | None, task: str, specs: Mapping[str, ModelSpec], aliases: Mapping[str, str]
 ) -> str | None:
-    """The served model for a client's model name and a task; None for None, the default model.
+    """The served model for a client's model name and a task; None, the default model, for None and "".
 
     A name of OpenAI's own models selects the only model that supports the task. Raises NotFound.
     """
-    if name is None or name in specs:
+    if not name:
+        return None
+    if name in specs:
         return name
     if name in aliases:
         return aliases[name]

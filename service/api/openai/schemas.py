@@ -5,6 +5,7 @@ Limits of values are checked later, when a body is translated to a native reques
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from fastapi import UploadFile
@@ -17,6 +18,7 @@ NO_EFFECT = "Accepted; has no effect."
 WARNED = "Accepted; has no effect, with a warning in `warnings`."
 EXTENSION = "Extension of this service."
 
+SIZE = r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 
 
@@ -24,6 +26,13 @@ def require_file(value: object) -> object:
     """Refuse text in a form field for a file, with this service's message instead of the framework's."""
     if isinstance(value, str):
         raise ValueError("must be a file")
+    return value
+
+
+def require_size(value: object) -> object:
+    """Refuse a text that is no size, with an example of one."""
+    if isinstance(value, str) and not re.fullmatch(SIZE, value):
+        raise ValueError("must be auto or WIDTHxHEIGHT, such as 512x512")
     return value
 
 
@@ -46,11 +55,12 @@ class OpenAIRequest(BaseModel):
     size: Annotated[
         str | None,
         Field(
-            pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$",
+            pattern=SIZE,
             description="WIDTHxHEIGHT, or auto for the model's default. If `model` is an alias or a name of "
             "OpenAI's models, images larger than the model's default size are generated near that size and "
             "enlarged.",
         ),
+        BeforeValidator(require_size),
     ] = None
     response_format: Annotated[
         Literal["url", "b64_json"] | None,

@@ -112,7 +112,7 @@ class Translator:
         model = find_served_name(body.model, task, self.specs, self.aliases)
         spec = find_model(model, self.specs, TASKS_OF[kind])
         size, enlarged = requested_size(body), None
-        if size and kind is GenerateRequest and body.model not in (None, model):
+        if size and kind is GenerateRequest and body.model not in (None, "", model):
             canvas = canvas_of(size, spec)
             if canvas != size:
                 check_enlarged(size, body, self.settings)

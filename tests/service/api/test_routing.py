@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 
@@ -29,7 +30,14 @@ def test_json_without_a_content_type_is_read(server):
 
 
 @pytest.mark.parametrize(
-    "kind", ["application/json; charset=utf-8", "APPLICATION/JSON", "application/problem+json"]
+    "kind",
+    [
+        "application/json; charset=utf-8",
+        "APPLICATION/JSON",
+        "application/problem+json",
+        "text/json",
+        "Text/X-JSON; a=b",
+    ],
 )
 def test_json_of_any_spelling_is_read(server, kind):
     assert send(server, json.dumps(BODY).encode(), **{"content-type": kind}).status_code == 200
@@ -39,6 +47,12 @@ def test_json_of_any_spelling_is_read(server, kind):
 def test_another_content_type_is_refused_with_the_right_one(server, kind):
     error = error_of(send(server, json.dumps(BODY).encode(), **{"content-type": kind}), 415)
     assert "application/json" in error["message"]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br"])
+def test_compressed_json_is_refused_as_that(server, coding):
+    headers = {"content-type": "application/json", "content-encoding": coding}
+    assert "Content-Encoding" in error_of(send(server, gzip.compress(b"{}"), **headers), 415)["message"]
 
 
 def test_a_web_page_of_another_origin_must_say_that_it_sends_json(server):

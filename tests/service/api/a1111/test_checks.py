@@ -98,6 +98,7 @@ def test_what_a1111_ignores_is_ignored_with_a_warning(bundled, body, warning):
         {"firstphase_width": 512, "hr_prompt": "pear", "denoising_strength": 0.3},
         {"restore_faces": None, "tiling": None, "styles": None, "override_settings": None, "infotext": ""},
         {"override_settings": {"randn_source": "CPU", "sd_vae": "None", "CLIP_stop_at_last_layers": None}},
+        {"override_settings": {"CLIP_stop_at_last_layers": "1", "use_old_emphasis_implementation": "false"}},
         {"override_settings": {"uni_pc_order": 1, "img2img_color_correction": True}},
         {"do_not_save_samples": True, "do_not_save_grid": True, "comments": {"a": 1}, "s_tmin": 1},
         {"alwayson_scripts": {"Refiner": {}, "ControlNet": {"args": []}}},

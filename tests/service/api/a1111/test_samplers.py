@@ -39,6 +39,8 @@ from service.api.a1111.schemas import TextToImage
         ("TCD", "Karras", ("tcd", None)),
         ("PLMS", None, ("plms", None)),
         ("DDIM", "normal", ("ddim", None)),
+        ("euler_ancestral", "normal", ("euler_ancestral", "linspace")),  # ComfyUI's names
+        ("dpmpp_2m", "karras", ("dpmpp_2m_karras", None)),
         (None, None, ("euler", None)),
     ],
 )

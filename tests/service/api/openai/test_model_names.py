@@ -22,6 +22,7 @@ def test_an_alias_comes_before_the_rule_for_names_of_openai():
     assert find_served_name("dall-e-3", "text-to-image", served, {"dall-e-3": "b"}) == "b"
     assert find_served_name("a", "text-to-image", served, {"a": "b"}) == "a"  # a served model is itself
     assert find_served_name(None, "text-to-image", served, {}) is None
+    assert find_served_name("", "text-to-image", served, {}) is None
 
 
 def test_a_name_of_openai_depends_on_the_task():
@@ -31,7 +32,7 @@ def test_a_name_of_openai_depends_on_the_task():
         find_served_name("dall-e-2", "text-to-image", served, {"x": "a"})
 
 
-@pytest.mark.parametrize("name", ["", "sdxl", "dall-e", "DALL-E-3", "dall-e-3\n", "gpt-4o"])
+@pytest.mark.parametrize("name", ["sdxl", "dall-e", "DALL-E-3", "dall-e-3\n", "gpt-4o"])
 def test_other_names_are_unknown(name):
     with pytest.raises(NotFound):
         find_served_name(name, "text-to-image", specs(a=TEXT), {})

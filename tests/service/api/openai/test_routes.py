@@ -138,6 +138,12 @@ def test_an_unsupported_value_is_a_400_that_names_the_field(client, fields, para
     assert set(caught.value.body) >= {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("size", ["large", "0x0", "128X128", "128"])
+def test_a_size_that_is_none_is_refused_with_an_example(client, size):
+    with pytest.raises(openai.BadRequestError, match="size must be auto or WIDTHxHEIGHT, such as 512x512"):
+        client.images.generate(prompt=PROMPT, size=size)
+
+
 # Model names, and the sizes that come with them.
 
 
