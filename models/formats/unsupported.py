@@ -58,6 +58,7 @@ BASES = {
     2048: "Stable Diffusion XL",
     1280: "SDXL's refiner",
 }
+LATENT = 4  # channels of the latents of all of them
 CONTEXT_KEYS = re.compile(r".*\.attn2\.to_k\.weight")
 DIFFUSERS_UNET, BARE_UNET = "time_embedding.linear_1.weight", "input_blocks.0.0.weight"
 DIFFUSERS_VAE = "decoder.mid_block.resnets.0.norm1.weight"
@@ -85,10 +86,15 @@ def refuse_other_models(shapes: Shapes, name: str) -> None:
 
 
 def refuse_unet_alone(shapes: Shapes, name: str) -> None:
-    """Raise CheckpointError for a UNet of Stable Diffusion without a text encoder and a VAE."""
-    complete = any(key.startswith((CONDITION, FIRST_STAGE)) for key in shapes)
-    if not complete and (base := base_of(shapes)):
-        raise CheckpointError(f"{name} is a UNet alone{base}: it contains no text encoder and no VAE")
+    """Raise CheckpointError, saying what is missing, for a UNet of Stable Diffusion without text encoder."""
+    latent = shapes.get(UNET + "out.2.weight", (0,))[0]
+    if latent != LATENT or any(key.startswith((CONDITION, "conditioner.")) for key in shapes):
+        return
+    if base := base_of(shapes):
+        has_vae = any(key.startswith(FIRST_STAGE) for key in shapes)
+        what = "a UNet and a VAE" if has_vae else "a UNet alone"
+        missing = "no text encoder" if has_vae else "no text encoder and no VAE"
+        raise CheckpointError(f"{name} is {what}{base}: it contains {missing}")
 
 
 def any_matches(pattern: str, keys: Iterable[str]) -> bool:

@@ -207,6 +207,22 @@ def test_other_kinds_of_files_are_refused_by_name(tmp_path, keys, what):
         read_spec(write(tmp_path, {key: torch.zeros(2) for key in keys}))
 
 
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ([], "a UNet alone of Stable Diffusion XL: it contains no text encoder and no VAE"),
+        ([VAE + "x"], "a UNet and a VAE of Stable Diffusion XL: it contains no text encoder"),
+    ],
+)
+def test_what_a_unet_lacks_is_named(tmp_path, keys, what):
+    unet = {
+        UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(2, 2048),
+        UNET + "out.2.weight": torch.zeros(4, 2, 3, 3),
+    }
+    with pytest.raises(CheckpointError, match=what):
+        read_spec(write(tmp_path, unet | {key: torch.zeros(2) for key in keys}))
+
+
 def test_conversion_keeps_what_the_file_says(tmp_path, networks):
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     file = write(tmp_path, rounded(networks["sdxl"], torch.float16) | marks)

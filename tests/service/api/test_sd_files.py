@@ -68,6 +68,15 @@ def test_a_separate_vae_and_unused_averages_change_nothing(families, name):
     assert (ask(families, name, width=64, height=64) == ask(families, "sd1", width=64, height=64)).all()
 
 
+@torch.inference_mode()
+def test_a_v_prediction_file_in_half_precision(families, downloaded_files):
+    pixels = ask(families, "sdxl-v", width=64, height=64)
+    x = load(downloaded_files["sdxl-v"]).sample(
+        [ConditioningInput("red apple", "blue")], [5], 2, 3.0, size=(64, 64)
+    )
+    assert psnr(pixels, bytes_of(x[0])) > 40
+
+
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 @torch.inference_mode()
 def test_sides_are_multiples_of_8(families, sd_files, name):
