@@ -45,6 +45,13 @@ from models.spec import (
 
 MAX_NUMBER = 2**31  # of any option with a whole number
 MAX_TIMESTEPS = 2**16
+MAX_LAYERS = 256  # of options that count layers; reading a folder takes time for each
+LAYER_COUNTS = (
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "num_hidden_layers",
+)
 MAX_NOISE_LEVEL = 350  # of the published upscaler, for folders that do not contain it
 
 Spec = TypeVar("Spec")
@@ -172,6 +179,8 @@ def per_level(value: Any, levels: int, name: str) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, list) else (value,) * levels
     if len(values) != levels or not all(type(v) is int and 0 < v < MAX_NUMBER for v in values):
         raise ValueError(f"{name} must be a positive integer, or {levels} of them, not {shortened(value)}")
+    if name in LAYER_COUNTS and max(values, default=0) > MAX_LAYERS:
+        raise ValueError(f"{name} must be at most {MAX_LAYERS}, not {shortened(value)}")
     return values
 
 
@@ -326,12 +335,14 @@ def autoencoder_spec(config: Config) -> AutoencoderSpec:
     check_fixed(config, VAE_FIXED)
     channels = level_widths(config)
     check_blocks(config, len(channels), down="DownEncoderBlock2D", up="UpDecoderBlock2D")
-    size = config.get("sample_size", 512)
+    size, scale = config.get("sample_size", 512), config.get("scaling_factor", 0.18215)
+    if type(scale) not in (int, float) or not 0 < scale < MAX_NUMBER:
+        raise ValueError(f"scaling_factor must be a positive number, not {shortened(scale)}")
     return AutoencoderSpec(
         channels=channels,
         res_blocks=only(config.get("layers_per_block", 1), "layers_per_block"),
         latent_channels=only(config["latent_channels"], "latent_channels"),
-        scale_factor=float(config.get("scaling_factor", 0.18215)),
+        scale_factor=float(scale),
         image_channels=only(config.get("in_channels", 3), "in_channels"),
         groups=only(config.get("norm_num_groups", 32), "norm_num_groups"),
         sample_size=max(per_level(size, len(size) if isinstance(size, list) and size else 1, "sample_size")),

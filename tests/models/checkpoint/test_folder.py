@@ -219,6 +219,12 @@ def test_a_broken_tokenizer_is_named(folder, damage):
         ("unet/config.json", {"attention_head_dim": [5, 4]}),
         ("unet/config.json", {"attention_head_dim": 0}),
         ("unet/config.json", {"layers_per_block": [1, 2]}),
+        ("unet/config.json", {"layers_per_block": 10**9}),  # would be listed one by one
+        ("unet/config.json", {"transformer_layers_per_block": [1, 10**9]}),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**9}),
+        ("vae/config.json", {"layers_per_block": 10**9}),
+        ("vae/config.json", {"scaling_factor": 0}),
+        ("vae/config.json", {"scaling_factor": "0.18"}),
         ("unet/config.json", {"in_channels": None}),
         ("vae/config.json", {"shift_factor": 0.1}),
         ("vae/config.json", {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}),
