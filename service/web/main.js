@@ -39,6 +39,8 @@ async function submit() {
   const body = await form.job();
   if (body.task !== "generate" && !body.request.image) return form.showError({ param: "image", message: "Choose an image first." });
   if (body.task === "inpaint" && !body.request.mask) return form.showError({ param: "mask", message: "Paint over what is to be replaced." });
+  const { seed } = body.request;  // JSON of a larger number would be another seed, of a text none
+  if (seed !== undefined && !Number.isSafeInteger(seed)) return form.showError({ param: "seed", message: `A whole number from 0 to ${Number.MAX_SAFE_INTEGER}.` });
   strip.wake?.();
   return startJob(body, form, actions);
 }

@@ -130,6 +130,15 @@ def test_an_empty_mask_is_an_error_at_the_mask(visit: Visit):
     expect(page.locator("[data-field=mask] .error")).to_contain_text("Paint over")
 
 
+def test_a_seed_that_javascript_cannot_hold_is_an_error_at_the_seed(visit: Visit):
+    page = visit.page
+    for seed in ("18446744073709551615", "abc"):
+        page.fill("#prompt", "red apple")
+        page.fill("#seed", seed)
+        page.click("#submit")
+        expect(page.locator("[data-field=seed] .error")).to_contain_text("9007199254740991")
+
+
 def test_places_objects_by_dragging(visit: Visit):
     page = visit.page
     page.get_by_text("Place objects").click()
