@@ -44,7 +44,7 @@ def read_lora_scales(file: Path, header: Header) -> dict[str, LoraScale]:
 
     Raises CheckpointError, also for kinds of changes that cannot be merged.
     """
-    if file.suffix != ".safetensors":
+    if file.suffix.lower() != ".safetensors":
         return {}
     try:
         values = parse_json(header.metadata.get(METADATA_KEY, "{}"))

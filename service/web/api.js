@@ -5,7 +5,7 @@ const RETRY_MS = [500, 1000, 2000, 4000, 8000];
 
 export class ApiError extends Error {
   constructor(status, detail, retryAfter) {
-    super(detail.message);
+    super(detail.message.replace(/^request\./, "")); // the form's fields are those of the job's request
     this.status = status;
     this.param = detail.param;
     this.code = detail.code;

@@ -37,6 +37,10 @@ NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+UNIT_MODELS = ("model", "module", "ad_model")  # fields of ControlNet's and ADetailer's units
+NO_MODEL = (None, "", "None", "none")
+
+
 def check_unsupported(body: Processing, choice: SamplerChoice, spec: ModelSpec) -> list[str]:
     """Warnings about ignored parts. Raises InvalidRequest for parts that would change the image."""
     check_fields(body)
@@ -97,8 +101,13 @@ def switched_off(arguments: Any) -> bool:
         return not arguments
     if arguments[0] is False:
         return True
-    units = [unit for unit in arguments if unit is not None]
-    return all(isinstance(unit, dict) and unit.get("enabled") is False for unit in units)
+    return all(unit is None or (isinstance(unit, dict) and unit_is_off(unit)) for unit in arguments)
+
+
+def unit_is_off(unit: dict[str, Any]) -> bool:
+    """Whether a unit of a script is disabled, or has no model to work with."""
+    models = [unit[name] for name in UNIT_MODELS if name in unit]
+    return unit.get("enabled") is False or (bool(models) and all(model in NO_MODEL for model in models))
 
 
 def ignored_warning(reason: str, names: Iterable[str]) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ PREVIEWS = Previews(every=10, format="png")  # A1111's default
 STRENGTH, BLUR = 0.75, 4  # A1111's defaults for img2img and masks
 SEED_LIMIT = 2**32  # random seeds are smaller, as in A1111
 NETWORK = re.compile(r"<(\w+):([^<>]*)>")
+UNSUPPORTED_SYNTAX = {  # of prompts; each would change the image
+    "BREAK": re.compile(r"\bBREAK\b"),
+    "AND": re.compile(r"\bAND\b"),
+    "prompt editing, [from:to:when]": re.compile(r"(?<!\\)\[[^\[\]]*:\s*(\d+(\.\d*)?|\.\d+)\s*\]"),
+    "alternation, [a|b]": re.compile(r"(?<!\\)\[[^\[\]|]*\|[^\[\]]*\]"),
+}
 WEIGHT = re.compile(r"(-?(\d+(\.\d+)?|\.\d+))")  # unambiguous: no backtracking on long texts
 LATENT_FILL: dict[int, LatentFill] = {2: "noise", 3: "zeros"}  # inpainting_fill: latent noise or nothing
 BLANK_MASK = "The mask is empty: the whole image was processed."
@@ -164,6 +171,8 @@ def fields_of(
     field = "n_iter" if batches > batch else "batch_size"
     require([(field, n <= most, f"is too large: batch_size * n_iter must be at most {most}")])
     prompt, loras, text_weights = split_prompt(body.prompt or "")
+    check_syntax("prompt", prompt)
+    check_syntax("negative_prompt", body.negative_prompt or "", but=("AND",))  # plain text there, as in A1111
     if body.disable_extra_networks:
         loras, text_weights = {}, {}
     kind = options.read_format(body.override_settings or {}, SETTINGS)
@@ -186,6 +195,13 @@ def fields_of(
         "prompt_weights": True if reads_tokens(spec) else None,  # as A1111 reads prompts
         "long_prompts": "chunk" if reads_tokens(spec) else None,
     }
+
+
+def check_syntax(param: str, text: str, but: Collection[str] = ()) -> None:
+    """Raise InvalidRequest for syntax of A1111's prompts that is not supported, except the kinds in `but`."""
+    for kind, pattern in UNSUPPORTED_SYNTAX.items():
+        if kind not in but and pattern.search(text):
+            raise InvalidRequest(f"{param} uses {kind}, which is not supported", param=param)
 
 
 def split_prompt(prompt: str) -> tuple[str, dict[str, float], dict[str, float]]:

@@ -121,9 +121,11 @@ def test_a_smaller_scale_is_the_same_image_resized(upscaler):
 
 
 def test_every_image_has_its_own_seed_and_other_jobs_change_nothing(upscaler):
-    response = upscaler.client.post("/upscale", json=body_of(n=2)).json()
-    assert [image["seed"] for image in response["images"]] == [1, 2]
-    assert (response["images"][0]["width"], response["images"][0]["height"]) == (180, 120)
+    two = upscaler.client.post("/upscale", json=body_of(n=2))
+    images = two.json()["images"]
+    assert [image["seed"] for image in images] == [1, 2]
+    assert (images[0]["width"], images[0]["height"]) == (180, 120)
+    assert psnr(image_of(two, 1), enlarged(upscaler, seed=2)) > 40
     alone = enlarged(upscaler, seed=2, sampler="euler_ancestral")
     others = [{"seed": seed, "steps": 2 + seed, "noise_level": seed % 3} for seed in range(3, 8)]
     with ThreadPoolExecutor(6) as pool:

@@ -75,6 +75,7 @@ def test_unknown_fields_are_ignored_under_their_own_names(bundled):
         ({"sampler_name": "Euler", "eta": 0.5}, "eta is ignored"),
         ({"override_settings": {"grid_format": "jpg"}}, "override_settings.grid_format"),
         ({"alwayson_scripts": {"ADetailer": {"args": [False, {"ad_model": "face.pt"}]}}}, "ADetailer"),
+        ({"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "None"}]}}}, "ADetailer"),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": False, "model": "x"}]}}}, "ControlNet"),
         ({"save_images": True}, "save_images"),
     ],

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.api.a1111.schemas import TextToImage
-from service.api.a1111.translate import split_prompt
+from service.api.a1111.translate import check_syntax, split_prompt
 from service.errors import InvalidRequest
 
 
@@ -56,3 +56,25 @@ def test_values_that_no_answer_can_repeat_are_refused(args):
 def test_the_limits_are_those_of_the_native_api(bundled):
     answer = bundled.client.post("/sdapi/v1/txt2img", json={"prompt": "apple", "batch_size": 2**33})
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "batch_size")
+
+
+@pytest.mark.parametrize(
+    "text", ["a cat BREAK a dog", "a cat AND a dog", "[a cat:a dog:0.5]", "[dog:10]", "[cat|dog]"]
+)
+def test_prompt_syntax_that_would_change_the_image_is_refused(text):
+    with pytest.raises(InvalidRequest, match="is not supported") as error:
+        check_syntax("prompt", text)
+    assert error.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    "text", ["[cat]", "(cat:1.2)", "breaking and entering", r"\[cat|dog\]", "a: 1", "[a, b]", "a|b"]
+)
+def test_other_prompts_are_not(text):
+    check_syntax("prompt", text)
+    check_syntax("negative_prompt", text + " AND b", but=("AND",))
+
+
+def test_hostile_prompts_are_checked_quickly():
+    for text in ("[" * 100_000, "[a:" * 50_000, "[|" * 50_000, ":1" * 50_000, "[" + "1" * 100_000):
+        check_syntax("prompt", text)
