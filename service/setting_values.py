@@ -17,6 +17,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 BYTES = "a number of bytes, or a number with K, M or G"
 QUOTED_COMMA = "\0"  # no path has this character
 API_KEY = re.compile(r"[!-+\--~]{8,}")  # visible ASCII without a comma
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,13 @@ def read_non_blank(text: str) -> str:
     if not text.strip():
         raise ValueError(text)
     return text
+
+
+def read_root_path(text: str) -> str:
+    path = text.removesuffix("/")
+    if path and not ROOT_PATH.fullmatch(path):
+        raise ValueError(text)
+    return path
 
 
 def read_keys(text: str) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from service.setting_values import (
     read_models,
     read_non_blank,
     read_origins,
+    read_root_path,
 )
 
 PREFIX = "LDM_"
@@ -201,6 +202,13 @@ class Settings:
         Parser(matching(NAMED_MODEL), "NAME=MODEL, separated by commas"),
         """Other names for models in the OpenAI API, for clients whose model names are fixed:
         dall-e-3=emoji.""",
+    )
+    root_path: str = setting(
+        "",
+        Parser(read_root_path, "a path such as /images"),
+        """Path prefix below which a reverse proxy publishes the service, whether or not the proxy removes it
+        from requests. Without it, links in responses lack the prefix, unless the proxy sends
+        X-Forwarded-Prefix.""",
     )
     no_page: bool = setting(
         False,

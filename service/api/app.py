@@ -19,7 +19,7 @@ from service.api import activity, docs, health, jobs, native, openapi, page
 from service.api.a1111 import routes as a1111
 from service.api.a1111.session import A1111Session
 from service.api.auth import keys_of, require_key
-from service.api.middleware import BodyLimit, HeadAndOptions, RequestContext
+from service.api.middleware import BodyLimit, HeadAndOptions, PathPrefix, RequestContext
 from service.api.openai import routes as openai
 from service.api.openai.kept_files import KeptFiles
 from service.api.openai.model_names import aliases_of
@@ -117,6 +117,8 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
             allow_headers=["*"],
             expose_headers=CORS_EXPOSED,
         )
+    if settings.root_path:
+        app.add_middleware(PathPrefix, prefix=settings.root_path)
 
 
 def allowed_methods(app: FastAPI, scope: Scope) -> list[str]:

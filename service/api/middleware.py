@@ -100,6 +100,21 @@ class HeadSent(Exception):  # noqa: N818 - it ends a streamed response and is no
     """The response to a HEAD request is complete, so the application stops here."""
 
 
+class PathPrefix:
+    """Serves all paths below a prefix, whether or not a reverse proxy has removed it from the path."""
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        self.app = app
+        self.prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            whole = path if f"{path}/".startswith(f"{self.prefix}/") else self.prefix + path
+            scope = {**scope, "root_path": self.prefix, "path": whole}
+        await self.app(scope, receive, send)
+
+
 class HeadAndOptions:
     """Answers HEAD as GET without a body, and OPTIONS with the methods of the path.
 

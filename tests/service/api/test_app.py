@@ -6,7 +6,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.api.app import create_app
-from service.settings import Settings
+from service.settings import SettingError, Settings, read_settings
 from tests.helpers.clients import LONG
 
 KEY = "a-key-of-the-tests"
@@ -133,3 +133,19 @@ def test_a_page_of_a_listed_origin_may_call_a_running_server(bundled):
     assert (preflight.status_code, refused.status_code) == (200, 400)
     for answer in (preflight, refused):
         assert answer.headers["access-control-allow-origin"] == ORIGIN
+
+
+def test_a_path_prefix_may_be_removed_by_the_proxy_or_not():
+    client = TestClient(create_app(Settings(root_path="/studio", no_page=True)), follow_redirects=False)
+    for path in ("/studio/docs", "/docs"):
+        assert client.get(path).status_code == 200
+        assert client.options(path).headers["allow"] == "GET, HEAD, OPTIONS"
+    assert client.get("/studio/").headers["location"] == "/studio/docs"
+    assert client.get("/openapi.json").json()["servers"] == [{"url": "/studio"}]
+    assert client.get("/studios/docs").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["studio", "/a b", "//", "/?", "/../a"])
+def test_a_path_prefix_must_be_a_path(path):
+    with pytest.raises(SettingError, match="LDM_ROOT_PATH"):
+        read_settings({"LDM_ROOT_PATH": path})
