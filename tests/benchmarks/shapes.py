@@ -298,10 +298,13 @@ class SingleModelRegistry:
     def merged(self, model: LatentDiffusion, key: ModelKey) -> LatentDiffusion:
         return model
 
-    def has(self, key: ModelKey) -> bool:
+    def is_ready(self, key: ModelKey) -> bool:
         return True
 
-    def holds(self, name: str) -> bool:
+    def make_ready(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
+        return True
+
+    def is_loaded(self, name: str) -> bool:
         return True
 
     def unload_idle(self, busy: Collection[ModelKey]) -> None:
