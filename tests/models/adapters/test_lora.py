@@ -34,6 +34,8 @@ from tests.checkpoints.lora_files import (
 from tests.checkpoints.sd_folders import write as write_row
 from tests.checkpoints.tiny import upscaler_spec
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 1e-5
 ASKED = ConditioningInput("red apple", "blue")
 

@@ -12,6 +12,8 @@ from models.checkpoint.conversion import convert
 from tests.checkpoints.ldm_files import ROWS, published, write
 from tests.checkpoints.tiny import write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 def same(a, b):
     """Whether all networks of two models hold the same numbers."""

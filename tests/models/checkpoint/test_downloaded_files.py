@@ -14,6 +14,8 @@ from models.checkpoint.inspection import as_text, inspect
 from models.formats.identify import identify, read_spec, with_vae
 from tests.checkpoints import ldm_files, sd_files
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("sd1", "sd2", "sdxl")
 ROWS = {name: sd_files.narrow(sd_files.ROWS[name]) for name in NAMES}
 UNET = "model.diffusion_model."

@@ -14,6 +14,8 @@ from models.networks.unet import UNet
 from models.spec import AutoencoderSpec, UNetSpec
 from tests.checkpoints.tiny import fill_randomly, tiny_model, tiny_spec, write_tiny_model
 
+pytestmark = pytest.mark.slow
+
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"

@@ -15,6 +15,8 @@ from models.spec import ModelSpec
 from tests.checkpoints import sd_folders
 from tests.helpers.numbers import LIMIT, relative_error
 
+pytestmark = pytest.mark.slow
+
 PROMPT, UNWANTED = "red apple on a blue background!", "blue pear"
 
 

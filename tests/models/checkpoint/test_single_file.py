@@ -17,6 +17,8 @@ from models.spec import ModelSpec, ScheduleSpec
 from tests.checkpoints.ldm_files import ROWS, VQ, published, random, write
 from tests.checkpoints.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ROWS)
 @torch.inference_mode()

@@ -18,6 +18,8 @@ from tests.checkpoints import sd_files
 from tests.checkpoints.sd_files import Reference, Row
 from tests.helpers.numbers import LIMIT, relative_error
 
+pytestmark = pytest.mark.slow
+
 ROWS = tuple(sd_files.ROWS)
 PROMPTS = ["red apple", "a photo of a cat! and a dog, by night"]
 FACTS = {  # prediction, factor of latents, side

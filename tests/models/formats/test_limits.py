@@ -16,6 +16,8 @@ from models.formats.pickle_machine import MAX_OPCODES
 from models.formats.pickles import MAX_PICKLE_BYTES, read_pickle
 from models.formats.safetensors import MAX_HEADER_BYTES, MAX_TENSORS, read_safetensors
 
+pytestmark = pytest.mark.slow
+
 MAX_SECONDS = 2.5  # of CPU time; most cases take a tenth
 MAX_MESSAGE = 1000  # characters
 COLLIDING = 2**61 - 1  # multiples of this have the same hash

@@ -12,6 +12,8 @@ from models.formats.config_files import read_yaml
 from models.formats.identify import read_spec
 from tests.checkpoints.ldm_files import ROWS, published, write
 
+pytestmark = pytest.mark.slow
+
 
 def config(**model):
     """CompVis's configuration of celebahq in JSON, which is YAML; model: parameters that differ."""

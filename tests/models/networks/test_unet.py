@@ -17,6 +17,8 @@ from tests.checkpoints.tiny import fill_randomly, tiny_spec
 from tests.helpers.numbers import LIMIT, relative_error
 from tests.helpers.reference_unet import GROUPS, ROWS, Reference, as_diffusers, four_wide, spec
 
+pytestmark = pytest.mark.slow
+
 
 def random_unet(spec, seed=0):
     unet = UNet(spec)

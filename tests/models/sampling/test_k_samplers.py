@@ -28,7 +28,10 @@ from models.sampling.step import step
 from models.spec import ScheduleSpec
 from tests.helpers import k_diffusion
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_")  # of diffusers, with numpy 2
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_"),  # of diffusers, with numpy 2
+    pytest.mark.slow,
+]
 
 SHAPE = (2, 4, 8, 8)
 

@@ -37,6 +37,8 @@ from tests.helpers.ldm_requests import BODIES, BOXES, CLASSES, SIDES, SMALL, TAS
 from tests.helpers.reference_schedule import their_timesteps
 from tests.helpers.torch_runner import run_together
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 
 

@@ -34,6 +34,8 @@ from service.worker.protocol import (
 from tests.checkpoints.tiny import tiny_spec
 from tests.helpers.fake_runner import make_job
 
+pytestmark = pytest.mark.slow
+
 st.register_type_strategy(float, st.floats(allow_nan=False))
 st.register_type_strategy(ModelSpec, st.builds(ModelSpec))
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from service.worker.quarantine import QUIET_SECONDS, Cause, Quarantine
 
+pytestmark = pytest.mark.slow
+
 NEVER = float("inf")
 TICK = 0.05  # seconds of a simulated step
 
