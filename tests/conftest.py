@@ -23,7 +23,7 @@ from tests.helpers.node import install_clients
 from tests.helpers.servers import Server, serve, write_import_trap
 
 # Worker groups in the order in which they start; all others follow. Most groups are one file.
-SLOWEST_FIRST = ("shared_server", "bundled", "test_cli.py", "families")
+SLOWEST_FIRST = ("shared_server", "test_faults_over_http.py", "bundled", "test_cli.py", "families")
 SHARED = ("shared_server", "bundled", "families")  # server fixtures: all tests that use one are one group
 
 
