@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -21,23 +22,51 @@ from tests.helpers.fake_runner import CountingRunner, make_job, outcomes
         "CUDA error: an illegal memory access was encountered",
         "CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA",
         "CUDA error: unspecified launch failure",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
+        "CUDA driver error: device-side assert triggered",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
     ],
 )
 @pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
 def test_a_device_that_fails_for_good_is_lost(message, kind):
-    with pytest.raises(DeviceLost, match="CUDA error"), translate_device_lost(), translate_oom():
+    first_line = re.escape(message.splitlines()[0])
+    with pytest.raises(DeviceLost, match=first_line), translate_device_lost(), translate_oom():
         raise kind(message)
 
 
-@pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "GET was unable to find an engine to execute this computation",
+        "FIND was unable to find an engine to execute this computation",
+    ],
+)
 def test_a_device_without_memory_is_not_lost(message):
     with pytest.raises(OutOfMemory), translate_device_lost(), translate_oom():
         raise RuntimeError(message)
 
 
-def test_another_error_is_passed_on():
-    with pytest.raises(RuntimeError, match="shapes"), translate_device_lost():
-        raise RuntimeError("shapes do not fit")
+@pytest.mark.parametrize(
+    "message",
+    [
+        "shapes do not fit",
+        "CUDA error: invalid configuration argument",
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul(...)`",
+        "Triton Error [CUDA]: invalid argument",
+        "cuDNN Frontend error: No execution plans support the graph.",
+    ],
+)
+def test_an_error_of_one_call_is_passed_on(message):
+    with pytest.raises(RuntimeError, match=re.escape(message)), translate_device_lost(), translate_oom():
+        raise RuntimeError(message)
 
 
 def tick_to_the_end(engine: Engine) -> None:
