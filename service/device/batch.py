@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,16 +12,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from models.latent_diffusion import LatentDiffusion
+from models.sampling.denoiser import Denoiser
 from models.sampling.guidance import guide
 from models.sampling.step import blend_unmasked, step
 from models.sampling.table import ALPHA, FRESH_NOISE, SIGMA, T
 from service.device.graphs import Graphs
 from service.device.state import ImageState, JobState
+from service.device.tensor_tree import map_tensors
 from service.device.transfer import upload
 
 
 class UNetInputs(NamedTuple):
-    """The inputs of a UNet call besides x and t, one entry per row; None if the model has no such input."""
+    """The inputs of a UNet call besides x and t; None if the model has no such input.
+
+    Every tensor, also those inside other fields, has one entry per row.
+    """
 
     tokens: Tensor | None  # (R, L, C): context for cross-attention
     pooled: Tensor | None  # (R, P): added to the timestep embedding
@@ -28,10 +34,10 @@ class UNetInputs(NamedTuple):
     noise_levels: Tensor | None  # (R,): level of the noise added to the low-resolution image
 
     def rows(self, part: slice) -> UNetInputs:
-        return UNetInputs(*(None if x is None else x[part] for x in self))
+        return map_tensors(lambda x: x[part], self)
 
     def padded(self, count: int) -> UNetInputs:
-        return UNetInputs(*(None if x is None else padded(x, count) for x in self))
+        return map_tensors(lambda x: padded(x, count), self)
 
 
 def advance(
@@ -123,18 +129,15 @@ def call_unet(
     count, padding = len(x), size - len(x)
     x, coeffs, inputs = padded(x, padding), padded(coeffs, padding), inputs.padded(padding)
     t, signal_and_sigma = coeffs[:, T], coeffs[:, ALPHA : SIGMA + 1]
-    eps = graphs.run(
-        bundle.unet,
-        bundle.denoiser,
-        x,
-        t,
-        inputs.tokens,
-        inputs.pooled,
-        inputs.concat,
-        signal_and_sigma,
-        inputs.noise_levels,
-    )
+    eps = graphs.run(bundle.unet, partial(run_denoiser, bundle.denoiser), x, t, signal_and_sigma, inputs)
     return eps[:count]
+
+
+def run_denoiser(
+    denoiser: Denoiser, x: Tensor, t: Tensor, signal_and_sigma: Tensor, inputs: UNetInputs
+) -> Tensor:
+    """eps (R, C, h, w) of R rows."""
+    return denoiser(x, t, inputs.tokens, inputs.pooled, inputs.concat, signal_and_sigma, inputs.noise_levels)
 
 
 def padded(rows: Tensor, padding: int) -> Tensor:

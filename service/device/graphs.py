@@ -7,11 +7,13 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from cachetools import LRUCache
 from torch import Tensor, nn
+
+from service.device.tensor_tree import map_tensors, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +21,7 @@ MAX_GRAPHS = 24  # each holds its inputs, its output and some megabytes of drive
 WARM_UPS = 2  # calls before a capture, in which libraries choose kernels and allocate workspaces
 
 Function = Callable[..., Tensor]
-Inputs = tuple[Tensor | None, ...]
+Inputs = tuple[Any, ...]  # tensors, or tuples and dataclasses of tensors; see tensor_tree
 
 
 class Recording(Protocol):
@@ -54,8 +56,11 @@ class Graphs:
         self._entries: LRUCache[Hashable, Entry] = LRUCache(max_graphs)
         self._paused = False
 
-    def run(self, network: nn.Module, function: Function, *inputs: Tensor | None) -> Tensor:
-        """function(*inputs), a function that uses the weights of `network`."""
+    def run(self, network: nn.Module, function: Function, *inputs: Any) -> Tensor:
+        """function(*inputs), a function that uses the weights of `network`.
+
+        Everything in the inputs that is not a tensor is part of what a recording is for, as shapes are.
+        """
         if self._record is None:
             return function(*inputs)
         entry = self._entry(network, inputs)
@@ -84,7 +89,7 @@ class Graphs:
         self._entries.clear()
 
     def _entry(self, network: nn.Module, inputs: Inputs) -> Entry:
-        key = (id(network), *(None if x is None else (x.shape, x.dtype) for x in inputs))
+        key = (id(network), map_tensors(lambda x: (x.shape, x.dtype), inputs))
         entry = self._entries.get(key)
         if entry is None or entry.network() is not network:  # the id may belong to a new network
             self.prune()
@@ -116,7 +121,7 @@ class CudaRecorder:
 
     def __call__(self, function: Function, inputs: Inputs) -> CudaRecording:
         """Capture a call. The function must neither wait for the device nor read tensor values."""
-        static_inputs = tuple(None if x is None else x.clone() for x in inputs)
+        static_inputs = map_tensors(Tensor.clone, inputs)
         current = torch.cuda.current_stream()
         side = torch.cuda.Stream()
         side.wait_stream(current)
@@ -139,9 +144,8 @@ class CudaRecording:
     out: Tensor
 
     def replay(self, inputs: Inputs) -> Tensor:
-        for target, x in zip(self.inputs, inputs, strict=True):
-            if target is not None and x is not None:
-                target.copy_(x)
+        for target, x in zip(tensors_of(self.inputs), tensors_of(inputs), strict=True):
+            target.copy_(x)
         self.graph.replay()
         return self.out.clone()
 

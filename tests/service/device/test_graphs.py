@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from models.checkpoint import load
 from service.device.graphs import Function, Graphs, Inputs, graphs_on
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
+from service.device.tensor_tree import map_tensors, tensors_of
 from service.engine.job import ImageKey
 from tests.helpers.torch_runner import begin, made, tiny_job
 
@@ -29,7 +31,7 @@ class Tapes:
 
     def __call__(self, function: Function, inputs: Inputs) -> Tape:
         self.recorded += 1
-        given = tuple(None if x is None else x.clone() for x in inputs)
+        given = map_tensors(Tensor.clone, inputs)
         return Tape(self, function, given, function(*given))
 
 
@@ -42,9 +44,8 @@ class Tape:
 
     def replay(self, inputs: Inputs) -> Tensor:
         self.tapes.replayed += 1
-        for to, x in zip(self.given, inputs, strict=True):
-            if to is not None:
-                to.copy_(x)
+        for to, x in zip(tensors_of(self.given), tensors_of(inputs), strict=True):
+            to.copy_(x)
         self.out.copy_(self.function(*self.given))
         return self.out.clone()
 
@@ -71,6 +72,25 @@ def test_each_shape_dtype_set_of_inputs_and_network_has_its_own_recording():
             for kind in kinds:
                 assert torch.equal(graphs.run(network, double, *kind), double(*kind))
     assert (tapes.recorded, tapes.replayed) == (8, 16)
+
+
+class Nested(NamedTuple):
+    xs: tuple[Tensor, ...]
+    y: Tensor | None
+
+
+def test_nested_inputs_are_copied_and_told_apart_by_their_shapes():
+    tapes, network = Tapes(), nn.Identity()
+    graphs = Graphs(tapes)
+
+    def add(nested: Nested) -> Tensor:
+        return sum(nested.xs, torch.zeros(3)) + (0 if nested.y is None else nested.y)
+
+    for value in (1.0, 2.0, 3.0):
+        x = torch.full((3,), value)
+        assert torch.equal(graphs.run(network, add, Nested((x, x), None)), 2 * x)
+        assert torch.equal(graphs.run(network, add, Nested((x,), x)), 2 * x)
+    assert (tapes.recorded, tapes.replayed) == (2, 4)
 
 
 def test_the_least_recently_used_recording_is_dropped():
