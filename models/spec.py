@@ -277,6 +277,13 @@ class ModelSpec:
         return bool(self.texts) or self.uses_bert_tokens
 
     @property
+    def max_clip_skip(self) -> int:
+        """Largest clip_skip of a prompt: at least one layer of every text encoder remains; 1: none."""
+        if not self.texts or any(text.projection for text in self.texts):
+            return 1
+        return max(1, min(text.layers - text.skipped for text in self.texts) - 1)
+
+    @property
     def uses_bert_tokens(self) -> bool:
         """Whether prompts are tokenized with BERT's vocabulary, which is not in the model's file."""
         return isinstance(self.condition, TokenSpec) and not self.condition.objects

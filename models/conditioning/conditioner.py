@@ -95,7 +95,7 @@ class TextConditioner(nn.Module):
             *(each.table(inputs.prompts, inputs.prompt_options, count) for each in self.prompt_tokenizers),
             strict=True,
         )
-        states, pooled = self.encode(ids, weights)
+        states, pooled = self.encode(ids, weights, inputs.prompt_options.clip_skip)
         pair = Context(join_chunks(states, count), None if pooled is None else pooled[::count])
         if not self.zero_null or inputs.negative_prompt:
             return pair
@@ -109,10 +109,12 @@ class TextConditioner(nn.Module):
         """Token ids (B, n) for each encoder, padded and truncated to the context length."""
         return [encoder.tokenize(prompts) for encoder in self.encoders]
 
-    def encode(self, ids: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None) -> Context:
+    def encode(
+        self, ids: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None, clip_skip: int = 1
+    ) -> Context:
         """ids and weights, (B, n) per encoder -> tokens (B, n, C), pooled (B, P) if the model has it."""
         contexts: list[Context] = [
-            encoder(each.to(device=self.device, dtype=torch.long))
+            encoder(each.to(device=self.device, dtype=torch.long), clip_skip)
             for encoder, each in zip(self.encoders, ids, strict=True)
         ]
         pooled = [each.pooled for each in contexts if each.pooled is not None]

@@ -28,6 +28,7 @@ class PromptOptions(NamedTuple):
 
     weighted: bool = False  # brackets are weights; else every character is text
     chunked: bool = False  # a prompt longer than the context fills several chunks; else it is truncated
+    clip_skip: int = 1  # CLIP leaves out clip_skip - 1 layers more than the model's spec
 
 
 class Piece(NamedTuple):

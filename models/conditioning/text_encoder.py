@@ -62,8 +62,10 @@ class TextEncoder(nn.Module):
         """Token ids (B, L), padded and truncated to the context length."""
         return self.prompt_tokenizer.table(prompts, PromptOptions())[0]
 
-    def forward(self, ids: Tensor) -> Context:
+    def forward(self, ids: Tensor, clip_skip: int = 1) -> Context:
         """Token ids (B, n) -> tokens (B, n, C), from the layer and with the norm that the spec names.
+
+        clip_skip: the tokens come from clip_skip - 1 layers before that layer.
 
         With spec.projection, tokens are one projected vector per text, normalised to length 1: (B, 1, C)
         (Radford et al. 2021, figure 3). With spec.pooled, pooled (B, P) is the projected vector of the text,
@@ -72,7 +74,7 @@ class TextEncoder(nn.Module):
         spec, norm, states = self.spec, self.transformer.final_layer_norm, self.transformer(ids)
         if spec.projection:
             return Context(normalize(self.project_text(ids, norm(states[-1])), dim=-1)[:, None])
-        tokens = states[-1 - spec.skipped]
+        tokens = states[-spec.skipped - clip_skip]
         pooled = self.project_text(ids, norm(states[-1])) if spec.pooled else None
         return Context(norm(tokens) if spec.final_norm else tokens, pooled)
 

@@ -15,6 +15,7 @@ from service.api.routing import JSONRoute
 from service.errors import ClientGone
 from service.requests import labels, response
 from service.requests.background import Jobs, Submission
+from service.requests.extras import extras_of
 from service.requests.images import MEDIA_TYPES
 from service.requests.schemas import (
     AnyRequest,
@@ -155,6 +156,7 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
         ],
         loras=list(spec.loras),
         embeddings=list(spec.embeddings),
+        extras=extras_of(spec),
         defaults=ModelDefaults(**asdict(spec.defaults), spacing=spec.schedule.spacing),
         limits=ModelLimits(
             size_multiple=spec.size_multiple,
@@ -162,6 +164,7 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
             max_steps=spec.schedule.timesteps,
             max_n=settings.max_images,
             max_work=settings.max_work,
+            max_clip_skip=spec.max_clip_skip,
         ),
         samplers=list(SAMPLERS),
         spacings=list(get_args(Spacing)),

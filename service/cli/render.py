@@ -40,6 +40,7 @@ REQUEST_FIELDS = (
     "long_prompts",
     "prompt_weights",
     "strength",
+    "clip_skip",
     "class_label",
     "boxes",
     "scale",
@@ -127,6 +128,14 @@ def add_scene(command: argparse.ArgumentParser) -> None:
     add("--width", type=int, metavar="N", help="in pixels (default: the model's own)")
     add("--height", type=int, metavar="N", help="in pixels (default: the model's own)")
     add("--strength", type=float, metavar="X", help="how much of the input image to change, 0 to 1")
+    add("--clip-skip", type=int, metavar="N", help="end the text encoders N - 1 layers earlier (default: 1)")
+    add(
+        "--variation-strength",
+        type=float,
+        metavar="X",
+        help="mix the noise of a second seed into that of --seed, 0 to 1",
+    )
+    add("--variation-seed", type=int, metavar="N", help="the second seed (default: drawn)")
     add("--class-label", metavar="LABEL", type=label, help="a class, by name or number, instead of a prompt")
     add(
         "--box",
@@ -198,7 +207,7 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     for index in range(job.n):
         file = numbered(output, index, job.n)
         write(file, encode_image(result, index))
-        print(f"{file}  seed {job.seed + index}")
+        print(f"{file}  seed {job.image_seed(index)}")
     for warning in resolved.warnings + result.done.warnings:
         print(f"ldm: {warning}", file=sys.stderr)
     return 0
@@ -220,8 +229,17 @@ def format_of(output: Path) -> images.Format:
 def request_of(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str, str]) -> AnyRequest:
     """The request that the arguments describe. Raises InvalidRequest, or UsageError for a file."""
     fields: dict[str, Any] = {name: getattr(args, name, None) for name in REQUEST_FIELDS}
+    fields["variation"] = variation_of(args)
     fields["loras"] = {entry.partition("=")[0]: weight for entry, weight in args.lora}
     return build_request(kind, fields | {name: read(Path(file)) for name, file in files.items()})
+
+
+def variation_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The field `variation`; None if no strength is given. Raises UsageError for a seed without strength."""
+    strength, seed = getattr(args, "variation_strength", None), getattr(args, "variation_seed", None)
+    if strength is None and seed is not None:
+        raise UsageError("--variation-seed has no effect without --variation-strength")
+    return None if strength is None else {"strength": strength, "seed": -1 if seed is None else seed}
 
 
 def read(file: Path) -> bytes:

@@ -10,6 +10,7 @@ from torch.nn.functional import max_pool2d
 from models.conditioning.conditioner import ConditioningInput
 from models.conditioning.prompts import PromptOptions
 from models.latent_diffusion import LatentDiffusion, MaskedImage
+from models.sampling.noise import slerp
 from models.sampling.table import Plan
 from models.tiles import cut
 from service.device.state import ImageState, JobState
@@ -65,7 +66,7 @@ def conditioning_input(job: Job, cell: int) -> ConditioningInput:
 
 def prompt_options(job: Job) -> PromptOptions:
     """How the job's prompts are tokenized."""
-    return PromptOptions(job.prompt_weights, job.long_prompts == "chunk")
+    return PromptOptions(job.prompt_weights, job.long_prompts == "chunk", job.clip_skip)
 
 
 def start_images(state: JobState, conditioning: ConditioningInput, rows: slice) -> None:
@@ -86,14 +87,23 @@ def start_images(state: JobState, conditioning: ConditioningInput, rows: slice) 
     signal, sigma = state.plan.start
     fill_mask = latent_mask(job, spec.autoencoder.factor, device) if job.latent_fill != "image" else None
     for index in range(job.n):
-        generator = torch.Generator().manual_seed(job.seed + index)
-        noise = torch.randn(shape, generator=generator).to(device)
+        generator = torch.Generator().manual_seed(job.image_seed(index))
+        noise = initial_noise(job, index, shape, generator).to(device)
         z = state.z
         if z is not None and fill_mask is not None:
             z = (1 - fill_mask) * z + (fill_mask * noise if job.latent_fill == "noise" else 0)
         x = noise if z is None else signal * z + sigma * noise
         start_noise = None if state.mask is None else noise
         state.images.append(ImageState(with_history(x, state.plan), generator, concat, start_noise))
+
+
+def initial_noise(job: Job, index: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """The noise that image `index` starts from, drawn from its generator; with a job's variation mixed in."""
+    noise = torch.randn(shape, generator=generator)
+    if job.variation is None:
+        return noise
+    other = torch.Generator().manual_seed(job.variation.seed + index)
+    return slerp(job.variation.strength, noise, torch.randn(shape, generator=other))
 
 
 def start_tiles(state: JobState) -> None:

@@ -37,9 +37,16 @@ class ImageKey(NamedTuple):
     image: int
 
 
+class Variation(NamedTuple):
+    """Noise of another seed, which is mixed into the noise that the images start from."""
+
+    seed: int  # of image 0; image i takes seed + i
+    strength: float  # above 0; 1: the other seed's noise alone
+
+
 @dataclass(frozen=True)
 class Job:
-    """The parameters of a job's images, and its priority. Image i has the seed `seed` + i.
+    """The parameters of a job's images, and its priority. Image i has the seed image_seed(i).
 
     image: height x width x 3 bytes, the input of image-to-image and inpainting; for upscaling the image to
         enlarge, height / scale x width / scale x 3 bytes; empty for runs from noise.
@@ -77,6 +84,12 @@ class Job:
     prompt_weights: bool = False  # whether prompts are in the syntax of models.conditioning.prompts
     loras: tuple[LoraWeights, ...] = ()  # as in ModelKey
     latent_fill: LatentFill = "image"  # initial content of masked latent cells, before noise is added
+    variation: Variation | None = None
+    clip_skip: int = 1  # the text encoders leave out clip_skip - 1 layers more than the model does
+
+    def image_seed(self, image: int) -> int:
+        """The seed of an image's generator: with a variation all images have the same."""
+        return self.seed + (0 if self.variation else image)
 
     @property
     def model_key(self) -> ModelKey:

@@ -11,6 +11,7 @@ from models.sampling.samplers import ETA_SAMPLERS, SAMPLERS, max_steps, spacings
 from models.spec import ModelSpec
 from service.engine.job import MAX_SEED
 from service.errors import InvalidRequest
+from service.requests.extras import check_extras
 from service.requests.images import MAX_SIDE_OF_FORMAT, Format
 from service.requests.resolved_request import ResolvedRequest
 from service.requests.schemas import GenerateRequest, InpaintRequest
@@ -136,6 +137,15 @@ def check_limits(
                 "must be 1: this model does not support classifier-free guidance",
             ),
             ("seed", parameters.seed + n - 1 <= MAX_SEED, f"plus n must be at most {MAX_SEED + 1}"),
+        )
+    )
+    check_extras(parameters.extras, spec)
+    clip_skip, variation = parameters.clip_skip or 1, parameters.variation
+    last_variation = variation.seed + n - 1 if variation else 0
+    require(
+        (
+            ("clip_skip", clip_skip <= spec.max_clip_skip, f"must be at most {spec.max_clip_skip}"),
+            ("variation.seed", last_variation <= MAX_SEED, f"plus n must be at most {MAX_SEED + 1}"),
         )
     )
     check_prompt_options(resolved, spec)

@@ -28,6 +28,7 @@ from service.requests.schemas import (
     InpaintRequest,
     SceneRequest,
     UpscaleRequest,
+    VariationSeed,
 )
 from service.requests.validation_errors import explain
 from service.settings import Settings
@@ -210,6 +211,8 @@ def with_defaults(
         boxes=scene.boxes if scene else None,
         loras=loras_of(request, spec) or None,
         lora_text_weights=text_weights_of(request) or None,
+        clip_skip=scene.clip_skip if scene and scene.clip_skip != 1 else None,
+        variation=variation_of(scene, request.n) if scene else None,
     )
     return ResolvedRequest(
         id=uuid.uuid4().hex,
@@ -232,6 +235,14 @@ def with_defaults(
 def random_seed(n: int) -> int:
     """A random seed for n images: every JSON client can represent all n seeds exactly."""
     return secrets.randbelow(MAX_RANDOM_SEED + 2 - n)
+
+
+def variation_of(request: SceneRequest, n: int) -> VariationSeed | None:
+    """The variation with its seed drawn if necessary; None if there is none or its strength is 0."""
+    variation = request.variation
+    if variation is None or not variation.strength:
+        return None
+    return variation.model_copy(update={"seed": random_seed(n)}) if variation.seed == -1 else variation
 
 
 def loras_of(request: ImageRequest, spec: ModelSpec) -> dict[str, float]:

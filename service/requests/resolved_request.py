@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from models.conditioning.boxes import Box as NumberedBox
 from models.spec import Spacing
 from models.tiles import Tiles
-from service.engine.job import Job, LatentFill, LoraWeights
+from service.engine.job import Job, LatentFill, LoraWeights, Variation
+from service.requests.extras import EXTRAS
 from service.requests.images import Format
-from service.requests.schemas import LabelBox
+from service.requests.schemas import LabelBox, VariationSeed
 
 
 class Parameters(BaseModel):
@@ -44,6 +45,8 @@ class Parameters(BaseModel):
     boxes: list[LabelBox] | None = None
     loras: dict[str, float] | None = None
     lora_text_weights: dict[str, float] | None = None
+    clip_skip: int | None = None
+    variation: VariationSeed | None = None
 
     @property
     def lora_weights(self) -> tuple[LoraWeights, ...]:
@@ -54,8 +57,20 @@ class Parameters(BaseModel):
 
     def of_image(self, index: int) -> dict[str, Any]:
         """The parameters of a request for image `index` alone, as plain values."""
-        alone = self.model_copy(update={"seed": self.seed + index, "n": 1})
-        return alone.model_dump(exclude_none=True)
+        variation = self.variation
+        if variation:
+            variation = variation.model_copy(update={"seed": variation.seed + index})
+        changes = {"seed": self.seed_of(index), "n": 1, "variation": variation}
+        return self.model_copy(update=changes).model_dump(exclude_none=True)
+
+    @property
+    def extras(self) -> dict[str, object]:
+        """The fields that only some models support; None for those without effect."""
+        return {name: getattr(self, name) for name in EXTRAS}
+
+    def seed_of(self, index: int) -> int:
+        """The seed of image `index`: with a variation all images have the same."""
+        return self.seed + (0 if self.variation else index)
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,7 @@ class ResolvedRequest:
 
     def to_job(self) -> Job:
         """The job for the engine."""
-        parameters, inputs = self.parameters, self.inputs
+        parameters, inputs, variation = self.parameters, self.inputs, self.parameters.variation
         return Job(
             id=self.id,
             model=parameters.model,
@@ -164,6 +179,8 @@ class ResolvedRequest:
             prompt_weights=bool(parameters.prompt_weights),
             loras=parameters.lora_weights,
             latent_fill=self.latent_fill,
+            variation=Variation(variation.seed, variation.strength) if variation else None,
+            clip_skip=parameters.clip_skip or 1,
         )
 
     def without_inputs(self) -> ResolvedRequest:

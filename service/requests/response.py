@@ -123,7 +123,7 @@ class Answer:
                 ImageResult(
                     data=text.decode(),
                     media_type=MEDIA_TYPES[resolved.format],
-                    seed=resolved.parameters.seed + index,
+                    seed=resolved.parameters.seed_of(index),
                     width=resolved.width,
                     height=resolved.height,
                 )

@@ -84,6 +84,20 @@ class LabelBox(BaseModel):
     h: Annotated[float, Field(gt=0, le=1)]
 
 
+class VariationSeed(BaseModel):
+    """A second seed, whose noise is mixed into that of `seed`: small strengths give similar images."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    seed: Annotated[
+        SeedInput,
+        Field(description="Of image 0; image i takes seed + i, while all images keep the request's `seed`"),
+    ] = -1
+    strength: Annotated[
+        float, Field(ge=0, le=1, description="0: the noise of `seed` alone, 1: that of the second seed alone")
+    ]
+
+
 class ImageRequest(BaseModel):
     """The common fields of all requests for images. GET /models lists each model's defaults."""
 
@@ -180,6 +194,18 @@ class SceneRequest(ImageRequest):
         Field(
             gt=0, le=1, description="How much of the input image to change: the fraction of the steps to run"
         ),
+    ] = None
+    clip_skip: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=100,
+            description="Layers that the text encoders end before, counted from the model's own last one: "
+            "1 is none, 2 leaves out one. GET /models has the limit",
+        ),
+    ] = None
+    variation: Annotated[
+        VariationSeed | None, Field(description="Mixes the noise of a second seed into that of `seed`")
     ] = None
     class_label: Annotated[
         LabelInput | None,
@@ -366,6 +392,7 @@ class ModelLimits(BaseModel):
     max_steps: int
     max_n: int
     max_work: Annotated[int, Field(description="Largest n * UNet calls * width * height")]
+    max_clip_skip: Annotated[int, Field(description="Largest clip_skip; 1: the model has none")]
 
 
 class Label(BaseModel):
@@ -408,6 +435,9 @@ class Model(BaseModel):
     loras: Annotated[list[str], Field(description="Names for `loras`")]
     embeddings: Annotated[
         list[str], Field(description="Names of textual inversion embeddings, which prompts can use as words")
+    ]
+    extras: Annotated[
+        list[str], Field(description="Optional fields of requests that this model supports, by name")
     ]
     defaults: ModelDefaults
     limits: ModelLimits

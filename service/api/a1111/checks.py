@@ -11,7 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from models.spec import ModelSpec
-from service.api.a1111.options import NEUTRAL_IMG2IMG, NEUTRAL_SAMPLER, check_options
+from service.api.a1111.options import (
+    CLIP_SKIP,
+    NEUTRAL_IMG2IMG,
+    NEUTRAL_SAMPLER,
+    check_options,
+    reads_clip_skip,
+)
 from service.api.a1111.samplers import SamplerChoice
 from service.api.a1111.schemas import ImageToImage, Processing
 from service.errors import InvalidRequest
@@ -20,7 +26,6 @@ from service.requests.checks import require
 MAX_NAMES = 20  # ignored names that a warning lists
 MAX_NAME_CHARS = 64
 SETTINGS = "override_settings"
-CLIP_SKIP = "CLIP_stop_at_last_layers"
 
 # Field -> its values that do not change the image, besides null. All other values are refused.
 NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
@@ -31,7 +36,6 @@ NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "restore_faces": (False,),
     "s_min_uncond": (0.0,),
     "script_name": ("", "None"),
-    "subseed_strength": (0.0,),
     "tiling": (False,),
     "token_merging_ratio": (0.0,),
 }
@@ -75,7 +79,7 @@ def check_settings(body: Processing, choice: SamplerChoice, spec: ModelSpec) -> 
     """Names of options in override_settings that are ignored. Raises InvalidRequest."""
     options = dict(body.override_settings or {})
     ignored = []
-    if len(spec.texts) > 1 and options.pop(CLIP_SKIP, 1) != 1:  # SDXL: A1111 ignores clip skip for it
+    if options.pop(CLIP_SKIP, 1) not in (None, 1, "1") and not reads_clip_skip(spec):
         ignored.append(f"{SETTINGS}.{CLIP_SKIP}")
     tables = [NEUTRAL_SAMPLER.get(choice.name, {})]
     if isinstance(body, ImageToImage):

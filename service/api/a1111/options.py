@@ -10,9 +10,11 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from models.spec import ModelSpec
 from service.errors import InvalidRequest
 
 CHECKPOINT = "sd_model_checkpoint"
+CLIP_SKIP = "CLIP_stop_at_last_layers"
 FORMAT = "samples_format"
 FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 
@@ -130,6 +132,20 @@ def read_format(options: Mapping[str, Any], within: str = "") -> str | None:
     if name.lower() not in FORMATS:
         raise InvalidRequest(f"{param} must be one of {', '.join(FORMATS)}", param=param)
     return FORMATS[name.lower()]
+
+
+def reads_clip_skip(spec: ModelSpec) -> bool:
+    """Whether A1111 applies clip skip to a model: only to OpenAI's CLIP in Stable Diffusion 1.x."""
+    return len(spec.texts) == 1 and spec.texts[0].activation == "quick_gelu"
+
+
+def clip_skip_of(options: Mapping[str, Any], within: str = "") -> int | None:
+    """The number in `CLIP_stop_at_last_layers`, or None. Raises InvalidRequest."""
+    value, param = options.get(CLIP_SKIP), f"{within}.{CLIP_SKIP}" if within else CLIP_SKIP
+    text = str(value).strip()
+    if value is None or text.isdecimal():
+        return None if value is None else max(1, int(text))
+    raise InvalidRequest(f"{param} must be a whole number from 1", param=param)
 
 
 def defaults() -> dict[str, Any]:

@@ -61,6 +61,9 @@ class A1111Route(ClientErrorRoute):
         "scale": "upscaling_resize",
         "loras": "prompt",
         "lora_text_weights": "prompt",
+        "clip_skip": "override_settings.CLIP_stop_at_last_layers",
+        "variation.seed": "subseed",
+        "variation.strength": "subseed_strength",
     }
 
 

@@ -48,6 +48,10 @@ class Processing(Body):
     ] = None
     negative_prompt: str | None = None
     seed: Annotated[int | None, Field(ge=-1, description="-1: a random seed")] = None
+    subseed: Annotated[int | None, Field(ge=-1, description="variation seed; -1: a random seed")] = None
+    subseed_strength: Annotated[
+        float | None, Field(description="0 to 1: how much of the variation seed's noise is mixed in")
+    ] = None
     steps: int | None = None
     cfg_scale: float | None = None
     width: Side | None = None
@@ -61,7 +65,11 @@ class Processing(Body):
         None
     )
     override_settings: Annotated[
-        AnyObject | None, Field(description="options of this request: sd_model_checkpoint, samples_format")
+        AnyObject | None,
+        Field(
+            description="options of this request: sd_model_checkpoint, samples_format, "
+            "CLIP_stop_at_last_layers"
+        ),
     ] = None
     override_settings_restore_afterwards: Annotated[
         bool | None, Field(description="false: later requests use the checkpoint, too")
@@ -85,7 +93,6 @@ class Processing(Body):
     script_name: Annotated[str | None, NEUTRAL_ONLY] = None
     seed_resize_from_h: Annotated[int | None, NEUTRAL_ONLY] = None
     seed_resize_from_w: Annotated[int | None, NEUTRAL_ONLY] = None
-    subseed_strength: Annotated[float | None, NEUTRAL_ONLY] = None
     tiling: Annotated[bool | None, NEUTRAL_ONLY] = None
     token_merging_ratio: Annotated[float | None, NEUTRAL_ONLY] = None
 
@@ -99,7 +106,6 @@ class Processing(Body):
     save_images: Annotated[bool | None, NO_EFFECT] = None
     script_args: Annotated[Anything, NO_EFFECT] = None
     styles: Annotated[list[str] | None, NO_EFFECT] = None
-    subseed: Annotated[int | None, NO_EFFECT] = None
     token_merging_ratio_hr: Annotated[float | None, NO_EFFECT] = None
 
 

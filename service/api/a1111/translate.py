@@ -194,7 +194,19 @@ def fields_of(
         "output_format": kind or options.FORMATS[session.format],
         "prompt_weights": True if reads_tokens(spec) else None,  # as A1111 reads prompts
         "long_prompts": "chunk" if reads_tokens(spec) else None,
+        "clip_skip": options.clip_skip_of(body.override_settings or {}, SETTINGS)
+        if options.reads_clip_skip(spec)
+        else None,
+        "variation": variation_of(body, n),
     }
+
+
+def variation_of(body: Processing, n: int) -> dict[str, Any] | None:
+    """The native field `variation` of subseed and subseed_strength; None without strength."""
+    if not body.subseed_strength:
+        return None
+    drawn = secrets.randbelow(max(1, SEED_LIMIT - n))
+    return {"seed": drawn if body.subseed in (None, -1) else body.subseed, "strength": body.subseed_strength}
 
 
 def check_syntax(param: str, text: str, but: Collection[str] = ()) -> None:
@@ -282,7 +294,9 @@ def to_response(body: Processing, choice: SamplerChoice, answer: Answer) -> Proc
 
 def info_of(body: Processing, choice: SamplerChoice, answer: Answer) -> Info:
     resolved, values = answer.resolved, answer.resolved.parameters
-    prompt, seeds = body.prompt or "", [values.seed + index for index in range(values.n)]
+    prompt, variation = body.prompt or "", values.variation
+    seeds = [values.seed_of(index) for index in range(values.n)]
+    subseeds = [variation.seed + index for index in range(values.n)] if variation else seeds
     return Info(
         prompt=prompt,
         all_prompts=[prompt] * values.n,
@@ -290,8 +304,9 @@ def info_of(body: Processing, choice: SamplerChoice, answer: Answer) -> Info:
         all_negative_prompts=[resolved.negative_prompt] * values.n,
         seed=values.seed,
         all_seeds=seeds,
-        subseed=values.seed,
-        all_subseeds=seeds,
+        subseed=subseeds[0],
+        all_subseeds=subseeds,
+        subseed_strength=variation.strength if variation else 0,
         width=resolved.width,
         height=resolved.height,
         sampler_name=choice.name,
@@ -300,24 +315,29 @@ def info_of(body: Processing, choice: SamplerChoice, answer: Answer) -> Info:
         batch_size=coalesce(body.batch_size, 1),
         sd_model_name=values.model,
         denoising_strength=strength_of(body),
-        infotexts=[infotext_of(prompt, body, choice, answer, seed) for seed in seeds],
+        clip_skip=values.clip_skip or 1,
+        infotexts=[infotext_of(prompt, body, choice, answer, index) for index in range(values.n)],
         job_timestamp=timestamp(answer.created),
         version=VERSION,
         warnings=list(answer.warnings),
     )
 
 
-def infotext_of(prompt: str, body: Processing, choice: SamplerChoice, answer: Answer, seed: int) -> str:
+def infotext_of(prompt: str, body: Processing, choice: SamplerChoice, answer: Answer, index: int) -> str:
     resolved, values = answer.resolved, answer.resolved.parameters
+    variation = values.variation
     lines = {
         "Steps": values.steps,
         "Sampler": choice.name,
         "Schedule type": choice.scheduler_label,
         "CFG scale": values.guidance_scale,
-        "Seed": seed,
+        "Seed": values.seed_of(index),
         "Size": f"{resolved.width}x{resolved.height}",
         "Model": values.model,
+        "Variation seed": variation.seed + index if variation else None,
+        "Variation seed strength": variation.strength if variation else None,
         "Denoising strength": strength_of(body),
+        "Clip skip": values.clip_skip,
         "Version": VERSION,
     }
     return infotext.write(prompt, resolved.negative_prompt, lines)

@@ -1,6 +1,7 @@
 """CLIP text encoders against `transformers`: one, several with pooled text, and SDXL's size conditioning."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from models.checkpoint.parts import count_parameters
 from models.conditioning.conditioner import ConditioningInput
+from models.conditioning.prompts import PromptOptions
 from models.networks.unet import timestep_embedding
 from models.spec import ModelSpec
 from tests.checkpoints.tiny import random_model, tiny_spec, xl_spec
@@ -104,3 +106,36 @@ def test_a_spec_with_several_encoders_survives_a_json_message(model):
     assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     networks = (model.unet, model.autoencoder, model.conditioner)
     assert count_parameters(spec) == sum(p.numel() for network in networks for p in network.parameters())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("clip_skip", [1, 2, 3])
+def test_clip_skip_takes_an_earlier_layer_as_transformers_numbers_them(clip_skip):
+    spec = tiny_spec()
+    spec = replace(spec, texts=(replace(spec.texts[0], layers=4),))
+    model = random_model(spec)
+    (encoder,) = model.conditioner.encoders
+    options = PromptOptions(clip_skip=clip_skip)
+    context = model.context_pair(ConditioningInput(PROMPT, prompt_options=options))
+    theirs = reference(encoder)
+    states = theirs(model.conditioner.tokenize(["", PROMPT])[0], output_hidden_states=True).hidden_states
+    assert relative_error(context.tokens, theirs.text_model.final_layer_norm(states[-clip_skip])) <= LIMIT
+    assert spec.max_clip_skip == 3
+
+
+@torch.inference_mode()
+def test_clip_skip_counts_from_the_models_own_layer_and_leaves_the_pooled_text():
+    spec = replace(xl_spec(), texts=tuple(replace(text, layers=4) for text in xl_spec().texts))
+    model = random_model(spec)
+    inputs = ConditioningInput(PROMPT, "blue pear")
+    context, plain = (
+        model.context_pair(inputs._replace(prompt_options=PromptOptions(clip_skip=skip))) for skip in (2, 1)
+    )
+    ids = model.conditioner.tokenize(["blue pear", PROMPT])
+    states = [
+        reference(encoder)(each, output_hidden_states=True).hidden_states[-3]
+        for encoder, each in zip(model.conditioner.encoders, ids, strict=True)
+    ]
+    assert relative_error(context.tokens, torch.cat(states, dim=-1)) <= LIMIT
+    assert torch.equal(context.pooled, plain.pooled)
+    assert spec.max_clip_skip == 2

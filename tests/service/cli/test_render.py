@@ -33,6 +33,14 @@ def test_several_images_get_numbered_files(folder, tiny, capsys):
     assert capsys.readouterr().out.startswith("p-0.jpg  seed ")
 
 
+def test_a_variation_keeps_the_seed(folder, tiny, capsys):
+    flags = ["--model", str(tiny), "--steps", "1", "--n", "2", "--seed", "3", "-o", "v.png"]
+    assert main(["generate", "p", *flags, "--variation-strength", "0.5"]) == 0
+    assert capsys.readouterr().out == "v-0.png  seed 3\nv-1.png  seed 3\n"
+    assert main(["generate", "p", *flags, "--variation-seed", "1"]) == 2
+    assert "--variation-strength" in capsys.readouterr().err
+
+
 def test_generate_starts_from_an_image_that_is_resized_with_a_warning(folder, tiny, capsys):
     Image.effect_noise((42, 26), 90).convert("RGB").save("sent.png")
     flags = ["--model", str(tiny), "--steps", "4", "--strength", "0.5", "-o", "a.png"]

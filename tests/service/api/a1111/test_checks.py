@@ -117,7 +117,7 @@ def test_values_that_change_nothing_change_nothing(bundled, body):
         ({"tiling": True}, "tiling"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"model": "canny"}]}}}, "alwayson_scripts.ControlNet"),
-        ({"subseed_strength": 0.5}, "subseed_strength"),
+        ({"subseed_strength": 1.5}, "subseed_strength"),
         ({"seed_resize_from_h": 512, "seed_resize_from_w": 512}, "seed_resize_from_w"),
         ({"refiner_checkpoint": "xl-refiner", "refiner_switch_at": 0.8}, "refiner_checkpoint"),
         ({"infotext": "apple\nSteps: 4"}, "infotext"),
@@ -131,7 +131,7 @@ def test_values_that_change_nothing_change_nothing(bundled, body):
         ({"sampler_name": "Euler a", "scheduler": "kl_optimal"}, "scheduler"),
         ({"sampler_name": "Euler a", "eta": 0.5}, "eta"),
         (
-            {"override_settings": {"CLIP_stop_at_last_layers": 2}},
+            {"override_settings": {"CLIP_stop_at_last_layers": 99}},
             "override_settings.CLIP_stop_at_last_layers",
         ),
         ({"override_settings": {"eta_noise_seed_delta": 31337}}, "override_settings.eta_noise_seed_delta"),

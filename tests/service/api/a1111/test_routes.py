@@ -89,6 +89,13 @@ def test_seeds_of_64_bits(bundled, seed):
     assert json.loads(answer.json()["info"])["all_seeds"] == [seed]
 
 
+def test_a_variation_seed(bundled):
+    body = TINY | {"seed": 1, "batch_size": 2, "subseed": 5, "subseed_strength": 0.5}
+    info = json.loads(bundled.client.post("/sdapi/v1/txt2img", json=body).json()["info"])
+    assert (info["all_seeds"], info["all_subseeds"], info["subseed_strength"]) == ([1, 1], [5, 6], 0.5)
+    assert "Variation seed: 6, Variation seed strength: 0.5" in info["infotexts"][1]
+
+
 def test_an_answer_without_images(bundled):
     answer = bundled.client.post("/sdapi/v1/txt2img", json=TINY | {"send_images": False}).json()
     assert answer["images"] == []

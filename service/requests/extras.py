@@ -1,0 +1,35 @@
+"""Optional fields of requests that only some models support: a table for the checks and for GET /models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from models.spec import ModelSpec
+from service.errors import InvalidRequest
+
+
+def generates(spec: ModelSpec) -> bool:
+    """Whether /generate or /inpaint run the model: every model but an upscaler."""
+    return spec.upscaling is None
+
+
+# Field -> whether a model supports values other than the field's default.
+EXTRAS: Mapping[str, Callable[[ModelSpec], bool]] = {
+    "clip_skip": lambda spec: spec.max_clip_skip > 1,
+    "variation": generates,
+}
+
+
+def extras_of(spec: ModelSpec) -> list[str]:
+    """The names of the optional fields that a model supports."""
+    return [name for name, supports in EXTRAS.items() if supports(spec)]
+
+
+def check_extras(used: Mapping[str, object], spec: ModelSpec) -> None:
+    """Raise InvalidRequest for the first field with a value other than None that the model does not support.
+
+    used: field of EXTRAS -> its value, None if it has no effect.
+    """
+    for name, value in used.items():
+        if value is not None and not EXTRAS[name](spec):
+            raise InvalidRequest(f"{name} is not supported by the model {spec.name}", param=name)

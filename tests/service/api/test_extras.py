@@ -1,0 +1,50 @@
+"""Optional fields that only some models support, over HTTP."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.helpers.clients import error_of, image_of, open_image, post
+from tests.helpers.images import psnr
+
+BODY = {"prompt": "red apple", "seed": 3, "steps": 2}
+
+
+def test_a_variation_is_repeated_by_its_parameters(server):
+    made = post(server, BODY | {"n": 2, "variation": {"seed": 7, "strength": 0.3}})
+    assert [image["seed"] for image in made.json()["images"]] == [3, 3]
+    parameters = json.loads(open_image(made, 1).text["parameters"])
+    assert parameters["variation"] == {"seed": 8, "strength": 0.3}
+    assert psnr(image_of(post(server, parameters)), image_of(made, 1)) >= 40
+    assert psnr(image_of(made), image_of(made, 1)) < 60
+
+
+def test_a_variation_without_strength_is_none(server):
+    made = post(server, BODY | {"variation": {"strength": 0.0}})
+    assert (image_of(made) == image_of(post(server, BODY))).all()
+    assert "variation" not in json.loads(open_image(made).text["parameters"])
+    drawn = post(server, BODY | {"variation": {"strength": 1.0}})
+    seed = json.loads(open_image(drawn).text["parameters"])["variation"]["seed"]
+    assert psnr(image_of(drawn), image_of(post(server, BODY | {"seed": seed}))) >= 40
+
+
+def test_the_model_list_names_the_extras_of_each_model(server):
+    (model,) = server.client.get("/models").json()["models"]
+    assert {"variation"} <= set(model["extras"])
+    assert model["limits"]["max_clip_skip"] == 1  # its text encoder has two layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"clip_skip": 2}, "clip_skip"),
+        ({"clip_skip": 0}, "clip_skip"),
+        ({"variation": {"seed": 1, "strength": 1.1}}, "variation.strength"),
+        ({"variation": {"seed": 1}}, "variation.strength"),
+        ({"variation": {"seed": 2**64 - 1, "strength": 0.5}, "n": 2}, "variation.seed"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_by_its_field(server, changes, param):
+    assert error_of(post(server, BODY | changes), 422)["param"] == param
