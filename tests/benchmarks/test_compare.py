@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from tests.benchmarks.compare import DisagreementError, difference
-from tests.benchmarks.shapes import SHAPES, Pair, flops_of
+from tests.benchmarks.compare import DisagreementError, difference, measure
+from tests.benchmarks.shapes import SHAPES, Pair, Setting, flops_of
 
 
 @pytest.mark.slow
@@ -23,15 +23,30 @@ def test_small_networks_are_compared_and_timed(tmp_path):
         assert ratio == pytest.approx(theirs / ours, rel=0.2)
 
 
-def test_different_results_are_an_error():
-    x = torch.randn(1, 4, 8, 8)
-    same = Pair(lambda: x, lambda: x.clone(), 1)
-    assert difference(same, "unet", torch.float32) == 0
-    for other, what in ((x + 0.01, "difference"), (x[:, :2], "shapes")):
-        with pytest.raises(DisagreementError, match=what):
-            difference(Pair(lambda: x, lambda other=other: other, 1), "unet", torch.float32)
-    with pytest.raises(DisagreementError, match="constant"):
-        difference(Pair(lambda: 0 * x, lambda: 0 * x, 1), "unet", torch.float32)
+X = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+ON_CPU = Setting(torch.device("cpu"), torch.float32)
+
+
+def test_the_difference_of_two_results():
+    assert difference(Pair(lambda: X, lambda: X.clone(), 1), "unet", torch.float32) == (0, True)
+    error, agrees = difference(Pair(lambda: X, lambda: X + 0.01, 1), "unet", torch.float32)
+    assert error == pytest.approx(0.01, rel=0.1)
+    assert not agrees
+
+
+@pytest.mark.parametrize(("ours", "theirs", "why"), [(X, X[:, :2], "shapes"), (0 * X, 0 * X, "constant")])
+def test_results_that_cannot_be_compared_are_an_error(ours, theirs, why):
+    with pytest.raises(DisagreementError, match=why):
+        difference(Pair(lambda: ours, lambda: theirs, 1), "unet", torch.float32)
+
+
+def test_different_results_are_timed_only_if_wanted():
+    pair = Pair(lambda: X, lambda: X + 1, 1)
+    with pytest.raises(DisagreementError, match="difference"):
+        measure(pair, "sd15", "images", 1, ON_CPU, rounds=1)
+    line = measure(pair, "sd15", "images", 1, ON_CPU, rounds=1, keep_differing=True)
+    assert not line.agrees
+    assert line.cells()[-1].endswith("dB!")
 
 
 def test_flops_are_counted():
