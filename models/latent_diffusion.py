@@ -169,7 +169,7 @@ class LatentDiffusion:
         Noise conditioning augmentation (Ho et al. 2022, "Cascaded Diffusion Models", section 4). low and
         noise have the same shape, which may be any.
         """
-        if not self.upscaling.noise:
+        if not self.upscaling.noise or self._projects_back(level):
             return low
         alpha_bar = Schedule(self.upscaling.noise).alpha_bar[level]
         return float(alpha_bar**0.5) * low + float((1 - alpha_bar) ** 0.5) * noise
@@ -302,7 +302,8 @@ class LatentDiffusion:
             level = self.noise_levels([noise_level] * count * len(z))
             eps = self.predictor(contexts[part], torch.cat([channels] * count), guidance_scale, level)
             z = self.denoise(z, steps, eps)
-            parts += map(pixels_last, self.decode(self.add_residual_base(z, channels)))
+            decoded = self.decode(self.add_residual_base(z, channels))
+            parts += map(pixels_last, self.correct(decoded, channels, noise_level))
         f, n = self.spec.autoencoder.factor, len(areas)
         wholes = [merge(parts[begin : begin + n], tiles, f) for begin in range(0, len(parts), n)]
         return torch.from_numpy(np.stack(wholes)).movedim(-1, 1)
@@ -333,6 +334,20 @@ class LatentDiffusion:
             return z
         assert concat_channels is not None
         return z + concat_channels[: len(z), self.spec.autoencoder.image_channels :]
+
+    def correct(self, x: Tensor, concat_channels: Tensor | None, noise_level: int) -> Tensor:
+        """Decoded images x (B, 3, f*h, f*w), corrected by back projection if this upscaler does so.
+
+        concat_channels: (B or more, C', h, w), from tile_concat_channels().
+        """
+        if self.spec.upscaling is None or not self._projects_back(noise_level):
+            return x
+        assert concat_channels is not None
+        low = concat_channels[: len(x), : self.spec.autoencoder.image_channels]
+        return back_project(x, low.to(x))
+
+    def _projects_back(self, noise_level: int) -> bool:
+        return self.upscaling.back_projection and noise_level == 0
 
     def noise_levels(self, levels: Sequence[int]) -> Tensor | None:
         """Noise levels as the UNet takes them, (B,); None for a UNet that takes none."""
@@ -377,6 +392,17 @@ def autoencoder_dtype(
 def resample(low: Tensor, factor: int) -> Tensor:
     """Images (B, 3, h, w) in about [-1, 1] -> (B, 3, f*h, f*w) in [-1, 1], by bicubic interpolation."""
     return interpolate(low, scale_factor=factor, mode="bicubic").clamp(-1, 1)
+
+
+def back_project(x: Tensor, low: Tensor) -> Tensor:
+    """Large images x (B, 3, f*h, f*w), corrected so that they resampled are about low (B, 3, h, w).
+
+    Adds the difference between low and the shrunk x, enlarged (Irani and Peleg 1991); both resamplings are
+    bicubic with antialiasing.
+    """
+    size, small = x.shape[-2:], low.shape[-2:]
+    shrunk = interpolate(x.contiguous(), small, mode="bicubic", antialias=True)
+    return x + interpolate(low - shrunk, size, mode="bicubic", antialias=True)
 
 
 def stack_rows(pairs: Sequence[Tensor], rows: slice) -> Tensor:

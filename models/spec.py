@@ -195,6 +195,9 @@ class UpscalingSpec:
     # The UNet denoises the large image's latent minus that of the small image resampled to the full size;
     # the subtracted latent is a part of the concat channels (Li et al. 2022 do so with pixels).
     residual: bool = False
+    # At noise level 0 no noise is added, and the enlarged image is corrected so that it, shrunk again, is
+    # about the small one: see back_project() in models/latent_diffusion.py.
+    back_projection: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from models.spec import (
 FILE_NAME = "ldm.json"
 WEIGHTS_FILE = "model.safetensors"  # of a folder with a single file
 COMPVIS = "compvis"  # the key of the facts about a single file
-RESIDUAL = "residual"  # the key that says whether an upscaler's latents are residuals
+UPSCALING_FLAGS = ("residual", "back_projection")  # keys of upscalers: flags of UpscalingSpec
 SPEC_KEYS = ("name", "defaults", "tasks", "layout_channels", "labels")
 MAX_LAYOUT_CHANNELS = 1024
 MAX_SIZE = 2**16
@@ -76,7 +76,7 @@ class LdmJson:
     def with_inputs(self, spec: ModelSpec) -> ModelSpec:
         """The spec with the file's tasks, labels and layout channels."""
         channels, labels = self.values.get("layout_channels", 0), self.values.get("labels", [])
-        tasks, residual = self.values.get("tasks", list(spec.tasks)), self.values.get(RESIDUAL, False)
+        tasks, flags = self.values.get("tasks", list(spec.tasks)), self._upscaling_flags(spec)
         if type(channels) is not int or not 0 <= channels <= MAX_LAYOUT_CHANNELS:
             raise CheckpointError(
                 f"{self.file}: layout_channels must be a whole number from 0 to {MAX_LAYOUT_CHANNELS}"
@@ -85,11 +85,18 @@ class LdmJson:
             raise CheckpointError(f"{self.file}: labels must be a list of strings")
         if not isinstance(tasks, list) or not all(task in ALL_TASKS for task in tasks):
             raise CheckpointError(f"{self.file}: tasks must be a list of {', '.join(ALL_TASKS)}")
-        if type(residual) is not bool or (residual and not spec.upscaling):
-            raise CheckpointError(f"{self.file}: {RESIDUAL} must be true or false, and is for upscalers only")
-        if residual and spec.upscaling:
-            spec = replace(spec, upscaling=replace(spec.upscaling, residual=True))
+        if spec.upscaling:
+            residual, corrected = (flags[key] for key in UPSCALING_FLAGS)
+            upscaling = replace(spec.upscaling, residual=residual, back_projection=corrected)
+            spec = replace(spec, upscaling=upscaling)
         return replace(spec, layout_channels=channels, labels=tuple(labels), tasks=tuple(tasks))
+
+    def _upscaling_flags(self, spec: ModelSpec) -> dict[str, bool]:
+        flags = {key: self.values.get(key, False) for key in UPSCALING_FLAGS}
+        for key, value in flags.items():
+            if type(value) is not bool or (value and not spec.upscaling):
+                raise CheckpointError(f"{self.file}: {key} must be true or false, and is for upscalers only")
+        return flags
 
     def with_defaults(self, spec: ModelSpec) -> ModelSpec:
         """The spec with the file's name and defaults. Raises CheckpointError also for unknown keys."""
@@ -97,7 +104,7 @@ class LdmJson:
         if not isinstance(values, dict):
             raise CheckpointError(f"{self.file}: defaults must be an object")
         types = {field.name: type(getattr(spec.defaults, field.name)) for field in fields(Defaults)}
-        known = (*SPEC_KEYS, RESIDUAL, COMPVIS)
+        known = (*SPEC_KEYS, *UPSCALING_FLAGS, COMPVIS)
         for key in [k for k in self.values if k not in known] + [k for k in values if k not in types]:
             raise CheckpointError(
                 f"{self.file}: {shortened(key)} is unknown; defaults may have {', '.join(types)}"
@@ -126,8 +133,8 @@ def read(folder: Path) -> LdmJson | None:
 def write(folder: Path, spec: ModelSpec, single_file_family: str | None = None) -> None:
     """Write the file of a model. single_file_family: the family, for a folder with a single file."""
     values: Config = {key: asdict(spec)[key] for key in SPEC_KEYS}
-    if spec.upscaling and spec.upscaling.residual:
-        values[RESIDUAL] = True
+    if spec.upscaling:
+        values |= {key: True for key in UPSCALING_FLAGS if getattr(spec.upscaling, key)}
     if single_file_family is not None:
         values[COMPVIS] = compvis_values(spec, single_file_family)
     (folder / FILE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -100,16 +100,26 @@ def upscaler_parts(parts: Subparsers) -> list[argparse.ArgumentParser]:
     add_budget(autoencoder, minutes=15, learning_rate=1e-3, batch=32)
     unet = add(parts, "upscaler", commands.train_upscaler, "the upscaler's UNet, on latents")
     add_budget(unet, minutes=40, learning_rate=1e-3, batch=16)
-    for part in (autoencoder, unet):
-        part.add_argument("--crops", type=int, default=10_240, help="images to draw, once for both parts")
+    refine = add(
+        parts, "refine-upscaler", commands.refine_upscaler, "the upscaler's UNet and decoder, on images"
+    )
+    add_budget(refine, minutes=60, learning_rate=2e-4, batch=6)
+    refine.add_argument(
+        "--start", type=Path, required=True, metavar="FOLDER", help="the upscaler to start from"
+    )
+    for part in (autoencoder, unet, refine):
+        part.add_argument("--crops", type=int, default=10_240, help="images to draw, once for all parts")
     export = add(
         parts,
         "export-upscaler",
         commands.export_upscaler,
         "write the trained upscaler, in float16",
     )
+    export.add_argument(
+        "--start", type=Path, metavar="FOLDER", help="the upscaler that refine-upscaler started from"
+    )
     add_output(export)
-    return [autoencoder, unet, export]
+    return [autoencoder, unet, refine, export]
 
 
 def evaluation_parts(parts: Subparsers) -> None:

@@ -123,7 +123,32 @@ def train_upscaler(args: argparse.Namespace) -> None:
     upscaler.train(UPSCALER, UPSCALING, SCHEDULE, data, autoencoder, scale, budget_of(args), state, device)
 
 
+def refine_upscaler(args: argparse.Namespace) -> bool:
+    from models.training import upscaler_refinement as refinement
+
+    crops, model = drawn_crops(args), checkpoint.load(args.start)
+    file = args.state / "low.pt"
+    low = cached(file, lambda: {"low": refinement.degrade_crops(crops, seed=3)})["low"]
+    state, device = args.state / "refinement.pt", torch.device(args.device)
+    return refinement.train(model, crops, low, budget_of(args), state, device)
+
+
+def refined_upscaler(args: argparse.Namespace) -> LatentDiffusion:
+    """The upscaler of --start, with the weights trained by `refine-upscaler`."""
+    from models.training.upscaler_refinement import Network
+
+    model = checkpoint.load(args.start)
+    Network(model).load_state_dict(averaged(args.state / "refinement.pt"))
+    return model
+
+
 def export_upscaler(args: argparse.Namespace) -> None:
+    model = refined_upscaler(args) if args.start else trained_upscaler(args)
+    checkpoint.save(model, args.output, shard=MAX_FILE_BYTES)
+
+
+def trained_upscaler(args: argparse.Namespace) -> LatentDiffusion:
+    """The upscaler that the finished runs of both parts make up."""
     from models.networks.unet import UNet
     from models.training.presets import UPSCALER, upscaler_spec
     from models.training.upscaler import residuals
@@ -134,7 +159,7 @@ def export_upscaler(args: argparse.Namespace) -> None:
     data = torch.load(args.state / "sharp_latents.pt", weights_only=True)
     scale = scale_factor(residuals(autoencoder, data))
     spec = upscaler_spec(args.output.resolve().name, scale)
-    checkpoint.save(LatentDiffusion(spec, unet, autoencoder, None), args.output, shard=MAX_FILE_BYTES)
+    return LatentDiffusion(spec, unet, autoencoder, None)
 
 
 def trained(spec: AutoencoderSpec, state: Path) -> Autoencoder:

@@ -8,28 +8,39 @@ for learning restoration (Achddou et al. 2021).
 from __future__ import annotations
 
 import io
+import string
 from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch.nn.functional import interpolate
 
 from models.training.scenes import SIZE, Atlas, Floats, Pixels, draw_scene
 
 SCALE = 4  # how many times larger sharp images are than their degraded copies
-LEAVES_SHARE = 0.5  # of sharp images that are dead leaves
-CLEAN_SHARE = 0.5  # of degraded copies that are only resampled
+KINDS = {"scene": 0.5, "leaves": 0.35, "text": 0.1, "texture": 0.05}  # of sharp images, and their shares
+ALIASED_SHARE = 0.1  # of degraded copies that are resampled without antialiasing
+CLEAN_SHARE = 0.6  # of the other degraded copies that are only resampled
 RESAMPLINGS = (
     Image.Resampling.BICUBIC,
     Image.Resampling.LANCZOS,
     Image.Resampling.BOX,
     Image.Resampling.BILINEAR,
 )
-SCENE_KINDS = {"one": 0.3, "tilted": 0.2, "counted": 0.15, "three": 0.15, "fancy": 0.2}
+SCENE_KINDS = {"one": 0.3, "related": 0.15, "tilted": 0.15, "counted": 0.1, "three": 0.1, "fancy": 0.2}
+LETTERS = string.ascii_letters + string.digits + " .,:;!?-"
 
 
 def draw_crop(atlas: Atlas, rng: np.random.Generator) -> Pixels:
     """A sharp image, (128, 128, 3)."""
-    image = dead_leaves(rng) if rng.random() < LEAVES_SHARE else draw_glyphs(atlas, rng)
+    kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+    if kind == "scene":
+        image = draw_glyphs(atlas, rng)
+    elif kind == "leaves":
+        image = dead_leaves(rng)
+    else:
+        image = draw_text(rng) if kind == "text" else texture(rng, SIZE)
     image = np.rot90(image, int(rng.integers(4))) if rng.random() < 0.5 else image
     return np.ascontiguousarray(image)
 
@@ -68,6 +79,17 @@ def dead_leaves(rng: np.random.Generator) -> Pixels:
     if rng.random() < 0.5:  # photographs are rarely sharp to the pixel
         small = small.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 1.0)))
     return np.asarray(small)
+
+
+def draw_text(rng: np.random.Generator) -> Pixels:
+    """Lines of random letters of one size on a texture: (128, 128, 3)."""
+    image, size = Image.fromarray(texture(rng, SIZE)), int(rng.integers(10, 41))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size)
+    red, green, blue = (int(c) for c in rng.integers(0, 256, 3))
+    for y in range(int(rng.integers(-size, 4)), SIZE, int(size * rng.uniform(1, 1.6))):
+        line = "".join(rng.choice(list(LETTERS), 200 // size + 8))
+        draw.text((int(rng.integers(-size, 8)), y), line, (red, green, blue), font)
+    return np.asarray(image)
 
 
 def leaf(rng: np.random.Generator, size: int) -> Image.Image:
@@ -110,10 +132,12 @@ def texture(rng: np.random.Generator, size: int, colour: Floats | None = None) -
 def degrade(sharp: Pixels, rng: np.random.Generator) -> Pixels:
     """A degraded copy at a quarter of the size: (H, W, 3) -> (H/4, W/4, 3).
 
-    Half of the copies are only resampled; the others are also blurred and noisy, and most of those JPEGs.
+    Most copies are only resampled; the others are also blurred and noisy, and most of those JPEGs.
     """
     image = Image.fromarray(sharp)
     size = image.width // SCALE, image.height // SCALE
+    if rng.random() < ALIASED_SHARE:
+        return aliased(sharp)
     if rng.random() < CLEAN_SHARE:
         return np.asarray(image.resize(size, RESAMPLINGS[rng.integers(2)]))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2.5)))
@@ -124,6 +148,13 @@ def degrade(sharp: Pixels, rng: np.random.Generator) -> Pixels:
     noisy = small + noise.reshape(*noise.shape, *[1] * (3 - noise.ndim))
     image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
     return as_jpeg(image, int(rng.integers(40, 96))) if rng.random() < 0.6 else np.asarray(image)
+
+
+def aliased(sharp: Pixels) -> Pixels:
+    """A copy at a quarter of the size by PyTorch's bicubic interpolation without antialiasing."""
+    x = torch.from_numpy(sharp.copy()).movedim(-1, 0)[None].float()
+    small = interpolate(x, scale_factor=1 / SCALE, mode="bicubic")[0].movedim(0, -1)
+    return small.round().clamp(0, 255).byte().numpy()
 
 
 def as_jpeg(image: Image.Image, quality: int) -> Pixels:

@@ -98,7 +98,9 @@ SHARP_AUTOENCODER = AutoencoderSpec(
     patch_size=2,
     middle_attention=False,  # it would make a cell depend on the rest of its tile
 )
-UPSCALING = UpscalingSpec(ScheduleSpec(0.0001, 0.02, "linear"), max_noise_level=100, residual=True)
+UPSCALING = UpscalingSpec(
+    ScheduleSpec(0.0001, 0.02, "linear"), max_noise_level=100, residual=True, back_projection=True
+)
 UPSCALER = UNetSpec(
     in_channels=2 * SHARP_AUTOENCODER.latent_channels + SHARP_AUTOENCODER.image_channels,
     out_channels=SHARP_AUTOENCODER.latent_channels,

@@ -264,6 +264,7 @@ class TorchRunner:
                 x = self._decode(state.bundle.with_autoencoder_dtype(torch.float32), z)
         if not torch.isfinite(x).all():
             raise NonFinite
+        x = state.bundle.correct(x, image.concat, state.job.noise_level)
         return with_kept_pixels(state.job, rgb_bytes(x)).tobytes()
 
     def _decode(self, bundle: LatentDiffusion, z: Tensor) -> Tensor:

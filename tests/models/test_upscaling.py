@@ -6,14 +6,16 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+from PIL import Image
 from torch.nn.functional import interpolate
 
 from models.checkpoint import CheckpointError, load, save
-from models.latent_diffusion import LatentDiffusion, resample
-from models.spec import ModelSpec
+from models.latent_diffusion import LatentDiffusion, back_project, resample
+from models.spec import ModelSpec, UpscalingSpec
 from tests.checkpoints.tiny import random_model, upscaler_spec
 from tests.helpers.numbers import LIMIT, relative_error
 
@@ -28,6 +30,11 @@ def folder(upscaler, tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "upscaler"
     save(upscaler, path, torch.float32)
     return path
+
+
+def replace_spec(model: LatentDiffusion, upscaling: UpscalingSpec) -> LatentDiffusion:
+    spec = replace(model.spec, upscaling=upscaling)
+    return LatentDiffusion(spec, model.unet, model.autoencoder, model.conditioner)
 
 
 def test_a_saved_upscaler_loads_with_the_same_spec(upscaler, folder):
@@ -100,6 +107,38 @@ def test_a_residual_latent_is_added_to_that_of_the_resampled_image(tmp_path):
     assert torch.equal(model.add_residual_base(torch.zeros_like(base), concat[None]), base)
     assert model.upscale(low, [0], 2).shape == (1, 3, 64, 64)
     assert relative_error(resample(low, 4), interpolate(low, scale_factor=4, mode="bicubic")) < 0.05
+
+
+def test_back_projection_brings_the_shrunk_image_nearer_to_the_small_one():
+    """Shrunk by Pillow, which resamples bicubically with antialiasing."""
+
+    def shrunk(x):
+        channels = (Image.fromarray(channel.numpy(), "F").resize((12, 8), Image.BICUBIC) for channel in x[0])
+        return np.stack([np.asarray(channel) for channel in channels])
+
+    low = torch.rand(1, 3, 8, 12) - 0.5
+    x = resample(low, 4) + 0.1 * torch.randn(1, 3, 32, 48) + 0.2
+    corrected = back_project(x, low)
+    before, after = (np.abs(shrunk(each) - low[0].numpy()).mean() for each in (x, corrected))
+    assert before > 0.15
+    assert after < 0.3 * before
+    same = torch.full((1, 3, 32, 48), 0.25)
+    assert torch.allclose(back_project(same, torch.full((1, 3, 8, 12), 0.25)), same, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_back_projection_is_saved_and_applies_at_noise_level_0_only(upscaler, tmp_path):
+    upscaling = replace(upscaler.spec.upscaling, back_projection=True)
+    save(replace_spec(upscaler, upscaling), tmp_path / "corrected", torch.float32)
+    corrected = load(tmp_path / "corrected")
+    assert corrected.spec.upscaling == upscaling
+    low = torch.rand(1, 3, 16, 28) - 0.5
+    assert torch.equal(corrected.upscale(low, [3], 2, noise_level=5), upscaler.upscale(low, [3], 2, 5))
+    shrunk = [
+        interpolate(model.upscale(low, [3], 2), (16, 28), mode="bicubic", antialias=True)
+        for model in (upscaler, corrected)
+    ]
+    assert relative_error(shrunk[1], low) < 0.3 * relative_error(shrunk[0], low)
 
 
 @torch.inference_mode()

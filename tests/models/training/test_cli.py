@@ -91,15 +91,23 @@ def test_the_upscaler_is_trained_exported_and_evaluated(tmp_path: Path, capsys, 
     assert spec.autoencoder.scale_factor != 1.0
     main(["evaluate", str(model), "--count", "2", "--steps", "1"])
     main(["sheet", str(model), "-o", str(tmp_path / "sheets")])
-    assert {file.stem for file in (tmp_path / "sheets").iterdir()} == {
-        "held-out-scenes",
-        "dead-leaves",
-        "tiles",
-    }
+    drawn = {file.stem for file in (tmp_path / "sheets").iterdir()}
+    assert drawn == {"held-out-scenes", "mixed-scenes", "dead-leaves", "text", "textures", "tiles"}
     out = capsys.readouterr().out
     assert "32 -> 128 on 2 held-out scenes, 1 steps" in out
     assert "128x64 by tiles" in out
     assert "shuffled" in out
+
+    refined = tmp_path / "refined"
+    started = [*shared, "--start", str(model)]
+    main(["refine-upscaler", *started, *brief])
+    main(["export-upscaler", *started, "-o", str(refined)])
+    before, after = load(model), load(refined)
+    assert after.spec == before.spec
+    encoders = [each.autoencoder.encoder.state_dict().values() for each in (before, after)]
+    assert all(map(torch.equal, *encoders))
+    for part in (lambda each: each.autoencoder.decoder.conv_out, lambda each: each.unet.out[2]):
+        assert not torch.equal(part(before).weight, part(after).weight)
 
 
 def test_most_updates_are_at_middle_noise() -> None:
