@@ -141,6 +141,10 @@ class DeviceLost(BaseException):
     """
 
 
+class CaptureFailed(DeviceLost):
+    """The capture of a CUDA graph could not be ended, after which torch's allocator cannot be used."""
+
+
 # Exception -> (HTTP status, "type" of the error body, "code" of the error body).
 TABLE: dict[type[ServiceError], tuple[int, str, str]] = {
     InvalidRequest: (422, "invalid_request_error", "invalid_value"),

@@ -1,9 +1,11 @@
-"""CUDA graphs of network calls: captured once per set of input shapes, then replayed without Python."""
+"""Records calls of networks, and replays the recordings without Python: on a GPU as CUDA graphs."""
 
 from __future__ import annotations
 
 import logging
+import math
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +15,19 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor, nn
 
-from service.device.tensor_tree import map_tensors, tensors_of
+from service.device.tensor_tree import map_tensors
+from service.device.torch_errors import is_device_lost, is_oom
 
 log = logging.getLogger(__name__)
 
-MAX_GRAPHS = 24  # each holds its inputs, its output and some megabytes of driver memory
-WARM_UPS = 2  # calls before a capture, in which libraries choose kernels and allocate workspaces
+RECORD_AT = 3  # the call of its kind that is recorded; rarer kinds are not worth the time
+RETRY_FACTOR = 4  # after running out of memory, the next attempt waits for so many times more calls
+IDLE_CALLS = (
+    500  # calls of all kinds since its last replay, after which a recording may be dropped for another
+)
+NEVER = math.inf
+MAX_KINDS = 4096  # kinds of calls that are counted
+MEMORY_SHARE = 0.1  # of the device's memory, for all recordings
 
 Function = Callable[..., Tensor]
 Inputs = tuple[Any, ...]  # tensors, or tuples and dataclasses of tensors; see tensor_tree
@@ -26,6 +35,10 @@ Inputs = tuple[Any, ...]  # tensors, or tuples and dataclasses of tensors; see t
 
 class Recording(Protocol):
     """A recorded call, which can be repeated with other values."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of device memory that it occupies."""
 
     def replay(self, inputs: Inputs) -> Tensor:
         """Repeat the call with inputs of the same shapes; later replays do not overwrite the result."""
@@ -35,40 +48,72 @@ Recorder = Callable[[Function, Inputs], Recording]
 
 
 @dataclass
-class Entry:
-    """Calls of one network with inputs of one set of shapes."""
+class Kind:
+    """Calls of one function of a network with inputs of one set of shapes."""
 
     network: weakref.ref[nn.Module]  # weak: a graph must not keep the weights of an unloaded model alive
-    recording: Recording | None = None
+    record_at: float
     calls: int = 0
-    failed: bool = False
+    recording: Recording | None = None
+    last_used: int = 0  # number of calls of all kinds, at its last replay
 
 
 class Graphs:
-    """Runs calls: the first with a set of input shapes directly, later ones by replaying a recording.
+    """Runs calls: the first few of a kind directly, later ones by replaying a recording.
 
-    The least recently used recordings are dropped first. Calls that cannot be recorded run directly; without
-    a recorder, all calls do.
+    A kind is a function of a network and the shapes of its inputs. Recordings take at most `max_bytes` (0: no
+    limit). When they do, a new one replaces those that were not used for `idle_calls` calls; while there are
+    none, further kinds run directly, so that many kinds in turn do not drop each other's recordings. Calls
+    that cannot be recorded run directly; without a recorder, all calls do.
     """
 
-    def __init__(self, record: Recorder | None = None, max_graphs: int = MAX_GRAPHS) -> None:
+    def __init__(
+        self,
+        record: Recorder | None = None,
+        max_bytes: int = 0,
+        record_at: int = RECORD_AT,
+        idle_calls: int = IDLE_CALLS,
+    ) -> None:
         self._record = record
-        self._entries: LRUCache[Hashable, Entry] = LRUCache(max_graphs)
+        self._max_bytes = max_bytes
+        self._record_at = record_at
+        self._idle_calls = idle_calls
+        self._kinds: LRUCache[Hashable, Kind] = LRUCache(MAX_KINDS)  # without a recording
+        self._recorded: OrderedDict[Hashable, Kind] = OrderedDict()  # by last use
+        self._calls = 0
         self._paused = False
+        self.slow_calls = 0  # calls that were the first of their kind, or were recorded: no measure of speed
+
+    @property
+    def size(self) -> int:
+        """Bytes of all recordings."""
+        return sum(kind.recording.size for kind in self._recorded.values() if kind.recording)
 
     def run(self, network: nn.Module, function: Function, *inputs: Any) -> Tensor:
         """function(*inputs), a function that uses the weights of `network`.
 
         Everything in the inputs that is not a tensor is part of what a recording is for, as shapes are.
+        Raises CaptureFailed if the device cannot be used after an attempt to record.
         """
         if self._record is None:
             return function(*inputs)
-        entry = self._entry(network, inputs)
-        entry.calls += 1
-        if self._paused or entry.calls == 1:
+        self._calls += 1
+        key, kind = self._find(network, function, inputs)
+        kind.calls += 1
+        if self._paused or kind.calls == 1:
+            self.slow_calls += 1
             return function(*inputs)
-        recording = self._recording(entry, function, inputs)
-        return function(*inputs) if recording is None else recording.replay(inputs)
+        if kind.recording is None and kind.calls >= kind.record_at and self._make_room():
+            self.slow_calls += 1
+            kind.recording = self._try_to_record(self._record, kind, function, inputs)
+            if kind.recording:
+                self._recorded[key] = kind
+                del self._kinds[key]
+        if kind.recording is None:
+            return function(*inputs)
+        kind.last_used = self._calls
+        self._recorded.move_to_end(key)
+        return kind.recording.replay(inputs)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -81,75 +126,57 @@ class Graphs:
 
     def prune(self) -> None:
         """Forget recordings of networks that were unloaded."""
-        for key in [key for key, entry in self._entries.items() if entry.network() is None]:
-            del self._entries[key]
+        for kinds in (self._kinds, self._recorded):
+            for key in [key for key, kind in kinds.items() if kind.network() is None]:
+                del kinds[key]
 
     def clear(self) -> None:
         """Forget all recordings, so that their memory can be freed."""
-        self._entries.clear()
+        self._kinds.clear()
+        self._recorded.clear()
 
-    def _entry(self, network: nn.Module, inputs: Inputs) -> Entry:
-        key = (id(network), map_tensors(lambda x: (x.shape, x.dtype), inputs))
-        entry = self._entries.get(key)
-        if entry is None or entry.network() is not network:  # the id may belong to a new network
+    def _find(self, network: nn.Module, function: Function, inputs: Inputs) -> tuple[Hashable, Kind]:
+        """The kind of a call, and its key."""
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        key = (id(network), name, map_tensors(lambda x: (x.shape, x.dtype), inputs))
+        kind = self._recorded.get(key) or self._kinds.get(key)
+        if kind is None or kind.network() is not network:  # the id may belong to a new network
             self.prune()
-            entry = self._entries[key] = Entry(weakref.ref(network))
-        return entry
+            kind = self._kinds[key] = Kind(weakref.ref(network), self._record_at)
+        return key, kind
 
-    def _recording(self, entry: Entry, function: Function, inputs: Inputs) -> Recording | None:
-        """The recording, made now if there is none; None if the call cannot be recorded."""
-        if entry.recording is None and not entry.failed and self._record is not None:
-            try:
-                entry.recording = self._record(function, inputs)
-            except Exception:
-                entry.failed = True
-                log.warning(
-                    "a network call cannot be captured as a CUDA graph; running it directly", exc_info=True
-                )
-        return entry.recording
+    def _make_room(self) -> bool:
+        """Whether there is memory for another recording, after dropping idle ones if necessary."""
+        while self._max_bytes and self.size >= self._max_bytes:
+            key, oldest = next(iter(self._recorded.items()))
+            if self._calls - oldest.last_used < self._idle_calls:
+                return False
+            del self._recorded[key]
+        return True
 
-
-class CudaRecorder:
-    """Captures CUDA graphs, all in one memory pool.
-
-    Graphs can share the pool because they never run at the same time, and each result is copied before
-    another graph can overwrite it.
-    """
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, function: Function, inputs: Inputs) -> CudaRecording:
-        """Capture a call. The function must neither wait for the device nor read tensor values."""
-        static_inputs = map_tensors(Tensor.clone, inputs)
-        current = torch.cuda.current_stream()
-        side = torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                function(*static_inputs)
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = function(*static_inputs)
-        return CudaRecording(graph, static_inputs, out)
-
-
-@dataclass(frozen=True)
-class CudaRecording:
-    """A graph, and the tensors that it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: Inputs
-    out: Tensor
-
-    def replay(self, inputs: Inputs) -> Tensor:
-        for target, x in zip(tensors_of(self.inputs), tensors_of(inputs), strict=True):
-            target.copy_(x)
-        self.graph.replay()
-        return self.out.clone()
+    def _try_to_record(
+        self, record: Recorder, kind: Kind, function: Function, inputs: Inputs
+    ) -> Recording | None:
+        """A recording of the call; None if it cannot be recorded, or not now. Raises CaptureFailed."""
+        try:
+            return record(function, inputs)
+        except Exception as error:
+            if is_device_lost(error):
+                raise
+            if isinstance(error, torch.OutOfMemoryError) or is_oom(error):
+                kind.record_at = RETRY_FACTOR * kind.calls
+                log.warning("no memory to record a network call; running it directly")
+            else:
+                kind.record_at = NEVER
+                log.warning("a network call cannot be recorded; running it directly", exc_info=True)
+            return None
 
 
 def graphs_on(device: torch.device) -> Graphs:
     """CUDA graphs on a CUDA device; elsewhere every call runs directly."""
-    return Graphs(CudaRecorder() if device.type == "cuda" else None)
+    if device.type != "cuda":
+        return Graphs()
+    from service.device.cuda_graphs import CudaRecorder
+
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return Graphs(CudaRecorder(device), int(MEMORY_SHARE * memory))

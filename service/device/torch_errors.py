@@ -69,12 +69,12 @@ def translate_device_lost() -> Iterator[None]:
         raise
 
 
-def is_oom(error: RuntimeError) -> bool:
+def is_oom(error: Exception) -> bool:
     """Whether the error means that memory ran out."""
     return contains_any(str(error), OOM_MESSAGES)
 
 
-def is_device_lost(error: RuntimeError) -> bool:
+def is_device_lost(error: Exception) -> bool:
     """Whether the error means that this process cannot use its CUDA device any more."""
     message = str(error)
     return contains_any(message, CUDA_FAILURES) and not contains_any(message, REFUSED_CALLS + OOM_MESSAGES)
