@@ -45,6 +45,11 @@ REQUEST_FIELDS = (
     "boxes",
     "scale",
     "noise_level",
+    "mask_blur",
+    "area",
+    "padding",
+    "fill",
+    "extend",
 )
 
 
@@ -59,11 +64,24 @@ def add_generate(command: argparse.ArgumentParser) -> None:
 def add_inpaint(command: argparse.ArgumentParser) -> None:
     command.add_argument("image", metavar="IMAGE", help="a PNG, JPEG or WebP file")
     command.add_argument(
-        "mask", metavar="MASK", help="an image of the same size; white marks the pixels to repaint"
+        "mask",
+        metavar="MASK",
+        help="an image of the same size; white marks the pixels to repaint; - for none, with --extend",
     )
     command.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the image shows")
     add_common(command)
     add_scene(command)
+    add = command.add_argument
+    add("--mask-blur", type=int, metavar="N", help="pixels over which the result fades into the image")
+    add("--area", help="whole (default), or masked: generate a region around the mask at --width x --height")
+    add("--padding", type=int, metavar="N", help="pixels around the mask in that region (default: 32)")
+    add("--fill", help="what the mask holds at the start: original (default), blur, noise or empty")
+    add(
+        "--extend",
+        metavar="L,T,R,B",
+        type=extend,
+        help="outpainting: pixels to add at the left, top, right and bottom",
+    )
     command.set_defaults(command=inpaint)
 
 
@@ -148,6 +166,15 @@ def add_scene(command: argparse.ArgumentParser) -> None:
     add("--segmentation", metavar="FILE", help="an image in the colours of the model's labels")
 
 
+def extend(text: str) -> dict[str, int]:
+    """L,T,R,B as a request's sides."""
+    try:
+        left, top, right, bottom = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected L,T,R,B") from None
+    return {"left": left, "top": top, "right": right, "bottom": bottom}
+
+
 def label(text: str) -> int | str:
     """A class, by its number or its name."""
     return int(text) if text.isdecimal() else text
@@ -182,7 +209,8 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def inpaint(args: argparse.Namespace) -> int:
-    files = {"image": args.image, "mask": args.mask, "segmentation": args.segmentation}
+    mask = None if args.mask == "-" else args.mask
+    files = {"image": args.image, "mask": mask, "segmentation": args.segmentation}
     return render(args, InpaintRequest, files)
 
 

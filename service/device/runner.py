@@ -293,7 +293,9 @@ def rgb_bytes(x: Tensor) -> np.ndarray:
 
 def with_kept_pixels(job: Job, pixels: np.ndarray) -> np.ndarray:
     """The image (H, W, 3), in inpainting jobs with the exact pixels of the input image outside the mask."""
-    return np.where(masked_pixels(job)[:, :, None], pixels, pixels_of(job)) if job.mask else pixels
+    if not (job.mask and job.keeps_pixels):
+        return pixels
+    return np.where(masked_pixels(job)[:, :, None], pixels, pixels_of(job))
 
 
 def prompt_warnings(bundle: LatentDiffusion, job: Job) -> Iterator[str]:

@@ -84,6 +84,7 @@ class Job:
     prompt_weights: bool = False  # whether prompts are in the syntax of models.conditioning.prompts
     loras: tuple[LoraWeights, ...] = ()  # as in ModelKey
     latent_fill: LatentFill = "image"  # initial content of masked latent cells, before noise is added
+    keeps_pixels: bool = True  # the finished image has the input image's pixels outside the mask
     variation: Variation | None = None
     clip_skip: int = 1  # the text encoders leave out clip_skip - 1 layers more than the model does
 

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from service.engine.job import LatentFill
+from PIL import Image
+
 from service.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -60,7 +61,7 @@ class Submission:
     """A request to run. output: a file format that takes precedence over the request's own.
 
     encode: makes the file of image `index` from the result, in a thread. warnings: for the client, in
-    addition to those of the resolved request. latent_fill: as in Job.
+    addition to those of the resolved request. soft_mask: as for resolve().
     """
 
     request: AnyRequest
@@ -68,7 +69,7 @@ class Submission:
     previews: Previews = NO_PREVIEWS
     encode: Callable[[Result, int], bytes] = response.encode_image
     warnings: tuple[str, ...] = ()
-    latent_fill: LatentFill = "image"
+    soft_mask: Image.Image | None = None
 
 
 class JobEvent(NamedTuple):
@@ -253,9 +254,9 @@ class Jobs:
     def _resolve(self, prepare: Callable[[], Submission]) -> tuple[Submission, ResolvedRequest]:
         submission, service = prepare(), self.supervisor
         request, output, previews = submission.request, submission.output, submission.previews
-        resolved = resolve(request, service.specs, service.settings, output, previews)
-        warnings = submission.warnings + resolved.warnings
-        return submission, replace(resolved, warnings=warnings, latent_fill=submission.latent_fill)
+        specs, settings = service.specs, service.settings
+        resolved = resolve(request, specs, settings, output, previews, submission.soft_mask)
+        return submission, replace(resolved, warnings=submission.warnings + resolved.warnings)
 
     async def _work(
         self,
@@ -266,7 +267,7 @@ class Jobs:
         deadline: float,
     ) -> Answer:
         """Run the job, then encode its images, one at a time and off the event loop."""
-        job, resolved = resolved.to_job(), resolved.without_inputs()
+        job = resolved.to_job()
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 done = await self.supervisor.run(job, progress)
@@ -276,7 +277,8 @@ class Jobs:
             raise DeadlineExceeded from None
         timings = timings_of(done, time.monotonic() - begin)
         self.supervisor.metrics.answered(job.n, timings)
-        return Answer(resolved, tuple(files), resolved.warnings + done.warnings, timings, int(time.time()))
+        warnings, resolved = resolved.warnings + done.warnings, resolved.without_inputs()
+        return Answer(resolved, tuple(files), warnings, timings, int(time.time()))
 
     async def submit(self, body: AnyJob, key: Hashable, request_id: str) -> Record:
         """A new background job, or the job that an earlier request with the same key has started.

@@ -73,15 +73,33 @@ def check_conditions(request: GenerateRequest | InpaintRequest, spec: ModelSpec)
     )
 
 
-def check_mask(request: InpaintRequest, image: Image.Image, mask: Image.Image) -> None:
-    """Check that the mask has the image's size and white pixels, and that width and height agree."""
+def check_mask(mask: Image.Image, image: Image.Image) -> None:
+    """Check that the mask has the image's size and white pixels."""
     width, height = image.size
     require(
         (
             ("mask", mask.size == image.size, f"must have the size of image, {width}x{height}"),
             ("mask", mask.getbbox() is not None, "is empty: white marks the pixels to repaint"),
-            ("width", request.width in (None, width), f"must be the width of image, {width}"),
-            ("height", request.height in (None, height), f"must be the height of image, {height}"),
+        )
+    )
+
+
+def check_inpainting(request: InpaintRequest, size: tuple[int, int], max_pixels: int) -> None:
+    """Check the extended size of the image, and that width, height and layouts agree with the area."""
+    (width, height), whole = size, request.area == "whole"
+    result = "image with extend" if request.extend else "image"
+    most = f"is too large: the image would have {width}x{height} pixels; at most {max_pixels} are allowed"
+    layout = request.boxes is not None or request.segmentation is not None
+    require(
+        (
+            ("extend", width * height <= max_pixels, most),
+            ("width", not whole or request.width in (None, width), f"must be the width of {result}, {width}"),
+            (
+                "height",
+                not whole or request.height in (None, height),
+                f"must be the height of {result}, {height}",
+            ),
+            ("area", whole or not layout, "must be whole with boxes or segmentation"),
         )
     )
 

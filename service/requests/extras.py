@@ -13,10 +13,18 @@ def generates(spec: ModelSpec) -> bool:
     return spec.upscaling is None
 
 
+def inpaints(spec: ModelSpec) -> bool:
+    return "inpainting" in spec.tasks
+
+
 # Field -> whether a model supports values other than the field's default.
 EXTRAS: Mapping[str, Callable[[ModelSpec], bool]] = {
     "clip_skip": lambda spec: spec.max_clip_skip > 1,
     "variation": generates,
+    "mask_blur": inpaints,
+    "area": inpaints,
+    "fill": inpaints,
+    "extend": inpaints,
 }
 
 

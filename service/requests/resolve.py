@@ -16,10 +16,12 @@ from models.conditioning import prompts
 from models.sampling.samplers import DEFAULT_ETA, OWN_SPACING
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import cut
+from service.engine.job import LatentFill
 from service.errors import InvalidRequest, NotFound
 from service.requests import checks, images, labels
 from service.requests.checks import require, shorten
 from service.requests.images import Format
+from service.requests.inpainting import MaskedImage, Paste, blurred, extended, region_of
 from service.requests.resolved_request import NO_PREVIEWS, Parameters, Previews, ResolvedRequest
 from service.requests.schemas import (
     AnyRequest,
@@ -37,6 +39,7 @@ Request = TypeVar("Request", bound=ImageRequest)
 Value = TypeVar("Value")
 
 DEFAULT_STRENGTH = 0.75  # of image-to-image
+LATENT_FILL: dict[str, LatentFill] = {"noise": "noise", "empty": "zeros"}  # of `fill`
 MAX_RANDOM_SEED = 2**53 - 1  # the largest integer that every JSON client can represent
 RESIZED = "init_image is {}x{} and was resized to {}x{}, the nearest size that the model supports"
 
@@ -60,10 +63,12 @@ def resolve(
     settings: Settings,
     output: OutputFormat | None = None,
     previews: Previews = NO_PREVIEWS,
+    soft_mask: Image.Image | None = None,
 ) -> ResolvedRequest:
     """The request with all defaults filled in and all checks passed. Slow, because it decodes images.
 
-    output: a file format that takes precedence over the request's own. Raises NotFound for the model,
+    output: a file format that takes precedence over the request's own. soft_mask: a mask (L) in place of that
+    of an inpainting request; the result fades into the image where it is grey. Raises NotFound for the model,
     InvalidRequest for everything else.
     """
     tasks = TASKS_OF[type(request)]
@@ -74,7 +79,7 @@ def resolve(
     else:
         checks.check_conditions(request, spec)
         if isinstance(request, InpaintRequest):
-            resolved = inpaint(request, spec, settings)
+            resolved = inpaint(request, spec, settings, soft_mask)
         elif request.init_image is not None:
             resolved = image_to_image(request, request.init_image, spec, settings)
         else:
@@ -139,16 +144,57 @@ def fitting_size(size: tuple[int, int], request: GenerateRequest, multiple: int)
     )
 
 
-def inpaint(request: InpaintRequest, spec: ModelSpec, settings: Settings) -> ResolvedRequest:
-    """Resolve an inpainting request, on a canvas of the next larger size that the model supports."""
+def inpaint(
+    request: InpaintRequest, spec: ModelSpec, settings: Settings, soft_mask: Image.Image | None = None
+) -> ResolvedRequest:
+    """Resolve an inpainting request, on a canvas of the next larger size that the model supports.
+
+    With area: masked, the canvas is a region of the image, resized to the requested or the model's size.
+    """
+    masked = read_masked(request, settings, soft_mask)
+    size, region = masked.image.size, None
+    canvas = round_up(size[0], spec.size_multiple), round_up(size[1], spec.size_multiple)
+    if request.area == "masked":
+        canvas = coalesce(request.width, spec.defaults.width), coalesce(request.height, spec.defaults.height)
+    resolved = with_defaults(request, spec, size, canvas, coalesce(request.strength, 1.0))
+    sized_by_image = "extend" if request.extend else "image"
+    checks.check_limits(resolved, spec, settings, sized_by_image if request.area == "whole" else "width")
+    work = masked
+    if request.area == "masked":
+        region = region_of(masked.mask, request.padding, *canvas)
+        work = masked.cropped(region).resized(*canvas)
+        resolved = replace(resolved, region=True)
+        resolved = with_parameters(resolved, width=canvas[0], height=canvas[1], padding=request.padding)
+    image = work.image if request.fill == "original" else work.filled()
+    pasted = soft_mask is not None or request.mask_blur or request.extend or region
+    return with_inputs(
+        replace(resolved, latent_fill=LATENT_FILL.get(request.fill, "image")),
+        image=images.extend(image, *canvas),
+        mask=images.extend(work.binary_mask, *canvas),
+        paste=Paste(masked, region) if pasted else None,
+    )
+
+
+def read_masked(
+    request: InpaintRequest, settings: Settings, soft_mask: Image.Image | None = None
+) -> MaskedImage:
+    """The image and its mask, extended and blurred. soft_mask: see resolve(). Raises InvalidRequest."""
     image = images.read_image(request.image, "image", settings.max_input_pixels)
-    mask = images.read_mask(request.mask, "mask", settings.max_input_pixels)
-    checks.check_mask(request, image, mask)
-    width, height = (round_up(side, spec.size_multiple) for side in image.size)
-    resolved = with_defaults(request, spec, image.size, (width, height), coalesce(request.strength, 1.0))
-    checks.check_limits(resolved, spec, settings, "image")
-    canvases = images.extend(image, width, height), images.extend(mask, width, height)
-    return with_inputs(resolved, image=canvases[0], mask=canvases[1])
+    left, top, right, bottom = request.extend.sides if request.extend else (0, 0, 0, 0)
+    size = image.width + left + right, image.height + top + bottom
+    checks.check_inpainting(request, size, settings.max_input_pixels)
+    if soft_mask is not None:
+        mask = soft_mask
+    elif request.mask is not None:
+        mask = images.read_mask(request.mask, "mask", settings.max_input_pixels)
+        checks.check_mask(mask, image)
+    else:
+        require([("mask", size != image.size, "is required")])
+        mask = Image.new("L", image.size)
+    masked = MaskedImage(image, blurred(mask, request.mask_blur))
+    if request.extend is None:
+        return masked
+    return extended(masked, request.extend.sides, request.mask_blur)
 
 
 def upscale(request: UpscaleRequest, spec: ModelSpec, settings: Settings) -> ResolvedRequest:
@@ -213,6 +259,7 @@ def with_defaults(
         lora_text_weights=text_weights_of(request) or None,
         clip_skip=scene.clip_skip if scene and scene.clip_skip != 1 else None,
         variation=variation_of(scene, request.n) if scene else None,
+        **(inpainting_parameters(request) if isinstance(request, InpaintRequest) else {}),
     )
     return ResolvedRequest(
         id=uuid.uuid4().hex,
@@ -235,6 +282,16 @@ def with_defaults(
 def random_seed(n: int) -> int:
     """A random seed for n images: every JSON client can represent all n seeds exactly."""
     return secrets.randbelow(MAX_RANDOM_SEED + 2 - n)
+
+
+def inpainting_parameters(request: InpaintRequest) -> dict[str, Any]:
+    """The parameters of inpainting that differ from their defaults."""
+    return {
+        "mask_blur": request.mask_blur or None,
+        "area": None if request.area == "whole" else request.area,
+        "fill": None if request.fill == "original" else request.fill,
+        "extend": request.extend,
+    }
 
 
 def variation_of(request: SceneRequest, n: int) -> VariationSeed | None:

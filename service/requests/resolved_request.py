@@ -13,7 +13,8 @@ from models.tiles import Tiles
 from service.engine.job import Job, LatentFill, LoraWeights, Variation
 from service.requests.extras import EXTRAS
 from service.requests.images import Format
-from service.requests.schemas import LabelBox, VariationSeed
+from service.requests.inpainting import Paste
+from service.requests.schemas import Area, Extend, Fill, LabelBox, VariationSeed
 
 
 class Parameters(BaseModel):
@@ -47,6 +48,11 @@ class Parameters(BaseModel):
     lora_text_weights: dict[str, float] | None = None
     clip_skip: int | None = None
     variation: VariationSeed | None = None
+    mask_blur: int | None = None
+    area: Area | None = None
+    padding: int | None = None
+    fill: Fill | None = None
+    extend: Extend | None = None
 
     @property
     def lora_weights(self) -> tuple[LoraWeights, ...]:
@@ -90,19 +96,21 @@ NO_PREVIEWS = Previews()
 
 @dataclass(frozen=True)
 class Inputs:
-    """Input images and layouts, in the formats that Job describes."""
+    """Input images and layouts, in the formats that Job describes; where a repainted image is pasted."""
 
     image: bytes = b""
     mask: bytes = b""
     regions: bytes = b""
     boxes: tuple[NumberedBox, ...] = ()
+    paste: Paste | None = None
 
 
 @dataclass(frozen=True)
 class ResolvedRequest:
     """A request that can run. width, height: size of the images that the client gets.
 
-    The job generates a canvas of canvas_width x canvas_height; the client gets its upper left part. When
+    The job generates a canvas of canvas_width x canvas_height; the client gets its upper left part, if
+    `inputs.paste` is not None pasted into the image that it sent. When
     upscaling, the canvas consists of tiles and is `model_scale` times the size of the input; the client gets
     it at parameters.scale.
     """
@@ -115,6 +123,7 @@ class ResolvedRequest:
     canvas_height: int
     format: Format
     priority: int = 0
+    region: bool = False  # the whole canvas is a region of the image that the client gets
     label_name: str = ""  # the name of parameters.class_label, for models that read prompts
     model_scale: int = 0  # 0: the request does not upscale
     tiles: Tiles | None = None
@@ -179,9 +188,15 @@ class ResolvedRequest:
             prompt_weights=bool(parameters.prompt_weights),
             loras=parameters.lora_weights,
             latent_fill=self.latent_fill,
+            keeps_pixels=inputs.paste is None,
             variation=Variation(variation.seed, variation.strength) if variation else None,
             clip_skip=parameters.clip_skip or 1,
         )
+
+    @property
+    def used_size(self) -> tuple[int, int]:
+        """(width, height) of the part of the canvas that the client gets."""
+        return (self.canvas_width, self.canvas_height) if self.region else (self.width, self.height)
 
     def without_inputs(self) -> ResolvedRequest:
         """The request without its input images, which only the job needs."""

@@ -73,7 +73,8 @@ class Result:
         if resolved.tiles:
             return self._merged(parts)
         canvas = np.frombuffer(parts[0], np.uint8).reshape(resolved.canvas_height, resolved.canvas_width, 3)
-        return canvas[: resolved.height, : resolved.width]
+        (width, height), paste = resolved.used_size, resolved.inputs.paste
+        return paste.into(canvas[:height, :width]) if paste else canvas[:height, :width]
 
     def _merged(self, parts: tuple[bytes, ...]) -> Pixels:
         """The client's part of a canvas of tiles, at the requested scale."""
@@ -143,8 +144,15 @@ def timings_of(done: Done, total: float) -> dict[str, float]:
 def to_job_preview(resolved: ResolvedRequest, preview: Previewed) -> JobPreview:
     """A preview as an image file of the client's part of the canvas."""
     whole = np.frombuffer(preview.pixels, np.uint8).reshape(preview.height, preview.width, 3)
-    width = max(1, round(preview.width * resolved.width / resolved.canvas_width))
-    height = max(1, round(preview.height * resolved.height / resolved.canvas_height))
+    width, height = (
+        max(1, round(side * used / canvas))
+        for side, used, canvas in zip(
+            (preview.width, preview.height),
+            resolved.used_size,
+            (resolved.canvas_width, resolved.canvas_height),
+            strict=True,
+        )
+    )
     kind = resolved.previews.format
     file = images.encode(whole[:height, :width], kind)
     return JobPreview(

@@ -238,14 +238,61 @@ class GenerateRequest(SceneRequest):
     init_image: Annotated[ImageInput | None, Field(description=f"{IMAGE}; the image to start from")] = None
 
 
+class Extend(BaseModel):
+    """Pixels to paint beyond each side of an image."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    left: Annotated[int, Field(ge=0, le=MAX_SIDE)] = 0
+    top: Annotated[int, Field(ge=0, le=MAX_SIDE)] = 0
+    right: Annotated[int, Field(ge=0, le=MAX_SIDE)] = 0
+    bottom: Annotated[int, Field(ge=0, le=MAX_SIDE)] = 0
+
+    @property
+    def sides(self) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom."""
+        return self.left, self.top, self.right, self.bottom
+
+
+Area = Literal["whole", "masked"]
+Fill = Literal["original", "blur", "noise", "empty"]
+
+
 class InpaintRequest(SceneRequest):
-    """An image and a mask. The result has the image's size, and equals the image where the mask is black."""
+    """An image and a mask, or sides to extend it by. Where the mask is black, the image stays unchanged."""
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     image: Annotated[ImageInput, Field(description=IMAGE)]
     mask: Annotated[
-        ImageInput, Field(description=f"{IMAGE}, of the size of image; white marks the pixels to repaint")
-    ]
+        ImageInput | None,
+        Field(
+            description=f"{IMAGE}, of the size of image; white marks the pixels to repaint. Optional with "
+            "extend"
+        ),
+    ] = None
+    mask_blur: Annotated[
+        int, Field(ge=0, le=256, description="Pixels over which the repainted part fades into the image")
+    ] = 0
+    area: Annotated[
+        Area,
+        Field(
+            description="masked: generate only a region around the mask, at width x height, and paste it "
+            "into the image; for small details of large images"
+        ),
+    ] = "whole"
+    padding: Annotated[
+        int, Field(ge=0, le=MAX_SIDE, description="Pixels around the mask that area: masked includes")
+    ] = 32
+    fill: Annotated[
+        Fill,
+        Field(
+            description="What the masked pixels hold at the start: the image itself, the blurred colours "
+            "around them, noise, or nothing. At strength 1 it matters little"
+        ),
+    ] = "original"
+    extend: Annotated[
+        Extend | None, Field(description="Outpainting: pixels to paint beyond the sides of the image")
+    ] = None
 
 
 class UpscaleRequest(ImageRequest):

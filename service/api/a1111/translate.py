@@ -16,19 +16,19 @@ from PIL import Image
 from models.spec import ModelSpec
 from service.api.a1111 import infotext, options
 from service.api.a1111.checks import SETTINGS, check_unsupported
-from service.api.a1111.masking import MaskedImage, Region, paste_into, read_mask, region_of
+from service.api.a1111.masking import read_mask
 from service.api.a1111.resizing import resize
 from service.api.a1111.samplers import SamplerChoice
 from service.api.a1111.schemas import ImageToImage, Info, Processing, ProcessingResponse
 from service.api.a1111.session import A1111Session, timestamp
-from service.engine.job import LatentFill
 from service.errors import InvalidRequest
 from service.requests import images
 from service.requests.background import Submission
 from service.requests.checks import reads_tokens, require
+from service.requests.inpainting import MaskedImage
 from service.requests.resolve import TASKS_OF, build_request, coalesce, find_model, resolve
 from service.requests.resolved_request import Previews
-from service.requests.response import Answer, Result
+from service.requests.response import Answer
 from service.requests.schemas import GenerateRequest, ImageRequest, InpaintRequest
 
 VERSION = "ldm"
@@ -43,7 +43,7 @@ UNSUPPORTED_SYNTAX = {  # of prompts; each would change the image
     "alternation, [a|b]": re.compile(r"(?<!\\)\[[^\[\]|]*\|[^\[\]]*\]"),
 }
 WEIGHT = re.compile(r"(-?(\d+(\.\d+)?|\.\d+))")  # unambiguous: no backtracking on long texts
-LATENT_FILL: dict[int, LatentFill] = {2: "noise", 3: "zeros"}  # inpainting_fill: latent noise or nothing
+FILL = ("blur", "original", "noise", "empty")  # of inpainting_fill
 BLANK_MASK = "The mask is empty: the whole image was processed."
 
 
@@ -75,30 +75,21 @@ def inpaint_submission(
     """The submission of img2img with a mask. Raises as text_submission()."""
     spec = spec_for(body, InpaintRequest, session)
     warnings = tuple(check_unsupported(body, choice, spec))
-    size = size_of(body, original.image, session)
-    region: Region | None = None
-    if coalesce(body.inpaint_full_res, True):
-        region = region_of(original.mask, coalesce(body.inpaint_full_res_padding, 0), *size)
-        work = original.cropped(region).resized(*size)
-    else:
-        original = work = original.resized(*size, coalesce(body.resize_mode, 0))
-    blank = work.binary_mask.getbbox() is None
-    fields = fields_of(body, choice, spec, session) | {"width": None, "height": None}
-    fields |= {
-        "image": work.image if body.inpainting_fill == 1 else work.filled(),
-        "mask": Image.new("L", size, 255) if blank else work.binary_mask,  # paste_into() keeps the original
+    width, height = size_of(body, original.image, session)
+    image, mask = original.image, original.mask
+    if not coalesce(body.inpaint_full_res, True):
+        image, mask = (resize(each, width, height, coalesce(body.resize_mode, 0)) for each in (image, mask))
+    fields = fields_of(body, choice, spec, session) | {
+        "image": image,
+        "width": width,
+        "height": height,
+        "area": "masked" if coalesce(body.inpaint_full_res, True) else "whole",
+        "padding": coalesce(body.inpaint_full_res_padding, 0),
+        "fill": FILL[coalesce(body.inpainting_fill, 0)],
         "strength": strength_of(body),
     }
     request = build_request(InpaintRequest, fields)
-    paste = paste_into(original, region)
-
-    def encode(result: Result, index: int) -> bytes:
-        whole = np.asarray(paste(Image.fromarray(result.pixels(index))))
-        parameters = json.dumps(result.resolved.parameters.of_image(index))
-        return images.encode(whole, result.resolved.format, parameters)
-
-    fill = LATENT_FILL.get(body.inpainting_fill or 0, "image")
-    return Submission(request, previews=PREVIEWS, encode=encode, warnings=warnings, latent_fill=fill)
+    return Submission(request, previews=PREVIEWS, warnings=warnings, soft_mask=mask)
 
 
 def unchanged_answer(body: ImageToImage, choice: SamplerChoice, session: A1111Session) -> Answer:
@@ -307,8 +298,8 @@ def info_of(body: Processing, choice: SamplerChoice, answer: Answer) -> Info:
         subseed=subseeds[0],
         all_subseeds=subseeds,
         subseed_strength=variation.strength if variation else 0,
-        width=resolved.width,
-        height=resolved.height,
+        width=values.width or resolved.width,
+        height=values.height or resolved.height,
         sampler_name=choice.name,
         cfg_scale=values.guidance_scale,
         steps=values.steps,
@@ -332,7 +323,7 @@ def infotext_of(prompt: str, body: Processing, choice: SamplerChoice, answer: An
         "Schedule type": choice.scheduler_label,
         "CFG scale": values.guidance_scale,
         "Seed": values.seed_of(index),
-        "Size": f"{resolved.width}x{resolved.height}",
+        "Size": f"{values.width}x{values.height}",
         "Model": values.model,
         "Variation seed": variation.seed + index if variation else None,
         "Variation seed strength": variation.strength if variation else None,

@@ -5,19 +5,20 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from service.engine.events import Previewed
 from service.errors import InvalidRequest
 from service.requests import response
-from service.requests.resolve import resolve
+from service.requests.resolve import build_request, resolve
 from service.requests.schemas import InpaintRequest
 from service.settings import Settings
-from tests.checkpoints.tiny import tiny_spec
-from tests.helpers.clients import error_of, image_of
+from tests.checkpoints.tiny import scene_spec, tiny_spec
+from tests.helpers.clients import error_of, image_of, open_image
 from tests.helpers.images import base64_of, hole, noise, psnr
 
 SIZE = (50, 37)  # of no multiple of anything
@@ -121,3 +122,83 @@ def test_image_to_image_starts_from_the_image(server):
         assert answer.json()["warnings"] == []
     near, other_seed, far = images
     assert psnr(near, other_seed) > psnr(near, far)
+
+
+SENT, EDGE = noise(50, 37), hole((50, 37)).filter(ImageFilter.GaussianBlur(2))
+
+
+def inpainted(server, **changes) -> np.ndarray:
+    return image_of(server.client.post("/inpaint", json=body_of(**changes)))
+
+
+@pytest.mark.parametrize("area", ["whole", "masked"])
+@pytest.mark.parametrize("fill", ["original", "blur", "noise", "empty"])
+def test_outside_the_blurred_mask_pixels_come_back_as_sent(server, area, fill):
+    made = inpainted(server, mask_blur=2, area=area, padding=4, fill=fill)
+    outside = np.asarray(EDGE) == 0
+    assert (made[outside] == np.asarray(SENT)[outside]).all()
+    assert (made[~outside] != np.asarray(SENT)[~outside]).any()
+
+
+def test_every_option_changes_the_image(server):
+    bodies = [
+        {"strength": 0.5} | changes
+        for changes in ({}, {"mask_blur": 2}, {"area": "masked"}, {"fill": "blur"}, {"fill": "noise"})
+    ]
+    images = [inpainted(server, **body).tobytes() for body in bodies]
+    assert len(set(images)) == len(bodies)
+
+
+def test_a_masked_area_is_generated_at_the_requested_size(server):
+    body = body_of(area="masked", width=96, height=64, padding=3)
+    answer = server.client.post("/inpaint", json=body).json()["images"][0]
+    assert (answer["width"], answer["height"]) == SIZE
+    made = order(area="masked", width=96, height=64, padding=3)
+    assert (made.canvas_width, made.canvas_height, made.used_size) == (96, 64, (96, 64))
+    parameters = made.parameters.of_image(0)
+    assert {name: parameters[name] for name in ("area", "padding", "width", "height")} == {
+        "area": "masked", "padding": 3, "width": 96, "height": 64,
+    }  # fmt: skip
+
+
+def test_an_extended_image_needs_no_mask_and_holds_the_image(server):
+    body = {name: value for name, value in body_of().items() if name != "mask"}
+    extend = {"left": 10, "bottom": 20}
+    answer = server.client.post("/inpaint", json=body | {"extend": extend, "mask_blur": 1, "fill": "blur"})
+    made = image_of(answer)
+    assert made.shape == (57, 60, 3)
+    assert (made[:30, 18:] == np.asarray(SENT)[:30, 8:]).all()
+    parameters = json.loads(open_image(answer).text["parameters"])
+    assert parameters["extend"] == {"left": 10, "top": 0, "right": 0, "bottom": 20}
+    again = server.client.post("/inpaint", json=parameters | {"image": body["image"]})
+    assert (image_of(again) == made).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"area": "masked", "width": 97}, "width"),
+        ({"area": "some"}, "area"),
+        ({"extend": {"left": -1}}, "extend.left"),
+        ({"extend": {"left": 200}}, "extend"),
+        ({"extend": {"right": 6}, "width": 50}, "width"),
+        ({"mask": None, "extend": {}}, "mask"),
+        ({"mask_blur": 257}, "mask_blur"),
+        ({"fill": "white"}, "fill"),
+    ],
+)
+def test_an_invalid_option_is_refused_by_its_field(changes, param):
+    with pytest.raises(InvalidRequest) as refused:
+        resolve(
+            build_request(InpaintRequest, body_of(**changes)),
+            {"tiny": tiny_spec()},
+            Settings(max_pixels=10_000),
+        )
+    assert refused.value.param == param
+
+
+def test_boxes_are_refused_with_a_masked_area():
+    spec = replace(scene_spec(), name="tiny")
+    boxes = [{"name": "cat", "x": 0.0, "y": 0.0, "w": 1.0, "h": 1.0}]
+    with pytest.raises(InvalidRequest, match="area must be whole"):
+        resolve(InpaintRequest(**body_of(area="masked", boxes=boxes)), {"tiny": spec}, Settings())

@@ -51,6 +51,17 @@ def test_generate_starts_from_an_image_that_is_resized_with_a_warning(folder, ti
     assert read_image(folder / "a.png").size == (40, 24)
 
 
+def test_inpaint_extends_an_image_without_a_mask(folder, tiny):
+    sent = Image.effect_noise((40, 24), 90).convert("RGB")
+    sent.save("sent.png")
+    flags = ["--model", str(tiny), "--steps", "2", "-o", "c.png", "--extend", "8,0,16,0", "--mask-blur", "1"]
+    assert main(["inpaint", "sent.png", "-", "p", *flags, "--fill", "blur"]) == 0
+    made = read_image(folder / "c.png")
+    assert made.size == (64, 24)
+    middle = (5, 0, 35, 24)
+    assert made.crop((13, 0, 43, 24)).tobytes() == sent.crop(middle).tobytes()
+
+
 def test_inpaint_keeps_the_pixels_outside_the_mask(folder, tiny):
     sent = Image.effect_noise((40, 24), 90).convert("RGB")
     sent.save("sent.png")
