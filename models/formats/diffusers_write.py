@@ -130,7 +130,11 @@ MIDDLES = (None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn")  # by the number o
 
 def unet_config(spec: ModelSpec) -> Config:
     """Raises CheckpointError for a middle block that the layout cannot describe."""
-    unet = denoiser(spec)
+    return unet_options(denoiser(spec)) | {"sample_size": sample_size(spec)}
+
+
+def unet_options(unet: UNetSpec) -> Config:
+    """The same without the size of the latents."""
     full = unet.middle_res_blocks == len(MIDDLES) - 1
     if full and (not unet.middle_depth or unet.transformer_depth[-1] not in (0, unet.middle_depth)):
         raise CheckpointError(
@@ -145,7 +149,6 @@ def unet_config(spec: ModelSpec) -> Config:
         | {
             "_class_name": ONE_ENCODER["unet"],
             "_diffusers_version": DIFFUSERS_VERSION,
-            "sample_size": sample_size(spec),
             "in_channels": unet.in_channels,
             "out_channels": unet.out_channels,
             "block_out_channels": list(unet.channels),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from models.adapter_specs import ControlNetSpec
 from models.spec import AutoencoderSpec, UNetSpec
 
 UNET_ENDS = {
@@ -19,6 +20,16 @@ UNET_ENDS = {
     "out.2": "conv_out",
 }
 ADDED = {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
+HINT = "controlnet_cond_embedding"
+CONTROL_NET_ENDS = {
+    "input_hint_block.0": f"{HINT}.conv_in",
+    "middle_block_out.0": "controlnet_mid_block",
+    "types.task_embedding": "task_embedding",
+    "types.transformer_layes": "transformer_layes",
+    "types.spatial_ch_projs": "spatial_ch_projs",
+    "types.control_add_embedding.0": "control_add_embedding.linear_1",
+    "types.control_add_embedding.2": "control_add_embedding.linear_2",
+}
 RES_BLOCK = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -186,6 +197,23 @@ def unet(spec: UNetSpec) -> dict[str, str]:
     for number, place in enumerate(places):
         table |= res_block(f"middle_block.{place}", f"mid_block.resnets.{number}")
     return table
+
+
+def control_net(spec: ControlNetSpec) -> dict[str, str]:
+    """Native module -> file module of a ControlNet of this shape."""
+    convolutions = 2 * (len(spec.hint_widths) - 1)  # between the first and the last
+    return (
+        unet(spec.unet)
+        | CONTROL_NET_ENDS
+        | {f"input_hint_block.{2 * n + 2}": f"{HINT}.blocks.{n}" for n in range(convolutions)}
+        | {f"input_hint_block.{2 * convolutions + 2}": f"{HINT}.conv_out"}
+        | {f"zero_convs.{n}.0": f"controlnet_down_blocks.{n}" for n in range(input_blocks(spec.unet))}
+    )
+
+
+def input_blocks(spec: UNetSpec) -> int:
+    """How many input blocks a UNet has."""
+    return len(spec.channels) * (spec.res_blocks + 1)
 
 
 def autoencoder(spec: AutoencoderSpec) -> dict[str, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from models.networks.adapter_inputs import ImageTokens
 from models.networks.kernels import geglu, group_norm
 from models.networks.modules import module_list
 
@@ -19,15 +22,19 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.columns = slice(0, width)  # of this layer in ImageTokens
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, N, C), context (B, L, C_ctx) -> (B, N, C)."""
+    def forward(self, x: Tensor, context: Tensor | None = None, images: Sequence[ImageTokens] = ()) -> Tensor:
+        """x (B, N, C), context (B, L, C_ctx) -> (B, N, C). images: tokens that x attends to separately."""
         context = x if context is None else context
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        out: Tensor = self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        attended = scaled_dot_product_attention(q, k, v)
+        for image in images:
+            attended = attended + image.attend(q, self.columns)
+        out: Tensor = self.to_out(attended.transpose(1, 2).flatten(2))
         return out
 
 
@@ -93,10 +100,10 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, images: Sequence[ImageTokens] = ()) -> Tensor:
         """x (B, N, C), context (B, L, C_ctx) -> (B, N, C)."""
         x = x + self.attn1(self.norm1(x), context if self.cross_only else None)
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), context, images)
         out: Tensor = x + self.ff(self.norm3(x))
         return out
 
@@ -123,7 +130,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, images: Sequence[ImageTokens] = ()) -> Tensor:
         """x (B, C, h, w), context (B, L, C_ctx) -> (B, C, h, w)."""
         size = x.shape[-2:]
         y = group_norm(x, self.norm)
@@ -131,8 +138,21 @@ class SpatialTransformer(nn.Module):
         y = y.flatten(2).transpose(1, 2)  # (B, h*w, C)
         y = self.proj_in(y) if self.linear else y
         for block in self.transformer_blocks:
-            y = block(y, context)
+            y = block(y, context, images)
         y = self.proj_out(y) if self.linear else y
         y = y.transpose(1, 2).unflatten(2, size)  # (B, C, h, w)
         out: Tensor = x + (y if self.linear else self.proj_out(y))
         return out
+
+
+def cross_attentions(network: nn.Module) -> list[CrossAttention]:
+    """The layers of a network that attend to the context, in the network's order."""
+    return [block.attn2 for block in network.modules() if isinstance(block, TransformerBlock)]
+
+
+def number_columns(layers: Iterable[CrossAttention]) -> None:
+    """Give each layer its columns in ImageTokens, one layer after the other."""
+    start = 0
+    for layer in layers:
+        layer.columns = slice(start, start + layer.to_q.out_features)
+        start = layer.columns.stop

@@ -6,13 +6,19 @@ Module names equal the keys of the published CompVis checkpoints.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, silu
 
-from models.networks.attention import AttentionBlock, SpatialTransformer
+from models.networks.adapter_inputs import AdapterInputs, ImageTokens
+from models.networks.attention import (
+    AttentionBlock,
+    SpatialTransformer,
+    cross_attentions,
+    number_columns,
+)
 from models.networks.kernels import group_norm
 from models.networks.modules import first_norm, module_list
 from models.spec import UNetSpec
@@ -117,16 +123,21 @@ class Stage(nn.ModuleList):
         super().__init__(layers)
 
     def forward(
-        self, x: Tensor, emb: Tensor, context: Tensor | None, size: torch.Size | None = None
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor | None,
+        size: torch.Size | None = None,
+        images: Sequence[ImageTokens] = (),
     ) -> Tensor:
         """x (B, C_in, h, w), emb (B, E), context (B, L, C_ctx) -> (B, C_out, h', w'); size: (h', w')
-        after upsampling.
+        after upsampling; images: image tokens for cross-attention.
         """
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
+                x = layer(x, context, images)
             elif isinstance(layer, Upsample):
                 x = layer(x, size)
             else:
@@ -148,62 +159,111 @@ def attention(spec: UNetSpec, level: int, depth: int, cross_only: bool = False) 
     ]
 
 
+def res_block(
+    spec: UNetSpec, width_in: int, width_out: int, resize: Callable[[Tensor], Tensor] = same
+) -> ResBlock:
+    return ResBlock(width_in, width_out, 4 * spec.channels[0], spec.groups, spec.scale_shift_norm, resize)
+
+
+def time_layers(spec: UNetSpec) -> nn.Sequential:
+    """Embed the sinusoids of the timestep."""
+    width = spec.channels[0]
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
+
+
+def label_layers(spec: UNetSpec) -> nn.Module | None:
+    """Embed the noise level or the pooled vector; None where the UNet takes neither."""
+    embedding = 4 * spec.channels[0]
+    if spec.added_width:
+        layers = (nn.Linear(spec.added_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        return nn.Sequential(nn.Sequential(*layers))
+    return nn.Embedding(spec.noise_levels, embedding) if spec.noise_levels else None
+
+
+def skip_widths(spec: UNetSpec) -> list[int]:
+    """Channels of the output of each input block, which are the skip connections."""
+    widths = [spec.channels[0]]
+    for level, width in enumerate(spec.channels):
+        widths += [width] * (spec.res_blocks + (level < len(spec.channels) - 1))
+    return widths
+
+
+def crosses_only(spec: UNetSpec, level: int) -> bool:
+    return bool(spec.cross_only and spec.cross_only[level])
+
+
+def down_stages(spec: UNetSpec) -> Iterator[Stage]:
+    """The input blocks."""
+    width = spec.channels[0]
+    yield Stage(nn.Conv2d(spec.in_channels, width, 3, padding=1))
+    for level, after in enumerate(spec.channels):
+        for _ in range(spec.res_blocks):
+            blocks = attention(spec, level, spec.transformer_depth[level], crosses_only(spec, level))
+            yield Stage(res_block(spec, width, after), *blocks)
+            width = after
+        if level < len(spec.channels) - 1:
+            yield Stage(
+                res_block(spec, width, width, halve) if spec.residual_resampling else Downsample(width)
+            )
+
+
+def middle_stage(spec: UNetSpec) -> Stage:
+    width = spec.channels[-1]
+    layers: list[nn.Module] = [res_block(spec, width, width) for _ in range(spec.middle_res_blocks)]
+    if spec.middle_res_blocks == 2:
+        layers[1:1] = attention(spec, len(spec.channels) - 1, spec.middle_depth)
+    return Stage(*layers)
+
+
+def up_stages(spec: UNetSpec) -> Iterator[Stage]:
+    """The output blocks."""
+    skips, before = skip_widths(spec), spec.channels[-1]
+    for level, width in reversed(list(enumerate(spec.channels))):
+        for index in range(spec.res_blocks + 1):
+            blocks = attention(spec, level, spec.up_depth(level, index), crosses_only(spec, level))
+            first, before = res_block(spec, before + skips.pop(), width), width
+            if level and index == spec.res_blocks:
+                blocks.append(
+                    res_block(spec, width, width, double) if spec.residual_resampling else Upsample(width)
+                )
+            yield Stage(first, *blocks)
+
+
+def embed(
+    spec: UNetSpec,
+    time_embed: nn.Sequential,
+    label_emb: nn.Module | None,
+    t: Tensor,
+    pooled: Tensor | None,
+    noise_level: Tensor | None = None,
+) -> Tensor:
+    """The embedding (B, E) of the timestep and of the pooled vector or noise level, one of each per row."""
+    dtype = time_embed[0].weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    emb: Tensor = time_embed(timestep_embedding(t, spec.channels[0]).to(dtype))
+    if label_emb is not None and pooled is not None:
+        emb = emb + label_emb(pooled.to(dtype))
+    if label_emb is not None and noise_level is not None:
+        emb = emb + label_emb(noise_level)
+    return emb
+
+
 class UNet(nn.Module):
     """Predicts eps or v of a noised latent from its timestep, context, pooled vector and noise level."""
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
         self.spec = spec
-        width, embedding = spec.channels[0], 4 * spec.channels[0]
-        levels = range(len(spec.channels))
-        cross_only = spec.cross_only or (False,) * len(levels)
-
-        def res_block(width_in: int, width_out: int, resize: Callable[[Tensor], Tensor] = same) -> ResBlock:
-            return ResBlock(width_in, width_out, embedding, spec.groups, spec.scale_shift_norm, resize)
-
-        self.time_embed = nn.Sequential(
-            nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
-        )
-        self.label_emb: nn.Embedding | nn.Sequential
-        if spec.noise_levels:
-            self.label_emb = nn.Embedding(spec.noise_levels, embedding)
-        if spec.added_width:
-            embed = (nn.Linear(spec.added_width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-            self.label_emb = nn.Sequential(nn.Sequential(*embed))
-        down = [Stage(nn.Conv2d(spec.in_channels, width, 3, padding=1))]
-        skips = [width]  # widths of the skip connections to the upward path
-        for level in levels:
-            for _ in range(spec.res_blocks):
-                blocks = attention(spec, level, spec.transformer_depth[level], cross_only[level])
-                down.append(Stage(res_block(width, spec.channels[level]), *blocks))
-                width = spec.channels[level]
-                skips.append(width)
-            if level != levels[-1]:
-                halving = res_block(width, width, halve) if spec.residual_resampling else Downsample(width)
-                down.append(Stage(halving))
-                skips.append(width)
-        self.input_blocks = module_list(down)
-
-        middle: list[nn.Module] = [res_block(width, width) for _ in range(spec.middle_res_blocks)]
-        if spec.middle_res_blocks == 2:
-            middle[1:1] = attention(spec, levels[-1], spec.middle_depth)
-        self.middle_block = Stage(*middle)
-
-        up = []
-        for level in reversed(levels):
-            for index in range(spec.res_blocks + 1):
-                blocks = attention(spec, level, spec.up_depth(level, index), cross_only[level])
-                first, width = res_block(width + skips.pop(), spec.channels[level]), spec.channels[level]
-                if level and index == spec.res_blocks:
-                    blocks.append(
-                        res_block(width, width, double) if spec.residual_resampling else Upsample(width)
-                    )
-                up.append(Stage(first, *blocks))
-        self.output_blocks = module_list(up)
-
+        self.time_embed = time_layers(spec)
+        self.label_emb = label_layers(spec)
+        self.input_blocks = module_list(down_stages(spec))
+        self.middle_block = middle_stage(spec)
+        self.output_blocks = module_list(up_stages(spec))
+        width = spec.channels[0]
         self.out = nn.Sequential(
             nn.GroupNorm(spec.groups, width), nn.SiLU(), nn.Conv2d(width, spec.out_channels, 3, padding=1)
         )
+        number_columns(cross_attentions(self))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -217,26 +277,26 @@ class UNet(nn.Module):
         context: Tensor | None = None,
         pooled: Tensor | None = None,
         noise_level: Tensor | None = None,
+        adapters: AdapterInputs | None = None,
     ) -> Tensor:
         """x (B, C_in, h, w) with the concat channels, t (B,) -> (B, C_out, h, w).
 
         context: (B, L, C_ctx); pooled: (B, spec.added_width), added to the timestep embedding; noise_level:
-        (B,).
+        (B,); adapters: inputs of B rows from adapters.
         """
-        emb = self.time_embed(timestep_embedding(t, self.spec.channels[0]).to(self.dtype))  # (B, E)
-        if pooled is not None:
-            emb = emb + self.label_emb(pooled.to(self.dtype))
-        if noise_level is not None:
-            emb = emb + self.label_emb(noise_level)
+        emb = embed(self.spec, self.time_embed, self.label_emb, t, pooled, noise_level)
+        adapters = adapters or AdapterInputs()
+        images = adapters.images
         x = x.to(self.dtype)
         context = None if context is None else context.to(self.dtype)
         skips = []
-        for stage in self.input_blocks:
-            x = stage(x, emb, context)
+        for index, stage in enumerate(self.input_blocks):
+            x = adapters.after_block(index, stage(x, emb, context, images=images))
             skips.append(x)
-        x = self.middle_block(x, emb, context)
+        x = adapters.after_middle(self.middle_block(x, emb, context, images=images))
+        skips = adapters.after_encoder(skips)
         for stage in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, emb, context, skips[-1].shape[-2:] if skips else None)
+            x = stage(x, emb, context, skips[-1].shape[-2:] if skips else None, images)
         out: Tensor = self.out[2](group_norm(x, first_norm(self.out), activate=True))
         return out

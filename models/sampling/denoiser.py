@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models.networks.adapter_inputs import AdapterInputs
 from models.sampling.schedule import Schedule
 
 
@@ -29,15 +30,17 @@ class Denoiser:
         concat_channels: Tensor | None = None,
         alpha_sigma: Tensor | None = None,
         noise_level: Tensor | None = None,
+        adapters: AdapterInputs | None = None,
     ) -> Tensor:
         """x (B, C, h, w), t (B,) -> eps (B, C, h, w), float32.
 
         context: (B, L, C_ctx), for cross-attention; pooled: (B, P), added to the timestep embedding;
         concat_channels: (B, C', h, w), concatenated to x; alpha_sigma: (B, 2), of x, required for fractional
-        timesteps; noise_level: (B,), of the low-resolution image in concat_channels.
+        timesteps; noise_level: (B,), of the low-resolution image in concat_channels; adapters: inputs
+        from adapters.
         """
         x_in = x if concat_channels is None else torch.cat([x, concat_channels.to(x.dtype)], dim=1)
-        out: Tensor = self.unet(x_in, t, context, pooled, noise_level).float()
+        out: Tensor = self.unet(x_in, t, context, pooled, noise_level, adapters).float()
         if self.schedule.spec.prediction == "v_prediction":
             return self.eps_from_v(out, x, t, alpha_sigma)
         return out
