@@ -7,7 +7,7 @@ per level, finest level first.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Prediction = Literal["epsilon", "v_prediction"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
@@ -213,6 +213,19 @@ class Defaults:
     noise_level: int = 0  # of upscaling
 
 
+class ControlOption(NamedTuple):
+    """A control that requests can use with a model.
+
+    kind: such as "ControlNet"; types: the control types of a network for several, of which every use names
+    one; inpainting: its image is the input image, with the mask marked in it.
+    """
+
+    name: str
+    kind: str
+    types: tuple[str, ...] = ()
+    inpainting: bool = False
+
+
 def as_tuples(value: Any) -> Any:
     """A value with tuples in place of lists, which messages between processes have."""
     return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
@@ -244,6 +257,8 @@ class ModelSpec:
     loras: tuple[str, ...] = ()  # names of the LoRAs that requests can use
     lora_warnings: tuple[str, ...] = ()  # for each of them: what of its file the model ignores, or ""
     embeddings: tuple[str, ...] = ()  # names of textual inversion embeddings: words that prompts can use
+    controls: tuple[ControlOption, ...] = ()  # ControlNets and T2I-Adapters that requests can use
+    reference_adapters: tuple[str, ...] = ()  # names of the IP-Adapters that requests can use
 
     @property
     def unet_spec(self) -> UNetSpec:
@@ -375,6 +390,8 @@ class ModelSpec:
             loras=tuple(d["loras"]),
             lora_warnings=tuple(d["lora_warnings"]),
             embeddings=tuple(d["embeddings"]),
+            controls=tuple(ControlOption(*as_tuples(control)) for control in d["controls"]),
+            reference_adapters=tuple(d["reference_adapters"]),
             upscaling=d["upscaling"]
             and UpscalingSpec(**d["upscaling"] | {"noise": build(ScheduleSpec, d["upscaling"]["noise"])}),
             condition=build(CONDITIONS[d["kind"]], d["condition"]) if "kind" in d else None,

@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route, compile_path
 from starlette.types import Scope
 
-from service.api import activity, docs, health, jobs, native, openapi, page
+from service.api import activity, docs, health, jobs, native, openapi, page, preprocess
 from service.api.a1111 import routes as a1111
 from service.api.a1111.session import A1111Session
 from service.api.auth import keys_of, require_key
@@ -51,7 +51,7 @@ FRAMEWORK_ERRORS: dict[int, type[ServiceError]] = {
 
 # If API keys are set, these routes need one. PUBLIC routes never do: they reveal nothing about requests.
 # /metrics has only counts, and Prometheus often has no key.
-KEYED = (native.router, jobs.router, activity.router, openai.router, a1111.router)
+KEYED = (native.router, preprocess.router, jobs.router, activity.router, openai.router, a1111.router)
 PUBLIC = (health.router, docs.router, openai.file_router)
 
 CORS_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")

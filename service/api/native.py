@@ -19,6 +19,7 @@ from service.requests.extras import extras_of
 from service.requests.images import MEDIA_TYPES
 from service.requests.schemas import (
     AnyRequest,
+    Control,
     GenerateRequest,
     GenerateResponse,
     InpaintRequest,
@@ -157,6 +158,9 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
         loras=list(spec.loras),
         embeddings=list(spec.embeddings),
         extras=extras_of(spec),
+        controls=[option.name for option in spec.controls],
+        control_details=[Control(**option._asdict()) for option in spec.controls],
+        reference_adapters=list(spec.reference_adapters),
         defaults=ModelDefaults(**asdict(spec.defaults), spacing=spec.schedule.spacing),
         limits=ModelLimits(
             size_multiple=spec.size_multiple,

@@ -13,6 +13,7 @@ from models.spec import Spacing
 MAX_SEED = 2**64 - 1  # the largest seed of a random number generator
 
 LatentFill = Literal["image", "noise", "zeros"]
+ControlMode = Literal["balanced", "prompt", "control"]
 
 
 class LoraWeights(NamedTuple):
@@ -42,6 +43,36 @@ class Variation(NamedTuple):
 
     seed: int  # of image 0; image i takes seed + i
     strength: float  # above 0; 1: the other seed's noise alone
+
+
+@dataclass(frozen=True)
+class JobControl:
+    """A control of a job's images. image: height x width x 3 bytes, of the size of the job's images.
+
+    scale: factor of what it adds to the UNet; start, end: the part of the run in which it acts; mode: as in
+    the request; type: the control type, of a network for several.
+    """
+
+    name: str
+    image: bytes
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: ControlMode = "balanced"
+    type: str | None = None
+
+
+@dataclass(frozen=True)
+class JobReference:
+    """A reference image of a job. image: height x width x 3 bytes; the other fields are as in JobControl."""
+
+    adapter: str
+    image: bytes
+    width: int
+    height: int
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +118,8 @@ class Job:
     keeps_pixels: bool = True  # the finished image has the input image's pixels outside the mask
     variation: Variation | None = None
     clip_skip: int = 1  # the text encoders leave out clip_skip - 1 layers more than the model does
+    controls: tuple[JobControl, ...] = ()
+    references: tuple[JobReference, ...] = ()
 
     def image_seed(self, image: int) -> int:
         """The seed of an image's generator: with a variation all images have the same."""

@@ -56,7 +56,10 @@ def check_conditions(request: GenerateRequest | InpaintRequest, spec: ModelSpec)
     for name in given:
         supported = name in spec.inputs and TASK_OF_CONDITION[name] in spec.tasks
         require([(name, supported, f"is not supported by this model; supported inputs: {inputs}")])
-    is_empty = isinstance(request, GenerateRequest) and request.prompt is None and request.init_image is None
+    has_image = bool(request.controls or request.reference_images) or (
+        isinstance(request, GenerateRequest) and request.init_image is not None
+    )
+    is_empty = isinstance(request, GenerateRequest) and request.prompt is None and not has_image
     unconditioned = not given and bool(spec.inputs) and (is_empty or not spec.reads_prompts)
     required = spec.inputs[0] if spec.inputs else "prompt"
     require(

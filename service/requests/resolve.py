@@ -20,9 +20,17 @@ from service.engine.job import LatentFill
 from service.errors import InvalidRequest, NotFound
 from service.requests import checks, images, labels
 from service.requests.checks import require, shorten
+from service.requests.controls import with_controls
 from service.requests.images import Format
 from service.requests.inpainting import MaskedImage, Paste, blurred, extended, region_of
-from service.requests.resolved_request import NO_PREVIEWS, Parameters, Previews, ResolvedRequest
+from service.requests.resolved_request import (
+    NO_PREVIEWS,
+    Parameters,
+    Previews,
+    ResolvedRequest,
+    with_inputs,
+    with_parameters,
+)
 from service.requests.schemas import (
     AnyRequest,
     GenerateRequest,
@@ -85,6 +93,7 @@ def resolve(
         else:
             resolved = text_to_image(request, spec, settings)
         resolved = with_layout(resolved, request, spec, settings)
+        resolved = with_controls(resolved, request, spec, settings)
     checks.check_task(spec, (resolved.task,))
     if request.guidance_scale is None and not is_guided(resolved, spec):  # the same image with half the rows
         resolved = with_parameters(resolved, guidance_scale=1.0)
@@ -359,15 +368,8 @@ def is_guided(resolved: ResolvedRequest, spec: ModelSpec) -> bool:
     """Whether the conditional and the unconditional prediction can differ."""
     inputs, prompt, negative = resolved.inputs, resolved.prompt, resolved.negative_prompt
     conditioned = inputs.regions or inputs.boxes or resolved.parameters.class_label is not None
-    return bool(conditioned or (spec.zero_null and not negative) or prompt != negative)
-
-
-def with_parameters(resolved: ResolvedRequest, **changes: Any) -> ResolvedRequest:
-    return replace(resolved, parameters=resolved.parameters.model_copy(update=changes))
-
-
-def with_inputs(resolved: ResolvedRequest, **changes: Any) -> ResolvedRequest:
-    return replace(resolved, inputs=replace(resolved.inputs, **changes))
+    guided_by_image = inputs.references or any(control.mode == "control" for control in inputs.controls)
+    return bool(conditioned or guided_by_image or (spec.zero_null and not negative) or prompt != negative)
 
 
 def round_up(side: int, multiple: int) -> int:

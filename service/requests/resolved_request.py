@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from models.conditioning.boxes import Box as NumberedBox
 from models.spec import Spacing
 from models.tiles import Tiles
-from service.engine.job import Job, LatentFill, LoraWeights, Variation
+from service.engine.job import Job, JobControl, JobReference, LatentFill, LoraWeights, Variation
+from service.requests.control_schemas import ControlSettings, ReferenceSettings
 from service.requests.extras import EXTRAS
 from service.requests.images import Format
 from service.requests.inpainting import Paste
@@ -53,6 +55,8 @@ class Parameters(BaseModel):
     padding: int | None = None
     fill: Fill | None = None
     extend: Extend | None = None
+    controls: list[ControlSettings] | None = None
+    reference_images: list[ReferenceSettings] | None = None
 
     @property
     def lora_weights(self) -> tuple[LoraWeights, ...]:
@@ -96,13 +100,18 @@ NO_PREVIEWS = Previews()
 
 @dataclass(frozen=True)
 class Inputs:
-    """Input images and layouts, in the formats that Job describes; where a repainted image is pasted."""
+    """Input images, layouts and controls, in the formats that Job describes.
+
+    paste: where a repainted image is pasted.
+    """
 
     image: bytes = b""
     mask: bytes = b""
     regions: bytes = b""
     boxes: tuple[NumberedBox, ...] = ()
     paste: Paste | None = None
+    controls: tuple[JobControl, ...] = ()
+    references: tuple[JobReference, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,8 @@ class ResolvedRequest:
             return "layout-to-image"
         if self.parameters.class_label is not None:
             return "class-to-image"
-        return "text-to-image" if self.prompt else "unconditional"
+        conditioned = self.prompt or self.inputs.controls or self.inputs.references
+        return "text-to-image" if conditioned else "unconditional"
 
     def to_job(self) -> Job:
         """The job for the engine."""
@@ -191,6 +201,8 @@ class ResolvedRequest:
             keeps_pixels=inputs.paste is None,
             variation=Variation(variation.seed, variation.strength) if variation else None,
             clip_skip=parameters.clip_skip or 1,
+            controls=tuple(control for control in inputs.controls if control.scale),
+            references=tuple(reference for reference in inputs.references if reference.scale),
         )
 
     @property
@@ -198,6 +210,18 @@ class ResolvedRequest:
         """(width, height) of the part of the canvas that the client gets."""
         return (self.canvas_width, self.canvas_height) if self.region else (self.width, self.height)
 
+    def with_warnings(self, warnings: Iterable[str]) -> ResolvedRequest:
+        """The request with more warnings for the client."""
+        return replace(self, warnings=(*self.warnings, *warnings))
+
     def without_inputs(self) -> ResolvedRequest:
         """The request without its input images, which only the job needs."""
         return replace(self, inputs=Inputs())
+
+
+def with_parameters(resolved: ResolvedRequest, **changes: Any) -> ResolvedRequest:
+    return replace(resolved, parameters=resolved.parameters.model_copy(update=changes))
+
+
+def with_inputs(resolved: ResolvedRequest, **changes: Any) -> ResolvedRequest:
+    return replace(resolved, inputs=replace(resolved.inputs, **changes))

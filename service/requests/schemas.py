@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from PIL import Image
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
-from pydantic_core import CoreSchema, core_schema
 
 from models.spec import Spacing
 from service.engine.job import MAX_SEED
-from service.requests.images import Format, ImageSource
+from service.requests.control_schemas import MAX_CONTROLS, MAX_REFERENCES, ControlInput, ReferenceInput
+from service.requests.image_field import IMAGE, ImageInput
+from service.requests.images import Format
 from service.worker.progress import Stage
 
 MAX_SIDE = 8192
@@ -34,20 +33,6 @@ def not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be blank")
     return text
-
-
-IMAGE = "A PNG, JPEG or WebP file in base64 or as a data: URL"
-
-
-class _ImageSourceSchema:
-    """An image is text in the API; inside the service it may also be the bytes of a file, or pixels."""
-
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_wrap_validator_function(self.validate, core_schema.str_schema(strict=True))
-
-    @staticmethod
-    def validate(value: object, read_text: ValidatorFunctionWrapHandler) -> object:
-        return value if isinstance(value, bytes | Image.Image) else read_text(value)
 
 
 def label_or_error(value: object, read: ValidatorFunctionWrapHandler) -> object:
@@ -69,7 +54,6 @@ SeedInput = Annotated[int, Field(ge=-1), AfterValidator(within_seeds)]
 LabelInput = Annotated[
     Annotated[int, Field(ge=0)] | Annotated[str, Field(max_length=200)], WrapValidator(label_or_error)
 ]
-ImageInput = Annotated[ImageSource, _ImageSourceSchema()]
 
 
 class LabelBox(BaseModel):
@@ -223,6 +207,14 @@ class SceneRequest(ImageRequest):
         ImageInput | None,
         Field(description=f"{IMAGE}: layout by label colours, black where there is no label"),
     ] = None
+    controls: Annotated[
+        list[ControlInput] | None,
+        Field(max_length=MAX_CONTROLS, description="Images that guide the layout; several add up"),
+    ] = None
+    reference_images: Annotated[
+        list[ReferenceInput] | None,
+        Field(max_length=MAX_REFERENCES, description="Images whose content or style is taken up"),
+    ] = None
 
 
 class GenerateRequest(SceneRequest):
@@ -231,8 +223,8 @@ class GenerateRequest(SceneRequest):
     prompt: Annotated[
         Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(not_blank)] | None,
         Field(
-            description="Optional with class_label, boxes or segmentation, whose labels' names then become "
-            "the prompt"
+            description="Optional with an image in another field, and with class_label, boxes or "
+            "segmentation, whose labels' names then become the prompt"
         ),
     ] = None
     init_image: Annotated[ImageInput | None, Field(description=f"{IMAGE}; the image to start from")] = None
@@ -454,6 +446,15 @@ class Upscaling(BaseModel):
     max_noise_level: Annotated[int, Field(description="0: the model adds no noise")]
 
 
+class Control(BaseModel):
+    name: str
+    kind: Annotated[str, Field(description="ControlNet or T2I-Adapter")]
+    types: Annotated[
+        list[str], Field(description="Values of `type`, of which each use needs one; empty: it has one type")
+    ]
+    inpainting: Annotated[bool, Field(description="Needs a mask, so it works with POST /inpaint alone")]
+
+
 class Model(BaseModel):
     name: str
     tasks: list[str]
@@ -486,6 +487,9 @@ class Model(BaseModel):
     extras: Annotated[
         list[str], Field(description="Optional fields of requests that this model supports, by name")
     ]
+    controls: Annotated[list[str], Field(description="Names for `controls`")]
+    control_details: Annotated[list[Control], Field(description="What each of `controls` is")]
+    reference_adapters: Annotated[list[str], Field(description="Names for `reference_images`")]
     defaults: ModelDefaults
     limits: ModelLimits
     samplers: list[str]

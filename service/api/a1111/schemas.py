@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
-from service.requests.schemas import IMAGE
+from service.requests.image_field import IMAGE
 
 
 def serialisable(value: Any) -> Any:
