@@ -8,7 +8,8 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from models.networks.attention_backends import attend
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -31,7 +32,7 @@ class ImageTokens:
         k, v = (
             x[..., columns].unflatten(-1, (heads, -1)).transpose(1, 2) for x in (self.keys, self.values)
         )  # (R, heads, n, d)
-        return self.scales.to(q.dtype)[:, None, None, None] * scaled_dot_product_attention(q, k, v)
+        return self.scales.to(q.dtype)[:, None, None, None] * attend(q, k, v)
 
 
 @dataclass(frozen=True)

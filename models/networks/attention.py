@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from models.networks.adapter_inputs import ImageTokens
+from models.networks.attention_backends import attend
 from models.networks.kernels import geglu, group_norm
 from models.networks.modules import module_list
 
@@ -31,7 +31,7 @@ class CrossAttention(nn.Module):
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        attended = scaled_dot_product_attention(q, k, v)
+        attended = attend(q, k, v)
         for image in images:
             attended = attended + image.attend(q, self.columns)
         out: Tensor = self.to_out(attended.transpose(1, 2).flatten(2))
@@ -53,7 +53,7 @@ class AttentionBlock(nn.Module):
         y = self.qkv(group_norm(x, self.norm).flatten(2))  # (B, 3 C, h*w)
         # The published weights hold q, k and v of the first head, then those of the next.
         y = y.unflatten(1, (self.heads, 3, -1)).transpose(-1, -2)  # (B, heads, 3, h*w, C / heads)
-        y = scaled_dot_product_attention(*y.unbind(2)).transpose(-1, -2).flatten(1, 2)  # (B, C, h*w)
+        y = attend(*y.unbind(2)).transpose(-1, -2).flatten(1, 2)  # (B, C, h*w)
         out: Tensor = x + self.proj_out(y).unflatten(2, x.shape[-2:])
         return out
 

@@ -14,9 +14,9 @@ from torch.nn.functional import (
     pad,
     pixel_shuffle,
     pixel_unshuffle,
-    scaled_dot_product_attention,
 )
 
+from models.networks.attention_backends import attend
 from models.networks.kernels import group_norm
 from models.networks.modules import module_list
 from models.spec import AutoencoderSpec
@@ -65,7 +65,7 @@ class AttentionBlock(nn.Module):
         y = group_norm(x, self.norm)
         # each (B, 1, h*w, C): one head
         q, k, v = (conv(y).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
-        y = scaled_dot_product_attention(q, k, v)  # (B, 1, h*w, C)
+        y = attend(q, k, v)  # (B, 1, h*w, C)
         out: Tensor = x + self.proj_out(y[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
         return out
 
@@ -121,9 +121,9 @@ class Level(nn.Module):
         self.attn = module_list(AttentionBlock(width_out, groups) for _ in self.block if attends)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block, attend in zip_longest(self.block, self.attn):
+        for block, attention in zip_longest(self.block, self.attn):
             x = block(x)
-            x = attend(x) if attend else x
+            x = attention(x) if attention else x
         if hasattr(self, "downsample"):
             x = self.downsample(x)
         elif hasattr(self, "upsample"):

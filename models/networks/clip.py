@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
 
+from models.networks.attention_backends import attend
 from models.networks.modules import module_list
 from models.spec import TextSpec
 
@@ -55,7 +56,7 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, n, C / heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = attend(q, k, v, causal=True)
         out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return out
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from models.networks.attention_backends import attend
 from models.networks.modules import module_list
 from models.spec import TokenSpec
 
@@ -30,7 +30,7 @@ class TokenAttention(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, head_width)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        out: Tensor = self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out: Tensor = self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
         return out
 
 

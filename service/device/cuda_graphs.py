@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from service.device.graphs import Function, Inputs
 from service.device.tensor_tree import map_tensors, tensors_of
 from service.errors import CaptureFailed
+
+Pool = Any  # torch's handle of a memory pool
 
 WARM_UPS = 2  # calls before a capture, in which libraries choose kernels and allocate workspaces
 
@@ -76,9 +79,7 @@ class CudaRecording:
 
 
 @contextmanager
-def capturing(
-    graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.cuda.Stream
-) -> Iterator[None]:
+def capturing(graph: torch.cuda.CUDAGraph, pool: Pool, stream: torch.cuda.Stream) -> Iterator[None]:
     """Capture the calls made inside this context.
 
     As torch.cuda.graph, but the current stream is restored after any failure, and a capture that cannot be
