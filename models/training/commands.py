@@ -16,6 +16,7 @@ from torch import Tensor
 from models import checkpoint
 from models.latent_diffusion import LatentDiffusion
 from models.networks.autoencoder import Autoencoder
+from models.networks.control_net import ControlNet
 from models.spec import AutoencoderSpec
 from models.training.presets import AUTOENCODER, DEFAULTS, SHARP_AUTOENCODER, TOKENS
 from models.training.trainer import Budget
@@ -162,6 +163,28 @@ def trained_upscaler(args: argparse.Namespace) -> LatentDiffusion:
     return LatentDiffusion(spec, unet, autoencoder, None)
 
 
+def train_control(args: argparse.Namespace) -> bool:
+    from models.training import control
+
+    device = torch.device(args.device)
+    model = checkpoint.load(args.start, device)
+    names = read_names(args.names or args.start / "names.txt")
+    data = cached(
+        args.state / "control_scenes.pt", lambda: control.draw_data(model, names, args.scenes, 4, device)
+    )
+    return control.train(model, data, budget_of(args), args.state / "control.pt", device)
+
+
+def export_control(args: argparse.Namespace) -> None:
+    from models.adapters.control_net import save_control
+    from models.training.control import control_spec
+
+    spec = checkpoint.read_spec(args.start)
+    network = ControlNet(control_spec(spec.unet_spec, spec.autoencoder.latent_channels))
+    network.load_state_dict(averaged(args.state / "control.pt"))
+    save_control(network, args.output)
+
+
 def trained(spec: AutoencoderSpec, state: Path) -> Autoencoder:
     """The autoencoder of a finished run."""
     autoencoder = Autoencoder(spec).requires_grad_(False).eval()
@@ -193,10 +216,13 @@ def cached(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from models.training import evaluate, evaluate_upscaler
+    from models.training import evaluate, evaluate_control, evaluate_upscaler
 
     model = loaded(args)
-    if "upscaling" in model.spec.tasks:
+    if args.control:
+        control, steps = control_of(args, model), args.steps or model.spec.defaults.steps
+        lines = evaluate_control.report(model, control, names_of(args), args.count, steps)
+    elif "upscaling" in model.spec.tasks:
         lines = evaluate_upscaler.report(model, args.count, args.steps or model.spec.defaults.steps)
     else:
         steps, scale = args.steps or DEFAULTS.steps, args.guidance_scale
@@ -206,12 +232,14 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def draw_sheets(args: argparse.Namespace) -> None:
-    from models.training import evaluate_upscaler, sheet
+    from models.training import evaluate_control, evaluate_upscaler, sheet
 
     args.output.mkdir(parents=True, exist_ok=True)
     model = loaded(args)
     steps = args.steps or model.spec.defaults.steps
-    if "upscaling" in model.spec.tasks:
+    if args.control:
+        drawn = evaluate_control.sheets(model, control_of(args, model), names_of(args), steps)
+    elif "upscaling" in model.spec.tasks:
         drawn = evaluate_upscaler.sheets(model, steps)
     else:
         drawn = sheet.sheets(model, names_of(args), steps)
@@ -222,6 +250,13 @@ def draw_sheets(args: argparse.Namespace) -> None:
 def loaded(args: argparse.Namespace) -> LatentDiffusion:
     """The model that the arguments name."""
     return checkpoint.load(args.model, args.device, getattr(torch, args.dtype))
+
+
+def control_of(args: argparse.Namespace, model: LatentDiffusion) -> ControlNet:
+    """The ControlNet that --control names."""
+    from models.adapters.control_net import open_control
+
+    return open_control(args.control, model.spec, args.device, getattr(torch, args.dtype)).network
 
 
 def names_of(args: argparse.Namespace) -> list[str]:
