@@ -141,11 +141,12 @@ for kernel, given, fixed in (
     (k.gate_values, dict(x=half, out=half, width=whole), dict(span=k.MAX_GEGLU_BLOCK)),
 ):
     source = ASTSource(kernel, given | dict.fromkeys(fixed, "constexpr"), fixed)
-    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    for architecture in (80, 89, 90):  # A100, L40S and RTX 40, H100 and H200
+        assert compile(source, target=GPUTarget("cuda", architecture, 32)).asm["cubin"]
 """
 
 
-def test_the_kernels_compile_for_an_h100(tmp_path):
+def test_the_kernels_compile_for_gpus_of_three_generations(tmp_path):
     """With the assembler that comes with Triton; this needs no GPU and runs nothing on one."""
     pytest.importorskip("triton", reason=NEEDS_TRITON)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
