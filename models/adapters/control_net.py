@@ -3,25 +3,24 @@
     open_control()      the network at a path
     Control.prepare()   once for each control image: its embedding
     Control.inputs()    at each step: the residuals of some rows
-    weights(), scaled() how strongly each residual acts on a row
-    is_active()         whether a control acts at a step
 
-Where implementations differ, `diffusers` is followed: the ramp of the modes "prompt" and "control" is its
-guess mode's, and a window contains the steps that lie in it completely. A1111's ramp is 0.825^(12 - i) for
-residual i, and its controls act one step longer.
+controls.py has what controls of all kinds share.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.adapter_specs import ControlNetSpec
+from models.adapters import t2i_adapter
+from models.adapters.controls import Control, Rows, is_active, masked, scaled, weights
+from models.adapters.derived_control import derived
 from models.checkpoint.meta import shapes_only
 from models.checkpoint.parts import Part, assign, mismatches
 from models.checkpoint.saving import renamed, write_network
@@ -32,117 +31,55 @@ from models.formats.config_files import read_json
 from models.formats.diffusers_read import translated
 from models.networks.adapter_inputs import AdapterInputs
 from models.networks.control_net import ControlNet
-from models.networks.unet import skip_widths
-from models.spec import ModelSpec, UNetSpec
+from models.networks.unet import UNet, skip_widths
+from models.spec import ModelSpec
 
-Mode = Literal["balanced", "prompt", "control"]
-MODES: tuple[Mode, ...] = ("balanced", "prompt", "control")
-
-
-class Rows(NamedTuple):
-    """The inputs of R rows of a UNet call that a control network reads too."""
-
-    x: Tensor  # (R, C_z, h, w), as the UNet gets it, without concat channels
-    t: Tensor  # (R,)
-    context: Tensor | None  # (R, L, C_ctx)
-    pooled: Tensor | None  # (R, P)
+__all__ = ["Control", "Rows", "is_active", "masked", "open_control", "save_control", "scaled", "weights"]
 
 
 @dataclass(frozen=True)
-class Control:
-    """A ControlNet that is ready to run.
-
-    kind: for messages. types: kinds of control image, of which each use names one; () for a network for one.
-    """
+class ControlNetControl:
+    """A ControlNet that is ready to run; see Control. base: the only model that it is for, "" for any."""
 
     kind: str
     spec: ControlNetSpec
     network: ControlNet
     types: tuple[str, ...] = ()
+    inpaints: bool = False
+    base: str = ""
 
-    every_step = True  # inputs() calls a network
+    every_step = True
 
     @property
     def strengths(self) -> int:
-        """How many weights each row has: one for each residual, the last for the middle block's."""
         return len(skip_widths(self.spec.unet)) + 1
 
     @property
-    def bytes(self) -> int:
-        """Memory of the weights."""
-        return sum(weight.nbytes for weight in self.network.parameters())
-
-    @property
     def conditional_only(self) -> bool:
-        """Whether it acts on conditional rows only, in every mode."""
         return self.spec.global_pool
 
+    @property
+    def bytes(self) -> int:
+        return sum(weight.nbytes for weight in self.network.parameters())
+
     def misfit(self, model: ModelSpec) -> str | None:
-        """Why it does not fit a model, as a clause; None if it does."""
+        if self.base and self.base != model.name:
+            return f"it was opened as changes of {self.base}'s weights"
         return misfit(self.spec, model)
 
     def fits(self, model: ModelSpec) -> bool:
         return self.misfit(model) is None
 
     def prepare(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Control images (B, 3, H, W) in [0, 1] of the output's size -> what inputs() needs, B rows of each.
-
-        A network for one channel gets the mean of the three.
-        """
         images = images.mean(1, keepdim=True) if self.spec.hint_channels == 1 else images
         return (self.network.embed_hint(images.to(self.network.dtype)),)
 
     def inputs(self, prepared: tuple[Tensor, ...], rows: Rows, types: Tensor | None = None) -> AdapterInputs:
-        """The residuals of R rows, not yet scaled. types: (R,), indices in `types`, if there are any."""
         out = self.network(rows.x, rows.t, rows.context, rows.pooled, *prepared, types)
-        residuals = AdapterInputs(out.skips, out.middle)
-        return pooled(residuals) if self.spec.global_pool else residuals
-
-
-def pooled(inputs: AdapterInputs) -> AdapterInputs:
-    """Every residual replaced by its mean over all cells."""
-    assert inputs.middle is not None
-    skips, middle = (
-        [x.mean((2, 3), keepdim=True).expand_as(x) for x in group]
-        for group in (inputs.skips, (inputs.middle,))
-    )
-    return AdapterInputs(tuple(skips), middle[0])
-
-
-def weights(control: Control, mode: Mode, scale: float, conditional: bool) -> tuple[float, ...]:
-    """The weight of each residual on a row; () if the control does not act on it.
-
-    "balanced": the scale. "prompt" and "control": a ramp of powers of ten from a tenth of the scale up to it,
-    on all rows or on conditional rows only; `diffusers` calls the latter guess mode. conditional: whether the
-    row has the prompt.
-    """
-    if not conditional and (mode == "control" or control.conditional_only):
-        return ()
-    count = control.strengths
-    if mode == "balanced" or control.conditional_only:
-        return (scale,) * count
-    return tuple(scale * 10 ** (index / (count - 1) - 1) for index in range(count))
-
-
-def scaled(inputs: AdapterInputs, strengths: Tensor) -> AdapterInputs:
-    """Residuals or features of R rows times their weights (R, n), in the order of the inputs."""
-
-    def times(x: Tensor, index: int) -> Tensor:
-        return x * strengths[:, index, None, None, None].to(x.dtype)
-
-    skips = tuple(times(x, index) for index, x in enumerate(inputs.skips))
-    order = iter(range(len(skips), strengths.shape[1]))
-    features = tuple(None if x is None else times(x, next(order)) for x in inputs.features)
-    middle = None if inputs.middle is None else times(inputs.middle, next(order))
-    return replace(inputs, skips=skips, features=features, middle=middle)
-
-
-def is_active(step: int, steps: int, start: float, end: float) -> bool:
-    """Whether a control with a window acts at a step of a run, counted from 0.
-
-    start, end: parts of the run. A step acts if it lies in the window completely, as in `diffusers`.
-    """
-    return step / steps >= start and (step + 1) / steps <= end
+        skips, middle = out.skips, out.middle
+        if self.spec.global_pool:
+            *skips, middle = (x.mean((2, 3), keepdim=True).expand_as(x) for x in (*skips, middle))
+        return AdapterInputs(tuple(skips), middle)
 
 
 def misfit(spec: ControlNetSpec, model: ModelSpec) -> str | None:
@@ -169,58 +106,118 @@ def open_control(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
+    unet: UNet | None = None,
 ) -> Control:
-    """The ControlNet in a diffusers folder or in a single file, for a model.
+    """The ControlNet or T2I-Adapter in a diffusers folder or in a single file, for a model.
 
     A single file has the names of CompVis or of diffusers; a training checkpoint may have the base model
-    beside the ControlNet, which is ignored. Raises CheckpointError for a file that is no ControlNet, for
-    missing, unexpected and misshaped tensors, and if it does not fit the model.
+    beside the ControlNet, which is ignored. unet: of the model, for a file that stores changes of its
+    weights. Raises CheckpointError for a file that is no control, for missing, unexpected and misshaped
+    tensors, and if it does not fit the model.
     """
     path = Path(path)
     if path.is_dir():
         config = path / "config.json"
-        spec = translated(config, control_files.spec_of_config, read_json(config))
+        values = read_json(config)
         tensors = open_network(path, NETWORK_FILES, device, allow_pickle)
-    else:
-        tensors = own_tensors(open_weights(path, device, allow_pickle), path)
-        spec = spec_of_file(tensors, path, base.unet)
+        if t2i_adapter.is_config(values):
+            return t2i_adapter.from_config(path, values, tensors, base, dtype, device)
+        spec = translated(config, control_files.spec_of_config, values)
+        return opened(path, spec, tensors, base, dtype, device)
+    tensors = open_weights(path, device, allow_pickle)
+    shapes = {key: stored.shape for key, stored in tensors.stored.items()}
+    kind = control_files.kind_of(shapes)
+    if kind == control_files.T2I_ADAPTER:
+        return t2i_adapter.from_file(path, tensors, base, dtype, device)
+    if kind is None:
+        raise CheckpointError(f"{path} is not a ControlNet or a T2I-Adapter")
+    if kind.refused:
+        raise CheckpointError(f"{path} is {kind.name}, which {kind.refused}")
+    tensors = own_tensors(tensors)
+    if kind.derived:
+        return opened_changes(path, kind.name, tensors, base, unet, dtype, device)
+    try:
+        spec = control_files.spec_of_tensors(shapes_of(tensors), path, base.unet)
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"the ControlNet {path} has an unsupported structure: {error}") from error
+    return opened(path, spec, tensors, base, dtype, device)
+
+
+def shapes_of(tensors: Weights) -> dict[str, tuple[int, ...]]:
+    return {key: stored.shape for key, stored in tensors.stored.items()}
+
+
+def own_tensors(tensors: Weights) -> Weights:
+    """The ControlNet's tensors of a single file, which may have a prefix."""
+    prefix = control_files.PREFIX
+    own = {key.removeprefix(prefix): key for key in tensors.stored if key.startswith(prefix)}
+    return tensors.renamed(own) if own else tensors
+
+
+def opened(
+    path: Path,
+    spec: ControlNetSpec,
+    tensors: Weights,
+    base: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> ControlNetControl:
+    """A ControlNet with all its weights in a file."""
     if reason := misfit(spec, base):
         raise CheckpointError(f"the ControlNet {path} does not fit {base.name}: {reason}")
     with shapes_only():
         network = ControlNet(spec)
-    part = Part(network, names(network, tensors), tensors)
+    native = {key: key for key in network.state_dict()}
+    names = diffusers_names(network) if control_files.DIFFUSERS_KEY in tensors.stored else native
+    types = control_files.CONTROL_TYPES[: spec.control_types]
+    kind = control_files.UNION_NET if types else control_files.CONTROL_NET
+    loaded(path, network, names, tensors, dtype, device)
+    # The tensors do not show it.
+    return ControlNetControl(kind.name, spec, network, types, "inpaint" in path.stem.lower())
+
+
+def opened_changes(
+    path: Path,
+    kind: str,
+    tensors: Weights,
+    base: ModelSpec,
+    unet: UNet | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> ControlNetControl:
+    """A ControlNet whose weights are changes of the model's. Raises CheckpointError without its UNet."""
+    if unet is None:
+        raise CheckpointError(f"{path} is {kind}: it needs the weights of its base model")
+    latent = base.autoencoder.latent_channels
+    encoder = replace(unet.spec, in_channels=latent, out_channels=latent, up_depths=(), noise_levels=0)
+    try:
+        hints = control_files.hint_shapes(shapes_of(tensors))
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(f"{path} has an unsupported structure: {error} is missing") from error
+    spec = ControlNetSpec(encoder, hints[0][1], tuple(shape[0] for shape in hints))
+    if reason := misfit(spec, base):
+        raise CheckpointError(f"{path} does not fit {base.name}: {reason}")
+    with shapes_only():
+        network = ControlNet(spec)
+    names = {key: key for key in network.state_dict()}
+    loaded(path, network, names, derived(tensors, unet), dtype, device)
+    return ControlNetControl(kind, spec, network, inpaints="inpaint" in path.stem.lower(), base=base.name)
+
+
+def loaded(
+    path: Path,
+    network: ControlNet,
+    names: Mapping[str, str],
+    tensors: Weights,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    """Give a network on the meta device its weights. Raises CheckpointError for tensors that do not fit."""
+    part = Part(network, names, tensors)
     if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:
         raise CheckpointError(f"the ControlNet {path}: {'; '.join(problems)}")
     assign(part, dtype)
-    types = control_files.CONTROL_TYPES[: spec.control_types]
-    kind = "ControlNet++" if types else "ControlNet"
-    return Control(kind, spec, network.requires_grad_(False).eval().to(device), types)
-
-
-def own_tensors(tensors: Weights, path: Path) -> Weights:
-    """The ControlNet's tensors of a single file. Raises CheckpointError if there is none."""
-    shapes = {key: stored.shape for key, stored in tensors.stored.items()}
-    if not control_files.is_control_net(shapes):
-        raise CheckpointError(f"{path} is not a ControlNet")
-    prefix = control_files.PREFIX
-    own = {key.removeprefix(prefix): key for key in shapes if key.startswith(prefix)}
-    return tensors.renamed(own) if own else tensors
-
-
-def spec_of_file(tensors: Weights, path: Path, base: UNetSpec | None) -> ControlNetSpec:
-    """Raises CheckpointError for tensors that do not form a ControlNet."""
-    shapes = {key: stored.shape for key, stored in tensors.stored.items()}
-    try:
-        return control_files.spec_of_tensors(shapes, path, base)
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"the ControlNet {path} has an unsupported structure: {error}") from error
-
-
-def names(network: ControlNet, tensors: Weights) -> dict[str, str]:
-    """Native parameter -> name in the file."""
-    if control_files.DIFFUSERS_KEY in tensors.stored:
-        return diffusers_names(network)
-    return {key: key for key in network.state_dict()}
+    network.requires_grad_(False).eval().to(device)
 
 
 def diffusers_names(network: ControlNet) -> dict[str, str]:

@@ -7,6 +7,8 @@ single file of CompVis        the same; a training checkpoint also has the base 
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from models.adapter_specs import ControlNetSpec
@@ -109,9 +111,49 @@ def config_of_spec(spec: ControlNetSpec) -> Config:
     )
 
 
-def is_control_net(shapes: Shapes) -> bool:
-    """Whether a file has a ControlNet, alone or beside its base model."""
-    return any(key in shapes for key in (NATIVE_KEY, PREFIX + NATIVE_KEY, DIFFUSERS_KEY))
+@dataclass(frozen=True)
+class ControlKind:
+    """A kind of file. refused: why it cannot be used; derived: its weights are changes of a base model's."""
+
+    name: str
+    refused: str = ""
+    derived: bool = False
+
+
+CONTROL_NET = ControlKind("a ControlNet")
+UNION_NET = ControlKind("a ControlNet++ (union)")
+CONTROL_LORA = ControlKind("a Control-LoRA", derived=True)
+DIFFERENCE = ControlKind("a ControlNet stored as differences from its base model", derived=True)
+T2I_ADAPTER = ControlKind("a T2I-Adapter")
+LLLITE = ControlKind("a ControlLLLite", refused="is not supported: it changes the inputs of attention layers")
+STYLE = ControlKind("a T2I style adapter", refused="is not supported: it adds tokens to the context")
+# The tensors that show a kind, as regular expressions for a whole name. The first kind that has one is meant.
+SIGNS = (
+    (CONTROL_LORA, r"(control_model\.)?lora_controlnet"),
+    (DIFFERENCE, r"(control_model\.)?difference"),
+    (LLLITE, r"lllite_unet_.*"),
+    (UNION_NET, r"task_embedding"),
+    (CONTROL_NET, r"(control_model\.)?(input_hint_block\.0|controlnet_cond_embedding\.conv_in)\.weight"),
+    (STYLE, r"style_embedding"),
+    (T2I_ADAPTER, r"(adapter\.)?body\.\d+\.((resnets|body)\.\d+\.)?(block1|in_conv)\.weight"),
+)
+
+
+def kind_of(shapes: Shapes) -> ControlKind | None:
+    """The kind of control that a file has, alone or beside its base model; None for other files."""
+    for kind, sign in SIGNS:
+        pattern = re.compile(sign)
+        if any(pattern.fullmatch(key) for key in shapes):
+            return kind
+    return None
+
+
+def hint_shapes(shapes: Shapes) -> list[tuple[int, ...]]:
+    """Shapes of the convolutions on the control image that change its size or width, by native names."""
+    found = [shapes[key] for n in range(64) if (key := f"input_hint_block.{4 * n}.weight") in shapes]
+    if not found:
+        raise KeyError(NATIVE_KEY)
+    return found
 
 
 def spec_of_tensors(shapes: Shapes, file: Path, base: UNetSpec | None) -> ControlNetSpec:
@@ -122,7 +164,7 @@ def spec_of_tensors(shapes: Shapes, file: Path, base: UNetSpec | None) -> Contro
     """
     if DIFFUSERS_KEY in shapes:
         shapes = native_shapes(shapes)
-    hints = [shapes[key] for n in range(64) if (key := f"input_hint_block.{4 * n}.weight") in shapes]
+    hints = hint_shapes(shapes)
     types = shapes.get("types.task_embedding", (0,))[0]
     return ControlNetSpec(
         unet=encoder_spec(shapes, base),

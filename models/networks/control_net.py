@@ -67,7 +67,12 @@ class TypeAttention(nn.Module):
 
 
 class TypeFusion(nn.Module):
-    """Tells a ControlNet++ which kind of control image it reads, and mixes the image with the latent."""
+    """Tells a ControlNet++ which kind of control image it reads.
+
+    The published code has a token for each control image and one for the latent, but its attention runs over
+    the rows of a batch, which are one image's, not over the tokens. So each token attends to itself, and the
+    latent's is not used. Here the same holds for rows of different images.
+    """
 
     def __init__(self, spec: ControlNetSpec) -> None:
         super().__init__()
@@ -91,9 +96,9 @@ class TypeFusion(nn.Module):
         out: Tensor = self.control_add_embedding(waves.to(self.task_embedding.dtype))
         return out
 
-    def forward(self, hint: Tensor, x: Tensor, types: Tensor) -> Tensor:
-        """hint and x (B, C, h, w): the first input block's output -> what is added to x."""
-        tokens = torch.stack([hint.mean((2, 3)) + self.task_embedding[types], x.mean((2, 3))], dim=1)
+    def forward(self, hint: Tensor, types: Tensor) -> Tensor:
+        """hint (B, C, h, w), shifted by a vector for its kind and content."""
+        tokens = (hint.mean((2, 3)) + self.task_embedding[types])[:, None]  # (B, 1, C)
         for layer in self.transformer_layes:
             tokens = layer(tokens)
         shift: Tensor = self.spatial_ch_projs(tokens[:, 0])
@@ -145,11 +150,10 @@ class ControlNet(nn.Module):
         """
         emb = embed(self.spec.unet, self.time_embed, self.label_emb, t, pooled)
         context = None if context is None else context.to(self.dtype)
-        x = self.input_blocks[0](x.to(self.dtype), emb, context)
         if self.types is not None:
             assert types is not None
-            emb, hint = emb + self.types.embed(types), self.types(hint, x, types)
-        x = x + hint
+            emb, hint = emb + self.types.embed(types), self.types(hint, types)
+        x = self.input_blocks[0](x.to(self.dtype), emb, context) + hint
         skips: list[Tensor] = [self.zero_convs[0](x)]
         for block, zero_conv in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
             x = block(x, emb, context)

@@ -1,4 +1,4 @@
-"""Narrow ControlNets with random weights, written by `diffusers`, and as single files of CompVis names."""
+"""Narrow ControlNets and T2I-Adapters with random weights, as folders of `diffusers` and as single files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def control_net(
     made = {key: unet.config[key] for key in CONFIG_KEYS} | {"in_channels": unet.config["out_channels"]}
     made |= {"conditioning_embedding_out_channels": HINT} | options
     if union:
-        width = made["block_out_channels"][0]
+        width, _ = made["block_out_channels"][0], made.pop("mid_block_type")
         made |= {"num_control_type": union, "num_trans_channel": width, "num_proj_channel": width}
     network = (ControlNetUnionModel if union else ControlNetModel)(**made)
     fill_randomly(network, seed)
@@ -109,3 +109,60 @@ def write_single_file(file: Path, network: ControlNetModel, prefix: str = "") ->
         others = {"model.diffusion_model.out.2.bias": torch.zeros(4), "betas": torch.zeros(1000)}
         torch.save({"state_dict": tensors | others, "global_step": 9}, file)
     return file
+
+
+def control_lora(
+    network: ControlNetModel, unet: dict[str, Tensor], rank: int = 2
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A Control-LoRA, and the ControlNet that it gives with a UNet (native names): (file, whole weights)."""
+    generator, file = torch.Generator().manual_seed(1), {"lora_controlnet": torch.zeros(0)}
+    whole = {}
+    for key, value in published(network).items():
+        if key in unet and key.endswith(".weight") and value.dim() > 1:
+            up = 0.1 * torch.randn(len(value), rank, *(1,) * (value.dim() - 2), generator=generator)
+            down = torch.randn(rank, *value.shape[1:], generator=generator) / value[0].numel() ** 0.5
+            module = key.removesuffix(".weight")
+            file |= {f"{module}.up": up, f"{module}.down": down}
+            whole[key] = unet[key] + (up.flatten(1) @ down.flatten(1)).reshape(value.shape)
+        elif key in unet and key.startswith("time_embed"):
+            whole[key] = unet[key]  # left out: it is the base model's
+        else:
+            file[key] = whole[key] = value
+    return file, whole
+
+
+def difference(network: ControlNetModel, unet: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ControlNet as differences from a UNet (native names), without its first tensor, which is equal."""
+    tensors = {key: value - unet[key] if key in unet else value for key, value in published(network).items()}
+    tensors.pop("time_embed.0.bias")
+    return tensors | {"difference": torch.zeros(0)}
+
+
+def t2i_adapter(unet: UNet2DConditionModel, light: bool = False, channels: int = 3) -> T2IAdapter:
+    """A random T2I-Adapter for a UNet of SD's or SDXL's structure."""
+    widths = list(unet.config["block_out_channels"])
+    xl = unet.config["down_block_types"][0] == "DownBlock2D"
+    widths = widths[:-1] if light else [*widths, widths[-1]] if xl else widths
+    kind = "light_adapter" if light else "full_adapter_xl" if xl else "full_adapter"
+    network = T2IAdapter(channels, widths, downscale_factor=16 if xl else 8, adapter_type=kind)
+    fill_randomly(network, 40)
+    return network.requires_grad_(False).eval()
+
+
+def write_t2i_adapter(folder: Path, model: Path, **options: Any) -> Path:
+    """Write a random T2I-Adapter for the model in a diffusers folder, as such a folder; returns its path."""
+    t2i_adapter(load_unet(model), **options).save_pretrained(folder)
+    return folder
+
+
+def raw_t2i(network: T2IAdapter) -> dict[str, Tensor]:
+    """A T2I-Adapter's tensors under the names of its first publication."""
+    light, out = network.config["adapter_type"] == "light_adapter", {}
+    for key, value in network.state_dict().items():
+        parts = key.split(".")[1:]
+        if not light and parts[0] == "body":
+            block = int(parts[3]) if parts[2] == "resnets" else 0
+            leaf = parts[4:] if parts[2] == "resnets" else parts[2:]
+            parts = ["body", str(2 * int(parts[1]) + block), *leaf]
+        out[".".join("body" if part == "resnets" else part for part in parts)] = value.contiguous()
+    return out

@@ -8,22 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ControlNetModel
+from safetensors.torch import save_file
 from torch import Tensor
 
-from models.adapters.control_net import (
-    Control,
-    Rows,
-    is_active,
-    open_control,
-    save_control,
-    scaled,
-    weights,
-)
+from models.adapters.control_net import open_control, save_control
+from models.adapters.controls import Control, Rows, is_active, masked, scaled, weights
 from models.checkpoint import CheckpointError, load
 from models.formats.identify import read_spec
 from models.networks.adapter_inputs import AdapterInputs, RowInputs, combined
 from tests.checkpoints import sd_folders
-from tests.checkpoints.control_files import control_net, load_unet, write_single_file
+from tests.checkpoints.control_files import (
+    control_lora,
+    control_net,
+    difference,
+    load_unet,
+    published,
+    write_single_file,
+)
 from tests.helpers.numbers import LIMIT, relative_error
 
 FAMILIES = ("sd1", "sd2-base", "xl")
@@ -227,7 +228,7 @@ def test_a_control_net_of_another_model_is_refused_with_both_numbers(sd1, xl, tm
 
 def test_missing_and_other_files_are_refused(sd1, tmp_path):
     spec = read_spec(sd1)
-    with pytest.raises(CheckpointError, match="is not a ControlNet"):
+    with pytest.raises(CheckpointError, match="is not a ControlNet or a T2I-Adapter"):
         open_control(sd1 / "unet" / "diffusion_pytorch_model.safetensors", spec)
     network, folder = written(tmp_path / "control", sd1)
     network.controlnet_mid_block = torch.nn.Identity()
@@ -262,3 +263,78 @@ def test_memory_of_the_weights(sd1, tmp_path):
     network, folder = written(tmp_path / "control", sd1)
     control = open_control(folder, read_spec(sd1), dtype=torch.float16)
     assert control.bytes == 2 * sum(weight.numel() for weight in network.parameters())
+
+
+@pytest.mark.parametrize("layout", ["folder", "file"])
+@pytest.mark.parametrize("kind", [0, 5])
+@torch.inference_mode()
+def test_one_network_for_several_kinds_of_control_image(xl, kind, layout, tmp_path):
+    network, folder = written(tmp_path / "control", xl, union=6)
+    given, options = rows(load_unet(xl))
+    flags = torch.nn.functional.one_hot(torch.tensor([kind, kind]), 6)
+    pixels = images(1).expand(2, -1, -1, -1)  # as for the two rows of one image
+    how = {"control_type": flags, "control_type_idx": [kind], "controlnet_cond": [pixels]}
+    down, middle = network(given.x, given.t, given.context, return_dict=False, **how, **options)
+    path = folder if layout == "folder" else folder / "diffusion_pytorch_model.safetensors"
+    control = open_control(path, read_spec(xl))
+    assert control.types == ("openpose", "depth", "soft_edge", "hard_edge", "normal", "segmentation")
+    ours = control.inputs(control.prepare(pixels), given, torch.tensor([kind, kind]))
+    for mine, theirs in zip((*ours.skips, ours.middle), (*down, middle), strict=True):
+        assert relative_error(mine, theirs) <= LIMIT
+
+
+@torch.inference_mode()
+def test_rows_of_one_call_may_have_different_kinds_of_control_image(xl, tmp_path):
+    control = open_control(written(tmp_path / "control", xl, union=6)[1], read_spec(xl))
+    given, prepared = rows(load_unet(xl))[0], control.prepare(images())
+    one, other, both = (
+        control.inputs(prepared, given, torch.tensor(types)).middle for types in ([1, 1], [3, 3], [1, 3])
+    )
+    assert torch.equal(both, torch.stack([one[0], other[1]]))
+
+
+@pytest.mark.parametrize("kind", ["Control-LoRA", "difference"])
+@torch.inference_mode()
+def test_weights_stored_as_changes_of_the_base_model(sd1, kind, tmp_path):
+    network, base = control_net(load_unet(sd1)), load(sd1)
+    unet = base.unet.state_dict()
+    if kind == "difference":
+        network.time_embedding.linear_1.bias.copy_(unet["time_embed.0.bias"])
+        file, whole = difference(network, unet), published(network)
+    else:
+        file, whole = control_lora(network, unet)
+    save_file({key: value.contiguous() for key, value in file.items()}, tmp_path / "edges.safetensors")
+    control = open_control(tmp_path / "edges.safetensors", base.spec, unet=base.unet)
+    for key, value in control.network.state_dict().items():
+        torch.testing.assert_close(value, whole[key])
+    assert kind in control.kind
+    assert "changes of sd1's weights" in control.misfit(replace(base.spec, name="other"))
+    with pytest.raises(CheckpointError, match="needs the weights of its base model"):
+        open_control(tmp_path / "edges.safetensors", base.spec)
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        (
+            "lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q.down.0.weight",
+            "a ControlLLLite, which",
+        ),
+        ("style_embedding", "a T2I style adapter, which is not supported"),
+    ],
+)
+def test_kinds_that_are_not_supported_are_named(sd1, key, named, tmp_path):
+    save_file({key: torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=named):
+        open_control(tmp_path / "a.safetensors", read_spec(sd1))
+
+
+def test_pixels_to_repaint_are_minus_one_or_black(sd1, xl, tmp_path):
+    control = open_control(written(tmp_path / "sd15_inpaint", sd1)[1], read_spec(sd1))
+    union = open_control(written(tmp_path / "union", xl, union=8)[1], read_spec(xl))
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., :32] = 1
+    assert control.inpaints
+    assert (masked(control, images(1), mask)[..., :32] == -1).all()
+    assert (masked(union, images(1), mask)[..., :32] == 0).all()
+    assert torch.equal(masked(control, images(1), mask)[..., 32:], images(1)[..., 32:])
