@@ -212,7 +212,7 @@ class LatentDiffusion:
         (width, height); None: the model's default. -> x (B, 3, H, W), float32.
         """
         full_inputs = [as_input(each) for each in inputs]
-        defaults, rows = self.spec.defaults, cfg_rows(guidance_scale)
+        defaults, rows = self.spec.defaults, cfg_rows(guidance_scale).rows
         shape = self.spec.latent_shape(*(size or (defaults.width, defaults.height)))
         if concat_channels is None and self.spec.concat_channels:
             made = (self.concat_channels(shape[1], shape[2], each.regions) for each in full_inputs)
@@ -244,7 +244,7 @@ class LatentDiffusion:
         """
         denoiser = self.denoiser
         assert denoiser is not None
-        rows, count = cfg_rows(guidance_scale), row_count(guidance_scale)
+        rows, count = cfg_rows(guidance_scale).rows, row_count(guidance_scale)
         # All images have a context or none has; the same holds for pooled vectors.
         present = [each for each in contexts if each is not None]
         poolings = [each.pooled for each in present if each.pooled is not None]
@@ -255,7 +255,7 @@ class LatentDiffusion:
             x, t, alpha_sigma = (torch.cat([given] * count) for given in (x, t, alpha_sigma))
             out = denoiser(x, t, tokens, pooled, concat_channels, alpha_sigma, noise_level)  # (R B, C, h, w)
             half = len(out) // count
-            return guide(out[:half], out[-half:], guidance_scale)
+            return guide(out[:half], [(out[-half:], guidance_scale)])
 
         return eps
 
@@ -405,9 +405,9 @@ def back_project(x: Tensor, low: Tensor) -> Tensor:
     return x + interpolate(low - shrunk, size, mode="bicubic", antialias=True)
 
 
-def stack_rows(pairs: Sequence[Tensor], rows: slice) -> Tensor:
-    """Some rows of B pairs (2, ...) -> (R B, ...): row 0 of every pair, then row 1 of every pair."""
-    return torch.stack([pair[rows] for pair in pairs], dim=1).flatten(0, 1)
+def stack_rows(pairs: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """R rows of each of B pairs (2, ...) -> (R B, ...): the first row of every pair, then the second."""
+    return torch.stack([pair[list(rows)] for pair in pairs], dim=1).flatten(0, 1)
 
 
 def pixels_last(x: Tensor) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,7 +14,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from service.engine.events import Incident, Stepped
+from service.engine.events import Incident, Stage, Stepped
 from service.errors import TABLE
 
 # Upper bounds of the buckets of histograms.
@@ -84,7 +85,7 @@ class Metrics:
 
     def _create_series(self) -> None:
         """Start every series at 0: rate() in Prometheus needs a sample before the first event."""
-        for stage in ("load", "start", "step", "decode"):
+        for stage in get_args(Stage):
             self.out_of_memory.labels(stage)
             self.non_finite.labels(stage)
         for stage in ("queued", "running"):

@@ -1,34 +1,66 @@
-"""Classifier-free guidance: the UNet rows that an image needs, and how their predictions are combined.
+"""Guidance: the UNet rows that an image needs at each step, and how their predictions are combined.
 
 Imports no torch at run time, so that the queue can count rows.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+CONDITIONS = 2  # of a prompt and its negative prompt
+UNCONDITIONAL, CONDITIONAL = range(CONDITIONS)
 
-def cfg_rows(guidance_scale: float) -> slice:
-    """Which of the rows (unconditional, conditional) an image needs.
+
+class StepRows(NamedTuple):
+    """The UNet rows of one image in one step.
+
+    rows: the condition of each row, by its index among the image's conditions; the first row is the base.
+    weights: of the other rows. See guide().
+    """
+
+    rows: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+
+
+def cfg_rows(guidance_scale: float) -> StepRows:
+    """The rows of classifier-free guidance.
 
     One row is enough at a scale of 0, the unconditional prediction, and of 1, the conditional one.
     """
-    return {0.0: slice(0, 1), 1.0: slice(1, 2)}.get(guidance_scale, slice(0, 2))
+    if guidance_scale in (0.0, 1.0):
+        return StepRows((CONDITIONAL if guidance_scale else UNCONDITIONAL,))
+    return StepRows((UNCONDITIONAL, CONDITIONAL), (guidance_scale,))
 
 
 def row_count(guidance_scale: float) -> int:
     """UNet rows that one image costs: 1 or 2."""
-    return 1 if guidance_scale in (0.0, 1.0) else 2
+    return len(cfg_rows(guidance_scale).rows)
 
 
-def guide(eps_uncond: Tensor, eps_cond: Tensor, scale: Tensor | float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2021, equation 6, with scale = 1 + w).
+def cfg_run(guidance_scale: float, calls: int, start: float = 0.0, end: float = 1.0) -> tuple[StepRows, ...]:
+    """The rows of each of `calls` UNet calls: guided between the parts `start` and `end` of the run.
 
-    eps_uncond, eps_cond: (B, C, h, w); scale: one number for all images, or (B,). -> (B, C, h, w).
+    Outside, one conditional row is enough (Kynkäänniemi et al. 2024). The first guided call is number
+    int(start * calls), counted from 0; the first one after them is number int(end * calls).
     """
-    if not isinstance(scale, (int, float)):
-        scale = scale[:, None, None, None]
-    return eps_uncond + scale * (eps_cond - eps_uncond)
+    first, last = (int(part * calls + 1e-9) for part in (start, end))  # 0.58 of 50 is 29, not 28.999...
+    inside, outside = cfg_rows(guidance_scale), cfg_rows(1.0)
+    return tuple(inside if first <= call < last else outside for call in range(calls))
+
+
+def guide(base: Tensor, weighted: Iterable[tuple[Tensor, Tensor | float]]) -> Tensor:
+    """base + sum of weight * (eps - base) over the other rows.
+
+    With the unconditional row as base and one conditional row this is classifier-free guidance (Ho and
+    Salimans 2021, equation 6, with weight = 1 + w). base, eps: (B, C, h, w); weight: one number for all
+    images, or (B,). -> (B, C, h, w).
+    """
+    out = base
+    for eps, weight in weighted:
+        factor = weight if isinstance(weight, (int, float)) else weight[:, None, None, None]
+        out = out + factor * (eps - base)
+    return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn.functional import pad
 
 from models.latent_diffusion import LatentDiffusion
 from models.sampling.denoiser import Denoiser
-from models.sampling.guidance import guide
+from models.sampling.guidance import StepRows, guide
 from models.sampling.step import blend_unmasked, step
 from models.sampling.table import ALPHA, FRESH_NOISE, SIGMA, T
 from service.device.graphs import Graphs
@@ -51,7 +52,7 @@ def advance(
     """
     state = stack_states(images)  # (I, 1 + m, C, h, w)
     x = state[:, 0]
-    lines = [state.plan.coeffs[image.done] for state, image in zip(states, images, strict=True)]
+    lines = [state.line(image) for state, image in zip(states, images, strict=True)]
     table = torch.from_numpy(np.stack(lines))  # (I, ...) float64: one line of Plan.coeffs per image
     coeffs = upload(table.float(), x.device)
     eps = predict(states, images, x, coeffs, size, graphs or Graphs())
@@ -76,48 +77,77 @@ def predict(
     graphs: Graphs,
 ) -> Tensor:
     """Guided eps (I, C, h, w), float32, of x (I, C, h, w); `size`: rows of each UNet call."""
-    image_of_row = [index for index, state in enumerate(states) for _ in range(state.job.rows)]
-    # The row of each image that is conditional, and the one that is unconditional: the same without guidance.
-    conditional = torch.tensor(image_of_row).bincount().cumsum(0) - 1
-    unconditional = conditional - torch.tensor([state.job.rows - 1 for state in states])
-    bundle, device = states[0].bundle, x.device
-    inputs = unet_inputs(states, images, image_of_row, device)
+    rows = [state.rows(image) for state, image in zip(states, images, strict=True)]
+    image_of_row = [index for index, own in enumerate(rows) for _ in own.rows]
+    bundle, device = states[0].phase(images[0]).bundle, x.device
+    inputs = unet_inputs(states, images, rows, device)
     index = upload(torch.tensor(image_of_row), device)
     calls = [
         call_unet(bundle, x[index[part]], coeffs[index[part]], inputs.rows(part), size, graphs)
         for part in (slice(begin, begin + size) for begin in range(0, len(image_of_row), size))
     ]
-    eps = torch.cat(calls)  # (R, C, h, w)
-    scale = upload(torch.tensor([float(state.job.guidance_scale) for state in states]), device)
-    return guide(eps[upload(unconditional, device)], eps[upload(conditional, device)], scale)
+    return combine(torch.cat(calls), rows)
+
+
+def combine(eps: Tensor, rows: Sequence[StepRows]) -> Tensor:
+    """Guided eps (I, C, h, w) of I images, from that of all their rows (R, C, h, w)."""
+    ends = list(accumulate(len(own.rows) for own in rows))
+    starts = [end - len(own.rows) for end, own in zip(ends, rows, strict=True)]
+    base = eps[upload(torch.tensor(starts), eps.device)]
+    weighted = []
+    # An image without a row of this number has its base there, with a weight of 0.
+    for number in range(max(2, *(len(own.rows) for own in rows)) - 1):
+        present = [number < len(own.weights) for own in rows]
+        places = [start + (number + 1) * here for start, here in zip(starts, present, strict=True)]
+        weights = [own.weights[number] if here else 0.0 for own, here in zip(rows, present, strict=True)]
+        part = eps[upload(torch.tensor(places), eps.device)]
+        weighted.append((part, upload(torch.tensor(weights), eps.device)))
+    return guide(base, weighted)
 
 
 def unet_inputs(
-    states: Sequence[JobState],
-    images: Sequence[ImageState],
-    image_of_row: Sequence[int],
-    device: torch.device,
+    states: Sequence[JobState], images: Sequence[ImageState], rows: Sequence[StepRows], device: torch.device
 ) -> UNetInputs:
     """The inputs of all rows of all images."""
-    contexts = [state.context for state in states]
-    unet_spec = states[0].bundle.spec.unet
+    phases = [state.phase(image) for state, image in zip(states, images, strict=True)]
+    contexts = [phase.context for phase in phases]
+    unet_spec = phases[0].bundle.spec.unet
     noise_levels = None
     if unet_spec is not None and unet_spec.noise_levels:
-        levels = [states[index].job.noise_level for index in image_of_row]
+        levels = [state.job.noise_level for state, own in zip(states, rows, strict=True) for _ in own.rows]
         noise_levels = upload(torch.tensor(levels), device)
     return UNetInputs(
-        concatenate([None if context is None else context.tokens for context in contexts]),
-        concatenate([None if context is None else context.pooled for context in contexts]),
-        concatenate([image.concat for image in images]),
+        select([None if context is None else context.tokens for context in contexts], rows),
+        select([None if context is None else context.pooled for context in contexts], rows),
+        select([image.concat for image in images], rows),
         noise_levels,
     )
 
 
-def concatenate(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The rows of all images; None if they have none. Of a group, either all images have rows or none has."""
-    tensors = [part for part in parts if part is not None]
-    assert len(tensors) in (0, len(parts))
-    return torch.cat(tensors) if tensors else None
+def select(conditions: Sequence[Tensor | None], rows: Sequence[StepRows]) -> Tensor | None:
+    """The rows (R, ...) of all images, of the conditions (N, ...) of each.
+
+    None if they have none. Of a group, either all images have conditions or none has.
+    """
+    parts = [
+        each[part]
+        for each, own in zip(conditions, rows, strict=True)
+        if each is not None
+        for part in slices(own.rows)
+    ]
+    assert not parts or all(each is not None for each in conditions)
+    return torch.cat(parts) if parts else None
+
+
+def slices(indices: Sequence[int]) -> list[slice]:
+    """The indices as few slices, which select views: (0, 1, 3) are 0:2 and 3:4."""
+    runs: list[slice] = []
+    for index in indices:
+        if runs and runs[-1].stop == index:
+            runs[-1] = slice(runs[-1].start, index + 1)
+        else:
+            runs.append(slice(index, index + 1))
+    return runs
 
 
 def call_unet(
@@ -184,5 +214,5 @@ def keep_x_0(states: Sequence[JobState], images: Sequence[ImageState], x: Tensor
     """Store x_0 = (x - sigma eps) / alpha of images that may be shown before their last step."""
     for index, (state, image) in enumerate(zip(states, images, strict=True)):
         if state.keeps_x_0:
-            alpha, sigma = map(float, state.plan.coeffs[image.done, ALPHA : SIGMA + 1])
+            alpha, sigma = map(float, state.line(image)[ALPHA : SIGMA + 1])
             image.x_0 = (x[index] - sigma * eps[index]) / alpha

@@ -69,11 +69,8 @@ def prompt_options(job: Job) -> PromptOptions:
     return PromptOptions(job.prompt_weights, job.long_prompts == "chunk", job.clip_skip)
 
 
-def start_images(state: JobState, conditioning: ConditioningInput, rows: slice) -> None:
-    """Add the initial states of the images: noise, or the input image with noise added.
-
-    `rows`: the guidance rows that the job needs: both (unconditional, conditional), or the conditional alone.
-    """
+def start_images(state: JobState, conditioning: ConditioningInput) -> None:
+    """Add the initial states of the images: noise, or the input image with noise added."""
     job, bundle, spec = state.job, state.bundle, state.bundle.spec
     device, shape = bundle.device, spec.latent_shape(job.width, job.height)
     masked = masked_image(bundle, job, device) if job.mask and spec.mask_channels else None
@@ -83,8 +80,8 @@ def start_images(state: JobState, conditioning: ConditioningInput, rows: slice) 
     if job.mask and not masked:
         state.mask = latent_mask(job, spec.autoencoder.factor, device)
     concat = bundle.concat_channels(*shape[1:], conditioning.regions, masked)
-    concat = None if concat is None else concat[rows]
-    signal, sigma = state.plan.start
+    plan = state.phases[0].plan
+    signal, sigma = plan.start
     fill_mask = latent_mask(job, spec.autoencoder.factor, device) if job.latent_fill != "image" else None
     for index in range(job.n):
         generator = torch.Generator().manual_seed(job.image_seed(index))
@@ -94,7 +91,7 @@ def start_images(state: JobState, conditioning: ConditioningInput, rows: slice) 
             z = (1 - fill_mask) * z + (fill_mask * noise if job.latent_fill == "noise" else 0)
         x = noise if z is None else signal * z + sigma * noise
         start_noise = None if state.mask is None else noise
-        state.images.append(ImageState(with_history(x, state.plan), generator, concat, start_noise))
+        state.images.append(ImageState(with_history(x, plan), generator, concat, start_noise))
 
 
 def initial_noise(job: Job, index: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -119,7 +116,7 @@ def start_tiles(state: JobState) -> None:
         for tile in range(len(tiles.corners)):
             rows, columns = tiles.slices(tile)
             generator = torch.Generator().manual_seed((job.seed + index + tile * TILE_SEED_STEP) % 2**64)
-            x = with_history(noise[:, rows, columns], state.plan)
+            x = with_history(noise[:, rows, columns], state.phases[0].plan)
             state.images.append(ImageState(x, generator, None, None, low=noised[:, rows, columns]))
 
 

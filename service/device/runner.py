@@ -13,7 +13,7 @@ from torch import Tensor
 from models.conditioning.conditioner import ConditioningInput, TextConditioner, TokenConditioner
 from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.preview import Projection
-from models.sampling.guidance import cfg_rows
+from models.sampling.guidance import CONDITIONS
 from models.sampling.samplers import plan
 from models.sampling.schedule import Schedule
 from models.sampling.table import Plan
@@ -31,12 +31,13 @@ from service.device.inputs import (
     start_tiles,
 )
 from service.device.memory import free_cache, memory_of
+from service.device.phases import Phase, outlines
 from service.device.registry import Registry
 from service.device.state import ImageState, JobState
 from service.device.torch_errors import translate_device_lost, translate_oom
 from service.device.transfer import download
 from service.engine.events import Incident
-from service.engine.job import ImageKey, Job, ModelKey, Shape
+from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape
 from service.engine.row_limits import MemoryUse
 from service.engine.runner import Call, Preview
 from service.errors import NonFinite, OutOfMemory
@@ -88,11 +89,16 @@ class TorchRunner:
         return self.registry.specs
 
     def shape(self, job: Job, full_precision: bool = False) -> Shape:
-        spec = self.specs[job.model]
-        channels, h, w = spec.latent_shape(job.width, job.height)
-        size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
-        group = (job.model_key, (channels, *size), self._context_shape(job), full_precision)
-        return Shape(group, len(self._plan(job)), size[0] * size[1], len(corners))
+        parts, segments = 1, list[Segment]()
+        for outline in outlines(job, self._plan):
+            spec = self.specs[outline.key.model]
+            channels, h, w = spec.latent_shape(outline.width, outline.height)
+            size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
+            shape = (channels, *size)
+            group = (outline.key, shape, self._context_shape(job, outline.key.model), full_precision)
+            parts = len(corners)
+            segments += outline.segments(group, size[0] * size[1])
+        return Shape(tuple(segments), parts)
 
     def _plan(self, job: Job) -> Plan:
         settings = (job.sampler, job.steps, job.eta, job.strength, job.spacing)
@@ -101,22 +107,26 @@ class TorchRunner:
             self.plans[key] = plan(self.schedules[job.model], *settings)
         return self.plans[key]
 
-    def _context_shape(self, job: Job) -> tuple[int, int] | None:
+    def _context_shape(self, job: Job, model: str) -> tuple[int, int] | None:
         """(L, C). How many chunks a long prompt has is known only once the model's tokenizer is loaded."""
-        if job.long_prompts == "cut" or not self.registry.is_loaded(job.model):
-            return self.specs[job.model].context_shape
+        if job.long_prompts == "cut" or not self.registry.is_loaded(model):
+            return self.specs[model].context_shape
         conditioning = ConditioningInput(job.prompt, job.negative_prompt, prompt_options=prompt_options(job))
-        return self.registry[job.model].context_shape(conditioning)
+        return self.registry[model].context_shape(conditioning)
 
     @translate_device_lost()
     def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
-        if self.registry.is_ready(job.model_key):
-            return True
-        with translate_oom():
-            loaded = self.registry.make_ready(job.model_key, busy)
-        if loaded:
+        for number, key in enumerate(job.model_keys):
+            if self.registry.is_ready(key):
+                continue
+            with translate_oom():
+                ready = self.registry.make_ready(key, {*busy, *job.model_keys[:number]})
+            if not ready and not busy:
+                raise OutOfMemory  # the job's models do not fit together
+            if not ready:
+                return False
             self._after_swap()
-        return loaded
+        return True
 
     @translate_device_lost()
     def make_room(self, busy: Collection[ModelKey]) -> None:
@@ -136,19 +146,25 @@ class TorchRunner:
     @torch.inference_mode()
     def start(self, job: Job, full_precision: bool = False) -> tuple[str, ...]:
         with translate_oom():
-            key = job.model_key
-            bundle = self._in_float32(key) if full_precision else self.registry.bundle(key)
-            rows = cfg_rows(job.guidance_scale)
-            conditioning = conditioning_input(job, bundle.spec.label_cell)
-            context = bundle.context_pair(conditioning)
-            context = None if context is None else context.rows(rows)
-            state = JobState(job, self.shape(job, full_precision).group, bundle, self._plan(job), context)
+            phases = self._phases(job, full_precision)
+            state = JobState(job, phases)
             if job.scale:
                 start_tiles(state)
             else:
-                start_images(state, conditioning, rows)
+                start_images(state, conditioning_input(job, state.bundle.spec.label_cell))
         self.jobs[job.id] = state
-        return tuple(prompt_warnings(bundle, job))
+        return tuple(prompt_warnings(state.bundle, job))
+
+    def _phases(self, job: Job, full_precision: bool) -> tuple[Phase, ...]:
+        """The phases of a job with their models and contexts."""
+        groups = [phase[0].group for phase in self.shape(job, full_precision).phases]
+        phases = []
+        for group, outline in zip(groups, outlines(job, self._plan), strict=True):
+            key = outline.key
+            bundle = self._in_float32(key) if full_precision else self.registry.bundle(key)
+            context = bundle.context_pair(conditioning_input(job, bundle.spec.label_cell))
+            phases.append(Phase(outline, group, bundle, context))
+        return tuple(phases)
 
     def _in_float32(self, key: ModelKey) -> LatentDiffusion:
         """The model with its LoRAs in float32: a copy, unless the model is loaded in float32."""
@@ -164,13 +180,14 @@ class TorchRunner:
     def step(self, keys: Sequence[ImageKey]) -> Call:
         states = [self.jobs[key.job] for key in keys]
         images = [state.images[key.image] for state, key in zip(states, keys, strict=True)]
-        rows = sum(state.job.rows for state in states)
+        rows = sum(len(state.rows(image).rows) for state, image in zip(states, images, strict=True))
         size = next((size for size in self.buckets if size >= rows), rows)
         begin = self.finite_checker.now()
         self._encode_new_tiles(states, images)
         new_states, use = self._advance(states, images, size)
         for state, image, new in zip(states, images, new_states, strict=True):
-            image.state, image.done, image.noise = new[: 1 + state.plan.history], image.done + 1, None
+            history = state.phase(image).plan.history
+            image.state, image.done, image.noise = new[: 1 + history], image.done + 1, None
         # The only place in a step that waits for the device: on a CPU for this call, on CUDA for the last.
         finite = torch.isfinite(new_states).flatten(1).all(1)
         non_finite = self.finite_checker.submit(states, finite, begin)
@@ -183,7 +200,7 @@ class TorchRunner:
             if image.low is not None:
                 with translate_oom():
                     concat = state.bundle.tile_concat_channels(image.low)
-                image.concat, image.low = concat.expand(state.job.rows, -1, -1, -1), None
+                image.concat, image.low = concat.expand(CONDITIONS, -1, -1, -1), None
 
     def _current_jobs(self, states: Sequence[JobState]) -> tuple[str, ...]:
         """The distinct ids of these jobs, without jobs that have ended or started again since the call."""
@@ -216,7 +233,7 @@ class TorchRunner:
         self, states: list[JobState], images: list[ImageState], size: int
     ) -> tuple[Tensor, MemoryUse | None]:
         """As _advance(); measures the first call of each size, and the largest size again at intervals."""
-        group = states[0].group
+        group = states[0].phase(images[0]).group
         largest = self.measured.get(group, 0)
         self.calls += 1
         due = size > largest or (size == largest and self.calls % MEASURE_EVERY == 0)
@@ -233,6 +250,12 @@ class TorchRunner:
         """Free captured graphs and cached memory, which only make later calls faster."""
         self.graphs.clear()
         free_cache()
+
+    def prepare(self, key: ImageKey) -> bool:
+        """The latent stays as it is."""
+        image = self.jobs[key.job].images[key.image]
+        image.phase, image.done = image.phase + 1, 0
+        return True
 
     @translate_device_lost()
     @torch.inference_mode()
@@ -282,7 +305,7 @@ class TorchRunner:
     def discard(self, job: str) -> None:
         self.jobs.pop(job, None)
         if self.float32_copies:
-            used = {id(state.bundle) for state in self.jobs.values()}
+            used = {id(phase.bundle) for state in self.jobs.values() for phase in state.phases}
             self.float32_copies = {n: b for n, b in self.float32_copies.items() if id(b) in used}
 
 

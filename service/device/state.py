@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from models.conditioning.text_encoder import Context
 from models.latent_diffusion import LatentDiffusion
-from models.sampling.table import Plan
+from models.sampling.guidance import StepRows
+from models.sampling.schedule import Floats
+from service.device.phases import Phase
 from service.engine.job import Job
 
 
@@ -22,9 +22,10 @@ class ImageState:
     generator: torch.Generator  # on the CPU, so that a seed gives the same noise for every device
     concat: (
         Tensor | None
-    )  # (1 or 2, C', h, w): concat channels of the UNet; rows as those of JobState.context
+    )  # (N, C', h, w): concat channels of the UNet, for each condition as in Phase.context
     start_noise: Tensor | None  # (C, h, w), if a mask is applied after each step
-    done: int = 0  # steps taken
+    phase: int = 0  # index of the current phase
+    done: int = 0  # steps taken in the current phase
     noise: Tensor | None = None  # drawn for the next step; kept until it succeeds, so that a retry reuses it
     low: Tensor | None = None  # (3, h, w): low-resolution pixels of a tile, until `concat` is made from them
     x_0: Tensor | None = None  # (C, h, w), the last step's prediction of the final latent; see keeps_x_0
@@ -40,19 +41,42 @@ class JobState:
     """The state of a job: what its images share, and the images."""
 
     job: Job
-    group: Hashable  # of Shape: jobs with equal groups may share a UNet call
-    bundle: LatentDiffusion
-    plan: Plan
-    context: Context | None  # 1 or 2 rows; with guidance the unconditional one first
+    phases: tuple[Phase, ...]
     z: Tensor | None = None  # (C, h, w), the latent of the input image
     mask: Tensor | None = None  # (1, h, w), 1 marks cells to repaint; None for models with mask channels
     images: list[ImageState] = field(default_factory=list)
+
+    @property
+    def bundle(self) -> LatentDiffusion:
+        """The model that encodes the job's images and decodes them."""
+        return self.phases[0].bundle
+
+    def phase(self, image: ImageState) -> Phase:
+        """The current phase of an image."""
+        return self.phases[image.phase]
+
+    def line(self, image: ImageState) -> Floats:
+        """The line of the plan for the image's next step."""
+        line: Floats = self.phase(image).plan.coeffs[image.done]
+        return line
+
+    def rows(self, image: ImageState) -> StepRows:
+        """The UNet rows of the image's next step."""
+        return self.phase(image).outline.rows[image.done]
 
     @property
     def keeps_x_0(self) -> bool:
         """Whether images may be shown before their last step: in previews, or after an interrupt."""
         return bool(self.job.preview_every)
 
+    def ends_phase(self, image: ImageState) -> bool:
+        """Whether the image has had the last step of its phase."""
+        return image.done == len(self.phase(image))
+
+    def is_denoised(self, image: ImageState) -> bool:
+        """Whether the image has had its last step."""
+        return image.phase == len(self.phases) - 1 and self.ends_phase(image)
+
     def latent_of(self, image: ImageState) -> Tensor:
         """(C, h, w), to decode: the latent, or before the last step the prediction of the final latent."""
-        return image.x if image.x_0 is None or image.done == len(self.plan) else image.x_0
+        return image.x if image.x_0 is None or self.is_denoised(image) else image.x_0

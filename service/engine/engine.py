@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -23,7 +24,7 @@ from service.engine.events import (
     Started,
     Stepped,
 )
-from service.engine.job import ImageKey, Job, ModelKey
+from service.engine.job import ImageKey, Job, ModelKey, Segment
 from service.engine.job_run import JobRun
 from service.engine.row_limits import RowLimits
 from service.engine.runner import Call, Runner
@@ -63,7 +64,7 @@ class Engine:
         self.clock = clock
         self.jobs: dict[str, JobRun] = {}
         self.pending: dict[str, None] = {}  # jobs that are not admitted, by arrival
-        self.busy_models: dict[ModelKey, int] = {}  # number of admitted jobs of each
+        self.busy_models: Counter[ModelKey] = Counter()  # number of admitted jobs of each
         self.undecoded = DecodeQueue()
         self.next_report = 0.0
 
@@ -100,13 +101,13 @@ class Engine:
     def interrupt(self, job: str) -> None:
         """Take no more steps of a job that has started; its images are decoded as they are."""
         run = self.jobs.get(job)
-        if run is None or not run.started:
+        if run is None or not run.started or run.interrupted:
             return
         self.scheduler.remove(job)
-        run.denoised_at = self.clock()
-        ready = self.undecoded.images_of(job) | set(run.images)
+        run.interrupted, run.denoised_at = True, self.clock()
+        queued = self.undecoded.images_of(job) | set(run.images)
         for image in range(run.parts):
-            if image not in ready:
+            if image not in queued:
                 self.undecoded.add(ImageKey(job, image), run.parts)
 
     def tick(self) -> None:
@@ -121,7 +122,7 @@ class Engine:
             self._restart_non_finite(self.runner.settle())
         self._decode_some(self.clock() - begin if picked else None)
 
-    # Admission: a job's model is loaded, then the scheduler gets the job.
+    # Admission: a job's models are loaded, then the scheduler gets the job.
 
     def _admit_pending(self) -> None:
         """Admit the jobs whose models are loaded or can be. No job overtakes one that has waited too long."""
@@ -138,14 +139,14 @@ class Engine:
                 break
 
     def _load(self, run: JobRun) -> bool:
-        """Load the job's model; False if busy models leave no room for it. Raises OutOfMemory."""
+        """Load the job's models; False if busy models leave no room for them. Raises OutOfMemory."""
         busy = frozenset(self.busy_models)
         if run.no_room_with and run.no_room_with <= busy:
             return False
         try:
             return self._with_retry("load", partial(self.runner.load, run.job, busy))
         except OutOfMemory as error:
-            if not busy or run.job.model_key in busy:
+            if not busy or busy.issuperset(run.job.model_keys):
                 raise
             self._report_incident(error, "load")
         run.no_room_with = busy
@@ -155,12 +156,13 @@ class Engine:
         job = run.job
         # Computed again, because the length of the context may depend on the model, which is loaded by now.
         run.shape = self.runner.shape(job, run.full_precision)
-        self.scheduler.admit(job.id, run.shape, run.parts, job.rows, job.priority)
+        self.scheduler.admit(job.id, run.shape, run.parts, job.priority)
         self.pending.pop(job.id, None)
         run.admitted = True
-        self.busy_models[job.model_key] = self.busy_models.get(job.model_key, 0) + 1
-        self.limits.start_small(run.shape.group)
-        self._limit_rows(run.shape.group)
+        self.busy_models.update(job.model_keys)
+        for group in run.groups:
+            self.limits.start_small(group)
+            self._limit_rows(group)
 
     def _withdraw(self, run: JobRun) -> None:
         """The inverse of _admit(); a job that is not admitted is left alone."""
@@ -169,9 +171,7 @@ class Engine:
             return
         run.admitted = False
         self.scheduler.remove(job.id)
-        self.busy_models[job.model_key] -= 1
-        if not self.busy_models[job.model_key]:
-            del self.busy_models[job.model_key]
+        self.busy_models -= Counter(job.model_keys)  # keys with a count of 0 are dropped
 
     def _limit_rows(self, group: Hashable) -> None:
         """Limit the calls of a group to what fits in memory and ends soon enough."""
@@ -251,21 +251,28 @@ class Engine:
         """Two halves of the images (a single image as it is); later calls of the group will be smaller."""
         if len(keys) == 1:
             return [keys]
-        group = self.jobs[keys[0].job].shape.group
+        group = self._segment(keys[0]).group
         self.limits.record_failure(group, self._rows(keys))
         self._limit_rows(group)
         middle = len(keys) // 2
         return [keys[:middle], keys[middle:]]
 
     def _rows(self, keys: Sequence[ImageKey]) -> int:
-        return sum(self.jobs[key.job].job.rows for key in keys)
+        """Rows of the next call of these images."""
+        return sum(self._segment(key).rows for key in keys)
+
+    def _segment(self, key: ImageKey) -> Segment:
+        """The segment of the image's next call."""
+        return self.jobs[key.job].segment(key.image)
 
     def _call(self, keys: list[ImageKey]) -> None:
         """One UNet call, counted and reported. Raises as the runner does."""
         begin = self.clock()
         call = self.runner.step(keys)
         seconds = self.clock() - begin
-        self._record(keys, call, seconds)
+        size = CallSize(self._segment(keys[0]), self._rows(keys), call.rows)
+        rows_of = {job: self._rows(own) for job, own in by_job(keys).items()}
+        self._record(size, call, seconds)
         finite = [key for key in keys if key.job not in call.non_finite]
         due = [key for key in finite if self.jobs[key.job].count_step(key.image)]
         for key in self.scheduler.advance(finite):
@@ -273,21 +280,20 @@ class Engine:
             run.denoised_at = self.clock()
             self.undecoded.add(key, run.parts)
         jobs = tuple(
-            JobSteps(job, sum(self.jobs[job].most_steps.values()), self._rows(own))
-            for job, own in by_job(keys).items()
+            JobSteps(job, sum(self.jobs[job].most_steps.values()), rows) for job, rows in rows_of.items()
         )
         running = len(self.jobs) - self.waiting
-        self.emit(Stepped(self._rows(keys), call.rows, len(keys), seconds, running, self.waiting, jobs))
+        self.emit(Stepped(size.rows, call.rows, len(keys), seconds, running, self.waiting, jobs))
         self._restart_non_finite(call.non_finite)
         for key in self._running(due):
             self._preview(key)
 
-    def _record(self, keys: list[ImageKey], call: Call, seconds: float) -> None:
+    def _record(self, size: CallSize, call: Call, seconds: float) -> None:
         """Update the estimates of speed and memory, and with them the group's limit of rows."""
-        shape = self.jobs[keys[0].job].shape
-        self.limits.record_success(shape.group, call.memory)
-        self.speed.record(CallSize(shape, self._rows(keys), call.rows), call, seconds)
-        self._limit_rows(shape.group)
+        group = size.segment.group
+        self.limits.record_success(group, call.memory)
+        self.speed.record(size, call, seconds)
+        self._limit_rows(group)
 
     def _preview(self, key: ImageKey) -> None:
         """Emit a preview, which counts as decoding. If that fails, the job goes on without it."""
@@ -300,16 +306,41 @@ class Engine:
             self.undecoded.charge(self.clock() - begin)
             self.emit(Previewed(key.job, key.image, self.jobs[key.job].steps[key.image], *preview))
 
-    # Decoding.
+    # Between two phases and after the last one.
 
     def _decode_some(self, step_seconds: float | None) -> None:
-        """Decode for about as long as the UNet call took; without a call, decode at least one image."""
+        """Decode for about as long as the UNet call took; without a call, decode at least one image.
+
+        The preparation of an image for its next phase counts as decoding.
+        """
         self.undecoded.begin_turn(step_seconds)
         for count in range(self.decode_chunk):
             if not self.undecoded.may_decode(count, step_seconds):
                 break
-            self._decode(self.undecoded.pop())
+            key = self.undecoded.pop()
+            if self.jobs[key.job].is_denoised(key.image):
+                self._decode(key)
+            else:
+                self._prepare(key)
         self.undecoded.end_turn(step_seconds)
+
+    def _prepare(self, key: ImageKey) -> None:
+        """Work on an image for its next phase, which starts when all images of the job are ready."""
+        run = self.jobs[key.job]
+        begin = self.clock()
+        try:
+            ready = self._with_retry("prepare", partial(self.runner.prepare, key))
+        except Exception as error:
+            self._handle(run, error, "prepare")
+            return
+        self.undecoded.charge(self.clock() - begin)
+        if not ready:
+            self.undecoded.add(key, run.parts)
+            return
+        run.prepared.add(key.image)
+        if len(run.prepared) == run.parts:
+            run.prepared.clear()
+            self.scheduler.proceed(key.job)
 
     def _decode(self, key: ImageKey) -> None:
         run = self.jobs[key.job]

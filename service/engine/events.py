@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Stage = Literal["load", "start", "step", "decode"]
+Stage = Literal["load", "start", "step", "prepare", "decode"]
 IncidentKind = Literal["out_of_memory", "non_finite"]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 from models.conditioning.boxes import Box
-from models.sampling.guidance import row_count
 from models.spec import Spacing
 
 MAX_SEED = 2**64 - 1  # the largest seed of a random number generator
@@ -131,20 +132,62 @@ class Job:
         return ModelKey(self.model, self.loras)
 
     @property
-    def rows(self) -> int:
-        """Rows that one image costs in a UNet call: 2 with guidance, else 1."""
-        return row_count(self.guidance_scale)
+    def model_keys(self) -> tuple[ModelKey, ...]:
+        """All models that the job runs on, without repetitions; the first one is that of its first call."""
+        return (self.model_key,)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive UNet calls of an image that cost the same.
+
+    group: images with equal groups may share a UNet call; rows: of the image in each of these calls;
+    evaluations: the number of calls; row_cost: work of one row, in any unit that all groups share, and the
+    same in all segments of a group.
+    """
+
+    group: Hashable
+    rows: int
+    evaluations: int
+    row_cost: float
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.evaluations) < 1:
+            raise ValueError(
+                f"a segment needs at least 1 call of 1 row, not {self.evaluations} of {self.rows}"
+            )
+
+    @property
+    def work(self) -> float:
+        """The work of these calls of one image."""
+        return self.rows * self.evaluations * self.row_cost
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the scheduler needs to know about a job.
+    """The UNet calls of a job, as the scheduler needs to know them.
 
-    group: jobs with equal groups may share a UNet call; evaluations: UNet calls of each image; row_cost: work
-    of one row, in any unit that all groups share; parts: tiles of each image, which are queued as images are.
+    segments: of each image, in order, at least one; parts: tiles of each image, which are queued as images
+    are.
     """
 
-    group: Hashable
-    evaluations: int
-    row_cost: float
+    segments: tuple[Segment, ...]
     parts: int = 1
+
+    @cached_property
+    def phases(self) -> tuple[tuple[Segment, ...], ...]:
+        """The segments of each phase: consecutive segments of one group."""
+        return tuple(tuple(own) for _, own in groupby(self.segments, key=lambda segment: segment.group))
+
+    @cached_property
+    def evaluations(self) -> int:
+        """UNet calls of each image."""
+        return sum(segment.evaluations for segment in self.segments)
+
+    def segment(self, done: int) -> Segment:
+        """The segment of the next UNet call of an image that has had `done` calls."""
+        for segment in self.segments:
+            if done < segment.evaluations:
+                return segment
+            done -= segment.evaluations
+        raise ValueError("an image has no call after its last one")

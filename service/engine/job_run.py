@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from service.engine.job import Job, ModelKey, Shape
+from service.engine.job import Job, ModelKey, Segment, Shape
 
 
 @dataclass
@@ -19,8 +20,10 @@ class JobRun:
     admitted: bool = False  # the scheduler has it
     started: bool = False  # the runner has its latents
     announced: bool = False  # its Started event was sent
+    interrupted: bool = False  # it takes no more steps
     steps: dict[int, int] = field(default_factory=dict)  # done of each image, in this run
     most_steps: dict[int, int] = field(default_factory=dict)  # done of each image, in any run
+    prepared: set[int] = field(default_factory=set)  # images that are ready for the job's next phase
     started_at: float = 0.0
     denoised_at: float = 0.0
     warnings: tuple[str, ...] = ()
@@ -32,9 +35,22 @@ class JobRun:
         return self.job.n * self.shape.parts
 
     @property
+    def groups(self) -> tuple[Hashable, ...]:
+        """The group of each phase."""
+        return tuple(phase[0].group for phase in self.shape.phases)
+
+    @property
     def work(self) -> float:
         """All the work of the job, as the scheduler counts it."""
-        return self.parts * self.job.rows * self.shape.evaluations * self.shape.row_cost
+        return self.parts * sum(segment.work for segment in self.shape.segments)
+
+    def segment(self, image: int) -> Segment:
+        """The segment of the image's next UNet call."""
+        return self.shape.segment(self.steps.get(image, 0))
+
+    def is_denoised(self, image: int) -> bool:
+        """Whether the image takes no more steps."""
+        return self.interrupted or self.steps.get(image, 0) == self.shape.evaluations
 
     def count_step(self, image: int) -> bool:
         """Count one step of an image; returns whether a preview of it is due.
@@ -50,5 +66,5 @@ class JobRun:
 
     def start_over(self) -> None:
         """Reset the steps and images of this run, but not what was announced to clients."""
-        self.started = False
-        self.steps, self.images = {}, {}
+        self.started = self.interrupted = False
+        self.steps, self.images, self.prepared = {}, {}, set()

@@ -52,7 +52,10 @@ class Runner(Protocol):
         """
 
     def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
-        """Load the job's model and LoRAs if necessary; False if busy models leave no room for them."""
+        """Load the job's models and LoRAs if necessary; False if busy models leave no room for them.
+
+        Raises OutOfMemory if the job's models do not fit in memory together, although no others are busy.
+        """
 
     def make_room(self, busy: Collection[ModelKey]) -> None:
         """Free all memory that neither running jobs nor busy models need."""
@@ -66,11 +69,17 @@ class Runner(Protocol):
     def settle(self) -> tuple[str, ...]:
         """Wait for the device; returns jobs with NaN or Inf values that no Call has reported yet."""
 
+    def prepare(self, key: ImageKey) -> bool:
+        """Do one bounded piece of work to make an image ready for its next phase; whether it is ready now.
+
+        The image has had the last step of a phase.
+        """
+
     def preview(self, key: ImageKey) -> Preview:
         """What an image looks like at its current step."""
 
     def finish(self, key: ImageKey) -> bytes:
-        """Decode an image after its last step: height x width x 3 bytes."""
+        """Decode an image, usually after its last step: height x width x 3 bytes."""
 
     def discard(self, job: str) -> None:
         """Forget everything about a job."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 
-from service.engine.job import Shape
+from service.engine.job import Segment
 from service.engine.row_limits import MAX_GROUPS
 from service.engine.runner import Call
 
@@ -15,9 +15,9 @@ EMA_ALPHA = 0.2  # weight of the newest call in the averages
 
 
 class CallSize(NamedTuple):
-    """The size of a UNet call. rows: without padding rows; padded_rows: with them."""
+    """The size of a UNet call. segment: of an image; rows: without padding rows; padded_rows: with them."""
 
-    shape: Shape
+    segment: Segment
     rows: int
     padded_rows: int
 
@@ -47,10 +47,10 @@ class Speed:
             self._average(previous, call.seconds)
 
     def _average(self, size: CallSize, seconds: float) -> None:
-        pace = seconds / (size.rows * size.shape.row_cost)
+        pace = seconds / (size.rows * size.segment.row_cost)
         before = self.seconds_per_work
         self.seconds_per_work = pace if before is None else before + EMA_ALPHA * (pace - before)
-        self._average_row(size.shape.group, seconds / size.padded_rows)
+        self._average_row(size.segment.group, seconds / size.padded_rows)
 
     def _average_row(self, group: Hashable, seconds: float) -> None:
         """Average the seconds per row; a group's first call is left out, since it may compile kernels."""

@@ -103,6 +103,10 @@ class FaultyRunner:
     def settle(self) -> tuple[str, ...]:
         return self.inner.settle()
 
+    def prepare(self, key: ImageKey) -> bool:
+        self._fail("prepare", [key.job])
+        return self.inner.prepare(key)
+
     def finish(self, key: ImageKey) -> bytes:
         self._fail("decode", [key.job])
         return self.inner.finish(key)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
-from service.engine.job import ImageKey, Shape
+from service.engine.job import ImageKey, Segment, Shape
 from service.engine.scheduler import Scheduler
 
 
@@ -157,8 +157,9 @@ class Steps:
     def admit(self, request: Request) -> None:
         name = str(next(self.names))
         self.requests[name], self.undecoded[name] = request, request.n
-        shape = Shape(request.size, request.steps, self.device.sizes[request.size].row)
-        self.scheduler.admit(name, shape, request.n, request.rows)
+        row_cost = self.device.sizes[request.size].row
+        shape = Shape((Segment(request.size, request.rows, request.steps, row_cost),))
+        self.scheduler.admit(name, shape, request.n)
 
     def turn(self, now: float, horizon: float) -> Turn | None:
         picked = self.scheduler.pick()
@@ -367,7 +368,8 @@ def tick_seconds(steps: Sequence[int]) -> float:
     for _ in range(500):
         while len(scheduler) < 1064:
             name = next(names)
-            scheduler.admit(str(name), Shape("group", steps[name % len(steps)], 1.0), images=1, rows=2)
+            segment = Segment("group", rows=2, evaluations=steps[name % len(steps)], row_cost=1.0)
+            scheduler.admit(str(name), Shape((segment,)), images=1)
         best = min(best, timeit.timeit(lambda: scheduler.advance(scheduler.pick()), number=20) / 20)
     return best
 

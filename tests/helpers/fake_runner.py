@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from service.engine.engine import Engine
 from service.engine.events import Cancelled, Done, Failed
-from service.engine.job import ImageKey, Job, ModelKey, Shape
+from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape
 from service.engine.row_limits import MemoryUse
 from service.engine.runner import Call, Preview
 from service.errors import NonFinite, OutOfMemory
@@ -31,11 +31,24 @@ class Clock:
         return self.now
 
 
+def segments_of(job: Job, full_precision: bool) -> tuple[Segment, ...]:
+    """Of a job with a sampler of this name: "interval" has one row in its last step, "two_phases" has another
+    group and twice the cost after its first step."""
+    rows = 1 if job.guidance_scale in (0.0, 1.0) else 2
+    group, later = (job.model, job.width, full_precision), (job.model, 2 * job.width, full_precision)
+    if job.sampler == "interval" and job.steps > 1:
+        return Segment(group, rows, job.steps - 1, 1.0), Segment(group, 1, 1, 1.0)
+    if job.sampler == "two_phases" and job.steps > 1:
+        return Segment(group, rows, 1, 1.0), Segment(later, rows, job.steps - 1, 1.0)
+    return (Segment(group, rows, job.steps, 1.0),)
+
+
 class CountingRunner:
     """Counts steps instead of computing them; a job whose prompt is the name of a method fails there.
 
     Other prompts: "oom" runs out of memory, "broken" always gives NaN, "wobbly" gives NaN except in full
-    precision. fits_rows: most rows of a call that fit in memory; fits_models: most models that fit.
+    precision. An image needs two calls of prepare() between two phases. fits_rows: most rows of a call that
+    fit in memory; fits_models: most models that fit.
     """
 
     def __init__(
@@ -51,6 +64,7 @@ class CountingRunner:
         self.fits_models = fits_models
         self.loaded: list[str] = []
         self.steps: Counter[ImageKey] = Counter()
+        self.prepared: Counter[ImageKey] = Counter()  # calls of prepare()
         self.full_precision: dict[str, bool] = {}  # job id -> as given to shape()
         self.started: dict[str, Job] = {}
         self.measures = False
@@ -58,7 +72,7 @@ class CountingRunner:
     def shape(self, job: Job, full_precision: bool = False) -> Shape:
         self.break_at("shape", job)
         self.full_precision[job.id] = full_precision
-        return Shape((job.model, job.width, full_precision), job.steps, 1.0)
+        return Shape(segments_of(job, full_precision))
 
     def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
         self.break_at("load", job)
@@ -79,18 +93,28 @@ class CountingRunner:
         self.started[job.id] = job
         for index in range(job.n):
             self.steps.pop(ImageKey(job.id, index), None)
+            self.prepared.pop(ImageKey(job.id, index), None)
         return ()
+
+    def segment(self, key: ImageKey) -> Segment:
+        """The segment of the image's next call, which requires that the image was prepared for it."""
+        job = self.started[key.job]
+        shape = Shape(segments_of(job, self.full_precision[key.job]))
+        segment = shape.segment(self.steps[key])
+        assert self.prepared[key] == 2 * (segment.group != shape.segments[0].group)
+        return segment
 
     def step(self, keys: Sequence[ImageKey]) -> Call:
         jobs = {key.job: self.started[key.job] for key in keys}
-        rows = sum(jobs[key.job].rows for key in keys)
+        segments = [self.segment(key) for key in keys]
+        rows = sum(segment.rows for segment in segments)
         size = next((size for size in self.buckets if size >= rows), rows)
         self.clock.now += 0.01
         for job in jobs.values():
             self.break_at("step", job)
         if (len(keys) > 1 and size > self.fits_rows) or any(job.prompt == "oom" for job in jobs.values()):
             raise OutOfMemory
-        assert len({(job.model, job.width, self.full_precision[job.id]) for job in jobs.values()}) == 1
+        assert len({segment.group for segment in segments}) == 1
         assert all(job.model in self.loaded for job in jobs.values())
         self.clock.now += 0.01 * rows
         self.steps.update(keys)
@@ -102,6 +126,12 @@ class CountingRunner:
     def use(self, size: int) -> MemoryUse | None:
         """Memory after a call with rows of 90 bytes, if self.measures."""
         return MemoryUse(size, 90 * size, 100 * self.fits_rows) if self.measures else None
+
+    def prepare(self, key: ImageKey) -> bool:
+        self.clock.now += 0.05
+        self.break_at("prepare", self.started[key.job])
+        self.prepared[key] += 1
+        return self.prepared[key] == 2
 
     def preview(self, key: ImageKey) -> Preview:
         self.break_at("preview", self.started[key.job])

@@ -63,10 +63,12 @@ def begin(runner: TorchRunner, job: Job) -> None:
 
 def made(runner: TorchRunner, job: Job) -> bytes:
     """Run a job to its end and return its first image."""
-    while runner.jobs[job.id].images[0].done < len(runner.jobs[job.id].plan):
+    while left(runner, job):
         runner.step([KEY])
     return runner.finish(KEY)
 
 
 def left(runner: TorchRunner, job: Job) -> int:
-    return len(runner.jobs[job.id].plan) - runner.jobs[job.id].images[0].done
+    """Steps left of the first image, in its current phase."""
+    state = runner.jobs[job.id]
+    return len(state.phase(state.images[0])) - state.images[0].done

@@ -68,7 +68,7 @@ def test_all_tasks_share_one_call_and_change_no_other_image(runner):
         scene_job("d", regions=regions(2), eta=1.0),
         scene_job("e", image=IMAGE.tobytes(), mask=MASK.tobytes(), regions=regions(1), prompt=""),
     ]
-    groups = {runner.shape(job).group for job in jobs}
+    groups = {segment.group for job in jobs for segment in runner.shape(job).segments}
     assert len(groups) == 1
     together = finished(runner, *jobs)
     for job, image in zip(jobs, together, strict=True):
@@ -98,7 +98,7 @@ def test_mask_channels_hold_the_mask_and_the_latent_of_the_masked_image(runner):
 
 def test_without_a_mask_every_pixel_is_repainted(runner):
     begin(runner, scene_job(guidance_scale=1.0))
-    (row,) = runner.jobs["a"].images[0].concat
+    _, row = runner.jobs["a"].images[0].concat
     assert (row[0] == 1).all()
     assert torch.equal(row[1:5], runner.registry["m"].encode(torch.zeros(1, 3, 64, 64))[0])
 

@@ -78,6 +78,57 @@ def test_an_interrupted_job_ends_with_its_images_as_they_are():
     assert runner.steps[ImageKey("a", 0)] == 5
 
 
+def test_rows_that_a_job_needs_no_more_are_free():
+    events, _ = run(
+        [make_job("a", steps=3, n=2, sampler="interval"), make_job("b", steps=5, n=2)], max_rows=6
+    )
+    rows = [{part.job: part.rows for part in event.jobs} for event in of(events, Stepped)]
+    assert rows == [{"a": 4, "b": 2}, {"a": 4, "b": 2}, {"a": 2, "b": 4}, *([{"b": 4}] * 3)]
+
+
+def test_a_job_passes_through_two_groups_with_one_count_of_steps():
+    events, runner = run([make_job("a", steps=3, n=2, sampler="two_phases", preview_every=2)])
+    assert of(events, Started) == [Started("a", 6)]
+    assert [event.jobs[0].steps for event in of(events, Stepped)] == [2, 4, 6]
+    assert [(event.index, event.step) for event in of(events, Previewed)] == [(0, 2), (1, 2)]
+    assert runner.prepared == {ImageKey("a", 0): 2, ImageKey("a", 1): 2}
+
+
+def test_a_job_between_two_phases_can_be_cancelled():
+    engine, events = engine_on(CountingRunner(), decode_chunk=1)
+    engine.submit(make_job("a", steps=3, n=2, sampler="two_phases"))
+    engine.tick()
+    assert engine.scheduler.pick() == []
+    engine.cancel("a")
+    assert not engine.busy
+    assert outcomes(events) == {"a": "cancelled"}
+
+
+def test_an_interrupted_job_between_two_phases_is_decoded_as_it_is():
+    runner = CountingRunner()
+    engine, events = engine_on(runner, decode_chunk=1)
+    engine.submit(make_job("a", steps=3, n=2, sampler="two_phases", prompt="interrupted"))
+    engine.tick()
+    assert engine.scheduler.pick() == []
+    engine.interrupt("a")
+    while engine.busy:
+        engine.tick()
+    assert outcomes(events) == {"a": "done"}
+    assert runner.steps.total() == 2
+
+
+def test_other_jobs_run_while_a_job_is_prepared():
+    engine, events = engine_on(CountingRunner((4,)), decode_chunk=1)
+    engine.submit(make_job("a", steps=2, n=2, sampler="two_phases"))
+    engine.submit(make_job("b", steps=20))
+    while engine.busy:
+        engine.tick()
+    calls = [{part.job for part in event.jobs} for event in of(events, Stepped)]
+    first, last = (index for index, jobs in enumerate(calls) if "a" in jobs)
+    assert last > first + 2
+    assert all(jobs == {"b"} for jobs in calls[first + 1 : last])
+
+
 def test_a_call_that_does_not_fit_is_split_and_later_calls_are_smaller():
     engine, events = engine_on(CountingRunner((2, 4, 8), fits_rows=4))
     for i in range(8):
@@ -228,10 +279,12 @@ jobs = st.builds(
     n=st.integers(1, 4),
     guidance_scale=st.sampled_from([0.0, 1.0, 4.0]),
     width=st.sampled_from([8, 16]),
+    sampler=st.sampled_from(["ddim", "interval", "two_phases"]),
     priority=st.integers(0, 2),
     preview_every=st.integers(0, 2),
     prompt=st.sampled_from(
-        ["fine"] * 10 + ["shape", "load", "start", "step", "finish", "preview", "oom", "broken", "wobbly"]
+        ["fine"] * 10
+        + ["shape", "load", "start", "step", "prepare", "finish", "preview", "oom", "broken", "wobbly"]
     ),
 )
 moves = st.lists(
@@ -307,7 +360,7 @@ class History:
 
     def check_end(self, job: Job, mine: list) -> None:
         if isinstance(end := mine[-1] if mine else None, Done):
-            assert job.prompt in FINE
+            assert job.prompt in (*FINE, "prepare")
             assert end.images == tuple(b"%d" % (job.seed + i) for i in range(job.n))
         elif isinstance(end, Failed):
             assert job.prompt not in FINE

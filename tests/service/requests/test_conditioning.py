@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from models.sampling.guidance import row_count
 from models.spec import ModelSpec
 from service.api.native import describe
 from service.errors import InvalidRequest
@@ -132,6 +133,6 @@ def test_a_model_may_need_no_condition():
 )
 def test_an_image_without_conditions_takes_one_row(body, rows):
     job = resolved_of(**body).to_job()
-    assert (job.rows, job.guidance_scale > 1) == (rows, rows == 2)
+    assert (row_count(job.guidance_scale), job.guidance_scale > 1) == (rows, rows == 2)
     zeros = replace(scene_spec(), zero_null=True)  # guidance compares with zeros, not with the empty prompt
-    assert resolved_of(zeros, **body).to_job().rows == (rows if body else 2)
+    assert row_count(resolved_of(zeros, **body).to_job().guidance_scale) == (rows if body else 2)

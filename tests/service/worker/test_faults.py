@@ -53,7 +53,9 @@ INCIDENTS = {"oom": "out_of_memory", "nan": "non_finite"}
 @pytest.mark.parametrize(("stage", "kind"), list(product(STAGES, ALWAYS)))
 @pytest.mark.parametrize(("times", "codes"), [("", ALWAYS), (":1", ONCE)], ids=["always", "once"])
 def test_a_fault_concerns_its_own_job_only(stage, kind, times, codes):
-    jobs = [make_job(str(i), n=i) for i in range(1, 4)] + [make_job("bad", prompt="some poison", n=2)]
+    jobs = [make_job(str(i), n=i) for i in range(1, 4)] + [
+        make_job("bad", prompt="some poison", n=2, sampler="two_phases")
+    ]
     faults = read_faults(f"{stage}:{kind}:poison{times}")
     events = run(FaultyRunner(CountingRunner((4, 8, 16)), faults), jobs)
     assert outcomes(events) == {"1": "done", "2": "done", "3": "done", "bad": codes[kind]}
