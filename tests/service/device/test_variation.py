@@ -41,6 +41,6 @@ def test_clip_skip_changes_the_context_and_one_is_none(tiny: Path):
     contexts = []
     for changes in ({}, {"clip_skip": 1}, {"clip_skip": 2}):
         begin(runner, tiny_job(**changes))
-        contexts.append(runner.jobs["a"].context.tokens)
+        contexts.append(runner.jobs["a"].phases[0].context.tokens)
     assert torch.equal(contexts[0], contexts[1])
     assert not torch.allclose(contexts[0], contexts[2], atol=1e-3)
