@@ -215,6 +215,12 @@ class Settings:
         boolean(),
         """Do not serve the page at /. The API and its documentation at /docs stay.""",
     )
+    provenance: Literal["xmp", "none"] = setting(
+        "xmp",
+        choice("xmp", "none"),
+        """Whether image files state that a model made them: xmp writes IPTC's DigitalSourceType into PNG,
+        JPEG and WebP files, none writes nothing. Some laws require such a mark.""",
+    )
     log_level: str = setting(
         "info",
         choice(*LOG_LEVELS),

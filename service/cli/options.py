@@ -42,6 +42,7 @@ ONE_SHOT = (
     "embedding",
     "prediction",
     "weights",
+    "provenance",
 )
 # Settings of commands that only describe or convert checkpoints.
 CHECKPOINT = ("allow_pickle", "prediction", "weights")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from models.formats.identify import Source
-from models.spec import Spacing
+from models.spec import ModelSpec, Spacing
+from service.cli.from_image import fields_of_file
 from service.cli.options import ONE_SHOT, UsageError, add_settings, settings_of
 from service.engine.events import Done, Event, Failed, Started, Stepped
 from service.engine.job import Job
@@ -137,6 +138,12 @@ def add_common(command: argparse.ArgumentParser) -> None:
         default=[],
         help="apply a LoRA, with weight 1 unless given; may be repeated",
     )
+    add(
+        "--from",
+        dest="repeat",
+        metavar="FILE",
+        help="make the image of this file again, from the parameters in it; other arguments take precedence",
+    )
     add_settings(command, *ONE_SHOT)
 
 
@@ -228,7 +235,8 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     sources = identify_all(paths, settings.allow_pickle, settings.prediction, settings.weights, vaes)
     # Every LoRA is accepted here; loading the model fails if one does not fit.
     specs = {name: replace(source.spec, loras=tuple(loras)) for name, source in sources.items()}
-    body = request_of(args, kind, {name: file for name, file in files.items() if file})
+    repeated = fields_from(args, specs, settings) if args.repeat else {}
+    body = request_of(args, kind, {name: file for name, file in files.items() if file}, repeated)
     resolved = resolve(body, specs, settings, OutputFormat(image_format, "output"))
     job = resolved.to_job()
     result = Result(resolved, run_job(job, settings, sources))
@@ -254,12 +262,29 @@ def format_of(output: Path) -> images.Format:
     return images.SUFFIXES[suffix]
 
 
-def request_of(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str, str]) -> AnyRequest:
-    """The request that the arguments describe. Raises InvalidRequest, or UsageError for a file."""
+def request_of(
+    args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str, str], repeated: Mapping[str, Any]
+) -> AnyRequest:
+    """The request that the arguments describe. Raises InvalidRequest, or UsageError for a file.
+
+    repeated: fields of an image that is made again; arguments take precedence.
+    """
     fields: dict[str, Any] = {name: getattr(args, name, None) for name in REQUEST_FIELDS}
     fields["variation"] = variation_of(args)
-    fields["loras"] = {entry.partition("=")[0]: weight for entry, weight in args.lora}
+    fields = dict(repeated) | {name: value for name, value in fields.items() if value is not None}
+    if not repeated.get("loras"):  # else the image's own weights
+        fields["loras"] = {entry.partition("=")[0]: weight for entry, weight in args.lora}
     return build_request(kind, fields | {name: read(Path(file)) for name, file in files.items()})
+
+
+def fields_from(
+    args: argparse.Namespace, specs: Mapping[str, ModelSpec], settings: Settings
+) -> dict[str, Any]:
+    """The fields of the image given by --from. Raises UsageError and InvalidRequest."""
+    fields = fields_of_file(read(Path(args.repeat)), specs, settings)
+    if args.model:  # the model of this path, whatever it was called when the image was made
+        fields.pop("model", None)
+    return fields
 
 
 def variation_of(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 
 from service.errors import InvalidRequest
 from service.requests import image_files
+from service.requests.metadata import NONE, Metadata, save_options
 
 Format = Literal["png", "jpeg", "webp"]
 Pixels = npt.NDArray[np.uint8]
@@ -38,17 +38,11 @@ START_OF_SCAN, MAX_SCANS = b"\xff\xda", 32
 MAX_SIDE = 2**16 - 1  # pixels; images of one pixel per row would take long, too
 
 
-def encode(pixels: Pixels, kind: Format, parameters: str = "", quality: int | None = None) -> bytes:
-    """A file of (H, W, 3) pixels; a PNG stores `parameters`, if any, in a text chunk of that name.
-
-    quality: 1 to 100, of a JPEG or WebP file.
-    """
-    options = dict(SAVE_OPTIONS[kind])
+def encode(pixels: Pixels, kind: Format, metadata: Metadata = NONE, quality: int | None = None) -> bytes:
+    """A file of (H, W, 3) pixels. quality: 1 to 100, of a JPEG or WebP file."""
+    options = SAVE_OPTIONS[kind] | save_options(kind, metadata)
     if quality is not None and "quality" in options:
         options["quality"] = quality
-    if kind == "png" and parameters:
-        options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_text("parameters", parameters)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()

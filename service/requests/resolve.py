@@ -99,7 +99,8 @@ def resolve(
         resolved = with_parameters(resolved, guidance_scale=1.0)
     kind, field = output or OutputFormat(request.output_format or "png", "output_format")
     checks.check_format(resolved.width, resolved.height, kind, field)
-    return replace(resolved, format=kind, previews=previews)
+    has_provenance = settings.provenance != "none"
+    return replace(resolved, format=kind, previews=previews, has_provenance=has_provenance)
 
 
 def find_model(name: str | None, specs: Mapping[str, ModelSpec], tasks: Collection[str]) -> ModelSpec:

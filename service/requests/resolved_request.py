@@ -16,6 +16,7 @@ from service.requests.control_schemas import ControlSettings, ReferenceSettings
 from service.requests.extras import EXTRAS
 from service.requests.images import Format
 from service.requests.inpainting import Paste
+from service.requests.metadata import DigitalSource
 from service.requests.schemas import Area, Extend, Fill, LabelBox, VariationSeed
 
 
@@ -140,6 +141,7 @@ class ResolvedRequest:
     warnings: tuple[str, ...] = ()
     previews: Previews = NO_PREVIEWS
     latent_fill: LatentFill = "image"
+    has_provenance: bool = True  # files state that a model made the image
 
     @property
     def prompt(self) -> str:
@@ -204,6 +206,13 @@ class ResolvedRequest:
             controls=tuple(control for control in inputs.controls if control.scale),
             references=tuple(reference for reference in inputs.references if reference.scale),
         )
+
+    @property
+    def digital_source(self) -> DigitalSource | None:
+        """What files state about the origin of the images; None: nothing."""
+        if not self.has_provenance:
+            return None
+        return "compositeWithTrainedAlgorithmicMedia" if self.inputs.image else "trainedAlgorithmicMedia"
 
     @property
     def used_size(self) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from service.engine.events import Done, Previewed
 from service.errors import NotAcceptable
 from service.requests import images
 from service.requests.images import FORMAT_OF_MEDIA_TYPE, MEDIA_TYPES, Pixels
+from service.requests.metadata import Metadata
 from service.requests.resolve import OutputFormat
 from service.requests.resolved_request import ResolvedRequest
 from service.requests.schemas import GenerateResponse, ImageRequest, ImageResult, JobPreview, Timings
@@ -92,9 +93,14 @@ class Result:
 
 
 def encode_image(result: Result, index: int) -> bytes:
-    """The file of image `index`; a PNG contains the parameters to generate it again."""
+    """The file of image `index`, with the parameters to generate it again."""
+    return images.encode(result.pixels(index), result.resolved.format, metadata_of(result, index))
+
+
+def metadata_of(result: Result, index: int) -> Metadata:
+    """The parameters of image `index` as JSON, and its provenance."""
     parameters = json.dumps(result.resolved.parameters.of_image(index))
-    return images.encode(result.pixels(index), result.resolved.format, parameters)
+    return Metadata(parameters, result.resolved.digital_source)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from service.api.a1111.schemas import Extras
 from service.requests import images
 from service.requests.background import Submission
 from service.requests.checks import require, supports_any
+from service.requests.metadata import NONE, Metadata
 from service.requests.resolve import TASKS_OF, build_request, coalesce
 from service.requests.response import Result
 from service.requests.schemas import UpscaleRequest
@@ -44,13 +45,18 @@ class Upscaling:
     window: tuple[int, int]
     scale: float
 
-    def finish(self, image: Image.Image, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> bytes:
+    def finish(
+        self,
+        image: Image.Image,
+        resampling: Image.Resampling = Image.Resampling.LANCZOS,
+        metadata: Metadata = NONE,
+    ) -> bytes:
         """The file of the upscaled image, resized to `size` if necessary, and cropped."""
         if image.size != self.size:
             image = image.resize(self.size, resampling)
         (width, height), (w, h) = self.size, self.window
         left, upper = (width - w) // 2, (height - h) // 2
-        return images.encode(np.asarray(image.crop((left, upper, left + w, upper + h))), "png")
+        return images.encode(np.asarray(image.crop((left, upper, left + w, upper + h))), "png", metadata)
 
 
 def check(body: Extras, specs: Mapping[str, ModelSpec]) -> str:
@@ -104,6 +110,9 @@ def submission(body: Extras, file: str, param: str, settings: Settings) -> Submi
     fields = {"image": work.image, "model": body.upscaler_1, "scale": max(2, math.ceil(work.scale))}
 
     def encode(result: Result, index: int) -> bytes:
-        return work.finish(work.image if work.scale <= 1 else Image.fromarray(result.pixels(index)))
+        if work.scale <= 1:
+            return work.finish(work.image)
+        source = result.resolved.digital_source
+        return work.finish(Image.fromarray(result.pixels(index)), metadata=Metadata(source=source))
 
     return Submission(build_request(UpscaleRequest, fields), encode=encode)

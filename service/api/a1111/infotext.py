@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from PIL import Image
-
-KEY = "parameters"  # name of the text chunk in a PNG file
-EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 MAX_LINE = 10_000  # characters; a longer last line is not parsed
 MIN_PAIRS = 3  # a last line with fewer pairs is not one of parameters
 PAIR = re.compile(r'\s*(\w[\w /-]{1,80}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
@@ -60,19 +56,33 @@ def unquoted(value: str) -> str:
         return value
 
 
-def read(image: Image.Image) -> tuple[str, dict[str, str]]:
-    """(infotext, other texts) of an opened file; the infotext is empty if the file has none."""
-    items = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
-    comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
-    text = items.pop(KEY, None)
-    return text or (decoded(comment) if isinstance(comment, bytes) else ""), items
+# Name in an infotext -> field of A1111's requests, and the type of its values.
+FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "Prompt": ("prompt", str),
+    "Negative prompt": ("negative_prompt", str),
+    "Steps": ("steps", int),
+    "Sampler": ("sampler_name", str),
+    "Schedule type": ("scheduler", str),
+    "CFG scale": ("cfg_scale", float),
+    "Seed": ("seed", int),
+    "Size-1": ("width", int),
+    "Size-2": ("height", int),
+    "Variation seed": ("subseed", int),
+    "Variation seed strength": ("subseed_strength", float),
+    "Denoising strength": ("denoising_strength", float),
+    "Eta": ("eta", float),
+}
 
 
-def decoded(comment: bytes) -> str:
-    """The text of an Exif UserComment."""
-    kind, text = comment[:8], comment[8:]
-    encoding = "utf-16-be" if kind == b"UNICODE\0" else "utf-8"
-    return text.decode(encoding, "replace").strip("\0")
+def fields_of(text: str) -> dict[str, Any]:
+    """The fields of A1111's request for the image of an infotext. Raises ValueError for a wrong number."""
+    found = parse(text)
+    fields = {name: read(found[key]) for key, (name, read) in FIELDS.items() if key in found}
+    settings = {
+        "sd_model_checkpoint": found.get("Model"),
+        "CLIP_stop_at_last_layers": found.get("Clip skip"),
+    }
+    return fields | {"override_settings": {key: value for key, value in settings.items() if value}}
 
 
 def parameters_of(text: str) -> dict[str, str]:

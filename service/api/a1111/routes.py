@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from service.api import native
-from service.api.a1111 import extras, infotext, translate
+from service.api.a1111 import answers, extras, infotext, translate
 from service.api.a1111.options import NEUTRAL_IMG2IMG, NEUTRAL_SAMPLER, check_options, read_format, read_text
 from service.api.a1111.samplers import SAMPLERS, SCHEDULERS, choose_sampler
 from service.api.a1111.schemas import (
@@ -42,6 +42,7 @@ from service.api.a1111.session import A1111Session
 from service.api.routing import ClientErrorRoute
 from service.requests import images
 from service.requests.background import Submission
+from service.requests.metadata import read_parameters
 from service.requests.response import Answer
 from service.requests.schemas import error_responses
 from service.worker.supervisor import Supervisor
@@ -89,7 +90,7 @@ async def txt2img(body: TextToImage, request: Request) -> ProcessingResponse:
     """
     choice, session = choose_sampler(body), session_of(request)
     done = await run(lambda: translate.text_submission(body, choice, session), request)
-    return await asyncio.to_thread(translate.to_response, body, choice, done)
+    return await asyncio.to_thread(answers.to_response, body, choice, done)
 
 
 @sdapi.post("/img2img", **GENERATE, summary="Image to image, and inpainting")
@@ -103,7 +104,7 @@ async def img2img(body: ImageToImage, request: Request) -> ProcessingResponse:
             done = await asyncio.to_thread(translate.unchanged_answer, body, choice, session)
     else:
         done = await run(lambda: translate.image_submission(body, choice, session), request)
-    return await asyncio.to_thread(translate.to_response, body, choice, done)
+    return await asyncio.to_thread(answers.to_response, body, choice, done)
 
 
 async def run(prepare: Callable[[], Submission], request: Request) -> Answer:
@@ -158,7 +159,7 @@ async def png_info(body: PNGInfo, request: Request) -> PNGInfoResponse:
 
     def read() -> PNGInfoResponse:
         file = images.from_base64(body.image, "image")
-        text, items = infotext.read(images.decode(file, "image", state.settings.max_input_pixels))
+        text, items = read_parameters(images.decode(file, "image", state.settings.max_input_pixels))
         return PNGInfoResponse(info=text, items=items, parameters=infotext.parameters_of(text))
 
     with state.supervisor.reserve_slot():

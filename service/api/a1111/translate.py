@@ -1,9 +1,7 @@
-"""Translation of A1111's requests to submissions, and of answers to A1111's responses."""
+"""Translation of A1111's requests to submissions."""
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 import secrets
 import time
@@ -14,26 +12,27 @@ import numpy as np
 from PIL import Image
 
 from models.spec import ModelSpec
-from service.api.a1111 import infotext, options
+from service.api.a1111 import options
+from service.api.a1111.answers import encoder, infotext_of, strength_of
 from service.api.a1111.checks import SETTINGS, check_unsupported
 from service.api.a1111.masking import read_mask
 from service.api.a1111.resizing import resize
 from service.api.a1111.samplers import SamplerChoice
-from service.api.a1111.schemas import ImageToImage, Info, Processing, ProcessingResponse
-from service.api.a1111.session import A1111Session, timestamp
+from service.api.a1111.schemas import ImageToImage, Processing
+from service.api.a1111.session import A1111Session
 from service.errors import InvalidRequest
 from service.requests import images
 from service.requests.background import Submission
 from service.requests.checks import reads_tokens, require
 from service.requests.inpainting import MaskedImage
+from service.requests.metadata import Metadata
 from service.requests.resolve import TASKS_OF, build_request, coalesce, find_model, resolve
 from service.requests.resolved_request import Previews
 from service.requests.response import Answer
 from service.requests.schemas import GenerateRequest, ImageRequest, InpaintRequest
 
-VERSION = "ldm"
 PREVIEWS = Previews(every=10, format="png")  # A1111's default
-STRENGTH, BLUR = 0.75, 4  # A1111's defaults for img2img and masks
+BLUR = 4  # A1111's default for masks
 SEED_LIMIT = 2**32  # random seeds are smaller, as in A1111
 NETWORK = re.compile(r"<(\w+):([^<>]*)>")
 UNSUPPORTED_SYNTAX = {  # of prompts; each would change the image
@@ -52,7 +51,7 @@ def text_submission(body: Processing, choice: SamplerChoice, session: A1111Sessi
     spec = spec_for(body, GenerateRequest, session)
     warnings = tuple(check_unsupported(body, choice, spec))
     request = build_request(GenerateRequest, fields_of(body, choice, spec, session))
-    return Submission(request, previews=PREVIEWS, warnings=warnings)
+    return Submission(request, previews=PREVIEWS, encode=encoder(body, choice), warnings=warnings)
 
 
 def image_submission(body: ImageToImage, choice: SamplerChoice, session: A1111Session) -> Submission:
@@ -66,7 +65,7 @@ def image_submission(body: ImageToImage, choice: SamplerChoice, session: A1111Se
     fields = fields_of(body, choice, spec, session)
     start = read_resized(body, session) if body.resize_mode else only_image(body)
     request = build_request(GenerateRequest, fields | {"init_image": start, "strength": strength_of(body)})
-    return Submission(request, previews=PREVIEWS, warnings=warnings)
+    return Submission(request, previews=PREVIEWS, encode=encoder(body, choice), warnings=warnings)
 
 
 def inpaint_submission(
@@ -89,7 +88,8 @@ def inpaint_submission(
         "strength": strength_of(body),
     }
     request = build_request(InpaintRequest, fields)
-    return Submission(request, previews=PREVIEWS, warnings=warnings, soft_mask=mask)
+    encode = encoder(body, choice)
+    return Submission(request, previews=PREVIEWS, encode=encode, warnings=warnings, soft_mask=mask)
 
 
 def unchanged_answer(body: ImageToImage, choice: SamplerChoice, session: A1111Session) -> Answer:
@@ -111,10 +111,10 @@ def unchanged_answer(body: ImageToImage, choice: SamplerChoice, session: A1111Se
     supervisor = session.jobs.supervisor
     resolved = resolve(request, supervisor.specs, supervisor.settings)
     image = resize(image, resolved.width, resolved.height)
-    files = [
-        images.encode(np.asarray(image), resolved.format, json.dumps(resolved.parameters.of_image(index)))
-        for index in range(resolved.parameters.n)
-    ]
+    pixels = np.asarray(image)
+    texts = (infotext_of(body, choice, resolved, index) for index in range(resolved.parameters.n))
+    # Without provenance: no model changed the image.
+    files = [images.encode(pixels, resolved.format, Metadata(text)) for text in texts]
     resolved = resolved.without_inputs()
     return Answer(resolved, tuple(files), warnings + resolved.warnings, {}, int(time.time()))
 
@@ -161,20 +161,28 @@ def fields_of(
     n, most = batch * batches, session.jobs.supervisor.settings.max_images
     field = "n_iter" if batches > batch else "batch_size"
     require([(field, n <= most, f"is too large: batch_size * n_iter must be at most {most}")])
+    kind = options.read_format(body.override_settings or {}, SETTINGS)
+    return sampling_fields(body, choice, spec, n) | {
+        "model": spec.name,
+        "n": n,
+        "output_format": kind or options.FORMATS[session.format],
+    }
+
+
+def sampling_fields(body: Processing, choice: SamplerChoice, spec: ModelSpec, n: int) -> dict[str, Any]:
+    """The fields of the native request that an infotext contains too. Raises InvalidRequest."""
     prompt, loras, text_weights = split_prompt(body.prompt or "")
     check_syntax("prompt", prompt)
     check_syntax("negative_prompt", body.negative_prompt or "", but=("AND",))  # plain text there, as in A1111
     if body.disable_extra_networks:
         loras, text_weights = {}, {}
-    kind = options.read_format(body.override_settings or {}, SETTINGS)
+    has_clip_skip = options.reads_clip_skip(spec)
     return {
-        "model": spec.name,
         "prompt": prompt if prompt.strip() else None,
         "negative_prompt": body.negative_prompt,
         "loras": loras or None,
         "lora_text_weights": text_weights or None,
         "seed": secrets.randbelow(max(1, SEED_LIMIT - n)) if body.seed in (None, -1) else body.seed,
-        "n": n,
         "steps": body.steps,
         "guidance_scale": body.cfg_scale,
         "sampler": choice.sampler,
@@ -182,12 +190,9 @@ def fields_of(
         "eta": choice.eta,
         "width": body.width,
         "height": body.height,
-        "output_format": kind or options.FORMATS[session.format],
         "prompt_weights": True if reads_tokens(spec) else None,  # as A1111 reads prompts
         "long_prompts": "chunk" if reads_tokens(spec) else None,
-        "clip_skip": options.clip_skip_of(body.override_settings or {}, SETTINGS)
-        if options.reads_clip_skip(spec)
-        else None,
+        "clip_skip": options.clip_skip_of(body.override_settings or {}, SETTINGS) if has_clip_skip else None,
         "variation": variation_of(body, n),
     }
 
@@ -263,72 +268,3 @@ def read_masked(body: ImageToImage, session: A1111Session) -> MaskedImage:
         coalesce(body.mask_round, True),
     )
     return MaskedImage(image, mask)
-
-
-def strength_of(body: Processing) -> float | None:
-    """A1111's denoising strength, at most 1; None for txt2img."""
-    return min(coalesce(body.denoising_strength, STRENGTH), 1.0) if isinstance(body, ImageToImage) else None
-
-
-def to_response(body: Processing, choice: SamplerChoice, answer: Answer) -> ProcessingResponse:
-    """A1111's response."""
-    hidden = {*(body.model_extra or {})}
-    if not getattr(body, "include_init_images", None):
-        hidden |= {"init_images", "mask"}
-    files = answer.files if coalesce(body.send_images, True) else ()
-    return ProcessingResponse(
-        images=[base64.b64encode(file).decode() for file in files],
-        parameters=body.model_dump(mode="json", exclude=hidden),
-        info=info_of(body, choice, answer).model_dump_json(),
-    )
-
-
-def info_of(body: Processing, choice: SamplerChoice, answer: Answer) -> Info:
-    resolved, values = answer.resolved, answer.resolved.parameters
-    prompt, variation = body.prompt or "", values.variation
-    seeds = [values.seed_of(index) for index in range(values.n)]
-    subseeds = [variation.seed + index for index in range(values.n)] if variation else seeds
-    return Info(
-        prompt=prompt,
-        all_prompts=[prompt] * values.n,
-        negative_prompt=resolved.negative_prompt,
-        all_negative_prompts=[resolved.negative_prompt] * values.n,
-        seed=values.seed,
-        all_seeds=seeds,
-        subseed=subseeds[0],
-        all_subseeds=subseeds,
-        subseed_strength=variation.strength if variation else 0,
-        width=values.width or resolved.width,
-        height=values.height or resolved.height,
-        sampler_name=choice.name,
-        cfg_scale=values.guidance_scale,
-        steps=values.steps,
-        batch_size=coalesce(body.batch_size, 1),
-        sd_model_name=values.model,
-        denoising_strength=strength_of(body),
-        clip_skip=values.clip_skip or 1,
-        infotexts=[infotext_of(prompt, body, choice, answer, index) for index in range(values.n)],
-        job_timestamp=timestamp(answer.created),
-        version=VERSION,
-        warnings=list(answer.warnings),
-    )
-
-
-def infotext_of(prompt: str, body: Processing, choice: SamplerChoice, answer: Answer, index: int) -> str:
-    resolved, values = answer.resolved, answer.resolved.parameters
-    variation = values.variation
-    lines = {
-        "Steps": values.steps,
-        "Sampler": choice.name,
-        "Schedule type": choice.scheduler_label,
-        "CFG scale": values.guidance_scale,
-        "Seed": values.seed_of(index),
-        "Size": f"{values.width}x{values.height}",
-        "Model": values.model,
-        "Variation seed": variation.seed + index if variation else None,
-        "Variation seed strength": variation.strength if variation else None,
-        "Denoising strength": strength_of(body),
-        "Clip skip": values.clip_skip,
-        "Version": VERSION,
-    }
-    return infotext.write(prompt, resolved.negative_prompt, lines)

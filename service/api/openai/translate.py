@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from service.requests.background import Submission
 from service.requests.checks import check_format, require
 from service.requests.resolve import DEFAULT_STRENGTH, TASKS_OF, build_request, coalesce, find_model
 from service.requests.resolved_request import NO_PREVIEWS, Previews
-from service.requests.response import Answer, Result
+from service.requests.response import Answer, Result, metadata_of
 from service.requests.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings
 
@@ -51,8 +50,7 @@ class Encoder:
         if self.size:
             image = ImageOps.fit(PIL.Image.fromarray(pixels), self.size, PIL.Image.Resampling.LANCZOS)
             pixels = np.asarray(image)
-        parameters = json.dumps(result.resolved.parameters.of_image(index))
-        return images.encode(pixels, result.resolved.format, parameters, self.quality)
+        return images.encode(pixels, result.resolved.format, metadata_of(result, index), self.quality)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from service.cli.main import main
+from service.requests import images
+from service.requests.metadata import Metadata
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +34,47 @@ def test_several_images_get_numbered_files(folder, tiny, capsys):
     assert main(["generate", "p", "-o", "p.jpg", "--model", str(tiny), "--n", "2", "--steps", "1"]) == 0
     assert {read_image(folder / name).format for name in ("p-0.jpg", "p-1.jpg")} == {"JPEG"}
     assert capsys.readouterr().out.startswith("p-0.jpg  seed ")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_from_makes_the_image_of_a_file_again(folder, tiny, suffix):
+    first, again = folder / f"a.{suffix}", folder / f"b.{suffix}"
+    flags = ["--negative-prompt", "blue", "--steps", "2", "--width", "72", "--sampler", "euler"]
+    model = ["--model", str(tiny)]
+    assert main(["generate", "a red äpple", *flags, *model, "-o", str(first)]) == 0
+    assert main(["generate", "--from", str(first), *model, "-o", str(again)]) == 0
+    assert again.read_bytes() == first.read_bytes()
+    assert main(["generate", "pear", "--from", str(first), *model, "-o", str(again)]) == 0
+    assert again.read_bytes() != first.read_bytes()
+
+
+def test_from_reads_an_infotext(folder, tiny):
+    text = "a (red:1.2) apple\nNegative prompt: blue\nSteps: 2, Sampler: Euler, Schedule type: Karras, "
+    text += "CFG scale: 4, Seed: 5, Size: 72x64, Model: other, Version: v1.10.1"
+    (folder / "a.png").write_bytes(images.encode(np.zeros((8, 8, 3), np.uint8), "png", Metadata(text)))
+    model = ["--model", str(tiny)]
+    assert main(["generate", "--from", "a.png", *model, "-o", "b.png"]) == 0
+    flags = ["--steps", "2", "--sampler", "euler", "--spacing", "karras", "--guidance-scale", "4"]
+    flags += ["--seed", "5", "--width", "72", "--prompt-weights", "--long-prompts", "chunk"]
+    flags += ["--negative-prompt", "blue"]
+    assert main(["generate", "a (red:1.2) apple", *flags, *model, "-o", "c.png"]) == 0
+    assert (folder / "b.png").read_bytes() == (folder / "c.png").read_bytes()
+
+
+def test_from_refuses_a_file_without_parameters(folder, tiny, capsys):
+    Image.new("RGB", (8, 8)).save("plain.png")
+    assert main(["generate", "--from", "plain.png", "--model", str(tiny), "-o", "b.png"]) == 2
+    assert "has no parameters" in capsys.readouterr().err
+
+
+def test_provenance_can_be_left_out(folder, tiny):
+    flags = ["--model", str(tiny), "--steps", "1", "--seed", "1"]
+    assert main(["generate", "p", *flags, "-o", "a.png"]) == 0
+    assert main(["generate", "p", *flags, "-o", "b.png", "--provenance", "none"]) == 0
+    a, b = (folder / "a.png").read_bytes(), (folder / "b.png").read_bytes()
+    assert b"trainedAlgorithmicMedia" in a
+    assert b"trainedAlgorithmicMedia" not in b
+    assert read_image(folder / "a.png").tobytes() == read_image(folder / "b.png").tobytes()
 
 
 def test_a_variation_keeps_the_seed(folder, tiny, capsys):

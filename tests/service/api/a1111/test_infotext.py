@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import io
 import time
-
-from PIL import Image
 
 from service.api.a1111 import infotext
 
@@ -21,13 +18,16 @@ def test_an_infotext_is_read_as_it_was_written():
     assert infotext.parse("an apple, red: yes") == {}
 
 
-def test_a_jpeg_carries_it_as_a_comment():
-    exif = Image.Exif()
-    text = infotext.write("apple é", "", {"Steps": 1, "Seed": 2, "Sampler": "DDIM"})
-    exif.get_ifd(infotext.EXIF_IFD)[infotext.USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "jpeg", exif=exif)
-    assert infotext.read(Image.open(file))[0] == text
+def test_the_fields_of_a_request_are_read_from_it():
+    values = {
+        "Steps": 20, "Sampler": "Euler a", "Schedule type": "Karras", "CFG scale": 7.5, "Seed": 5,
+        "Size": "512x768", "Model": "a", "Clip skip": 2, "Version": "v1.10.1",
+    }  # fmt: skip
+    assert infotext.fields_of(infotext.write("an apple", "pear", values)) == {
+        "prompt": "an apple", "negative_prompt": "pear", "steps": 20, "sampler_name": "Euler a",
+        "scheduler": "Karras", "cfg_scale": 7.5, "seed": 5, "width": 512, "height": 768,
+        "override_settings": {"sd_model_checkpoint": "a", "CLIP_stop_at_last_layers": "2"},
+    }  # fmt: skip
 
 
 def test_any_text_is_read_soon():

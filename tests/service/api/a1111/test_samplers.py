@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import base64
+import io
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from models.sampling import samplers
 from service.api.a1111.samplers import SAMPLERS, choose_sampler
@@ -68,7 +72,7 @@ def test_euler_a_without_noise_is_euler_over_http(bundled):
     images, names = [], []
     for sampler in ({"sampler_name": "Euler a", "eta": 0}, {"sampler_name": "Euler"}):
         answer = bundled.client.post("/sdapi/v1/txt2img", json=small | sampler).json()
-        images.append(answer["images"])
+        images.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))))
         names.append(json.loads(answer["info"])["sampler_name"])
-    assert images[0] == images[1]
+    assert (images[0] == images[1]).all()
     assert names == ["Euler a", "Euler"]
