@@ -212,7 +212,7 @@ class LatentDiffusion:
         (width, height); None: the model's default. -> x (B, 3, H, W), float32.
         """
         full_inputs = [as_input(each) for each in inputs]
-        defaults, rows = self.spec.defaults, cfg_rows(guidance_scale).rows
+        defaults, rows = self.spec.defaults, cfg_rows(self.rows_scale(guidance_scale)).rows
         shape = self.spec.latent_shape(*(size or (defaults.width, defaults.height)))
         if concat_channels is None and self.spec.concat_channels:
             made = (self.concat_channels(shape[1], shape[2], each.regions) for each in full_inputs)
@@ -227,6 +227,10 @@ class LatentDiffusion:
         )
         eps = self.predictor(contexts, stacked, guidance_scale)
         return self.decode(self.denoise(noise.to(self.device), steps, eps))
+
+    def rows_scale(self, guidance_scale: float) -> float:
+        """The scale of guidance by rows: 1, which is none, where the UNet takes the guidance scale."""
+        return 1.0 if self.spec.embeds_guidance else guidance_scale
 
     def predictor(
         self,
@@ -244,7 +248,10 @@ class LatentDiffusion:
         """
         denoiser = self.denoiser
         assert denoiser is not None
-        rows, count = cfg_rows(guidance_scale).rows, row_count(guidance_scale)
+        scale, embedded = self.rows_scale(guidance_scale), None
+        rows, count = cfg_rows(scale).rows, row_count(scale)
+        if self.spec.embeds_guidance:
+            embedded = torch.full((len(contexts),), guidance_scale, device=self.device)
         # All images have a context or none has; the same holds for pooled vectors.
         present = [each for each in contexts if each is not None]
         poolings = [each.pooled for each in present if each.pooled is not None]
@@ -253,9 +260,11 @@ class LatentDiffusion:
 
         def eps(x: Tensor, t: Tensor, alpha_sigma: Tensor) -> Tensor:
             x, t, alpha_sigma = (torch.cat([given] * count) for given in (x, t, alpha_sigma))
-            out = denoiser(x, t, tokens, pooled, concat_channels, alpha_sigma, noise_level)  # (R B, C, h, w)
+            out = denoiser(  # (R B, C, h, w)
+                x, t, tokens, pooled, concat_channels, alpha_sigma, noise_level, guidance=embedded
+            )
             half = len(out) // count
-            return guide(out[:half], [(out[-half:], guidance_scale)])
+            return guide(out[:half], [(out[-half:], scale)])
 
         return eps
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]  # sample: x_0 itself
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 NoiseSpacing = Literal["karras", "exponential", "sgm_uniform", "simple", "beta"]
 Spacing = Literal[TimestepSpacing, NoiseSpacing]
@@ -53,6 +53,7 @@ class UNetSpec:
     up_depths: tuple[tuple[int, ...], ...] = ()
     middle_res_blocks: int = 2  # before and after the middle transformer; smaller UNets have one or none
     size_width: int = 0  # embedding width of each of SDXL's six sizes (Podell et al. 2023, section 2.2)
+    guidance_width: int = 0  # embedding width of the guidance scale, an input (Luo et al. 2023); 0: no input
 
     @property
     def factor(self) -> int:
@@ -211,6 +212,19 @@ class Defaults:
     sampler: str = "ddim"
     eta: float = 0.0
     noise_level: int = 0  # of upscaling
+    spacing: Spacing | None = None  # of the default sampler; None: see samplers.default_spacing()
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """How a model or a LoRA that was distilled to few steps is usually run."""
+
+    kind: str
+    steps: int
+    guidance_scale: float
+    sampler: str
+    spacing: Spacing | None = None  # None: the sampler's own
+    eta: float = 0.0
 
 
 class ControlOption(NamedTuple):
@@ -256,9 +270,11 @@ class ModelSpec:
     zero_null: bool = False  # an empty negative prompt has a context of zeros
     loras: tuple[str, ...] = ()  # names of the LoRAs that requests can use
     lora_warnings: tuple[str, ...] = ()  # for each of them: what of its file the model ignores, or ""
+    lora_settings: tuple[FewStep | None, ...] = ()  # for each of them: its usual settings, if it is few-step
     embeddings: tuple[str, ...] = ()  # names of textual inversion embeddings: words that prompts can use
     controls: tuple[ControlOption, ...] = ()  # ControlNets and T2I-Adapters that requests can use
     reference_adapters: tuple[str, ...] = ()  # names of the IP-Adapters that requests can use
+    few_step: FewStep | None = None  # usual settings of a model that was distilled to few steps
 
     @property
     def unet_spec(self) -> UNetSpec:
@@ -312,6 +328,11 @@ class ModelSpec:
         return self.reads_prompts or (
             isinstance(self.condition, ClassSpec) and self.condition.null is not None
         )
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the UNet: one row an image, and no negative prompt."""
+        return bool(self.unet and self.unet.guidance_width)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -389,6 +410,7 @@ class ModelSpec:
             labels=tuple(d["labels"]),
             loras=tuple(d["loras"]),
             lora_warnings=tuple(d["lora_warnings"]),
+            lora_settings=tuple(build(FewStep, each) for each in d["lora_settings"]),
             embeddings=tuple(d["embeddings"]),
             controls=tuple(ControlOption(*as_tuples(control)) for control in d["controls"]),
             reference_adapters=tuple(d["reference_adapters"]),
@@ -396,4 +418,5 @@ class ModelSpec:
             and UpscalingSpec(**d["upscaling"] | {"noise": build(ScheduleSpec, d["upscaling"]["noise"])}),
             condition=build(CONDITIONS[d["kind"]], d["condition"]) if "kind" in d else None,
             zero_null=d["zero_null"],
+            few_step=build(FewStep, d["few_step"]),
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from models.adapters import lora, textual_inversion
 from models.adapters.lora_kinds import DORA, MAGNITUDE, kinds_of, trimmed
 from models.errors import CheckpointError
+from models.formats import few_step
 from models.formats.identify import STABLE_DIFFUSION
 from models.formats.lora_keys import BUNDLED_EMBEDDING, split_key, unsupported_kind
 from models.formats.safetensors import Header
@@ -44,6 +45,7 @@ class AdapterReport:
     ranks: dict[int, int] = field(default_factory=dict)
     vectors: int = 0
     embeddings: tuple[str, ...] = ()  # in a LoRA file
+    few_step: str = ""  # usual settings of a LoRA for few steps, and what says so
     ignored: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -94,7 +96,7 @@ def lora_report(file: Path, header: Header, allow_pickle: bool, model: ModelSpec
             kinds[f"{kind.name} (DoRA)" if {DORA, MAGNITUDE} & parts.keys() else kind.name] += 1
             if rank := rank_of(parts):
                 ranks[rank] += 1
-    problems, ignored = [], tuple(unread)
+    problems, ignored, usual = [], tuple(unread), lora.few_step_of(file, header)
     if found := unsupported_kind(list(header.tensors)):
         problems.append(f"{found[0]} is not supported: {found[1]}")
     elif model:
@@ -112,6 +114,7 @@ def lora_report(file: Path, header: Header, allow_pickle: bool, model: ModelSpec
         kinds=dict(kinds),
         ranks=dict(sorted(ranks.items())),
         embeddings=tuple(sorted(words)),
+        few_step=few_step.note(*usual) if usual else "",
         ignored=ignored,
         problems=tuple(problems),
     )
@@ -202,6 +205,8 @@ def text_lines(report: AdapterReport) -> Iterator[tuple[str, str]]:
     yield "types", ", ".join(report.dtypes)
     if report.embeddings:
         yield "embeddings", ", ".join(report.embeddings)
+    if report.few_step:
+        yield "few steps", report.few_step
     for key in report.ignored:
         yield "ignored", key
     for problem in report.problems:

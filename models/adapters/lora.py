@@ -38,12 +38,13 @@ from models.adapters.lora_targets import Layer, Target, find_layers
 from models.adapters.textual_inversion import Embedding, add_embeddings, read_bundled
 from models.checkpoint.weights import MAX_KEY_CHARS, Weights, map_weights, summarise_keys
 from models.errors import CheckpointError
+from models.formats import few_step
 from models.formats.adapters import LoraScale, read_lora_scales
 from models.formats.lora_keys import BUNDLED_EMBEDDING, split_key, unsupported_kind
-from models.formats.safetensors import FLOATS
+from models.formats.safetensors import FLOATS, Header
 from models.formats.single_file import read_header
 from models.latent_diffusion import LatentDiffusion
-from models.spec import ModelSpec
+from models.spec import FewStep, ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ NUMBER_TYPES = (*WEIGHT_TYPES, "int64", "int32", "int16", "int8", "uint8")  # of
 ALPHA, SCALAR = NUMBERS
 FULL_PART, BIAS = "diff", "diff_b"
 MAX_LISTED_MODULES = 3  # in a warning
+GENERIC_STEMS = ("adapter_model", "pytorch_lora_weights")  # file names that say nothing; the folder's counts
 
 Problems = dict[str, list[str]]  # kind of problem -> keys
 Module = TypeVar("Module", bound="nn.Module | None")
@@ -77,6 +79,7 @@ class Lora:
 
     embeddings: words that the file adds to prompts. vocabulary: size of the model's token embeddings, which
     embeddings copy; 0 without embeddings. ignored: names of tensors without a counterpart in the model.
+    few_step: usual settings, if the file's names say that it was distilled to few steps.
     """
 
     changes: tuple[Change, ...]
@@ -84,6 +87,7 @@ class Lora:
     embeddings: tuple[Embedding, ...] = ()
     vocabulary: int = 0
     ignored: tuple[str, ...] = ()
+    few_step: FewStep | None = None
 
     def delta(self, change: Change, weight: Tensor) -> Tensor:
         """The tensor to add to a float32 weight, in its shape, on the device that the file was opened for."""
@@ -161,11 +165,12 @@ def open_loras(
         header = read_header(file, allow_pickle)
         weights, scales = map_weights(file, header, device), read_lora_scales(file, header)
         check_supported(name, file, weights)
-        embeddings = read_bundled(name, file, weights)
+        embeddings, usual = read_bundled(name, file, weights), few_step_of(file, header)
         problems = {}
         for model, spec in specs.items():
             lora, problems[model] = fit(weights, scales, layers[model])
             if not problems[model]:
+                lora = replace(lora, few_step=usual[0] if usual else None)
                 fitting[model][name] = with_embeddings(lora, embeddings, spec)
                 if text := warning(name, fitting[model][name]):
                     log.warning("model %s: %s", model, text)
@@ -174,6 +179,12 @@ def open_loras(
             found = "; ".join(summarise_keys(problem, keys) for problem, keys in problems[model].items())
             raise CheckpointError(f"LoRA {name} ({file}) does not fit {model}: {found}")
     return fitting
+
+
+def few_step_of(file: Path, header: Header) -> tuple[FewStep, str] | None:
+    """The usual settings of a LoRA for few steps, and what says so; None for other LoRAs."""
+    name = file.absolute().parent.name if file.stem in GENERIC_STEMS else file.stem
+    return few_step.of_names([*few_step.header_names(header.metadata), ("the file's name", name)])
 
 
 def with_embeddings(lora: Lora, embeddings: Sequence[Embedding], spec: ModelSpec) -> Lora:

@@ -44,6 +44,8 @@ def open_single_file(
     averages = {key for key in left if key.startswith(keymaps.EMA)}
     if networks.unet:
         names = {key: ldm.UNET + key for key in networks.unet.state_dict()}
+        if (other := ldm.UNET + ldm.OTHER_GUIDANCE_KEY) in weights.stored:
+            names[ldm.GUIDANCE_KEY] = other
         if source.averaged:
             left -= set(names.values())
             names = {key: keymaps.averaged(name) for key, name in names.items()}

@@ -25,7 +25,16 @@ TRANSFORMER = (
     ),
     *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
 )
-ENDS = ("time_embed.0", "time_embed.2", "out.0", "out.2", "label_emb.0.0", "label_emb.0.2", "label_emb")
+ENDS = (
+    "time_embed.0",
+    "time_embed.2",
+    "time_embed.cond_proj",
+    "out.0",
+    "out.2",
+    "label_emb.0.0",
+    "label_emb.0.2",
+    "label_emb",
+)
 
 
 class Chosen(NamedTuple):

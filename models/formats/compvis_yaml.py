@@ -31,7 +31,7 @@ SUFFIXES = (".yaml", ".yml")
 WEIGHT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")
 # CompVis's names -> ours
 SCHEDULES: dict[str, BetaSchedule] = {"linear": "scaled_linear", "sqrt_linear": "linear"}
-PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v_prediction"}
+PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SCALINGS = {"EpsScaling": "eps", "VScaling": "v"}  # names in SDXL's configurations -> CompVis's
 DEFAULT_START, DEFAULT_END = 0.0001, 0.02  # betas, if a configuration has only one of them
 MAX_VALUE = 2**16  # of any size or count

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from models.errors import CheckpointError
+from models.formats import few_step
 from models.formats.config_files import Config, read_json, shortened
 from models.formats.diffusers_tables import (
     ADDED_KEY,
@@ -88,6 +89,15 @@ def read_folder(path: Path) -> ModelSpec:
         tasks=("upscaling",) if upscaling else ALL_TASKS[:3],
         zero_null="text_encoder_2" in classes and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def names_in_folder(path: Path) -> list[tuple[str, str]]:
+    """(origin, name) of what a folder's files say that the model is, for models.formats.few_step."""
+    scheduler = read_json(config_file(path, SCHEDULER)).get("_class_name")
+    names = [(f"{SCHEDULER}/scheduler_config.json", few_step.SCHEDULERS.get(str(scheduler)))]
+    for file in (path / INDEX_FILE, config_file(path, "unet")):
+        names.append((f"_name_or_path in {file.name}", read_json(file).get("_name_or_path")))
+    return [(origin, name) for origin, name in names if isinstance(name, str)]
 
 
 def text_specs(path: Path, pipeline: str) -> tuple[TextSpec, ...]:
@@ -231,6 +241,7 @@ def unet_spec(config: Config) -> UNetSpec:
     depths = tuple(d if attention else 0 for d, attention in zip(depth, down, strict=True))
     middle = MIDDLE_RES_BLOCKS[config.get("mid_block_type", "UNetMidBlock2DCrossAttn")]
     classes, added = config.get("num_class_embeds"), config.get("addition_embed_type") is not None
+    guidance = config.get("time_cond_proj_dim")
     return UNetSpec(
         in_channels=only(config["in_channels"], "in_channels"),
         out_channels=only(config["out_channels"], "out_channels"),
@@ -248,6 +259,7 @@ def unet_spec(config: Config) -> UNetSpec:
         cross_only=cross_only(config.get("only_cross_attention", False), depths),
         added_width=only(config[ADDED_KEY], ADDED_KEY) if added else 0,
         size_width=only(config[SIZE_KEY], SIZE_KEY) if added else 0,
+        guidance_width=only(guidance, "time_cond_proj_dim") if guidance else 0,
     )
 
 

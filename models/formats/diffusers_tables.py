@@ -125,7 +125,6 @@ UNET_FIXED: Accepted = {
     "time_embedding_dim": (None,),
     "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,),
-    "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
@@ -159,7 +158,9 @@ PLAIN_UNET_FIXED: Accepted = {
 TEXT_FIXED: Accepted = {"layer_norm_eps": (1e-5,), "hidden_act": ("quick_gelu", "gelu")}
 SCHEDULER_FIXED: Accepted = {
     "beta_schedule": ("linear", "scaled_linear"),
-    "prediction_type": ("epsilon", "v_prediction"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "original_inference_steps": (50,),  # these two: of LCM and TCD
+    "timestep_scaling": (10.0,),
     "trained_betas": (None, []),
     "clip_sample": (False,),
     "thresholding": (False,),

@@ -164,6 +164,7 @@ def unet_options(unet: UNetSpec) -> Config:
             "use_linear_projection": unet.linear_projection,
             "only_cross_attention": list(unet.cross_only) or False,
             "num_class_embeds": unet.noise_levels or None,
+            "time_cond_proj_dim": unet.guidance_width or None,
         }
         | (
             {"addition_embed_type": "text_time", ADDED_KEY: unet.added_width, SIZE_KEY: unet.size_width}

@@ -15,12 +15,18 @@ from pathlib import Path
 from typing import Literal
 
 from models.errors import CheckpointError
-from models.formats import companions, ldm, ldm_json
+from models.formats import companions, few_step, ldm, ldm_json
 from models.formats.averages import WeightChoice
-from models.formats.diffusers_read import config_file, pooled_text_spec, read_folder, read_part
+from models.formats.diffusers_read import (
+    config_file,
+    names_in_folder,
+    pooled_text_spec,
+    read_folder,
+    read_part,
+)
 from models.formats.diffusers_tables import ADDED_KEY, INDEX_FILE, SCHEDULER
 from models.formats.safetensors import Header
-from models.formats.single_file import SingleFile, identify_single_file
+from models.formats.single_file import FILE_NAME, SingleFile, identify_single_file
 from models.formats.stable_diffusion import SIZES, EncoderLocation
 from models.formats.vae_files import read_vae_spec
 from models.spec import ALL_TASKS, ModelSpec, Prediction
@@ -96,6 +102,8 @@ def identify(
     if own:
         spec = own.with_inputs(spec)
     check_fit(spec, path)
+    names = [*ldm_json_name(own), *names_in_folder(path), ("the folder's name", path.absolute().name)]
+    spec, note = few_step.with_few_steps(spec, names)
     if own:
         spec = own.with_defaults(spec)
     return Source(
@@ -108,6 +116,7 @@ def identify(
         prediction,
         weights=weights,
         prediction_origin=f"{SCHEDULER}/scheduler_config.json",
+        notes=(note,) if note else (),
     )
 
 
@@ -166,8 +175,11 @@ def from_single_file(
     spec = with_adjacent_text_encoder(found.spec, file.parent)
     if spec.texts:
         check_fit(spec, path)
+    names = [*ldm_json_name(own), *few_step.header_names(found.header.metadata), (FILE_NAME, spec.name)]
+    spec, note = few_step.with_few_steps(spec, names)
     if own:
         spec = own.with_defaults(own.with_inputs(spec))
+    notes = (note,) if note else ()
     missing = (companions.TEXT_ENCODER_MISSING,) if spec.lacks_text_encoder else ()
     return Source(
         path=path,
@@ -184,9 +196,15 @@ def from_single_file(
         lacks_vae=found.lacks_vae,
         averaged=found.averaged,
         prediction_origin=found.prediction_origin if spec.unet else "",
-        notes=found.notes + missing,
+        notes=found.notes + notes + missing,
         state=state,
     )
+
+
+def ldm_json_name(own: ldm_json.LdmJson | None) -> list[tuple[str, str]]:
+    """(origin, name) of the name in an ldm.json."""
+    name = own.values.get("name") if own else None
+    return [(f"name in {ldm_json.FILE_NAME}", name)] if isinstance(name, str) else []
 
 
 def single_file_family(found: SingleFile) -> str:

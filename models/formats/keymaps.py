@@ -14,6 +14,7 @@ from models.spec import AutoencoderSpec, UNetSpec
 UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "time_embed.cond_proj": "time_embedding.cond_proj",
     "input_blocks.0.0": "conv_in",
     "label_emb": "class_embedding",
     "out.0": "conv_norm_out",

@@ -31,6 +31,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 UNET, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 FIRST_STAGE_ALONE = "first stage alone"  # name of the family of files with an autoencoder and nothing else
 TEXT_TOKENS = 77  # context length of the text models; models of boxes have another one
+GUIDANCE_KEY = "time_embed.cond_proj.weight"  # of UNets that take the guidance scale
+OTHER_GUIDANCE_KEY = "time_embedding.cond_proj.weight"  # diffusers' name, which conversion scripts leave
 HEAD_WIDTH = 32  # channels of an attention head, unless a table or a hint gives another width
 
 
@@ -228,6 +230,7 @@ def unet_spec(shapes: Shapes, heads: int | tuple[int, ...] | None, head_width: i
         up_depths=() if up_depths == tuple((d,) * per_level for d in depths) else up_depths,
         middle_res_blocks=sum(f"middle_block.{index}.in_layers.2.weight" in shapes for index in range(3)),
         added_width=shapes.get("label_emb.0.0.weight", (0, 0))[1],
+        guidance_width=shapes.get(GUIDANCE_KEY, shapes.get(OTHER_GUIDANCE_KEY, (0, 0)))[1],
     )
 
 

@@ -23,6 +23,7 @@ from models.spec import (
     BetaSchedule,
     Defaults,
     ModelSpec,
+    NoiseSpacing,
     Prediction,
     ScheduleSpec,
     TimestepSpacing,
@@ -33,6 +34,7 @@ WEIGHTS_FILE = "model.safetensors"  # of a folder with a single file
 COMPVIS = "compvis"  # the key of the facts about a single file
 UPSCALING_FLAGS = ("residual", "back_projection")  # keys of upscalers: flags of UpscalingSpec
 SPEC_KEYS = ("name", "defaults", "tasks", "layout_channels", "labels")
+SPACING = "spacing"  # an optional key of the defaults
 MAX_LAYOUT_CHANNELS = 1024
 MAX_SIZE = 2**16
 FORMER_FAMILIES = {  # names of families in files of earlier versions -> names now
@@ -103,13 +105,16 @@ class LdmJson:
         values, name = self.values.get("defaults", {}), self.values.get("name", spec.name)
         if not isinstance(values, dict):
             raise CheckpointError(f"{self.file}: defaults must be an object")
-        types = {field.name: type(getattr(spec.defaults, field.name)) for field in fields(Defaults)}
+        types = {field.name: type(getattr(Defaults(), field.name)) for field in fields(Defaults)}
+        spacing = values.get(SPACING)
+        if spacing is not None and spacing not in get_args(TimestepSpacing) + get_args(NoiseSpacing):
+            raise CheckpointError(f"{self.file}: {SPACING} cannot be {shortened(spacing)}")
         known = (*SPEC_KEYS, *UPSCALING_FLAGS, COMPVIS)
         for key in [k for k in self.values if k not in known] + [k for k in values if k not in types]:
             raise CheckpointError(
                 f"{self.file}: {shortened(key)} is unknown; defaults may have {', '.join(types)}"
             )
-        for key, value in values.items():
+        for key, value in ((key, value) for key, value in values.items() if key != SPACING):
             accepted = (int, float) if types[key] is float else types[key]
             if isinstance(value, bool) or not isinstance(value, accepted):
                 raise CheckpointError(
@@ -133,6 +138,8 @@ def read(folder: Path) -> LdmJson | None:
 def write(folder: Path, spec: ModelSpec, single_file_family: str | None = None) -> None:
     """Write the file of a model. single_file_family: the family, for a folder with a single file."""
     values: Config = {key: asdict(spec)[key] for key in SPEC_KEYS}
+    if spec.defaults.spacing is None:
+        del values["defaults"][SPACING]
     if spec.upscaling:
         values |= {key: True for key in UPSCALING_FLAGS if getattr(spec.upscaling, key)}
     if single_file_family is not None:

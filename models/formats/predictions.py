@@ -15,6 +15,7 @@ HEADER_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 HEADER_VALUES: dict[str, Prediction] = {
     **dict.fromkeys(("v", "v_pred", "vpred", "v_prediction", "v-prediction", "velocity"), "v_prediction"),
     **dict.fromkeys(("epsilon", "eps", "eps_pred", "noise"), "epsilon"),
+    **dict.fromkeys(("sample", "x0", "x_0", "original_sample"), "sample"),
 }
 
 
@@ -35,7 +36,7 @@ def read_prediction(name: str, header: Header) -> Known | None:
             return Known(HEADER_VALUES[value], f"{key} in the file's header")
         if value:
             raise CheckpointError(
-                f"{name}: {key} in its header is {shortened(value)}; supported are epsilon and v"
+                f"{name}: {key} in its header is {shortened(value)}; supported are epsilon, v and sample"
             )
     return None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.errors import CheckpointError
-from models.formats import compvis_yaml, keymaps, ldm, ldm_json, stable_diffusion
+from models.formats import compvis_yaml, few_step, keymaps, ldm, ldm_json, stable_diffusion
 from models.formats.averages import Chosen, WeightChoice, choose, with_averages_alone
 from models.formats.hints import Hints
 from models.formats.pickles import read_pickle
@@ -26,6 +26,7 @@ from models.formats.stable_diffusion import EncoderLocation
 from models.formats.unsupported import refuse_other_models, refuse_unet_alone
 from models.spec import ModelSpec, Prediction
 
+FILE_NAME = "the file's name"  # as an origin
 GENERIC_STEM = "model"  # a file name that says nothing; the folder's name is used instead
 
 
@@ -168,6 +169,8 @@ def recognise_stable_diffusion(
         known: Known | None = Known(hints.prediction, str(hints.origin))
     else:
         known = read_prediction(name, header)
+    if known is None and few_step.predicts_x_0(name):
+        known = Known("sample", FILE_NAME)
     if known is None and ambiguous and prediction:
         known = Known(prediction, "--prediction, or its default")
     hints = replace(hints, prediction=known.prediction if known else None)
@@ -179,6 +182,8 @@ def recognise_stable_diffusion(
     origin = known.origin if known else "assumed" if ambiguous else "the family"
     assumed = ambiguous and origin in ("assumed", "--prediction, or its default")
     notes = ((prediction_note(spec),) if assumed else ()) + notes_of(chosen)
+    if origin == FILE_NAME:
+        notes += ("its UNet predicts x_0, according to the file's name",)
     return SingleFile(
         spec,
         family,

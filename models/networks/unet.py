@@ -37,6 +37,35 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """Sinusoids of a guidance scale, sines first (Luo et al. 2023, section 4.1).
+
+    scale (B,), 1 is no guidance -> (B, width) float32.
+    """
+    half = width // 2
+    frequencies = torch.exp(
+        -math.log(10000) / (half - 1) * torch.arange(half, device=scale.device, dtype=torch.float32)
+    )
+    angles = 1000 * (scale.float()[:, None] - 1) * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class TimeEmbedding(nn.Sequential):
+    """Sinusoids of the timestep -> embedding, with or without a projected guidance scale."""
+
+    def __init__(self, width: int, embedding: int, guidance_width: int) -> None:
+        super().__init__(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        if guidance_width:
+            self.cond_proj = nn.Linear(guidance_width, width, bias=False)
+
+    def forward(self, sinusoids: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """sinusoids (B, C), of the timestep; guidance (B, C_g), of the guidance scale -> (B, E)."""
+        if guidance is not None:
+            sinusoids = sinusoids + self.cond_proj(guidance)
+        out: Tensor = self[2](self[1](self[0](sinusoids)))
+        return out
+
+
 def same(x: Tensor) -> Tensor:
     """No change of size."""
     return x
@@ -165,10 +194,9 @@ def res_block(
     return ResBlock(width_in, width_out, 4 * spec.channels[0], spec.groups, spec.scale_shift_norm, resize)
 
 
-def time_layers(spec: UNetSpec) -> nn.Sequential:
+def time_layers(spec: UNetSpec, guidance_width: int = 0) -> TimeEmbedding:
     """Embed the sinusoids of the timestep."""
-    width = spec.channels[0]
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
+    return TimeEmbedding(spec.channels[0], 4 * spec.channels[0], guidance_width)
 
 
 def label_layers(spec: UNetSpec) -> nn.Module | None:
@@ -231,16 +259,22 @@ def up_stages(spec: UNetSpec) -> Iterator[Stage]:
 
 def embed(
     spec: UNetSpec,
-    time_embed: nn.Sequential,
+    time_embed: TimeEmbedding,
     label_emb: nn.Module | None,
     t: Tensor,
     pooled: Tensor | None,
     noise_level: Tensor | None = None,
+    guidance: Tensor | None = None,
 ) -> Tensor:
-    """The embedding (B, E) of the timestep and of the pooled vector or noise level, one of each per row."""
+    """The embedding (B, E) of the timestep and of the pooled vector or noise level, one of each per row.
+
+    guidance: (B,), the guidance scale, for a spec with a guidance_width.
+    """
     dtype = time_embed[0].weight.dtype
     assert isinstance(dtype, torch.dtype)
-    emb: Tensor = time_embed(timestep_embedding(t, spec.channels[0]).to(dtype))
+    if guidance is not None:
+        guidance = guidance_embedding(guidance, spec.guidance_width).to(dtype)  # (B, C_g)
+    emb: Tensor = time_embed(timestep_embedding(t, spec.channels[0]).to(dtype), guidance)
     if label_emb is not None and pooled is not None:
         emb = emb + label_emb(pooled.to(dtype))
     if label_emb is not None and noise_level is not None:
@@ -254,7 +288,7 @@ class UNet(nn.Module):
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.time_embed = time_layers(spec)
+        self.time_embed = time_layers(spec, spec.guidance_width)
         self.label_emb = label_layers(spec)
         self.input_blocks = module_list(down_stages(spec))
         self.middle_block = middle_stage(spec)
@@ -278,13 +312,15 @@ class UNet(nn.Module):
         pooled: Tensor | None = None,
         noise_level: Tensor | None = None,
         adapters: AdapterInputs | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """x (B, C_in, h, w) with the concat channels, t (B,) -> (B, C_out, h, w).
 
         context: (B, L, C_ctx); pooled: (B, spec.added_width), added to the timestep embedding; noise_level:
-        (B,); adapters: inputs of B rows from adapters.
+        (B,); adapters: inputs of B rows from adapters; guidance: (B,), the guidance scale, for a spec with a
+        guidance_width.
         """
-        emb = embed(self.spec, self.time_embed, self.label_emb, t, pooled, noise_level)
+        emb = embed(self.spec, self.time_embed, self.label_emb, t, pooled, noise_level, guidance)
         adapters = adapters or AdapterInputs()
         images = adapters.images
         x = x.to(self.dtype)

@@ -10,7 +10,7 @@ from models.sampling.schedule import Schedule
 
 
 class Denoiser:
-    """Predicts eps with a UNet that was trained to predict eps or v."""
+    """Predicts eps with a UNet that was trained to predict eps, v or x_0."""
 
     def __init__(self, unet: nn.Module, schedule: Schedule) -> None:
         self.unet = unet
@@ -31,29 +31,31 @@ class Denoiser:
         alpha_sigma: Tensor | None = None,
         noise_level: Tensor | None = None,
         adapters: AdapterInputs | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """x (B, C, h, w), t (B,) -> eps (B, C, h, w), float32.
 
         context: (B, L, C_ctx), for cross-attention; pooled: (B, P), added to the timestep embedding;
         concat_channels: (B, C', h, w), concatenated to x; alpha_sigma: (B, 2), of x, required for fractional
         timesteps; noise_level: (B,), of the low-resolution image in concat_channels; adapters: inputs
-        from adapters.
+        from adapters; guidance: (B,), guidance scale of a UNet that takes it as an input.
+
+        From v: eps = alpha v + sigma x (Salimans and Ho 2022, appendix D); from x_0: (x - alpha x_0) / sigma.
         """
         x_in = x if concat_channels is None else torch.cat([x, concat_channels.to(x.dtype)], dim=1)
-        out: Tensor = self.unet(x_in, t, context, pooled, noise_level, adapters).float()
-        if self.schedule.spec.prediction == "v_prediction":
-            return self.eps_from_v(out, x, t, alpha_sigma)
-        return out
+        out: Tensor = self.unet(x_in, t, context, pooled, noise_level, adapters, guidance).float()
+        prediction = self.schedule.spec.prediction
+        if prediction == "epsilon":
+            return out
+        alpha, sigma = self.alpha_sigma_of(t, alpha_sigma)
+        if prediction == "v_prediction":
+            return alpha * out + sigma * x.float()
+        return (x.float() - alpha * out) / sigma
 
-    def eps_from_v(self, v: Tensor, x: Tensor, t: Tensor, alpha_sigma: Tensor | None = None) -> Tensor:
-        """eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x (Salimans and Ho 2022, appendix D).
-
-        v, x: (B, C, h, w); t: (B,); alpha_sigma: (B, 2), looked up at t if None. -> (B, C, h, w).
-        """
-        if alpha_sigma is None:
+    def alpha_sigma_of(self, t: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of x, each (B, 1, 1, 1): those given (B, 2), or else the schedule's at t (B,)."""
+        if given is None:
             index = t.long()
-            alpha_sigma = torch.stack(
-                [self.sqrt_alpha_bar[index], self.sqrt_one_minus_alpha_bar[index]], dim=1
-            )
-        alpha, sigma = alpha_sigma[:, :, None, None, None].unbind(1)
-        return alpha * v + sigma * x.float()
+            given = torch.stack([self.sqrt_alpha_bar[index], self.sqrt_one_minus_alpha_bar[index]], dim=1)
+        alpha, sigma = given[:, :, None, None, None].unbind(1)
+        return alpha, sigma

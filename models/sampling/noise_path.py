@@ -171,8 +171,13 @@ def exponential_path(schedule: Schedule, steps: int, spacing: TimestepSpacing | 
 
 
 def lcm_path(schedule: Schedule, steps: int, spacing: TimestepSpacing | None) -> NoisePath:
-    """Timesteps among the LCM_TIMESTEPS of the distillation. Raises ValueError for more steps than those."""
-    return path_of_timesteps(schedule, lcm_timesteps(schedule, steps, "lcm"), smallest=NEXT_TO_ZERO)
+    """Timesteps among the LCM_TIMESTEPS of the distillation, or the spacing's.
+
+    Raises ValueError for more steps than LCM_TIMESTEPS.
+    """
+    own = lcm_timesteps(schedule, steps, "lcm")
+    t = schedule.timesteps(steps, spacing) if spacing else own
+    return path_of_timesteps(schedule, t, smallest=NEXT_TO_ZERO)
 
 
 def tcd_path(schedule: Schedule, steps: int, spacing: TimestepSpacing | None) -> NoisePath:

@@ -32,7 +32,7 @@ from models.sampling.schedule import TIMESTEP_SPACINGS, Schedule
 from models.sampling.spacings import NOISE_SPACINGS
 from models.sampling.table import EPS, Plan, X, build_plan, predicted_x_0
 from models.sampling.two_calls import ancestral_step, dpm2, dpm2_ancestral, dpmpp_sde, heun
-from models.spec import Spacing
+from models.spec import ModelSpec, Spacing
 
 
 def plan(
@@ -164,20 +164,24 @@ SAMPLERS = tuple(BUILDERS)
 DEFAULT_ETA = {"ddim": 0.0, "tcd": 0.3}  # of the samplers that take eta
 ETA_SAMPLERS = tuple(DEFAULT_ETA)
 TWO_CALL_SAMPLERS = ("heun", "dpm2", "dpm2_ancestral", "dpmpp_sde")  # call the UNet twice a step
-OWN_SPACING = (
-    "dpmpp_2m_karras",
-    "lcm",
-    "tcd",
-)  # take no spacing: their timesteps follow from the steps alone
+OWN_SPACING = ("dpmpp_2m_karras", "lcm", "tcd")  # their timesteps follow from the steps alone by default
+FIXED_SPACING = ("dpmpp_2m_karras", "tcd")  # and no other spacing can be chosen
 # Take no spacing by noise levels: plms needs even timesteps, the others have such a spacing in their name.
 NO_NOISE_SPACING = ("plms", *(name for name in SAMPLERS if name.endswith(("_karras", "_exponential"))))
 
 
 def spacings_of(sampler: str) -> tuple[Spacing, ...]:
     """The spacings that a request for a sampler may name."""
-    if sampler in OWN_SPACING:
+    if sampler in FIXED_SPACING:
         return ()
     return (*TIMESTEP_SPACINGS, *(() if sampler in NO_NOISE_SPACING else NOISE_SPACINGS))
+
+
+def default_spacing(spec: ModelSpec, sampler: str) -> Spacing | None:
+    """The spacing of a request that names none; None: the sampler's own."""
+    if spec.defaults.spacing and sampler == spec.defaults.sampler:
+        return spec.defaults.spacing
+    return None if sampler in OWN_SPACING else spec.schedule.spacing
 
 
 def max_steps(sampler: str, timesteps: int) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from fastapi import APIRouter, Header, Request, Response
 
-from models.sampling.samplers import SAMPLERS
+from models.sampling.samplers import SAMPLERS, default_spacing
 from models.spec import ModelSpec, Spacing
 from service.api.routing import JSONRoute
 from service.errors import ClientGone
@@ -20,6 +20,7 @@ from service.requests.images import MEDIA_TYPES
 from service.requests.schemas import (
     AnyRequest,
     Control,
+    FewStepSettings,
     GenerateRequest,
     GenerateResponse,
     InpaintRequest,
@@ -155,13 +156,21 @@ def describe(spec: ModelSpec, settings: Settings) -> Model:
             Label(name=name, colour="#{:02x}{:02x}{:02x}".format(*labels.colour_of(number)))
             for number, name in enumerate(names_of(spec), 1)
         ],
+        few_step=spec.few_step and FewStepSettings(**asdict(spec.few_step)),
         loras=list(spec.loras),
+        lora_settings={
+            name: FewStepSettings(**asdict(settings))
+            for name, settings in zip(spec.loras, spec.lora_settings, strict=False)
+            if settings
+        },
         embeddings=list(spec.embeddings),
         extras=extras_of(spec),
         controls=[option.name for option in spec.controls],
         control_details=[Control(**option._asdict()) for option in spec.controls],
         reference_adapters=list(spec.reference_adapters),
-        defaults=ModelDefaults(**asdict(spec.defaults), spacing=spec.schedule.spacing),
+        defaults=ModelDefaults(
+            **asdict(spec.defaults) | {"spacing": default_spacing(spec, spec.defaults.sampler)}
+        ),
         limits=ModelLimits(
             size_multiple=spec.size_multiple,
             max_pixels=settings.max_input_pixels if spec.upscaling else settings.max_pixels,

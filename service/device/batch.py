@@ -33,6 +33,7 @@ class UNetInputs(NamedTuple):
     pooled: Tensor | None  # (R, P): added to the timestep embedding
     concat: Tensor | None  # (R, C', h, w): channels concatenated to x
     noise_levels: Tensor | None  # (R,): level of the noise added to the low-resolution image
+    guidance: Tensor | None = None  # (R,): the guidance scale, for a UNet that takes it as an input
 
     def rows(self, part: slice) -> UNetInputs:
         return map_tensors(lambda x: x[part], self)
@@ -112,15 +113,21 @@ def unet_inputs(
     phases = [state.phase(image) for state, image in zip(states, images, strict=True)]
     contexts = [phase.context for phase in phases]
     unet_spec = phases[0].bundle.spec.unet
-    noise_levels = None
+    noise_levels = guidance = None
     if unet_spec is not None and unet_spec.noise_levels:
         levels = [state.job.noise_level for state, own in zip(states, rows, strict=True) for _ in own.rows]
         noise_levels = upload(torch.tensor(levels), device)
+    if unet_spec is not None and unet_spec.guidance_width:
+        scales = [
+            state.job.embedded_guidance for state, own in zip(states, rows, strict=True) for _ in own.rows
+        ]
+        guidance = upload(torch.tensor(scales), device)
     return UNetInputs(
         select([None if context is None else context.tokens for context in contexts], rows),
         select([None if context is None else context.pooled for context in contexts], rows),
         select([image.concat for image in images], rows),
         noise_levels,
+        guidance,
     )
 
 
@@ -167,7 +174,16 @@ def run_denoiser(
     denoiser: Denoiser, x: Tensor, t: Tensor, signal_and_sigma: Tensor, inputs: UNetInputs
 ) -> Tensor:
     """eps (R, C, h, w) of R rows."""
-    return denoiser(x, t, inputs.tokens, inputs.pooled, inputs.concat, signal_and_sigma, inputs.noise_levels)
+    return denoiser(
+        x,
+        t,
+        inputs.tokens,
+        inputs.pooled,
+        inputs.concat,
+        signal_and_sigma,
+        inputs.noise_levels,
+        guidance=inputs.guidance,
+    )
 
 
 def padded(rows: Tensor, padding: int) -> Tensor:

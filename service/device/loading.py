@@ -70,7 +70,12 @@ def build(
     if files := locate_loras(settings.lora):
         loras = lora.open_loras(files, registry.specs, device, settings.allow_pickle)
         registry.offer(
-            loras, lora.apply, partial(lora.changed_bytes, dtype=dtype), settings.lora_sets, lora.warning
+            loras,
+            lora.apply,
+            partial(lora.changed_bytes, dtype=dtype),
+            settings.lora_sets,
+            lora.warning,
+            lambda lora: lora.few_step,
         )
     if watch:
         watch.lap("device")

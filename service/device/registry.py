@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from models.formats.identify import Source
-from models.spec import ModelSpec, Prediction
+from models.spec import FewStep, ModelSpec, Prediction
 from service.engine.job import ModelKey
 from service.errors import OutOfMemory
 from service.model_paths import identify_all
@@ -57,19 +57,23 @@ class Registry(Generic[Bundle]):
         size: Callable[[Sequence[Lora]], int],
         max_merged: int,
         warn: Callable[[str, Lora], str] = lambda name, lora: "",
+        usual: Callable[[Lora], FewStep | None] = lambda lora: None,
     ) -> None:
         """Make LoRAs available.
 
         `loras`: model -> name -> LoRA, of those that fit; `apply`: makes a copy of a bundle with LoRAs
         merged, each with its weights for the UNet and for the text encoders; `size`: bytes of such a copy;
         `max_merged`: most copies at the same time; `warn`: a warning about parts of a LoRA that its model
-        ignores, or an empty text.
+        ignores, or an empty text; `usual`: the usual settings of a LoRA for few steps.
         """
         self._loras, self._apply, self._copy_size, self._max_merged = loras, apply, size, max_merged
         for model, spec in self.specs.items():
             own = loras.get(model, {})
             warnings = tuple(warn(name, lora) for name, lora in own.items())
-            self.specs[model] = replace(spec, loras=tuple(own), lora_warnings=warnings)
+            settings = tuple(map(usual, own.values()))
+            self.specs[model] = replace(
+                spec, loras=tuple(own), lora_warnings=warnings, lora_settings=settings
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sources)

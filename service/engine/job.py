@@ -115,6 +115,7 @@ class Job:
     long_prompts: str = "cut"  # or "chunk": a long prompt becomes several chunks of context
     prompt_weights: bool = False  # whether prompts are in the syntax of models.conditioning.prompts
     loras: tuple[LoraWeights, ...] = ()  # as in ModelKey
+    embedded_guidance: float = 1.0  # the guidance scale that the UNet takes as an input, if it takes one
     latent_fill: LatentFill = "image"  # initial content of masked latent cells, before noise is added
     keeps_pixels: bool = True  # the finished image has the input image's pixels outside the mask
     variation: Variation | None = None

@@ -153,6 +153,11 @@ def check_limits(
             ("prompt", spec.reads_prompts or not resolved.prompt, NO_PROMPT),
             ("negative_prompt", spec.reads_prompts or not resolved.negative_prompt, NO_PROMPT),
             (
+                "negative_prompt",
+                not (spec.embeds_guidance and resolved.negative_prompt),
+                "is not supported by this model, whose UNet takes the guidance scale",
+            ),
+            (
                 "guidance_scale",
                 spec.guided or parameters.guidance_scale == 1.0,
                 "must be 1: this model does not support classifier-free guidance",

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from models.conditioning import prompts
-from models.sampling.samplers import DEFAULT_ETA, OWN_SPACING
+from models.sampling.samplers import DEFAULT_ETA, default_spacing
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import cut
 from service.engine.job import LatentFill
@@ -261,7 +261,7 @@ def with_defaults(
         eta=coalesce(request.eta, defaults.eta or DEFAULT_ETA.get(sampler, 0.0)),
         strength=strength,
         class_label=label,
-        spacing=coalesce(request.spacing, None if sampler in OWN_SPACING else spec.schedule.spacing),
+        spacing=coalesce(request.spacing, default_spacing(spec, sampler)),
         long_prompts=None if request.long_prompts == "cut" else request.long_prompts,
         prompt_weights=request.prompt_weights or None,
         boxes=scene.boxes if scene else None,
@@ -280,6 +280,7 @@ def with_defaults(
         canvas_height=canvas[1],
         format="png",
         priority=request.priority,
+        embeds_guidance=spec.embeds_guidance,
         label_name=prompts.escape(label_name) if request.prompt_weights else label_name,
         warnings=tuple(
             warning
@@ -370,7 +371,13 @@ def is_guided(resolved: ResolvedRequest, spec: ModelSpec) -> bool:
     inputs, prompt, negative = resolved.inputs, resolved.prompt, resolved.negative_prompt
     conditioned = inputs.regions or inputs.boxes or resolved.parameters.class_label is not None
     guided_by_image = inputs.references or any(control.mode == "control" for control in inputs.controls)
-    return bool(conditioned or guided_by_image or (spec.zero_null and not negative) or prompt != negative)
+    return bool(
+        conditioned
+        or spec.embeds_guidance
+        or guided_by_image
+        or (spec.zero_null and not negative)
+        or prompt != negative
+    )
 
 
 def round_up(side: int, multiple: int) -> int:

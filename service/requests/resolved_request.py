@@ -142,6 +142,7 @@ class ResolvedRequest:
     previews: Previews = NO_PREVIEWS
     latent_fill: LatentFill = "image"
     has_provenance: bool = True  # files state that a model made the image
+    embeds_guidance: bool = False  # as in ModelSpec: the guidance scale costs no second row
 
     @property
     def prompt(self) -> str:
@@ -179,7 +180,7 @@ class ResolvedRequest:
             width=self.canvas_width,
             height=self.canvas_height,
             steps=parameters.steps,
-            guidance_scale=parameters.guidance_scale,
+            guidance_scale=1.0 if self.embeds_guidance else parameters.guidance_scale,
             seed=parameters.seed,
             n=parameters.n,
             sampler=parameters.sampler,
@@ -199,6 +200,7 @@ class ResolvedRequest:
             long_prompts=parameters.long_prompts or "cut",
             prompt_weights=bool(parameters.prompt_weights),
             loras=parameters.lora_weights,
+            embedded_guidance=parameters.guidance_scale if self.embeds_guidance else 1.0,
             latent_fill=self.latent_fill,
             keeps_pixels=inputs.paste is None,
             variation=Variation(variation.seed, variation.strength) if variation else None,

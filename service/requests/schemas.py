@@ -134,8 +134,9 @@ class ImageRequest(BaseModel):
         Field(
             description="Choice of the timesteps or noise levels of the steps. leading, trailing and "
             "linspace choose timesteps. karras, exponential, sgm_uniform, simple and beta choose noise "
-            "levels over the whole schedule, as A1111's schedulers of these names do. lcm, tcd and "
-            "dpmpp_2m_karras have their own timesteps and support none of these. plms, and samplers whose "
+            "levels over the whole schedule, as A1111's schedulers of these names do. tcd and "
+            "dpmpp_2m_karras have their own timesteps and support none of these; lcm has its own by default. "
+            "plms, and samplers whose "
             "names end in _karras or _exponential, support only leading, trailing and linspace."
         ),
     ] = None
@@ -420,9 +421,20 @@ class ModelDefaults(BaseModel):
     steps: int
     guidance_scale: float
     sampler: str
-    spacing: Spacing
+    spacing: Annotated[Spacing | None, Field(description="null: the sampler's own timesteps")]
     eta: float
     noise_level: int
+
+
+class FewStepSettings(BaseModel):
+    """How a model or a LoRA that was distilled to few steps is usually run."""
+
+    kind: str
+    steps: int
+    guidance_scale: float
+    sampler: str
+    spacing: Annotated[Spacing | None, Field(description="null: the sampler's own timesteps")]
+    eta: float
 
 
 class ModelLimits(BaseModel):
@@ -480,7 +492,18 @@ class Model(BaseModel):
             description="In the order of their numbers, from 0; empty if labels have no names and no colours"
         ),
     ]
+    few_step: Annotated[
+        FewStepSettings | None,
+        Field(description="Usual settings of a model that was distilled to few steps; its defaults"),
+    ]
     loras: Annotated[list[str], Field(description="Names for `loras`")]
+    lora_settings: Annotated[
+        dict[str, FewStepSettings],
+        Field(
+            description="LoRA -> usual settings, of LoRAs for few steps, by their files' names; requests "
+            "with them state these settings themselves"
+        ),
+    ]
     embeddings: Annotated[
         list[str], Field(description="Names of textual inversion embeddings, which prompts can use as words")
     ]

@@ -89,7 +89,7 @@ export class Form {
     $("scale").placeholder = model.upscaling?.scale ?? "";
     $("noise_level").placeholder = defaults.noise_level;
     $("eta").placeholder = defaults.eta;
-    const choices = (names, usual) => [h("option", { value: "" }, usual), ...names.filter((name) => name !== usual).map((name) => h("option", {}, name))];
+    const choices = (names, usual) => [h("option", { value: "" }, usual ?? "the sampler's own"), ...names.filter((name) => name !== usual).map((name) => h("option", {}, name))];
     for (const [id, names, usual] of [["sampler", model.samplers, defaults.sampler], ["spacing", model.spacings, defaults.spacing]]) {
       const before = $(id).value;
       $(id).replaceChildren(...choices(names, usual));

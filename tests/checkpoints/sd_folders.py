@@ -12,7 +12,14 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from models.checkpoint import tokenizers
@@ -64,6 +71,8 @@ class Row:
     prediction: str = "epsilon"
     betas: tuple[float, float] = (0.00085, 0.012)
     extra: Options = field(default_factory=dict)  # further arguments of the pipeline
+    scheduler: type = DDIMScheduler
+    schedule: Options = field(default_factory=dict)  # further arguments of the scheduler
 
 
 INPAINT = {"in_channels": 9}
@@ -86,6 +95,21 @@ ROWS = {
     ),
 }  # fmt: skip
 
+FEW_STEP_ROWS = {  # models for few steps; their names are those of published ones
+    "lcm-dreamshaper": Row(
+        "LatentConsistencyModelPipeline", SD1 | {"time_cond_proj_dim": 256}, (CLIP_L,), extra=NONE,
+        scheduler=LCMScheduler,
+    ),
+    "sd-turbo": Row(
+        "StableDiffusionPipeline", SD2, (CLIP_H,), 0, extra=NONE, scheduler=EulerAncestralDiscreteScheduler,
+        schedule={"timestep_spacing": "trailing"},
+    ),
+    "sdxl-turbo": Row(
+        "StableDiffusionXLPipeline", XL, (CLIP_L, CLIP_G), 0, scale=0.13025,
+        scheduler=EulerAncestralDiscreteScheduler, schedule={"timestep_spacing": "trailing"},
+    ),
+}  # fmt: skip
+
 
 def unet_options(row: Row, narrow: bool) -> dict[str, Any]:
     """Options of UNet2DConditionModel. narrow: fewer channels, heads and layers."""
@@ -96,6 +120,8 @@ def unet_options(row: Row, narrow: bool) -> dict[str, Any]:
             "block_out_channels": (16, 32, 48, 48)[:levels], "sample_size": 8, "norm_num_groups": 8,
             "cross_attention_dim": sum(text["hidden_size"] for text in text_options(row, narrow)),
         }  # fmt: skip
+        if "time_cond_proj_dim" in options:
+            options["time_cond_proj_dim"] = 12
         if "attention_head_dim" in options:
             options["attention_head_dim"] = (2, 4, 6, 6)[:levels]
         if "addition_embed_type" in options:
@@ -145,6 +171,13 @@ def text_encoders(row: Row, narrow: bool) -> list[CLIPTextModel | CLIPTextModelW
     ]
 
 
+def scheduler(row: Row, betas: Options) -> Any:
+    options = {"steps_offset": 1, "prediction_type": row.prediction} | row.schedule
+    if row.scheduler is DDIMScheduler:
+        options |= {"clip_sample": False, "set_alpha_to_one": False}
+    return row.scheduler(**betas, **options)
+
+
 def parts(row: Row, narrow: bool) -> dict[str, Any]:
     """The parts of the pipeline, not yet with their final random weights."""
     texts = text_encoders(row, narrow)
@@ -153,9 +186,7 @@ def parts(row: Row, narrow: bool) -> dict[str, Any]:
     made = {
         "unet": unet(row, narrow),
         "vae": autoencoder(row, narrow),
-        "scheduler": DDIMScheduler(
-            **betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=row.prediction
-        ),
+        "scheduler": scheduler(row, betas),
     }
     for name, text, pad in zip(("", "_2"), texts, pads, strict=False):
         made |= {f"text_encoder{name}": text, f"tokenizer{name}": tokenizer_of(narrow, pad)}
@@ -166,7 +197,7 @@ def parts(row: Row, narrow: bool) -> dict[str, Any]:
 
 def pipeline(name: str, narrow: bool = True) -> Any:
     """The pipeline of `diffusers` for a model, with random weights."""
-    row = ROWS[name]
+    row = (ROWS | FEW_STEP_ROWS)[name]
     made = parts(row, narrow)
     networks = [part for part in made.values() if isinstance(part, torch.nn.Module)]
     for seed, network in enumerate(networks):

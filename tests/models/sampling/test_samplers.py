@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 from models.sampling.denoiser import Denoiser
-from models.sampling.samplers import OWN_SPACING, SAMPLERS, max_steps, plan
+from models.sampling.samplers import FIXED_SPACING, OWN_SPACING, SAMPLERS, max_steps, plan
 from models.sampling.schedule import Schedule
 from models.sampling.step import blend_unmasked, step
 from models.spec import ScheduleSpec
@@ -168,7 +168,7 @@ def test_a_requested_spacing_overrides_the_schedules(sampler):
 
 
 def test_samplers_with_a_fixed_spacing_refuse_another():
-    for sampler in OWN_SPACING:
+    for sampler in FIXED_SPACING:
         with pytest.raises(ValueError, match="spacing"):
             plan(Schedule(ScheduleSpec()), sampler, 10, spacing="trailing")
 

@@ -138,11 +138,11 @@ class Scarce:
     def __init__(self, denoiser, rows: int) -> None:
         self.denoiser, self.rows, self.calls = denoiser, rows, []
 
-    def __call__(self, x, *others):
+    def __call__(self, x, *others, **named):
         self.calls.append(len(x))
         if len(x) > self.rows:
             raise torch.OutOfMemoryError("no memory")
-        return self.denoiser(x, *others)
+        return self.denoiser(x, *others, **named)
 
 
 def test_a_guided_image_that_does_not_fit_runs_row_by_row(runner, monkeypatch):
