@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from models.spec import UNetSpec
 
@@ -45,3 +46,46 @@ class T2IAdapterSpec:
     def factors(self) -> tuple[int, ...]:
         """Pixels along one side of a cell of each feature."""
         return tuple(self.factor << sum(self.halves[: index + 1]) for index in range(len(self.halves)))
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """Shape of CLIP's image encoder (Radford et al. 2021, section 2.4)."""
+
+    width: int
+    layers: int
+    heads: int
+    intermediate: int
+    image_size: int  # pixels
+    patch_size: int
+    projection: int  # width of the projected vector of an image
+    activation: str = "gelu"
+
+    @property
+    def tokens(self) -> int:
+        """Vectors of an image: one for each patch, and one for the whole."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class IPAdapterSpec:
+    """Shape of an IP-Adapter (Ye et al. 2023).
+
+    kind: "plain" projects the image's vector; "plus" resamples the vectors of its patches; "full" projects
+    each of them.
+    """
+
+    kind: Literal["plain", "plus", "full"]
+    tokens: int  # image tokens
+    embedding_width: int  # of what it takes from the image encoder
+    context_width: int
+    layers: tuple[int, ...]  # widths of the UNet's cross-attention layers, in the order of the file
+    width: int = 0  # of the resampler
+    depth: int = 0
+    heads: int = 0
+    intermediate: int = 0
+
+    @property
+    def projected(self) -> bool:
+        """Whether it takes the image's projected vector, not the states before the last layer."""
+        return self.kind == "plain"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.adapter_specs import ControlNetSpec
 from models.adapters import t2i_adapter
-from models.adapters.controls import Control, Rows, is_active, masked, scaled, weights
+from models.adapters.controls import MODES, Control, Mode, Rows, is_active, masked, scaled, weights
 from models.adapters.derived_control import derived
 from models.checkpoint.meta import shapes_only
 from models.checkpoint.parts import Part, assign, mismatches
@@ -34,7 +34,18 @@ from models.networks.control_net import ControlNet
 from models.networks.unet import UNet, skip_widths
 from models.spec import ModelSpec
 
-__all__ = ["Control", "Rows", "is_active", "masked", "open_control", "save_control", "scaled", "weights"]
+__all__ = [
+    "MODES",
+    "Control",
+    "Mode",
+    "Rows",
+    "is_active",
+    "masked",
+    "open_control",
+    "save_control",
+    "scaled",
+    "weights",
+]
 
 
 @dataclass(frozen=True)

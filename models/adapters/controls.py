@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.networks.adapter_inputs import AdapterInputs
 from models.spec import ModelSpec
@@ -33,6 +33,10 @@ class Rows(NamedTuple):
 
 class Control(Protocol):
     """A network that reads control images, ready to run."""
+
+    @property
+    def network(self) -> nn.Module:
+        """Whose weights inputs() uses."""
 
     @property
     def kind(self) -> str:

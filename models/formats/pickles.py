@@ -21,6 +21,7 @@ MAX_PICKLE_BYTES = 2**24
 MAX_DIRECTORY_BYTES = 2**21  # of the zip file's list of entries; a model of 2,500 tensors takes 200,000
 OLD_FORMAT = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch before 1.6
 OLD_VERSION = 1001
+IP_ADAPTER_PARTS = ("image_proj", "ip_adapter")  # state dicts in the dictionary of an IP-Adapter
 BOOKKEEPING = (int, float, str, bytes, list, tuple, dict, type(None))  # values that are no tensors
 Ranges = dict[str, tuple[int, int]]  # name of an entry -> position of its first byte, and length
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of an entry in a zip file
@@ -132,6 +133,9 @@ def named_tensors(file: Path, value: Any) -> dict[str, TensorRecord]:
     for inner in ("state_dict", "string_to_param"):  # string_to_param: of textual inversions
         if isinstance(value, dict) and isinstance(value.get(inner), dict):
             value = value[inner]
+    if isinstance(value, dict) and all(isinstance(value.get(part), dict) for part in IP_ADAPTER_PARTS):
+        parts = {part: value[part] for part in IP_ADAPTER_PARTS}
+        value = {f"{part}.{key}": record for part, inner in parts.items() for key, record in inner.items()}
     items = value.items() if isinstance(value, dict) else ()
     records = {key: record for key, record in items if not isinstance(record, BOOKKEEPING)}
     for key, record in records.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -108,23 +109,18 @@ def summed(count: int, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor 
     return out
 
 
-def shared_images(count: int, parts: Sequence[RowInputs]) -> Iterable[ImageTokens]:
-    """Image tokens of all rows: entries of equal shape and disjoint rows become one."""
-    entries: list[tuple[set[int], list[RowInputs]]] = []
+def shared_images(count: int, parts: Sequence[RowInputs]) -> Iterator[ImageTokens]:
+    """Image tokens of all rows, fewest tokens first; a row's entries of equal number keep their order."""
+    entries: dict[tuple[int, int], list[tuple[Sequence[int], ImageTokens]]] = defaultdict(list)
+    used = Counter[tuple[int, int]]()  # (tokens, row) -> entries that the row has passed
     for part in parts:
         for image in part.inputs.images:
-            single = RowInputs(part.rows, AdapterInputs(images=(image,)))
-            for rows, members in entries:
-                like = members[0].inputs.images[0].keys
-                if not rows & set(part.rows) and like.shape[1:] == image.keys.shape[1:]:
-                    rows |= set(part.rows)
-                    members.append(single)
-                    break
-            else:
-                entries.append((set(part.rows), [single]))
-    for _, members in entries:
-        images = [(member.rows, member.inputs.images[0]) for member in members]
-        tensors = total(count, [(rows, (image.keys, image.values, image.scales)) for rows, image in images])
+            tokens = image.keys.shape[1]
+            place = max(used[tokens, row] for row in part.rows)
+            used.update({(tokens, row): place + 1 - used[tokens, row] for row in part.rows})
+            entries[tokens, place].append((part.rows, image))
+    for _, members in sorted(entries.items()):
+        tensors = total(count, [(rows, (each.keys, each.values, each.scales)) for rows, each in members])
         yield ImageTokens(*(present(x) for x in tensors))
 
 

@@ -1,4 +1,4 @@
-"""CLIP's text transformer (Radford et al. 2021, section 2.4), with the output of every layer.
+"""CLIP's transformer (Radford et al. 2021, section 2.4), with the output of every layer; for text here.
 
 Module names equal the keys of the published `text_encoder/` folders without their prefix. `transformers` has
 the same network, but importing it takes three seconds, longer than loading the bundled model.
@@ -7,6 +7,7 @@ the same network, but importing it takes three seconds, longer than loading the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,27 @@ class Embeddings(nn.Module):
         return vectors
 
 
-class Attention(nn.Module):
-    """Causal self-attention."""
+class LayerSpec(Protocol):
+    """Shape of the transformer's layers."""
 
-    def __init__(self, spec: TextSpec) -> None:
+    @property
+    def width(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def activation(self) -> str: ...
+
+
+class Attention(nn.Module):
+    """Self-attention; causal: to a token itself and to those before it only."""
+
+    def __init__(self, spec: LayerSpec, causal: bool) -> None:
         super().__init__()
-        self.heads = spec.heads
+        self.heads, self.causal = spec.heads, causal
         self.k_proj = nn.Linear(spec.width, spec.width)
         self.v_proj = nn.Linear(spec.width, spec.width)
         self.q_proj = nn.Linear(spec.width, spec.width)
@@ -56,7 +72,7 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, n, C / heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attended = attend(q, k, v, causal=True)
+        attended = attend(q, k, v, causal=self.causal)
         out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return out
 
@@ -64,7 +80,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with the spec's activation between them."""
 
-    def __init__(self, spec: TextSpec) -> None:
+    def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[spec.activation]
         self.fc1 = nn.Linear(spec.width, spec.intermediate)
@@ -79,9 +95,9 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """Attention and feed-forward, each behind a LayerNorm and with a residual connection."""
 
-    def __init__(self, spec: TextSpec) -> None:
+    def __init__(self, spec: LayerSpec, causal: bool) -> None:
         super().__init__()
-        self.self_attn = Attention(spec)
+        self.self_attn = Attention(spec, causal)
         self.layer_norm1 = nn.LayerNorm(spec.width)
         self.mlp = FeedForward(spec)
         self.layer_norm2 = nn.LayerNorm(spec.width)
@@ -96,9 +112,9 @@ class Layer(nn.Module):
 class Layers(nn.Module):
     """The layers in turn; returns the output of each."""
 
-    def __init__(self, spec: TextSpec) -> None:
+    def __init__(self, spec: LayerSpec, causal: bool) -> None:
         super().__init__()
-        self.layers = module_list(Layer(spec) for _ in range(spec.layers))
+        self.layers = module_list(Layer(spec, causal) for _ in range(spec.layers))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x (B, n, C) -> x and the output of every layer, each (B, n, C)."""
@@ -114,7 +130,7 @@ class TextTransformer(nn.Module):
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
         self.embeddings = Embeddings(spec)
-        self.encoder = Layers(spec)
+        self.encoder = Layers(spec, causal=True)
         self.final_layer_norm = nn.LayerNorm(spec.width)
 
     def forward(self, ids: Tensor) -> list[Tensor]:

@@ -256,7 +256,9 @@ def control_of(args: argparse.Namespace, model: LatentDiffusion) -> ControlNet:
     """The ControlNet that --control names."""
     from models.adapters.control_net import open_control
 
-    return open_control(args.control, model.spec, args.device, getattr(torch, args.dtype)).network
+    network = open_control(args.control, model.spec, args.device, getattr(torch, args.dtype)).network
+    assert isinstance(network, ControlNet)
+    return network
 
 
 def names_of(args: argparse.Namespace) -> list[str]:
