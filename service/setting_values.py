@@ -106,6 +106,9 @@ def read_origins(text: str) -> tuple[str, ...]:
 
 
 def read_buckets(text: str) -> tuple[int, ...]:
+    """Sizes in ascending order; an empty text stands for the device's default."""
+    if not text:
+        return ()
     sizes = tuple(int(part) for part in text.split(","))
     if sizes != tuple(sorted(set(sizes))) or sizes[0] < 2 or sizes[-1] > 1024:
         raise ValueError(text)

@@ -51,6 +51,9 @@ class Given(NamedTuple):
     source: str
 
 
+DEFAULT_BUCKETS = (2, 4, 8, 16, 32)  # rows of UNet calls on a CPU
+
+
 def setting(default: Any, parser: Parser, meaning: str) -> Any:
     """A field of Settings. `meaning` explains the setting and the effect of a wrong value, in the help of the
     command line and in the table of service/README.md."""
@@ -141,11 +144,12 @@ class Settings:
         everything is slower. The last bits of an image can depend on this number.""",
     )
     buckets: tuple[int, ...] = setting(
-        (2, 4, 8, 16, 32),
+        (),
         Parser(read_buckets, "increasing whole numbers from 2 to 1024, separated by commas"),
-        """Row counts that UNet calls are padded to; the last one is the maximum. The last bits of an image
-        depend on the bucket of its calls. Fewer buckets: more padding, fewer differences. A bucket of one row
-        is not possible, because its results differ most.""",
+        """Row counts that UNet calls are padded to; the last one is the maximum. Without a value:
+        2,4,8,16,32, on CUDA 2,4,6,8,12,16,20,24,28,32. The last bits of an image depend on the bucket of its
+        calls. Fewer buckets: more padding, fewer differences. A bucket of one row is not possible, because
+        its results differ most.""",
     )
     invariant: bool = setting(
         False,
@@ -303,7 +307,7 @@ class Settings:
     @property
     def max_rows(self) -> int:
         """The most rows of one UNet call."""
-        return self.buckets[-1]
+        return (self.buckets or DEFAULT_BUCKETS)[-1]
 
 
 def parse(name: str, given: Given) -> Any:

@@ -23,7 +23,7 @@ from models.stopwatch import Stopwatch
 from service.device.determinism import configure_determinism
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
-from service.device.select import choose_device, choose_dtype, prepare_for_device
+from service.device.select import choose_buckets, choose_device, choose_dtype, prepare_for_device
 from service.device.threads import choose_threads, read_host
 from service.device.torch_errors import translate_oom
 from service.model_paths import identify_all, locate_embeddings, locate_loras, locate_vaes
@@ -80,7 +80,9 @@ def build(
     if watch:
         watch.lap("device")
     registry.load_all()
-    return TorchRunner(registry, settings.buckets, settings.invariant, settings.step_memory, device)
+    return TorchRunner(
+        registry, choose_buckets(settings.buckets, device), settings.invariant, settings.step_memory, device
+    )
 
 
 def configure_cpu(settings: Settings) -> None:

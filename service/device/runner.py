@@ -184,7 +184,9 @@ class TorchRunner:
         size = next((size for size in self.buckets if size >= rows), rows)
         begin = self.finite_checker.now()
         self._encode_new_tiles(states, images)
+        slow_calls = self.graphs.slow_calls
         new_states, use = self._advance(states, images, size)
+        slow = self.graphs.slow_calls > slow_calls
         for state, image, new in zip(states, images, new_states, strict=True):
             history = state.phase(image).plan.history
             image.state, image.done, image.noise = new[: 1 + history], image.done + 1, None
@@ -192,7 +194,7 @@ class TorchRunner:
         finite = torch.isfinite(new_states).flatten(1).all(1)
         non_finite = self.finite_checker.submit(states, finite, begin)
         checker = self.finite_checker
-        return Call(size, self._current_jobs(non_finite), use, checker.late, checker.seconds)
+        return Call(size, self._current_jobs(non_finite), use, checker.late, checker.seconds, slow)
 
     def _encode_new_tiles(self, states: Sequence[JobState], images: Sequence[ImageState]) -> None:
         """Make the concat channels of tiles at their first step: all at once would delay other jobs."""

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from models.latent_diffusion import LatentDiffusion
+from service.settings import DEFAULT_BUCKETS
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+CUDA_BUCKETS = (2, 4, 6, 8, 12, 16, 20, 24, 28, 32)  # finer: padding costs as much as rows of images do
 TRIAL_TIMESTEPS = (0.02, 0.98)  # fractions of the schedule at which a trial run looks for overflow
 
 
@@ -32,6 +34,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if cpu_is_faster_in_bfloat16() else torch.float32
+
+
+def choose_buckets(sizes: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
+    """The row counts that UNet calls are padded to; `sizes`: those of the settings, empty for the default."""
+    return sizes or (CUDA_BUCKETS if device.type == "cuda" else DEFAULT_BUCKETS)
 
 
 def cpu_is_faster_in_bfloat16() -> bool:

@@ -175,9 +175,9 @@ class Engine:
 
     def _limit_rows(self, group: Hashable) -> None:
         """Limit the calls of a group to what fits in memory and ends soon enough."""
-        seconds = self.speed.row_seconds(group)
-        quick = [size for size in self.runner.buckets if size * seconds <= MAX_CALL_SECONDS]
-        rows = max(quick, default=self.runner.buckets[0])
+        sizes = self.runner.buckets
+        quick = (size for size in sizes if self.speed.call_seconds(group, size) <= MAX_CALL_SECONDS)
+        rows = max(quick, default=sizes[0])
         self.scheduler.limit(group, min(self.limits.rows(group), rows))
 
     # The start of jobs that are picked for the first time.

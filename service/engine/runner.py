@@ -16,7 +16,8 @@ class Call:
 
     rows: rows of the call, padding included; non_finite: jobs with NaN or Inf values; memory: the call's use
     of memory, if that was measured. unfinished: the device still works on the call; then non_finite and
-    seconds (None: unknown) belong to the previous call.
+    seconds (None: unknown) belong to the previous call. slow: the call chose kernels, compiled or was
+    recorded, so that its duration says nothing about the next ones.
     """
 
     rows: int
@@ -24,6 +25,7 @@ class Call:
     memory: MemoryUse | None = None
     unfinished: bool = False
     seconds: float | None = None
+    slow: bool = False
 
 
 class Preview(NamedTuple):

@@ -23,16 +23,26 @@ class CallSize(NamedTuple):
 
 
 class Speed:
-    """Seconds per unit of work over all calls, and per row of each group."""
+    """Seconds per unit of work over all calls, and of the calls of each group by their number of rows.
+
+    Slow calls, which compile or record, are left out; so is a group's first call, which may compile kernels.
+    """
 
     def __init__(self) -> None:
         self.seconds_per_work: float | None = None
-        self._row_seconds: LRUCache[Hashable, float] = LRUCache(MAX_GROUPS)
-        self._last: CallSize | None = None
+        self._calls: LRUCache[Hashable, dict[int, float]] = LRUCache(MAX_GROUPS)
+        self._last: tuple[CallSize, Call] | None = None
 
-    def row_seconds(self, group: Hashable) -> float:
-        """Seconds that a row of the group takes; 0 if unknown."""
-        return self._row_seconds.get(group, 0.0)
+    def call_seconds(self, group: Hashable, rows: int) -> float:
+        """Seconds of a call of so many rows, padding included; 0 if unknown.
+
+        Of sizes that were not measured, in proportion to the nearest smaller one, or else the smallest.
+        """
+        measured = self._calls.get(group)
+        if not measured:
+            return 0.0
+        nearest = max((size for size in measured if size <= rows), default=min(measured))
+        return measured[nearest] * rows / nearest
 
     def seconds(self, work: float) -> float | None:
         """Seconds that an amount of work takes, if known."""
@@ -40,21 +50,24 @@ class Speed:
 
     def record(self, size: CallSize, call: Call, seconds: float) -> None:
         """Add a call to the averages; an unfinished one is added when the next call is recorded."""
-        previous, self._last = self._last, size
+        previous, self._last = self._last, (size, call)
         if not call.unfinished:
-            self._average(size, seconds)
+            self._average(size, call, seconds)
         elif previous and call.seconds is not None:
-            self._average(previous, call.seconds)
+            self._average(*previous, call.seconds)
 
-    def _average(self, size: CallSize, seconds: float) -> None:
+    def _average(self, size: CallSize, call: Call, seconds: float) -> None:
+        if call.slow:
+            return
         pace = seconds / (size.rows * size.segment.row_cost)
-        before = self.seconds_per_work
-        self.seconds_per_work = pace if before is None else before + EMA_ALPHA * (pace - before)
-        self._average_row(size.segment.group, seconds / size.padded_rows)
+        self.seconds_per_work = averaged(self.seconds_per_work, pace)
+        measured = self._calls.get(size.segment.group)
+        if measured is None:  # the group's first call
+            self._calls[size.segment.group] = {}
+        else:
+            measured[size.padded_rows] = averaged(measured.get(size.padded_rows), seconds)
 
-    def _average_row(self, group: Hashable, seconds: float) -> None:
-        """Average the seconds per row; a group's first call is left out, since it may compile kernels."""
-        before = self._row_seconds.get(group)
-        if before:
-            seconds = before + EMA_ALPHA * (seconds - before)
-        self._row_seconds[group] = 0.0 if before is None else seconds
+
+def averaged(before: float | None, value: float) -> float:
+    """The running average with a new value; `before`: None without a value so far."""
+    return value if before is None else before + EMA_ALPHA * (value - before)
