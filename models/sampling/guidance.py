@@ -19,11 +19,12 @@ class StepRows(NamedTuple):
     """The UNet rows of one image in one step.
 
     rows: the condition of each row, by its index among the image's conditions; the first row is the base.
-    weights: of the other rows. See guide().
+    weights: of the other rows, see guide(). rescale: phi of rescale(); the second row is the conditional one.
     """
 
     rows: tuple[int, ...]
     weights: tuple[float, ...] = ()
+    rescale: float = 0.0
 
 
 def cfg_rows(guidance_scale: float) -> StepRows:
@@ -41,14 +42,16 @@ def row_count(guidance_scale: float) -> int:
     return len(cfg_rows(guidance_scale).rows)
 
 
-def cfg_run(guidance_scale: float, calls: int, start: float = 0.0, end: float = 1.0) -> tuple[StepRows, ...]:
+def cfg_run(
+    guidance_scale: float, calls: int, start: float = 0.0, end: float = 1.0, rescale: float = 0.0
+) -> tuple[StepRows, ...]:
     """The rows of each of `calls` UNet calls: guided between the parts `start` and `end` of the run.
 
     Outside, one conditional row is enough (Kynkäänniemi et al. 2024). The first guided call is number
     int(start * calls), counted from 0; the first one after them is number int(end * calls).
     """
     first, last = (int(part * calls + 1e-9) for part in (start, end))  # 0.58 of 50 is 29, not 28.999...
-    inside, outside = cfg_rows(guidance_scale), cfg_rows(1.0)
+    inside, outside = cfg_rows(guidance_scale)._replace(rescale=rescale), cfg_rows(1.0)
     return tuple(inside if first <= call < last else outside for call in range(calls))
 
 
@@ -64,3 +67,14 @@ def guide(base: Tensor, weighted: Iterable[tuple[Tensor, Tensor | float]]) -> Te
         factor = weight if isinstance(weight, (int, float)) else weight[:, None, None, None]
         out = out + factor * (eps - base)
     return out
+
+
+def rescale(guided: Tensor, conditional: Tensor, phi: float, offset: Tensor | float = 0.0) -> Tensor:
+    """Guided eps of one image whose UNet output has been brought nearer to the conditional row's contrast.
+
+    Output is multiplied by phi * std(conditional output) / std(guided output) + 1 - phi (Lin et al. 2023,
+    equations 15 and 16). guided, conditional: (C, h, w), eps = offset + factor * output with any factor: for
+    a UNet that predicts v this differs from the same scaling of eps. -> (C, h, w).
+    """
+    conditional, output = conditional - offset, guided - offset
+    return offset + (phi * conditional.std() / output.std() + 1 - phi) * output

@@ -41,6 +41,9 @@ REQUEST_FIELDS = (
     "long_prompts",
     "prompt_weights",
     "strength",
+    "guidance_start",
+    "guidance_end",
+    "guidance_rescale",
     "clip_skip",
     "class_label",
     "boxes",
@@ -153,6 +156,11 @@ def add_scene(command: argparse.ArgumentParser) -> None:
     add("--width", type=int, metavar="N", help="in pixels (default: the model's own)")
     add("--height", type=int, metavar="N", help="in pixels (default: the model's own)")
     add("--strength", type=float, metavar="X", help="how much of the input image to change, 0 to 1")
+    add(
+        "--guidance-start", type=float, metavar="X", help="guidance acts from this part of the run on, 0 to 1"
+    )
+    add("--guidance-end", type=float, metavar="X", help="guidance acts up to this part of the run, 0 to 1")
+    add("--guidance-rescale", type=float, metavar="X", help="restore the contrast that guidance adds, 0 to 1")
     add("--clip-skip", type=int, metavar="N", help="end the text encoders N - 1 layers earlier (default: 1)")
     add(
         "--variation-strength",

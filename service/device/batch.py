@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from models.latent_diffusion import LatentDiffusion
 from models.sampling.denoiser import Denoiser
-from models.sampling.guidance import StepRows, guide
+from models.sampling.guidance import StepRows, guide, rescale
 from models.sampling.step import blend_unmasked, step
 from models.sampling.table import ALPHA, FRESH_NOISE, SIGMA, T
 from service.device.graphs import Graphs
@@ -87,13 +87,22 @@ def predict(
         call_unet(bundle, x[index[part]], coeffs[index[part]], inputs.rows(part), size, graphs)
         for part in (slice(begin, begin + size) for begin in range(0, len(image_of_row), size))
     ]
-    return combine(torch.cat(calls), rows)
+    eps = torch.cat(calls)  # (R, C, h, w)
+    starts = list(accumulate((len(own.rows) for own in rows[:-1]), initial=0))
+    guided = combine(eps, rows, starts)
+    for index, (own, start) in enumerate(zip(rows, starts, strict=True)):
+        if own.rescale and own.weights:  # one image at a time, so that its bits do not depend on the others
+            assert bundle.denoiser is not None
+            offset = bundle.denoiser.eps_offset(x[index], coeffs[index, SIGMA])
+            guided[index] = rescale(guided[index], eps[start + 1], own.rescale, offset)
+    return guided
 
 
-def combine(eps: Tensor, rows: Sequence[StepRows]) -> Tensor:
-    """Guided eps (I, C, h, w) of I images, from that of all their rows (R, C, h, w)."""
-    ends = list(accumulate(len(own.rows) for own in rows))
-    starts = [end - len(own.rows) for end, own in zip(ends, rows, strict=True)]
+def combine(eps: Tensor, rows: Sequence[StepRows], starts: Sequence[int]) -> Tensor:
+    """Guided eps (I, C, h, w) of I images, from that of all their rows (R, C, h, w).
+
+    starts: the first row of each image.
+    """
     base = eps[upload(torch.tensor(starts), eps.device)]
     weighted = []
     # An image without a row of this number has its base there, with a weight of 0.

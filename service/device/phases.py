@@ -61,5 +61,5 @@ class Phase:
 def outlines(job: Job, plan_of: Callable[[Job], Plan]) -> tuple[PhaseOutline, ...]:
     """The phases of a job. plan_of: the sampler's plan of a job."""
     plan = plan_of(job)
-    rows = cfg_run(job.guidance_scale, len(plan))
+    rows = cfg_run(job.guidance_scale, len(plan), job.guidance_start, job.guidance_end, job.guidance_rescale)
     return (PhaseOutline(job.model_key, job.width, job.height, plan, rows),)

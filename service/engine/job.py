@@ -122,6 +122,9 @@ class Job:
     clip_skip: int = 1  # the text encoders leave out clip_skip - 1 layers more than the model does
     controls: tuple[JobControl, ...] = ()
     references: tuple[JobReference, ...] = ()
+    guidance_start: float = 0.0  # guidance acts between these parts of the run
+    guidance_end: float = 1.0
+    guidance_rescale: float = 0.0  # see models.sampling.guidance.rescale
 
     def image_seed(self, image: int) -> int:
         """The seed of an image's generator: with a variation all images have the same."""

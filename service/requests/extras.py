@@ -13,12 +13,19 @@ def generates(spec: ModelSpec) -> bool:
     return spec.upscaling is None
 
 
+def guides(spec: ModelSpec) -> bool:
+    return generates(spec) and spec.guided
+
+
 def inpaints(spec: ModelSpec) -> bool:
     return "inpainting" in spec.tasks
 
 
 # Field -> whether a model supports values other than the field's default.
 EXTRAS: Mapping[str, Callable[[ModelSpec], bool]] = {
+    "guidance_start": guides,
+    "guidance_end": guides,
+    "guidance_rescale": guides,
     "clip_skip": lambda spec: spec.max_clip_skip > 1,
     "variation": generates,
     "mask_blur": inpaints,

@@ -267,6 +267,7 @@ def with_defaults(
         boxes=scene.boxes if scene else None,
         loras=loras_of(request, spec) or None,
         lora_text_weights=text_weights_of(request) or None,
+        **(guidance_parameters(scene) if scene else {}),
         clip_skip=scene.clip_skip if scene and scene.clip_skip != 1 else None,
         variation=variation_of(scene, request.n) if scene else None,
         **(inpainting_parameters(request) if isinstance(request, InpaintRequest) else {}),
@@ -302,6 +303,17 @@ def inpainting_parameters(request: InpaintRequest) -> dict[str, Any]:
         "area": None if request.area == "whole" else request.area,
         "fill": None if request.fill == "original" else request.fill,
         "extend": request.extend,
+    }
+
+
+def guidance_parameters(request: SceneRequest) -> dict[str, Any]:
+    """The parameters of guidance that differ from their defaults. Raises InvalidRequest for an empty part."""
+    start, end = request.guidance_start, request.guidance_end
+    require([("guidance_end", start < end, f"must be greater than guidance_start, {start}")])
+    return {
+        "guidance_start": start or None,
+        "guidance_end": None if end == 1.0 else end,
+        "guidance_rescale": request.guidance_rescale or None,
     }
 
 

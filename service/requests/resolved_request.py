@@ -49,6 +49,9 @@ class Parameters(BaseModel):
     boxes: list[LabelBox] | None = None
     loras: dict[str, float] | None = None
     lora_text_weights: dict[str, float] | None = None
+    guidance_start: float | None = None
+    guidance_end: float | None = None
+    guidance_rescale: float | None = None
     clip_skip: int | None = None
     variation: VariationSeed | None = None
     mask_blur: int | None = None
@@ -207,6 +210,9 @@ class ResolvedRequest:
             clip_skip=parameters.clip_skip or 1,
             controls=tuple(control for control in inputs.controls if control.scale),
             references=tuple(reference for reference in inputs.references if reference.scale),
+            guidance_start=parameters.guidance_start or 0.0,
+            guidance_end=1.0 if parameters.guidance_end is None else parameters.guidance_end,
+            guidance_rescale=parameters.guidance_rescale or 0.0,
         )
 
     @property

@@ -180,6 +180,26 @@ class SceneRequest(ImageRequest):
             gt=0, le=1, description="How much of the input image to change: the fraction of the steps to run"
         ),
     ] = None
+    guidance_start: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="Guidance acts only from this part of the run on; outside, an image costs half",
+        ),
+    ] = 0.0
+    guidance_end: Annotated[
+        float, Field(gt=0, le=1, description="Guidance acts only up to this part of the run")
+    ] = 1.0
+    guidance_rescale: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="How far the contrast of the guided prediction is brought back to that of the "
+            "conditional one (phi of Lin et al. 2023); about 0.7 for models with zero terminal SNR",
+        ),
+    ] = 0.0
     clip_skip: Annotated[
         int | None,
         Field(

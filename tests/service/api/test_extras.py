@@ -30,15 +30,29 @@ def test_a_variation_without_strength_is_none(server):
     assert psnr(image_of(drawn), image_of(post(server, BODY | {"seed": seed}))) >= 40
 
 
+def test_guidance_that_acts_in_a_part_of_the_run_is_repeated_by_its_parameters(server):
+    changes = {"guidance_start": 0.5, "guidance_end": 0.75, "guidance_rescale": 0.7}
+    made = post(server, BODY | {"steps": 4} | changes)
+    parameters = json.loads(open_image(made).text["parameters"])
+    assert changes.items() <= parameters.items()
+    assert (image_of(post(server, parameters)) == image_of(made)).all()
+    assert psnr(image_of(made), image_of(post(server, BODY | {"steps": 4}))) < 60
+    everywhere = BODY | {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
+    assert post(server, everywhere).json()["images"] == post(server, BODY).json()["images"]
+
+
 def test_the_model_list_names_the_extras_of_each_model(server):
     (model,) = server.client.get("/models").json()["models"]
-    assert {"variation"} <= set(model["extras"])
+    assert {"variation", "guidance_start", "guidance_end", "guidance_rescale"} <= set(model["extras"])
     assert model["limits"]["max_clip_skip"] == 1  # its text encoder has two layers
 
 
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
+        ({"guidance_start": 0.5, "guidance_end": 0.5}, "guidance_end"),
+        ({"guidance_start": 1.0}, "guidance_start"),
+        ({"guidance_rescale": 1.1}, "guidance_rescale"),
         ({"clip_skip": 2}, "clip_skip"),
         ({"clip_skip": 0}, "clip_skip"),
         ({"variation": {"seed": 1, "strength": 1.1}}, "variation.strength"),
