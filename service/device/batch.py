@@ -90,11 +90,11 @@ def predict(
     eps = torch.cat(calls)  # (R, C, h, w)
     starts = list(accumulate((len(own.rows) for own in rows[:-1]), initial=0))
     guided = combine(eps, rows, starts)
-    for index, (own, start) in enumerate(zip(rows, starts, strict=True)):
+    for image, (own, start) in enumerate(zip(rows, starts, strict=True)):
         if own.rescale and own.weights:  # one image at a time, so that its bits do not depend on the others
             assert bundle.denoiser is not None
-            offset = bundle.denoiser.eps_offset(x[index], coeffs[index, SIGMA])
-            guided[index] = rescale(guided[index], eps[start + 1], own.rescale, offset)
+            offset = bundle.denoiser.eps_offset(x[image], coeffs[image, SIGMA])
+            guided[image] = rescale(guided[image], eps[start + 1], own.rescale, offset)
     return guided
 
 
