@@ -35,6 +35,7 @@ from models.sampling.step import step
 from models.sampling.table import ALPHA, SIGMA, T
 from models.spec import AutoencoderSpec, ModelSpec, UpscalingSpec
 from models.tiles import cut, merge
+from models.transfer import upload
 
 DECODING_TILE_CELLS = 32  # side of a tile in latent cells: 256 pixels at f = 8
 UPSCALING_BATCH_TILES = 16  # tiles upscaled at once
@@ -126,7 +127,7 @@ class LatentDiffusion:
 
         Original size, crop offset 0 and target size, each number embedded like a timestep.
         """
-        numbers = torch.tensor([height, width, 0, 0, height, width], device=self.device)
+        numbers = upload(torch.tensor([height, width, 0, 0, height, width]), self.device)
         return timestep_embedding(numbers, self.spec.unet_spec.size_width).flatten()
 
     def concat_channels(
@@ -322,7 +323,7 @@ class LatentDiffusion:
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(self.spec.autoencoder.latent_channels, *low.shape[1:], generator=generator)
         grain = torch.randn(low.shape, generator=generator)
-        return noise.to(low.device), self.add_noise(low, grain.to(low.device), noise_level)
+        return upload(noise, low.device), self.add_noise(low, upload(grain, low.device), noise_level)
 
     def tile_concat_channels(self, noised: Tensor) -> Tensor:
         """Concat channels of a tile, (C', h, w): noised (3, h, w) and, for a residual latent, its base.
@@ -362,7 +363,7 @@ class LatentDiffusion:
         """Noise levels as the UNet takes them, (B,); None for a UNet that takes none."""
         if not self.spec.unet_spec.noise_levels:
             return None
-        return torch.tensor(levels, device=self.device)
+        return upload(torch.tensor(levels), self.device)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -18,6 +18,7 @@ from models.errors import CheckpointError
 from models.networks.modules import module_list
 from models.networks.token_transformer import TokenTransformer
 from models.spec import ClassSpec, Condition, SegmentationSpec, TokenSpec
+from models.transfer import upload
 
 PLAIN = PromptOptions()
 
@@ -114,7 +115,7 @@ class TextConditioner(nn.Module):
     ) -> Context:
         """ids and weights, (B, n) per encoder -> tokens (B, n, C), pooled (B, P) if the model has it."""
         contexts: list[Context] = [
-            encoder(each.to(device=self.device, dtype=torch.long), clip_skip)
+            encoder(upload(each, self.device, torch.long), clip_skip)
             for encoder, each in zip(self.encoders, ids, strict=True)
         ]
         pooled = [each.pooled for each in contexts if each.pooled is not None]
@@ -138,10 +139,11 @@ class TextConditioner(nn.Module):
         if self.layout is None:
             raise ValueError("this model takes no layout")
         encoder = self.encoders[0]
-        present, index = regions.to(self.device).unique(return_inverse=True)
+        present, index = regions.cpu().unique(return_inverse=True)
         ids = encoder.tokenize([self.labels[max(number - 1, 0)] for number in present.tolist()])
-        table: Tensor = self.layout(encoder, ids.to(self.device)) * (present > 0)[:, None]  # (K, channels)
-        return table[index].movedim(-1, 0)
+        vectors: Tensor = self.layout(encoder, upload(ids, self.device))  # (K, channels)
+        table = vectors * upload(present > 0, self.device)[:, None]
+        return table[upload(index, self.device)].movedim(-1, 0)
 
     def overflow(self, prompt: str, options: PromptOptions = PLAIN) -> str:
         """The end of the prompt that is truncated; '' if it fits."""
@@ -204,7 +206,7 @@ class TokenConditioner(nn.Module):
 
     def from_ids(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, L, C)."""
-        states: Tensor = self.transformer(ids.to(device=self.transformer.device, dtype=torch.long))
+        states: Tensor = self.transformer(upload(ids, self.transformer.device, torch.long))
         return states
 
     def overflow(self, prompt: str, options: PromptOptions = PLAIN) -> str:
@@ -229,7 +231,7 @@ class BoxConditioner(nn.Module):
 
     def from_ids(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, L, C)."""
-        states: Tensor = self.transformer(ids.to(device=self.transformer.device, dtype=torch.long))
+        states: Tensor = self.transformer(upload(ids, self.transformer.device, torch.long))
         return states
 
 
@@ -255,7 +257,7 @@ class ClassConditioner(nn.Module):
     def forward(self, labels: Sequence[int] | Tensor) -> Tensor:
         """B class indices -> (B, 1, C)."""
         device = self.embedding.weight.device
-        vectors: Tensor = self.embedding(torch.as_tensor(labels, dtype=torch.long, device=device))
+        vectors: Tensor = self.embedding(upload(torch.as_tensor(labels, dtype=torch.long), device))
         return vectors[:, None]
 
 
@@ -286,7 +288,7 @@ class SegmentationConditioner(nn.Module):
         """
         weight = self.channel_mapper.weight
         vectors = pad(weight.flatten(1).T, (0, 0, 1, 0))  # (1 + classes, C); row 0, no label, is zeros
-        y = embedding(maps.to(device=weight.device, dtype=torch.long), vectors).movedim(-1, 1)
+        y = embedding(upload(maps, weight.device, torch.long), vectors).movedim(-1, 1)
         for _ in range(self.spec.halvings):
             y = interpolate(y, scale_factor=0.5, mode="bilinear")
         return y

@@ -15,6 +15,7 @@ from models.conditioning.prompts import PromptOptions
 from models.errors import CheckpointError
 from models.networks.clip import TextTransformer
 from models.spec import TextSpec
+from models.transfer import upload
 
 
 class Context(NamedTuple):
@@ -32,7 +33,7 @@ def apply_weights(states: Tensor, weights: Tensor | None) -> Tensor:
     """Token vectors (B, L, C) times their weights (B, L), rescaled so that each prompt's mean stays."""
     if weights is None:
         return states
-    before, after = states.float(), states.float() * weights.to(states.device)[..., None]
+    before, after = states.float(), states.float() * upload(weights, states.device)[..., None]
     mean = after.mean(dim=(1, 2), keepdim=True)
     rescaling = torch.where(mean == 0, 1.0, before.mean(dim=(1, 2), keepdim=True) / mean)
     return (after * rescaling).to(states.dtype)

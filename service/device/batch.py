@@ -17,10 +17,10 @@ from models.sampling.denoiser import Denoiser
 from models.sampling.guidance import StepRows, guide, rescale
 from models.sampling.step import blend_unmasked, step
 from models.sampling.table import ALPHA, FRESH_NOISE, SIGMA, T
+from models.transfer import upload
 from service.device.graphs import Graphs
 from service.device.state import ImageState, JobState
 from service.device.tensor_tree import map_tensors
-from service.device.transfer import upload
 
 
 class UNetInputs(NamedTuple):

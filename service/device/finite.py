@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from service.device.transfer import start_download
+from models.transfer import start_download
 
 Owner = TypeVar("Owner")
 

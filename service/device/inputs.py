@@ -13,6 +13,7 @@ from models.latent_diffusion import LatentDiffusion, MaskedImage
 from models.sampling.noise import slerp
 from models.sampling.table import Plan
 from models.tiles import cut
+from models.transfer import upload
 from service.device.state import ImageState, JobState
 from service.engine.job import Job
 
@@ -33,7 +34,7 @@ def masked_pixels(job: Job) -> np.ndarray:
 
 def image_of(job: Job, device: torch.device) -> Tensor:
     """The job's input image x (1, 3, H, W) in [-1, 1]."""
-    x = torch.from_numpy(pixels_of(job).copy()).to(device, torch.float32).permute(2, 0, 1) / 127.5 - 1
+    x = upload(torch.from_numpy(pixels_of(job).copy()), device).float().permute(2, 0, 1) / 127.5 - 1
     return x[None].contiguous()
 
 
@@ -44,12 +45,13 @@ def encode(bundle: LatentDiffusion, job: Job, device: torch.device) -> Tensor:
 
 def masked_image(bundle: LatentDiffusion, job: Job, device: torch.device) -> MaskedImage:
     """The input image without the pixels to repaint, for a UNet with concat channels for it."""
-    return bundle.encode_masked(image_of(job, device), torch.from_numpy(masked_pixels(job).copy()).to(device))
+    repaint = torch.from_numpy(masked_pixels(job).copy())
+    return bundle.encode_masked(image_of(job, device), upload(repaint, device))
 
 
 def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:
     """(1, h, w): 1 where a latent cell covers at least one pixel to repaint."""
-    return max_pool2d(torch.from_numpy(masked_pixels(job)).float()[None], factor).to(device)
+    return upload(max_pool2d(torch.from_numpy(masked_pixels(job)).float()[None], factor), device)
 
 
 def conditioning_input(job: Job, cell: int) -> ConditioningInput:
@@ -85,7 +87,7 @@ def start_images(state: JobState, conditioning: ConditioningInput) -> None:
     fill_mask = latent_mask(job, spec.autoencoder.factor, device) if job.latent_fill != "image" else None
     for index in range(job.n):
         generator = torch.Generator().manual_seed(job.image_seed(index))
-        noise = initial_noise(job, index, shape, generator).to(device)
+        noise = upload(initial_noise(job, index, shape, generator), device)
         z = state.z
         if z is not None and fill_mask is not None:
             z = (1 - fill_mask) * z + (fill_mask * noise if job.latent_fill == "noise" else 0)

@@ -19,6 +19,7 @@ from models.sampling.schedule import Schedule
 from models.sampling.table import Plan
 from models.spec import ModelSpec
 from models.tiles import cut
+from models.transfer import download
 from service.device.batch import advance
 from service.device.finite import FiniteChecker
 from service.device.graphs import graphs_on
@@ -35,7 +36,6 @@ from service.device.phases import Phase, outlines
 from service.device.registry import Registry
 from service.device.state import ImageState, JobState
 from service.device.torch_errors import translate_device_lost, translate_oom
-from service.device.transfer import download
 from service.engine.events import Incident
 from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape
 from service.engine.row_limits import MemoryUse

@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for its pending work."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+def upload(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """To the device, without waiting for its pending work; dtype: None for its own.
+
+    A plain x.to(device) waits for all that is queued, unless x lies in pinned memory.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, dtype, non_blocking=True)
 
 
 def download(x: Tensor) -> Tensor:
