@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from contextvars import ContextVar
+from functools import partial
 
 from service.settings import Settings
 
@@ -17,7 +18,7 @@ from service.settings import Settings
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 # Attributes of a log record that become fields of its line.
-FIELDS = ("method", "route", "status", "seconds", "code", "job", "rows", "parts")
+FIELDS = ("method", "route", "status", "seconds", "code", "job", "replica", "rows", "parts")
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -42,12 +43,15 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Text for a terminal, with the request's id at the end of the first line."""
+    """Text for a terminal, with the numbers of the replica and the request at the end of the first line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        first, newline, rest = text.partition("\n")
-        return f"{first} [{record.request_id}]{newline}{rest}" if hasattr(record, "request_id") else text
+        first, newline, rest = super().format(record).partition("\n")
+        if hasattr(record, "replica"):
+            first += f" [replica {record.replica}]"
+        if hasattr(record, "request_id"):
+            first += f" [{record.request_id}]"
+        return first + newline + rest
 
 
 def identify(record: logging.LogRecord) -> bool:
@@ -57,10 +61,21 @@ def identify(record: logging.LogRecord) -> bool:
     return True
 
 
-def set_up(settings: Settings) -> None:
-    """Send all logs of this process to stderr, with the format and the lowest level of the settings."""
+def name_replica(replica: int, record: logging.LogRecord) -> bool:
+    """A logging filter that adds the number of this worker's replica."""
+    record.replica = replica
+    return True
+
+
+def set_up(settings: Settings, replica: int | None = None) -> None:
+    """Send all logs of this process to stderr, with the format and the lowest level of the settings.
+
+    replica: number of the replica whose worker this process is, for every line.
+    """
     handler = logging.StreamHandler()
     handler.addFilter(identify)
+    if replica is not None:
+        handler.addFilter(partial(name_replica, replica))
     as_text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
     handler.setFormatter(TextFormatter(TEXT) if as_text else JsonFormatter())
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)

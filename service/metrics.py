@@ -38,13 +38,15 @@ class Metrics:
             "ldm_out_of_memory",
             "Out-of-memory errors on the device by stage, also if a retry succeeded",
             "stage",
+            "replica",
         )
         self.non_finite = self._counter(
             "ldm_non_finite",
             "NaN or Inf values detected by stage, also if a retry in float32 succeeded",
             "stage",
+            "replica",
         )
-        self.worker_restarts = self._counter("ldm_worker_restarts", "Worker processes that exited")
+        self.worker_restarts = self._counter("ldm_worker_restarts", "Worker processes that exited", "replica")
         self.unreadable_messages = self._counter(
             "ldm_unreadable_messages", "Messages between API process and worker that could not be decoded"
         )
@@ -55,16 +57,30 @@ class Metrics:
         )
         self.ready = self._gauge("ldm_ready", "1 if a model is loaded and the service is not shutting down")
         self.device_memory = self._gauge(
-            "ldm_device_memory_bytes", "Device memory used by the worker (used) and available (total)", "kind"
+            "ldm_device_memory_bytes",
+            "Device memory used by the worker (used) and available (total)",
+            "kind",
+            "replica",
+        )
+        self.replica_ready = self._gauge("ldm_replica_ready", "1 if the replica takes jobs", "replica")
+        self.replica_jobs = self._gauge(
+            "ldm_replica_jobs", "Jobs that the replica runs or that wait for it", "replica"
         )
         self.start_seconds = self._gauge(
-            "ldm_start_seconds", "Duration of the worker's last start, by part and in total", "part"
+            "ldm_start_seconds",
+            "Duration of the worker's last start, by part and in total",
+            "part",
+            "replica",
         )
-        self.unet_rows = self._histogram("ldm_unet_rows", "Rows of a UNet call without padding", ROWS)
-        self.padded_rows = self._counter("ldm_unet_padded_rows", "Padding rows added to UNet calls")
-        self.step_seconds = self._histogram("ldm_step_seconds", "Duration of a UNet call", SECONDS)
+        self.unet_rows = self._histogram(
+            "ldm_unet_rows", "Rows of a UNet call without padding", ROWS, "replica"
+        )
+        self.padded_rows = self._counter(
+            "ldm_unet_padded_rows", "Padding rows added to UNet calls", "replica"
+        )
+        self.step_seconds = self._histogram("ldm_step_seconds", "Duration of a UNet call", SECONDS, "replica")
         self.decode_seconds = self._histogram(
-            "ldm_decode_seconds", "Duration of the VAE decoding of an image or tile", SECONDS
+            "ldm_decode_seconds", "Duration of the VAE decoding of an image or tile", SECONDS, "replica"
         )
         self.part_seconds = self._histogram(
             "ldm_request_seconds",
@@ -85,30 +101,37 @@ class Metrics:
 
     def _create_series(self) -> None:
         """Start every series at 0: rate() in Prometheus needs a sample before the first event."""
-        for stage in get_args(Stage):
-            self.out_of_memory.labels(stage)
-            self.non_finite.labels(stage)
         for stage in ("queued", "running"):
             self.cancelled.labels(stage)
         for _, _, code in TABLE.values():
             self.rejected.labels(code)
 
-    def stepped(self, event: Stepped) -> None:
-        """Count one UNet call."""
-        self.unet_rows.observe(event.rows)
-        self.padded_rows.inc(event.padded - event.rows)
-        self.step_seconds.observe(event.seconds)
+    def add_replica(self, replica: str) -> None:
+        """Start every series of a replica at 0."""
+        self.worker_restarts.labels(replica)
+        self.padded_rows.labels(replica)
+        for histogram in (self.unet_rows, self.step_seconds, self.decode_seconds):
+            histogram.labels(replica)
+        for stage in get_args(Stage):
+            self.out_of_memory.labels(stage, replica)
+            self.non_finite.labels(stage, replica)
 
-    def count_incident(self, incident: Incident) -> None:
+    def stepped(self, replica: str, event: Stepped) -> None:
+        """Count one UNet call."""
+        self.unet_rows.labels(replica).observe(event.rows)
+        self.padded_rows.labels(replica).inc(event.padded - event.rows)
+        self.step_seconds.labels(replica).observe(event.seconds)
+
+    def count_incident(self, replica: str, incident: Incident) -> None:
         """Count a failure in the worker, recovered or not."""
         counter = self.out_of_memory if incident.kind == "out_of_memory" else self.non_finite
-        counter.labels(incident.stage).inc()
+        counter.labels(incident.stage, replica).inc()
 
-    def started(self, total: float, parts: Mapping[str, float], memory: int) -> None:
+    def started(self, replica: str, total: float, parts: Mapping[str, float], memory: int) -> None:
         """Record a worker's start: its seconds in total and by part, and the bytes of the device's memory."""
-        self.device_memory.labels("total").set(memory)
+        self.device_memory.labels("total", replica).set(memory)
         for part, seconds in {**parts, "total": total}.items():
-            self.start_seconds.labels(part).set(seconds)
+            self.start_seconds.labels(part, replica).set(seconds)
 
     def answered(self, images: int, timings: Mapping[str, float]) -> None:
         """Count an answered job; `timings` in seconds."""

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-DEVICES = ("auto", "cpu", "cuda")
+AUTO = "auto"
+DEVICES = (AUTO, "cpu", "cuda")
+CUDA_DEVICE = re.compile(r"cuda:(0|[1-9]\d{0,3})")
+MAX_REPLICAS = 64
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 NAMED_LORA = re.compile(r"(?!\s)[^=,:<>\x00-\x1f]{1,128}(?<!\s)=.")  # the name is used in <lora:name:1>
 NAMED_EMBEDDING = re.compile(r"[^\s=()\[\]:\\]{1,64}=.")  # the name is a word of prompts
@@ -61,9 +64,17 @@ def boolean() -> Parser:
     return Parser(read, "1 or 0, true or false")
 
 
-def read_device(text: str) -> str:
-    kind, _, index = text.partition(":")
-    if text not in DEVICES and not (kind == "cuda" and index.isdecimal()):
+def read_devices(text: str) -> str:
+    """One device, or different CUDA devices separated by commas."""
+    names = [name.strip() for name in text.split(",")]
+    numbered = all(CUDA_DEVICE.fullmatch(name) for name in names)
+    if text not in DEVICES and not (numbered and len(set(names)) == len(names)):
+        raise ValueError(text)
+    return ",".join(names)
+
+
+def read_replicas(text: str) -> str:
+    if text != AUTO and not (text.isdecimal() and 1 <= int(text) <= MAX_REPLICAS):
         raise ValueError(text)
     return text
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from service.setting_values import (
+    AUTO,
     BYTES,
+    MAX_REPLICAS,
     NAMED_EMBEDDING,
     NAMED_LORA,
     NAMED_MODEL,
@@ -22,12 +24,13 @@ from service.setting_values import (
     number,
     read_buckets,
     read_bytes,
-    read_device,
+    read_devices,
     read_keys,
     read_list,
     read_models,
     read_non_blank,
     read_origins,
+    read_replicas,
     read_root_path,
 )
 
@@ -127,8 +130,15 @@ class Settings:
     # device
     device: str = setting(
         "auto",
-        Parser(read_device, "auto, cpu, cuda or cuda:N"),
-        """Device to run on; auto is CUDA if there is a CUDA device, otherwise the CPU.""",
+        Parser(read_devices, "auto, cpu, cuda, or different cuda:N separated by commas"),
+        """Device to run on, or several: ldm serve runs one replica, a process of its own, on each. auto is
+        one CUDA device if there is one, otherwise the CPU; cuda is all CUDA devices.""",
+    )
+    replicas: str = setting(
+        AUTO,
+        Parser(read_replicas, f"auto, or a whole number from 1 to {MAX_REPLICAS}"),
+        """Number of replicas, which share the requests: on a CPU of processes that also share the threads, on
+        CUDA of devices. auto is one for each device. With more replicas than CPU cores, all are slower.""",
     )
     dtype: str = setting(
         "auto",
@@ -140,8 +150,8 @@ class Settings:
         0,
         number(int, 0, 1024),
         """CPU threads for tensor operations; 0: OMP_NUM_THREADS if it is set, otherwise the number of cores
-        that the process may use (CPU affinity and cgroup quota). Too many: threads wait for each other and
-        everything is slower. The last bits of an image can depend on this number.""",
+        that the process may use (CPU affinity and cgroup quota). Replicas share the number. Too many: threads
+        wait for each other and everything is slower. The last bits of an image can depend on this number.""",
     )
     buckets: tuple[int, ...] = setting(
         (),
@@ -303,6 +313,11 @@ class Settings:
         Parser(str, "stage:kind:word, separated by commas"),
         """Failures to inject, for tests only; parsed by the worker (service/worker/faults.py).""",
     )
+
+    @property
+    def replica_count(self) -> int:
+        """The number of replicas, in a worker's settings; 1 if it is not decided yet."""
+        return 1 if self.replicas == AUTO else int(self.replicas)
 
     @property
     def max_rows(self) -> int:

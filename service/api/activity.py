@@ -8,9 +8,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
-from service.engine.events import Stepped
 from service.requests.schemas import error_responses
-from service.worker.call_log import MAX_CALLS
+from service.worker.call_log import MAX_CALLS, RecordedCall
 from service.worker.supervisor import Supervisor
 
 router = APIRouter(tags=["operations"])
@@ -24,6 +23,7 @@ class CallJob(BaseModel):
 class UNetCall(BaseModel):
     """One UNet call."""
 
+    replica: Annotated[int, Field(description="number of the replica that made it")]
     rows: Annotated[int, Field(description="rows that belong to images")]
     padded: Annotated[int, Field(description="rows with padding")]
     images: int
@@ -45,8 +45,14 @@ async def read_activity(
     return Activity(last=supervisor.calls.count, calls=list(map(describe, supervisor.calls.after(after))))
 
 
-def describe(call: Stepped) -> UNetCall:
+def describe(recorded: RecordedCall) -> UNetCall:
+    call = recorded.call
     jobs = [CallJob(tag=f"{zlib.crc32(part.job.encode()):08x}", rows=part.rows) for part in call.jobs]
     return UNetCall(
-        rows=call.rows, padded=call.padded, images=call.images, seconds=round(call.seconds, 4), jobs=jobs
+        replica=recorded.replica,
+        rows=call.rows,
+        padded=call.padded,
+        images=call.images,
+        seconds=round(call.seconds, 4),
+        jobs=jobs,
     )

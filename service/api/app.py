@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -67,6 +68,9 @@ def create_app(settings: Settings) -> FastAPI:
     metrics.ready.set_function(lambda: supervisor.ready)
     metrics.jobs_running.set_function(lambda: supervisor.running)
     metrics.jobs_waiting.set_function(lambda: supervisor.slots_in_use - supervisor.running)
+    for replica in supervisor.replicas:
+        metrics.replica_ready.labels(replica.label).set_function(partial(getattr, replica, "is_ready"))
+        metrics.replica_jobs.labels(replica.label).set_function(partial(supervisor.jobs_at, replica))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.errors import Unavailable
-from service.requests.schemas import Health, error_responses
+from service.requests.schemas import Health, ReplicaHealth, error_responses
 from service.worker.supervisor import Supervisor
 
 router = APIRouter(tags=["health"])
@@ -27,6 +27,15 @@ def describe(supervisor: Supervisor) -> Health:
         models=list(supervisor.specs),
         jobs=supervisor.slots_in_use,
         capacity=supervisor.settings.queue_size,
+        replicas=[
+            ReplicaHealth(
+                replica=replica.number,
+                device=replica.device,
+                status=replica.status,
+                jobs=supervisor.jobs_at(replica),
+            )
+            for replica in supervisor.replicas
+        ],
     )
 
 

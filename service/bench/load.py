@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from service.bench.mix import Request
 
+SAMPLE = re.compile(r"^(ldm_\w+)(\{.*\})? (\S+)$", re.MULTILINE)  # a line of /metrics: name, labels, value
 POLL_SECONDS = 0.2  # between two samples of /metrics; each takes the server about a millisecond
 PAUSE_SECONDS = 1.0  # between an error and a client's next request, so that it does not flood the server
 NO_ANSWER = "no answer"
@@ -44,7 +47,7 @@ class Answer:
 
 
 class Sample(NamedTuple):
-    """The values of /metrics without labels, `at` seconds after the start of the run."""
+    """The values of /metrics, summed over labels, `at` seconds after the start of the run."""
 
     at: float
     values: dict[str, float]
@@ -138,9 +141,12 @@ def to_answer(request: Request, sent: float, ended: float, response: httpx.Respo
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """Name -> value of the samples without labels."""
-    pairs = (line.split() for line in text.splitlines() if line.startswith("ldm_") and "{" not in line)
-    return {name: float(value) for name, value, *_ in pairs}
+    """Name -> value, summed over labels. Buckets of histograms are left out."""
+    values: defaultdict[str, float] = defaultdict(float)
+    for name, _, value in SAMPLE.findall(text):
+        if not name.endswith("_bucket"):
+            values[name] += float(value)
+    return dict(values)
 
 
 Traffic = Callable[[Run], Awaitable[None]]

@@ -81,4 +81,4 @@ def run_serve(args: argparse.Namespace) -> int:
     from service.cli.serve import serve  # the web server: other commands start faster without it
 
     failure = serve(settings_of(args, *SERVE_FIRST, *SERVE_OTHERS))
-    return complain(failure, 1) if failure else 0
+    return complain(failure, 2 if failure.wrong_setting else 1) if failure else 0

@@ -17,6 +17,7 @@ from service.api.openai.model_names import check_aliases
 from service.model_paths import locate_all, locate_embeddings, locate_loras, locate_vaes
 from service.requests.background import Jobs
 from service.settings import Settings, misspelled
+from service.worker.replica import WorkerFailed
 from service.worker.supervisor import Supervisor
 
 FETCH_SECONDS = 5.0  # after the drain, for clients to fetch finished background jobs
@@ -26,7 +27,7 @@ GRACE_SECONDS = 10  # then, for responses that are still being sent
 log = logging.getLogger(__name__)
 
 
-def serve(settings: Settings) -> Exception | None:
+def serve(settings: Settings) -> WorkerFailed | None:
     """Serve until SIGTERM or SIGINT, then finish running jobs. A second signal ends at once.
 
     Returns the reason if the server stopped because no worker could be started.

@@ -88,7 +88,7 @@ def build(
 def configure_cpu(settings: Settings) -> None:
     """Set the number of CPU threads and the arithmetic, and log the number."""
     default = torch.get_num_threads()
-    threads = choose_threads(settings.threads, default, os.environ, read_host())
+    threads = choose_threads(settings.threads, default, os.environ, read_host()).share(settings.replica_count)
     # Setting torch's own default again would change how it starts threads, so it is left alone.
     unchanged = threads.number == default and not settings.threads
     configure_determinism(0 if unchanged else threads.number, settings.invariant)

@@ -99,6 +99,10 @@ class Registry(Generic[Bundle]):
         """A copy of `model` with the LoRAs of `key`; the model itself if there are none."""
         return self._apply(model, self._loras_of(key)) if key.loras else model
 
+    def held(self) -> tuple[ModelKey, ...]:
+        """The loaded models, and those with LoRAs merged. May be called from another thread."""
+        return (*map(ModelKey, list(self._loaded)), *list(self._merged))
+
     def is_loaded(self, name: str) -> bool:
         """Whether the model is loaded."""
         return name in self._loaded

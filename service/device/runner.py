@@ -76,7 +76,7 @@ class TorchRunner:
         self.report_incident: Callable[[Incident], None] = lambda incident: (
             None
         )  # also for failures that are recovered
-        device = device or torch.device("cpu")
+        self.device = device = device or torch.device("cpu")
         self.memory = memory_of(device)
         self.graphs = graphs_on(device)
         self.finite_checker: FiniteChecker[JobState] = FiniteChecker(device)

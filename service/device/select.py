@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.latent_diffusion import LatentDiffusion
-from service.settings import DEFAULT_BUCKETS
+from service.settings import DEFAULT_BUCKETS, SettingError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 CUDA_BUCKETS = (2, 4, 6, 8, 12, 16, 20, 24, 28, 32)  # finer: padding costs as much as rows of images do
@@ -16,12 +16,15 @@ TRIAL_TIMESTEPS = (0.02, 0.98)  # fractions of the schedule at which a trial run
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a setting names; raises ValueError if it does not exist."""
+    """The device that a setting names. Raises SettingError if it does not exist, or for several devices."""
+    if "," in name:
+        raise SettingError(f"device is {name}; only ldm serve can use several devices")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"there is no device {name}; {torch.cuda.device_count()} CUDA devices are visible")
+        count = torch.cuda.device_count()
+        raise SettingError(f"device is {name}, but the number of CUDA devices is {count}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # kernels and streams use the current device
     return device

@@ -20,6 +20,12 @@ class Threads(NamedTuple):
     number: int
     reason: str
 
+    def share(self, processes: int) -> Threads:
+        """The number for one of several processes on the same CPUs, at least 1."""
+        if processes == 1:
+            return self
+        return Threads(max(1, self.number // processes), f"{self.reason}, shared by {processes} replicas")
+
 
 class Host(NamedTuple):
     """What the process may use of its machine, in CPUs."""

@@ -17,12 +17,14 @@ from service.engine.events import (
     Failed,
     Incident,
     JobSteps,
+    Loaded,
     Previewed,
     QueuePosition,
     QueuePositions,
     Stage,
     Started,
     Stepped,
+    Withdrawn,
 )
 from service.engine.job import ImageKey, Job, ModelKey, Segment
 from service.engine.job_run import JobRun
@@ -38,6 +40,7 @@ Result = TypeVar("Result")
 
 REPORT_SECONDS = 0.5  # between two reports of queue positions
 MAX_OVERTAKING_SECONDS = 10.0  # a job whose model has no room waits this long, then later jobs wait for it
+MIN_LOAD_SECONDS = 0.02  # loads that take less are not reported
 MAX_CALL_SECONDS = 1.0  # calls that would take longer get fewer rows, since a new job waits for their end
 
 
@@ -98,6 +101,12 @@ class Engine:
             self._forget(job)
             self.emit(Cancelled(job))
 
+    def withdraw(self, job: str) -> None:
+        """Give a job back that has not started; any other is left alone."""
+        if job in self.jobs and not self.jobs[job].announced:
+            self._forget(job)
+            self.emit(Withdrawn(job))
+
     def interrupt(self, job: str) -> None:
         """Take no more steps of a job that has started; its images are decoded as they are."""
         run = self.jobs.get(job)
@@ -144,7 +153,11 @@ class Engine:
         if run.no_room_with and run.no_room_with <= busy:
             return False
         try:
-            return self._with_retry("load", partial(self.runner.load, run.job, busy))
+            begin = self.clock()
+            loaded = self._with_retry("load", partial(self.runner.load, run.job, busy))
+            if loaded and (seconds := self.clock() - begin) >= MIN_LOAD_SECONDS:
+                self.emit(Loaded(run.job.model_key, seconds))
+            return loaded
         except OutOfMemory as error:
             if not busy or busy.issuperset(run.job.model_keys):
                 raise

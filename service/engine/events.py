@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from service.engine.job import ModelKey
+
 Stage = Literal["load", "start", "step", "prepare", "decode"]
 IncidentKind = Literal["out_of_memory", "non_finite"]
 
@@ -118,4 +120,31 @@ class Cancelled:
     job: str
 
 
-Event = QueuePositions | Started | Stepped | Decoded | Incident | Previewed | Done | Failed | Cancelled
+@dataclass(frozen=True)
+class Withdrawn:
+    """The job has not started, and was given back: it will not run here."""
+
+    job: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model was loaded, or LoRAs were merged into it, which took noticeable time."""
+
+    key: ModelKey
+    seconds: float
+
+
+Event = (
+    QueuePositions
+    | Loaded
+    | Started
+    | Stepped
+    | Decoded
+    | Incident
+    | Previewed
+    | Done
+    | Failed
+    | Cancelled
+    | Withdrawn
+)

@@ -545,11 +545,24 @@ class ModelList(BaseModel):
     models: list[Model]
 
 
+class ReplicaHealth(BaseModel):
+    """A worker process on one device."""
+
+    replica: Annotated[int, Field(description="its number, from 0; the label `replica` of metrics and logs")]
+    device: str
+    status: Annotated[
+        Literal["ok", "loading", "failed"],
+        Field(description="loading: its worker starts; failed: it does not respond, or cannot be started"),
+    ]
+    jobs: Annotated[int, Field(description="Requests that it runs or that wait for it")]
+
+
 class Health(BaseModel):
     status: Literal["ok", "loading", "draining", "failed"]
     models: list[str]
     jobs: Annotated[int, Field(description="Requests accepted and not yet answered")]
     capacity: int
+    replicas: list[ReplicaHealth]
 
 
 class ErrorBody(BaseModel):

@@ -71,7 +71,11 @@ export class Strip {
   }
 }
 
-const sample = (metrics, name) => Number(new RegExp(`^${name}(?:\\{[^}]*\\})? ([0-9.e+-]+)$`, "m").exec(metrics)?.[1] ?? NaN);
+/** The value of a metric, summed over its labels; NaN if it is not there. */
+const sample = (metrics, name) => {
+  const lines = [...metrics.matchAll(new RegExp(`^${name}(?:\\{[^}]*\\})? ([0-9.e+-]+)$`, "gm"))];
+  return lines.length ? lines.reduce((sum, line) => sum + Number(line[1]), 0) : NaN;
+};
 
 /** Fill in the status view once. */
 export async function showStatus(models) {

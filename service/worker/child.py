@@ -131,12 +131,12 @@ class WorkerProcess:
         return True
 
 
-async def spawn(settings: Settings) -> WorkerProcess:
-    """Start a worker at the other end of a new socket pair. Raises OSError."""
+async def spawn(settings: Settings, replica: int) -> WorkerProcess:
+    """Start a replica's worker at the other end of a new socket pair. Raises OSError."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "service.worker.process", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "service.worker.process", str(theirs.fileno()), str(replica)],
             pass_fds=[theirs.fileno()],
             env=environment(settings),
             stdin=subprocess.DEVNULL,

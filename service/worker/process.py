@@ -16,10 +16,11 @@ from models.errors import CheckpointError
 from models.stopwatch import Stopwatch
 from service import logs
 from service.engine.engine import Engine
+from service.engine.job import ModelKey
 from service.engine.runner import Runner
 from service.errors import DeviceLost
 from service.model_paths import locate_all
-from service.settings import Settings, read_settings
+from service.settings import SettingError, Settings, read_settings
 from service.worker import protocol
 from service.worker.faults import FaultyRunner, read_faults
 from service.worker.protocol import (
@@ -33,6 +34,7 @@ from service.worker.protocol import (
     Report,
     Submit,
     UnreadableMessageError,
+    Withdraw,
 )
 
 log = logging.getLogger(__name__)
@@ -72,11 +74,12 @@ class HeartbeatThread(threading.Thread):
             True
         )  # whether a model is being loaded, which may take long
         self.memory: Callable[[], int] = lambda: 0  # bytes of the device in use
+        self.holds: Callable[[], tuple[ModelKey, ...]] = lambda: ()  # what is loaded
 
     def run(self) -> None:
         pause = threading.Event()
         while not pause.wait(HEARTBEAT_SECONDS):
-            self.link.send(Heartbeat(self.ticks, self.busy, self.loading(), self.memory()))
+            self.link.send(Heartbeat(self.ticks, self.busy, self.loading(), self.memory(), self.holds()))
 
 
 def listen(link: Link, inbox: queue.SimpleQueue[Command]) -> None:
@@ -102,6 +105,8 @@ def drain(inbox: queue.SimpleQueue[Command], engine: Engine) -> None:
                 engine.submit(job)
             case Cancel(job_id):
                 engine.cancel(job_id)
+            case Withdraw(job_id):
+                engine.withdraw(job_id)
             case Interrupt(job_id):
                 engine.interrupt(job_id)
 
@@ -120,7 +125,16 @@ def load(settings: Settings, link: Link, heartbeat: HeartbeatThread) -> Engine:
     runner.report_incident = link.send
     registry, memory = runner.registry, runner.memory
     heartbeat.loading, heartbeat.memory = (lambda: registry.loading), memory.used
-    link.send(Ready(tuple(registry.specs.values()), memory.total(), tuple(watch.parts.items())))
+    heartbeat.holds = registry.held
+    link.send(
+        Ready(
+            tuple(registry.specs.values()),
+            registry.held(),
+            str(runner.device),
+            memory.total(),
+            tuple(watch.parts.items()),
+        )
+    )
     engine_runner: Runner = runner
     if faults:
         log.warning("failures are injected into this worker: %s", settings.faults)
@@ -139,12 +153,12 @@ def serve(inbox: queue.SimpleQueue[Command], engine: Engine, heartbeat: Heartbea
 
 
 def main() -> None:
-    """Run the worker; the first argument is the number of the inherited socket."""
+    """Run the worker. Arguments: the number of the inherited socket, and the number of the replica."""
     # Terminals and some init systems signal every process, but only the API process decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     settings = read_settings()
-    logs.set_up(settings)
+    logs.set_up(settings, replica=int(sys.argv[2]))
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
     heartbeat = HeartbeatThread(link)
@@ -153,7 +167,7 @@ def main() -> None:
     try:
         engine = load(settings, link, heartbeat)
     except (CheckpointError, ValueError) as error:
-        link.send(Fatal(str(error)))
+        link.send(Fatal(str(error), wrong_setting=isinstance(error, SettingError)))
         sys.exit(FATAL_EXIT)
     try:
         serve(inbox, engine, heartbeat)

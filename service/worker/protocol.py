@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Union, get_args, get_orig
 
 from models.spec import ModelSpec
 from service.engine.events import Event
-from service.engine.job import Job
+from service.engine.job import Job, ModelKey
 
 PREFIX = struct.Struct(">4sII")  # magic number; length of the text; length of all byte strings
 MAGIC = b"LDM\x02"
@@ -41,6 +41,13 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Withdraw:
+    """Give a job back that has not started: another replica can run it sooner."""
+
+    job: str
+
+
+@dataclass(frozen=True)
 class Interrupt:
     """End a job that has started without further steps, with its images as they are."""
 
@@ -49,28 +56,36 @@ class Interrupt:
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker takes jobs. memory: bytes of the device; parts: seconds of each part of the start."""
+    """The worker takes jobs.
+
+    memory: bytes of the device; parts: seconds of each part of the start; holds: as in Heartbeat.
+    """
 
     specs: tuple[ModelSpec, ...]
+    holds: tuple[ModelKey, ...]
+    device: str
     memory: int
     parts: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Sent at regular intervals. ticks: of the engine so far; memory: bytes of the device in use."""
+    """Sent at regular intervals. ticks: of the engine so far; memory: bytes of the device in use; holds: the
+    models, and models with LoRAs, that are loaded."""
 
     ticks: int
     busy: bool
     loading: bool
     memory: int
+    holds: tuple[ModelKey, ...] = ()
 
 
 @dataclass(frozen=True)
 class Fatal:
-    """The worker cannot start, and another attempt would fail too."""
+    """The worker cannot start, and another attempt would fail too; wrong_setting: because of a setting."""
 
     message: str
+    wrong_setting: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ class Rejected:
     reason: str
 
 
-Command = Submit | Cancel | Interrupt  # to the worker
+Command = Submit | Cancel | Withdraw | Interrupt  # to the worker
 Report = Event | Ready | Heartbeat | Fatal | Rejected  # from the worker
 
 

@@ -1,6 +1,6 @@
 """The rule by which the service finds out which job makes the workers die. No clocks, no processes.
 
-A worker's end has a cause:
+There is a worker for each replica, and each has its own jobs. A worker's end has a cause:
 
 - "crash": it exited or was ended by a signal of its own making (SIGSEGV, SIGABRT, ...), it stalled, or the
   kernel recorded that it killed a process because memory ran out.
@@ -28,9 +28,9 @@ each time after at most 7 S + 13 D + 9 W + 7 s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Cause = Literal["crash", "kill"]
 
@@ -45,9 +45,9 @@ QUIET_SECONDS = 1.0  # the first quiet time
 class Record:
     """One unanswered job, and the evidence against it."""
 
-    sent: bool = False  # to the current worker
-    started: bool = False  # in the current worker
-    steps: int = 0  # done in the current worker
+    worker: int | None = None  # that the job was sent to; workers are numbered by replica
+    started: bool = False  # in that worker
+    steps: int = 0  # done in that worker
     suspicion: float = 0.0  # number of ended workers that had the job
     crashes: int = 0  # of workers in which the job was alone
     kills: list[int] = field(default_factory=list)  # for each kill of a worker with this job alone, its steps
@@ -65,8 +65,19 @@ class Record:
         return self.crashes >= MAX_CRASHES or repeated or len(self.kills) >= MAX_KILLS
 
 
+class Release(NamedTuple):
+    """The jobs that may be sent now.
+
+    jobs: to any worker but the reserved one; suspect: to the reserved worker, which then has no other job.
+    """
+
+    jobs: list[str]
+    reserved: int | None
+    suspect: str | None
+
+
 class Quarantine:
-    """Decides which jobs a worker gets, and which jobs are refused because they make workers die."""
+    """Decides which jobs the workers get, and which jobs are refused because they make workers die."""
 
     def __init__(self) -> None:
         self._records: dict[str, Record] = {}
@@ -74,53 +85,68 @@ class Quarantine:
     def add(self, job: str) -> None:
         self._records[job] = Record()
 
-    def remove(self, job: str) -> bool:
-        """Forget a job that is answered or cancelled; returns whether it was sent to the current worker."""
-        record = self._records.pop(job, None)
-        return record is not None and record.sent
+    def remove(self, job: str) -> None:
+        """Forget a job that is answered or cancelled."""
+        self._records.pop(job, None)
+
+    def send(self, job: str, worker: int) -> None:
+        """Record that a job was sent to a worker."""
+        self._records[job].worker = worker
+
+    def recall(self, job: str) -> None:
+        """Record that a worker has given a job back before it started; unknown jobs are ignored."""
+        if record := self._records.get(job):
+            record.worker = None
 
     def start(self, job: str) -> None:
-        """Record that the worker has started a job; unknown jobs are ignored."""
+        """Record that its worker has started a job; unknown jobs are ignored."""
         if record := self._records.get(job):
             record.started = True
 
     def step(self, job: str, steps: int) -> None:
-        """Record how many steps of a job the worker has done; unknown jobs are ignored."""
+        """Record how many steps of a job its worker has done; unknown jobs are ignored."""
         if record := self._records.get(job):
             record.steps = steps
 
-    def release(self, age: float) -> list[str]:
-        """The jobs to send now to a worker that has been ready for `age` seconds."""
-        first = self._first_suspect()
-        if first is None or age < first.quiet:
-            jobs = [job for job, record in self._records.items() if not (record.sent or record.suspect)]
-        elif any(record.sent for record in self._records.values()):
-            jobs = []
-        else:
-            jobs = [next(job for job, record in self._records.items() if record is first)]
-        for job in jobs:
-            self._records[job].sent = True
-        return jobs
+    def worker_of(self, job: str) -> int | None:
+        """The worker that has a job; None if none has."""
+        record = self._records.get(job)
+        return record.worker if record else None
 
-    def quiet_left(self, age: float) -> float:
-        """Seconds until the next suspect's quiet time has passed; 0 if there is none to wait for."""
-        first = self._first_suspect()
-        return 0.0 if first is None else max(0.0, first.quiet - age)
+    def jobs_of(self, worker: int) -> list[str]:
+        """The jobs that were sent to a worker."""
+        return [job for job, record in self._records.items() if record.worker == worker]
 
-    def end(self, cause: Cause, age: float) -> list[str]:
+    def release(self, ages: Mapping[int, float]) -> Release:
+        """The jobs to send now. ages: ready workers, and for how many seconds each has been ready."""
+        jobs = [job for job, record in self._records.items() if record.worker is None and not record.suspect]
+        first = self._first_suspect()
+        reserved = self._reserve(first, ages) if first else None
+        if reserved is None or self.jobs_of(reserved):
+            return Release(jobs, reserved, None)
+        return Release(jobs, reserved, next(job for job, record in self._records.items() if record is first))
+
+    def quiet_left(self, ages: Mapping[int, float]) -> float:
+        """Seconds until a worker can be reserved for the next suspect; 0 if none has to wait for that."""
+        first = self._first_suspect()
+        if first is None or first.worker is not None:
+            return 0.0
+        return max(0.0, first.quiet - max(ages.values(), default=0.0))
+
+    def end(self, worker: int, cause: Cause, age: float) -> list[str]:
         """Judge the end of a worker that had been ready for `age` seconds. Returns the jobs to refuse.
 
-        Refused jobs are forgotten; all others may be sent to the next worker.
+        Refused jobs are forgotten; all others may be sent to another worker.
         """
-        sent = [record for record in self._records.values() if record.sent]
+        sent = [record for record in self._records.values() if record.worker == worker]
         if len(sent) == 1:
             self._add_evidence(sent[0], cause, age)
         for record in self._records.values():
-            if cause == "kill" and not record.sent:
+            if cause == "kill" and record.worker != worker:
                 record.kills, record.quiet = [], QUIET_SECONDS
         self._add_suspicion(sent)
         for record in sent:
-            record.sent, record.started, record.steps = False, False, 0
+            record.worker, record.started, record.steps = None, False, 0
         guilty = [job for job, record in self._records.items() if record.guilty]
         for job in guilty:
             del self._records[job]
@@ -140,4 +166,12 @@ class Quarantine:
 
     def _first_suspect(self) -> Record | None:
         """The suspect that runs now, or next."""
-        return next((record for record in self._records.values() if record.suspect), None)
+        suspects = [record for record in self._records.values() if record.suspect]
+        return next((record for record in suspects if record.worker is not None), next(iter(suspects), None))
+
+    def _reserve(self, suspect: Record, ages: Mapping[int, float]) -> int | None:
+        """The worker that the suspect has, or the one with the fewest jobs that is old enough, if any."""
+        if suspect.worker is not None:
+            return suspect.worker
+        old = [worker for worker, age in ages.items() if age >= suspect.quiet]
+        return min(old, key=lambda worker: (len(self.jobs_of(worker)), worker), default=None)

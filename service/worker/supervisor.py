@@ -1,4 +1,4 @@
-"""The supervisor, in the API process: starts, watches and replaces the worker, and runs its jobs again."""
+"""The supervisor, in the API process: one queue for all replicas. It keeps every job until it is answered."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from models.spec import ModelSpec
 from service.engine.events import (
     Cancelled,
-    Decoded,
     Done,
     Failed,
-    Incident,
+    Loaded,
     Previewed,
     QueuePosition,
     QueuePositions,
     Started,
     Stepped,
+    Withdrawn,
 )
 from service.engine.job import Job
 from service.errors import (
@@ -35,33 +35,26 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.settings import Settings
-from service.worker import child, protocol
 from service.worker.call_log import CallLog
-from service.worker.child import WorkerProcess
+from service.worker.devices import settings_of_replicas
+from service.worker.placement import Placement
 from service.worker.progress import Progress, State
 from service.worker.protocol import (
     Cancel,
-    Fatal,
     Heartbeat,
     Interrupt,
     Ready,
     Rejected,
     Report,
-    Submit,
     UnreadableMessageError,
+    Withdraw,
 )
 from service.worker.quarantine import Cause, Quarantine
+from service.worker.replica import Replica, WorkerFailed
 
 log = logging.getLogger(__name__)
 
-MAX_FAILURES = 5  # workers in a row that failed without having had a job, after which the service gives up
-MAX_KILLED_STARTS = 10  # workers in a row killed before they were ready, after which open jobs are refused
-WATCH_SECONDS = 0.5  # between two checks whether the worker has stalled
 RETRY_AFTER = {QueueFull: 5, Loading: 5, Draining: 30, Unavailable: 30}  # seconds
-
-
-class WorkerFailed(Exception):  # noqa: N818 - not an error of a request
-    """No worker can be started. The message is for the operator."""
 
 
 @dataclass
@@ -71,7 +64,7 @@ class Ticket:
     job: Job
     answer: asyncio.Future[Done]
     progress: Progress
-    running: bool = False  # in the current worker; `progress` covers earlier workers too
+    running: bool = False  # in its current worker; `progress` covers earlier workers too
 
     def fail(self, error: ServiceError) -> None:
         """Answer with an error, unless there is an answer or the client has left."""
@@ -87,7 +80,10 @@ class Ticket:
 
 
 class Supervisor:
-    """Limits the number of open requests, and keeps every job until it is answered: workers may die."""
+    """Limits the number of open requests, and shares their jobs among the replicas.
+
+    It keeps every job until it is answered: workers may die. Raises SettingError for impossible replicas.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
@@ -98,9 +94,11 @@ class Supervisor:
         self.draining = False
         self.failure: WorkerFailed | None = None
         self.failed = asyncio.Event()
+        each = settings_of_replicas(settings)
+        self.replicas = [Replica(number, own, metrics, self) for number, own in enumerate(each)]
         self._tickets: dict[str, Ticket] = {}
         self._quarantine = Quarantine()
-        self._worker: WorkerProcess | None = None
+        self._placement = Placement(settings.max_rows)
         self._timer: asyncio.TimerHandle | None = None  # for suspects; see quiet time in quarantine.py
         self._closed_by: type[ServiceError] | None = None  # the error that every new job gets
         self._no_slots_in_use = asyncio.Event()
@@ -108,8 +106,8 @@ class Supervisor:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are accepted and a worker is ready for them."""
-        return self._worker is not None and self._worker.is_ready and not self.draining
+        """Whether requests are accepted and a replica is ready for them."""
+        return any(replica.is_ready for replica in self.replicas) and not self.draining
 
     @property
     def running(self) -> int:
@@ -118,9 +116,12 @@ class Supervisor:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker sent a message within the stall limit, or a new worker is about to start."""
-        silence = self._worker.silence if self._worker else 0.0
-        return self.failure is None and silence < self.settings.stall_seconds
+        """Whether the service can serve, now or after a restart of workers: see Replica.alive."""
+        return self.failure is None and any(replica.alive for replica in self.replicas)
+
+    def jobs_at(self, replica: Replica) -> int:
+        """The number of jobs that a replica has."""
+        return len(self._quarantine.jobs_of(replica.number))
 
     def check_open(self) -> None:
         """Raise Draining, Loading or Unavailable if no request can be accepted now."""
@@ -168,8 +169,8 @@ class Supervisor:
 
     def interrupt(self, job_id: str) -> None:
         """End a running job early, with its images as they are; other jobs are left alone."""
-        if (ticket := self._tickets.get(job_id)) and ticket.running and self._worker:
-            self._worker.send(Interrupt(job_id))
+        if (ticket := self._tickets.get(job_id)) and ticket.running:
+            self._send_about(job_id, Interrupt(job_id))
 
     def watch(self, job_id: str) -> AsyncIterator[State]:
         """The state of an unanswered job: now, and after each change. Raises NotFound."""
@@ -178,29 +179,46 @@ class Supervisor:
         return self._tickets[job_id].progress.watch()
 
     def _close(self, ticket: Ticket) -> None:
-        """Forget a job; if it has no answer, cancel it in the worker too."""
+        """Forget a job; if it has no answer, cancel it at its replica too."""
         job = ticket.job.id
-        was_sent = self._quarantine.remove(job)
-        del self._tickets[job]
         ticket.close()
         if ticket.progress.state.stage == "cancelled":
             self.metrics.cancelled.labels("running" if ticket.running else "queued").inc()
-            if was_sent and self._worker:
-                self._worker.send(Cancel(job))
+            self._send_about(job, Cancel(job))
+        del self._tickets[job]
+        self._quarantine.remove(job)
+        self._placement.remove(job)
         self._dispatch()
 
+    def _send_about(self, job: str, command: Cancel | Interrupt | Withdraw) -> None:
+        """Send a message about a job to the replica that has it, if any."""
+        number = self._quarantine.worker_of(job)
+        if number is not None:
+            self.replicas[number].send(command)
+
     def _dispatch(self) -> None:
-        """Send the worker the jobs that the quarantine releases."""
-        worker = self._worker
-        if worker is None or not worker.is_ready:
-            return
-        for job in self._quarantine.release(worker.age):
-            worker.had_jobs = True
-            worker.send(Submit(self._tickets[job].job))
+        """Send the jobs that the quarantine releases to replicas; move jobs from busy replicas to others."""
+        ages = {replica.number: replica.age for replica in self.replicas if replica.is_ready}
+        released = self._quarantine.release(ages)
+        if released.suspect is not None and released.reserved is not None:
+            self._send(released.suspect, released.reserved)
+        open_to_jobs = ages.keys() - {released.reserved}
+        for job in released.jobs if open_to_jobs else ():
+            self._send(job, self._placement.choose(self._tickets[job].job, open_to_jobs))
+        for move in self._placement.moves(open_to_jobs):
+            self._send_about(move.job, Withdraw(move.job))
+        self._dispatch_after(self._quarantine.quiet_left(ages) if ages else 0.0)
+
+    def _dispatch_after(self, seconds: float) -> None:
         if self._timer:
             self._timer.cancel()
-        if seconds := self._quarantine.quiet_left(worker.age):
+        if seconds:
             self._timer = asyncio.get_running_loop().call_later(seconds + 0.01, self._dispatch)
+
+    def _send(self, job: str, replica: int) -> None:
+        self._quarantine.send(job, replica)
+        self._placement.send(self._tickets[job].job, replica)
+        self.replicas[replica].submit(self._tickets[job].job)
 
     async def drain(self) -> None:
         """Accept no more requests; wait until all are answered, and after drain_seconds refuse the rest."""
@@ -220,134 +238,83 @@ class Supervisor:
 
     @asynccontextmanager
     async def supervise(self) -> AsyncIterator[None]:
-        """Keep a worker running for as long as the context lasts."""
-        task = asyncio.create_task(self._keep_worker_running())
+        """Keep a worker running at every replica for as long as the context lasts."""
+        tasks = [asyncio.create_task(replica.keep_running()) for replica in self.replicas]
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _keep_worker_running(self) -> None:
-        """Run one worker after the other until the service must give up."""
-        failures = killed_starts = 0
-        try:
-            while failures < MAX_FAILURES:
-                end = await self._run_worker()
-                self.metrics.worker_restarts.inc()
-                failures = failures + 1 if end == "failed" else 0
-                killed_starts = killed_starts + 1 if end == "killed before ready" else 0
-                if killed_starts and killed_starts % MAX_KILLED_STARTS == 0:
-                    log.error("%d workers in a row were killed while they started", killed_starts)
-                    self._refuse_open(Unavailable)
-                await asyncio.sleep(min(0.25 * 2**failures, 10) if failures else 0)
-            raise WorkerFailed(f"{MAX_FAILURES} workers in a row ended without having run a job")
-        except WorkerFailed as error:
-            log.critical("%s", error)
-            self.failure = error
+    # What replicas report: see replica.Owner.
+
+    def gave_up(self, replica: Replica) -> None:
+        """Serve on with the other replicas. Give up too if there are none, or if a setting is the reason."""
+        wrong_from_the_start = replica.failure and replica.failure.fatal and not replica.was_ready
+        if wrong_from_the_start or not any(other.failure is None for other in self.replicas):
+            self.failure = replica.failure
             self.failed.set()
             self._refuse_all(Unavailable)
 
-    async def _run_worker(self) -> str:
-        """Run one worker to its end; returns "ended", "failed" or "killed before ready".
+    def cannot_start(self, replica: Replica) -> None:
+        """Refuse the open jobs, unless another replica can run them."""
+        if not any(other.is_ready for other in self.replicas):
+            self._refuse_open(Unavailable)
 
-        A worker has failed if it could not be started, or if it crashed without ever having had a job. Raises
-        WorkerFailed.
-        """
-        try:
-            worker = self._worker = await child.spawn(self.settings)
-        except OSError:
-            log.exception("no worker could be started")
-            return "failed"
-        watch = asyncio.create_task(self._watch(worker))
-        try:
-            await self._listen(worker)
-        finally:
-            age = worker.age
-            watch.cancel()
-            self._worker = None
-            await worker.end()
-        cause = worker.cause_of_end()
-        log.warning("the worker ended (exit code %s, counted as a %s)", worker.process.returncode, cause)
-        self._requeue(cause, age)
-        if cause == "crash":
-            return "ended" if worker.had_jobs else "failed"
-        return "ended" if worker.is_ready else "killed before ready"
-
-    def _requeue(self, cause: Cause, age: float) -> None:
-        """Run every unanswered job again, except those that the quarantine refuses."""
-        for ticket in self._tickets.values():
-            ticket.running = False
-        for job in self._quarantine.end(cause, age):
+    def requeue(self, replica: Replica, cause: Cause, age: float) -> None:
+        """Run the replica's jobs again, at any replica, except those that the quarantine refuses."""
+        for job in self._quarantine.jobs_of(replica.number):
+            if ticket := self._tickets.get(job):
+                ticket.running = False
+        self._placement.clear(replica.number)
+        for job in self._quarantine.end(replica.number, cause, age):
             log.error("job %s is refused: it made workers die", job, extra={"job": job})
             self._tickets[job].fail(WorkerLost())
+        self._dispatch()
 
-    async def _watch(self, worker: WorkerProcess) -> None:
-        """Kill a worker that has stalled."""
-        limit = self.settings.stall_seconds
-        while not worker.is_stalled(limit):
-            await asyncio.sleep(min(WATCH_SECONDS, limit / 4))
-        log.error("the worker has stalled; replacing it")
-        worker.kill()
-
-    async def _listen(self, worker: WorkerProcess) -> None:
-        """Handle the worker's messages until it ends. Raises WorkerFailed."""
-        try:
-            while True:
-                frame = await protocol.receive_frame(worker.reader)
-                worker.last_message = worker.clock()
-                try:
-                    report = protocol.decode_report(frame)
-                except UnreadableMessageError as error:
-                    self._reject(error)
-                else:
-                    self._handle(worker, report)
-        except asyncio.IncompleteReadError:
-            return
-        except ConnectionError as error:
-            log.warning("the connection to the worker is lost: %s", error)
-
-    def _reject(self, error: UnreadableMessageError) -> None:
+    def reject(self, replica: Replica, error: UnreadableMessageError) -> None:
         """Count an unreadable message. If it may have been the end of a job, the job fails: none follows."""
-        log.error("the worker sent an %s", error)
+        log.error("the worker sent an %s", error, extra={"replica": replica.number})
         self.metrics.unreadable_messages.inc()
         if error.kind not in ("Started", "Previewed"):
             self._fail(error.job, JobFailed())
 
-    def _handle(self, worker: WorkerProcess, report: Report) -> None:
-        """Act on a message of the worker. Raises WorkerFailed."""
+    def handle(self, replica: Replica, report: Report) -> None:
+        """Act on a message about jobs or models."""
         match report:
-            case Heartbeat(memory=memory):
-                worker.beat(report)
-                self.metrics.device_memory.labels("used").set(memory)
-            case Ready():
-                self._start_serving(worker, report)
-            case Fatal(message):
-                raise WorkerFailed(message)
+            case Heartbeat(holds=holds):
+                self._placement.hold(replica.number, holds)
+                self._dispatch()
+            case Ready(specs, holds):
+                self._placement.hold(replica.number, holds)
+                self.specs = {spec.name: spec for spec in specs}
+                self._dispatch()
             case Rejected(job, reason):
-                log.error("the worker could not read a message: %s", reason)
+                log.error(
+                    "the worker could not read a message: %s", reason, extra={"replica": replica.number}
+                )
                 self.metrics.unreadable_messages.inc()
                 self._fail(job, JobFailed())
             case QueuePositions(positions):
                 self._show_positions(positions)
+            case Loaded(key, seconds):
+                self._placement.load(key, seconds)
             case Started(job, steps):
                 self._start(job, steps)
             case Stepped():
-                self._count_step(worker, report)
-            case Decoded(seconds):
-                self.metrics.decode_seconds.observe(seconds)
+                self._count_step(replica, report)
             case Previewed(job):
                 if ticket := self._tickets.get(job):
                     ticket.progress.show(report)
-            case Incident():
-                self.metrics.count_incident(report)
             case Done(job):
                 ticket = self._tickets.get(job)
                 if ticket and not ticket.answer.done():  # otherwise the client has left
                     ticket.answer.set_result(report)
             case Failed(job, code):
                 self._fail(job, from_code(code))
+            case Withdrawn(job):
+                self._move(job)
             case Cancelled():
                 pass  # its ticket is closed already
 
@@ -356,16 +323,10 @@ class Supervisor:
         if job is not None and (ticket := self._tickets.get(job)):
             ticket.fail(error)
 
-    def _start_serving(self, worker: WorkerProcess, ready: Ready) -> None:
-        """Take the worker's models, log the duration of its start, and send it the jobs."""
-        self.specs = {spec.name: spec for spec in ready.specs}
-        total = worker.become_ready()
-        parts = dict(ready.parts)
-        parts = {"Python": total - sum(parts.values())} | parts
-        self.metrics.started(total, parts, ready.memory)
-        rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
-        shown = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items() if seconds >= 0.005)
-        log.info("ready in %.2f s: %s", total, shown, extra={"seconds": round(total, 3), "parts": rounded})
+    def _move(self, job: str) -> None:
+        """Place a job again that its replica has given back."""
+        self._quarantine.recall(job)
+        self._placement.remove(job)
         self._dispatch()
 
     def _show_positions(self, positions: Sequence[QueuePosition]) -> None:
@@ -375,17 +336,14 @@ class Supervisor:
 
     def _start(self, job: str, steps: int) -> None:
         self._quarantine.start(job)
+        self._placement.start(job, steps)
         if ticket := self._tickets.get(job):
             ticket.running = True
             ticket.progress.start(steps)
 
-    def _count_step(self, worker: WorkerProcess, event: Stepped) -> None:
-        self.metrics.stepped(event)
-        if not worker.stepped:
-            worker.stepped = True
-            numbers = {"rows": event.padded, "seconds": round(event.seconds, 3)}
-            log.info("the first UNet call took %.2f s", event.seconds, extra=numbers)
-        self.calls.record(event)
+    def _count_step(self, replica: Replica, event: Stepped) -> None:
+        self.calls.record(replica.number, event)
+        self._placement.step(event)
         for job, steps, _ in event.jobs:
             self._quarantine.step(job, steps)
             if ticket := self._tickets.get(job):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.helpers.environment import ROOT
 
@@ -30,14 +31,18 @@ class Server:
     process: subprocess.Popen
     client: httpx.Client
 
-    def metric(self, name: str) -> float:
-        """The value of one line of /metrics, labels included in its name."""
-        lines = self.client.get("/metrics").text.splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.rpartition(" ")[0] == name)
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of the samples of a metric with these labels. Raises LookupError if there is none."""
+        families = text_string_to_metric_families(self.client.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        values = [sample.value for sample in samples if labels.items() <= sample.labels.items()]
+        if not values:
+            raise LookupError(f"there is no sample of {name} with {labels}")
+        return sum(values)
 
     def calls(self, over: int = 0) -> float:
         """The number of UNet calls so far; over: only calls with more rows than this."""
-        within = self.metric(f'ldm_unet_rows_bucket{{le="{float(over)}"}}') if over else 0
+        within = self.metric("ldm_unet_rows_bucket", le=str(float(over))) if over else 0
         return self.metric("ldm_unet_rows_count") - within
 
     def health(self) -> dict:
@@ -56,11 +61,14 @@ class Server:
         assert code is None, f"the server has ended with exit code {code}"
 
     def worker(self) -> int | None:
-        """The worker's process id; None while there is no worker."""
+        """The first worker's process id; None while there is no worker."""
+        return next(iter(self.workers()), None)
+
+    def workers(self) -> list[int]:
+        """The process ids of all workers."""
         self.check_alive()
         pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return int(children[0]) if children else None
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
     def signal_worker(self, number: signal.Signals) -> int:
         """Send a signal to the worker; returns the process id."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 
 from service.engine.events import JobSteps, Previewed, Started, Stepped
+from service.engine.job import ModelKey
 from service.metrics import Metrics
 from service.settings import Settings
 from service.worker.child import WorkerProcess
-from service.worker.protocol import Report
+from service.worker.protocol import Command, Ready, Report
 from service.worker.supervisor import Supervisor
+from tests.checkpoints.tiny import tiny_spec
 
 
 def supervisor(specs: bool = True, **settings) -> Supervisor:
@@ -26,15 +29,25 @@ def run(scenario: Coroutine) -> None:
 
 
 class Worker:
-    """A fake worker: sends the supervisor messages about one job."""
+    """A fake worker of a replica: sends the supervisor messages about one job.
 
-    def __init__(self, service: Supervisor, job: str = "a") -> None:
-        self.service = service
-        self.process = WorkerProcess(None, None, None)
+    sent: the commands that it received.
+    """
+
+    def __init__(self, service: Supervisor, job: str = "a", replica: int = 0) -> None:
+        self.replica = service.replicas[replica]
         self.job = job
+        self.sent: list[Command] = []
+        self.replica.worker = self.process = WorkerProcess(None, None, None)
+        self.process.send = self.sent.append
 
     def say(self, report: Report) -> None:
-        self.service._handle(self.process, report)
+        self.replica.receive(report)
+
+    def become_ready(self, *names: str) -> None:
+        """The worker is ready, with these models loaded."""
+        specs = tuple(replace(tiny_spec(), name=name) for name in names)
+        self.say(Ready(specs, tuple(map(ModelKey, names)), "cpu", 9, (("imports", 0.5),)))
 
     def start(self, steps: int) -> None:
         self.say(Started(self.job, steps))

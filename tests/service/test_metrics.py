@@ -21,6 +21,8 @@ def test_the_readme_describes_every_metric(metric: MetricWrapperBase):
 
 
 def test_a_counter_has_a_zero_before_its_first_event():
-    value = Metrics().registry.get_sample_value
+    metrics = Metrics()
+    metrics.add_replica("0")
+    value = metrics.registry.get_sample_value
     assert value("ldm_rejected_total", {"reason": "queue_full"}) == 0
-    assert value("ldm_non_finite_total", {"stage": "step"}) == 0
+    assert value("ldm_non_finite_total", {"stage": "step", "replica": "0"}) == 0

@@ -17,10 +17,13 @@ def call(number: int) -> Stepped:
 def test_the_log_keeps_the_newest_calls_and_gives_those_after_a_number():
     log = CallLog()
     for number in range(1, MAX_CALLS + 11):
-        log.record(call(number))
+        log.record(0, call(number))
     assert log.count == MAX_CALLS + 10
     assert len(log.after(0)) == MAX_CALLS
-    assert [item.jobs[0].job for item in log.after(log.count - 2)] == [str(log.count - 1), str(log.count)]
+    assert [item.call.jobs[0].job for item in log.after(log.count - 2)] == [
+        str(log.count - 1),
+        str(log.count),
+    ]
     assert log.after(log.count) == log.after(log.count + 5) == []
 
 

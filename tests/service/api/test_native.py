@@ -290,11 +290,11 @@ def test_health_and_metrics_of_an_idle_service(server):
     assert kinds >= {f"ldm_{name}" for name in COUNTED}
     assert server.metric("ldm_ready") == 1
     assert server.metric("ldm_queue_size") == QUEUE_SIZE
-    wait_until(lambda: server.metric('ldm_device_memory_bytes{kind="used"}') > 2**20)
-    total = server.metric('ldm_device_memory_bytes{kind="total"}')
-    assert server.metric('ldm_device_memory_bytes{kind="used"}') < total
+    wait_until(lambda: server.metric("ldm_device_memory_bytes", kind="used") > 2**20)
+    total = server.metric("ldm_device_memory_bytes", kind="total")
+    assert server.metric("ldm_device_memory_bytes", kind="used") < total
     parts = ("imports", "weights of UNet", "weights of Autoencoder", "to the device")
-    seconds = [server.metric(f'ldm_start_seconds{{part="{part}"}}') for part in (*parts, "total")]
+    seconds = [server.metric("ldm_start_seconds", part=part) for part in (*parts, "total")]
     assert 0 < sum(seconds[:-1]) <= seconds[-1]
 
 

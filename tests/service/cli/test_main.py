@@ -64,6 +64,10 @@ def test_a_reader_of_stdout_that_leaves_causes_no_traceback():
         ("inpaint no.png no.png p -o p.png --model TINY", "no.png"),
         ("serve --model nowhere", "nowhere"),
         ("serve --model TINY --port 99999", "--port"),
+        ("serve --model TINY --replicas 0", "--replicas"),
+        ("serve --model TINY --device cuda:1,cuda:1", "--device"),
+        ("serve --model TINY --device cuda:99,cuda:98 --replicas 3", "replicas is 3"),
+        ("generate p -o p.png --model TINY --device cuda:0,cuda:1", "only ldm serve"),
         ("serve --model TINY --lora ink=nowhere", "nowhere"),
     ],
 )
@@ -97,3 +101,13 @@ def test_every_setting_has_a_flag_unless_others_must_not_see_it():
     args = vars(parser().parse_args(["serve"]))
     missing = [name for name in SETTINGS if name not in args]
     assert missing == ["api_keys", "faults"]
+
+
+@pytest.mark.slow
+def test_serve_ends_with_code_2_when_a_device_is_missing(tiny, tmp_path):
+    command = [sys.executable, "-m", "service.cli", "serve", "--model", str(tiny), "--port", "0"]
+    done = subprocess.run(
+        [*command, "--device", "cuda:98,cuda:99"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("ldm: device is cuda:9")

@@ -108,7 +108,7 @@ def test_nan_in_a_weights_file_fails_its_own_job_only(server, alone, changes):
 
 def test_incidents_are_counted_by_stage(server):
     def count(name: str, stage: str) -> float:
-        return server.metric(f'ldm_{name}_total{{stage="{stage}"}}')
+        return server.metric(f"ldm_{name}_total", stage=stage)
 
     for stage, (name, kind) in product(STAGES, (("out_of_memory", "oom"), ("non_finite", "nan"))):
         before = count(name, stage)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from models.spec import ModelSpec
 from service.engine.events import Done, Incident
+from service.engine.job import ModelKey
 from service.worker import protocol
 from service.worker.protocol import (
     MAGIC,
@@ -65,7 +66,7 @@ def test_every_command_is_read_as_it_was_written(kind, data):
 
 
 def test_the_specs_of_real_models_are_read_as_they_were_written():
-    ready = protocol.Ready((tiny_spec(),), 1, (("imports", 0.5),))
+    ready = protocol.Ready((tiny_spec(),), (ModelKey("tiny"),), "cpu", 1, (("imports", 0.5),))
     assert decode_report(frame_of(encode(ready))) == ready
 
 

@@ -19,6 +19,21 @@ NEVER = float("inf")
 TICK = 0.05  # seconds of a simulated step
 
 
+class OneWorker(Quarantine):
+    """A quarantine for a single worker, which gets every job that is released."""
+
+    def give(self, age: float) -> list[str]:
+        """Send the worker, ready for `age` seconds, all that it may have; returns those jobs."""
+        released = self.release({0: age})
+        jobs = [released.suspect] if released.suspect else [] if released.reserved == 0 else released.jobs
+        for job in jobs:
+            self.send(job, 0)
+        return jobs
+
+    def die(self, cause: Cause, age: float) -> list[str]:
+        return self.end(0, cause, age)
+
+
 @dataclass
 class Poison:
     """How a job makes its worker die: after so many of its steps, before it has even started (-1), or at any
@@ -50,23 +65,23 @@ class World:
 
     def run(self, max_lives: int = 10_000) -> World:
         """Until every job is done or refused."""
-        quarantine = Quarantine()
+        quarantine = OneWorker()
         for job in self.jobs:
             quarantine.add(job)
         while len(self.done | self.refused) < len(self.jobs):
             assert self.lives < max_lives, "the workers die for ever"
             self.lives += 1
             end = self.live(quarantine, next(self.kills))
-            if end and (guilty := quarantine.end(*end)):
+            if end and (guilty := quarantine.die(*end)):
                 self.refused.update(guilty)
                 self.refused_at = self.seconds
         return self
 
-    def live(self, quarantine: Quarantine, kill_at: float) -> tuple[Cause, float] | None:
+    def live(self, quarantine: OneWorker, kill_at: float) -> tuple[Cause, float] | None:
         """One worker; its end, or None when no job is left."""
-        age, steps = 0.0, dict.fromkeys(quarantine.release(0.0), -1)
+        age, steps = 0.0, dict.fromkeys(quarantine.give(0.0), -1)
         while len(self.done | self.refused) < len(self.jobs):
-            assert steps or quarantine.quiet_left(age) > 0, "nothing runs, and nothing will"
+            assert steps or quarantine.quiet_left({0: age}) > 0, "nothing runs, and nothing will"
             age += TICK
             self.seconds += TICK
             if age > kill_at:
@@ -83,7 +98,7 @@ class World:
                     del steps[job]
                     self.done.add(job)
                     quarantine.remove(job)
-            steps |= dict.fromkeys(quarantine.release(age), -1)
+            steps |= dict.fromkeys(quarantine.give(age), -1)
         return None
 
 
@@ -167,36 +182,37 @@ def test_a_kill_at_another_step_each_time_is_evidence_too():
 
 
 def test_suspects_run_one_at_a_time_and_others_together():
-    quarantine = Quarantine()
+    quarantine = OneWorker()
     for job in "ab":
         quarantine.add(job)
-    assert quarantine.release(0.0) == ["a", "b"]
+    assert quarantine.give(0.0) == ["a", "b"]
     for _ in range(2):
-        quarantine.release(0.0)
-        quarantine.end("crash", 1.0)
+        quarantine.give(0.0)
+        quarantine.die("crash", 1.0)
     quarantine.add("c")
-    assert quarantine.release(0.0) == ["c"]
-    assert quarantine.quiet_left(0.4) == pytest.approx(0.6)
-    assert quarantine.release(1.0) == []
-    assert quarantine.remove("c")
-    assert quarantine.release(1.0) == ["a"]
-    assert quarantine.release(2.0) == []
+    assert quarantine.give(0.0) == ["c"]
+    assert quarantine.quiet_left({0: 0.4}) == pytest.approx(0.6)
+    assert quarantine.give(1.0) == []
+    assert quarantine.worker_of("c") == 0
+    quarantine.remove("c")
+    assert quarantine.give(1.0) == ["a"]
+    assert quarantine.give(2.0) == []
     quarantine.remove("a")
-    assert quarantine.release(2.0) == ["b"]
+    assert quarantine.give(2.0) == ["b"]
 
 
 def test_a_kill_of_a_worker_without_the_job_clears_it_of_all_kills():
-    quarantine = Quarantine()
+    quarantine = OneWorker()
     quarantine.add("a")
     for _ in range(2):  # now it is a suspect
-        assert quarantine.release(0.0) == ["a"]
-        assert quarantine.end("kill", 1.0) == []
+        assert quarantine.give(0.0) == ["a"]
+        assert quarantine.die("kill", 1.0) == []
 
     def kill_alone(age: float) -> list[str]:
-        assert quarantine.release(age) == ["a"]
-        return quarantine.end("kill", age)
+        assert quarantine.give(age) == ["a"]
+        return quarantine.die("kill", age)
 
     assert [kill_alone(age) for age in (2.0, 4.0)] == [[], []]
-    assert quarantine.release(0.5) == []
-    assert quarantine.end("kill", 0.5) == []
+    assert quarantine.give(0.5) == []
+    assert quarantine.die("kill", 0.5) == []
     assert [kill_alone(age) for age in (2.0, 4.0, 8.0)] == [[], [], ["a"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-from service.worker.supervisor import MAX_FAILURES
+from service.worker.replica import MAX_FAILURES
 from tests.helpers.clients import LONG, alone, error_of, post, together, wait_for_running, worst_psnr
 from tests.helpers.servers import MAX_WAIT_SECONDS, wait_until
 

@@ -21,7 +21,8 @@ from service.worker import child
 from service.worker.child import WorkerProcess
 from service.worker.progress import Progress, State
 from service.worker.protocol import MAGIC, PREFIX, Heartbeat, Ready, Rejected, encode
-from service.worker.supervisor import Supervisor, WorkerFailed
+from service.worker.replica import WorkerFailed
+from service.worker.supervisor import Supervisor
 from tests.helpers.fake_runner import make_job
 from tests.helpers.supervisors import Worker, run, supervisor
 
@@ -110,7 +111,7 @@ def test_progress_never_goes_backwards():
         worker.preview(4)
         before = progress.state
         assert before == State("running", None, None, 4, 5, Previewed("a", 0, 4, 1, 1, b"rgb"))
-        service._requeue("kill", 1.0)  # its worker died; the next repeats what was done
+        service.requeue(service.replicas[0], "kill", 1.0)  # its worker died; the next repeats what was done
         worker.say(QueuePositions((QueuePosition("a", 1, 3.0),)))
         worker.start(5)
         worker.step(3)
@@ -163,7 +164,7 @@ def test_cancelled_jobs_are_counted_by_stage():
 def test_a_worker_that_cannot_start_or_be_read_is_replaced_until_one_reports_a_fatal_error(monkeypatch):
     starts = []
 
-    async def spawn(settings: Settings) -> WorkerProcess:
+    async def spawn(settings: Settings, replica: int) -> WorkerProcess:
         starts.append(settings)
         if len(starts) == 1:
             raise OSError("no memory for a process")
@@ -191,7 +192,7 @@ def test_a_worker_that_cannot_start_or_be_read_is_replaced_until_one_reports_a_f
 
 
 def test_jobs_are_refused_when_no_worker_survives_its_start(monkeypatch):
-    async def spawn(settings: Settings) -> WorkerProcess:
+    async def spawn(settings: Settings, replica: int) -> WorkerProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(["sh", "-c", "kill -9 $$"], pass_fds=[theirs.fileno()])
@@ -249,11 +250,13 @@ def test_a_worker_that_sends_nothing_has_stalled():
 def test_a_start_and_heartbeats_are_measured():
     service = supervisor()
     worker = Worker(service)
-    worker.say(Ready(specs=(), memory=9, parts=(("imports", 0.5),)))
+    worker.say(Ready(specs=(), holds=(), device="cpu", memory=9, parts=(("imports", 0.5),)))
     worker.say(Heartbeat(ticks=3, busy=True, loading=False, memory=5))
     value = service.metrics.registry.get_sample_value
-    assert [value("ldm_device_memory_bytes", {"kind": kind}) for kind in ("used", "total")] == [5, 9]
-    assert value("ldm_start_seconds", {"part": "imports"}) == 0.5
+    assert [
+        value("ldm_device_memory_bytes", {"kind": kind, "replica": "0"}) for kind in ("used", "total")
+    ] == [5, 9]
+    assert value("ldm_start_seconds", {"part": "imports", "replica": "0"}) == 0.5
 
 
 def test_an_unreadable_message_is_counted_and_fails_the_job_that_it_may_have_ended():
@@ -265,12 +268,12 @@ def test_an_unreadable_message_is_counted_and_fails_the_job_that_it_may_have_end
             reader.feed_data(framed(json.dumps([kind, "a", ["rubbish"], []]).encode()))
         reader.feed_data(encode(Heartbeat(ticks=1, busy=True, loading=False, memory=7)))
         reader.feed_eof()
-        await service._listen(worker.process)
+        await worker.replica.listen()
         with pytest.raises(JobFailed):
             await task
         value = service.metrics.registry.get_sample_value
         assert value("ldm_unreadable_messages_total") == 2
-        assert value("ldm_device_memory_bytes", {"kind": "used"}) == 7
+        assert value("ldm_device_memory_bytes", {"kind": "used", "replica": "0"}) == 7
 
     run(scenario())
 
