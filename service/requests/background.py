@@ -102,12 +102,15 @@ class Record:
     @property
     def status(self) -> Stage:
         """The job's stage. It is running until its files are encoded, which is later than in the worker."""
+        return self._stage_at(self.progress.state)
+
+    def _stage_at(self, state: State) -> Stage:
+        """The stage that a state of the progress means to clients, or the one that the job has ended with."""
         if self.work.cancelled():
             return "cancelled"
         if self.work.done():
             return "failed" if self.work.exception() else "done"
-        stage = self.progress.state.stage
-        return "queued" if stage == "queued" else "running"
+        return "queued" if state.stage == "queued" else "running"
 
     @property
     def bytes(self) -> int:
@@ -125,9 +128,10 @@ class Record:
         self.work.cancel()
         await asyncio.wait({self.work})
 
-    async def describe(self) -> JobStatus:
-        """The state of the job; once it is done, with the images."""
-        state, status = self.progress.state, self.status
+    async def describe(self, state: State | None = None) -> JobStatus:
+        """The newest state of the job, or an earlier one; once it is done, with the images."""
+        state = state or self.progress.state
+        status = self._stage_at(state)
         self.fetched = self.fetched or self.work.done()
         return JobStatus(
             id=self.id,
@@ -158,8 +162,8 @@ class Record:
                 yield JobEvent(state.number, "preview", preview)
             changed = shown is None or replace(state, preview=shown.preview) != shown
             if changed and not self.work.done():  # otherwise the final event follows below
-                name = "step" if self.status == "running" else "queued"
-                yield JobEvent(state.number, name, await self.describe())
+                name = "step" if self._stage_at(state) == "running" else "queued"
+                yield JobEvent(state.number, name, await self.describe(state))
             shown = state
         await asyncio.wait({self.work})
         yield JobEvent(self.progress.state.number, self.status, await self.describe())

@@ -280,7 +280,9 @@ def test_health_and_metrics_of_an_idle_service(server):
     for path in ("/health", "/health/live", "/health/ready"):
         answer = server.client.get(path)
         assert answer.status_code == 200
-        assert answer.json() == {"status": "ok", "models": ["tiny"], "jobs": 0, "capacity": QUEUE_SIZE}
+        replica = {"replica": 0, "device": "cpu", "status": "ok", "jobs": 0}
+        expected = {"status": "ok", "models": ["tiny"], "jobs": 0, "capacity": QUEUE_SIZE}
+        assert answer.json() == expected | {"replicas": [replica]}
     answer = server.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     samples = [line for line in answer.text.splitlines() if not line.startswith("#")]
