@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 
+from models.sampling.guidance import row_count
 from service.engine.events import Stepped
 from service.engine.job import Job, ModelKey
 from service.worker.call_times import CallTimes
@@ -44,11 +45,12 @@ class Move(NamedTuple):
 
 @dataclass
 class Placed:
-    """A job and what is left of it. steps: of all its images together."""
+    """A job and what is left of it. steps: of all its images together; rows: of an image in its last call."""
 
     job: Job
     steps: float
     total: float
+    rows: float
     started: bool = False
     target: int | None = None  # the replica that it moves to
 
@@ -83,8 +85,7 @@ class Placement:
 
     def send(self, job: Job, replica: int) -> None:
         """Record that a job was sent to a replica."""
-        total = estimated_steps(job)
-        self._sites[replica].jobs[job.id] = Placed(job, total, total)
+        self._sites[replica].jobs[job.id] = estimate(job)
         self._places[job.id] = replica
 
     def remove(self, job: str) -> None:
@@ -105,9 +106,12 @@ class Placement:
 
     def step(self, call: Stepped) -> None:
         """Record a UNet call: how long it took, and the steps that its jobs have done."""
-        for job, steps, _ in call.jobs:
+        for job, steps, rows in call.jobs:
             if placed := self._find(job):
-                placed.steps = max(0.0, placed.total - steps)
+                left = max(0.0, placed.total - steps)
+                if left < placed.steps:
+                    placed.rows = rows / (placed.steps - left)
+                placed.steps = left
         if placed := self._find(call.jobs[0].job) if call.jobs else None:
             self.times.record(placed.kind, pixels_of(placed.job), call.padded, call.seconds)
 
@@ -124,8 +128,7 @@ class Placement:
 
     def choose(self, job: Job, among: Collection[int]) -> int:
         """The replica to send a job to, one of `among`."""
-        total = estimated_steps(job)
-        placed = Placed(job, total, total)
+        placed = estimate(job)
         costs = {replica: self._cost(placed, replica) for replica in among}
         limit = min(costs.values()) * (1 + SLACK)
         near = [replica for replica, cost in costs.items() if cost <= limit]
@@ -187,15 +190,16 @@ class Placement:
         return sum(self._seconds_of_kind(kind, same) for kind, same in kinds.items())
 
     def _seconds_of_kind(self, kind: Kind, jobs: list[Placed]) -> float:
-        rows = sum(placed.steps * placed.job.rows for placed in jobs)
+        rows = sum(placed.steps * placed.rows for placed in jobs)
         calls = max(rows / self.max_rows, *(placed.steps / placed.job.n for placed in jobs), 0.0)
         pixels = kind.width * kind.height
         return calls * self.times.seconds(kind, pixels, rows / calls) if calls else 0.0
 
 
-def estimated_steps(job: Job) -> float:
-    """UNet calls of all images of a job, before its replica reports the exact number."""
-    return job.n * max(1.0, job.steps * job.strength)
+def estimate(job: Job) -> Placed:
+    """A new job, before its replica reports the exact number of its steps and rows."""
+    steps = job.n * max(1.0, job.steps * job.strength)
+    return Placed(job, steps, steps, row_count(job.guidance_scale))
 
 
 def pixels_of(job: Job) -> int:
