@@ -38,6 +38,7 @@ from models.tiles import cut, merge
 from models.transfer import upload
 
 DECODING_TILE_CELLS = 32  # side of a tile in latent cells: 256 pixels at f = 8
+AESTHETIC_SCORES = (2.5, 6.0)  # that SDXL's refiner is given: unconditional, conditional
 UPSCALING_BATCH_TILES = 16  # tiles upscaled at once
 MAX_CACHED_MASKED_LATENTS = 8  # latents of fully masked images, one per size
 
@@ -111,8 +112,9 @@ class LatentDiffusion:
         context = self.conditioner.context_pair(inputs) if self.conditioner else None
         if context is None or context.pooled is None or not self.spec.unet_spec.size_width:
             return context
-        sizes = self.size_embedding(*(inputs.size or (self.spec.defaults.width, self.spec.defaults.height)))
-        return context._replace(pooled=torch.cat([context.pooled.float(), sizes.expand(2, -1)], dim=-1))
+        size = inputs.size or (self.spec.defaults.width, self.spec.defaults.height)
+        sizes = torch.stack([self.size_embedding(*size, score) for score in AESTHETIC_SCORES])  # (2, P)
+        return context._replace(pooled=torch.cat([context.pooled.float(), sizes], dim=-1))
 
     def context_shape(self, inputs: ConditioningInput) -> tuple[int, int] | None:
         """(L, C) of the context of these inputs; None where the UNet takes no context."""
@@ -122,12 +124,14 @@ class LatentDiffusion:
         assert isinstance(self.conditioner, (TextConditioner, TokenConditioner))
         return shape[0] * self.conditioner.chunk_count(inputs), shape[1]
 
-    def size_embedding(self, width: int, height: int) -> Tensor:
+    def size_embedding(self, width: int, height: int, score: float = AESTHETIC_SCORES[1]) -> Tensor:
         """SDXL's size conditioning (Podell et al. 2023, section 2.2): (P,).
 
-        Original size, crop offset 0 and target size, each number embedded like a timestep.
+        Original size, crop offset 0 and target size, each number embedded like a timestep. The refiner takes
+        an aesthetic score instead of the target size.
         """
-        numbers = upload(torch.tensor([height, width, 0, 0, height, width]), self.device)
+        last = [score] if self.spec.aesthetic_score else [height, width]
+        numbers = upload(torch.tensor([height, width, 0, 0, *last]), self.device)
         return timestep_embedding(numbers, self.spec.unet_spec.size_width).flatten()
 
     def concat_channels(

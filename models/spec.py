@@ -52,7 +52,7 @@ class UNetSpec:
     # Transformer blocks per residual block of each level going up, finest level first; (): transformer_depth.
     up_depths: tuple[tuple[int, ...], ...] = ()
     middle_res_blocks: int = 2  # before and after the middle transformer; smaller UNets have one or none
-    size_width: int = 0  # embedding width of each of SDXL's six sizes (Podell et al. 2023, section 2.2)
+    size_width: int = 0  # embedding width of each of SDXL's sizes (Podell et al. 2023, section 2.2)
     guidance_width: int = 0  # embedding width of the guidance scale, an input (Luo et al. 2023); 0: no input
 
     @property
@@ -268,6 +268,8 @@ class ModelSpec:
     labels: tuple[str, ...] = ()
     condition: Condition | None = None  # shape of a conditioner other than CLIP
     zero_null: bool = False  # an empty negative prompt has a context of zeros
+    # SDXL's refiner: the second text encoder alone, and an aesthetic score in place of the target size.
+    aesthetic_score: bool = False
     loras: tuple[str, ...] = ()  # names of the LoRAs that requests can use
     lora_warnings: tuple[str, ...] = ()  # for each of them: what of its file the model ignores, or ""
     lora_settings: tuple[FewStep | None, ...] = ()  # for each of them: its usual settings, if it is few-step
@@ -328,6 +330,16 @@ class ModelSpec:
         return self.reads_prompts or (
             isinstance(self.condition, ClassSpec) and self.condition.null is not None
         )
+
+    @property
+    def encoder_numbers(self) -> tuple[int, ...]:
+        """Which of SDXL's two text encoders each text encoder is; an only one is the first."""
+        return (1,) if self.aesthetic_score else tuple(range(len(self.texts)))
+
+    @property
+    def size_numbers(self) -> int:
+        """How many numbers of size, crop and aesthetic score are embedded, by UNets with a size_width."""
+        return 5 if self.aesthetic_score else 6
 
     @property
     def embeds_guidance(self) -> bool:
@@ -419,4 +431,5 @@ class ModelSpec:
             condition=build(CONDITIONS[d["kind"]], d["condition"]) if "kind" in d else None,
             zero_null=d["zero_null"],
             few_step=build(FewStep, d["few_step"]),
+            aesthetic_score=d["aesthetic_score"],
         )

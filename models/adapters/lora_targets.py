@@ -42,7 +42,8 @@ def find_layers(spec: ModelSpec) -> dict[str, Layer]:
     with shapes_only():
         networks = make_networks(spec)
     layers: dict[str, Layer] = {}
-    for names, layer in (*unet_layers(networks.unet), *text_layers(networks.conditioner)):
+    texts = text_layers(networks.conditioner, spec.encoder_numbers)
+    for names, layer in (*unet_layers(networks.unet), *texts):
         layers |= dict.fromkeys(names, layer)
     return layers
 
@@ -60,12 +61,14 @@ def unet_layers(unet: UNet | None) -> Iterator[tuple[set[str], Layer]]:
         yield dotted | {kohya_name(prefix, name) for prefix in KOHYA_UNET for name in names}, layer
 
 
-def text_layers(conditioner: Conditioner | None) -> Iterator[tuple[set[str], Layer]]:
-    """Each layer of CLIP's text encoders, with its names."""
+def text_layers(
+    conditioner: Conditioner | None, numbers: tuple[int, ...]
+) -> Iterator[tuple[set[str], Layer]]:
+    """Each layer of CLIP's text encoders, with its names. numbers: as ModelSpec.encoder_numbers."""
     if not isinstance(conditioner, TextConditioner):
         return
-    for index, encoder in enumerate(conditioner.encoders):
-        for native, layer in layers_of(encoder, "conditioner", f"encoders.{index}."):
+    for place, (index, encoder) in enumerate(zip(numbers, conditioner.encoders, strict=True)):
+        for native, layer in layers_of(encoder, "conditioner", f"encoders.{place}."):
             inner = native.removeprefix("transformer.")
             names = {inner, keymaps.TEXT_PREFIX + inner}
             prefixed = {

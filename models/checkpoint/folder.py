@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -35,22 +34,22 @@ def open_folder(source: Source, networks: Networks, device: torch.device | str) 
     weights = normalise_attention(read(autoencoder_folder(path), NETWORK_FILES))
     parts.append(Part(autoencoder, autoencoder_names(autoencoder), weights))
     if isinstance(conditioner, TextConditioner):
-        for encoder, folder in zip(conditioner.encoders, TEXT_ENCODERS, strict=False):
-            weights = without_text_prefix(read(path / folder, TEXT_FILES))
+        for encoder, number in zip(conditioner.encoders, source.spec.encoder_numbers, strict=True):
+            weights = without_text_prefix(read(path / TEXT_ENCODERS[number], TEXT_FILES))
             parts.append(Part(encoder, text_names(encoder), weights))
         if layout := conditioner.layout:
             names = {key: key for key in layout.state_dict()}
             parts.append(Part(layout, names, read(path / "layout", NETWORK_FILES)))
-    return OpenedModel(source, networks, tuple(parts), variants=tuple(variants(path, networks)))
+    return OpenedModel(source, networks, tuple(parts), variants=tuple(variants(source, networks)))
 
 
-def variants(path: Path, networks: Networks) -> Iterator[str]:
+def variants(source: Source, networks: Networks) -> Iterator[str]:
     """Sentences about networks of which a folder has other files than usual."""
+    path = source.folder
     folders = [(path / "unet", NETWORK_FILES)] if networks.unet else []
     folders.append((autoencoder_folder(path), NETWORK_FILES))
     if isinstance(networks.conditioner, TextConditioner):
-        count = len(networks.conditioner.encoders)
-        folders += [(path / name, TEXT_FILES) for name in TEXT_ENCODERS[:count]]
+        folders += [(path / TEXT_ENCODERS[number], TEXT_FILES) for number in source.spec.encoder_numbers]
     for folder, names in folders:
         if sentence := other_variant(folder, names):
             yield sentence

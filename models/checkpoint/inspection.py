@@ -132,7 +132,7 @@ def problems(opened: OpenedModel) -> Iterator[str]:
     """The reasons for which load() would refuse the checkpoint."""
     yield from parts.problems(opened)
     if not opened.source.text_encoders:
-        for name, _ in zip(TOKENIZERS, opened.spec.texts, strict=False):
+        for name in (TOKENIZERS[number] for number in opened.spec.encoder_numbers):
             if not has_clip_tokenizer(opened.source.folder / name):
                 yield f"{name}/{CLIP_FILES[0]} is missing"
 

@@ -48,11 +48,11 @@ def save(
     write(renamed(model.autoencoder, autoencoder_names(model.autoencoder)), folder, NETWORK_FILES)
     if not isinstance(conditioner, TextConditioner):
         return
-    for encoder, text, tokenizer in zip(conditioner.encoders, TEXT_ENCODERS, TOKENIZERS, strict=False):
+    for encoder, number in zip(conditioner.encoders, model.spec.encoder_numbers, strict=True):
         if encoder.tokenizer is None:
             raise CheckpointError("a text encoder has no tokenizer to save")
-        encoder.tokenizer.save_pretrained(path / tokenizer)
-        write(renamed(encoder, prefixed_text_names(encoder)), path / text, TEXT_FILES)
+        encoder.tokenizer.save_pretrained(path / TOKENIZERS[number])
+        write(renamed(encoder, prefixed_text_names(encoder)), path / TEXT_ENCODERS[number], TEXT_FILES)
     if conditioner.layout:
         write(conditioner.layout.state_dict(), path / "layout", NETWORK_FILES)
 
@@ -81,8 +81,8 @@ def check_writable(model: LatentDiffusion) -> None:
 
 def check_texts(spec: ModelSpec) -> None:
     """Raise CheckpointError for text encoders that no pipeline of the layout uses in this way."""
-    several = len(spec.texts) > 1
-    for index, text in enumerate(spec.texts):
+    several = len(spec.texts) > 1 or spec.aesthetic_score
+    for index, text in zip(spec.encoder_numbers, spec.texts, strict=True):
         inner = text.skipped == 1 and not text.final_norm
         complete = not text.skipped and text.final_norm
         pooled = bool(text.pooled) == (several and index == 1)

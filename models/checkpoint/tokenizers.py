@@ -26,12 +26,12 @@ def give_tokenizers(opened: OpenedModel, vocabulary: Path | None) -> None:
     """Set the tokenizers of a text conditioner, which no file of weights contains."""
     source, conditioner = opened.source, opened.networks.conditioner
     if isinstance(conditioner, TextConditioner):
-        for encoder, name in zip(conditioner.encoders, TOKENIZERS, strict=False):
+        for encoder, number in zip(conditioner.encoders, opened.spec.encoder_numbers, strict=True):
             text = encoder.spec
             if source.text_encoders:
                 encoder.tokenizer = clip(None if text.pad_id == text.eos_id else text.pad_id)
             else:
-                encoder.tokenizer = read_clip_tokenizer(source.folder / name, text)
+                encoder.tokenizer = read_clip_tokenizer(source.folder / TOKENIZERS[number], text)
     elif isinstance(conditioner, TokenConditioner):
         file = find_vocabulary(source.folder, vocabulary)
         if file and isinstance(opened.spec.condition, TokenSpec):

@@ -30,6 +30,7 @@ from models.formats.diffusers_tables import (
     VAE_FIXED,
     XL,
     XL_INPAINTING,
+    XL_REFINER,
     Accepted,
 )
 from models.spec import (
@@ -86,7 +87,8 @@ def read_folder(path: Path) -> ModelSpec:
         # Inpainting pipelines also accept a UNet without mask channels.
         mask_channels=pipeline in (INPAINTING, XL_INPAINTING)
         and unet.in_channels != autoencoder.latent_channels,
-        tasks=("upscaling",) if upscaling else ALL_TASKS[:3],
+        tasks=("upscaling",) if upscaling else ALL_TASKS[pipeline == XL_REFINER : 3],
+        aesthetic_score=pipeline == XL_REFINER,
         zero_null="text_encoder_2" in classes and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
@@ -105,6 +107,8 @@ def text_specs(path: Path, pipeline: str) -> tuple[TextSpec, ...]:
     readers: dict[str, Callable[[Config], TextSpec]] = {}
     if pipeline in (XL, XL_INPAINTING):
         readers = dict(zip(TEXT_ENCODERS, (inner_text_spec, inner_pooled_text_spec), strict=True))
+    elif pipeline == XL_REFINER:
+        readers = {TEXT_ENCODERS[1]: inner_pooled_text_spec}
     elif "text_encoder" in PIPELINES[pipeline]:
         readers = {"text_encoder": text_spec}
     return tuple(read_part(path, part, reader) for part, reader in readers.items())
@@ -159,6 +163,8 @@ def read_index(path: Path) -> Config:
     index = read_json(file)
     pipeline = index.get("_class_name")
     pipeline = SAME_NETWORKS.get(pipeline, pipeline) if isinstance(pipeline, str) else pipeline
+    if pipeline in (XL, XL_INPAINTING) and index.get("requires_aesthetics_score"):
+        pipeline = XL_REFINER
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise CheckpointError(
             f"{file}: pipeline {shortened(pipeline)} is not supported; supported are {', '.join(PIPELINES)}"
@@ -168,8 +174,6 @@ def read_index(path: Path) -> Config:
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found not in (expected, expected + "Fast"):
             raise CheckpointError(f"{file}: {part} is {shortened(found)}; supported is {expected}")
-    if index.get("requires_aesthetics_score"):
-        raise CheckpointError(f"{file}: SDXL's refiner (requires_aesthetics_score) is not supported")
     return index | {"_class_name": pipeline}
 
 
@@ -459,4 +463,4 @@ UNETS: dict[str, Callable[[Config], UNetSpec]] = {
     "UNet2DConditionModel": unet_spec,
     "UNet2DModel": plain_unet_spec,
 }
-AUTOENCODERS = dict.fromkeys((UPSCALING, XL, XL_INPAINTING), upcast_autoencoder_spec)
+AUTOENCODERS = dict.fromkeys((UPSCALING, XL, XL_INPAINTING, XL_REFINER), upcast_autoencoder_spec)

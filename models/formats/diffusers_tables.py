@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-PLAIN, INPAINTING, UPSCALING, XL, XL_INPAINTING, SUPER_RESOLUTION = (
+PLAIN, INPAINTING, UPSCALING, XL, XL_INPAINTING, XL_REFINER, SUPER_RESOLUTION = (
     "StableDiffusionPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionUpscalePipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
     "LDMSuperResolutionPipeline",
 )
 INDEX_FILE = "model_index.json"
@@ -29,9 +30,13 @@ PIPELINES = {  # pipeline -> the folder of each part, and its class
     UPSCALING: ONE_ENCODER,
     XL: TWO_ENCODERS,
     XL_INPAINTING: TWO_ENCODERS,
+    XL_REFINER: {
+        part: kind for part, kind in TWO_ENCODERS.items() if part not in ("text_encoder", "tokenizer")
+    },
     SUPER_RESOLUTION: {"unet": "UNet2DModel", "vqvae": "AutoencoderKL"},
 }
-# Pipelines that use the networks of another one in another way. Parts of their own are not used.
+# Pipelines that use the networks of another one in another way. Parts of their own are not used. Those of
+# SDXL with an aesthetic score have the refiner's networks, see read_index().
 SAME_NETWORKS = {
     **dict.fromkeys(
         (
@@ -93,6 +98,7 @@ UNUSED_PARTS = {  # optional parts of a pipeline, which are written as absent
     UPSCALING: ("feature_extractor", "safety_checker", "watermarker"),
     XL: ("feature_extractor", "image_encoder"),
     XL_INPAINTING: ("feature_extractor", "image_encoder"),
+    XL_REFINER: ("feature_extractor", "image_encoder", "text_encoder", "tokenizer"),
     SUPER_RESOLUTION: (),
 }
 SCHEDULER = "scheduler"

@@ -30,6 +30,7 @@ from models.formats.diffusers_tables import (
     VAE_FIXED,
     XL,
     XL_INPAINTING,
+    XL_REFINER,
 )
 from models.spec import AutoencoderSpec, ModelSpec, ScheduleSpec, TextSpec, UNetSpec
 
@@ -44,7 +45,8 @@ def write_configs(spec: ModelSpec, path: Path) -> None:
         "vqvae" if "vqvae" in PIPELINES[pipeline] else "vae": autoencoder_config(spec.autoencoder),
         SCHEDULER: schedule_config(spec.schedule),
     }
-    parts |= {part: text_config(text) for part, text in zip(TEXT_ENCODERS, spec.texts, strict=False)}
+    numbered = zip(spec.encoder_numbers, spec.texts, strict=False)
+    parts |= {TEXT_ENCODERS[number]: text_config(text) for number, text in numbered}
     if spec.upscaling and spec.upscaling.noise:
         parts[NOISE_SCHEDULER] = schedule_config(spec.upscaling.noise) | {
             "_class_name": noise_class(pipeline)
@@ -61,6 +63,8 @@ def pipeline_of(spec: ModelSpec) -> str:
     """The diffusers pipeline that runs such a model."""
     if spec.upscaling:
         return UPSCALING if spec.texts else SUPER_RESOLUTION
+    if spec.aesthetic_score:
+        return XL_REFINER
     if len(spec.texts) > 1:
         return XL_INPAINTING if spec.mask_channels else XL
     return INPAINTING if spec.mask_channels else PLAIN
@@ -85,8 +89,10 @@ def index_config(pipeline: str, spec: ModelSpec) -> Config:
         index["max_noise_level"] = upscaling.max_noise_level
     if pipeline in (PLAIN, INPAINTING):
         index |= {"requires_safety_checker": False}
-    if pipeline in (XL, XL_INPAINTING):
+    if pipeline in (XL, XL_INPAINTING, XL_REFINER):
         index |= {"force_zeros_for_empty_prompt": spec.zero_null}
+    if pipeline == XL_REFINER:
+        index |= {"requires_aesthetics_score": True}
     return index | {part: [None, None] for part in UNUSED_PARTS[pipeline]}
 
 

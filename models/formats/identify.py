@@ -27,7 +27,7 @@ from models.formats.diffusers_read import (
 from models.formats.diffusers_tables import ADDED_KEY, INDEX_FILE, SCHEDULER
 from models.formats.safetensors import Header
 from models.formats.single_file import FILE_NAME, SingleFile, identify_single_file
-from models.formats.stable_diffusion import SIZES, EncoderLocation
+from models.formats.stable_diffusion import REFINER, EncoderLocation
 from models.formats.vae_files import read_vae_spec
 from models.spec import ALL_TASKS, ModelSpec, Prediction
 
@@ -222,6 +222,8 @@ def folder_family(spec: ModelSpec) -> str:
     if spec.upscaling:
         noise = " with noise conditioning" if spec.upscaling.noise else ""
         return f"super-resolution, {spec.autoencoder.factor}x{noise}"
+    if spec.aesthetic_score:
+        return REFINER
     width = spec.unet.context_width if spec.unet else 0
     family = STABLE_DIFFUSION.get(width, "text (Stable Diffusion's structure)")
     return family + (" inpainting" if spec.mask_channels else "")
@@ -258,7 +260,7 @@ def check_fit(spec: ModelSpec, path: Path) -> None:
         raise CheckpointError(
             f"{path}: the UNet has {unet.noise_levels} noise levels; max_noise_level is {max_level}"
         )
-    added = sum(text.pooled for text in spec.texts) + SIZES * unet.size_width
+    added = sum(text.pooled for text in spec.texts) + spec.size_numbers * unet.size_width
     if unet.added_width != added:
         raise CheckpointError(
             f"{path}: the UNet expects {unet.added_width} numbers of pooled text and sizes ({ADDED_KEY}); "

@@ -32,7 +32,6 @@ CLIP_TOKENS = 49408  # vocabulary size of CLIP's tokenizer, which these files do
 OPEN_CLIP_LAYERS = 24  # of the complete text encoder of Stable Diffusion 2
 PROJECTION, TEXT_MODEL = "text_projection", "text_model."
 LINEAR_PROJECTION = PROJECTION + ".weight"  # as some tools write it: the weight of a linear layer, transposed
-SIZES = 6  # numbers of image size and crop that SDXL's UNet takes
 
 
 class EncoderLocation(NamedTuple):
@@ -47,7 +46,7 @@ OPEN_CLIP = EncoderLocation(CONDITION + "model.", open_clip=True)
 SDXL_FIRST = EncoderLocation("conditioner.embedders.0.transformer.", open_clip=False)
 SDXL_SECOND = EncoderLocation("conditioner.embedders.1.model.", open_clip=True)
 SDXL_BOTH = (SDXL_FIRST, SDXL_SECOND)
-REFINER_PREFIX = "conditioner.embedders.0.model."
+SDXL_REFINER = EncoderLocation("conditioner.embedders.0.model.", open_clip=True)
 NOISE_LEVELS = UNET + "label_emb.weight"
 
 
@@ -66,12 +65,14 @@ class Family:
     guidance_scale: float = 7.5
     upscaling: UpscalingSpec | None = None
     noise_level: int = 0  # default for upscaling
+    tasks: tuple[str, ...] = ALL_TASKS[:3]
 
 
-SD_1, SD_2, SDXL, UPSCALER = (
+SD_1, SD_2, SDXL, REFINER, UPSCALER = (
     "Stable Diffusion 1.x",
     "Stable Diffusion 2.x",
     "Stable Diffusion XL",
+    "Stable Diffusion XL refiner",
     "Stable Diffusion x4 upscaler",
 )
 SD_2_V = SD_2 + " 768-v"
@@ -84,6 +85,7 @@ FAMILIES = {
     SD_2 + INPAINTING: Family(512, inpaints=True),
     SDXL: Family(1024, scale_factor=0.13025, zero_null=True, upcast=True),
     SDXL + INPAINTING: Family(1024, scale_factor=0.13025, inpaints=True, zero_null=True, upcast=True),
+    REFINER: Family(1024, scale_factor=0.13025, upcast=True, tasks=ALL_TASKS[1:3]),
     UPSCALER: Family(
         512,
         heads=8,
@@ -94,6 +96,7 @@ FAMILIES = {
         guidance_scale=9.0,
         upscaling=UpscalingSpec(ScheduleSpec(0.0001, 0.02), 350),
         noise_level=20,
+        tasks=("upscaling",),
     ),
 }
 # No tensor shows whether a Stable Diffusion 2 file predicts epsilon or v. The later and larger of the two
@@ -110,6 +113,8 @@ def find_text_encoders(keys: Iterable[str]) -> tuple[EncoderLocation, ...]:
 
     if has(SDXL_FIRST.prefix, SDXL_SECOND.prefix):
         return SDXL_BOTH
+    if has(SDXL_REFINER.prefix):
+        return (SDXL_REFINER,)
     if has(OPEN_CLIP.prefix):
         return (OPEN_CLIP,)
     return (CLIP,) if has(*(CLIP.prefix + part for part in (TEXT_MODEL, "embeddings.", "encoder."))) else ()
@@ -159,10 +164,11 @@ def recognise_model(
         schedule=replace(schedule, prediction=hints.prediction or family.prediction),
         texts=texts,
         defaults=Defaults(size, size, guidance_scale=family.guidance_scale, noise_level=family.noise_level),
-        tasks=("upscaling",) if family.upscaling else ALL_TASKS[:3],
+        tasks=family.tasks,
         mask_channels=family.inpaints,
         upscaling=family.upscaling,
         zero_null=family.zero_null,
+        aesthetic_score=key == REFINER,
     )
     return spec, key
 
@@ -181,7 +187,7 @@ def family_of(shapes: Shapes, encoders: tuple[EncoderLocation, ...], prediction:
     inpaints = into == 2 * latent + 1
     if encoders == (OPEN_CLIP,) and not inpaints:
         return SD_2_V if (prediction or DEFAULT_PREDICTION) == "v_prediction" else SD_2
-    family = {(CLIP,): SD_1, (OPEN_CLIP,): SD_2, SDXL_BOTH: SDXL}[encoders]
+    family = {(CLIP,): SD_1, (OPEN_CLIP,): SD_2, SDXL_BOTH: SDXL, (SDXL_REFINER,): REFINER}[encoders]
     return family + (INPAINTING if inpaints else "")
 
 
@@ -206,6 +212,8 @@ def single_text(shapes: Shapes, encoders: tuple[EncoderLocation, ...]) -> TextSp
     """
     if encoders == (CLIP,):
         return clip_text(shapes, CLIP.prefix)
+    if encoders == (SDXL_REFINER,):
+        return pooled_text(shapes, SDXL_REFINER)
     text = open_clip_text(shapes, OPEN_CLIP.prefix)
     projected = any(OPEN_CLIP.prefix + name in shapes for name in (PROJECTION, LINEAR_PROJECTION))
     complete = projected or text.layers == OPEN_CLIP_LAYERS
@@ -215,10 +223,15 @@ def single_text(shapes: Shapes, encoders: tuple[EncoderLocation, ...]) -> TextSp
 def sdxl_texts(shapes: Shapes) -> tuple[TextSpec, TextSpec]:
     """SDXL's encoders: penultimate layers without the final norm (Podell et al. 2023, section 2.1)."""
     first = replace(clip_text(shapes, SDXL_FIRST.prefix), skipped=1, final_norm=False)
-    second = replace(open_clip_text(shapes, SDXL_SECOND.prefix), skipped=1, final_norm=False)
-    linear = shapes.get(SDXL_SECOND.prefix + LINEAR_PROJECTION)
-    pooled = linear[0] if linear else shapes[SDXL_SECOND.prefix + PROJECTION][1]
-    return first, replace(second, pooled=pooled)
+    return first, pooled_text(shapes, SDXL_SECOND)
+
+
+def pooled_text(shapes: Shapes, location: EncoderLocation) -> TextSpec:
+    """SDXL's second encoder, which makes a pooled vector too."""
+    linear = shapes.get(location.prefix + LINEAR_PROJECTION)
+    pooled = linear[0] if linear else shapes[location.prefix + PROJECTION][1]
+    text = open_clip_text(shapes, location.prefix)
+    return replace(text, skipped=1, final_norm=False, pooled=pooled)
 
 
 def clip_text(shapes: Shapes, prefix: str) -> TextSpec:
@@ -263,13 +276,13 @@ def unet_spec(shapes: Shapes, texts: tuple[TextSpec, ...], hints: Hints, family:
         heads, width = family.heads, HEAD_WIDTH
     unet = below(shapes, UNET)
     spec = ldm.unet_spec(unet, heads, width)
-    size_embedding = spec.added_width - texts[-1].pooled
-    if spec.added_width and (size_embedding <= 0 or size_embedding % (2 * SIZES)):
+    size_embedding, numbers = spec.added_width - texts[-1].pooled, 5 if family is FAMILIES[REFINER] else 6
+    if spec.added_width and (size_embedding <= 0 or size_embedding % (2 * numbers)):
         raise ValueError(
             f"a vector of {spec.added_width} cannot consist of pooled text of {texts[-1].pooled} and "
-            f"{SIZES} embedded sizes"
+            f"{numbers} embedded sizes"
         )
-    size_width = size_embedding // SIZES if spec.added_width else 0
+    size_width = size_embedding // numbers if spec.added_width else 0
     return replace(spec, size_width=size_width, cross_only=cross_only(unet, spec))
 
 

@@ -25,9 +25,6 @@ UNET_PREFIX = r"(model\.diffusion_model\.|unet\.|)"
 KINDS = (
     Kind("Playground v2.5 (EDM)", (r"edm_mean$", r"edm_std$")),
     Kind("CosXL (EDM)", (r"edm_vpred\.sigma_(max|min)$",)),
-    Kind(
-        "SDXL's refiner", (r"conditioner\.embedders\.0\.model\.",), "is not supported: SDXL's base model is"
-    ),
     Kind("FLUX", (UNET_PREFIX + r"double_blocks\.", UNET_PREFIX + r"single_blocks\.")),
     Kind("a FLUX-like transformer", (r"(transformer\.|)single_transformer_blocks\.",)),
     Kind("Stable Diffusion 3", (UNET_PREFIX + r"joint_blocks\.",)),

@@ -27,7 +27,7 @@ from tests.checkpoints.sd_files import TOKENS, Reference, Row
 from tests.checkpoints.tiny import fill_randomly
 
 PROMPTS = ["red apple", "a sunset behind a mountain range"]
-SIZE = (64, 96)  # width and height that SDXL is conditioned on
+SIZE = (64, 96)  # width and height that SDXL is conditioned on, as in Row.numbers
 NOISE_LEVELS = (20, 350)
 
 
@@ -90,9 +90,7 @@ def reference_outputs(row: Row, file: Path, cells: int) -> dict[str, Tensor]:
     x, t, context, pooled, levels = unet_inputs(row, cells)
     options = {"class_labels": levels}
     if pooled is not None:
-        width, height = SIZE
-        numbers = torch.tensor([[height, width, 0, 0, height, width]] * 2)
-        options["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": numbers}
+        options["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.tensor([row.numbers] * 2)}
     out["eps"] = unet(x, t, context, **options).sample
     return out
 

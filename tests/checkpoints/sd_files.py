@@ -51,7 +51,8 @@ class Row:
     linear: bool = False
     crosses_only: tuple[bool, ...] = ()  # levels where both attentions of a block are cross-attention
     noise_levels: int = 0
-    size_width: int = 0  # embedding width of each of SDXL's six sizes; 0: not conditioned on sizes
+    size_width: int = 0  # embedding width of each of SDXL's sizes; 0: not conditioned on sizes
+    numbers: tuple[float, ...] = (96, 64, 0, 0, 96, 64)  # that an image of 64x96 is conditioned on
     factor: int = 8  # f of the autoencoder
     stage: int = 128  # channels of the autoencoder's finest level
 
@@ -70,6 +71,7 @@ UPSCALER = Row(
     (256, 512, 512, 1024), (0, 1, 1, 1), 8, (CLIP_H,), in_channels=7, linear=True,
     crosses_only=(True, True, True, False), noise_levels=1000, factor=4,
 )  # fmt: skip
+XL_REFINER = Text(1280, 32, "conditioner.embedders.0.model.", open_clip=True)
 SDXL = Row((320, 640, 1280), (0, 2, 10), None, XL, linear=True, size_width=256)
 ROWS = {
     "sd1": SD_1,
@@ -79,8 +81,27 @@ ROWS = {
     "sd-x4": UPSCALER,
     "sdxl": SDXL,
     "sdxl-inpainting": replace(SDXL, in_channels=9),
+    "sdxl-refiner": Row(
+        (384, 768, 1536, 1536),
+        (0, 4, 4, 0),
+        None,
+        (XL_REFINER,),
+        linear=True,
+        size_width=256,
+        numbers=(96, 64, 0, 0, 6),
+    ),
 }
-NARROW = {320: 1, 640: 1, 1280: 2, 256: 1, 512: 2, 1024: 2}  # channels -> narrow ones, in units of 64 or 32
+NARROW = {
+    384: 1,
+    768: 1,
+    1536: 2,
+    320: 1,
+    640: 1,
+    1280: 2,
+    256: 1,
+    512: 2,
+    1024: 2,
+}  # channels -> narrow ones, in units of 64 or 32
 
 
 def narrow(row: Row) -> Row:
@@ -107,8 +128,8 @@ class Reference(NamedTuple):
         outs = [
             text(input_ids=one, output_hidden_states=True) for text, one in zip(self.texts, ids, strict=True)
         ]
-        if len(outs) == 2:  # SDXL: penultimate layers, without the final norm
-            return torch.cat([out.hidden_states[-2] for out in outs], dim=-1), outs[1].text_embeds
+        if row.size_width:  # SDXL: penultimate layers, without the final norm
+            return torch.cat([out.hidden_states[-2] for out in outs], dim=-1), outs[-1].text_embeds
         if not row.texts[0].open_clip:
             return outs[0].last_hidden_state, None
         inner = getattr(self.texts[0], "text_model", self.texts[0])
@@ -130,13 +151,13 @@ def make_unet(row: Row) -> UNet2DConditionModel:
         options |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": row.size_width,
-            "projection_class_embeddings_input_dim": row.texts[-1].width + 6 * row.size_width,
+            "projection_class_embeddings_input_dim": row.texts[-1].width + len(row.numbers) * row.size_width,
         }
     return UNet2DConditionModel(
         in_channels=row.in_channels, out_channels=4, block_out_channels=row.channels, layers_per_block=2,
         down_block_types=["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in row.attends],
         up_block_types=["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in row.attends[::-1]],
-        transformer_layers_per_block=[depth or 1 for depth in row.attends],
+        transformer_layers_per_block=[depth or max(row.attends) for depth in row.attends],
         cross_attention_dim=context, attention_head_dim=heads, use_linear_projection=row.linear, **options,
     )  # fmt: skip
 

@@ -73,6 +73,7 @@ class Row:
     extra: Options = field(default_factory=dict)  # further arguments of the pipeline
     scheduler: type = DDIMScheduler
     schedule: Options = field(default_factory=dict)  # further arguments of the scheduler
+    refines: bool = False  # SDXL's refiner: the only text encoder is the second
 
 
 INPAINT = {"in_channels": 9}
@@ -95,7 +96,20 @@ ROWS = {
     ),
 }  # fmt: skip
 
-FEW_STEP_ROWS = {  # models for few steps; their names are those of published ones
+REFINER = {
+    "block_out_channels": (384, 768, 1536, 1536), "cross_attention_dim": 1280, "use_linear_projection": True,
+    "sample_size": 128, "attention_head_dim": (6, 12, 24, 24), "transformer_layers_per_block": 4,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2560,
+    "down_block_types": (PLAIN[0], *ATTENDS[:1] * 2, PLAIN[0]),
+    "up_block_types": (PLAIN[1], *ATTENDS[1:] * 2, PLAIN[1]),
+}  # fmt: skip
+MORE_ROWS = {
+    "xl-refiner": Row(
+        "StableDiffusionXLImg2ImgPipeline", REFINER, (CLIP_G,), 0, scale=0.13025, refines=True,
+        extra={"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
+    ),
+    # Models for few steps, with the names of published ones.
     "lcm-dreamshaper": Row(
         "LatentConsistencyModelPipeline", SD1 | {"time_cond_proj_dim": 256}, (CLIP_L,), extra=NONE,
         scheduler=LCMScheduler,
@@ -126,8 +140,8 @@ def unet_options(row: Row, narrow: bool) -> dict[str, Any]:
             options["attention_head_dim"] = (2, 4, 6, 6)[:levels]
         if "addition_embed_type" in options:
             options |= {
-                "transformer_layers_per_block": (1, 2, 3), "addition_time_embed_dim": 8,
-                "projection_class_embeddings_input_dim": 24 + 6 * 8,
+                "transformer_layers_per_block": 2 if row.refines else (1, 2, 3), "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 24 + (5 if row.refines else 6) * 8,
             }  # fmt: skip
     return options
 
@@ -137,7 +151,7 @@ def text_options(row: Row, narrow: bool) -> list[dict[str, Any]]:
     if not narrow:
         return [dict(text) for text in row.texts]
     small = [dict(text) | SMALL for text in row.texts]
-    for second in small[1:]:
+    for second in small[0 if row.refines else 1 :]:
         second |= {"hidden_size": 48, "projection_dim": 24}
     return small
 
@@ -164,7 +178,7 @@ def autoencoder(row: Row, narrow: bool) -> AutoencoderKL:
 
 def text_encoders(row: Row, narrow: bool) -> list[CLIPTextModel | CLIPTextModelWithProjection]:
     vocabulary = len(tokenizer_of(narrow, None))
-    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection)[row.refines :]
     return [
         kind(CLIPTextConfig(vocab_size=vocabulary, **PUBLISHED_IDS, **options))
         for kind, options in zip(kinds, text_options(row, narrow), strict=False)
@@ -188,7 +202,9 @@ def parts(row: Row, narrow: bool) -> dict[str, Any]:
         "vae": autoencoder(row, narrow),
         "scheduler": scheduler(row, betas),
     }
-    for name, text, pad in zip(("", "_2"), texts, pads, strict=False):
+    if row.refines:
+        made |= {"text_encoder": None, "tokenizer": None}
+    for name, text, pad in zip(("", "_2")[row.refines :], texts, pads, strict=False):
         made |= {f"text_encoder{name}": text, f"tokenizer{name}": tokenizer_of(narrow, pad)}
     if row.pipeline == "StableDiffusionUpscalePipeline":
         made["low_res_scheduler"] = DDPMScheduler(**betas)
@@ -197,7 +213,7 @@ def parts(row: Row, narrow: bool) -> dict[str, Any]:
 
 def pipeline(name: str, narrow: bool = True) -> Any:
     """The pipeline of `diffusers` for a model, with random weights."""
-    row = (ROWS | FEW_STEP_ROWS)[name]
+    row = (ROWS | MORE_ROWS)[name]
     made = parts(row, narrow)
     networks = [part for part in made.values() if isinstance(part, torch.nn.Module)]
     for seed, network in enumerate(networks):

@@ -231,7 +231,7 @@ def test_a_broken_tokenizer_is_named(folder, damage):
         ("vae/config.json", {"shift_factor": 0.1}),
         ("vae/config.json", {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}),
         ("text_encoder/config.json", {"hidden_act": "relu"}),
-        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}),
         ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}),
         ("scheduler/scheduler_config.json", {"beta_start": -0.1}),
         ("scheduler/scheduler_config.json", {"beta_end": 1.5}),

@@ -202,7 +202,7 @@ def test_pickled_shards_need_to_be_allowed(tmp_path):
 @pytest.mark.parametrize(
     ("file", "change", "named"),
     [
-        ("model_index.json", {"requires_aesthetics_score": True}, "requires_aesthetics_score"),
+        ("model_index.json", {"requires_aesthetics_score": True}, "72 numbers of pooled text"),
         ("model_index.json", {"text_encoder": [None, None]}, "text_encoder"),
         ("unet/config.json", {"projection_class_embeddings_input_dim": 2560}, "2560 numbers of pooled text"),
         ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type"),

@@ -30,6 +30,7 @@ FACTS = {  # prediction, factor of latents, side
     "sd-x4": ("v_prediction", 0.08333, 512),
     "sdxl": ("epsilon", 0.13025, 1024),
     "sdxl-inpainting": ("epsilon", 0.13025, 1024),
+    "sdxl-refiner": ("epsilon", 0.13025, 1024),
 }
 OPEN = "cond_stage_model.model."
 RES = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
@@ -69,7 +70,7 @@ def outputs(row: Row, model, networks: Reference) -> dict[str, tuple[torch.Tenso
     x, t = torch.randn(2, row.in_channels, 16, 8, generator=generator), torch.tensor([1, 801])
     added, options = None, {}
     if row.size_width:
-        numbers = torch.tensor([[96, 64, 0, 0, 96, 64]] * 2)
+        numbers = torch.tensor([row.numbers] * 2)
         options = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": numbers}}
         added = torch.cat([pooled, model.size_embedding(64, 96).expand(2, -1)], dim=-1)
     levels = torch.tensor([20, 350]) if row.noise_levels else None
@@ -100,7 +101,8 @@ def test_each_model_is_recognised_and_matches_the_reference(tmp_path, name):
     ends = (0.0001, 0.02) if name == "sd-x4" else (0.00085, 0.012)
     assert (spec.schedule.beta_start, spec.schedule.beta_end) == ends
     assert spec.mask_channels == ("inpainting" in name)
-    assert (spec.zero_null, spec.autoencoder.upcast) == ("xl" in name, "xl" in name or name == "sd-x4")
+    assert spec.autoencoder.upcast == ("xl" in name or name == "sd-x4")
+    assert spec.zero_null == (name in ("sdxl", "sdxl-inpainting"))
     assert [text.pad_id for text in spec.texts] == [0 if text.open_clip else 49407 for text in row.texts]
     assert spec == read_spec(file) == ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert not inspect(file).problems
@@ -362,13 +364,13 @@ def test_the_upscalers_two_schedules(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd1-inpainting", "sd2", "sd-x4", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1-inpainting", "sd2", "sd-x4", "sdxl", "sdxl-refiner"])
 @torch.inference_mode()
 def test_diffusers_loads_the_converted_folder(tmp_path, name):
     file, (row, networks) = write(tmp_path, name), made(name)
     convert(file, tmp_path / "folder")
     theirs = DiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
-    texts = [theirs.text_encoder, theirs.text_encoder_2] if len(row.texts) > 1 else [theirs.text_encoder]
+    texts = [text for name in ("", "_2") if (text := getattr(theirs, f"text_encoder{name}", None))]
     assert theirs.scheduler.config.prediction_type == FACTS[name][0]
     assert theirs.vae.config.scaling_factor == FACTS[name][1]
 
@@ -387,12 +389,7 @@ def test_diffusers_loads_the_converted_folder(tmp_path, name):
     assert torch.equal(ids, ours.conditioner.tokenize(PROMPTS)[-1])
 
 
-def test_the_refiner_is_refused_by_name(tmp_path):
-    def edit(tensors):
-        for key in [key for key in tensors if key.startswith("conditioner.embedders.")]:
-            value = tensors.pop(key)
-            if key.startswith("conditioner.embedders.1."):
-                tensors[key.replace("embedders.1", "embedders.0")] = value
-
-    with pytest.raises(CheckpointError, match="SDXL's refiner"):
-        read_spec(outline(tmp_path, "sdxl", edit))
+def test_the_refiner_refines_images(tmp_path):
+    spec = read_spec(outline(tmp_path, "sdxl-refiner"))
+    assert spec.aesthetic_score
+    assert spec.tasks == ("image-to-image", "inpainting")

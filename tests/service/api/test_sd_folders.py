@@ -61,6 +61,23 @@ def test_inpaint(families, sd_pipelines, monkeypatch):
     assert psnr(pixels[mask > 0], expected[mask > 0]) > 45
 
 
+def test_refine_an_image(families, sd_pipelines, monkeypatch):
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    shown = noise(64, 64)
+    body = {"model": "xl-refiner", "init_image": base64_of(shown), "strength": 0.7, "negative_prompt": "blue"}
+    pixels = image_of(families.client.post("/generate", json=REQUEST | body))
+    x = torch.from_numpy(np.asarray(shown).copy()).movedim(-1, 0)[None] / 255
+    with torch.inference_mode():
+        expected = sd_pipelines["xl-refiner"](
+            REQUEST["prompt"], negative_prompt="blue", image=x, strength=0.7, num_inference_steps=3,
+            guidance_scale=4.0, generator=torch.Generator().manual_seed(7), output_type="np",
+        ).images[0] * 255  # fmt: skip
+    assert pixels.std() > 10
+    assert psnr(pixels, expected) > 45
+    error = error_of(families.client.post("/generate", json=REQUEST | {"model": "xl-refiner"}), 422)
+    assert error["param"] == "model"
+
+
 def test_upscale(families, sd_pipelines):
     low, generator = noise(8, 8), torch.Generator().manual_seed(7)
     torch.randn(4, 8, 8, generator=generator)  # ours draws the start before the noise on the low image
