@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "when it is called again.",
     )
     parts = top.add_subparsers(required=True, metavar="PART")
-    for part in (*text_to_image_parts(parts), *upscaler_parts(parts), *control_parts(parts)):
+    for part in (*text_to_image_parts(parts), *upscaler_parts(parts), *adapter_parts(parts)):
         part.add_argument(
             "--state", type=Path, default=STATE, metavar="FOLDER", help="where runs keep their state"
         )
@@ -122,18 +122,24 @@ def upscaler_parts(parts: Subparsers) -> list[argparse.ArgumentParser]:
     return [autoencoder, unet, refine, export]
 
 
-def control_parts(parts: Subparsers) -> list[argparse.ArgumentParser]:
-    """The parts that train and export a ControlNet of the text-to-image model."""
+def adapter_parts(parts: Subparsers) -> list[argparse.ArgumentParser]:
+    """The parts that train and export a ControlNet and a LoRA of the text-to-image model."""
     control = add(parts, "control", commands.train_control, "a ControlNet that reads outlines of objects")
     add_budget(control, minutes=50, learning_rate=5e-4, batch=24)
     control.add_argument("--scenes", type=int, default=8_192, help="scenes to draw and encode")
-    names = "default: the names.txt of the model to control"
-    control.add_argument("--names", type=Path, metavar="FILE", help=names)
-    export = add(parts, "export-control", commands.export_control, "write the ControlNet, in float16")
-    add_output(export)
-    for part in (control, export):
-        part.add_argument("--start", type=Path, required=True, metavar="FOLDER", help="the model to control")
-    return [control, export]
+    few_steps = add(parts, "few-steps", commands.train_few_steps, "a LoRA for 4 steps without guidance")
+    add_budget(few_steps, minutes=30, learning_rate=1e-3, batch=24)
+    few_steps.add_argument("--paths", type=int, default=1_024, help="images to draw with guidance first")
+    export_control = add(parts, "export-control", commands.export_control, "write the ControlNet, in float16")
+    export_few_steps = add(parts, "export-few-steps", commands.export_few_steps, "write the LoRA, in float16")
+    for part in (control, few_steps):
+        part.add_argument("--names", type=Path, metavar="FILE", help="default: the model's names.txt")
+    for part in (export_control, export_few_steps):
+        add_output(part)
+    trained = [control, few_steps, export_control, export_few_steps]
+    for part in trained:
+        part.add_argument("--start", type=Path, required=True, metavar="FOLDER", help="the model to adapt")
+    return trained
 
 
 def evaluation_parts(parts: Subparsers) -> None:
@@ -187,6 +193,7 @@ def add_model(part: argparse.ArgumentParser) -> None:
     part.add_argument("model", type=Path, metavar="FOLDER", help="a trained model")
     part.add_argument("--steps", type=int, help="default: the model's own")
     part.add_argument("--names", type=Path, metavar="FILE", help="default: the model's names.txt")
+    part.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA to add to the model")
     part.add_argument(
         "--control", type=Path, metavar="FOLDER", help="a ControlNet to measure or show instead"
     )

@@ -185,6 +185,29 @@ def export_control(args: argparse.Namespace) -> None:
     save_control(network, args.output)
 
 
+def train_few_steps(args: argparse.Namespace) -> bool:
+    from models.training import few_steps
+
+    device = torch.device(args.device)
+    model = checkpoint.load(args.start, device)
+    names = read_names(args.names or args.start / "names.txt")
+    scale = model.spec.defaults.guidance_scale
+    data = cached(
+        args.state / "paths.pt", lambda: few_steps.draw_paths(model, names, args.paths, scale, seed=5)
+    )
+    return few_steps.train(model, data, budget_of(args), args.state / "few_steps.pt", device)
+
+
+def export_few_steps(args: argparse.Namespace) -> None:
+    from models.training import few_steps
+
+    unet = checkpoint.load(args.start).unet
+    assert unet is not None
+    low_rank = few_steps.LowRank(unet)
+    low_rank.load_state_dict(averaged(args.state / "few_steps.pt"))
+    few_steps.save(low_rank, unet, args.output)
+
+
 def trained(spec: AutoencoderSpec, state: Path) -> Autoencoder:
     """The autoencoder of a finished run."""
     autoencoder = Autoencoder(spec).requires_grad_(False).eval()
@@ -248,8 +271,14 @@ def draw_sheets(args: argparse.Namespace) -> None:
 
 
 def loaded(args: argparse.Namespace) -> LatentDiffusion:
-    """The model that the arguments name."""
-    return checkpoint.load(args.model, args.device, getattr(torch, args.dtype))
+    """The model that the arguments name, with the LoRA of --lora."""
+    from models.adapters import lora
+
+    model = checkpoint.load(args.model, args.device, getattr(torch, args.dtype))
+    if not args.lora:
+        return model
+    opened = lora.open_loras({"lora": args.lora}, {"model": model.spec}, args.device)["model"]["lora"]
+    return lora.apply(model, [(opened, 1.0, 1.0)])
 
 
 def control_of(args: argparse.Namespace, model: LatentDiffusion) -> ControlNet:

@@ -130,6 +130,21 @@ def test_a_control_net_is_trained_exported_and_evaluated(tmp_path: Path, capsys,
     assert image_size(tmp_path / "outlines.png") == (824, 736)
 
 
+@needs_font
+def test_a_lora_for_few_steps_is_trained_exported_and_evaluated(tmp_path: Path, capsys, few_glyphs) -> None:
+    base, folder, names = Path("weights/emoji"), tmp_path / "few", tmp_path / "names.txt"
+    names.write_text("red apple\nrocket\n")
+    shared = ["--state", str(tmp_path / "state"), "--device", "cpu", "--start", str(base)]
+    brief = ["--minutes", "0.001", "--batch", "2", "--paths", "2", "--names", str(names)]
+    main(["few-steps", *shared, *brief])
+    main(["export-few-steps", *shared, "-o", str(folder)])
+    (file,) = folder.iterdir()
+    assert file.stat().st_size < 1.5 * 2**20
+    given = ["--lora", str(file), "--names", str(names), "--steps", "4", "--guidance-scale", "1"]
+    main(["evaluate", str(base), *given, "--count", "2"])
+    assert "2 held-out prompts: top-1" in capsys.readouterr().out
+
+
 def test_most_updates_are_at_middle_noise() -> None:
     alpha_bar = Schedule(presets.SCHEDULE).alpha_bar
     density = timestep_density(alpha_bar)
