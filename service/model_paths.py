@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from models.errors import CheckpointError
 from models.formats import companions
+from models.formats.adapter_files import in_folder
 from models.formats.averages import WeightChoice
 from models.formats.identify import Source, identify, is_checkpoint, with_vae
 from models.formats.safetensors import is_safetensors
@@ -39,6 +40,8 @@ def locate(name: str, allow_pickle: bool = False) -> tuple[str, Path]:
         if not is_safetensors(path) and not allow_pickle:
             raise ModelPathError(f"{name!r} is not a .safetensors file; pickled weights need --allow-pickle")
         return model_name(path), path
+    if path and path.is_dir() and not is_checkpoint(path) and (adapter := in_folder(path)):
+        raise ModelPathError(adapter.usage)
     if path is None or not is_checkpoint(path):
         bundled_names = " or ".join(map(repr, BUNDLED))
         raise ModelPathError(

@@ -10,7 +10,6 @@ controls.py has what controls of all kinds share.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -176,13 +175,10 @@ def opened(
     """A ControlNet with all its weights in a file."""
     if reason := misfit(spec, base):
         raise CheckpointError(f"the ControlNet {path} does not fit {base.name}: {reason}")
-    with shapes_only():
-        network = ControlNet(spec)
-    native = {key: key for key in network.state_dict()}
-    names = diffusers_names(network) if control_files.DIFFUSERS_KEY in tensors.stored else native
+    part = part_of(spec, tensors)
     types = control_files.CONTROL_TYPES[: spec.control_types]
     kind = control_files.UNION_NET if types else control_files.CONTROL_NET
-    loaded(path, network, names, tensors, dtype, device)
+    network = loaded(path, part, dtype, device)
     # The tensors do not show it.
     return ControlNetControl(kind.name, spec, network, types, "inpaint" in path.stem.lower())
 
@@ -208,27 +204,27 @@ def opened_changes(
     spec = ControlNetSpec(encoder, hints[0][1], tuple(shape[0] for shape in hints))
     if reason := misfit(spec, base):
         raise CheckpointError(f"{path} does not fit {base.name}: {reason}")
-    with shapes_only():
-        network = ControlNet(spec)
-    names = {key: key for key in network.state_dict()}
-    loaded(path, network, names, derived(tensors, unet), dtype, device)
+    network = loaded(path, part_of(spec, derived(tensors, unet)), dtype, device)
     return ControlNetControl(kind, spec, network, inpaints="inpaint" in path.stem.lower(), base=base.name)
 
 
-def loaded(
-    path: Path,
-    network: ControlNet,
-    names: Mapping[str, str],
-    tensors: Weights,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> None:
-    """Give a network on the meta device its weights. Raises CheckpointError for tensors that do not fit."""
-    part = Part(network, names, tensors)
+def part_of(spec: ControlNetSpec, tensors: Weights) -> Part:
+    """The network on the meta device, and its tensors under native names or under those of diffusers."""
+    with shapes_only():
+        network = ControlNet(spec)
+    native = {key: key for key in network.state_dict()}
+    names = diffusers_names(network) if control_files.DIFFUSERS_KEY in tensors.stored else native
+    return Part(network, names, tensors)
+
+
+def loaded(path: Path, part: Part, dtype: torch.dtype, device: torch.device | str) -> ControlNet:
+    """The network with its weights. Raises CheckpointError for tensors that do not fit."""
     if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:
         raise CheckpointError(f"the ControlNet {path}: {'; '.join(problems)}")
     assign(part, dtype)
-    network.requires_grad_(False).eval().to(device)
+    network = part.network.requires_grad_(False).eval().to(device)
+    assert isinstance(network, ControlNet)
+    return network
 
 
 def diffusers_names(network: ControlNet) -> dict[str, str]:

@@ -1,22 +1,25 @@
-"""What a LoRA or an embedding is, by the names and shapes of its tensors (`ldm inspect`)."""
+"""What an adapter is, by the names and shapes of its tensors (`ldm inspect`)."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
 from models.adapters import lora, textual_inversion
 from models.adapters.lora_kinds import DORA, MAGNITUDE, kinds_of, trimmed
+from models.adapters.network_inspection import network_report
+from models.adapters.report import UNKNOWN, AdapterReport, as_json, as_text, dtypes
 from models.errors import CheckpointError
 from models.formats import few_step
+from models.formats.adapter_files import recognise
 from models.formats.identify import STABLE_DIFFUSION
 from models.formats.lora_keys import BUNDLED_EMBEDDING, split_key, unsupported_kind
 from models.formats.safetensors import Header
 from models.formats.single_file import read_header
 from models.spec import ModelSpec
+
+__all__ = ["AdapterReport", "as_json", "as_text", "inspect_adapter"]
 
 CONTEXT_ENDS = ("attn2_to_k", "attn2.to_k", "attn2_to_v", "attn2.to_v")  # of layers that read the context
 SECOND_ENCODER = ("lora_te2_", "text_encoder_2.", "text_encoders.clip_g.")  # SDXL alone has one
@@ -26,37 +29,17 @@ EMBEDDING_BASES = {
     (1024,): "Stable Diffusion 2.x",
     (768, 1280): "Stable Diffusion XL",
 }
-UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True)
-class AdapterReport:
-    """The output of `ldm inspect` for a LoRA or an embedding.
-
-    kinds: kind of change -> number of modules. ranks: rank -> number of modules. vectors: of an embedding.
-    ignored: tensors that no model reads, or that the given model has no place for.
-    """
-
-    name: str
-    adapter: str
-    base_model: str
-    dtypes: dict[str, int]
-    kinds: dict[str, int] = field(default_factory=dict)
-    ranks: dict[int, int] = field(default_factory=dict)
-    vectors: int = 0
-    embeddings: tuple[str, ...] = ()  # in a LoRA file
-    few_step: str = ""  # usual settings of a LoRA for few steps, and what says so
-    ignored: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
 
 
 def inspect_adapter(
     file: Path, allow_pickle: bool = False, model: ModelSpec | None = None
 ) -> AdapterReport | None:
-    """Describe a LoRA or an embedding, and what of it does not fit `model`; None for other files.
+    """Describe the adapter at a path, and what of it does not fit `model`; None for anything else.
 
     Raises CheckpointError for a file that cannot be read.
     """
+    if (found := recognise(file, allow_pickle)) or file.is_dir():
+        return network_report(found, allow_pickle, model) if found else None
     header = read_header(file, allow_pickle)
     if is_lora(header):
         return lora_report(file, header, allow_pickle, model)
@@ -110,7 +93,7 @@ def lora_report(file: Path, header: Header, allow_pickle: bool, model: ModelSpec
         name=file.stem,
         adapter="LoRA",
         base_model=base_of_lora(modules, header),
-        dtypes=dtypes(header),
+        dtypes=dtypes(header.tensors),
         kinds=dict(kinds),
         ranks=dict(sorted(ranks.items())),
         embeddings=tuple(sorted(words)),
@@ -139,7 +122,7 @@ def embedding_report(
         base_model=EMBEDDING_BASES.get(
             widths, f"{UNKNOWN} (vectors {textual_inversion.joined(widths)} wide)"
         ),
-        dtypes=dtypes(header),
+        dtypes=dtypes(header.tensors),
         vectors=vectors,
         problems=tuple(problems),
     )
@@ -172,42 +155,3 @@ def inputs(parts: Mapping[str, tuple[int, ...]]) -> int:
             return shape[1]
     first, second = ((parts.get(f"lokr_w{n}") or parts.get(f"lokr_w{n}_b") or (0, 0))[-1:] for n in (1, 2))
     return first[0] * second[0]
-
-
-def dtypes(header: Header) -> dict[str, int]:
-    """Numbers of each type."""
-    types = Counter[str]()
-    for stored in header.tensors.values():
-        types[stored.dtype] += stored.count
-    return dict(types.most_common())
-
-
-def as_json(report: AdapterReport) -> str:
-    return json.dumps(asdict(report), indent=2)
-
-
-def as_text(report: AdapterReport) -> str:
-    """The report as lines of a label and a text."""
-    lines = list(text_lines(report))
-    width = max(len(label) for label, _ in lines)
-    return "\n".join([report.name, *(f"  {label:<{width}}  {text}" for label, text in lines)])
-
-
-def text_lines(report: AdapterReport) -> Iterator[tuple[str, str]]:
-    yield "adapter", report.adapter
-    yield "base model", report.base_model
-    if report.kinds:
-        yield "kinds", ", ".join(f"{kind}: {count} modules" for kind, count in report.kinds.items())
-    if report.ranks:
-        yield "ranks", ", ".join(f"{rank} ({count} modules)" for rank, count in report.ranks.items())
-    if report.vectors:
-        yield "vectors", str(report.vectors)
-    yield "types", ", ".join(report.dtypes)
-    if report.embeddings:
-        yield "embeddings", ", ".join(report.embeddings)
-    if report.few_step:
-        yield "few steps", report.few_step
-    for key in report.ignored:
-        yield "ignored", key
-    for problem in report.problems:
-        yield "PROBLEM", problem

@@ -21,13 +21,11 @@ from models.checkpoint.meta import shapes_only
 from models.checkpoint.parts import Part, assign, mismatches
 from models.checkpoint.weights import Weights, open_weights, summarise_keys
 from models.errors import CheckpointError
-from models.formats import ip_files
+from models.formats import adapter_files, ip_files
 from models.formats.safetensors import Stored
 from models.networks.adapter_inputs import AdapterInputs, ImageTokens
 from models.networks.image_projection import IPAdapter
 from models.spec import ModelSpec, UNetSpec
-
-KINDS = {"plain": "an IP-Adapter", "plus": "an IP-Adapter Plus", "full": "an IP-Adapter Full Face"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def open_adapter(
     network = loaded(path, spec, tensors, base.unet, dtype).to(device)
     with torch.inference_mode():
         nothing = network(seen(image_encoder.encode_nothing(), spec))
-    return ReferenceAdapter(KINDS[spec.kind], spec, network, image_encoder, nothing)
+    return ReferenceAdapter(adapter_files.IP_KINDS[spec.kind], spec, network, image_encoder, nothing)
 
 
 def loaded(

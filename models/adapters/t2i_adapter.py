@@ -139,14 +139,20 @@ def opened(
 ) -> T2IControl:
     if reason := misfit(spec, base):
         raise CheckpointError(f"the T2I-Adapter {path} does not fit {base.name}: {reason}")
-    with shapes_only():
-        network = T2IAdapter(spec)
-    shapes = {key: stored.shape for key, stored in tensors.stored.items()}
-    part = Part(
-        network, {key: key for key in network.state_dict()}, tensors.renamed(t2i_files.native_names(shapes))
-    )
+    part = part_of(spec, tensors)
     if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:
         raise CheckpointError(f"the T2I-Adapter {path}: {'; '.join(problems)}")
     assign(part, dtype)
+    network = part.network.requires_grad_(False).eval().to(device)
     assert base.unet is not None
-    return T2IControl("a T2I-Adapter", spec, network.requires_grad_(False).eval().to(device), base.unet)
+    assert isinstance(network, T2IAdapter)
+    return T2IControl("a T2I-Adapter", spec, network, base.unet)
+
+
+def part_of(spec: T2IAdapterSpec, tensors: Weights) -> Part:
+    """The network on the meta device, and its tensors under native names."""
+    with shapes_only():
+        network = T2IAdapter(spec)
+    shapes = {key: stored.shape for key, stored in tensors.stored.items()}
+    own = tensors.renamed(t2i_files.native_names(shapes))
+    return Part(network, {key: key for key in network.state_dict()}, own)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from models.errors import CheckpointError
-from models.formats import companions, few_step, ldm, ldm_json
+from models.formats import adapter_files, companions, few_step, ldm, ldm_json
 from models.formats.averages import WeightChoice
 from models.formats.diffusers_read import (
     config_file,
@@ -95,6 +95,8 @@ def identify(
         return from_single_file(path, path, own, allow_pickle, prediction, weights)
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a folder nor a .safetensors or .ckpt file")
+    if not (path / INDEX_FILE).is_file() and (adapter := adapter_files.in_folder(path)):
+        raise CheckpointError(adapter.usage)
     file = path / ldm_json.WEIGHTS_FILE
     if own and own.describes_single_file and file.is_file():
         return from_single_file(path, file, own, allow_pickle, prediction, weights)

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from models.errors import CheckpointError
+from models.formats import control_files
 from models.formats.ldm import CONDITION, FIRST_STAGE, UNET, Shapes
 
 NO_MODEL = "is not supported"
 ADAPTER = "is added to a model with {}"
+ENCODER = "is for IP-Adapters: --image-encoder"
 
 
 class Kind(NamedTuple):
@@ -38,8 +40,8 @@ KINDS = (
     Kind("Stable Diffusion 2 depth2img", (r"depth_model\.",)),
     Kind("a model in scaled fp8", (r".*\.(scale_weight|weight_scale)$",)),
     Kind("a model in 4 bits (bitsandbytes)", (r".*\.weight\.(absmax|quant_map|quant_state)",)),
-    Kind("a ControlNet", (r"(control_model\.|)(input_hint_block|controlnet_cond_embedding|zero_convs)\.",)),
-    Kind("an IP-Adapter", (r"(image_proj|ip_adapter)\.",)),
+    Kind("an IP-Adapter", (r"(image_proj|ip_adapter)\.",), ADAPTER.format("--reference-adapter")),
+    Kind("a CLIP image encoder", (r"vision_model\.embeddings\.class_embedding$",), ENCODER),
     Kind("a LoRA", (r"lora_(unet|te\d?)_|(unet|text_encoder)\..*lora",), ADAPTER.format("--lora")),
     Kind(
         "a textual inversion embedding",
@@ -64,6 +66,10 @@ BY_CHANNELS = {8: "InstructPix2Pix", 5: "Stable Diffusion 2 depth2img"}  # by th
 
 def refuse_other_models(shapes: Shapes, name: str) -> None:
     """Raise CheckpointError for a known kind of file that is not a supported model, naming the kind."""
+    if control := control_files.kind_of(shapes):
+        raise CheckpointError(
+            f"{name} is {control.name}, which {control.refused or ADAPTER.format('--controlnet')}"
+        )
     for kind in KINDS:
         if all(any_matches(pattern, shapes) for pattern in kind.patterns):
             raise CheckpointError(f"{name} is {kind.name}, which {kind.reason}")

@@ -36,30 +36,30 @@ def add_inspect(command: argparse.ArgumentParser) -> None:
         "path",
         metavar="PATH",
         type=Path,
-        help="a model, LoRA or textual inversion embedding: a folder, or a .safetensors or .ckpt file",
+        help="a model or any adapter: a folder, or a .safetensors or .ckpt file",
     )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument(
         "--base",
         metavar="MODEL",
         type=Path,
-        help="with a LoRA or an embedding: also list its tensors that this model does not use",
+        help="with an adapter: also say what of it this model does not use, or why it does not fit",
     )
     add_settings(command, *CHECKPOINT)
     command.set_defaults(command=run_inspect)
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Print a description of a checkpoint, LoRA or embedding; returns 1 if its tensors do not fit."""
+    """Print a description of a checkpoint or an adapter; returns 1 if its tensors do not fit."""
     from models.adapters import inspection as adapters  # imports torch
     from models.checkpoint import inspection
 
     settings = settings_of(args, *CHECKPOINT)
-    if file := adapter_file(args.path):
-        base = read_spec(args.base, settings.allow_pickle, settings.prediction) if args.base else None
-        if adapter := adapters.inspect_adapter(file, settings.allow_pickle, base):
-            print(adapters.as_json(adapter) if args.json else adapters.as_text(adapter))
-            return 1 if adapter.problems else 0
+    base = read_spec(args.base, settings.allow_pickle, settings.prediction) if args.base else None
+    path = adapter_file(args.path) or args.path
+    if path.exists() and (adapter := adapters.inspect_adapter(path, settings.allow_pickle, base)):
+        print(adapters.as_json(adapter) if args.json else adapters.as_text(adapter))
+        return 1 if adapter.problems else 0
     report = inspection.inspect(args.path, settings.allow_pickle, settings.prediction, settings.weights)
     print(inspection.as_json(report) if args.json else inspection.as_text(report))
     return 1 if report.problems else 0
