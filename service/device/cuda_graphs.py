@@ -11,13 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.device.graphs import Function, Inputs
+from service.device.graphs import Function, Graphs, Inputs
 from service.device.tensor_tree import map_tensors, tensors_of
 from service.errors import CaptureFailed
 
 Pool = Any  # torch's handle of a memory pool
 
+MEMORY_SHARE = 0.1  # of the device's memory, for all graphs
 WARM_UPS = 2  # calls before a capture, in which libraries choose kernels and allocate workspaces
+
+
+def graphs_on(device: torch.device) -> Graphs:
+    """CUDA graphs on a CUDA device; elsewhere every call runs directly."""
+    if device.type != "cuda":
+        return Graphs()
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return Graphs(CudaRecorder(device), int(MEMORY_SHARE * memory))
 
 
 class CudaRecorder:

@@ -27,7 +27,6 @@ IDLE_CALLS = (
 )
 NEVER = math.inf
 MAX_KINDS = 4096  # kinds of calls that are counted
-MEMORY_SHARE = 0.1  # of the device's memory, for all recordings
 
 Function = Callable[..., Tensor]
 Inputs = tuple[Any, ...]  # tensors, or tuples and dataclasses of tensors; see tensor_tree
@@ -170,13 +169,3 @@ class Graphs:
                 kind.record_at = NEVER
                 log.warning("a network call cannot be recorded; running it directly", exc_info=True)
             return None
-
-
-def graphs_on(device: torch.device) -> Graphs:
-    """CUDA graphs on a CUDA device; elsewhere every call runs directly."""
-    if device.type != "cuda":
-        return Graphs()
-    from service.device.cuda_graphs import CudaRecorder
-
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return Graphs(CudaRecorder(device), int(MEMORY_SHARE * memory))

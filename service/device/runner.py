@@ -21,8 +21,8 @@ from models.spec import ModelSpec
 from models.tiles import cut
 from models.transfer import download
 from service.device.batch import advance
+from service.device.cuda_graphs import graphs_on
 from service.device.finite import FiniteChecker
-from service.device.graphs import graphs_on
 from service.device.inputs import (
     conditioning_input,
     masked_pixels,

@@ -22,7 +22,7 @@ from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.networks import kernels
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
-from service.device.graphs import graphs_on
+from service.device.cuda_graphs import graphs_on
 from service.device.runner import TorchRunner
 from service.device.select import prepare_for_device
 from service.engine.engine import Engine

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoint import load
-from service.device.graphs import Function, Graphs, Inputs, graphs_on
+from service.device.cuda_graphs import graphs_on
+from service.device.graphs import Function, Graphs, Inputs
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.device.tensor_tree import map_tensors, tensors_of
