@@ -6,8 +6,10 @@ ServiceError
 │   ├── UnreadableBody      the body is not JSON
 │   └── UnsupportedMedia    the body has the wrong content type
 ├── Unauthorized            the API key is missing or unknown
+├── Forbidden               the API key does not allow this call
 ├── NotAcceptable           the Accept header allows none of the possible types of the response
 ├── NotFound                unknown model, path or job
+├── ModelInUse              the model cannot be unloaded while jobs use it
 ├── MethodNotAllowed        the path exists, but not for this method
 ├── TooLarge                the body exceeds its limit
 ├── Stalled                 the rest of the body did not arrive in time
@@ -19,6 +21,8 @@ ServiceError
 ├── ClientGone              the client closed the connection
 ├── OutOfMemory             the job does not fit in memory, even alone
 └── JobFailed               this job failed; other jobs are not affected
+    ├── ModelUnreadable     the model's file is missing or damaged
+    ├── LoraUnreadable      the file of one of its LoRAs is missing or damaged
     ├── NonFinite           the model produced NaN or Inf values, also in float32
     └── WorkerLost          the worker process crashed each time that it ran this job
 """
@@ -74,12 +78,20 @@ class Unauthorized(ServiceError):
     default = "an API key is required: Authorization: Bearer KEY, or X-API-Key: KEY"
 
 
+class Forbidden(ServiceError):
+    default = "this call needs an admin key (--admin-key-file)"
+
+
 class NotAcceptable(ServiceError):
     default = "the Accept header allows none of the possible types of the response"
 
 
 class NotFound(ServiceError):
     default = "not found"
+
+
+class ModelInUse(ServiceError):
+    default = "the model is in use; try again when its jobs have ended"
 
 
 class MethodNotAllowed(ServiceError):
@@ -126,6 +138,14 @@ class JobFailed(ServiceError):
     default = "the image could not be generated"
 
 
+class ModelUnreadable(JobFailed):
+    default = "the model's file is missing or damaged"
+
+
+class LoraUnreadable(JobFailed):
+    default = "the file of one of the LoRAs is missing or damaged"
+
+
 class NonFinite(JobFailed):
     default = "the model produced NaN or Inf values"
 
@@ -152,8 +172,10 @@ TABLE: dict[type[ServiceError], tuple[int, str, str]] = {
     UnreadableBody: (400, "invalid_request_error", "unreadable_body"),
     UnsupportedMedia: (415, "invalid_request_error", "unsupported_media_type"),
     Unauthorized: (401, "authentication_error", "invalid_api_key"),
+    Forbidden: (403, "permission_error", "admin_key_required"),
     NotAcceptable: (406, "invalid_request_error", "not_acceptable"),
     NotFound: (404, "not_found_error", "not_found"),
+    ModelInUse: (409, "conflict_error", "model_in_use"),
     MethodNotAllowed: (405, "invalid_request_error", "method_not_allowed"),
     TooLarge: (413, "invalid_request_error", "too_large"),
     Stalled: (408, "timeout_error", "request_timeout"),
@@ -164,6 +186,8 @@ TABLE: dict[type[ServiceError], tuple[int, str, str]] = {
     DeadlineExceeded: (504, "timeout_error", "deadline_exceeded"),
     ClientGone: (499, "cancelled_error", "cancelled"),
     OutOfMemory: (507, "resource_error", "out_of_memory"),
+    ModelUnreadable: (500, "server_error", "model_unreadable"),
+    LoraUnreadable: (500, "server_error", "lora_unreadable"),
     NonFinite: (500, "server_error", "non_finite"),
     WorkerLost: (500, "server_error", "worker_lost"),
     JobFailed: (500, "server_error", "job_failed"),

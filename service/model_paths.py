@@ -60,6 +60,15 @@ def locate_all(names: Iterable[str], allow_pickle: bool = False) -> dict[str, Pa
     return found
 
 
+def locate_folders(paths: Iterable[str]) -> tuple[Path, ...]:
+    """The folders given with --model-dir or --lora-dir. Raises ModelPathError."""
+    folders = tuple(map(absolute, paths))
+    for text, folder in zip(paths, folders, strict=True):
+        if not folder.is_dir():
+            raise ModelPathError(f"no folder at {text!r}")
+    return folders
+
+
 def locate_loras(arguments: Iterable[str]) -> dict[str, Path]:
     """LoRA name -> file, from NAME=PATH; PATH may be a folder that holds the file. Raises ModelPathError."""
     found: dict[str, Path] = {}
@@ -88,8 +97,8 @@ def locate_vaes(arguments: Iterable[str], models: Collection[str]) -> dict[str, 
     for argument in arguments:
         model, _, text = argument.partition("=")
         if model not in models:
-            model, text = next(iter(models)), argument
-            if len(models) > 1:
+            model, text = next(iter(models), ""), argument
+            if len(models) != 1:
                 raise ModelPathError(
                     f"the VAE {argument!r} names no model: expected MODEL=PATH, with MODEL one of "
                     f"{', '.join(models)}"

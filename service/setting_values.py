@@ -12,8 +12,10 @@ DEVICES = (AUTO, "cpu", "cuda")
 CUDA_DEVICE = re.compile(r"cuda:(0|[1-9]\d{0,3})")
 MAX_REPLICAS = 64
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
-NAMED_LORA = re.compile(r"(?!\s)[^=,:<>\x00-\x1f]{1,128}(?<!\s)=.")  # the name is used in <lora:name:1>
-NAMED_EMBEDDING = re.compile(r"[^\s=()\[\]:\\]{1,64}=.")  # the name is a word of prompts
+LORA_NAME = re.compile(r"(?!\s)[^:<>\x00-\x1f]{1,128}(?<!\s)")  # the name is used in <lora:name:1>
+NAMED_LORA = re.compile(r"(?!\s)[^=,:<>\x00-\x1f]{1,128}(?<!\s)=.")
+PROMPT_WORD = re.compile(r"[^\s=()\[\]:\\]{1,64}")
+NAMED_EMBEDDING = re.compile(PROMPT_WORD.pattern + "=.")
 NAMED_MODEL = re.compile(r"[^\s=][^=]*=.")
 ORIGIN = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}

@@ -75,7 +75,22 @@ class Settings:
             read_models, "model names or paths, separated by commas (a path with a comma in double quotes)"
         ),
         """Models to serve: the name of a bundled model (emoji, emoji-upscale), or the path of a folder or a
-        single file. A request that names no model gets the first one that can do its task.""",
+        single file. A request that names no model gets the first one that can do its task. With model_dir, no
+        bundled model is served unless it is named here.""",
+    )
+    model_dir: tuple[str, ...] = setting(
+        (),
+        Parser(read_list, "folders, separated by commas"),
+        """Folders of models, each served under its file's name without suffix and loaded at its first
+        request. In a folder that is laid out as the models folder of AUTOMATIC1111 or ComfyUI, LoRAs,
+        embeddings and VAEs are found too. Files that cannot be used are ignored with a warning. Read again by
+        POST /models/rescan.""",
+    )
+    lora_dir: tuple[str, ...] = setting(
+        (),
+        Parser(read_list, "folders, separated by commas"),
+        """Folders of LoRAs, each served under its file's name without suffix, with the models that it fits.
+        Files that cannot be used are ignored with a warning. Read again by POST /models/rescan.""",
     )
     allow_pickle: bool = setting(
         False,
@@ -198,6 +213,13 @@ class Settings:
         Parser(read_non_blank, "a file of API keys, one on each line"),
         """File of API keys, one on each line. A request without a valid key gets a 401. If neither this
         setting nor api_keys is set, no key is needed.""",
+    )
+    admin_key_file: str = setting(
+        "",
+        Parser(read_non_blank, "a file of API keys, one on each line"),
+        """File of keys for the calls that load, unload and rescan models; each is an API key too. Where keys
+        are set, a request for such a call with another key gets a 403. If no keys at all are set, no key is
+        needed.""",
     )
     api_keys: tuple[str, ...] = setting(
         (),
@@ -354,7 +376,10 @@ def read_settings(
             given[name] = Given(environ[key], key, "the environment")
     for name, text in (flags or {}).items():
         given[name] = Given(text, "--" + name.replace("_", "-"), "the command line")
-    return Settings(**{name: parse(name, one) for name, one in given.items()})
+    values = {name: parse(name, one) for name, one in given.items()}
+    if values.get("model_dir"):  # the bundled models would come before those of the folder
+        values.setdefault("model", ())
+    return Settings(**values)
 
 
 def in_file(file: Path) -> Iterator[tuple[str, Given]]:
@@ -404,6 +429,8 @@ def variable(name: str) -> str:
 
 def to_environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child process with the same settings, without the API keys."""
-    private = {CONFIG, variable("api_keys"), variable("api_key_file")}
+    private = {CONFIG, *map(variable, ("api_keys", "api_key_file", "admin_key_file"))}
     own = {variable(f.name): as_text(getattr(settings, f.name)) for f in fields(Settings)}
+    if not settings.model:  # an empty list is none that the variable may have
+        private.add(variable("model"))
     return {key: value for key, value in {**environ, **own}.items() if key not in private}

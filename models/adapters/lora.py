@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -162,22 +162,16 @@ def open_loras(
     layers = {model: find_layers(spec) for model, spec in specs.items()} if files else {}
     fitting: dict[str, dict[str, Lora]] = {model: {} for model in specs}
     for name, file in files.items():
-        header = read_header(file, allow_pickle)
-        weights, scales = map_weights(file, header, device), read_lora_scales(file, header)
-        check_supported(name, file, weights)
-        embeddings, usual = read_bundled(name, file, weights), few_step_of(file, header)
+        opened = OpenedLora(name, file, device, allow_pickle)
         problems = {}
         for model, spec in specs.items():
-            lora, problems[model] = fit(weights, scales, layers[model])
+            lora, problems[model] = opened.fit(layers[model], spec)
             if not problems[model]:
-                lora = replace(lora, few_step=usual[0] if usual else None)
-                fitting[model][name] = with_embeddings(lora, embeddings, spec)
-                if text := warning(name, fitting[model][name]):
+                fitting[model][name] = lora
+                if text := warning(name, lora):
                     log.warning("model %s: %s", model, text)
         if all(problems.values()):
-            model = min(problems, key=lambda model: sum(map(len, problems[model].values())))
-            found = "; ".join(summarise_keys(problem, keys) for problem, keys in problems[model].items())
-            raise CheckpointError(f"LoRA {name} ({file}) does not fit {model}: {found}")
+            raise CheckpointError(f"LoRA {name} ({file}) {closest(problems)}")
     return fitting
 
 
@@ -187,17 +181,56 @@ def few_step_of(file: Path, header: Header) -> tuple[FewStep, str] | None:
     return few_step.of_names([*few_step.header_names(header.metadata), ("the file's name", name)])
 
 
-def with_embeddings(lora: Lora, embeddings: Sequence[Embedding], spec: ModelSpec) -> Lora:
-    """The LoRA with those of its file's embeddings that fit the model; the others are ignored."""
-    fitting = tuple(embedding for embedding in embeddings if embedding.fits(spec))
-    ignored = tuple(BUNDLED_EMBEDDING + each.name for each in embeddings if each not in fitting)
-    vocabulary = sum(text.vocabulary * text.width for text in spec.texts) if fitting else 0
-    return replace(lora, embeddings=fitting, vocabulary=vocabulary, ignored=lora.ignored + ignored)
+class OpenedLora:
+    """A LoRA file whose header was read. Raises CheckpointError for a file that is no LoRA."""
+
+    def __init__(
+        self, name: str, file: Path, device: torch.device | str = "cpu", allow_pickle: bool = False
+    ) -> None:
+        header = read_header(file, allow_pickle)
+        self.weights, self.scales = map_weights(file, header, device), read_lora_scales(file, header)
+        check_supported(name, file, self.weights)
+        self.embeddings, usual = read_bundled(name, file, self.weights), few_step_of(file, header)
+        self.few_step = usual[0] if usual else None
+
+    def match(self, layers: Mapping[str, Layer], spec: ModelSpec) -> tuple[tuple[str, ...], Problems]:
+        """The tensors that a model ignores, and the problems with it; reads no weights of the changes."""
+        found = match(self.weights, layers)
+        return (*found.ignored, *self._ignored_embeddings(spec)), found.problems
+
+    def fit(self, layers: Mapping[str, Layer], spec: ModelSpec) -> tuple[Lora, Problems]:
+        """The changes of a model, and the problems with it. Raises CheckpointError for a non-finite scale."""
+        found = match(self.weights, layers)
+        changes = tuple(
+            read_change(module, parts, target, self.weights, self.scales)
+            for target, (module, parts) in found.parts.items()
+        )
+        fitting = tuple(embedding for embedding in self.embeddings if embedding.fits(spec))
+        vocabulary = sum(text.vocabulary * text.width for text in spec.texts) if fitting else 0
+        ignored = (*found.ignored, *self._ignored_embeddings(spec))
+        return Lora(changes, self.weights, fitting, vocabulary, ignored, self.few_step), found.problems
+
+    def _ignored_embeddings(self, spec: ModelSpec) -> Iterator[str]:
+        return (BUNDLED_EMBEDDING + each.name for each in self.embeddings if not each.fits(spec))
+
+
+def closest(problems: Mapping[str, Problems]) -> str:
+    """The problems of a LoRA that fits no model, with the model that has fewest; not empty for any model."""
+    if not problems:
+        return "does not fit: there is no model"
+    model = min(problems, key=lambda model: sum(map(len, problems[model].values())))
+    found = "; ".join(summarise_keys(problem, keys) for problem, keys in problems[model].items())
+    return f"does not fit {model}: {found}"
 
 
 def warning(name: str, lora: Lora) -> str:
     """A warning that names the modules of a LoRA that the model ignores; empty if there are none."""
-    modules = sorted({split_key(key)[0] or key for key in lora.ignored})
+    return ignored_warning(name, lora.ignored)
+
+
+def ignored_warning(name: str, keys: Sequence[str]) -> str:
+    """The same for the names of these tensors."""
+    modules = sorted({split_key(key)[0] or key for key in keys})
     if not modules:
         return ""
     more = f" and {len(modules) - MAX_LISTED_MODULES} more" if len(modules) > MAX_LISTED_MODULES else ""
@@ -214,10 +247,16 @@ def check_supported(name: str, file: Path, weights: Weights) -> None:
         raise CheckpointError(f"LoRA {name} ({file}) is of the kind {kind}, which is not supported: {key}")
 
 
-def fit(
-    weights: Weights, scales: Mapping[str, LoraScale], layers: Mapping[str, Layer]
-) -> tuple[Lora, Problems]:
-    """A file's changes of these layers, and their problems."""
+class Matched(NamedTuple):
+    """What a file changes. parts: weight -> module, and part -> name in the file."""
+
+    parts: dict[Target, tuple[str, dict[str, str]]]
+    ignored: tuple[str, ...]
+    problems: Problems
+
+
+def match(weights: Weights, layers: Mapping[str, Layer]) -> Matched:
+    """Which of these layers a file changes, by the names and shapes of its tensors."""
     modules: dict[str, dict[str, str]] = defaultdict(dict)  # module -> part -> key
     problems: Problems = defaultdict(list)
     ignored = []
@@ -231,7 +270,7 @@ def fit(
             problems["repeated"].append(key)
         else:
             modules[module][part] = key
-    changes: dict[Target, Change] = {}
+    matched: dict[Target, tuple[str, dict[str, str]]] = {}
     for module, keys in modules.items():
         layer, bias = layers[module], keys.pop(BIAS, None)
         wanted = [(layer.weight, keys)] if keys.keys() - NUMBERS or not bias else []
@@ -241,15 +280,15 @@ def fit(
             ignored.append(bias)
         for target, parts in wanted:
             wrong = part_problems(parts, target, weights)
-            if target in changes:  # under another name
+            if target in matched:  # under another name
                 wrong = {"repeated": list(parts.values())}
             for problem, names in wrong.items():
                 problems[problem] += names
             if not wrong:
-                changes[target] = read_change(module, parts, target, weights, scales)
-    if not changes and not problems:
+                matched[target] = (module, parts)
+    if not matched and not problems:
         problems["unknown"] += ignored
-    return Lora(tuple(changes.values()), weights, ignored=tuple(ignored)), dict(problems)
+    return Matched(matched, tuple(ignored), dict(problems))
 
 
 def part_problems(keys: Mapping[str, str], target: Target, weights: Weights) -> Problems:

@@ -120,6 +120,15 @@ def add_embeddings(model: LatentDiffusion, embeddings: Iterable[Embedding]) -> L
     return model
 
 
+def change_words(model: LatentDiffusion, before: Sequence[Embedding], after: Sequence[Embedding]) -> None:
+    """Replace the embeddings of a model, in place: `before` were added to it, `after` are wanted."""
+    if isinstance(model.conditioner, TextConditioner):
+        for word in {each.name.lower() for each in before} - {each.name.lower() for each in after}:
+            for encoder in model.conditioner.encoders:
+                encoder.learned_words.pop(word, None)
+    add_embeddings(model, [each for each in after if each not in before])
+
+
 @torch.no_grad()
 def extend_vocabulary(encoder: TextEncoder, name: str, vectors: Tensor) -> None:
     """Append vectors (k, C) to the encoder's token embeddings, under new ids for the word `name`."""

@@ -16,10 +16,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route, compile_path
 from starlette.types import Scope
 
-from service.api import activity, docs, health, jobs, native, openapi, page, preprocess
+from service.api import activity, docs, health, jobs, models, native, openapi, page, preprocess
 from service.api.a1111 import routes as a1111
 from service.api.a1111.session import A1111Session
-from service.api.auth import keys_of, require_key
+from service.api.auth import keys_of, require_admin_key, require_key
 from service.api.middleware import BodyLimit, HeadAndOptions, PathPrefix, RequestContext
 from service.api.openai import routes as openai
 from service.api.openai.kept_files import KeptFiles
@@ -53,6 +53,7 @@ FRAMEWORK_ERRORS: dict[int, type[ServiceError]] = {
 # If API keys are set, these routes need one. PUBLIC routes never do: they reveal nothing about requests.
 # /metrics has only counts, and Prometheus often has no key.
 KEYED = (native.router, preprocess.router, jobs.router, activity.router, openai.router, a1111.router)
+ADMIN = (models.router, a1111.admin_router)  # these need an admin key
 PUBLIC = (health.router, docs.router, openai.file_router)
 
 CORS_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
@@ -92,6 +93,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.a1111, app.state.started = A1111Session(app.state.jobs), int(time.time())
     for router in KEYED:
         app.include_router(router, dependencies=[Depends(require_key)], responses=error_responses(401))
+    for router in ADMIN:
+        app.include_router(
+            router, dependencies=[Depends(require_admin_key)], responses=error_responses(401, 403)
+        )
     for router in PUBLIC if settings.no_page else (page.router, *PUBLIC):
         app.include_router(router)
     add_middleware(app, settings)

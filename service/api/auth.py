@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import Scope
 
-from service.errors import Unauthorized
+from service.errors import Forbidden, Unauthorized
 from service.setting_values import read_keys
 from service.settings import SettingError, Settings
 
@@ -22,19 +23,38 @@ header = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same 
 
 
 class Keys:
-    """The digests of all API keys; without keys every request is admitted."""
+    """The digests of all API keys; without keys every request is admitted. Admin keys are API keys too.
 
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self._digests = [digest(key.encode()) for key in keys]
+    A key comes as `Authorization: Bearer KEY`, as `X-API-Key: KEY`, or as the password of `Authorization:
+    Basic`, the only form that clients of AUTOMATIC1111's API can send.
+    """
+
+    def __init__(self, keys: tuple[str, ...], admin_keys: tuple[str, ...] = ()) -> None:
+        self._admin_digests = [digest(key.encode()) for key in admin_keys]
+        self._digests = [digest(key.encode()) for key in keys + admin_keys]
+        self._all_need_one = bool(keys)
 
     def admits(self, scope: Scope) -> bool:
-        """Whether a request has a valid key: as `Authorization: Bearer KEY`, as `X-API-Key: KEY`, or as the
-        password of `Authorization: Basic`, the only form that clients of AUTOMATIC1111's API can send."""
-        return not self._digests or any(map(self._is_key, credentials_in(scope)))
+        """Whether a request has a valid key. If there are admin keys alone, only calls of admins need one."""
+        return not self._all_need_one or self.knows(scope)
 
-    def _is_key(self, credential: bytes) -> bool:
-        """Whether a credential is a key; takes the same time for every credential."""
-        return sum(hmac.compare_digest(digest(credential), known) for known in self._digests) > 0
+    def knows(self, scope: Scope) -> bool:
+        """Whether a request has a valid key, or there are no keys."""
+        return not self._digests or has_one_of(scope, self._digests)
+
+    def admits_admin(self, scope: Scope) -> bool:
+        """Whether a request has an admin key, or there are no keys."""
+        return not self._digests or has_one_of(scope, self._admin_digests)
+
+
+def has_one_of(scope: Scope, digests: Sequence[bytes]) -> bool:
+    """Whether a credential of a request is a key with one of these digests."""
+    return any(is_one_of(credential, digests) for credential in credentials_in(scope))
+
+
+def is_one_of(credential: bytes, digests: Sequence[bytes]) -> bool:
+    """Whether a credential is one of these keys; takes the same time for every credential."""
+    return sum(hmac.compare_digest(digest(credential), known) for known in digests) > 0
 
 
 def digest(key: bytes) -> bytes:
@@ -59,8 +79,10 @@ def password_in(credentials: bytes) -> bytes:
 
 
 def keys_of(settings: Settings) -> Keys:
-    """The keys of both settings. Raises SettingError for a file that has no keys or an invalid one."""
-    return Keys(settings.api_keys + (keys_in(Path(settings.api_key_file)) if settings.api_key_file else ()))
+    """The keys of the settings. Raises SettingError for a file that has no keys or an invalid one."""
+    files = settings.api_key_file, settings.admin_key_file
+    keys, admin_keys = (keys_in(Path(file)) if file else () for file in files)
+    return Keys(settings.api_keys + keys, admin_keys)
 
 
 def keys_in(file: Path) -> tuple[str, ...]:
@@ -85,3 +107,16 @@ async def require_key(
     keys: Keys = request.app.state.keys
     if not keys.admits(request.scope):
         raise Unauthorized
+
+
+async def require_admin_key(
+    request: Request,
+    _bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+    _header: Annotated[str | None, Depends(header)],
+) -> None:
+    """Raise Unauthorized for a request without a key, and Forbidden for one with an ordinary key."""
+    keys: Keys = request.app.state.keys
+    if not keys.knows(request.scope):
+        raise Unauthorized
+    if not keys.admits_admin(request.scope):
+        raise Forbidden

@@ -34,6 +34,7 @@ from service.requests.schemas import (
     error_responses,
 )
 from service.settings import Settings
+from service.worker.supervisor import Supervisor
 
 router = APIRouter(tags=["native"], route_class=JSONRoute)
 
@@ -135,16 +136,20 @@ async def disconnect(request: Request) -> None:
 
 @router.get("/models", responses=error_responses(500, 503), summary="List the models")
 async def list_models(request: Request) -> ModelList:
-    """Each loaded model: its tasks, defaults, limits and samplers."""
-    state = request.app.state
-    state.supervisor.check_open()
-    return ModelList(models=[describe(spec, state.settings) for spec in state.supervisor.specs.values()])
+    """Each model: whether it is loaded, its tasks, defaults, limits and samplers."""
+    supervisor: Supervisor = request.app.state.supervisor
+    supervisor.check_open()
+    specs, bytes_of = supervisor.specs, supervisor.models.bytes_of
+    settings = supervisor.settings
+    return ModelList(models=[describe(spec, settings, bytes_of(name)) for name, spec in specs.items()])
 
 
-def describe(spec: ModelSpec, settings: Settings) -> Model:
-    """A model as GET /models describes it."""
+def describe(spec: ModelSpec, settings: Settings, loaded_bytes: int | None = None) -> Model:
+    """A model as GET /models describes it. loaded_bytes: of its weights if it is loaded."""
     return Model(
         name=spec.name,
+        loaded=loaded_bytes is not None,
+        bytes=loaded_bytes,
         tasks=list(spec.tasks),
         inpainting=inpainting_of(spec),
         upscaling=spec.upscaling

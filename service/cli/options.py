@@ -15,6 +15,8 @@ NO_FLAG = ("api_keys", "faults")
 # Settings whose flags `ldm serve --help` shows first; the others follow in a group of their own.
 SERVE_FIRST = (
     "model",
+    "model_dir",
+    "lora_dir",
     "host",
     "port",
     "device",
@@ -46,7 +48,15 @@ ONE_SHOT = (
 )
 # Settings of commands that only describe or convert checkpoints.
 CHECKPOINT = ("allow_pickle", "prediction", "weights")
-REPEATABLE = ("lora", "vae", "embedding", "cors_origins", "alias")  # may be given several times
+REPEATABLE = (
+    "model_dir",
+    "lora_dir",
+    "lora",
+    "vae",
+    "embedding",
+    "cors_origins",
+    "alias",
+)  # may be given several times
 
 
 class UsageError(ValueError):

@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from service import logs
 from service.api.app import create_app
 from service.api.openai.model_names import check_aliases
-from service.model_paths import locate_all, locate_embeddings, locate_loras, locate_vaes
+from service.catalogue import Folders
+from service.model_paths import locate_folders, locate_vaes
 from service.requests.background import Jobs
 from service.settings import Settings, misspelled
 from service.worker.replica import WorkerFailed
@@ -43,10 +44,10 @@ def serve(settings: Settings) -> WorkerFailed | None:
 
 def check_paths(settings: Settings) -> None:
     """Raise ModelPathError or SettingError for a wrong path or alias, before a worker is started."""
-    models = locate_all(settings.model, settings.allow_pickle)
-    locate_loras(settings.lora)
+    locate_folders((*settings.model_dir, *settings.lora_dir))
+    folders = Folders(settings)
+    models = dict.fromkeys((*folders.taken["model"], *(e.name for e in folders.read().of("model"))))
     locate_vaes(settings.vae, models)
-    locate_embeddings(settings.embedding)
     check_aliases(settings, models)
 
 

@@ -6,12 +6,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from models.formats.identify import Source
-from models.spec import FewStep, ModelSpec, Prediction
+from models.spec import ModelSpec, Prediction
+from service.device.contents import Contents
 from service.engine.job import ModelKey
 from service.errors import OutOfMemory
 from service.model_paths import identify_all
@@ -19,7 +19,13 @@ from service.model_paths import identify_all
 log = logging.getLogger(__name__)
 
 Bundle = TypeVar("Bundle")
-Lora = TypeVar("Lora")
+
+
+class Merged(NamedTuple, Generic[Bundle]):
+    """A copy of a model with LoRAs merged. size: bytes of the weights that are its own."""
+
+    bundle: Bundle
+    size: int
 
 
 class Registry(Generic[Bundle]):
@@ -39,47 +45,60 @@ class Registry(Generic[Bundle]):
         allow_pickle: bool = False,
         prediction: Prediction | None = None,
     ) -> None:
-        self.sources = identify_all(paths, allow_pickle, prediction)
-        self.specs = {name: source.spec for name, source in self.sources.items()}
-        self._load = load
-        self._sizes = {name: size(spec) for name, spec in self.specs.items()} if memory else {}
+        sources = identify_all(paths, allow_pickle, prediction)
+        self.contents = Contents(sources=sources, specs={n: source.spec for n, source in sources.items()})
+        # Of all models that were ever served: jobs of a model that is no longer listed still run.
+        self.sources, self.specs = dict(sources), dict(self.contents.specs)
+        self._load, self._size = load, size
+        self._sizes: dict[str, int] = {}
         self._memory = memory
         self._loaded: OrderedDict[str, Bundle] = OrderedDict()  # least recently used first
-        self._merged: OrderedDict[ModelKey, Bundle] = OrderedDict()  # copies with LoRAs, in the same order
-        self._loras: Mapping[str, Mapping[str, Any]] = {}
+        self._merged: OrderedDict[ModelKey, Merged[Bundle]] = OrderedDict()  # copies with LoRAs, likewise
+        self._stale: set[ModelKey] = set()  # loaded or merged from files that have changed or are not listed
         self._max_merged = 0
         self.loading = False  # True while a model loads; read by another thread
+        self.on_change: Callable[[Mapping[str, int]], None] = lambda loaded: None  # see loaded_bytes()
 
     def offer(
         self,
-        loras: Mapping[str, Mapping[str, Lora]],
-        apply: Callable[[Bundle, Sequence[tuple[Lora, float, float]]], Bundle],
-        size: Callable[[Sequence[Lora]], int],
+        open_loras: Callable[[ModelSpec, Sequence[str]], Sequence[Any]],
+        apply: Callable[[Bundle, Sequence[tuple[Any, float, float]]], Bundle],
+        size: Callable[[Sequence[Any]], int],
         max_merged: int,
-        warn: Callable[[str, Lora], str] = lambda name, lora: "",
-        usual: Callable[[Lora], FewStep | None] = lambda lora: None,
     ) -> None:
         """Make LoRAs available.
 
-        `loras`: model -> name -> LoRA, of those that fit; `apply`: makes a copy of a bundle with LoRAs
+        `open_loras`: the LoRAs of these names that fit a model; `apply`: makes a copy of a bundle with LoRAs
         merged, each with its weights for the UNet and for the text encoders; `size`: bytes of such a copy;
-        `max_merged`: most copies at the same time; `warn`: a warning about parts of a LoRA that its model
-        ignores, or an empty text; `usual`: the usual settings of a LoRA for few steps.
+        `max_merged`: most copies at the same time.
         """
-        self._loras, self._apply, self._copy_size, self._max_merged = loras, apply, size, max_merged
-        for model, spec in self.specs.items():
-            own = loras.get(model, {})
-            warnings = tuple(warn(name, lora) for name, lora in own.items())
-            settings = tuple(map(usual, own.values()))
-            self.specs[model] = replace(
-                spec, loras=tuple(own), lora_warnings=warnings, lora_settings=settings
-            )
+        self._open, self._apply, self._copy_size, self._max_merged = open_loras, apply, size, max_merged
+
+    def install(self, contents: Contents) -> tuple[str, ...]:
+        """Serve other models and LoRAs from now on.
+
+        Returns the loaded models that should be unloaded when no job uses them: their files have changed, or
+        they are not listed any more. make_ready() loads a changed one again, and merges changed LoRAs again,
+        after the jobs that use it have ended.
+        """
+        old = {name: self.sources[name] for name in self._loaded}
+        current, loras, before = contents.sources, contents.loras, self.contents.loras
+        self._stale |= {ModelKey(name) for name in old if current.get(name, old[name]) is not old[name]}
+        changed = {name for name in before if loras.get(name, before[name]) != before[name]}
+        self._stale |= {key for key in self._merged if changed & {name for name, *_ in key.loras}}
+        for name in current:
+            if current[name] is not self.sources.get(name):
+                self._sizes.pop(name, None)
+        self.contents = contents
+        self.sources |= current
+        self.specs |= contents.specs
+        return tuple(name for name in old if current.get(name) is not old[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.sources)
+        return iter(self.contents.sources)
 
     def __getitem__(self, name: str) -> Bundle:
-        """The model; loads it if necessary. Raises KeyError for a name that was not given at start-up."""
+        """The model; loads it if necessary. Raises KeyError for a name that was never served."""
         if name not in self._loaded:
             self.load(name, self._loaded.keys())
         self._loaded.move_to_end(name)
@@ -91,9 +110,12 @@ class Registry(Generic[Bundle]):
         if not key.loras:
             return model
         if key not in self._merged:
-            self._merged[key] = self.merged(model, key)
+            loras = self._loras_of(key)
+            self._merged[key] = Merged(
+                self._apply(model, loras), self._copy_size([lora for lora, *_ in loras])
+            )
         self._merged.move_to_end(key)
-        return self._merged[key]
+        return self._merged[key].bundle
 
     def merged(self, model: Bundle, key: ModelKey) -> Bundle:
         """A copy of `model` with the LoRAs of `key`; the model itself if there are none."""
@@ -108,15 +130,27 @@ class Registry(Generic[Bundle]):
         return name in self._loaded
 
     def is_ready(self, key: ModelKey) -> bool:
-        """Whether the model is loaded and its LoRAs are merged."""
-        return self.is_loaded(key.model) and (not key.loras or key in self._merged)
+        """Whether the model is loaded and its LoRAs are merged, from files that have not changed since."""
+        current = not {key, ModelKey(key.model)} & self._stale
+        return current and self.is_loaded(key.model) and (not key.loras or key in self._merged)
+
+    def loaded_bytes(self) -> dict[str, int]:
+        """Loaded model -> bytes of its weights."""
+        return {name: self._size_of(name) for name in self._loaded}
+
+    def bundles(self) -> list[Bundle]:
+        """All loaded models and merged copies."""
+        return [*self._loaded.values(), *(merged.bundle for merged in self._merged.values())]
 
     def make_ready(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
         """Load the model and merge its LoRAs if necessary; may unload models that are not busy.
 
-        False if it does not fit in memory together with the busy models.
+        False if it does not fit in memory together with the busy models, or if its files have changed and
+        running jobs still use the old ones.
         """
         models = {other.model for other in busy}
+        if not self._drop_stale(key, busy):
+            return False
         if not self.is_loaded(key.model):
             if self._memory:  # merged copies go first, because they are quick to make again
                 self._forget(other for other in list(self._merged) if other not in busy)
@@ -124,9 +158,21 @@ class Registry(Generic[Bundle]):
                 return False
         return self.is_ready(key) or self._merge(key, busy)
 
+    def _drop_stale(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
+        """Unload what was loaded for `key` from files that have changed; False if running jobs use it."""
+        if ModelKey(key.model) in self._stale:
+            if any(other.model == key.model for other in busy):
+                return False
+            self.unload(key.model)
+        elif key in self._stale:
+            if key in busy:
+                return False
+            self._forget([key])
+        return True
+
     def _merge(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
         """Merge the LoRAs of `key` into a copy of its loaded model; False as in make_ready()."""
-        size = self._merged_size(key)
+        size = self._copy_size([lora for lora, *_ in self._loras_of(key)])
         idle = [other for other in self._merged if other not in busy]
         if len(self._merged) - len(idle) >= self._max_merged:
             return False
@@ -135,7 +181,7 @@ class Registry(Generic[Bundle]):
         needed = {other.model for other in busy} | {key.model}
         for model in [model for model in self._loaded if model not in needed]:
             if not self._fits(size):
-                self._unload(model)
+                self.unload(model)
         if busy and not self._fits(size):
             return False
         with self._while_loading():
@@ -148,20 +194,24 @@ class Registry(Generic[Bundle]):
         False if it does not fit in memory together with the busy models. If no busy model is loaded, the
         model is loaded whatever its size.
         """
-        size = self._sizes.get(name, 0)
+        size = self._size_of(name) if self._memory else 0
         if self._used_by(busy) + size > self._memory > 0 and any(map(self.is_loaded, busy)):
             return False
         for other in [other for other in self._loaded if other not in busy]:
             if self._fits(size):
                 break
-            self._unload(other)
+            self.unload(other)
         with self._while_loading():
             self._loaded[name] = self._load(self.sources[name])
+        self.on_change(self.loaded_bytes())
         return True
 
-    def load_all(self) -> None:
-        """Load the first model, and those after it for which there is room. Raises OutOfMemory."""
-        for name in self.sources:
+    def load_all(self, names: Iterable[str] | None = None) -> None:
+        """Load the first of these models (None: of all), and those after it for which there is room.
+
+        Raises OutOfMemory.
+        """
+        for name in self if names is None else names:
             try:
                 self.load(name, tuple(self._loaded))
             except OutOfMemory:
@@ -174,7 +224,15 @@ class Registry(Generic[Bundle]):
         self._forget(key for key in list(self._merged) if key not in busy)
         models = {key.model for key in busy}
         for name in [name for name in self._loaded if name not in models]:
-            self._unload(name)
+            self.unload(name)
+
+    def unload(self, name: str) -> None:
+        """Unload a model and its merged copies; one that is not loaded is left alone."""
+        if name in self._loaded:
+            self._forget(key for key in list(self._merged) if key.model == name)
+            del self._loaded[name]
+            self._stale.discard(ModelKey(name))
+            self.on_change(self.loaded_bytes())
 
     @contextmanager
     def _while_loading(self) -> Iterator[None]:
@@ -186,20 +244,19 @@ class Registry(Generic[Bundle]):
 
     def _loras_of(self, key: ModelKey) -> list[tuple[Any, float, float]]:
         """The LoRAs and their weights."""
-        return [(self._loras[key.model][name], unet, text) for name, unet, text in key.loras]
-
-    def _merged_size(self, key: ModelKey) -> int:
-        """Bytes of the merged copy."""
-        return self._copy_size([lora for lora, *_ in self._loras_of(key)])
-
-    def _unload(self, name: str) -> None:
-        """Unload a model and its merged copies."""
-        self._forget(key for key in list(self._merged) if key.model == name)
-        del self._loaded[name]
+        opened = self._open(self.specs[key.model], [name for name, *_ in key.loras])
+        return [(lora, *weights) for lora, (_, *weights) in zip(opened, key.loras, strict=True)]
 
     def _forget(self, keys: Iterable[ModelKey]) -> None:
         for key in keys:
             del self._merged[key]
+            self._stale.discard(key)
+
+    def _size_of(self, name: str) -> int:
+        """Bytes of a model's weights."""
+        if name not in self._sizes:
+            self._sizes[name] = self._size(self.specs[name])
+        return self._sizes[name]
 
     def _fits(self, size: int) -> bool:
         """Whether `size` more bytes fit in memory with everything that is loaded."""
@@ -208,5 +265,5 @@ class Registry(Generic[Bundle]):
     def _used_by(self, names: Iterable[str]) -> int:
         """Bytes of the loaded models among `names`, and of their merged copies."""
         loaded = {name for name in names if name in self._loaded}
-        copies = sum(self._merged_size(key) for key in self._merged if key.model in loaded)
-        return sum(self._sizes.get(name, 0) for name in loaded) + copies
+        copies = sum(merged.size for key, merged in self._merged.items() if key.model in loaded)
+        return sum(map(self._size_of, loaded)) + copies

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from cachetools import LRUCache
 from torch import Tensor
 
+from models.adapters.textual_inversion import change_words
 from models.conditioning.conditioner import ConditioningInput, TextConditioner, TokenConditioner
 from models.latent_diffusion import LatentDiffusion, to_uint8
+from models.networks.autoencoder import Autoencoder
 from models.preview import Projection
 from models.sampling.guidance import CONDITIONS
 from models.sampling.samplers import plan
@@ -20,7 +24,9 @@ from models.sampling.table import Plan
 from models.spec import ModelSpec
 from models.tiles import cut
 from models.transfer import download
+from service.catalogue import Catalogue
 from service.device.batch import advance
+from service.device.contents import Contents
 from service.device.cuda_graphs import graphs_on
 from service.device.finite import FiniteChecker
 from service.device.inputs import (
@@ -40,7 +46,7 @@ from service.engine.events import Incident
 from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape
 from service.engine.row_limits import MemoryUse
 from service.engine.runner import Call, Preview
-from service.errors import NonFinite, OutOfMemory
+from service.errors import ModelUnreadable, NonFinite, OutOfMemory
 
 MEASURE_EVERY = 64  # calls of a group's largest size between two measurements of its memory
 MAX_PLANS = 1024  # cached; a plan depends on the model, sampler, steps, eta, strength and spacing
@@ -63,16 +69,19 @@ class TorchRunner:
         invariant: bool = False,
         room: int = 0,
         device: torch.device | None = None,
+        read: Callable[[Catalogue], Contents] = lambda catalogue: Contents(catalogue.number),
     ) -> None:
         self.registry = registry
+        self.read = read  # what can be served of a catalogue, for install(); may run in another thread
         self.buckets = tuple(buckets[-1:] if invariant else buckets)
         self.invariant = invariant
         self.room = room  # bytes that one UNet call may take; 0: all that is free
         self.jobs: dict[str, JobState] = {}
-        self.plans: LRUCache[Hashable, Plan] = LRUCache(MAX_PLANS)
+        self.plans: LRUCache[tuple[Any, ...], Plan] = LRUCache(MAX_PLANS)
         self.schedules = {name: Schedule(spec.schedule) for name, spec in registry.specs.items()}
         self.float32_copies: dict[ModelKey, LatentDiffusion] = {}  # for jobs that run again in float32
-        self.projections: dict[str, Projection] = {}  # model -> latent to preview
+        # Latent to preview, for as long as the autoencoder is loaded.
+        self.projections: WeakKeyDictionary[Autoencoder, Projection] = WeakKeyDictionary()
         self.report_incident: Callable[[Incident], None] = lambda incident: (
             None
         )  # also for failures that are recovered
@@ -91,6 +100,8 @@ class TorchRunner:
     def shape(self, job: Job, full_precision: bool = False) -> Shape:
         parts, segments = 1, list[Segment]()
         for outline in outlines(job, self._plan):
+            if outline.key.model not in self.specs:  # it was served before the worker was replaced
+                raise ModelUnreadable
             spec = self.specs[outline.key.model]
             channels, h, w = spec.latent_shape(outline.width, outline.height)
             size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
@@ -114,15 +125,30 @@ class TorchRunner:
         conditioning = ConditioningInput(job.prompt, job.negative_prompt, prompt_options=prompt_options(job))
         return self.registry[model].context_shape(conditioning)
 
-    @translate_device_lost()
+    def install(self, contents: Contents) -> tuple[str, ...]:
+        """Serve other models; returns those to unload when no job uses them."""
+        sources, words = self.registry.sources.copy(), self.registry.contents.embeddings
+        unwanted = self.registry.install(contents)
+        changed = {name for name, source in self.registry.sources.items() if source is not sources.get(name)}
+        self.schedules |= {name: Schedule(self.specs[name].schedule) for name in changed}
+        for key in [key for key in self.plans if key[0] in changed]:
+            del self.plans[key]
+        for bundle in {id(each.conditioner): each for each in self.registry.bundles()}.values():
+            change_words(bundle, words, contents.embeddings)
+        return unwanted
+
     def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
-        for number, key in enumerate(job.model_keys):
+        return self.load_models(job.model_keys, busy)
+
+    @translate_device_lost()
+    def load_models(self, keys: Sequence[ModelKey], busy: Collection[ModelKey]) -> bool:
+        for number, key in enumerate(keys):
             if self.registry.is_ready(key):
                 continue
             with translate_oom():
-                ready = self.registry.make_ready(key, {*busy, *job.model_keys[:number]})
+                ready = self.registry.make_ready(key, {*busy, *keys[:number]})
             if not ready and not busy:
-                raise OutOfMemory  # the job's models do not fit together
+                raise OutOfMemory  # the models do not fit together
             if not ready:
                 return False
             self._after_swap()
@@ -135,9 +161,14 @@ class TorchRunner:
         self._free()
         self._after_swap()
 
+    @translate_device_lost()
+    def unload_model(self, model: str) -> None:
+        self.registry.unload(model)
+        self._after_swap()
+        free_cache()
+
     def _after_swap(self) -> None:
-        """Drop the state of unloaded models, and measurements, since the free memory has changed."""
-        self.projections = {m: p for m, p in self.projections.items() if self.registry.is_loaded(m)}
+        """Drop the graphs of unloaded models, and measurements, since the free memory has changed."""
         self.measured.clear()
         self.graphs.prune()
         self.memory.reset()
@@ -263,17 +294,17 @@ class TorchRunner:
     @torch.inference_mode()
     def preview(self, key: ImageKey) -> Preview:
         state = self.jobs[key.job]
-        model, image = state.job.model, state.images[key.image]
+        autoencoder, image = state.bundle.autoencoder, state.images[key.image]
         z = state.latent_of(image)
         if state.job.preview_decoded:
             pixels = rgb_bytes(self._decode(state.bundle, z[None]))
         else:
             with translate_oom():
-                if model not in self.projections:
+                if autoencoder not in self.projections:
                     # In float32: an overflow in the fit would spoil every preview of the model.
-                    autoencoder = self.registry[model].with_autoencoder_dtype(torch.float32)
-                    self.projections[model] = Projection(autoencoder)
-                pixels = self.projections[model](z).numpy()  # (h, w, 3)
+                    precise = state.bundle.with_autoencoder_dtype(torch.float32)
+                    self.projections[autoencoder] = Projection(precise)
+                pixels = self.projections[autoencoder](z).numpy()  # (h, w, 3)
         return Preview(pixels.shape[1], pixels.shape[0], pixels.tobytes())
 
     @translate_device_lost()

@@ -6,10 +6,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from service.engine.decode_queue import DecodeQueue
 from service.engine.events import (
+    CallEnded,
     Cancelled,
     Decoded,
     Done,
@@ -28,6 +29,7 @@ from service.engine.events import (
 )
 from service.engine.job import ImageKey, Job, ModelKey, Segment
 from service.engine.job_run import JobRun
+from service.engine.model_calls import ModelCall
 from service.engine.row_limits import RowLimits
 from service.engine.runner import Call, Runner
 from service.engine.scheduler import Scheduler
@@ -68,13 +70,14 @@ class Engine:
         self.jobs: dict[str, JobRun] = {}
         self.pending: dict[str, None] = {}  # jobs that are not admitted, by arrival
         self.busy_models: Counter[ModelKey] = Counter()  # number of admitted jobs of each
+        self.model_calls: list[ModelCall] = []
         self.undecoded = DecodeQueue()
         self.next_report = 0.0
 
     @property
     def busy(self) -> bool:
-        """Whether there are jobs."""
-        return bool(self.jobs)
+        """Whether there are jobs, or calls about models."""
+        return bool(self.jobs or self.model_calls)
 
     @property
     def waiting(self) -> int:
@@ -96,7 +99,8 @@ class Engine:
             self.pending[job.id] = None
 
     def cancel(self, job: str) -> None:
-        """Stop a job; one that has ended is left alone."""
+        """Stop a job, or a call about a model; one that has ended is left alone."""
+        self.model_calls = [call for call in self.model_calls if call.id != job]
         if job in self.jobs:
             self._forget(job)
             self.emit(Cancelled(job))
@@ -106,6 +110,14 @@ class Engine:
         if job in self.jobs and not self.jobs[job].announced:
             self._forget(job)
             self.emit(Withdrawn(job))
+
+    def set_loaded(self, call: str, model: str, load: bool) -> None:
+        """Load a model when there is room, or unload it when no job uses it; ends with a CallEnded event."""
+        self.model_calls.append(ModelCall(call, model, load))
+
+    def install(self, contents: Any) -> None:
+        """Serve other models from now on. Jobs under way keep the models that they have."""
+        self.model_calls += [ModelCall(None, model, load=False) for model in self.runner.install(contents)]
 
     def interrupt(self, job: str) -> None:
         """Take no more steps of a job that has started; its images are decoded as they are."""
@@ -121,6 +133,7 @@ class Engine:
 
     def tick(self) -> None:
         """At most one UNet call, and about as much time of decoding."""
+        self._carry_out_calls()
         self._admit_pending()
         picked = self._start_picked(self.scheduler.pick())
         self._report_positions()
@@ -131,6 +144,36 @@ class Engine:
             self._restart_non_finite(self.runner.settle())
         self._decode_some(self.clock() - begin if picked else None)
 
+    # Calls about models.
+
+    def _carry_out_calls(self) -> None:
+        """Carry out the calls that jobs permit now."""
+        waiting = []
+        for call in self.model_calls:
+            code = None
+            try:
+                done = self._load_model(call) if call.load else self._unload(call.model)
+            except Exception as error:
+                log.error("model %s could not be loaded", call.model, exc_info=error)
+                done, code = True, code_of(error)
+            if not done:
+                waiting.append(call)
+            elif call.id is not None:
+                self.emit(CallEnded(call.id, code))
+        self.model_calls = waiting
+
+    def _load_model(self, call: ModelCall) -> bool:
+        """Load a model; False if busy models leave no room for it."""
+        keys = (ModelKey(call.model),)
+        return self._load(call, keys, self.runner.load_models, keys)
+
+    def _unload(self, model: str) -> bool:
+        """Unload a model; False if a job uses it."""
+        if any(key.model == model for run in self.jobs.values() for key in run.job.model_keys):
+            return False
+        self.runner.unload_model(model)
+        return True
+
     # Admission: a job's models are loaded, then the scheduler gets the job.
 
     def _admit_pending(self) -> None:
@@ -138,7 +181,7 @@ class Engine:
         for job in list(self.pending):
             run = self.jobs[job]
             try:
-                loaded = self._load(run)
+                loaded = self._load(run, run.job.model_keys, self.runner.load, run.job)
                 if loaded:
                     self._admit(run)
             except Exception as error:
@@ -147,22 +190,24 @@ class Engine:
             if not loaded and self.clock() - run.received_at >= MAX_OVERTAKING_SECONDS:
                 break
 
-    def _load(self, run: JobRun) -> bool:
-        """Load the job's models; False if busy models leave no room for them. Raises OutOfMemory."""
+    def _load(
+        self, waiting: JobRun | ModelCall, keys: Sequence[ModelKey], load: Callable[..., bool], what: object
+    ) -> bool:
+        """Load models for a job or a call; False if busy ones leave no room. Raises OutOfMemory."""
         busy = frozenset(self.busy_models)
-        if run.no_room_with and run.no_room_with <= busy:
+        if waiting.no_room_with and waiting.no_room_with <= busy:
             return False
         try:
             begin = self.clock()
-            loaded = self._with_retry("load", partial(self.runner.load, run.job, busy))
+            loaded = self._with_retry("load", partial(load, what, busy))
             if loaded and (seconds := self.clock() - begin) >= MIN_LOAD_SECONDS:
-                self.emit(Loaded(run.job.model_key, seconds))
+                self.emit(Loaded(keys[0], seconds))
             return loaded
         except OutOfMemory as error:
-            if not busy or busy.issuperset(run.job.model_keys):
+            if not busy or busy.issuperset(keys):
                 raise
             self._report_incident(error, "load")
-        run.no_room_with = busy
+        waiting.no_room_with = busy
         return False
 
     def _admit(self, run: JobRun) -> None:

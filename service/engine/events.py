@@ -135,6 +135,21 @@ class Loaded:
     seconds: float
 
 
+@dataclass(frozen=True)
+class LoadedModels:
+    """The loaded models, each with the bytes of its weights, after a change."""
+
+    models: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class CallEnded:
+    """A call to load or unload a model has ended. code: of an error, or None."""
+
+    call: str
+    code: str | None
+
+
 Event = (
     QueuePositions
     | Loaded
@@ -147,4 +162,6 @@ Event = (
     | Failed
     | Cancelled
     | Withdrawn
+    | LoadedModels
+    | CallEnded
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from service.engine.job import ImageKey, Job, ModelKey, Shape
 from service.engine.row_limits import MemoryUse
@@ -57,6 +57,18 @@ class Runner(Protocol):
         """Load the job's models and LoRAs if necessary; False if busy models leave no room for them.
 
         Raises OutOfMemory if the job's models do not fit in memory together, although no others are busy.
+        """
+
+    def load_models(self, keys: Sequence[ModelKey], busy: Collection[ModelKey]) -> bool:
+        """The same for models without a job."""
+
+    def unload_model(self, model: str) -> None:
+        """Unload a model that no job uses; one that is not loaded is left alone."""
+
+    def install(self, contents: Any) -> tuple[str, ...]:
+        """Serve other models from now on; returns models that should be unloaded when no job uses them.
+
+        contents: as the device's code makes it from a catalogue.
         """
 
     def make_room(self, busy: Collection[ModelKey]) -> None:

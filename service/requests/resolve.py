@@ -109,7 +109,9 @@ def find_model(name: str | None, specs: Mapping[str, ModelSpec], tasks: Collecti
     The name is only looked up; it never becomes a path.
     """
     supporting = [key for key, spec in specs.items() if checks.supports_any(spec, tasks)]
-    name = coalesce(name, next(iter([*supporting, *specs])))
+    name = coalesce(name, next(iter([*supporting, *specs]), ""))
+    if not specs:
+        raise NotFound("there is no model: none was found in the folders of models", param="model")
     if name not in specs:
         raise NotFound(f"model does not exist; expected one of {', '.join(specs)}", param="model")
     return specs[name]

@@ -487,8 +487,15 @@ class Control(BaseModel):
     inpainting: Annotated[bool, Field(description="Needs a mask, so it works with POST /inpaint alone")]
 
 
-class Model(BaseModel):
+class ModelState(BaseModel):
     name: str
+    loaded: Annotated[
+        bool, Field(description="Whether the weights are in memory; otherwise the first request loads them")
+    ]
+    bytes: Annotated[int | None, Field(description="Size of the weights in memory; null if not loaded")]
+
+
+class Model(ModelState):
     tasks: list[str]
     inpainting: Annotated[
         Literal["mask channels", "blending"] | None,
@@ -555,6 +562,22 @@ class ReplicaHealth(BaseModel):
         Field(description="loading: its worker starts; failed: it does not respond, or cannot be started"),
     ]
     jobs: Annotated[int, Field(description="Requests that it runs or that wait for it")]
+
+
+class IgnoredFile(BaseModel):
+    file: Annotated[str, Field(description="Path below the folder that was given to the service")]
+    reason: str
+
+
+class Rescan(BaseModel):
+    models: list[ModelState]
+    added: Annotated[list[str], Field(description="Models that were not served before")]
+    removed: Annotated[
+        list[str], Field(description="Models that are not served any more; their jobs under way still finish")
+    ]
+    loras: Annotated[list[str], Field(description="LoRAs that at least one model can use")]
+    embeddings: Annotated[list[str], Field(description="Embeddings that at least one model can use")]
+    ignored: Annotated[list[IgnoredFile], Field(description="Files that cannot be used")]
 
 
 class Health(BaseModel):

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, get_args
 
 from service.engine.events import Stage
 from service.engine.job import ImageKey, Job, ModelKey, Shape
@@ -84,6 +84,15 @@ class FaultyRunner:
         self.prompts[job.id] = job.prompt
         self._fail("load", [job.id])
         return self.inner.load(job, busy)
+
+    def load_models(self, keys: Sequence[ModelKey], busy: Collection[ModelKey]) -> bool:
+        return self.inner.load_models(keys, busy)
+
+    def unload_model(self, model: str) -> None:
+        self.inner.unload_model(model)
+
+    def install(self, contents: Any) -> tuple[str, ...]:
+        return self.inner.install(contents)
 
     def make_room(self, busy: Collection[ModelKey]) -> None:
         self.inner.make_room(busy)

@@ -11,11 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from models.errors import CheckpointError
 from models.stopwatch import Stopwatch
 from service import logs
+from service.catalogue import Catalogue
+from service.device.contents import Contents
 from service.engine.engine import Engine
+from service.engine.events import LoadedModels
 from service.engine.job import ModelKey
 from service.engine.runner import Runner
 from service.errors import DeviceLost
@@ -29,9 +33,11 @@ from service.worker.protocol import (
     Fatal,
     Heartbeat,
     Interrupt,
+    Offer,
     Ready,
     Rejected,
     Report,
+    SetLoaded,
     Submit,
     UnreadableMessageError,
     Withdraw,
@@ -82,7 +88,7 @@ class HeartbeatThread(threading.Thread):
             self.link.send(Heartbeat(self.ticks, self.busy, self.loading(), self.memory(), self.holds()))
 
 
-def listen(link: Link, inbox: queue.SimpleQueue[Command]) -> None:
+def listen(link: Link, inbox: queue.SimpleQueue[Command | Contents]) -> None:
     """Put every command in the inbox; exit when the socket closes."""
     try:
         while (frame := protocol.read_frame(link.stream)) is not None:
@@ -97,7 +103,7 @@ def listen(link: Link, inbox: queue.SimpleQueue[Command]) -> None:
         os._exit(0)  # not sys.exit(): the engine's thread may be inside a long call
 
 
-def drain(inbox: queue.SimpleQueue[Command], engine: Engine) -> None:
+def drain(inbox: queue.SimpleQueue[Command | Contents], engine: Engine, link: Link, reader: Reader) -> None:
     """Carry out every command in the inbox; if the engine has no jobs, wait for a command."""
     while not inbox.empty() or not engine.busy:
         match inbox.get():
@@ -109,44 +115,84 @@ def drain(inbox: queue.SimpleQueue[Command], engine: Engine) -> None:
                 engine.withdraw(job_id)
             case Interrupt(job_id):
                 engine.interrupt(job_id)
+            case SetLoaded(call, model, load):
+                engine.set_loaded(call, model, load)
+            case Catalogue() as catalogue:
+                reader.read(catalogue)
+            case Contents() as contents:
+                engine.install(contents)
+                link.send(offer(contents))
 
 
-def load(settings: Settings, link: Link, heartbeat: HeartbeatThread) -> Engine:
-    """An engine with as many models loaded as fit in memory. Sends Ready, with the specs of all models.
+class Reader:
+    """Reads catalogues one after the other in a thread, which puts the contents in the inbox.
+
+    Running jobs do not wait for the files.
+    """
+
+    def __init__(
+        self, read: Callable[[Catalogue], Contents], inbox: queue.SimpleQueue[Command | Contents]
+    ) -> None:
+        self._read = read
+        self._inbox = inbox
+        self._pool = ThreadPoolExecutor(1)
+
+    def read(self, catalogue: Catalogue) -> None:
+        self._pool.submit(self._read_now, catalogue)
+
+    def _read_now(self, catalogue: Catalogue) -> None:
+        try:
+            self._inbox.put(self._read(catalogue))
+        except Exception:
+            log.exception("the folders of models could not be read")
+
+
+def offer(contents: Contents) -> Offer:
+    return Offer(contents.number, tuple(contents.specs.values()), contents.ignored)
+
+
+def load(
+    settings: Settings, link: Link, heartbeat: HeartbeatThread, inbox: queue.SimpleQueue[Command | Contents]
+) -> tuple[Engine, Reader]:
+    """An engine with as many models loaded as fit in memory. Waits for the catalogue; sends Offer and Ready.
 
     Raises CheckpointError or ValueError for a checkpoint, device or setting that cannot be used.
     """
     faults = read_faults(settings.faults)
+    catalogue = inbox.get()
+    assert isinstance(catalogue, Catalogue)
     watch = Stopwatch()
     from service.device.loading import build  # imports torch, which takes seconds: heartbeats are sent by now
 
     watch.lap("imports")
-    runner = build(settings, locate_all(settings.model, settings.allow_pickle), watch)
+    runner = build(settings, locate_all(settings.model, settings.allow_pickle), watch, catalogue)
     runner.report_incident = link.send
     registry, memory = runner.registry, runner.memory
     heartbeat.loading, heartbeat.memory = (lambda: registry.loading), memory.used
     heartbeat.holds = registry.held
-    link.send(
-        Ready(
-            tuple(registry.specs.values()),
-            registry.held(),
-            str(runner.device),
-            memory.total(),
-            tuple(watch.parts.items()),
-        )
-    )
+    registry.on_change = lambda loaded: link.send(LoadedModels(tuple(loaded.items())))
+    registry.on_change(registry.loaded_bytes())
+    link.send(offer(registry.contents))
+    link.send(Ready(registry.held(), str(runner.device), memory.total(), tuple(watch.parts.items())))
     engine_runner: Runner = runner
     if faults:
         log.warning("failures are injected into this worker: %s", settings.faults)
         engine_runner = FaultyRunner(runner, faults)
-    return Engine(engine_runner, link.send, settings.max_rows, settings.decode_chunk, time.monotonic)
+    engine = Engine(engine_runner, link.send, settings.max_rows, settings.decode_chunk, time.monotonic)
+    return engine, Reader(runner.read, inbox)
 
 
-def serve(inbox: queue.SimpleQueue[Command], engine: Engine, heartbeat: HeartbeatThread) -> None:
+def serve(
+    inbox: queue.SimpleQueue[Command | Contents],
+    engine: Engine,
+    link: Link,
+    reader: Reader,
+    heartbeat: HeartbeatThread,
+) -> None:
     """Run the engine for as long as the process lives."""
     while True:
         heartbeat.busy = engine.busy
-        drain(inbox, engine)
+        drain(inbox, engine, link, reader)
         heartbeat.busy = True
         engine.tick()
         heartbeat.ticks += 1
@@ -160,17 +206,17 @@ def main() -> None:
     settings = read_settings()
     logs.set_up(settings, replica=int(sys.argv[2]))
     link = Link(socket.socket(fileno=int(sys.argv[1])))
-    inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Command | Contents] = queue.SimpleQueue()
     heartbeat = HeartbeatThread(link)
     heartbeat.start()
     threading.Thread(target=listen, args=(link, inbox), daemon=True).start()
     try:
-        engine = load(settings, link, heartbeat)
+        engine, reader = load(settings, link, heartbeat, inbox)
     except (CheckpointError, ValueError) as error:
         link.send(Fatal(str(error), wrong_setting=isinstance(error, SettingError)))
         sys.exit(FATAL_EXIT)
     try:
-        serve(inbox, engine, heartbeat)
+        serve(inbox, engine, link, reader, heartbeat)
     except DeviceLost:
         log.critical("the device is lost; the jobs run again in another worker", exc_info=True)
         os._exit(DEVICE_EXIT)  # not sys.exit(): the clean-up would wait for the device

@@ -19,6 +19,7 @@ from itertools import accumulate
 from typing import Any, BinaryIO, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from models.spec import ModelSpec
+from service.catalogue import Catalogue, Ignored
 from service.engine.events import Event
 from service.engine.job import Job, ModelKey
 
@@ -35,7 +36,7 @@ class Submit:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Stop a job that has no client any more."""
+    """Stop a job, or a call about a model, that has no client any more."""
 
     job: str
 
@@ -55,13 +56,30 @@ class Interrupt:
 
 
 @dataclass(frozen=True)
+class SetLoaded:
+    """Load a model, or unload it when no job uses it. A CallEnded with the same `call` follows."""
+
+    call: str
+    model: str
+    load: bool
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What can be served of the catalogue with this number; replaces an earlier offer."""
+
+    number: int
+    specs: tuple[ModelSpec, ...]
+    ignored: tuple[Ignored, ...]
+
+
+@dataclass(frozen=True)
 class Ready:
-    """The worker takes jobs.
+    """The worker takes jobs; sent once, after the first Offer.
 
     memory: bytes of the device; parts: seconds of each part of the start; holds: as in Heartbeat.
     """
 
-    specs: tuple[ModelSpec, ...]
     holds: tuple[ModelKey, ...]
     device: str
     memory: int
@@ -96,8 +114,8 @@ class Rejected:
     reason: str
 
 
-Command = Submit | Cancel | Withdraw | Interrupt  # to the worker
-Report = Event | Ready | Heartbeat | Fatal | Rejected  # from the worker
+Command = Submit | Cancel | Withdraw | Interrupt | Catalogue | SetLoaded  # to the worker; catalogue first
+Report = Event | Offer | Ready | Heartbeat | Fatal | Rejected  # from the worker
 
 
 class Frame(NamedTuple):

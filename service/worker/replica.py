@@ -9,9 +9,11 @@ from typing import Literal, Protocol
 from service.engine.events import Decoded, Incident, Stepped
 from service.engine.job import Job
 from service.metrics import Metrics
+from service.model_paths import ModelPathError
 from service.settings import Settings
 from service.worker import child, protocol
 from service.worker.child import WorkerProcess
+from service.worker.model_table import ModelTable
 from service.worker.protocol import (
     Command,
     Fatal,
@@ -45,7 +47,9 @@ class WorkerFailed(Exception):  # noqa: N818 - not an error of a request
 
 
 class Owner(Protocol):
-    """What a replica reports to."""
+    """What a replica reports to. models: with the catalogue for its workers."""
+
+    models: ModelTable
 
     def handle(self, replica: Replica, report: Report) -> None:
         """A message of the replica's worker about jobs, or that the worker is ready."""
@@ -143,10 +147,14 @@ class Replica:
         WorkerFailed.
         """
         try:
+            await self.owner.models.read_once()
             worker = self.worker = await child.spawn(self.settings, self.number)
+        except ModelPathError as error:
+            raise WorkerFailed(str(error), fatal=True) from error
         except OSError:
             log.exception("no worker could be started", extra={"replica": self.number})
             return "failed"
+        worker.send(self.owner.models.catalogue)
         watch = asyncio.create_task(self._watch(worker))
         try:
             await self.listen()

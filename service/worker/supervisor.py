@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
 from models.spec import ModelSpec
 from service.engine.events import (
+    CallEnded,
     Cancelled,
     Done,
     Failed,
     Loaded,
+    LoadedModels,
     Previewed,
     QueuePosition,
     QueuePositions,
@@ -23,6 +26,7 @@ from service.engine.events import (
 )
 from service.engine.job import Job
 from service.errors import (
+    DeadlineExceeded,
     Draining,
     JobFailed,
     Loading,
@@ -31,21 +35,23 @@ from service.errors import (
     ServiceError,
     Unavailable,
     WorkerLost,
-    from_code,
 )
 from service.metrics import Metrics
 from service.settings import Settings
 from service.worker.call_log import CallLog
 from service.worker.devices import settings_of_replicas
+from service.worker.model_table import ModelTable, error_of
 from service.worker.placement import Placement
 from service.worker.progress import Progress, State
 from service.worker.protocol import (
     Cancel,
     Heartbeat,
     Interrupt,
+    Offer,
     Ready,
     Rejected,
     Report,
+    SetLoaded,
     UnreadableMessageError,
     Withdraw,
 )
@@ -89,7 +95,7 @@ class Supervisor:
         self.settings = settings
         self.metrics = metrics
         self.calls = CallLog()
-        self.specs: dict[str, ModelSpec] = {}
+        self.models = ModelTable(settings)
         self.slots_in_use = 0
         self.draining = False
         self.failure: WorkerFailed | None = None
@@ -103,6 +109,11 @@ class Supervisor:
         self._closed_by: type[ServiceError] | None = None  # the error that every new job gets
         self._no_slots_in_use = asyncio.Event()
         self._no_slots_in_use.set()
+
+    @property
+    def specs(self) -> dict[str, ModelSpec]:
+        """Name -> spec of every model that requests can use."""
+        return self.models.specs
 
     @property
     def ready(self) -> bool:
@@ -129,7 +140,7 @@ class Supervisor:
             raise refusal(Unavailable)
         if self.draining:
             raise refusal(Draining)
-        if not self.specs:
+        if not self.models.known:
             raise refusal(Loading)
 
     @contextmanager
@@ -171,6 +182,46 @@ class Supervisor:
         """End a running job early, with its images as they are; other jobs are left alone."""
         if (ticket := self._tickets.get(job_id)) and ticket.running:
             self._send_about(job_id, Interrupt(job_id))
+
+    async def rescan(self) -> None:
+        """Read the folders of models again; returns when every worker serves what is there.
+
+        Raises DeadlineExceeded.
+        """
+        catalogue = await self.models.read_again()
+        for replica in self.replicas:
+            replica.send(catalogue)
+        await self._within_timeout(self.models.wait_for(catalogue.number), DeadlineExceeded())
+
+    async def set_loaded(self, model: str, load: bool) -> None:
+        """Load a model at every replica, or unload it where no job uses it any more.
+
+        Raises NotFound, the error that loading failed with, and ModelInUse for a model that was in use until
+        the timeout.
+        """
+        if model not in self.specs:
+            raise NotFound(f"model does not exist; expected one of {', '.join(self.specs)}", param="name")
+        ready = [replica for replica in self.replicas if replica.is_ready]
+        if not ready:
+            raise refusal(Loading)
+        call = uuid.uuid4().hex
+        answers = self.models.begin_call(call, model, [replica.number for replica in ready])
+        too_late = DeadlineExceeded() if load else error_of("model_in_use", model)
+        try:
+            for replica in ready:
+                replica.send(SetLoaded(call, model, load))
+            await self._within_timeout(asyncio.gather(*answers), too_late)
+        finally:
+            self.models.forget_call(call)
+            for replica in ready:
+                replica.send(Cancel(call))
+
+    async def _within_timeout(self, work: Awaitable[object], too_late: ServiceError) -> None:
+        """Wait for work. Raises `too_late` after the timeout of requests."""
+        try:
+            await asyncio.wait_for(work, self.settings.timeout)
+        except TimeoutError:
+            raise too_late from None
 
     def watch(self, job_id: str) -> AsyncIterator[State]:
         """The state of an unanswered job: now, and after each change. Raises NotFound."""
@@ -268,6 +319,7 @@ class Supervisor:
             if ticket := self._tickets.get(job):
                 ticket.running = False
         self._placement.clear(replica.number)
+        self.models.lose(replica.number)
         for job in self._quarantine.end(replica.number, cause, age):
             log.error("job %s is refused: it made workers die", job, extra={"job": job})
             self._tickets[job].fail(WorkerLost())
@@ -286,10 +338,15 @@ class Supervisor:
             case Heartbeat(holds=holds):
                 self._placement.hold(replica.number, holds)
                 self._dispatch()
-            case Ready(specs, holds):
+            case Ready(holds):
                 self._placement.hold(replica.number, holds)
-                self.specs = {spec.name: spec for spec in specs}
                 self._dispatch()
+            case Offer():
+                self.models.take(replica.number, report)
+            case LoadedModels():
+                self.models.set_loaded(replica.number, report)
+            case CallEnded():
+                self.models.end_call(replica.number, report)
             case Rejected(job, reason):
                 log.error(
                     "the worker could not read a message: %s", reason, extra={"replica": replica.number}
@@ -312,7 +369,8 @@ class Supervisor:
                 if ticket and not ticket.answer.done():  # otherwise the client has left
                     ticket.answer.set_result(report)
             case Failed(job, code):
-                self._fail(job, from_code(code))
+                if ticket := self._tickets.get(job):
+                    ticket.fail(error_of(code, ticket.job.model))
             case Withdrawn(job):
                 self._move(job)
             case Cancelled():

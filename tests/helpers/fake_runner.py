@@ -83,6 +83,15 @@ class CountingRunner:
             self.loaded = [*kept, job.model]
         return True
 
+    def load_models(self, keys: Sequence[ModelKey], busy: Collection[ModelKey]) -> bool:
+        return all(self.load(make_job("", model=key.model), busy) for key in keys)
+
+    def unload_model(self, model: str) -> None:
+        self.loaded = [name for name in self.loaded if name != model]
+
+    def install(self, contents: Sequence[str]) -> tuple[str, ...]:
+        return tuple(contents)
+
     def make_room(self, busy: Collection[ModelKey]) -> None:
         self.loaded = [model for model in self.loaded if ModelKey(model) in busy]
 

@@ -117,7 +117,10 @@ def wait_until(holds: Callable[[], bool], seconds: float = MAX_WAIT_SECONDS) -> 
 def serve(
     models: Sequence[Path | str], folder: Path, stderr: IO[str] | None, settings: Mapping[str, str]
 ) -> Iterator[Server]:
-    """Start a server of these models in a folder and wait until it is ready; kill it at the end."""
+    """Start a server of these models in a folder and wait until it is ready; kill it at the end.
+
+    Without models, the settings say where they are.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -128,7 +131,8 @@ def serve(
         "LDM_QUEUE_SIZE": str(QUEUE_SIZE),
         "LDM_MAX_BODY_BYTES": str(2**20),
     }
-    command = [sys.executable, "-P", "-m", "service.cli", "serve", "--model", *models, "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "service.cli", "serve", "--port", str(port)]
+    command += ["--model", *models] if models else []
     environment = os.environ | defaults | settings
     process = subprocess.Popen(command, env=environment, cwd=folder, stderr=stderr)
     try:

@@ -11,7 +11,7 @@ from service.engine.job import ModelKey
 from service.metrics import Metrics
 from service.settings import Settings
 from service.worker.child import WorkerProcess
-from service.worker.protocol import Command, Ready, Report
+from service.worker.protocol import Command, Offer, Ready, Report
 from service.worker.supervisor import Supervisor
 from tests.checkpoints.tiny import tiny_spec
 
@@ -19,7 +19,7 @@ from tests.checkpoints.tiny import tiny_spec
 def supervisor(specs: bool = True, **settings) -> Supervisor:
     """A supervisor without a worker. specs: whether it knows a model, as after a worker was ready."""
     made = Supervisor(Settings(**settings), Metrics())
-    made.specs = {"m": object()} if specs else {}
+    made.models.specs, made.models.known = {"m": object()} if specs else {}, specs
     return made
 
 
@@ -47,7 +47,8 @@ class Worker:
     def become_ready(self, *names: str) -> None:
         """The worker is ready, with these models loaded."""
         specs = tuple(replace(tiny_spec(), name=name) for name in names)
-        self.say(Ready(specs, tuple(map(ModelKey, names)), "cpu", 9, (("imports", 0.5),)))
+        self.say(Offer(0, specs, ()))
+        self.say(Ready(tuple(map(ModelKey, names)), "cpu", 9, (("imports", 0.5),)))
 
     def start(self, steps: int) -> None:
         self.say(Started(self.job, steps))

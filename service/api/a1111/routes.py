@@ -37,6 +37,7 @@ from service.api.a1111.schemas import (
     SDModel,
     TextToImage,
     UpscalerItem,
+    VAEItem,
 )
 from service.api.a1111.session import A1111Session
 from service.api.routing import ClientErrorRoute
@@ -70,11 +71,13 @@ class A1111Route(ClientErrorRoute):
 
 router = APIRouter(tags=["a1111"], route_class=A1111Route)
 sdapi = APIRouter(prefix="/sdapi/v1", route_class=A1111Route)
+admin_router = APIRouter(prefix="/sdapi/v1", tags=["a1111"], route_class=A1111Route)  # needs an admin key
 
 GENERATE: dict[str, Any] = {
     "responses": error_responses(400, 404, 408, 413, 415, 422, 429, 499, 500, 503, 504, 507)
 }
 READ: dict[str, Any] = {"responses": error_responses(422, 500, 503)}
+ADMIN: dict[str, Any] = {"responses": error_responses(404, 409, 422, 499, 500, 503, 504, 507)}
 WRITE: dict[str, Any] = {"responses": error_responses(400, 404, 408, 413, 415, 422, 429, 500, 503)}
 
 
@@ -262,6 +265,13 @@ async def list_embeddings(request: Request) -> Embeddings:
     )
 
 
+@sdapi.get("/sd-vae", **READ, summary="VAEs")
+async def list_vaes(request: Request) -> list[VAEItem]:
+    """Lists the VAEs in the folders of models. One beside a model, named NAME.vae, belongs to that model."""
+    catalogue = open_supervisor(request).models.catalogue
+    return [VAEItem(model_name=entry.name, filename=entry.name) for entry in catalogue.of("vae")]
+
+
 @sdapi.get("/scripts", **READ, summary="Scripts (none)")
 async def list_scripts() -> ScriptsList:
     """Always empty; clients read this at start to find extensions."""
@@ -286,8 +296,23 @@ async def ping() -> Empty:
     return Empty()
 
 
-async def nothing() -> Empty:
-    """Has no effect; accepted for compatibility."""
+async def rescan(request: Request) -> Empty:
+    """Reads the folders of models again: checkpoints, LoRAs, embeddings and VAEs. As POST /models/rescan."""
+    await native.while_connected(request, open_supervisor(request).rescan())
+    return Empty()
+
+
+async def unload_checkpoint(request: Request) -> Empty:
+    """Unloads the selected model when no job uses it; a later request loads it again."""
+    session = session_of(request)
+    await native.while_connected(request, session.set_loaded(False))
+    return Empty()
+
+
+async def reload_checkpoint(request: Request) -> Empty:
+    """Loads the selected model, if it is not loaded."""
+    session = session_of(request)
+    await native.while_connected(request, session.set_loaded(True))
     return Empty()
 
 
@@ -296,23 +321,22 @@ async def empty_list() -> list[str]:
     return []
 
 
-for path, what in (
-    ("refresh-checkpoints", "Refresh checkpoints"),
-    ("refresh-loras", "Refresh LoRAs"),
-    ("refresh-vae", "Refresh VAEs"),
-    ("unload-checkpoint", "Unload the checkpoint"),
-    ("reload-checkpoint", "Reload the checkpoint"),
+for path, act, what in (
+    ("refresh-checkpoints", rescan, "Find new checkpoints"),
+    ("refresh-loras", rescan, "Find new LoRAs"),
+    ("refresh-embeddings", rescan, "Find new embeddings"),
+    ("refresh-vae", rescan, "Find new VAEs"),
+    ("unload-checkpoint", unload_checkpoint, "Unload the selected model"),
+    ("reload-checkpoint", reload_checkpoint, "Load the selected model"),
 ):
-    sdapi.add_api_route(
-        f"/{path}", nothing, methods=["POST"], name=path.replace("-", "_"), summary=f"{what} (no-op)", **READ
-    )
+    name = path.replace("-", "_")
+    admin_router.add_api_route(f"/{path}", act, methods=["POST"], name=name, summary=what, **ADMIN)
 
 for path, what in (
     ("hypernetworks", "Hypernetworks"),
     ("face-restorers", "Face restorers"),
     ("realesrgan-models", "Real-ESRGAN models"),
     ("prompt-styles", "Prompt styles"),
-    ("sd-vae", "VAEs"),
     ("latent-upscale-modes", "Latent upscale modes"),
     ("script-info", "Arguments of scripts"),
     ("extensions", "Extensions"),

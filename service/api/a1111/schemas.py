@@ -354,6 +354,11 @@ class SDModel(BaseModel):
     config: str | None = None
 
 
+class VAEItem(BaseModel):
+    model_name: str
+    filename: str
+
+
 class SamplerItem(BaseModel):
     name: str
     aliases: list[str]

@@ -64,6 +64,10 @@ class A1111Session:
         """Select the model for requests that name no model. Raises NotFound."""
         self._checkpoint = self.find(name, param)
 
+    async def set_loaded(self, load: bool) -> None:
+        """Load the selected model, or unload it. Raises as Supervisor.set_loaded() does."""
+        await self.jobs.supervisor.set_loaded(self.options().sd_model_checkpoint, load)
+
     def options(self) -> Options:
         checkpoint = self._checkpoint or next(iter(self.specs), "")
         return Options(sd_model_checkpoint=checkpoint, samples_format=self.format, **options.defaults())

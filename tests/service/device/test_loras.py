@@ -61,9 +61,8 @@ def test_the_bundled_model_takes_a_lora(tmp_path):
     network = runner.registry.bundle(job.model_key)
     assert network.unet.dtype == torch.bfloat16
     precise = runner._in_float32(job.model_key)
-    merged = next(
-        c.target for c in runner.registry._loras["emoji"]["a"].changes if c.target.network == "unet"
-    )
+    (opened,) = runner.registry._open(runner.specs["emoji"], ["a"])
+    merged = next(change.target for change in opened.changes if change.target.network == "unet")
     exact, rounded = (each.unet.get_parameter(merged.parameter) for each in (precise, network))
     assert exact.dtype == torch.float32
     assert torch.equal(exact.bfloat16(), rounded)
@@ -74,8 +73,7 @@ def registry_of(memory: int, sets: int) -> Registry[str]:
     registry = Registry(
         {name: bundled("emoji") for name in ("m", "k")}, lambda path: "base", lambda spec: 10, memory
     )
-    loras = {name: {"a": 4, "b": 4} for name in ("m", "k")}
-    registry.offer(loras, lambda base, chosen: f"{base}{chosen}", sum, sets)
+    registry.offer(lambda spec, names: [4 for _ in names], lambda base, chosen: f"{base}{chosen}", sum, sets)
     registry.load("m")
     return registry
 

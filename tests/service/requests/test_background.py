@@ -39,7 +39,7 @@ class Service:
 
     def __init__(self, **settings) -> None:
         self.supervisor = supervisor(**settings)
-        self.supervisor.specs = {"tiny": tiny_spec()}
+        self.supervisor.models.specs, self.supervisor.models.known = {"tiny": tiny_spec()}, True
         self.jobs = Jobs(self.supervisor)
 
     def worker(self, record: Record) -> Worker:

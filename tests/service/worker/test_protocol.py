@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from models.spec import ModelSpec
 from service.engine.events import Done, Incident
-from service.engine.job import ModelKey
 from service.worker import protocol
 from service.worker.protocol import (
     MAGIC,
@@ -66,8 +65,8 @@ def test_every_command_is_read_as_it_was_written(kind, data):
 
 
 def test_the_specs_of_real_models_are_read_as_they_were_written():
-    ready = protocol.Ready((tiny_spec(),), (ModelKey("tiny"),), "cpu", 1, (("imports", 0.5),))
-    assert decode_report(frame_of(encode(ready))) == ready
+    offer = protocol.Offer(1, (tiny_spec(),), ())
+    assert decode_report(frame_of(encode(offer))) == offer
 
 
 def test_a_field_named_kind_does_not_change_the_kind_of_the_message():

@@ -250,7 +250,7 @@ def test_a_worker_that_sends_nothing_has_stalled():
 def test_a_start_and_heartbeats_are_measured():
     service = supervisor()
     worker = Worker(service)
-    worker.say(Ready(specs=(), holds=(), device="cpu", memory=9, parts=(("imports", 0.5),)))
+    worker.say(Ready(holds=(), device="cpu", memory=9, parts=(("imports", 0.5),)))
     worker.say(Heartbeat(ticks=3, busy=True, loading=False, memory=5))
     value = service.metrics.registry.get_sample_value
     assert [

@@ -338,8 +338,9 @@ def test_png_info_reads_what_files_carry(bundled, api, kind):
 def app_with(**changes: object) -> FastAPI:
     """The application without its worker, as if a bundled model were loaded, with changes of its spec."""
     app = create_app(Settings(queue_size=1))
-    sources = identify_all(locate_all(("emoji",)))
-    app.state.supervisor.specs = {name: replace(source.spec, **changes) for name, source in sources.items()}
+    supervisor, sources = app.state.supervisor, identify_all(locate_all(("emoji",)))
+    supervisor.models.specs = {n: replace(source.spec, **changes) for n, source in sources.items()}
+    supervisor.models.known = True
     return app
 
 
