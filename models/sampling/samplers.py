@@ -9,6 +9,7 @@ Imports no torch, so that the process that checks requests can know the samplers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -192,3 +193,12 @@ def max_steps(sampler: str, timesteps: int) -> int:
 def unet_calls(sampler: str, steps: int) -> int:
     """How often a run calls the UNet, to within one: the last step of a two-call sampler takes one call."""
     return 2 * steps - 1 if sampler in TWO_CALL_SAMPLERS else steps
+
+
+def first_call(sampler: str, calls: int, part: float) -> int:
+    """The first of a run's UNet calls, counted from 0, with at least this part of the calls before it.
+
+    It begins a step: a two-call sampler's next step is taken if the part ends within one.
+    """
+    first = math.ceil(part * calls - 1e-9)  # 0.28 of 25 is 7, though floats say 7.000000000000001
+    return min(first + first % 2 if sampler in TWO_CALL_SAMPLERS else first, calls)

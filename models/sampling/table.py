@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,10 @@ class Plan:
     def __len__(self) -> int:
         """How many UNet evaluations the run takes."""
         return len(self.coeffs)
+
+    def part(self, first: int, last: int) -> Plan:
+        """The calls from number `first` to before number `last`, counted from 0."""
+        return replace(self, coeffs=self.coeffs[first:last])
 
     @property
     def timesteps(self) -> Floats:

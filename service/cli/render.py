@@ -15,6 +15,7 @@ from models.formats.identify import Source
 from models.spec import ModelSpec, Spacing
 from service.cli.from_image import fields_of_file
 from service.cli.options import ONE_SHOT, UsageError, add_settings, settings_of
+from service.cli.phases import add_phases, refiner_of, with_refiner
 from service.engine.events import Done, Event, Failed, Started, Stepped
 from service.engine.job import Job
 from service.errors import ServiceError, from_code
@@ -161,6 +162,7 @@ def add_scene(command: argparse.ArgumentParser) -> None:
     )
     add("--guidance-end", type=float, metavar="X", help="guidance acts up to this part of the run, 0 to 1")
     add("--guidance-rescale", type=float, metavar="X", help="restore the contrast that guidance adds, 0 to 1")
+    add_phases(command)
     add("--clip-skip", type=int, metavar="N", help="end the text encoders N - 1 layers earlier (default: 1)")
     add(
         "--variation-strength",
@@ -237,7 +239,8 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     """Run a request of this kind and write its images; `files`: field -> image file, or None."""
     output = Path(args.output)
     image_format = format_of(output)
-    settings = replace(settings_of(args, *ONE_SHOT), lora=tuple(entry for entry, _ in args.lora))
+    settings = with_refiner(settings_of(args, *ONE_SHOT), args)
+    settings = replace(settings, lora=tuple(entry for entry, _ in args.lora))
     paths, loras = locate_all(settings.model, settings.allow_pickle), locate_loras(settings.lora)
     vaes = locate_vaes(settings.vae, paths)
     sources = identify_all(paths, settings.allow_pickle, settings.prediction, settings.weights, vaes)
@@ -279,6 +282,7 @@ def request_of(
     """
     fields: dict[str, Any] = {name: getattr(args, name, None) for name in REQUEST_FIELDS}
     fields["variation"] = variation_of(args)
+    fields["refiner"] = refiner_of(args)
     fields = dict(repeated) | {name: value for name, value in fields.items() if value is not None}
     if not repeated.get("loras"):  # else the image's own weights
         fields["loras"] = {entry.partition("=")[0]: weight for entry, weight in args.lora}

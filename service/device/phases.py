@@ -6,12 +6,13 @@ A phase is a run of UNet calls of one model at one size. Most jobs have one.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from models.conditioning.text_encoder import Context
 from models.latent_diffusion import LatentDiffusion
 from models.sampling.guidance import StepRows, cfg_run
+from models.sampling.samplers import first_call
 from models.sampling.table import Plan
 from service.engine.job import Job, ModelKey, Segment
 
@@ -29,6 +30,10 @@ class PhaseOutline:
     height: int
     plan: Plan
     rows: tuple[StepRows, ...]
+
+    def part(self, first: int, last: int) -> PhaseOutline:
+        """The calls from number `first` to before number `last`, counted from 0."""
+        return replace(self, plan=self.plan.part(first, last), rows=self.rows[first:last])
 
     def segments(self, group: Hashable, row_cost: float) -> tuple[Segment, ...]:
         """The calls of the phase, as the scheduler needs to know them."""
@@ -62,4 +67,14 @@ def outlines(job: Job, plan_of: Callable[[Job], Plan]) -> tuple[PhaseOutline, ..
     """The phases of a job. plan_of: the sampler's plan of a job."""
     plan = plan_of(job)
     rows = cfg_run(job.guidance_scale, len(plan), job.guidance_start, job.guidance_end, job.guidance_rescale)
-    return (PhaseOutline(job.model_key, job.width, job.height, plan, rows),)
+    whole = PhaseOutline(job.model_key, job.width, job.height, plan, rows)
+    return with_refiner(whole, job)
+
+
+def with_refiner(whole: PhaseOutline, job: Job) -> tuple[PhaseOutline, ...]:
+    """A phase, with its last part as a phase of the job's refiner; it goes on from the same latent."""
+    if job.refiner is None:
+        return (whole,)
+    calls = len(whole.plan)
+    switch = first_call(job.sampler, calls, job.refiner.switch_at)
+    return whole.part(0, switch), replace(whole.part(switch, calls), key=ModelKey(job.refiner.model))

@@ -77,6 +77,14 @@ class JobReference:
 
 
 @dataclass(frozen=True)
+class Refiner:
+    """Another model that makes the last steps of a run, from its part `switch_at` on."""
+
+    model: str
+    switch_at: float
+
+
+@dataclass(frozen=True)
 class Job:
     """The parameters of a job's images, and its priority. Image i has the seed image_seed(i).
 
@@ -125,6 +133,7 @@ class Job:
     guidance_start: float = 0.0  # guidance acts between these parts of the run
     guidance_end: float = 1.0
     guidance_rescale: float = 0.0  # see models.sampling.guidance.rescale
+    refiner: Refiner | None = None
 
     def image_seed(self, image: int) -> int:
         """The seed of an image's generator: with a variation all images have the same."""
@@ -138,7 +147,7 @@ class Job:
     @property
     def model_keys(self) -> tuple[ModelKey, ...]:
         """All models that the job runs on, without repetitions; the first one is that of its first call."""
-        return (self.model_key,)
+        return (self.model_key, ModelKey(self.refiner.model)) if self.refiner else (self.model_key,)
 
 
 @dataclass(frozen=True)

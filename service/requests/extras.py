@@ -26,6 +26,7 @@ EXTRAS: Mapping[str, Callable[[ModelSpec], bool]] = {
     "guidance_start": guides,
     "guidance_end": guides,
     "guidance_rescale": guides,
+    "refiner": lambda spec: generates(spec) and spec.reads_prompts and not spec.concat_channels,
     "clip_skip": lambda spec: spec.max_clip_skip > 1,
     "variation": generates,
     "mask_blur": inpaints,

@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict
 from models.conditioning.boxes import Box as NumberedBox
 from models.spec import Spacing
 from models.tiles import Tiles
-from service.engine.job import Job, JobControl, JobReference, LatentFill, LoraWeights, Variation
+from service.engine.job import Job, JobControl, JobReference, LatentFill, LoraWeights, Refiner, Variation
 from service.requests.control_schemas import ControlSettings, ReferenceSettings
 from service.requests.extras import EXTRAS
 from service.requests.images import Format
 from service.requests.inpainting import Paste
 from service.requests.metadata import DigitalSource
+from service.requests.phase_schemas import RefinerInput
 from service.requests.schemas import Area, Extend, Fill, LabelBox, VariationSeed
 
 
@@ -52,6 +53,7 @@ class Parameters(BaseModel):
     guidance_start: float | None = None
     guidance_end: float | None = None
     guidance_rescale: float | None = None
+    refiner: RefinerInput | None = None
     clip_skip: int | None = None
     variation: VariationSeed | None = None
     mask_blur: int | None = None
@@ -174,7 +176,8 @@ class ResolvedRequest:
 
     def to_job(self) -> Job:
         """The job for the engine."""
-        parameters, inputs, variation = self.parameters, self.inputs, self.parameters.variation
+        parameters, inputs = self.parameters, self.inputs
+        variation, refiner = parameters.variation, parameters.refiner
         return Job(
             id=self.id,
             model=parameters.model,
@@ -213,6 +216,7 @@ class ResolvedRequest:
             guidance_start=parameters.guidance_start or 0.0,
             guidance_end=1.0 if parameters.guidance_end is None else parameters.guidance_end,
             guidance_rescale=parameters.guidance_rescale or 0.0,
+            refiner=Refiner(refiner.model, refiner.switch_at) if refiner else None,
         )
 
     @property

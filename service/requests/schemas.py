@@ -19,6 +19,7 @@ from service.engine.job import MAX_SEED
 from service.requests.control_schemas import MAX_CONTROLS, MAX_REFERENCES, ControlInput, ReferenceInput
 from service.requests.image_field import IMAGE, ImageInput
 from service.requests.images import Format
+from service.requests.phase_schemas import RefinerInput
 from service.worker.progress import Stage
 
 MAX_SIDE = 8192
@@ -200,6 +201,10 @@ class SceneRequest(ImageRequest):
             "conditional one (phi of Lin et al. 2023); about 0.7 for models with zero terminal SNR",
         ),
     ] = 0.0
+    refiner: Annotated[
+        RefinerInput | None,
+        Field(description="Another model that makes the last steps, such as SDXL's refiner"),
+    ] = None
     clip_skip: Annotated[
         int | None,
         Field(

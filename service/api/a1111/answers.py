@@ -100,6 +100,8 @@ def infotext_of(body: Processing, choice: SamplerChoice, resolved: ResolvedReque
         "Denoising strength": strength_of(body),
         "Clip skip": values.clip_skip,
         "Eta": eta_of(body, choice),
+        "Refiner": values.refiner.model if values.refiner else None,
+        "Refiner switch at": values.refiner.switch_at if values.refiner else None,
         "Version": VERSION,
     }
     return infotext.write(body.prompt or "", resolved.negative_prompt, lines)

@@ -64,11 +64,8 @@ def check_fields(body: Processing) -> None:
         expected = " or ".join(map(json.dumps, neutral))
         require([(name, value is None or value in neutral, f"is not supported; it must be {expected}")])
     resized = (body.seed_resize_from_w or 0) > 0 and (body.seed_resize_from_h or 0) > 0
-    switches = body.refiner_switch_at is None or body.refiner_switch_at < 1
-    refined = body.refiner_checkpoint not in (None, "", "None") and switches
     rules = [
         ("seed_resize_from_w", not resized, "is not supported; it must be -1 or 0"),
-        ("refiner_checkpoint", not refined, "is not supported; it must be empty"),
     ]
     if isinstance(body, ImageToImage):
         rules.append(("resize_mode", body.resize_mode != 3, "must be 0, 1 or 2"))

@@ -71,6 +71,8 @@ FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "Variation seed strength": ("subseed_strength", float),
     "Denoising strength": ("denoising_strength", float),
     "Eta": ("eta", float),
+    "Refiner": ("refiner_checkpoint", str),
+    "Refiner switch at": ("refiner_switch_at", float),
 }
 
 

@@ -35,6 +35,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "face_restoration": (False,),
     "forge_additional_modules": ([],),
     "fp8_storage": ("Disable",),
+    "hires_fix_refiner_pass": ("second pass",),
     "k_sched_type": ("Automatic",),
     "pad_cond_uncond": (False,),
     "pad_cond_uncond_v0": (False,),

@@ -64,6 +64,8 @@ class A1111Route(ClientErrorRoute):
         "loras": "prompt",
         "lora_text_weights": "prompt",
         "clip_skip": "override_settings.CLIP_stop_at_last_layers",
+        "refiner.model": "refiner_checkpoint",
+        "refiner.switch_at": "refiner_switch_at",
         "variation.seed": "subseed",
         "variation.strength": "subseed_strength",
     }

@@ -84,8 +84,12 @@ class Processing(Body):
         Field(description="not supported: scripts are accepted only without arguments or switched off"),
     ] = None
     infotext: Annotated[str | None, NEUTRAL_ONLY] = None
-    refiner_checkpoint: Annotated[str | None, NEUTRAL_ONLY] = None
-    refiner_switch_at: Annotated[float | None, NEUTRAL_ONLY] = None
+    refiner_checkpoint: Annotated[
+        str | None, Field(description="name of a model that makes the last steps; None: none")
+    ] = None
+    refiner_switch_at: Annotated[
+        float | None, Field(description="the part of the steps after which it takes over; 1: never")
+    ] = None
     restore_faces: Annotated[bool | None, NEUTRAL_ONLY] = None
     s_churn: Annotated[float | None, NEUTRAL_ONLY] = None
     s_min_uncond: Annotated[float | None, NEUTRAL_ONLY] = None

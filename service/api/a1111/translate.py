@@ -16,6 +16,7 @@ from service.api.a1111 import options
 from service.api.a1111.answers import encoder, infotext_of, strength_of
 from service.api.a1111.checks import SETTINGS, check_unsupported
 from service.api.a1111.masking import read_mask
+from service.api.a1111.phases import refiner_of
 from service.api.a1111.resizing import resize
 from service.api.a1111.samplers import SamplerChoice
 from service.api.a1111.schemas import ImageToImage, Processing
@@ -164,6 +165,7 @@ def fields_of(
     kind = options.read_format(body.override_settings or {}, SETTINGS)
     return sampling_fields(body, choice, spec, n) | {
         "model": spec.name,
+        "refiner": refiner_of(body, session),
         "n": n,
         "output_format": kind or options.FORMATS[session.format],
     }

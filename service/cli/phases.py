@@ -1,0 +1,36 @@
+"""The arguments of `ldm generate` and `inpaint` that divide a run into phases."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from service.cli.options import UsageError
+from service.model_paths import locate
+from service.settings import Settings
+
+
+def add_phases(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--refiner", metavar="MODEL", help="another model, by name or path, that makes the last steps")
+    add("--refiner-switch-at", type=float, metavar="X", help="part of the steps before it (default: 0.8)")
+
+
+def with_refiner(settings: Settings, args: argparse.Namespace) -> Settings:
+    """The settings, with the refiner among the models."""
+    refiner = getattr(args, "refiner", None)
+    if refiner is None or refiner in settings.model:
+        return settings
+    return replace(settings, model=(*settings.model, refiner))
+
+
+def refiner_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The field `refiner`. Raises UsageError for a switch without a refiner, and ModelPathError."""
+    refiner, switch_at = getattr(args, "refiner", None), getattr(args, "refiner_switch_at", None)
+    if refiner is None and switch_at is not None:
+        raise UsageError("--refiner-switch-at has no effect without --refiner")
+    if refiner is None:
+        return None
+    name, _ = locate(refiner, bool(args.allow_pickle))
+    return {"model": name} | ({} if switch_at is None else {"switch_at": switch_at})
