@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +46,53 @@ def test_generate_at_sides_that_are_no_multiple_of_the_coarsest_cell(families, s
     start = torch.randn(1, 4, 5, 9, generator=torch.Generator().manual_seed(7))
     expected = theirs(sd_pipelines["xl"], latents=start, width=72, height=40)
     assert psnr(image_of(families.client.post("/generate", json=body)), expected) > 40
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("switch_at", [0.3, 0.8])
+def test_the_refiner_makes_the_last_steps(families, sd_pipelines, switch_at):
+    texts = {"negative_prompt": "blue pear", "num_inference_steps": 10}
+    body = {"model": "xl", "refiner": {"model": "xl-refiner", "switch_at": switch_at}} | REQUEST
+    body |= {"steps": 10, "negative_prompt": "blue pear"}
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    base, refiner = sd_pipelines["xl"], sd_pipelines["xl-refiner"]
+    given = {"prompt": REQUEST["prompt"], "guidance_scale": 4.0} | texts
+    z = base(**given, latents=start, denoising_end=switch_at, output_type="latent").images
+    expected = refiner(**given, image=z, denoising_start=switch_at, output_type="np").images[0] * 255
+    pixels = image_of(families.client.post("/generate", json=body))
+    plain = image_of(families.client.post("/generate", json=body | {"refiner": None}))
+    assert psnr(pixels, expected) > max(40, psnr(pixels, plain) + 3)
+
+
+@pytest.mark.parametrize(
+    ("refiner", "param"),
+    [
+        ({"model": "xl"}, "refiner.model"),
+        ({"model": "sd1"}, "refiner.model"),
+        ({"model": "xl-inpainting"}, "refiner.model"),
+        ({"model": "none"}, "refiner.model"),
+        ({"model": "xl-refiner", "switch_at": 0.99}, "refiner.switch_at"),
+        ({"model": "xl-refiner", "switch_at": 1.0}, "refiner.switch_at"),
+    ],
+)
+def test_a_refiner_that_does_not_fit_is_refused(families, refiner, param):
+    answer = families.client.post("/generate", json={"model": "xl", "refiner": refiner} | REQUEST)
+    assert error_of(answer, 422)["param"] == param
+
+
+def test_a1111s_refiner_is_the_native_one(families):
+    body = {"prompt": "red apple", "steps": 5, "cfg_scale": 4, "seed": 7, "sampler_name": "DDIM"}
+    body |= {"refiner_checkpoint": "xl-refiner.safetensors [0123456789]", "refiner_switch_at": 0.6}
+    body["override_settings"] = {"sd_model_checkpoint": "xl"}
+    answer = families.client.post("/sdapi/v1/txt2img", json=body)
+    assert answer.status_code == 200, answer.text
+    assert "Refiner: xl-refiner, Refiner switch at: 0.6" in json.loads(answer.json()["info"])["infotexts"][0]
+    native = {"model": "xl", "refiner": {"model": "xl-refiner", "switch_at": 0.6}, "prompt_weights": True}
+    native |= REQUEST | {"prompt": "red apple", "steps": 5, "long_prompts": "chunk"}
+    made = Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0])))
+    assert (np.asarray(made) == image_of(families.client.post("/generate", json=native))).all()
+    refused = families.client.post("/sdapi/v1/txt2img", json=body | {"refiner_switch_at": 0})
+    assert error_of(refused, 422)["param"] == "refiner_switch_at"
 
 
 def test_inpaint(families, sd_pipelines, monkeypatch):

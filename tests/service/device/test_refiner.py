@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from models.checkpoint import load
 from models.conditioning.conditioner import ConditioningInput
@@ -18,10 +17,9 @@ from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.engine.job import ModelKey, Refiner
 from service.errors import OutOfMemory
-from tests.checkpoints.sd_folders import pipeline
-from tests.checkpoints.tiny import fill_randomly, write_tiny_model
+from tests.checkpoints.tiny import write_tiny_model
 from tests.helpers.fake_runner import make_job
-from tests.helpers.images import IMAGE, MASK, psnr
+from tests.helpers.images import IMAGE, MASK
 from tests.helpers.torch_runner import run_jobs
 
 FIELDS = {"width": 64, "height": 64, "steps": 5, "guidance_scale": 4.0}
@@ -103,27 +101,3 @@ def test_models_that_do_not_fit_together_are_refused_unless_others_are_in_the_wa
     assert not runner.load(job, {ModelKey("other")})
     with pytest.raises(OutOfMemory):
         runner.load(job, ())
-
-
-@torch.inference_mode()
-def test_the_image_is_that_of_diffusers(tmp_path):
-    base, other = pipeline("xl"), pipeline("xl")
-    for seed, network in enumerate((other.unet, other.text_encoder, other.text_encoder_2)):
-        fill_randomly(network, 10 + seed)
-    paths = {"m": tmp_path / "m", "k": tmp_path / "k"}
-    for name, each in (("m", base), ("k", other)):
-        each.save_pretrained(paths[name])
-    refiner = StableDiffusionXLImg2ImgPipeline(**other.components)
-    text = {
-        "prompt": "red apple",
-        "negative_prompt": "pear",
-        "guidance_scale": 4.0,
-        "num_inference_steps": 10,
-    }
-    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
-    latents = base(**text, latents=start, denoising_end=0.8, output_type="latent").images
-    expected = refiner(**text, image=latents, denoising_start=0.8, output_type="np").images[0] * 255
-    fields = FIELDS | {"steps": 10, "prompt": "red apple", "negative_prompt": "pear", "seed": 7}
-    runner = TorchRunner(Registry(paths, load), (2,))
-    (image,) = run_jobs(runner, make_job("a", **fields, refiner=Refiner("k", 0.8)))["a"]
-    assert psnr(np.frombuffer(image, np.uint8).reshape(64, 64, 3), expected) > 40

@@ -119,7 +119,7 @@ def test_values_that_change_nothing_change_nothing(bundled, body):
         ({"alwayson_scripts": {"ControlNet": {"args": [{"model": "canny"}]}}}, "alwayson_scripts.ControlNet"),
         ({"subseed_strength": 1.5}, "subseed_strength"),
         ({"seed_resize_from_h": 512, "seed_resize_from_w": 512}, "seed_resize_from_w"),
-        ({"refiner_checkpoint": "xl-refiner", "refiner_switch_at": 0.8}, "refiner_checkpoint"),
+        ({"refiner_checkpoint": "emoji", "refiner_switch_at": 0.8}, "refiner_checkpoint"),
         ({"infotext": "apple\nSteps: 4"}, "infotext"),
         ({"token_merging_ratio": 0.5}, "token_merging_ratio"),
         ({"s_min_uncond": 1.0}, "s_min_uncond"),
