@@ -337,9 +337,10 @@ def run_job(job: Job, settings: Settings, sources: Mapping[str, Source]) -> Done
 
     logging.basicConfig(format="ldm: %(message)s")
     logging.getLogger(build.__module__).setLevel(logging.INFO)  # to log the number of threads
-    vaes = locate_vaes(settings.vae, sources)
-    settings = replace(settings, vae=(str(vaes[job.model]),) if job.model in vaes else ())
-    runner = build(settings, {job.model: sources[job.model]})
+    used = {key.model: sources[key.model] for key in job.model_keys}
+    vaes = locate_vaes(settings.vae, sources).items()
+    settings = replace(settings, vae=tuple(f"{model}={path}" for model, path in vaes if model in used))
+    runner = build(settings, used)
     results: list[Done | ServiceError] = []
     with tqdm(total=job.n * job.steps, unit="step", leave=False) as bar:
 

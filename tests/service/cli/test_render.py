@@ -11,6 +11,7 @@ from PIL import Image
 from service.cli.main import main
 from service.requests import images
 from service.requests.metadata import Metadata
+from tests.checkpoints.tiny import write_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -117,3 +118,17 @@ def test_inpaint_keeps_the_pixels_outside_the_mask(folder, tiny):
     made, right = read_image(folder / "b.png"), (20, 0, 40, 24)
     assert made.crop(right).tobytes() == sent.crop(right).tobytes()
     assert made.tobytes() != sent.tobytes()
+
+
+def test_a_refiner_may_be_any_model(folder, tiny, capsys):
+    other = write_tiny_model(folder / "other", seed=1)
+    flags = ["--steps", "4", "--seed", "1", "--model", str(tiny)]
+    refined = ["--refiner", str(other), "--refiner-switch-at", "0.5"]
+    assert main(["generate", "p", *flags, *refined, "-o", "refined.png"]) == 0
+    assert main(["generate", "p", *flags, "-o", "plain.png"]) == 0
+    assert read_image(folder / "refined.png").tobytes() != read_image(folder / "plain.png").tobytes()
+    both = f"{tiny},{other}"
+    assert main(["generate", "--from", "refined.png", "--model", both, "-o", "again.png"]) == 0
+    assert (folder / "again.png").read_bytes() == (folder / "refined.png").read_bytes()
+    assert main(["generate", "p", *flags, "--refiner-switch-at", "0.5", "-o", "a.png"]) == 2
+    assert "has no effect without --refiner" in capsys.readouterr().err
