@@ -119,10 +119,13 @@ class LatentDiffusion:
     def context_shape(self, inputs: ConditioningInput) -> tuple[int, int] | None:
         """(L, C) of the context of these inputs; None where the UNet takes no context."""
         shape = self.spec.context_shape
-        if shape is None or not (inputs.prompt_options.chunked and self.spec.reads_prompts):
-            return shape
-        assert isinstance(self.conditioner, (TextConditioner, TokenConditioner))
-        return shape[0] * self.conditioner.chunk_count(inputs), shape[1]
+        if shape is None:
+            return None
+        length, count = shape[0], 0 if inputs.neighbours is None else len(inputs.neighbours)
+        if inputs.prompt_options.chunked and self.spec.reads_prompts:
+            assert isinstance(self.conditioner, (TextConditioner, TokenConditioner))
+            length *= self.conditioner.chunk_count(inputs)
+        return length + count, shape[1]
 
     def size_embedding(self, width: int, height: int, score: float = AESTHETIC_SCORES[1]) -> Tensor:
         """SDXL's size conditioning (Podell et al. 2023, section 2.2): (P,).

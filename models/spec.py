@@ -303,6 +303,11 @@ class ModelSpec:
         return (1, self.condition.width) if isinstance(self.condition, ClassSpec) else None
 
     @property
+    def takes_neighbours(self) -> bool:
+        """Whether its context may have vectors of images beside the prompt's (retrieval-augmented models)."""
+        return bool(self.texts and self.texts[0].projection)
+
+    @property
     def lacks_text_encoder(self) -> bool:
         """Whether the UNet takes a context but no conditioner is known: a text encoder is missing."""
         return bool(self.unet and self.unet.context_width and not (self.texts or self.condition))

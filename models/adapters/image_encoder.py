@@ -47,6 +47,10 @@ class ImageEncoder:
         projected, states = self.network(normalised(images, self.spec.image_size))
         return projected, states
 
+    def neighbours(self, images: Tensor) -> Tensor:
+        """Images (k, 3, H, W) in [0, 1] -> vectors (k, P) for ConditioningInput.neighbours."""
+        return self.encode(images)[0]
+
     def encode_nothing(self) -> tuple[Tensor, Tensor]:
         """Of an image without content: zeros, and the states of an image of the mean colour."""
         size, weight = self.spec.image_size, self.network.visual_projection.weight

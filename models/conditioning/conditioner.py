@@ -11,6 +11,7 @@ from torch.nn.functional import embedding, interpolate, pad
 from transformers import PreTrainedTokenizerBase
 
 from models.conditioning.boxes import Box, tokens
+from models.conditioning.neighbours import with_neighbours
 from models.conditioning.prompt_tokenizer import PromptTokenizer
 from models.conditioning.prompts import PromptOptions
 from models.conditioning.text_encoder import Context, TextEncoder, apply_weights
@@ -33,6 +34,7 @@ class ConditioningInput(NamedTuple):
     regions: Tensor | None = None  # (rows, columns), a segmentation map; labels count from 1, 0: no label
     size: tuple[int, int] | None = None  # (width, height) of the image; None: the model's default
     prompt_options: PromptOptions = PLAIN
+    neighbours: Tensor | None = None  # (k, C), vectors of images, for a model that takes them
 
     @property
     def prompts(self) -> tuple[str, str]:
@@ -88,8 +90,8 @@ class TextConditioner(nn.Module):
     def context_pair(self, inputs: ConditioningInput) -> Context:
         """The unconditional and the conditional context, as two rows.
 
-        tokens (2, L, C), L the length of a chunk times self.chunk_count(inputs); pooled (2, P) if the model
-        has it, of the first chunk and without prompt weights.
+        tokens (2, L, C), L the length of a chunk times self.chunk_count(inputs), plus the neighbours; pooled
+        (2, P) if the model has it, of the first chunk and without prompt weights.
         """
         count = self.chunk_count(inputs)
         ids, weights = zip(
@@ -98,9 +100,9 @@ class TextConditioner(nn.Module):
         )
         states, pooled = self.encode(ids, weights, inputs.prompt_options.clip_skip)
         pair = Context(join_chunks(states, count), None if pooled is None else pooled[::count])
-        if not self.zero_null or inputs.negative_prompt:
-            return pair
-        return Context(zero_first(pair.tokens), None if pair.pooled is None else zero_first(pair.pooled))
+        if self.zero_null and not inputs.negative_prompt:
+            pair = Context(zero_first(pair.tokens), None if pair.pooled is None else zero_first(pair.pooled))
+        return pair if inputs.neighbours is None else with_neighbours(pair, inputs.neighbours)
 
     def chunk_count(self, inputs: ConditioningInput) -> int:
         """How many chunks the longer of the two prompts fills."""

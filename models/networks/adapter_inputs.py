@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.networks.attention_backends import attend
+from models.transfer import upload
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -105,7 +106,7 @@ def summed(count: int, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor 
         return None
     out = parts[0][1].new_zeros(count, *parts[0][1].shape[1:])
     for rows, x in parts:
-        out.index_add_(0, torch.tensor(list(rows), device=x.device), x)
+        out.index_add_(0, upload(torch.tensor(list(rows)), x.device), x)
     return out
 
 
