@@ -176,6 +176,12 @@ class Settings:
         calls. Fewer buckets: more padding, fewer differences. A bucket of one row is not possible, because
         its results differ most.""",
     )
+    no_graphs: bool = setting(
+        False,
+        boolean(),
+        """Do not record CUDA graphs; every network call is then launched from Python. After a graph could not
+        be recorded, the next workers run so by themselves.""",
+    )
     invariant: bool = setting(
         False,
         boolean(),

@@ -17,6 +17,7 @@ from models.latent_diffusion import LatentDiffusion
 from models.stopwatch import Stopwatch
 from service.catalogue import Catalogue
 from service.device.determinism import configure_determinism
+from service.device.graphs import Graphs
 from service.device.library import Library
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
@@ -67,6 +68,7 @@ def build(
         settings.step_memory,
         device,
         library.read,
+        Graphs() if settings.no_graphs else None,
     )
 
 

@@ -29,6 +29,7 @@ from service.device.batch import advance
 from service.device.contents import Contents
 from service.device.cuda_graphs import graphs_on
 from service.device.finite import FiniteChecker
+from service.device.graphs import Graphs
 from service.device.inputs import (
     conditioning_input,
     masked_pixels,
@@ -70,12 +71,14 @@ class TorchRunner:
         room: int = 0,
         device: torch.device | None = None,
         read: Callable[[Catalogue], Contents] = lambda catalogue: Contents(catalogue.number),
+        graphs: Graphs | None = None,
     ) -> None:
+        """room: bytes that one UNet call may take, 0 for all that is free; graphs: None for the default."""
         self.registry = registry
         self.read = read  # what can be served of a catalogue, for install(); may run in another thread
         self.buckets = tuple(buckets[-1:] if invariant else buckets)
         self.invariant = invariant
-        self.room = room  # bytes that one UNet call may take; 0: all that is free
+        self.room = room
         self.jobs: dict[str, JobState] = {}
         self.plans: LRUCache[tuple[Any, ...], Plan] = LRUCache(MAX_PLANS)
         self.schedules = {name: Schedule(spec.schedule) for name, spec in registry.specs.items()}
@@ -87,7 +90,7 @@ class TorchRunner:
         )  # also for failures that are recovered
         self.device = device = device or torch.device("cpu")
         self.memory = memory_of(device)
-        self.graphs = graphs_on(device)
+        self.graphs = graphs_on(device) if graphs is None else graphs
         self.finite_checker: FiniteChecker[JobState] = FiniteChecker(device)
         self.calls = 0
         self.measured: dict[Hashable, int] = {}  # group -> the most rows of a call whose memory was measured

@@ -19,12 +19,12 @@ from typing import Any, get_args
 from service.engine.events import Stage
 from service.engine.job import ImageKey, Job, ModelKey, Shape
 from service.engine.runner import Call, Preview, Runner
-from service.errors import NonFinite, OutOfMemory
+from service.errors import CaptureFailed, NonFinite, OutOfMemory
 
 STAGES = get_args(Stage)
-# Failures of a job: an exception, out of memory, NaN values, a lost CUDA device. Failures of the worker: it
-# ends by SIGKILL, SIGSEGV, SIGABRT or exit(), or hangs.
-KINDS = ("error", "oom", "nan", "device", "kill", "segfault", "abort", "exit", "stall")
+# Failures of a job: an exception, out of memory, NaN values. Failures of the worker: its CUDA device is lost,
+# the capture of a CUDA graph fails; it ends by SIGKILL, SIGSEGV, SIGABRT or exit(), or hangs.
+KINDS = ("error", "oom", "nan", "device", "capture", "kill", "segfault", "abort", "exit", "stall")
 
 
 @dataclass
@@ -148,6 +148,8 @@ def fail(kind: str) -> None:
             raise NonFinite
         case "error":
             raise RuntimeError("injected by LDM_FAULTS")
+        case "capture":
+            raise CaptureFailed("operation not permitted when stream is capturing (by LDM_FAULTS)")
         case "device":
             from service.device.torch_errors import translate_device_lost
 

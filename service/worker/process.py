@@ -22,12 +22,15 @@ from service.engine.engine import Engine
 from service.engine.events import LoadedModels
 from service.engine.job import ModelKey
 from service.engine.runner import Runner
-from service.errors import DeviceLost
+from service.errors import CaptureFailed, DeviceLost
 from service.model_paths import locate_all
 from service.settings import SettingError, Settings, read_settings
 from service.worker import protocol
-from service.worker.faults import FaultyRunner, read_faults
+from service.worker.faults import Fault, FaultyRunner, read_faults
 from service.worker.protocol import (
+    CAPTURE_EXIT,
+    DEVICE_EXIT,
+    FATAL_EXIT,
     Cancel,
     Command,
     Fatal,
@@ -46,8 +49,6 @@ from service.worker.protocol import (
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
-FATAL_EXIT = 3  # exit code: the start failed, and would fail again
-DEVICE_EXIT = 4  # exit code: the device fails at every call; it may work for another process
 
 
 class Link:
@@ -151,6 +152,11 @@ def offer(contents: Contents) -> Offer:
     return Offer(contents.number, tuple(contents.specs.values()), contents.ignored)
 
 
+def can_strike(fault: Fault, settings: Settings) -> bool:
+    """Whether the fault can happen in a worker with these settings."""
+    return not (fault.kind == "capture" and settings.no_graphs)
+
+
 def load(
     settings: Settings, link: Link, heartbeat: HeartbeatThread, inbox: queue.SimpleQueue[Command | Contents]
 ) -> tuple[Engine, Reader]:
@@ -158,7 +164,7 @@ def load(
 
     Raises CheckpointError or ValueError for a checkpoint, device or setting that cannot be used.
     """
-    faults = read_faults(settings.faults)
+    faults = tuple(each for each in read_faults(settings.faults) if can_strike(each, settings))
     catalogue = inbox.get()
     assert isinstance(catalogue, Catalogue)
     watch = Stopwatch()
@@ -217,6 +223,9 @@ def main() -> None:
         sys.exit(FATAL_EXIT)
     try:
         serve(inbox, engine, link, reader, heartbeat)
+    except CaptureFailed:
+        log.critical("a CUDA graph could not be recorded; the jobs run again without graphs", exc_info=True)
+        os._exit(CAPTURE_EXIT)
     except DeviceLost:
         log.critical("the device is lost; the jobs run again in another worker", exc_info=True)
         os._exit(DEVICE_EXIT)  # not sys.exit(): the clean-up would wait for the device

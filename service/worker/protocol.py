@@ -26,6 +26,11 @@ from service.engine.job import Job, ModelKey
 PREFIX = struct.Struct(">4sII")  # magic number; length of the text; length of all byte strings
 MAGIC = b"LDM\x02"
 
+# Exit codes of a worker.
+FATAL_EXIT = 3  # the start failed, and would fail again
+DEVICE_EXIT = 4  # the device fails at every call; it may work for another process
+CAPTURE_EXIT = 5  # a CUDA graph could not be recorded, which would fail again
+
 
 @dataclass(frozen=True)
 class Submit:

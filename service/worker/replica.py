@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from typing import Literal, Protocol
 
@@ -15,6 +16,7 @@ from service.worker import child, protocol
 from service.worker.child import WorkerProcess
 from service.worker.model_table import ModelTable
 from service.worker.protocol import (
+    CAPTURE_EXIT,
     Command,
     Fatal,
     Heartbeat,
@@ -166,6 +168,8 @@ class Replica:
         cause = worker.cause_of_end()
         code = worker.process.returncode
         self._log(logging.WARNING, "the worker ended (exit code %s, counted as a %s)", code, cause)
+        if code == CAPTURE_EXIT:
+            self.settings = dataclasses.replace(self.settings, no_graphs=True)
         self.owner.requeue(self, cause, age)
         if cause == "crash":
             return "ended" if worker.had_jobs else "failed"

@@ -119,18 +119,28 @@ def test_incidents_are_counted_by_stage(server):
 @pytest.fixture(scope="module")
 def deadly(start_server) -> Iterator[Server]:
     """A server whose worker dies of some words, in each of the ways in which a process can end."""
-    faults = "load:kill:load-kill,start:segfault:start-segfault,step:stall:step-stall"
+    faults = "load:kill:load-kill,start:segfault:start-segfault,step:stall:step-stall,step:capture:graph"
     settings = {"LDM_INVARIANT": "1", "LDM_BUCKETS": "8", "LDM_STALL_SECONDS": "4"}
     with start_server(LDM_FAULTS=faults, **settings) as server:
         yield server
 
 
+def test_after_a_failed_capture_the_job_runs_in_a_worker_without_graphs(deadly):
+    worker, restarts = deadly.worker(), deadly.metric("ldm_worker_restarts_total")
+    for _ in range(2):
+        assert post(deadly, {"prompt": "graph", "steps": 2}).status_code == 200
+    assert deadly.worker() != worker
+    assert deadly.metric("ldm_worker_restarts_total") == restarts + 1
+
+
 def test_jobs_that_make_workers_die_are_found_and_their_neighbours_are_made(deadly, alone):
     prompts = ("load-kill", "start-segfault", "step-stall")
     bodies = [*({"prompt": prompt, "steps": 4} for prompt in prompts), *NEIGHBOURS]
+    restarts = deadly.metric("ldm_worker_restarts_total")
     with ThreadPoolExecutor(len(bodies)) as pool:
         answers = list(pool.map(lambda body: post(deadly, body), bodies))
     for answer in answers[:3]:
         assert error_of(answer, 500)["code"] == "worker_lost"
     assert [files_of(answer) for answer in answers[3:]] == alone
-    assert deadly.metric("ldm_worker_restarts_total") <= 3 * 7, "the bound in quarantine.py"
+    restarts = deadly.metric("ldm_worker_restarts_total") - restarts
+    assert restarts <= 3 * 7, "the bound in quarantine.py"
