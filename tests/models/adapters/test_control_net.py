@@ -106,6 +106,20 @@ def test_eps_of_each_family(family, models, tmp_path):
     assert relative_error(eps, ours.unet(*given)) > 0.01
 
 
+@torch.inference_mode()
+def test_eps_of_an_inpainting_model_whose_control_reads_the_latent_alone(tmp_path):
+    model = sd_folders.write(tmp_path, "sd1-inpainting")
+    network, folder = written(tmp_path / "control", model)
+    unet, ours = load_unet(model), load(model)
+    given, options = rows(unet)
+    down, middle = expected(unet, network, given, options, images())
+    control = open_control(folder, ours.spec)
+    beside = torch.randn(2, 5, 8, 8, generator=torch.Generator().manual_seed(8))
+    whole = given._replace(x=torch.cat([given.x, beside], dim=1))
+    eps = ours.unet(*whole, adapters=acting(control, given, images()))
+    assert relative_error(eps, eps_of(unet, whole, options, down, middle)) <= LIMIT
+
+
 @pytest.mark.parametrize("family", ["sd1", "xl"])
 @pytest.mark.parametrize("how", ["prompt", "two", "pooled"])
 @torch.inference_mode()
