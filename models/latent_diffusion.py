@@ -104,16 +104,18 @@ class LatentDiffusion:
         return torch.from_numpy(whole).movedim(-1, 0)[None]
 
     def context_pair(self, inputs: ConditioningInput) -> Context | None:
-        """The unconditional and the conditional context; None where the UNet takes no context.
+        """The context of each of N conditions; None where the UNet takes no context.
 
-        tokens (2, L, C); pooled (2, P) where the UNet takes it, for SDXL with the size embedding appended.
+        Conditions are the unconditional and the conditional one, or those of inputs.composition.
+        tokens (N, L, C); pooled (N, P) where the UNet takes it, for SDXL with the size embedding appended.
         Both rows are the same for a model that does not support guidance.
         """
         context = self.conditioner.context_pair(inputs) if self.conditioner else None
         if context is None or context.pooled is None or not self.spec.unet_spec.size_width:
             return context
         size = inputs.size or (self.spec.defaults.width, self.spec.defaults.height)
-        sizes = torch.stack([self.size_embedding(*size, score) for score in AESTHETIC_SCORES])  # (2, P)
+        scores = (AESTHETIC_SCORES[0 if negative else 1] for negative in inputs.is_negative)
+        sizes = torch.stack([self.size_embedding(*size, score) for score in scores])  # (N, P)
         return context._replace(pooled=torch.cat([context.pooled.float(), sizes], dim=-1))
 
     def context_shape(self, inputs: ConditioningInput) -> tuple[int, int] | None:

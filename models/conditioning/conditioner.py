@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from models.conditioning.boxes import Box, tokens
 from models.conditioning.neighbours import with_neighbours
+from models.conditioning.prompt_schedule import Composition
 from models.conditioning.prompt_tokenizer import PromptTokenizer
 from models.conditioning.prompts import PromptOptions
 from models.conditioning.text_encoder import Context, TextEncoder, apply_weights
@@ -35,11 +36,23 @@ class ConditioningInput(NamedTuple):
     size: tuple[int, int] | None = None  # (width, height) of the image; None: the model's default
     prompt_options: PromptOptions = PLAIN
     neighbours: Tensor | None = None  # (k, C), vectors of images, for a model that takes them
+    composition: Composition | None = None  # of the two prompts, if they are made of several texts
 
     @property
-    def prompts(self) -> tuple[str, str]:
-        """The unconditional prompt and the conditional one."""
-        return self.negative_prompt, self.prompt
+    def prompts(self) -> tuple[str, ...]:
+        """The text of each condition: the negative prompt and the prompt, or those of the composition."""
+        return self.composition.texts if self.composition else (self.negative_prompt, self.prompt)
+
+    @property
+    def is_negative(self) -> tuple[bool, ...]:
+        """Of each condition, whether it is a negative prompt."""
+        return self.composition.is_negative if self.composition else (True, False)
+
+    @property
+    def empty_negatives(self) -> list[int]:
+        """The conditions that are empty negative prompts."""
+        texts = zip(self.prompts, self.is_negative, strict=True)
+        return [index for index, (text, is_negative) in enumerate(texts) if is_negative and not text]
 
 
 class LayoutProjection(nn.Module):
@@ -88,10 +101,10 @@ class TextConditioner(nn.Module):
         return [encoder.prompt_tokenizer for encoder in self.encoders]
 
     def context_pair(self, inputs: ConditioningInput) -> Context:
-        """The unconditional and the conditional context, as two rows.
+        """The context of each of N conditions: the unconditional and the conditional one, or a composition's.
 
-        tokens (2, L, C), L the length of a chunk times self.chunk_count(inputs), plus the neighbours; pooled
-        (2, P) if the model has it, of the first chunk and without prompt weights.
+        tokens (N, L, C), L the length of a chunk times self.chunk_count(inputs), plus the neighbours; pooled
+        (N, P) if the model has it, of the first chunk and without prompt weights.
         """
         count = self.chunk_count(inputs)
         ids, weights = zip(
@@ -99,13 +112,15 @@ class TextConditioner(nn.Module):
             strict=True,
         )
         states, pooled = self.encode(ids, weights, inputs.prompt_options.clip_skip)
-        pair = Context(join_chunks(states, count), None if pooled is None else pooled[::count])
-        if self.zero_null and not inputs.negative_prompt:
-            pair = Context(zero_first(pair.tokens), None if pair.pooled is None else zero_first(pair.pooled))
-        return pair if inputs.neighbours is None else with_neighbours(pair, inputs.neighbours)
+        tokens, pooled = join_chunks(states, count), None if pooled is None else pooled[::count]
+        if self.zero_null and (zeros := inputs.empty_negatives):
+            tokens = with_zeros(tokens, zeros)
+            pooled = None if pooled is None else with_zeros(pooled, zeros)
+        context = Context(tokens, pooled)
+        return context if inputs.neighbours is None else with_neighbours(context, inputs.neighbours)
 
     def chunk_count(self, inputs: ConditioningInput) -> int:
-        """How many chunks the longer of the two prompts fills."""
+        """How many chunks the longest of the prompts fills."""
         return max_chunk_count(inputs, self.prompt_tokenizers)
 
     def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -153,7 +168,7 @@ class TextConditioner(nn.Module):
 
 
 def max_chunk_count(inputs: ConditioningInput, tokenizers: Sequence[PromptTokenizer]) -> int:
-    """How many chunks the longer of the two prompts fills, with the tokenizer that needs the most."""
+    """How many chunks the longest of the prompts fills, with the tokenizer that needs the most."""
     options = inputs.prompt_options
     return max(len(each.chunks(prompt, options)) for each in tokenizers for prompt in inputs.prompts)
 
@@ -164,9 +179,11 @@ def join_chunks(states: Tensor, count: int) -> Tensor:
     return joined
 
 
-def zero_first(pair: Tensor) -> Tensor:
-    """A pair (2, ...) with zeros for its first row."""
-    return torch.stack([torch.zeros_like(pair[0]), pair[1]])
+def with_zeros(states: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy of states (N, ...) with zeros in some rows."""
+    states = states.clone()
+    states[rows] = 0
+    return states
 
 
 class TokenConditioner(nn.Module):
@@ -193,11 +210,11 @@ class TokenConditioner(nn.Module):
         return self.prompt_tokenizer.table(prompts, PLAIN)[0]
 
     def chunk_count(self, inputs: ConditioningInput) -> int:
-        """How many chunks the longer of the two prompts fills."""
+        """How many chunks the longest of the prompts fills."""
         return max_chunk_count(inputs, [self.prompt_tokenizer])
 
     def context_pair(self, inputs: ConditioningInput) -> Context:
-        """The unconditional and the conditional context, (2, L, C), L over all chunks."""
+        """The context of each condition as in TextConditioner, (N, L, C), L over all chunks."""
         count = self.chunk_count(inputs)
         ids, weights = self.prompt_tokenizer.table(inputs.prompts, inputs.prompt_options, count)
         return Context(join_chunks(apply_weights(self.from_ids(ids), weights), count))

@@ -52,7 +52,8 @@ class PromptTokenizer:
     def chunks(self, prompt: str, options: PromptOptions) -> list[Sequence[Token]]:
         """The chunks of a prompt, at least one."""
         tokens = tokens_of(pieces_of(prompt, options), self.split, self.learned_words)
-        return chunks_of(tokens, self.special.room, options)
+        comma = self.split(",")[-1][0] if options.breaks else -1
+        return chunks_of(tokens, self.special.room, options, comma)
 
     def table(
         self, prompts: Sequence[str], options: PromptOptions, count: int = 1
@@ -74,4 +75,5 @@ class PromptTokenizer:
         """The end of the prompt that is truncated; '' if it fits."""
         pieces = pieces_of(prompt, options)
         tokens = tokens_of(pieces, self.split, self.learned_words)
-        return truncated_text(pieces, tokens, self.special.room, options)
+        kept = sum(map(len, self.chunks(prompt, options)))
+        return truncated_text(pieces, tokens, kept)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from models.conditioning.prompt_schedule import StepPrompts
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -53,6 +55,21 @@ def cfg_run(
     first, last = (int(part * calls + 1e-9) for part in (start, end))  # 0.58 of 50 is 29, not 28.999...
     inside, outside = cfg_rows(guidance_scale)._replace(rescale=rescale), cfg_rows(1.0)
     return tuple(inside if first <= call < last else outside for call in range(calls))
+
+
+def composed(rows: StepRows, prompts: StepPrompts) -> StepRows:
+    """Rows of classifier-free guidance, with the conditions of a composition in place of its two.
+
+    guidance: base + sum of scale * weight * (eps of a part - base), base the negative prompt's (Liu et al.
+    2022, equation 11). A single part of weight 1 without guidance needs no other row.
+    """
+    if rows.rows == (UNCONDITIONAL,):
+        return rows._replace(rows=(prompts.negative,))
+    scale = rows.weights[0] if rows.weights else 1.0
+    if not rows.weights and prompts.weights == (1.0,):
+        return rows._replace(rows=prompts.positive)
+    weights = tuple(scale * weight for weight in prompts.weights)
+    return rows._replace(rows=(prompts.negative, *prompts.positive), weights=weights)
 
 
 def guide(base: Tensor, weighted: Iterable[tuple[Tensor, Tensor | float]]) -> Tensor:

@@ -190,6 +190,11 @@ def max_steps(sampler: str, timesteps: int) -> int:
     return min(LCM_TIMESTEPS, timesteps) if sampler in ("lcm", "tcd") else timesteps
 
 
+def schedule_steps(sampler: str, steps: int) -> int:
+    """The steps that a prompt's schedule counts: UNet calls, two for each step of a two-call sampler."""
+    return 2 * steps if sampler in TWO_CALL_SAMPLERS else steps
+
+
 def unet_calls(sampler: str, steps: int) -> int:
     """How often a run calls the UNet, to within one: the last step of a two-call sampler takes one call."""
     return 2 * steps - 1 if sampler in TWO_CALL_SAMPLERS else steps

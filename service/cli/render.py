@@ -45,6 +45,7 @@ REQUEST_FIELDS = (
     "guidance_start",
     "guidance_end",
     "guidance_rescale",
+    "prompt_syntax",
     "clip_skip",
     "class_label",
     "boxes",
@@ -163,6 +164,7 @@ def add_scene(command: argparse.ArgumentParser) -> None:
     add("--guidance-end", type=float, metavar="X", help="guidance acts up to this part of the run, 0 to 1")
     add("--guidance-rescale", type=float, metavar="X", help="restore the contrast that guidance adds, 0 to 1")
     add_phases(command)
+    add("--prompt-syntax", help="plain (default), or a1111: weights, BREAK, AND, [from:to:when], [a|b]")
     add("--clip-skip", type=int, metavar="N", help="end the text encoders N - 1 layers earlier (default: 1)")
     add(
         "--variation-strength",

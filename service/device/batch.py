@@ -19,6 +19,7 @@ from models.sampling.step import blend_unmasked, step
 from models.sampling.table import ALPHA, FRESH_NOISE, SIGMA, T
 from models.transfer import upload
 from service.device.graphs import Graphs
+from service.device.phases import Phase
 from service.device.state import ImageState, JobState
 from service.device.tensor_tree import map_tensors
 
@@ -134,10 +135,16 @@ def unet_inputs(
     return UNetInputs(
         select([None if context is None else context.tokens for context in contexts], rows),
         select([None if context is None else context.pooled for context in contexts], rows),
-        select([image.concat for image in images], rows),
+        select([image.concat for image in images], list(map(concat_rows, phases, rows))),
         noise_levels,
         guidance,
     )
+
+
+def concat_rows(phase: Phase, rows: StepRows) -> StepRows:
+    """Rows by the conditions of concat channels: of a composition only whether they are unconditional."""
+    kinds = phase.outline.kinds
+    return rows if kinds is None else rows._replace(rows=tuple(kinds[row] for row in rows.rows))
 
 
 def select(conditions: Sequence[Tensor | None], rows: Sequence[StepRows]) -> Tensor | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from models.conditioning.conditioner import ConditioningInput
+from models.conditioning.prompt_schedule import Composition
 from models.conditioning.prompts import PromptOptions
 from models.latent_diffusion import LatentDiffusion, MaskedImage
 from models.sampling.noise import slerp
@@ -54,21 +55,27 @@ def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:
     return upload(max_pool2d(torch.from_numpy(masked_pixels(job)).float()[None], factor), device)
 
 
-def conditioning_input(job: Job, cell: int) -> ConditioningInput:
-    """The job's prompts, labels, boxes and regions; a label of the regions covers cell x cell pixels."""
+def conditioning_input(job: Job, cell: int, composition: Composition | None) -> ConditioningInput:
+    """The job's prompts, labels, boxes and regions; a label of the regions covers cell x cell pixels.
+
+    composition: of the prompts, if they are made of several texts.
+    """
     regions = None
     if job.regions:
         numbers = np.frombuffer(job.regions, np.uint16).astype(np.int64)
         regions = torch.from_numpy(numbers.reshape(job.height // cell, job.width // cell))
     size = (job.width, job.height)
+    options = prompt_options(job)
     return ConditioningInput(
-        job.prompt, job.negative_prompt, job.class_label, job.boxes, regions, size, prompt_options(job)
+        job.prompt, job.negative_prompt, job.class_label, job.boxes, regions, size, options, composition
     )
 
 
 def prompt_options(job: Job) -> PromptOptions:
     """How the job's prompts are tokenized."""
-    return PromptOptions(job.prompt_weights, job.long_prompts == "chunk", job.clip_skip)
+    a1111 = job.prompt_syntax == "a1111"
+    chunked = a1111 or job.long_prompts == "chunk"
+    return PromptOptions(a1111 or job.prompt_weights, chunked, job.clip_skip, breaks=a1111)
 
 
 def start_images(state: JobState, conditioning: ConditioningInput) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from models.conditioning.prompt_schedule import Composition, compose
 from models.conditioning.text_encoder import Context
 from models.latent_diffusion import LatentDiffusion
-from models.sampling.guidance import StepRows, cfg_run
-from models.sampling.samplers import first_call
+from models.sampling.guidance import CONDITIONAL, UNCONDITIONAL, StepRows, cfg_run, composed
+from models.sampling.samplers import first_call, schedule_steps
 from models.sampling.table import Plan
 from service.engine.job import Job, ModelKey, Segment
 
@@ -22,7 +23,7 @@ class PhaseOutline:
     """What is known of a phase before the job starts.
 
     key: its model; width, height: of the image in pixels; plan, rows: one line and one StepRows for each UNet
-    call.
+    call; composition: the conditions that rows name, if they are more than the prompt and its negative.
     """
 
     key: ModelKey
@@ -30,6 +31,14 @@ class PhaseOutline:
     height: int
     plan: Plan
     rows: tuple[StepRows, ...]
+    composition: Composition | None = None
+
+    @property
+    def kinds(self) -> tuple[int, ...] | None:
+        """Of each condition of a composition, UNCONDITIONAL or CONDITIONAL; None without a composition."""
+        if self.composition is None:
+            return None
+        return tuple(UNCONDITIONAL if negative else CONDITIONAL for negative in self.composition.is_negative)
 
     def part(self, first: int, last: int) -> PhaseOutline:
         """The calls from number `first` to before number `last`, counted from 0."""
@@ -67,7 +76,10 @@ def outlines(job: Job, plan_of: Callable[[Job], Plan]) -> tuple[PhaseOutline, ..
     """The phases of a job. plan_of: the sampler's plan of a job."""
     plan = plan_of(job)
     rows = cfg_run(job.guidance_scale, len(plan), job.guidance_start, job.guidance_end, job.guidance_rescale)
-    whole = PhaseOutline(job.model_key, job.width, job.height, plan, rows)
+    composition = composition_of(job, len(plan))
+    if composition:
+        rows = tuple(map(composed, rows, composition.calls))
+    whole = PhaseOutline(job.model_key, job.width, job.height, plan, rows, composition)
     return with_refiner(whole, job)
 
 
@@ -78,3 +90,10 @@ def with_refiner(whole: PhaseOutline, job: Job) -> tuple[PhaseOutline, ...]:
     calls = len(whole.plan)
     switch = first_call(job.sampler, calls, job.refiner.switch_at)
     return whole.part(0, switch), replace(whole.part(switch, calls), key=ModelKey(job.refiner.model))
+
+
+def composition_of(job: Job, calls: int) -> Composition | None:
+    """The prompts of each of the first `calls` UNet calls of a job; None if its prompts are plain."""
+    if job.prompt_syntax == "plain":
+        return None
+    return compose(job.prompt, job.negative_prompt, calls, schedule_steps(job.sampler, job.steps))

@@ -13,7 +13,7 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from models.adapters.textual_inversion import change_words
-from models.conditioning.conditioner import ConditioningInput, TextConditioner, TokenConditioner
+from models.conditioning.conditioner import TextConditioner, TokenConditioner
 from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.networks.autoencoder import Autoencoder
 from models.preview import Projection
@@ -39,7 +39,7 @@ from service.device.inputs import (
     start_tiles,
 )
 from service.device.memory import free_cache, memory_of
-from service.device.phases import Phase, outlines
+from service.device.phases import Phase, PhaseOutline, outlines
 from service.device.registry import Registry
 from service.device.state import ImageState, JobState
 from service.device.torch_errors import translate_device_lost, translate_oom
@@ -109,7 +109,7 @@ class TorchRunner:
             channels, h, w = spec.latent_shape(outline.width, outline.height)
             size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
             shape = (channels, *size)
-            group = (outline.key, shape, self._context_shape(job, outline.key.model), full_precision)
+            group = (outline.key, shape, self._context_shape(job, outline), full_precision)
             parts = len(corners)
             segments += outline.segments(group, size[0] * size[1])
         return Shape(tuple(segments), parts)
@@ -121,12 +121,13 @@ class TorchRunner:
             self.plans[key] = plan(self.schedules[job.model], *settings)
         return self.plans[key]
 
-    def _context_shape(self, job: Job, model: str) -> tuple[int, int] | None:
+    def _context_shape(self, job: Job, outline: PhaseOutline) -> tuple[int, int] | None:
         """(L, C). How many chunks a long prompt has is known only once the model's tokenizer is loaded."""
-        if job.long_prompts == "cut" or not self.registry.is_loaded(model):
+        model = outline.key.model
+        if not prompt_options(job).chunked or not self.registry.is_loaded(model):
             return self.specs[model].context_shape
-        conditioning = ConditioningInput(job.prompt, job.negative_prompt, prompt_options=prompt_options(job))
-        return self.registry[model].context_shape(conditioning)
+        cell = self.specs[model].label_cell
+        return self.registry[model].context_shape(conditioning_input(job, cell, outline.composition))
 
     def install(self, contents: Contents) -> tuple[str, ...]:
         """Serve other models; returns those to unload when no job uses them."""
@@ -185,9 +186,9 @@ class TorchRunner:
             if job.scale:
                 start_tiles(state)
             else:
-                start_images(state, conditioning_input(job, state.bundle.spec.label_cell))
+                start_images(state, conditioning_input(job, state.bundle.spec.label_cell, None))
         self.jobs[job.id] = state
-        return tuple(prompt_warnings(state.bundle, job))
+        return tuple(prompt_warnings(state))
 
     def _phases(self, job: Job, full_precision: bool) -> tuple[Phase, ...]:
         """The phases of a job with their models and contexts."""
@@ -196,7 +197,8 @@ class TorchRunner:
         for group, outline in zip(groups, outlines(job, self._plan), strict=True):
             key = outline.key
             bundle = self._in_float32(key) if full_precision else self.registry.bundle(key)
-            context = bundle.context_pair(conditioning_input(job, bundle.spec.label_cell))
+            inputs = conditioning_input(job, bundle.spec.label_cell, outline.composition)
+            context = bundle.context_pair(inputs)
             phases.append(Phase(outline, group, bundle, context))
         return tuple(phases)
 
@@ -357,12 +359,17 @@ def with_kept_pixels(job: Job, pixels: np.ndarray) -> np.ndarray:
     return np.where(masked_pixels(job)[:, :, None], pixels, pixels_of(job))
 
 
-def prompt_warnings(bundle: LatentDiffusion, job: Job) -> Iterator[str]:
-    """A warning for each prompt that is longer than the model can read."""
-    if not isinstance(bundle.conditioner, TextConditioner | TokenConditioner):
+def prompt_warnings(state: JobState) -> Iterator[str]:
+    """A warning for each text of the prompts that is longer than the model can read."""
+    job, conditioner, composition = state.job, state.bundle.conditioner, state.phases[0].outline.composition
+    if not isinstance(conditioner, TextConditioner | TokenConditioner):
         return
-    for name, text in (("prompt", job.prompt), ("negative_prompt", job.negative_prompt)):
-        if cut_off := bundle.conditioner.overflow(text, prompt_options(job)):
+    texts = [("prompt", job.prompt), ("negative_prompt", job.negative_prompt)]
+    if composition:
+        names = ("negative_prompt" if is_negative else "prompt" for is_negative in composition.is_negative)
+        texts = list(zip(names, composition.texts, strict=True))
+    for name, text in texts:
+        if cut_off := conditioner.overflow(text, prompt_options(job)):
             if len(cut_off) > MAX_WARNING_CHARS:
                 cut_off = cut_off[:MAX_WARNING_CHARS] + "..."
             yield f"{name} is longer than the model can read; ignored: {cut_off}"

@@ -14,6 +14,7 @@ from models.spec import Spacing
 MAX_SEED = 2**64 - 1  # the largest seed of a random number generator
 
 LatentFill = Literal["image", "noise", "zeros"]
+PromptSyntax = Literal["plain", "a1111"]
 ControlMode = Literal["balanced", "prompt", "control"]
 
 
@@ -121,6 +122,7 @@ class Job:
     boxes: tuple[Box, ...] = ()
     spacing: Spacing | None = None  # of the timesteps; None for the sampler's own
     long_prompts: str = "cut"  # or "chunk": a long prompt becomes several chunks of context
+    prompt_syntax: PromptSyntax = "plain"  # a1111: as in models.conditioning.prompt_schedule, with weights
     prompt_weights: bool = False  # whether prompts are in the syntax of models.conditioning.prompts
     loras: tuple[LoraWeights, ...] = ()  # as in ModelKey
     embedded_guidance: float = 1.0  # the guidance scale that the UNet takes as an input, if it takes one

@@ -7,11 +7,19 @@ from collections.abc import Collection, Iterable
 from PIL import Image
 
 from models.conditioning import prompts
-from models.sampling.samplers import ETA_SAMPLERS, SAMPLERS, max_steps, spacings_of, unet_calls
+from models.conditioning.prompt_schedule import PromptError, compose
+from models.sampling.samplers import (
+    ETA_SAMPLERS,
+    SAMPLERS,
+    max_steps,
+    schedule_steps,
+    spacings_of,
+    unet_calls,
+)
 from models.spec import ModelSpec
 from service.engine.job import MAX_SEED
 from service.errors import InvalidRequest
-from service.requests.extras import check_extras
+from service.requests.extras import check_extras, reads_tokens
 from service.requests.images import MAX_SIDE_OF_FORMAT, Format
 from service.requests.resolved_request import ResolvedRequest
 from service.requests.schemas import GenerateRequest, InpaintRequest
@@ -175,6 +183,8 @@ def check_limits(
         )
     )
     check_prompt_options(resolved, spec)
+    if parameters.prompt_syntax == "a1111":
+        check_composition(resolved, settings.max_rows)
 
 
 def check_prompt_options(resolved: ResolvedRequest, spec: ModelSpec) -> None:
@@ -186,16 +196,35 @@ def check_prompt_options(resolved: ResolvedRequest, spec: ModelSpec) -> None:
         ("long_prompts", supported or parameters.long_prompts is None, expected),
     ]
     if parameters.prompt_weights:
-        limit = prompts.MAX_WEIGHT
         for name, text in (("prompt", resolved.prompt), ("negative_prompt", resolved.negative_prompt)):
-            bounded = all(abs(piece.weight) <= limit for piece in prompts.parse(text))
-            rules.append((name, bounded, f"must have weights from {-limit:g} to {limit:g}"))
+            rules.append((name, *has_bounded_weights(text)))
     require(rules)
 
 
-def reads_tokens(spec: ModelSpec) -> bool:
-    """Whether the model is conditioned on each token of a prompt, so that tokens can have weights."""
-    return spec.reads_prompts and spec.context_shape is not None and spec.context_shape[0] > 1
+def has_bounded_weights(text: str) -> tuple[bool, str]:
+    """Whether the weights of a prompt are within bounds, and what is expected."""
+    limit = prompts.MAX_WEIGHT
+    bounded = all(abs(piece.weight) <= limit for piece in prompts.parse(text))
+    return bounded, f"must have weights from {-limit:g} to {limit:g}"
+
+
+def check_composition(resolved: ResolvedRequest, max_rows: int) -> None:
+    """Check the parts, the versions and the weights of prompts in A1111's syntax."""
+    parameters, limit = resolved.parameters, prompts.MAX_WEIGHT
+    steps = schedule_steps(parameters.sampler, parameters.steps)
+    try:
+        composition = compose(resolved.prompt, resolved.negative_prompt, steps, steps)
+    except PromptError as error:
+        raise InvalidRequest(f"prompt {error}", param="prompt") from None
+    parts = composition.calls[0].weights
+    require(
+        (
+            ("prompt", len(parts) < max_rows, f"must have at most {max_rows - 1} parts joined by AND"),
+            ("prompt", all(abs(weight) <= limit for weight in parts), has_bounded_weights("")[1]),
+        )
+    )
+    for is_negative, text in zip(composition.is_negative, composition.texts, strict=True):
+        require([("negative_prompt" if is_negative else "prompt", *has_bounded_weights(text))])
 
 
 def costliest_field(resolved: ResolvedRequest, spec: ModelSpec, size_field: str) -> str:

@@ -17,12 +17,18 @@ def guides(spec: ModelSpec) -> bool:
     return generates(spec) and spec.guided
 
 
+def reads_tokens(spec: ModelSpec) -> bool:
+    """Whether the model is conditioned on each token of a prompt, so that tokens can have weights."""
+    return spec.reads_prompts and spec.context_shape is not None and spec.context_shape[0] > 1
+
+
 def inpaints(spec: ModelSpec) -> bool:
     return "inpainting" in spec.tasks
 
 
 # Field -> whether a model supports values other than the field's default.
 EXTRAS: Mapping[str, Callable[[ModelSpec], bool]] = {
+    "prompt_syntax": lambda spec: generates(spec) and reads_tokens(spec),
     "guidance_start": guides,
     "guidance_end": guides,
     "guidance_rescale": guides,

@@ -272,6 +272,7 @@ def with_defaults(
         loras=loras_of(request, spec) or None,
         lora_text_weights=text_weights_of(request) or None,
         **(guidance_parameters(scene) if scene else {}),
+        prompt_syntax=scene.prompt_syntax if scene and scene.prompt_syntax != "plain" else None,
         clip_skip=scene.clip_skip if scene and scene.clip_skip != 1 else None,
         variation=variation_of(scene, request.n) if scene else None,
         **(inpainting_parameters(request) if isinstance(request, InpaintRequest) else {}),
@@ -286,13 +287,18 @@ def with_defaults(
         format="png",
         priority=request.priority,
         embeds_guidance=spec.embeds_guidance,
-        label_name=prompts.escape(label_name) if request.prompt_weights else label_name,
+        label_name=prompts.escape(label_name) if is_weighted(request) else label_name,
         warnings=tuple(
             warning
             for name, warning in zip(spec.loras, spec.lora_warnings, strict=False)
             if warning and name in (parameters.loras or {})
         ),
     )
+
+
+def is_weighted(request: ImageRequest) -> bool:
+    """Whether brackets in prompts are weights."""
+    return request.prompt_weights or (isinstance(request, SceneRequest) and request.prompt_syntax == "a1111")
 
 
 def random_seed(n: int) -> int:

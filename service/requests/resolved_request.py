@@ -11,7 +11,16 @@ from pydantic import BaseModel, ConfigDict
 from models.conditioning.boxes import Box as NumberedBox
 from models.spec import Spacing
 from models.tiles import Tiles
-from service.engine.job import Job, JobControl, JobReference, LatentFill, LoraWeights, Refiner, Variation
+from service.engine.job import (
+    Job,
+    JobControl,
+    JobReference,
+    LatentFill,
+    LoraWeights,
+    PromptSyntax,
+    Refiner,
+    Variation,
+)
 from service.requests.control_schemas import ControlSettings, ReferenceSettings
 from service.requests.extras import EXTRAS
 from service.requests.images import Format
@@ -54,6 +63,7 @@ class Parameters(BaseModel):
     guidance_end: float | None = None
     guidance_rescale: float | None = None
     refiner: RefinerInput | None = None
+    prompt_syntax: PromptSyntax | None = None
     clip_skip: int | None = None
     variation: VariationSeed | None = None
     mask_blur: int | None = None
@@ -204,6 +214,7 @@ class ResolvedRequest:
             boxes=inputs.boxes,
             spacing=parameters.spacing,
             long_prompts=parameters.long_prompts or "cut",
+            prompt_syntax=parameters.prompt_syntax or "plain",
             prompt_weights=bool(parameters.prompt_weights),
             loras=parameters.lora_weights,
             embedded_guidance=parameters.guidance_scale if self.embeds_guidance else 1.0,

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from models.spec import Spacing
-from service.engine.job import MAX_SEED
+from service.engine.job import MAX_SEED, PromptSyntax
 from service.requests.control_schemas import MAX_CONTROLS, MAX_REFERENCES, ControlInput, ReferenceInput
 from service.requests.image_field import IMAGE, ImageInput
 from service.requests.images import Format
@@ -205,6 +205,13 @@ class SceneRequest(ImageRequest):
         RefinerInput | None,
         Field(description="Another model that makes the last steps, such as SDXL's refiner"),
     ] = None
+    prompt_syntax: Annotated[
+        PromptSyntax,
+        Field(
+            description="a1111: the prompts are in the syntax of AUTOMATIC1111's web UI: weights, BREAK, "
+            "`a AND b :0.8`, [from:to:when], [a|b]; prompt_weights and long_prompts: chunk are implied"
+        ),
+    ] = "plain"
     clip_skip: Annotated[
         int | None,
         Field(

@@ -24,7 +24,8 @@ from service.api.a1111.session import A1111Session
 from service.errors import InvalidRequest
 from service.requests import images
 from service.requests.background import Submission
-from service.requests.checks import reads_tokens, require
+from service.requests.checks import require
+from service.requests.extras import reads_tokens
 from service.requests.inpainting import MaskedImage
 from service.requests.metadata import Metadata
 from service.requests.resolve import TASKS_OF, build_request, coalesce, find_model, resolve
@@ -36,7 +37,7 @@ PREVIEWS = Previews(every=10, format="png")  # A1111's default
 BLUR = 4  # A1111's default for masks
 SEED_LIMIT = 2**32  # random seeds are smaller, as in A1111
 NETWORK = re.compile(r"<(\w+):([^<>]*)>")
-UNSUPPORTED_SYNTAX = {  # of prompts; each would change the image
+UNSUPPORTED_SYNTAX = {  # of prompts, for models that read a text as a whole; each would change the image
     "BREAK": re.compile(r"\bBREAK\b"),
     "AND": re.compile(r"\bAND\b"),
     "prompt editing, [from:to:when]": re.compile(r"(?<!\\)\[[^\[\]]*:\s*(\d+(\.\d*)?|\.\d+)\s*\]"),
@@ -174,8 +175,9 @@ def fields_of(
 def sampling_fields(body: Processing, choice: SamplerChoice, spec: ModelSpec, n: int) -> dict[str, Any]:
     """The fields of the native request that an infotext contains too. Raises InvalidRequest."""
     prompt, loras, text_weights = split_prompt(body.prompt or "")
-    check_syntax("prompt", prompt)
-    check_syntax("negative_prompt", body.negative_prompt or "", but=("AND",))  # plain text there, as in A1111
+    if not reads_tokens(spec):
+        check_syntax("prompt", prompt)
+        check_syntax("negative_prompt", body.negative_prompt or "", but=("AND",))  # plain text there
     if body.disable_extra_networks:
         loras, text_weights = {}, {}
     has_clip_skip = options.reads_clip_skip(spec)
@@ -192,8 +194,7 @@ def sampling_fields(body: Processing, choice: SamplerChoice, spec: ModelSpec, n:
         "eta": choice.eta,
         "width": body.width,
         "height": body.height,
-        "prompt_weights": True if reads_tokens(spec) else None,  # as A1111 reads prompts
-        "long_prompts": "chunk" if reads_tokens(spec) else None,
+        "prompt_syntax": "a1111" if reads_tokens(spec) else None,
         "clip_skip": options.clip_skip_of(body.override_settings or {}, SETTINGS) if has_clip_skip else None,
         "variation": variation_of(body, n),
     }

@@ -1,6 +1,7 @@
 """The grammar of weights, chunks, and the contexts made from both."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -106,9 +107,7 @@ def test_chunks_hold_all_tokens_in_order(count, room, chunked):
         assert ids == [97, *(token.id for token in chunk), 98, *[99] * (room - len(chunk))]
         assert weights[1 : 1 + len(chunk)] == [token.weight for token in chunk]
         assert {weights[0], *weights[1 + len(chunk) :]} == {1}
-    assert truncated_text([Piece("x" * count)], tokens, room, PromptOptions(chunked=chunked)) == "x" * (
-        count - len(kept)
-    )
+    assert truncated_text([Piece("x" * count)], tokens, sum(map(len, chunks))) == "x" * (count - len(kept))
 
 
 def test_learned_words_become_their_ids_where_they_are_whole_words():
@@ -205,3 +204,44 @@ def test_a_prompt_without_brackets_is_the_same_with_all_options(model):
     plain = context_pair(model, "red apple", "green", TRUNCATED)
     for options in (WEIGHTED, CHUNKED, BOTH):
         assert torch.equal(context_pair(model, "red apple", "green", options).tokens, plain.tokens)
+
+
+BROKEN = PromptOptions(weighted=True, chunked=True, breaks=True)
+
+
+def words_in_chunks(prompt: str, room: int = 75) -> list[str]:
+    """The chunks of a prompt whose tokens are words and commas."""
+
+    def tokenize(text: str) -> list[tuple[int, int]]:
+        return [(0 if match[0] == "," else 1, match.start()) for match in re.finditer(r"\w+|,", text)]
+
+    pieces = pieces_of(prompt, BROKEN)
+    words = [re.findall(r"\w+|,", piece.text) for piece in pieces]
+    tokens = tokens_of(pieces, tokenize, {})
+    flat = iter([word for group in words for word in group])
+    return [" ".join(next(flat) for _ in chunk) for chunk in chunks_of(tokens, room, BROKEN, comma=0)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chunks"),
+    [
+        ("a b", ["a b"]),
+        ("a BREAK b", ["a", "b"]),
+        ("a BREAK BREAK b", ["a", "", "b"]),
+        ("BREAK a BREAK", ["", "a"]),
+        ("(a BREAK b:1.2) c", ["a", "b c"]),
+        ("BREAKFAST aBREAK", ["BREAKFAST aBREAK"]),
+    ],
+)
+def test_break_ends_a_chunk(prompt, chunks):
+    assert words_in_chunks(prompt) == chunks
+
+
+def test_a_full_chunk_ends_after_a_comma_among_its_last_20_tokens():
+    def prompt(before: int, after: int) -> str:
+        return " ".join(["w"] * before) + " , " + " ".join(["x"] * after)
+
+    assert [chunk.count("x") for chunk in words_in_chunks(prompt(55, 30))] == [0, 30]
+    assert [chunk.count("x") for chunk in words_in_chunks(prompt(54, 30))] == [20, 10]
+    assert [chunk.count("x") for chunk in words_in_chunks(prompt(55, 19))] == [19]
+    assert words_in_chunks(prompt(75, 1)) == [" ".join(["w"] * 75), ", x"]
