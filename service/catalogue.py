@@ -75,6 +75,12 @@ class Ignored(NamedTuple):
     reason: str
 
 
+def ignored(entry: Entry, reason: str) -> Ignored:
+    """An entry that cannot be used. The reason loses its path."""
+    path = Path(entry.path)
+    return Ignored(entry.file, reason.replace(str(path), path.name).replace(f"{path.parent}{os.sep}", ""))
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """What the folders contained when they were read. number: counts how often they were."""
@@ -86,6 +92,12 @@ class Catalogue:
     def of(self, *kinds: Kind) -> Iterator[Entry]:
         """The entries of some kinds."""
         return (entry for entry in self.entries if entry.kind in kinds)
+
+    def separate_vaes(self) -> dict[str, Entry]:
+        """Model -> the VAE beside it, NAME.vae."""
+        vaes = {Path(entry.path).with_suffix(""): entry for entry in self.of("vae")}
+        stems = ((entry.name, Path(entry.path).with_suffix(SEPARATE_VAE)) for entry in self.of("model"))
+        return {name: vaes[stem] for name, stem in stems if stem in vaes}
 
 
 class Folders:

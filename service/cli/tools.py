@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
+from models.errors import CheckpointError
 from models.formats.identify import read_spec
+from models.spec import ModelSpec
 from service.bench.arguments import add_arguments
+from service.catalogue import KINDS, Folders, ignored
 from service.cli.options import CHECKPOINT, NO_FLAG, ONE_SHOT, SETTINGS, add_settings, flag, settings_of
-from service.model_paths import adapter_file, locate_all
+from service.model_paths import adapter_file, identify_all, locate_all, locate_folders
 from service.settings import DTYPES, Settings, as_text, variable
+
+LISTED = ("model", "model_dir", "lora_dir", *CHECKPOINT)  # settings of `ldm models`
 
 
 def add_models(command: argparse.ArgumentParser) -> None:
-    add_settings(command, "model", *CHECKPOINT, several_models=True)
+    add_settings(command, *LISTED, several_models=True)
     command.set_defaults(command=list_models)
 
 
 def list_models(args: argparse.Namespace) -> int:
-    """Print one line for each model."""
-    settings = settings_of(args, "model", *CHECKPOINT)
+    """Print one line for each model, the names of other files in folders, and what is ignored there."""
+    settings = settings_of(args, *LISTED)
+    options = settings.allow_pickle, settings.prediction, settings.weights
     for name, path in locate_all(settings.model, settings.allow_pickle).items():
-        spec = read_spec(path, settings.allow_pickle, settings.prediction, settings.weights)
-        d = spec.defaults
-        defaults = f"{d.width}x{d.height}, {d.steps} steps, guidance {d.guidance_scale:g}"
-        print(f"{name}  {defaults}, {', '.join(spec.tasks)}")
+        print(model_line(read_spec(path, *options), name))
+    locate_folders((*settings.model_dir, *settings.lora_dir))
+    catalogue = Folders(settings).read()
+    unused = list(catalogue.ignored)
+    vaes = {name: Path(vae.path) for name, vae in catalogue.separate_vaes().items()}
+    for entry in catalogue.of("model"):
+        try:
+            (source,) = identify_all({entry.name: Path(entry.path)}, *options, vaes).values()
+            print(model_line(source.spec, entry.name))
+        except CheckpointError as error:
+            unused.append(ignored(entry, str(error)))
+    for kind in KINDS[1:]:
+        if names := [entry.name for entry in catalogue.of(kind)]:
+            print(f"{kind.replace('_', ' ')}: {', '.join(names)}")
+    for file, reason in unused:
+        print(f"ldm: {file} is ignored: {reason}", file=sys.stderr)
     return 0
+
+
+def model_line(spec: ModelSpec, name: str) -> str:
+    d = spec.defaults
+    defaults = f"{d.width}x{d.height}, {d.steps} steps, guidance {d.guidance_scale:g}"
+    return f"{name}  {defaults}, {', '.join(spec.tasks)}"
 
 
 def add_inspect(command: argparse.ArgumentParser) -> None:

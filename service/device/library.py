@@ -7,7 +7,6 @@ the reason. Only headers are read here, and each file only once until it changes
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from models.formats.identify import Source, refreshed
 from models.latent_diffusion import LatentDiffusion
 from models.spec import FewStep, ModelSpec, TextSpec, UNetSpec
 from models.stopwatch import Stopwatch
-from service.catalogue import SEPARATE_VAE, Catalogue, Entry, Ignored, Kind, version_of
+from service.catalogue import Catalogue, Entry, Ignored, Kind, ignored, version_of
 from service.device.contents import Contents
 from service.device.select import prepare_for_device
 from service.device.torch_errors import translate_oom
@@ -119,14 +118,11 @@ class Library:
 
     def read_models(self, catalogue: Catalogue, shelf: Shelf) -> tuple[dict[str, Source], dict[str, Path]]:
         """The models of a catalogue, and the VAEs of models: given, or in NAME.vae beside the model."""
-        beside = {Path(entry.path).with_suffix(""): entry for entry in catalogue.of("vae")}
-        sources, vaes = {}, dict(self.vaes)
+        separate, sources = catalogue.separate_vaes(), {}
+        vaes = {name: Path(vae.path) for name, vae in separate.items()} | self.vaes
         for entry in catalogue.of("model"):
-            vae = beside.get(Path(entry.path).with_suffix(SEPARATE_VAE))
-            if vae and entry.name not in vaes:
-                vaes[entry.name] = Path(vae.path)
             read = partial(self.identify_found, entry, vaes)
-            if source := shelf.read(entry, read, vae and vae.version):
+            if source := shelf.read(entry, read, separate.get(entry.name)):
                 sources[entry.name] = source
         return sources, vaes
 
@@ -258,10 +254,7 @@ class Shelf:
         return value
 
     def ignore(self, entry: Entry, reason: str) -> None:
-        """Ignore a file. The reason loses its path."""
-        path = Path(entry.path)
-        shown = reason.replace(str(path), path.name).replace(f"{path.parent}{os.sep}", "")
-        self.ignored.append(Ignored(entry.file, shown))
+        self.ignored.append(ignored(entry, reason))
 
 
 def attempt(read: Callable[[], Value]) -> Value | Exception:

@@ -155,3 +155,26 @@ def test_a_key_file_without_valid_keys_is_an_error(tmp_path: Path, content):
     with pytest.raises(SettingError, match="keys") as error:
         keys_of(Settings(api_key_file=str(file)))
     assert "short" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ordinary", "admin", "key", "statuses"),
+    [
+        (True, True, KEYS[0], (404, 403)),
+        (True, True, "the-admin-key", (404, 503)),
+        (True, True, "another-key", (401, 401)),
+        (True, False, KEYS[0], (404, 403)),
+        (False, True, "", (404, 401)),
+        (False, True, "the-admin-key", (404, 503)),
+        (False, False, "", (404, 503)),
+    ],
+)
+def test_calls_about_models_need_an_admin_key_where_there_are_keys(tmp_path, ordinary, admin, key, statuses):
+    """503: the call is allowed, but no worker was started. Admin keys are valid for all other calls too."""
+    file = tmp_path / "admin-keys"
+    file.write_text("the-admin-key")
+    settings = {"api_keys": KEYS} if ordinary else {}
+    app = create_app(Settings(**settings, **({"admin_key_file": str(file)} if admin else {})))
+    headers = {"X-API-Key": key} if key else {}
+    calls = (("GET", "/jobs/none"), ("POST", "/models/rescan"))
+    assert tuple(send(app, *call, **headers).status_code for call in calls) == statuses

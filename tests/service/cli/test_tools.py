@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,18 @@ from tests.helpers.environment import ROOT
 def test_models_lists_what_can_be_served(tiny, capsys):
     assert main(["models", "--model", str(tiny)]) == 0
     assert capsys.readouterr().out.startswith("tiny  64x64, 5 steps")
+
+
+def test_models_lists_folders_and_says_what_is_ignored(tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "checkpoints" / "mine")
+    (tmp_path / "checkpoints" / "broken.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "ink.safetensors").touch()
+    assert main(["models", "--model-dir", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["mine", "lora:"]
+    assert "checkpoints/broken.safetensors is ignored: broken.safetensors is corrupt" in err
+    assert str(tmp_path) not in out + err
 
 
 def test_the_readme_has_the_table_of_settings():
