@@ -67,7 +67,14 @@ def conditioning_input(job: Job, cell: int, composition: Composition | None) -> 
     size = (job.width, job.height)
     options = prompt_options(job)
     return ConditioningInput(
-        job.prompt, job.negative_prompt, job.class_label, job.boxes, regions, size, options, composition
+        job.prompt,
+        job.negative_prompt,
+        job.class_label,
+        job.boxes,
+        regions,
+        size,
+        options,
+        composition=composition,
     )
 
 
