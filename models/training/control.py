@@ -63,21 +63,13 @@ class ControlledUNet(nn.Module):
         super().__init__()
         self.unet, self.control, self.hint, self.dtype = unet, control, hint, unet.dtype
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        context: Tensor | None = None,
-        pooled: Tensor | None = None,
-        noise_level: Tensor | None = None,
-        adapters: AdapterInputs | None = None,
-    ) -> Tensor:
-        """As UNet.forward(); adapters: must be None."""
-        assert adapters is None
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, *others: object) -> Tensor:
+        """As UNet.forward(), without other inputs."""
+        assert not any(other is not None for other in others)
         z = x[:, : self.control.spec.unet.in_channels]
         hint = self.hint.repeat(len(x) // len(self.hint), 1, 1, 1)
-        made = self.control(z, t, context, pooled, hint)
-        out: Tensor = self.unet(x, t, context, pooled, noise_level, AdapterInputs(made.skips, made.middle))
+        made = self.control(z, t, context, None, hint)
+        out: Tensor = self.unet(x, t, context, adapters=AdapterInputs(made.skips, made.middle))
         return out
 
 
