@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from models.adapters.control_net import open_control
 from models.checkpoint import load
 from models.spec import ALL_TASKS
 from models.training.crops import larger, smaller
@@ -27,6 +28,7 @@ from models.training.evaluate import (
     related_objects,
     to_images,
 )
+from models.training.evaluate_control import draw, outlines_of, overlaps
 from models.training.scenes import COLOURS, Atlas, held_out_scenes
 from service.requests.labels import colour_of
 from tests.helpers.clients import image_of
@@ -35,6 +37,7 @@ from tests.helpers.images import png
 from tests.helpers.servers import Server
 
 EMOJI, UPSCALER = ROOT / "weights" / "emoji", ROOT / "weights" / "emoji-upscale"
+OUTLINE = ROOT / "weights" / "emoji-outline"  # a ControlNet of EMOJI
 NAMES = (EMOJI / "names.txt").read_text().splitlines()
 
 
@@ -151,11 +154,24 @@ def test_a_large_image_is_upscaled_without_seams(bundled: Server) -> None:
     assert jumps[8:-8].max() < 4  # a smooth image jumps nowhere but at its edge
 
 
+@pytest.mark.slow
+@needs_font
+@torch.inference_mode()
+def test_objects_fill_the_outline_of_a_control_image() -> None:
+    model, scenes = load(EMOJI), held_out_scenes(Atlas(NAMES), 8, seed=12)
+    control = open_control(OUTLINE, model.spec).network
+    prompts = [scene.caption for scene in scenes]
+    with_outline = overlaps(scenes, draw(model, prompts, 8, control, outlines_of(scenes)))
+    without = overlaps(scenes, draw(model, prompts, 8))
+    assert (with_outline > 0.6).sum() >= 7
+    assert np.median(with_outline) > np.median(without) + 0.1
+
+
 def test_they_are_small_and_have_a_model_card() -> None:
     files = [file for file in EMOJI.parent.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
-    assert sum(file.stat().st_size for file in files) < 40 * 2**20
+    assert sum(file.stat().st_size for file in files) < 52 * 2**20
     assert len(NAMES) >= 150
-    assert all((folder / "README.md").is_file() for folder in (EMOJI, UPSCALER))
+    assert all((folder / "README.md").is_file() for folder in (EMOJI, UPSCALER, OUTLINE))
 
 
 @pytest.mark.slow
