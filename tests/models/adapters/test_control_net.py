@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from tests.checkpoints.control_files import (
 )
 from tests.helpers.numbers import LIMIT, relative_error
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("sd1", "sd2-base", "xl")
 
 
@@ -44,6 +47,10 @@ def sd1(models) -> Path:
 @pytest.fixture(scope="module")
 def xl(models) -> Path:
     return models["xl"]
+
+
+unet_of = cache(load_unet)
+model_of = cache(load)
 
 
 def rows(unet, count: int = 2) -> tuple[Rows, dict]:
@@ -64,7 +71,7 @@ def images(count: int = 2, seed: int = 6) -> Tensor:
 
 
 def written(folder: Path, model: Path, **options) -> tuple[ControlNetModel, Path]:
-    network = control_net(load_unet(model), **options)
+    network = control_net(unet_of(model), **options)
     network.save_pretrained(folder)
     return network, folder
 
@@ -97,7 +104,7 @@ def eps_of(unet, given: Rows, options: dict, down, middle) -> Tensor:
 def test_eps_of_each_family(family, models, tmp_path):
     model = models[family]
     network, folder = written(tmp_path / "control", model)
-    unet, ours = load_unet(model), load(model)
+    unet, ours = unet_of(model), model_of(model)
     given, options = rows(unet)
     down, middle = expected(unet, network, given, options, images(), conditioning_scale=0.7)
     control = open_control(folder, ours.spec)
@@ -110,7 +117,7 @@ def test_eps_of_each_family(family, models, tmp_path):
 def test_eps_of_an_inpainting_model_whose_control_reads_the_latent_alone(tmp_path):
     model = sd_folders.write(tmp_path, "sd1-inpainting")
     network, folder = written(tmp_path / "control", model)
-    unet, ours = load_unet(model), load(model)
+    unet, ours = unet_of(model), model_of(model)
     given, options = rows(unet)
     down, middle = expected(unet, network, given, options, images())
     control = open_control(folder, ours.spec)
@@ -126,7 +133,7 @@ def test_eps_of_an_inpainting_model_whose_control_reads_the_latent_alone(tmp_pat
 def test_eps_with_modes_two_controls_and_pooling(family, how, models, tmp_path):
     model = models[family]
     network, folder = written(tmp_path / "control", model, global_pool_conditions=how == "pooled")
-    unet, ours = load_unet(model), load(model)
+    unet, ours = unet_of(model), model_of(model)
     given, options = rows(unet)
     guess = {"guess_mode": True} if how == "prompt" else {}
     down, middle = expected(unet, network, given, options, images(), **guess)
@@ -143,11 +150,11 @@ def test_eps_with_modes_two_controls_and_pooling(family, how, models, tmp_path):
 
 @torch.inference_mode()
 def test_a_row_with_two_controls_one_or_none_is_the_same_in_any_company(sd1, tmp_path):
-    ours = load(sd1)
+    ours = model_of(sd1)
     controls = [
         open_control(written(tmp_path / str(seed), sd1, seed=seed)[1], ours.spec) for seed in (20, 30)
     ]
-    given, _ = rows(load_unet(sd1), 4)
+    given, _ = rows(unet_of(sd1), 4)
 
     def part(control: Control, numbers: list[int]) -> RowInputs:
         own = Rows(*(x[numbers] if x is not None else None for x in given))
@@ -188,7 +195,7 @@ def test_each_layout_of_sd1(sd1, tmp_path):
 
 def check_layouts(network: ControlNetModel, folder: Path, model: Path, tmp_path: Path) -> None:
     """Every layout gives the residuals of `diffusers`; what we save, `diffusers` reads."""
-    given, options = rows(load_unet(model))
+    given, options = rows(unet_of(model))
     down, middle = expected(None, network, given, options, images())
     files = {
         "folder": folder,
@@ -215,7 +222,7 @@ def test_image_channels_grey_and_blue_first(sd1, tmp_path):
         ({"conditioning_channels": 1}, pixels.mean(1, keepdim=True)),
     ):
         network, folder = written(tmp_path / str(len(options)) / next(iter(options)), sd1, **options)
-        given, _ = rows(load_unet(sd1))
+        given, _ = rows(unet_of(sd1))
         theirs = expected(None, network, given, {}, changed)[1]
         control = open_control(folder, spec)
         assert relative_error(control.inputs(control.prepare(pixels), given).middle, theirs) <= LIMIT
@@ -250,7 +257,7 @@ def test_missing_and_other_files_are_refused(sd1, tmp_path):
     with pytest.raises(CheckpointError, match=r"2 missing keys: controlnet_mid_block.bias"):
         open_control(folder, spec)
     with pytest.raises(CheckpointError, match="need allow_pickle"):
-        open_control(write_single_file(tmp_path / "a.pth", control_net(load_unet(sd1))), spec)
+        open_control(write_single_file(tmp_path / "a.pth", control_net(unet_of(sd1))), spec)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +291,7 @@ def test_memory_of_the_weights(sd1, tmp_path):
 @torch.inference_mode()
 def test_one_network_for_several_kinds_of_control_image(xl, kind, layout, tmp_path):
     network, folder = written(tmp_path / "control", xl, union=6)
-    given, options = rows(load_unet(xl))
+    given, options = rows(unet_of(xl))
     flags = torch.nn.functional.one_hot(torch.tensor([kind, kind]), 6)
     pixels = images(1).expand(2, -1, -1, -1)  # as for the two rows of one image
     how = {"control_type": flags, "control_type_idx": [kind], "controlnet_cond": [pixels]}
@@ -300,7 +307,7 @@ def test_one_network_for_several_kinds_of_control_image(xl, kind, layout, tmp_pa
 @torch.inference_mode()
 def test_rows_of_one_call_may_have_different_kinds_of_control_image(xl, tmp_path):
     control = open_control(written(tmp_path / "control", xl, union=6)[1], read_spec(xl))
-    given, prepared = rows(load_unet(xl))[0], control.prepare(images())
+    given, prepared = rows(unet_of(xl))[0], control.prepare(images())
     one, other, both = (
         control.inputs(prepared, given, torch.tensor(types)).middle for types in ([1, 1], [3, 3], [1, 3])
     )
@@ -310,7 +317,7 @@ def test_rows_of_one_call_may_have_different_kinds_of_control_image(xl, tmp_path
 @pytest.mark.parametrize("kind", ["Control-LoRA", "difference"])
 @torch.inference_mode()
 def test_weights_stored_as_changes_of_the_base_model(sd1, kind, tmp_path):
-    network, base = control_net(load_unet(sd1)), load(sd1)
+    network, base = control_net(unet_of(sd1)), model_of(sd1)
     unet = base.unet.state_dict()
     if kind == "difference":
         network.time_embedding.linear_1.bias.copy_(unet["time_embed.0.bias"])

@@ -22,6 +22,8 @@ from tests.checkpoints.control_files import load_unet
 from tests.checkpoints.ip_files import image_encoder, ip_adapter, write_image_encoder, write_ip_adapter
 from tests.helpers.numbers import LIMIT, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:

@@ -19,6 +19,8 @@ from tests.checkpoints.control_files import published, write_control, write_t2i_
 from tests.checkpoints.ip_files import ip_adapter, write_image_encoder
 from tests.checkpoints.sd_files import bare, hollow
 
+pytestmark = pytest.mark.slow
+
 SHARED = ("block_out_channels", "cross_attention_dim", "attention_head_dim", "use_linear_projection",
           "transformer_layers_per_block", "down_block_types", "addition_embed_type",
           "addition_time_embed_dim", "projection_class_embeddings_input_dim")  # fmt: skip

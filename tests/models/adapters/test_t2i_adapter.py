@@ -17,6 +17,8 @@ from tests.checkpoints import sd_folders
 from tests.checkpoints.control_files import load_unet, raw_t2i, t2i_adapter
 from tests.helpers.numbers import LIMIT, relative_error
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "sd1": ("sd1", {}),
     "grey": ("sd1", {"channels": 1}),
