@@ -112,10 +112,10 @@ def started(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], str]]
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    """Wait until the server is ready. Raises ValueError if it exits instead."""
+    """Wait until all replicas of the server are ready. Raises ValueError if it exits instead."""
     while process.poll() is None:
         with suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health/ready").status_code == 200:
+            if all(one["status"] == "ok" for one in httpx.get(f"{url}/health").json()["replicas"]):
                 return
         time.sleep(0.1)
     raise ValueError("the server did not start")

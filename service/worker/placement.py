@@ -20,7 +20,7 @@ from service.engine.events import Stepped
 from service.engine.job import Job, ModelKey
 from service.worker.call_times import CallTimes
 
-SLACK = 0.25  # costs that are higher than the lowest by less than this part count as about the same
+SLACK = 0.1  # costs that are higher than the lowest by less than this part count as about the same
 LOAD_SECONDS = 5.0  # of a model, before any was loaded
 LORA_SECONDS = 1.0  # of a set of LoRAs, before any was merged
 MAX_LOADS = 1024  # of different keys, whose seconds are remembered

@@ -3,7 +3,7 @@
 python -m tests.benchmarks.kills --requests 200 --kills 20 --moments random ready
 
 Starts a server with --invariant and generates each image once. Then, once for each kind of moment, 16 clients
-request all images while the worker is killed: at random moments, or each time within 0.2 s after it became
+request all images while a worker is killed: at random moments, or each time within 0.2 s after it became
 ready. Needs Linux, where the children of a process can be read.
 """
 
@@ -32,7 +32,8 @@ NAMES = ("red apple", "ghost", "rocket", "cactus", "key", "snowman", "fire", "be
 
 def main() -> None:
     args = parse()
-    settings = read_settings(flags={"model": args.model, "invariant": "true", "queue_size": "1000"})
+    flags = {"model": args.model, "invariant": "true", "queue_size": "1000", "replicas": args.replicas}
+    settings = read_settings(flags=flags)
     with server(None, settings) as url, httpx.Client(base_url=url, timeout=None) as client:
         draw = random.Random(args.seed)
         bodies = [body(draw, index) for index in range(args.different)]
@@ -70,6 +71,7 @@ def run(
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="emoji")
+    parser.add_argument("--replicas", default="auto", help="as of ldm serve; each kill is of one of them")
     parser.add_argument("--moments", nargs="+", choices=list(DELAYS), default=list(DELAYS))
     for name, default in (("requests", 200), ("kills", 20), ("clients", 16), ("different", 8), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -94,20 +96,24 @@ def images(answer: httpx.Response) -> list[str]:
 def kill(draw: random.Random, times: int, url: str, done: threading.Event, delay: tuple[float, float]) -> int:
     """Kill the worker so many times, each so many seconds after it became ready; returns how often."""
     for count in range(times):
-        while not done.is_set() and httpx.get(f"{url}/health/ready").status_code != 200:
+        while not done.is_set() and not all_ready(url):
             time.sleep(POLL_SECONDS)
         if done.wait(draw.uniform(*delay)):
             return count
-        os.kill(worker_of(os.getpid()), signal.SIGKILL)
+        os.kill(draw.choice(workers_of(os.getpid())), signal.SIGKILL)
         time.sleep(0.2)
     return times
 
 
-def worker_of(pid: int) -> int:
-    """The only grandchild of a process: the server's worker."""
+def all_ready(url: str) -> bool:
+    """Whether every replica takes jobs."""
+    return all(replica["status"] == "ok" for replica in httpx.get(f"{url}/health").json()["replicas"])
+
+
+def workers_of(pid: int) -> list[int]:
+    """The grandchildren of a process: the server's workers."""
     (child,) = children(pid)
-    (worker,) = children(child)
-    return worker
+    return children(child)
 
 
 def children(pid: int) -> list[int]:
