@@ -185,7 +185,7 @@ class World:
         return index
 
     def _move(self) -> set[int]:
-        """Move jobs that are not admitted yet, or not started, at once; returns the replicas that got some."""
+        """Move jobs that have not started, at once; returns the replicas that got some."""
         woken = set()
         for move in self.placement.moves(range(len(self.replicas))) if self.may_move else ():
             source = self.replicas[move.source]
