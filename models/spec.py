@@ -239,6 +239,10 @@ class ControlOption(NamedTuple):
     types: tuple[str, ...] = ()
     inpainting: bool = False
 
+    def needs_mask(self, type_: str | None) -> bool:
+        """Whether a use with this control type works with a mask alone."""
+        return self.inpainting or type_ == "inpaint"
+
 
 def as_tuples(value: Any) -> Any:
     """A value with tuples in place of lists, which messages between processes have."""

@@ -18,7 +18,13 @@ from typing import Literal, NamedTuple, get_args
 
 from models.formats.identify import is_checkpoint
 from models.formats.safetensors import is_safetensors
-from service.model_paths import locate_all, locate_embeddings, locate_loras
+from service.model_paths import (
+    locate_all,
+    locate_controls,
+    locate_embeddings,
+    locate_loras,
+    locate_references,
+)
 from service.settings import Settings
 
 Kind = Literal[
@@ -109,6 +115,8 @@ class Folders:
             "model": locate_all(settings.model, settings.allow_pickle),
             "lora": locate_loras(settings.lora),
             "embedding": locate_embeddings(settings.embedding),
+            "control": locate_controls(settings.controlnet),
+            "reference_adapter": locate_references(settings.reference_adapter),
         }
 
     def read(self, number: int = 0) -> Catalogue:

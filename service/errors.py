@@ -23,6 +23,7 @@ ServiceError
 └── JobFailed               this job failed; other jobs are not affected
     ├── ModelUnreadable     the model's file is missing or damaged
     ├── LoraUnreadable      the file of one of its LoRAs is missing or damaged
+    ├── AdapterUnreadable   the file of a control or reference adapter is missing or damaged
     ├── NonFinite           the model produced NaN or Inf values, also in float32
     └── WorkerLost          the worker process crashed each time that it ran this job
 """
@@ -146,6 +147,10 @@ class LoraUnreadable(JobFailed):
     default = "the file of one of the LoRAs is missing or damaged"
 
 
+class AdapterUnreadable(JobFailed):
+    default = "the file of a control or reference adapter is missing or damaged"
+
+
 class NonFinite(JobFailed):
     default = "the model produced NaN or Inf values"
 
@@ -188,6 +193,7 @@ TABLE: dict[type[ServiceError], tuple[int, str, str]] = {
     OutOfMemory: (507, "resource_error", "out_of_memory"),
     ModelUnreadable: (500, "server_error", "model_unreadable"),
     LoraUnreadable: (500, "server_error", "lora_unreadable"),
+    AdapterUnreadable: (500, "server_error", "adapter_unreadable"),
     NonFinite: (500, "server_error", "non_finite"),
     WorkerLost: (500, "server_error", "worker_lost"),
     JobFailed: (500, "server_error", "job_failed"),

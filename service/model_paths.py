@@ -6,7 +6,7 @@ Names in requests never reach this module: they are looked up among the models g
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -103,12 +103,10 @@ def locate_vaes(arguments: Iterable[str], models: Collection[str]) -> dict[str, 
                     f"the VAE {argument!r} names no model: expected MODEL=PATH, with MODEL one of "
                     f"{', '.join(models)}"
                 )
-        path = Path(text)
-        if not (path.is_file() or (path / "config.json").is_file()):
-            raise ModelPathError(f"no VAE at {text!r}: expected a file, or a folder with a config.json")
+        path = located_network(text, "VAE")
         if model in found:
             raise ModelPathError(f"two VAEs are given for {model!r}")
-        found[model] = absolute(path)
+        found[model] = path
     return found
 
 
@@ -126,6 +124,45 @@ def locate_embeddings(arguments: Iterable[str]) -> dict[str, Path]:
             raise ModelPathError(f"two embeddings are called {name!r}; rename one of them")
         found[name] = absolute(text)
     return found
+
+
+def locate_controls(arguments: Iterable[str]) -> dict[str, Path]:
+    """Name -> path of controls, from NAME=PATH: a file, or a folder with a config.json.
+
+    Raises ModelPathError.
+    """
+    return locate_named(arguments, "ControlNet", lambda text: located_network(text, "ControlNet"))
+
+
+def locate_references(arguments: Iterable[str]) -> dict[str, Path]:
+    """Name -> file of reference adapters, from NAME=PATH. Raises ModelPathError."""
+
+    def locate_file(text: str) -> Path:
+        if not Path(text).is_file():
+            raise ModelPathError(f"no reference adapter at {text!r}: expected a file")
+        return absolute(text)
+
+    return locate_named(arguments, "reference adapter", locate_file)
+
+
+def locate_named(arguments: Iterable[str], what: str, locate_one: Callable[[str], Path]) -> dict[str, Path]:
+    """Name -> path, from NAME=PATH. what: the word for one of them. Raises ModelPathError."""
+    found: dict[str, Path] = {}
+    for argument in arguments:
+        name, _, text = argument.partition("=")
+        path = locate_one(text)
+        if name in found:
+            raise ModelPathError(f"two {what}s are called {name!r}; rename one of them")
+        found[name] = path
+    return found
+
+
+def located_network(text: str, what: str) -> Path:
+    """The absolute path of a network: a file, or a folder with a config.json. Raises ModelPathError."""
+    path = Path(text)
+    if not (path.is_file() or (path / "config.json").is_file()):
+        raise ModelPathError(f"no {what} at {text!r}: expected a file, or a folder with a config.json")
+    return absolute(path)
 
 
 def bundled(name: str) -> Path | None:

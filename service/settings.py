@@ -134,6 +134,24 @@ class Settings:
         """LoRAs that requests can use by NAME: LoRA, LoCon, LoHa, LoKr, GLoRA, DoRA or full differences. Each
         must fit at least one model; modules that a model does not have are ignored with a warning.""",
     )
+    controlnet: tuple[str, ...] = setting(
+        (),
+        Parser(matching(NAMED_MODEL), "NAME=PATH, separated by commas"),
+        """ControlNets and T2I-Adapters that requests can use by NAME in `controls`: single files, or folders
+        in the layout of diffusers. Each must fit at least one model.""",
+    )
+    reference_adapter: tuple[str, ...] = setting(
+        (),
+        Parser(matching(NAMED_MODEL), "NAME=PATH, separated by commas"),
+        """IP-Adapters that requests can use by NAME in `reference_images`. Each must fit at least one model
+        and one image_encoder.""",
+    )
+    image_encoder: tuple[str, ...] = setting(
+        (),
+        Parser(read_list, "PATH, separated by commas"),
+        """CLIP image encoders (folders or files) of the reference adapters. Each adapter takes the first one
+        that it fits.""",
+    )
     lora_sets: int = setting(
         4,
         number(int, 1, 1024),

@@ -63,6 +63,10 @@ class Control(Protocol):
         """Whether its images need the mask of the request: see masked()."""
 
     @property
+    def base(self) -> str:
+        """The only model that it is for, "" for any that it fits."""
+
+    @property
     def bytes(self) -> int:
         """Memory of the weights."""
 

@@ -58,6 +58,7 @@ class T2IControl:
     every_step = False
     conditional_only = False
     inpaints = False
+    base = ""
 
     @property
     def strengths(self) -> int:

@@ -64,8 +64,13 @@ def open_weights(file: Path, device: torch.device | str, allow_pickle: bool) -> 
 
 
 def map_weights(file: Path, header: Header, device: torch.device | str) -> Weights:
-    """The tensors of a file whose header was read. The file is mapped into memory."""
+    """The tensors of a file whose header was read. The file is mapped into memory.
+
+    On the device "meta" tensors have shapes and no values, and nothing more of the file is read.
+    """
     stored = header.tensors
+    if torch.device(device).type == "meta":
+        return Weights(stored, lambda name: shape_of(stored[name]))
     if is_safetensors(file):
         with translated(file):
             tensors = safe_open(file, framework="pt", device=str(device))
@@ -90,6 +95,11 @@ def read_safetensor(file: Path, tensors: safe_open, name: str) -> Tensor:
         # The library's stub has no types.
         tensor: Tensor = tensors.get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor
+
+
+def shape_of(stored: Stored) -> Tensor:
+    """A tensor without values."""
+    return torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="meta")
 
 
 def tensor_in(data: mmap.mmap, stored: Stored) -> Tensor:

@@ -15,6 +15,8 @@ from models.transfer import upload
 
 Tensors = tuple[Tensor | None, ...]
 
+NEUTRAL = -0.0  # x + NEUTRAL has the bits of x, also where x is -0.0
+
 
 @dataclass(frozen=True)
 class ImageTokens:
@@ -39,7 +41,7 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class AdapterInputs:
-    """Inputs of one UNet call from adapters, R rows of each; rows without an adapter have zeros.
+    """Inputs of one UNet call from adapters, R rows of each; rows without an adapter have NEUTRAL values.
 
     skips: added to the skip connections where the decoder takes them, one for each input block; middle: added
     to the middle block's output (Zhang et al. 2023, section 3.2). features: added to the output of an input
@@ -76,9 +78,9 @@ class RowInputs:
 def combined(count: int, parts: Sequence[RowInputs]) -> AdapterInputs | None:
     """The inputs of a UNet call of `count` rows; None without parts.
 
-    Residuals and features of a row add up in the order of the parts. Rows get zeros for what they have no
-    part of. Image tokens of equal number share one entry if they are of different rows, so that a row's
-    result does not depend on the adapters of other rows.
+    Residuals and features of a row add up in the order of the parts. Rows get NEUTRAL for what they have no
+    part of. Image tokens of equal number share one entry if they are of different rows, and entries are in
+    the order of their numbers of tokens. So a row's bits do not depend on the adapters of other rows.
     """
     if not parts:
         return None
@@ -100,11 +102,13 @@ def total(count: int, parts: Sequence[tuple[Sequence[int], Tensors]]) -> Tensors
     )
 
 
-def summed(count: int, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor | None:
-    """(count, ...): zeros, to which the rows of every part are added."""
+def summed(
+    count: int, parts: Sequence[tuple[Sequence[int], Tensor]], neutral: float = NEUTRAL
+) -> Tensor | None:
+    """(count, ...): `neutral` values, to which the rows of every part are added."""
     if not parts:
         return None
-    out = parts[0][1].new_zeros(count, *parts[0][1].shape[1:])
+    out = parts[0][1].new_full((count, *parts[0][1].shape[1:]), neutral)
     for rows, x in parts:
         out.index_add_(0, upload(torch.tensor(list(rows)), x.device), x)
     return out
@@ -121,8 +125,11 @@ def shared_images(count: int, parts: Sequence[RowInputs]) -> Iterator[ImageToken
             used.update({(tokens, row): place + 1 - used[tokens, row] for row in part.rows})
             entries[tokens, place].append((part.rows, image))
     for _, members in sorted(entries.items()):
-        tensors = total(count, [(rows, (each.keys, each.values, each.scales)) for rows, each in members])
-        yield ImageTokens(*(present(x) for x in tensors))
+        # Attention to values of 0 is 0, and 0 times a neutral scale is neutral.
+        keys = summed(count, [(rows, image.keys) for rows, image in members], 0.0)
+        values = summed(count, [(rows, image.values) for rows, image in members], 0.0)
+        scales = summed(count, [(rows, image.scales) for rows, image in members])
+        yield ImageTokens(present(keys), present(values), present(scales))
 
 
 def added(x: Tensor, other: Tensor | None) -> Tensor:

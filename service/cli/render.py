@@ -21,6 +21,7 @@ from service.engine.job import Job
 from service.errors import ServiceError, from_code
 from service.model_paths import identify_all, locate_all, locate_loras, locate_vaes
 from service.requests import images
+from service.requests.preprocessing import PREPROCESSORS
 from service.requests.resolve import OutputFormat, build_request, resolve
 from service.requests.response import Result, encode_image
 from service.requests.schemas import AnyRequest, GenerateRequest, InpaintRequest, UpscaleRequest
@@ -183,6 +184,29 @@ def add_scene(command: argparse.ArgumentParser) -> None:
         help="place LABEL in this box: left, top, width and height as fractions of the image (repeatable)",
     )
     add("--segmentation", metavar="FILE", help="an image in the colours of the model's labels")
+    add(
+        "--control",
+        dest="controls",
+        metavar="NAME=FILE[:SCALE]",
+        type=guide,
+        action="append",
+        default=[],
+        help="guide the layout by an image, through the --controlnet NAME; scale 1 unless given (repeatable)",
+    )
+    add(
+        "--preprocess",
+        metavar="HOW",
+        help=f"how images of --control become control images: {', '.join(PREPROCESSORS)} (default: none)",
+    )
+    add(
+        "--reference",
+        dest="references",
+        metavar="NAME=FILE[:SCALE]",
+        type=guide,
+        action="append",
+        default=[],
+        help="take up an image, through the --reference-adapter NAME; scale 1 unless given (repeatable)",
+    )
 
 
 def extend(text: str) -> dict[str, int]:
@@ -201,16 +225,30 @@ def label(text: str) -> int | str:
 
 def lora(text: str) -> tuple[str, float]:
     """NAME=PATH or NAME=PATH:WEIGHT -> (NAME=PATH, weight)."""
-    path, _, end = text.rpartition(":")
-    try:
-        argument, weight = path, float(end)
-    except ValueError:
-        argument, weight = text, 1.0
+    argument, weight = split_weight(text)
     try:
         (entry,) = parse("lora", Given(argument, "--lora", "the command line"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=PATH or NAME=PATH:WEIGHT") from None
     return entry, weight
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """TEXT:WEIGHT -> (TEXT, weight), and TEXT -> (TEXT, 1)."""
+    rest, _, end = text.rpartition(":")
+    try:
+        return rest, float(end)
+    except ValueError:
+        return text, 1.0
+
+
+def guide(text: str) -> tuple[str, str, float]:
+    """NAME=FILE or NAME=FILE:SCALE -> (name, file, scale)."""
+    argument, scale = split_weight(text)
+    name, _, file = argument.partition("=")
+    if not (name and file):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=FILE or NAME=FILE:SCALE")
+    return name, file, scale
 
 
 def box(text: str) -> dict[str, Any]:
@@ -288,6 +326,7 @@ def request_of(
     fields = dict(repeated) | {name: value for name, value in fields.items() if value is not None}
     if not repeated.get("loras"):  # else the image's own weights
         fields["loras"] = {entry.partition("=")[0]: weight for entry, weight in args.lora}
+    fields |= guides_of(args)
     return build_request(kind, fields | {name: read(Path(file)) for name, file in files.items()})
 
 
@@ -307,6 +346,22 @@ def variation_of(args: argparse.Namespace) -> dict[str, Any] | None:
     if strength is None and seed is not None:
         raise UsageError("--variation-seed has no effect without --variation-strength")
     return None if strength is None else {"strength": strength, "seed": -1 if seed is None else seed}
+
+
+def guides_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields `controls` and `reference_images`, if there are any. Raises UsageError for a file."""
+    fields: dict[str, Any] = {}
+    if controls := getattr(args, "controls", []):
+        how = {"preprocess": args.preprocess} if args.preprocess else {}
+        fields["controls"] = [
+            {"model": name, "image": read(Path(file)), "scale": scale, **how}
+            for name, file, scale in controls
+        ]
+    if references := getattr(args, "references", []):
+        fields["reference_images"] = [
+            {"adapter": name, "image": read(Path(file)), "scale": scale} for name, file, scale in references
+        ]
+    return fields
 
 
 def read(file: Path) -> bytes:

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from models.adapters.controls import Rows
 from models.latent_diffusion import LatentDiffusion
+from models.networks.adapter_inputs import AdapterInputs, combined
 from models.sampling.denoiser import Denoiser
 from models.sampling.guidance import StepRows, guide, rescale
 from models.sampling.step import blend_unmasked, step
 from models.sampling.table import ALPHA, FRESH_NOISE, SIGMA, T
 from models.transfer import upload
+from service.device.controls import control_inputs, controlled_rows, reference_inputs
 from service.device.graphs import Graphs
 from service.device.phases import Phase
 from service.device.state import ImageState, JobState
-from service.device.tensor_tree import map_tensors
+from service.device.tensor_tree import padded, rows_of
 
 
 class UNetInputs(NamedTuple):
@@ -35,29 +38,28 @@ class UNetInputs(NamedTuple):
     concat: Tensor | None  # (R, C', h, w): channels concatenated to x
     noise_levels: Tensor | None  # (R,): level of the noise added to the low-resolution image
     guidance: Tensor | None = None  # (R,): the guidance scale, for a UNet that takes it as an input
-
-    def rows(self, part: slice) -> UNetInputs:
-        return map_tensors(lambda x: x[part], self)
-
-    def padded(self, count: int) -> UNetInputs:
-        return map_tensors(lambda x: padded(x, count), self)
+    adapters: AdapterInputs | None = None  # of controls and reference images; None if no row has any
 
 
 def advance(
-    states: Sequence[JobState], images: Sequence[ImageState], size: int, graphs: Graphs | None = None
+    states: Sequence[JobState],
+    images: Sequence[ImageState],
+    size: int,
+    graphs: Graphs | None = None,
+    sizes: Sequence[int] = (),
 ) -> Tensor:
     """The states of I images of one group after their next step: (I, 1 + m, C, h, w).
 
     m is the longest sampler history among the images. All rows share one UNet call if they are at most
-    `size`; every row is at its own timestep of its own plan. The work is queued on the device; this function
-    does not wait for it.
+    `size`; every row is at its own timestep of its own plan. sizes: rows of calls of control networks, the
+    last one at most; () for `size` alone. The work is queued on the device; this function does not wait.
     """
     state = stack_states(images)  # (I, 1 + m, C, h, w)
     x = state[:, 0]
     lines = [state.line(image) for state, image in zip(states, images, strict=True)]
     table = torch.from_numpy(np.stack(lines))  # (I, ...) float64: one line of Plan.coeffs per image
     coeffs = upload(table.float(), x.device)
-    eps = predict(states, images, x, coeffs, size, graphs or Graphs())
+    eps = predict(states, images, x, coeffs, size, graphs or Graphs(), sizes or (size,))
     state = step(state, eps, coeffs, draw_noise(images, table))
     keep_x_0(states, images, x, eps)
     state[:, 0] = apply_masks(states, images, state[:, 0], coeffs)
@@ -77,15 +79,22 @@ def predict(
     coeffs: Tensor,
     size: int,
     graphs: Graphs,
+    sizes: Sequence[int],
 ) -> Tensor:
-    """Guided eps (I, C, h, w), float32, of x (I, C, h, w); `size`: rows of each UNet call."""
+    """Guided eps (I, C, h, w), float32, of x (I, C, h, w).
+
+    size: rows of each UNet call; sizes: rows that a call of a control network can have.
+    """
     rows = [state.rows(image) for state, image in zip(states, images, strict=True)]
     image_of_row = [index for index, own in enumerate(rows) for _ in own.rows]
     bundle, device = states[0].phase(images[0]).bundle, x.device
     inputs = unet_inputs(states, images, rows, device)
     index = upload(torch.tensor(image_of_row), device)
+    row_x, row_coeffs = x[index], coeffs[index]
+    all_rows = Rows(row_x, row_coeffs[:, T], inputs.tokens, inputs.pooled)
+    inputs = inputs._replace(adapters=adapter_inputs(states, images, rows, all_rows, sizes, graphs))
     calls = [
-        call_unet(bundle, x[index[part]], coeffs[index[part]], inputs.rows(part), size, graphs)
+        call_unet(bundle, row_x[part], row_coeffs[part], rows_of(inputs, part), size, graphs)
         for part in (slice(begin, begin + size) for begin in range(0, len(image_of_row), size))
     ]
     eps = torch.cat(calls)  # (R, C, h, w)
@@ -147,6 +156,23 @@ def concat_rows(phase: Phase, rows: StepRows) -> StepRows:
     return rows if kinds is None else rows._replace(rows=tuple(kinds[row] for row in rows.rows))
 
 
+def adapter_inputs(
+    states: Sequence[JobState],
+    images: Sequence[ImageState],
+    rows: Sequence[StepRows],
+    all_rows: Rows,
+    sizes: Sequence[int],
+    graphs: Graphs,
+) -> AdapterInputs | None:
+    """What controls and reference images add to the call; None if no row has any."""
+    pairs = list(zip(states, images, strict=True))
+    kinds = [concat_rows(state.phase(image), own) for (state, image), own in zip(pairs, rows, strict=True)]
+    controlled = controlled_rows([state.controls(image) for state, image in pairs], kinds)
+    parts = control_inputs(controlled, all_rows, sizes, graphs)
+    parts += reference_inputs([state.references(image) for state, image in pairs], kinds, all_rows.x.device)
+    return combined(len(all_rows.x), parts)
+
+
 def select(conditions: Sequence[Tensor | None], rows: Sequence[StepRows]) -> Tensor | None:
     """The rows (R, ...) of all images, of the conditions (N, ...) of each.
 
@@ -179,8 +205,8 @@ def call_unet(
     """One UNet call: eps (R, C, h, w) of R rows, padded to `size` rows with copies of the first one."""
     assert bundle.unet is not None
     assert bundle.denoiser is not None
-    count, padding = len(x), size - len(x)
-    x, coeffs, inputs = padded(x, padding), padded(coeffs, padding), inputs.padded(padding)
+    count = len(x)
+    x, coeffs, inputs = padded((x, coeffs, inputs), size - count)
     t, signal_and_sigma = coeffs[:, T], coeffs[:, ALPHA : SIGMA + 1]
     eps = graphs.run(bundle.unet, partial(run_denoiser, bundle.denoiser), x, t, signal_and_sigma, inputs)
     return eps[:count]
@@ -198,13 +224,9 @@ def run_denoiser(
         inputs.concat,
         signal_and_sigma,
         inputs.noise_levels,
-        guidance=inputs.guidance,
+        inputs.adapters,
+        inputs.guidance,
     )
-
-
-def padded(rows: Tensor, padding: int) -> Tensor:
-    """The rows, then `padding` copies of the first row."""
-    return torch.cat([rows, rows[:1].expand(padding, *rows.shape[1:])])
 
 
 def draw_noise(images: Sequence[ImageState], table: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from models.formats.identify import Source
 from models.spec import ModelSpec
 from service.catalogue import Entry, Ignored
+from service.device.adapter_store import AdapterFile
 
 if TYPE_CHECKING:
     from models.adapters.textual_inversion import Embedding
@@ -20,7 +21,8 @@ class Contents:
     """The models that are served, and what fits them.
 
     number: of the catalogue that was read. loras: by name. vaes: model -> VAE that replaces its own. ignored:
-    the files that cannot be used. An unchanged file keeps its Source, Entry or Embedding object.
+    the files that cannot be used. An unchanged file keeps its Source, Entry or Embedding object. adapters: by
+    kind and name, controls and reference adapters.
     """
 
     number: int = 0
@@ -29,4 +31,5 @@ class Contents:
     loras: Mapping[str, Entry] = field(default_factory=dict)
     vaes: Mapping[str, Path] = field(default_factory=dict)
     embeddings: tuple[Embedding, ...] = ()
+    adapters: Mapping[tuple[str, str], AdapterFile] = field(default_factory=dict)
     ignored: tuple[Ignored, ...] = ()

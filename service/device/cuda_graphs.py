@@ -77,14 +77,14 @@ class CudaRecording:
 
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
-    out: Tensor
+    out: Any
     size: int  # bytes of device memory that the capture took, the driver's included
 
-    def replay(self, inputs: Inputs) -> Tensor:
+    def replay(self, inputs: Inputs) -> Any:
         for target, x in zip(tensors_of(self.inputs), tensors_of(inputs), strict=True):
             target.copy_(x)
         self.graph.replay()
-        return self.out.clone()
+        return map_tensors(Tensor.clone, self.out)
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from cachetools import LRUCache
-from torch import Tensor, nn
+from torch import nn
 
 from service.device.tensor_tree import map_tensors
 from service.device.torch_errors import is_device_lost, is_oom
@@ -28,8 +28,11 @@ IDLE_CALLS = (
 NEVER = math.inf
 MAX_KINDS = 4096  # kinds of calls that are counted
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]  # returns a tensor, or tuples and dataclasses of tensors
 Inputs = tuple[Any, ...]  # tensors, or tuples and dataclasses of tensors; see tensor_tree
+
+
+Result = TypeVar("Result")
 
 
 class Recording(Protocol):
@@ -39,7 +42,7 @@ class Recording(Protocol):
     def size(self) -> int:
         """Bytes of device memory that it occupies."""
 
-    def replay(self, inputs: Inputs) -> Tensor:
+    def replay(self, inputs: Inputs) -> Any:
         """Repeat the call with inputs of the same shapes; later replays do not overwrite the result."""
 
 
@@ -88,7 +91,7 @@ class Graphs:
         """Bytes of all recordings."""
         return sum(kind.recording.size for kind in self._recorded.values() if kind.recording)
 
-    def run(self, network: nn.Module, function: Function, *inputs: Any) -> Tensor:
+    def run(self, network: nn.Module, function: Callable[..., Result], *inputs: Any) -> Result:
         """function(*inputs), a function that uses the weights of `network`.
 
         Everything in the inputs that is not a tensor is part of what a recording is for, as shapes are.
@@ -112,7 +115,8 @@ class Graphs:
             return function(*inputs)
         kind.last_used = self._calls
         self._recorded.move_to_end(key)
-        return kind.recording.replay(inputs)
+        result: Result = kind.recording.replay(inputs)
+        return result
 
     @contextmanager
     def paused(self) -> Iterator[None]:

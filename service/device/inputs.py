@@ -5,18 +5,22 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import interpolate, max_pool2d
 
+from models.adapters.controls import Control, masked
+from models.adapters.ip_adapter import ReferenceAdapter
 from models.conditioning.conditioner import ConditioningInput
 from models.conditioning.prompt_schedule import Composition
 from models.conditioning.prompts import PromptOptions
 from models.latent_diffusion import LatentDiffusion, MaskedImage
 from models.sampling.noise import slerp
 from models.sampling.table import Plan
+from models.spec import ControlOption
 from models.tiles import cut
 from models.transfer import upload
+from service.device.controls import ControlUse, ReferenceUse
 from service.device.state import ImageState, JobState
-from service.engine.job import Job
+from service.engine.job import Job, JobControl, JobReference
 
 TILE_SEED_STEP = 2**53  # difference between the noise seeds of two tiles of an image
 MASK_THRESHOLD = 128  # pixels with this mask value or a larger one are repainted
@@ -53,6 +57,38 @@ def masked_image(bundle: LatentDiffusion, job: Job, device: torch.device) -> Mas
 def latent_mask(job: Job, factor: int, device: torch.device) -> Tensor:
     """(1, h, w): 1 where a latent cell covers at least one pixel to repaint."""
     return upload(max_pool2d(torch.from_numpy(masked_pixels(job)).float()[None], factor), device)
+
+
+def start_control(
+    job: Job,
+    own: JobControl,
+    control: Control,
+    option: ControlOption,
+    size: tuple[int, int],
+    device: torch.device,
+) -> ControlUse:
+    """A control of a job, with its image prepared for images of `size` (width, height)."""
+    x = unit_pixels(own.image, job.width, job.height, device)
+    if option.needs_mask(own.type):
+        mask = upload(torch.from_numpy(masked_pixels(job)), device)[None, None].float()
+        x = masked(control, x, mask)
+    if size != (job.width, job.height):
+        x = interpolate(x, (size[1], size[0]), mode="bicubic", antialias=True)
+    kind = option.types.index(own.type) if own.type else 0
+    prepared = control.prepare(x)
+    return ControlUse(control, prepared, own.scale, own.start, own.end, own.mode, kind)
+
+
+def start_reference(own: JobReference, adapter: ReferenceAdapter, device: torch.device) -> ReferenceUse:
+    """A reference image of a job, with its tokens' keys and values."""
+    keys, values = adapter.prepare(unit_pixels(own.image, own.width, own.height, device))
+    return ReferenceUse(keys, values, own.scale, own.start, own.end)
+
+
+def unit_pixels(image: bytes, width: int, height: int, device: torch.device) -> Tensor:
+    """height x width x 3 bytes -> (1, 3, H, W) in [0, 1]."""
+    pixels = torch.from_numpy(np.frombuffer(image, np.uint8).reshape(height, width, 3).copy())
+    return (upload(pixels, device).permute(2, 0, 1)[None].float() / 255).contiguous()
 
 
 def conditioning_input(job: Job, cell: int, composition: Composition | None) -> ConditioningInput:

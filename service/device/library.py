@@ -7,7 +7,7 @@ the reason. Only headers are read here, and each file only once until it changes
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,11 @@ from models.formats.identify import Source, refreshed
 from models.latent_diffusion import LatentDiffusion
 from models.spec import FewStep, ModelSpec, TextSpec, UNetSpec
 from models.stopwatch import Stopwatch
-from service.catalogue import Catalogue, Entry, Ignored, Kind, ignored, version_of
+from service.catalogue import Catalogue, Entry, Ignored
+from service.device.adapters import Adapters
 from service.device.contents import Contents
 from service.device.select import prepare_for_device
+from service.device.shelf import Shelf, given
 from service.device.torch_errors import translate_oom
 from service.errors import LoraUnreadable, ModelUnreadable
 from service.model_paths import identify_all, locate_embeddings, locate_loras, locate_vaes
@@ -67,6 +69,7 @@ class Library:
         self.vaes = locate_vaes(settings.vae, names)
         self.lora_files = locate_loras(settings.lora)
         self.embedding_files = locate_embeddings(settings.embedding)
+        self.adapters = Adapters(settings, device, dtype)
         self.known: Mapping[Hashable, Any] = {}  # what was read, by file and version
         self.layers: dict[Structure, dict[str, Layer]] = {}
         self.given = self.identify(paths, self.vaes)
@@ -86,10 +89,11 @@ class Library:
         return sources
 
     def check_given(self, specs: Mapping[str, ModelSpec]) -> None:
-        """Raise CheckpointError for a LoRA or an embedding given at start-up that fits no model."""
+        """Raise CheckpointError for an adapter given at start-up that fits no model."""
         allow_pickle = self.settings.allow_pickle
         lora.open_loras(self.lora_files, specs, "cpu", allow_pickle)
         textual_inversion.read_embeddings(self.embedding_files, specs.values(), allow_pickle)
+        self.adapters.check_given(specs)
 
     def read(self, catalogue: Catalogue) -> Contents:
         """What can be served of a catalogue, with what was given at start-up."""
@@ -108,13 +112,14 @@ class Library:
                 lora_settings=tuple(use.few_step for use in loras[name].values()),
                 embeddings=fitting,
             )
+        specs, adapters = self.adapters.read(catalogue, specs, shelf)
         self.known = shelf.used
         files = {entry.name: entry for entry in (*given("lora", self.lora_files), *catalogue.of("lora"))}
         for file in shelf.ignored:
             if file not in self.ignored:
                 log.warning("%s is ignored: %s", *file)
         self.ignored = tuple(shelf.ignored)
-        return Contents(catalogue.number, sources, specs, files, vaes, embeddings, self.ignored)
+        return Contents(catalogue.number, sources, specs, files, vaes, embeddings, adapters, self.ignored)
 
     def read_models(self, catalogue: Catalogue, shelf: Shelf) -> tuple[dict[str, Source], dict[str, Path]]:
         """The models of a catalogue, and the VAEs of models: given, or in NAME.vae beside the model."""
@@ -233,50 +238,10 @@ class LoraFit(NamedTuple):
     problem: str
 
 
-class Shelf:
-    """What is known about files, and the files that are ignored, while a catalogue is read."""
-
-    def __init__(self, known: Mapping[Hashable, Any], ignored: list[Ignored]) -> None:
-        self.known, self.ignored = known, ignored
-        self.used: dict[Hashable, Any] = {}
-
-    def read(self, entry: Entry, read: Callable[[], Value], *more: Hashable) -> Value | None:
-        """read() of a file, once until the file or `more` changes; None if the file is ignored."""
-        key = (*entry, *more)
-        if key in self.known:
-            self.used[key] = self.known[key]
-        else:
-            self.used[key] = attempt(read)
-        value: Value | Exception = self.used[key]
-        if isinstance(value, Exception):
-            self.ignore(entry, str(value))
-            return None
-        return value
-
-    def ignore(self, entry: Entry, reason: str) -> None:
-        self.ignored.append(ignored(entry, reason))
-
-
-def attempt(read: Callable[[], Value]) -> Value | Exception:
-    """The value, or the error: no file of a folder may stop the worker."""
-    try:
-        return read()
-    except (CheckpointError, OSError) as error:
-        return error
-    except Exception as error:
-        log.warning("a file could not be read", exc_info=True)
-        return CheckpointError(f"it cannot be read: {type(error).__name__}")
-
-
 def read_embedding(entry: Entry, allow_pickle: bool) -> Embedding:
     if not PROMPT_WORD.fullmatch(entry.name):
         raise CheckpointError(NOT_A_WORD)
     return textual_inversion.read_embedding(entry.name, Path(entry.path), allow_pickle)
-
-
-def given(kind: Kind, files: Mapping[str, Path]) -> list[Entry]:
-    """Files given at start-up, as entries."""
-    return [Entry(kind, name, str(file), name, version_of(file)) for name, file in files.items()]
 
 
 def structure_of(spec: ModelSpec) -> Structure:

@@ -16,6 +16,7 @@ from models.formats.identify import Source
 from models.latent_diffusion import LatentDiffusion
 from models.stopwatch import Stopwatch
 from service.catalogue import Catalogue
+from service.device.adapter_store import AdapterStore
 from service.device.determinism import configure_determinism
 from service.device.graphs import Graphs
 from service.device.library import Library
@@ -57,6 +58,7 @@ def build(
         partial(lora.changed_bytes, dtype=dtype),
         settings.lora_sets,
     )
+    registry.adapters = AdapterStore(library.adapters.open)
     registry.install(contents)
     if watch:
         watch.lap("device")

@@ -15,6 +15,7 @@ from models.latent_diffusion import LatentDiffusion
 from models.sampling.guidance import CONDITIONAL, UNCONDITIONAL, StepRows, cfg_run, composed
 from models.sampling.samplers import first_call, schedule_steps
 from models.sampling.table import Plan
+from service.device.controls import ControlUse, ReferenceUse
 from service.engine.job import Job, ModelKey, Segment
 
 
@@ -55,17 +56,28 @@ class Phase:
     """A phase of a job that has started. `outline`, and what the model makes of the job's inputs for it.
 
     group: of Shape: images with equal groups may share a UNet call. context: one row for each condition;
-    outline.rows are indices of these rows. None for a model without context.
+    outline.rows are indices of these rows. None for a model without context. controls, references: in the
+    job's order.
     """
 
     outline: PhaseOutline
     group: Hashable
     bundle: LatentDiffusion
     context: Context | None
+    controls: tuple[ControlUse, ...] = ()
+    references: tuple[ReferenceUse, ...] = ()
 
     @property
     def plan(self) -> Plan:
         return self.outline.plan
+
+    def controls_at(self, call: int) -> tuple[ControlUse, ...]:
+        """The controls that act at a call, counted from 0."""
+        return tuple(use for use in self.controls if use.acts_at(call, len(self)))
+
+    def references_at(self, call: int) -> tuple[ReferenceUse, ...]:
+        """The reference images that act at a call."""
+        return tuple(use for use in self.references if use.acts_at(call, len(self)))
 
     def __len__(self) -> int:
         """UNet calls of each image."""

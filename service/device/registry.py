@@ -11,8 +11,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from models.formats.identify import Source
 from models.spec import ModelSpec, Prediction
+from service.device.adapter_store import AdapterStore
 from service.device.contents import Contents
-from service.engine.job import ModelKey
+from service.engine.job import AdapterKey, ModelKey, WeightsKey
 from service.errors import OutOfMemory
 from service.model_paths import identify_all
 
@@ -56,6 +57,7 @@ class Registry(Generic[Bundle]):
         self._merged: OrderedDict[ModelKey, Merged[Bundle]] = OrderedDict()  # copies with LoRAs, likewise
         self._stale: set[ModelKey] = set()  # loaded or merged from files that have changed or are not listed
         self._max_merged = 0
+        self.adapters = AdapterStore()  # controls and reference adapters, within the same limit of memory
         self.loading = False  # True while a model loads; read by another thread
         self.on_change: Callable[[Mapping[str, int]], None] = lambda loaded: None  # see loaded_bytes()
 
@@ -90,6 +92,7 @@ class Registry(Generic[Bundle]):
             if current[name] is not self.sources.get(name):
                 self._sizes.pop(name, None)
         self.contents = contents
+        self.adapters.install(contents.adapters)
         self.sources |= current
         self.specs |= contents.specs
         return tuple(name for name in old if current.get(name) is not old[name])
@@ -129,8 +132,10 @@ class Registry(Generic[Bundle]):
         """Whether the model is loaded."""
         return name in self._loaded
 
-    def is_ready(self, key: ModelKey) -> bool:
-        """Whether the model is loaded and its LoRAs are merged, from files that have not changed since."""
+    def is_ready(self, key: WeightsKey) -> bool:
+        """Whether a model with its LoRAs, or an adapter, is loaded from files that have not changed since."""
+        if isinstance(key, AdapterKey):
+            return self.adapters.is_loaded(key)
         current = not {key, ModelKey(key.model)} & self._stale
         return current and self.is_loaded(key.model) and (not key.loras or key in self._merged)
 
@@ -142,23 +147,26 @@ class Registry(Generic[Bundle]):
         """All loaded models and merged copies."""
         return [*self._loaded.values(), *(merged.bundle for merged in self._merged.values())]
 
-    def make_ready(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
-        """Load the model and merge its LoRAs if necessary; may unload models that are not busy.
+    def make_ready(self, key: WeightsKey, busy: Collection[WeightsKey]) -> bool:
+        """Load the model and merge its LoRAs if necessary, or load the adapter; may unload what is not busy.
 
-        False if it does not fit in memory together with the busy models, or if its files have changed and
+        False if it does not fit in memory together with what is busy, or if its files have changed and
         running jobs still use the old ones.
         """
+        if isinstance(key, AdapterKey):
+            return self.is_ready(key) or self._load_adapter(key, busy)
         models = {other.model for other in busy}
         if not self._drop_stale(key, busy):
             return False
         if not self.is_loaded(key.model):
-            if self._memory:  # merged copies go first, because they are quick to make again
+            if self._memory:  # merged copies and adapters go first, because they are quick to make again
                 self._forget(other for other in list(self._merged) if other not in busy)
+                self.adapters.forget_idle(busy)
             if not self.load(key.model, models):
                 return False
         return self.is_ready(key) or self._merge(key, busy)
 
-    def _drop_stale(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
+    def _drop_stale(self, key: ModelKey, busy: Collection[WeightsKey]) -> bool:
         """Unload what was loaded for `key` from files that have changed; False if running jobs use it."""
         if ModelKey(key.model) in self._stale:
             if any(other.model == key.model for other in busy):
@@ -170,7 +178,30 @@ class Registry(Generic[Bundle]):
             self._forget([key])
         return True
 
-    def _merge(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
+    def _load_adapter(self, key: AdapterKey, busy: Collection[WeightsKey]) -> bool:
+        """Load an adapter; False as in make_ready()."""
+        if not self.adapters.drop_stale(key, busy):
+            return False
+        size = self.adapters.size(key)
+        self.adapters.forget_idle(busy, lambda: self._fits(size))
+        if not self._make_room(size, busy) and busy:
+            return False
+        with self._while_loading():
+            self.adapters.load(key, self[key.model])
+        return True
+
+    def _make_room(self, size: int, busy: Collection[WeightsKey]) -> bool:
+        """Unload merged copies and models that are not busy until `size` bytes fit; whether they do now."""
+        for copy in [copy for copy in self._merged if copy not in busy]:
+            if not self._fits(size):
+                self._forget([copy])
+        needed = {other.model for other in busy}
+        for model in [model for model in self._loaded if model not in needed]:
+            if not self._fits(size):
+                self.unload(model)
+        return self._fits(size)
+
+    def _merge(self, key: ModelKey, busy: Collection[WeightsKey]) -> bool:
         """Merge the LoRAs of `key` into a copy of its loaded model; False as in make_ready()."""
         size = self._copy_size([lora for lora, *_ in self._loras_of(key)])
         idle = [other for other in self._merged if other not in busy]
@@ -178,11 +209,8 @@ class Registry(Generic[Bundle]):
             return False
         while idle and (len(self._merged) >= self._max_merged or not self._fits(size)):
             self._forget([idle.pop(0)])
-        needed = {other.model for other in busy} | {key.model}
-        for model in [model for model in self._loaded if model not in needed]:
-            if not self._fits(size):
-                self.unload(model)
-        if busy and not self._fits(size):
+        self.adapters.forget_idle(busy, lambda: self._fits(size))
+        if not self._make_room(size, {*busy, ModelKey(key.model)}) and busy:
             return False
         with self._while_loading():
             self.bundle(key)
@@ -195,7 +223,8 @@ class Registry(Generic[Bundle]):
         model is loaded whatever its size.
         """
         size = self._size_of(name) if self._memory else 0
-        if self._used_by(busy) + size > self._memory > 0 and any(map(self.is_loaded, busy)):
+        used = self._used_by(busy) + self.adapters.used
+        if used + size > self._memory > 0 and any(map(self.is_loaded, busy)):
             return False
         for other in [other for other in self._loaded if other not in busy]:
             if self._fits(size):
@@ -219,17 +248,19 @@ class Registry(Generic[Bundle]):
                     raise
                 log.warning("model %s does not fit in memory with those loaded; requests will load it", name)
 
-    def unload_idle(self, busy: Collection[ModelKey]) -> None:
-        """Unload every model and every merged copy that is not busy."""
+    def unload_idle(self, busy: Collection[WeightsKey]) -> None:
+        """Unload every model, merged copy and adapter that is not busy."""
+        self.adapters.forget_idle(busy)
         self._forget(key for key in list(self._merged) if key not in busy)
         models = {key.model for key in busy}
         for name in [name for name in self._loaded if name not in models]:
             self.unload(name)
 
     def unload(self, name: str) -> None:
-        """Unload a model and its merged copies; one that is not loaded is left alone."""
+        """Unload a model, its merged copies and the adapters made for it; one not loaded is left alone."""
         if name in self._loaded:
             self._forget(key for key in list(self._merged) if key.model == name)
+            self.adapters.forget_model(name)
             del self._loaded[name]
             self._stale.discard(ModelKey(name))
             self.on_change(self.loaded_bytes())
@@ -260,7 +291,8 @@ class Registry(Generic[Bundle]):
 
     def _fits(self, size: int) -> bool:
         """Whether `size` more bytes fit in memory with everything that is loaded."""
-        return not self._memory or self._used_by(self._loaded) + size <= self._memory
+        used = self._used_by(self._loaded) + self.adapters.used
+        return not self._memory or used + size <= self._memory
 
     def _used_by(self, names: Iterable[str]) -> int:
         """Bytes of the loaded models among `names`, and of their merged copies."""

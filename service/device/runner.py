@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,7 @@ from models.transfer import download
 from service.catalogue import Catalogue
 from service.device.batch import advance
 from service.device.contents import Contents
+from service.device.controls import Use, in_float32
 from service.device.cuda_graphs import graphs_on
 from service.device.finite import FiniteChecker
 from service.device.graphs import Graphs
@@ -35,7 +37,9 @@ from service.device.inputs import (
     masked_pixels,
     pixels_of,
     prompt_options,
+    start_control,
     start_images,
+    start_reference,
     start_tiles,
 )
 from service.device.memory import free_cache, memory_of
@@ -44,7 +48,7 @@ from service.device.registry import Registry
 from service.device.state import ImageState, JobState
 from service.device.torch_errors import translate_device_lost, translate_oom
 from service.engine.events import Incident
-from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape
+from service.engine.job import AdapterKey, ImageKey, Job, ModelKey, Segment, Shape, WeightsKey
 from service.engine.row_limits import MemoryUse
 from service.engine.runner import Call, Preview
 from service.errors import ModelUnreadable, NonFinite, OutOfMemory
@@ -141,11 +145,11 @@ class TorchRunner:
             change_words(bundle, words, contents.embeddings)
         return unwanted
 
-    def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
-        return self.load_models(job.model_keys, busy)
+    def load(self, job: Job, busy: Collection[WeightsKey]) -> bool:
+        return self.load_models(job.weights_keys, busy)
 
     @translate_device_lost()
-    def load_models(self, keys: Sequence[ModelKey], busy: Collection[ModelKey]) -> bool:
+    def load_models(self, keys: Sequence[WeightsKey], busy: Collection[WeightsKey]) -> bool:
         for number, key in enumerate(keys):
             if self.registry.is_ready(key):
                 continue
@@ -159,7 +163,7 @@ class TorchRunner:
         return True
 
     @translate_device_lost()
-    def make_room(self, busy: Collection[ModelKey]) -> None:
+    def make_room(self, busy: Collection[WeightsKey]) -> None:
         """Unload models that are not busy, and free captured graphs and cached memory."""
         self.registry.unload_idle(busy)
         self._free()
@@ -188,7 +192,7 @@ class TorchRunner:
             else:
                 start_images(state, conditioning_input(job, state.bundle.spec.label_cell, None))
         self.jobs[job.id] = state
-        return tuple(prompt_warnings(state))
+        return (*prompt_warnings(state), *window_warnings(state.phases[0]))
 
     def _phases(self, job: Job, full_precision: bool) -> tuple[Phase, ...]:
         """The phases of a job with their models and contexts."""
@@ -198,9 +202,26 @@ class TorchRunner:
             key = outline.key
             bundle = self._in_float32(key) if full_precision else self.registry.bundle(key)
             inputs = conditioning_input(job, bundle.spec.label_cell, outline.composition)
-            context = bundle.context_pair(inputs)
-            phases.append(Phase(outline, group, bundle, context))
+            phase = Phase(outline, group, bundle, bundle.context_pair(inputs))
+            phases.append(self._with_adapters(job, phase, full_precision) if key == job.model_key else phase)
         return tuple(phases)
+
+    def _with_adapters(self, job: Job, phase: Phase, full_precision: bool) -> Phase:
+        """The phase with the job's controls, their images at the phase's size, and reference images."""
+        options = {option.name: option for option in self.specs[job.model].controls}
+        size, adapters = (phase.outline.width, phase.outline.height), self.registry.adapters
+        controls = []
+        for own in job.controls:
+            control = adapters[AdapterKey("control", own.name, job.model)]
+            control = in_float32(control) if full_precision else control
+            controls.append(start_control(job, own, control, options[own.name], size, self.device))
+        references = [
+            start_reference(
+                own, adapters[AdapterKey("reference_adapter", own.adapter, job.model)], self.device
+            )
+            for own in job.references
+        ]
+        return replace(phase, controls=tuple(controls), references=tuple(references))
 
     def _in_float32(self, key: ModelKey) -> LatentDiffusion:
         """The model with its LoRAs in float32: a copy, unless the model is loaded in float32."""
@@ -265,7 +286,8 @@ class TorchRunner:
             self.report_incident(Incident("out_of_memory", "step"))
         self._free()
         with translate_oom(), self.graphs.paused():
-            return advance(states, images, size if self.invariant else 1), None
+            size, sizes = (size, self.buckets) if self.invariant else (1, (1,))
+            return advance(states, images, size, sizes=sizes), None
 
     def _advance_measured(
         self, states: list[JobState], images: list[ImageState], size: int
@@ -278,7 +300,7 @@ class TorchRunner:
         measuring = due and self.memory.begin()
         # The memory of a captured graph is allocated already, so only a call without graphs can be measured.
         with translate_oom(), self.graphs.paused() if measuring else nullcontext():
-            new_states = advance(states, images, size, self.graphs)
+            new_states = advance(states, images, size, self.graphs, self.buckets)
         if not measuring:
             return new_states, None
         self.measured[group] = size
@@ -373,3 +395,12 @@ def prompt_warnings(state: JobState) -> Iterator[str]:
             if len(cut_off) > MAX_WARNING_CHARS:
                 cut_off = cut_off[:MAX_WARNING_CHARS] + "..."
             yield f"{name} is longer than the model can read; ignored: {cut_off}"
+
+
+def window_warnings(phase: Phase) -> Iterator[str]:
+    """A warning for each control and reference image whose window contains no step."""
+    groups: dict[str, Sequence[Use]] = {"controls": phase.controls, "reference_images": phase.references}
+    for field, uses in groups.items():
+        for index, use in enumerate(uses):
+            if not any(use.acts_at(call, len(phase)) for call in range(len(phase))):
+                yield f"{field}.{index} has no effect: none of the {len(phase)} steps lies in its window"

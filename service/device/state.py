@@ -10,6 +10,7 @@ from torch import Tensor
 from models.latent_diffusion import LatentDiffusion
 from models.sampling.guidance import StepRows
 from models.sampling.schedule import Floats
+from service.device.controls import ControlUse, ReferenceUse
 from service.device.phases import Phase
 from service.engine.job import Job
 
@@ -63,6 +64,14 @@ class JobState:
     def rows(self, image: ImageState) -> StepRows:
         """The UNet rows of the image's next step."""
         return self.phase(image).outline.rows[image.done]
+
+    def controls(self, image: ImageState) -> tuple[ControlUse, ...]:
+        """The controls that act at the image's next step."""
+        return self.phase(image).controls_at(image.done)
+
+    def references(self, image: ImageState) -> tuple[ReferenceUse, ...]:
+        """The reference images that act at the image's next step."""
+        return self.phase(image).references_at(image.done)
 
     @property
     def keeps_x_0(self) -> bool:

@@ -1,4 +1,7 @@
-"""Tensors in nested tuples and dataclasses: the inputs of a network call as one value."""
+"""Tensors in nested tuples and dataclasses: the inputs of a network call as one value.
+
+rows_of() and padded() are for trees in which every tensor has one entry per row.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 Tree = TypeVar("Tree")
@@ -31,3 +35,13 @@ def tensors_of(tree: object) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(found.append, tree)
     return found
+
+
+def rows_of(tree: Tree, part: slice) -> Tree:
+    """Some of the rows of every tensor."""
+    return map_tensors(lambda x: x[part], tree)
+
+
+def padded(tree: Tree, count: int) -> Tree:
+    """The rows of every tensor, then `count` copies of the first row."""
+    return map_tensors(lambda x: torch.cat([x, x[:1].expand(count, *x.shape[1:])]), tree)

@@ -27,7 +27,7 @@ from service.engine.events import (
     Stepped,
     Withdrawn,
 )
-from service.engine.job import ImageKey, Job, ModelKey, Segment
+from service.engine.job import ImageKey, Job, ModelKey, Segment, WeightsKey
 from service.engine.job_run import JobRun
 from service.engine.model_calls import ModelCall
 from service.engine.row_limits import RowLimits
@@ -69,7 +69,7 @@ class Engine:
         self.clock = clock
         self.jobs: dict[str, JobRun] = {}
         self.pending: dict[str, None] = {}  # jobs that are not admitted, by arrival
-        self.busy_models: Counter[ModelKey] = Counter()  # number of admitted jobs of each
+        self.busy_models: Counter[WeightsKey] = Counter()  # number of admitted jobs of each
         self.model_calls: list[ModelCall] = []
         self.undecoded = DecodeQueue()
         self.next_report = 0.0
@@ -181,7 +181,7 @@ class Engine:
         for job in list(self.pending):
             run = self.jobs[job]
             try:
-                loaded = self._load(run, run.job.model_keys, self.runner.load, run.job)
+                loaded = self._load(run, run.job.weights_keys, self.runner.load, run.job)
                 if loaded:
                     self._admit(run)
             except Exception as error:
@@ -191,7 +191,7 @@ class Engine:
                 break
 
     def _load(
-        self, waiting: JobRun | ModelCall, keys: Sequence[ModelKey], load: Callable[..., bool], what: object
+        self, waiting: JobRun | ModelCall, keys: Sequence[WeightsKey], load: Callable[..., bool], what: object
     ) -> bool:
         """Load models for a job or a call; False if busy ones leave no room. Raises OutOfMemory."""
         busy = frozenset(self.busy_models)
@@ -201,7 +201,8 @@ class Engine:
             begin = self.clock()
             loaded = self._with_retry("load", partial(load, what, busy))
             if loaded and (seconds := self.clock() - begin) >= MIN_LOAD_SECONDS:
-                self.emit(Loaded(keys[0], seconds))
+                model = next(key for key in keys if isinstance(key, ModelKey))
+                self.emit(Loaded(model, seconds))
             return loaded
         except OutOfMemory as error:
             if not busy or busy.issuperset(keys):
@@ -217,7 +218,7 @@ class Engine:
         self.scheduler.admit(job.id, run.shape, run.parts, job.priority)
         self.pending.pop(job.id, None)
         run.admitted = True
-        self.busy_models.update(job.model_keys)
+        self.busy_models.update(job.weights_keys)
         for group in run.groups:
             self.limits.start_small(group)
             self._limit_rows(group)
@@ -229,7 +230,7 @@ class Engine:
             return
         run.admitted = False
         self.scheduler.remove(job.id)
-        self.busy_models -= Counter(job.model_keys)  # keys with a count of 0 are dropped
+        self.busy_models -= Counter(job.weights_keys)  # keys with a count of 0 are dropped
 
     def _limit_rows(self, group: Hashable) -> None:
         """Limit the calls of a group to what fits in memory and ends soon enough."""

@@ -33,6 +33,17 @@ class ModelKey(NamedTuple):
     loras: tuple[LoraWeights, ...] = ()
 
 
+class AdapterKey(NamedTuple):
+    """A control or a reference adapter, for a model."""
+
+    kind: Literal["control", "reference_adapter"]
+    name: str
+    model: str
+
+
+WeightsKey = ModelKey | AdapterKey  # what a job needs in memory
+
+
 class ImageKey(NamedTuple):
     """One image of a job, by its index (its seed is the job's seed + index); when upscaling, one tile."""
 
@@ -150,6 +161,13 @@ class Job:
     def model_keys(self) -> tuple[ModelKey, ...]:
         """All models that the job runs on, without repetitions; the first one is that of its first call."""
         return (self.model_key, ModelKey(self.refiner.model)) if self.refiner else (self.model_key,)
+
+    @property
+    def weights_keys(self) -> tuple[WeightsKey, ...]:
+        """All models, controls and reference adapters of the job, without repetitions; models are first."""
+        controls = (AdapterKey("control", control.name, self.model) for control in self.controls)
+        references = (AdapterKey("reference_adapter", each.adapter, self.model) for each in self.references)
+        return tuple(dict.fromkeys((*self.model_keys, *controls, *references)))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from service.engine.job import Job, ModelKey, Segment, Shape
+from service.engine.job import Job, Segment, Shape, WeightsKey
 
 
 @dataclass
@@ -16,7 +16,7 @@ class JobRun:
     received_at: float
     shape: Shape
     full_precision: bool = False  # the job runs again, in float32
-    no_room_with: frozenset[ModelKey] = frozenset()  # busy models that left no memory for the job's model
+    no_room_with: frozenset[WeightsKey] = frozenset()  # busy models that left no memory for the job's model
     admitted: bool = False  # the scheduler has it
     started: bool = False  # the runner has its latents
     announced: bool = False  # its Started event was sent

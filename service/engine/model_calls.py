@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.engine.job import ModelKey
+from service.engine.job import WeightsKey
 
 
 @dataclass
@@ -17,4 +17,4 @@ class ModelCall:
     id: str | None
     model: str
     load: bool
-    no_room_with: frozenset[ModelKey] = frozenset()  # busy models that left no memory for the model
+    no_room_with: frozenset[WeightsKey] = frozenset()  # busy models that left no memory for the model

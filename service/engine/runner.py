@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from service.engine.job import ImageKey, Job, ModelKey, Shape
+from service.engine.job import ImageKey, Job, Shape, WeightsKey
 from service.engine.row_limits import MemoryUse
 
 
@@ -53,13 +53,13 @@ class Runner(Protocol):
         It may be another one after load() has loaded the job's model.
         """
 
-    def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
+    def load(self, job: Job, busy: Collection[WeightsKey]) -> bool:
         """Load the job's models and LoRAs if necessary; False if busy models leave no room for them.
 
         Raises OutOfMemory if the job's models do not fit in memory together, although no others are busy.
         """
 
-    def load_models(self, keys: Sequence[ModelKey], busy: Collection[ModelKey]) -> bool:
+    def load_models(self, keys: Sequence[WeightsKey], busy: Collection[WeightsKey]) -> bool:
         """The same for models without a job."""
 
     def unload_model(self, model: str) -> None:
@@ -71,7 +71,7 @@ class Runner(Protocol):
         contents: as the device's code makes it from a catalogue.
         """
 
-    def make_room(self, busy: Collection[ModelKey]) -> None:
+    def make_room(self, busy: Collection[WeightsKey]) -> None:
         """Free all memory that neither running jobs nor busy models need."""
 
     def start(self, job: Job, full_precision: bool = False) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def check_control(control: ControlInput, field: str, spec: ModelSpec, resolved: 
             ),
             (
                 f"{field}.model",
-                bool(resolved.inputs.mask) or not option.inpainting,
+                bool(resolved.inputs.mask) or not option.needs_mask(control.type),
                 "is an inpainting control, which needs a mask: use /inpaint",
             ),
             window_rule(field, control.start, control.end),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from service.engine.events import Stage
-from service.engine.job import ImageKey, Job, ModelKey, Shape
+from service.engine.job import ImageKey, Job, Shape, WeightsKey
 from service.engine.runner import Call, Preview, Runner
 from service.errors import CaptureFailed, NonFinite, OutOfMemory
 
@@ -80,12 +80,12 @@ class FaultyRunner:
         self.prompts[job.id] = job.prompt
         return self.inner.shape(job, full_precision)
 
-    def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
+    def load(self, job: Job, busy: Collection[WeightsKey]) -> bool:
         self.prompts[job.id] = job.prompt
         self._fail("load", [job.id])
         return self.inner.load(job, busy)
 
-    def load_models(self, keys: Sequence[ModelKey], busy: Collection[ModelKey]) -> bool:
+    def load_models(self, keys: Sequence[WeightsKey], busy: Collection[WeightsKey]) -> bool:
         return self.inner.load_models(keys, busy)
 
     def unload_model(self, model: str) -> None:
@@ -94,7 +94,7 @@ class FaultyRunner:
     def install(self, contents: Any) -> tuple[str, ...]:
         return self.inner.install(contents)
 
-    def make_room(self, busy: Collection[ModelKey]) -> None:
+    def make_room(self, busy: Collection[WeightsKey]) -> None:
         self.inner.make_room(busy)
 
     def start(self, job: Job, full_precision: bool = False) -> tuple[str, ...]:

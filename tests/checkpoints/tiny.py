@@ -10,11 +10,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTokenizer
 
+from models.adapter_specs import ControlNetSpec
+from models.adapters.control_net import save_control
 from models.checkpoint import save
 from models.conditioning.conditioner import LayoutProjection, TextConditioner
 from models.conditioning.text_encoder import TextEncoder
 from models.latent_diffusion import LatentDiffusion
 from models.networks.autoencoder import Autoencoder
+from models.networks.control_net import ControlNet
 from models.networks.unet import UNet
 from models.spec import (
     ALL_TASKS,
@@ -149,3 +152,17 @@ def write_tiny_model(path: Path, seed: int = 0, prediction: Prediction = "epsilo
     """Write tiny_model() as a diffusers folder; returns its path."""
     save(tiny_model(seed, prediction), path)
     return path
+
+
+def tiny_control(seed: int = 0, types: int = 0) -> ControlNet:
+    """A ControlNet for tiny_model(); with `types`, for several kinds of control image."""
+    unet = tiny_spec().unet
+    network = ControlNet(ControlNetSpec(unet, hint_widths=(4, 4, 8, 8), control_types=types))
+    fill_randomly(network, seed)
+    return network.requires_grad_(False).eval()
+
+
+def write_tiny_control(folder: Path, seed: int = 0) -> Path:
+    """Write a ControlNet for tiny_model() in the layout of diffusers; returns its folder."""
+    save_control(tiny_control(seed), folder, torch.float32)
+    return folder

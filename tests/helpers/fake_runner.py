@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from service.engine.engine import Engine
 from service.engine.events import Cancelled, Done, Failed
-from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape
+from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape, WeightsKey
 from service.engine.row_limits import MemoryUse
 from service.engine.runner import Call, Preview
 from service.errors import NonFinite, OutOfMemory
@@ -74,7 +74,7 @@ class CountingRunner:
         self.full_precision[job.id] = full_precision
         return Shape(segments_of(job, full_precision))
 
-    def load(self, job: Job, busy: Collection[ModelKey]) -> bool:
+    def load(self, job: Job, busy: Collection[WeightsKey]) -> bool:
         self.break_at("load", job)
         if job.model not in self.loaded:
             kept = [model for model in self.loaded if ModelKey(model) in busy]
@@ -83,7 +83,7 @@ class CountingRunner:
             self.loaded = [*kept, job.model]
         return True
 
-    def load_models(self, keys: Sequence[ModelKey], busy: Collection[ModelKey]) -> bool:
+    def load_models(self, keys: Sequence[WeightsKey], busy: Collection[WeightsKey]) -> bool:
         return all(self.load(make_job("", model=key.model), busy) for key in keys)
 
     def unload_model(self, model: str) -> None:
@@ -92,7 +92,7 @@ class CountingRunner:
     def install(self, contents: Sequence[str]) -> tuple[str, ...]:
         return tuple(contents)
 
-    def make_room(self, busy: Collection[ModelKey]) -> None:
+    def make_room(self, busy: Collection[WeightsKey]) -> None:
         self.loaded = [model for model in self.loaded if ModelKey(model) in busy]
 
     def start(self, job: Job, full_precision: bool = False) -> tuple[str, ...]:

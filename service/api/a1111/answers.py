@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from service.api.a1111 import infotext
+from service.api.a1111.controlnet import infotext_lines
 from service.api.a1111.samplers import EULER_A, SamplerChoice
 from service.api.a1111.schemas import ImageToImage, Info, Processing, ProcessingResponse
 from service.api.a1111.session import timestamp
@@ -35,14 +36,16 @@ def encoder(body: Processing, choice: SamplerChoice) -> Callable[[Result, int], 
     return encode
 
 
-def to_response(body: Processing, choice: SamplerChoice, answer: Answer) -> ProcessingResponse:
-    """A1111's response."""
+def to_response(
+    body: Processing, choice: SamplerChoice, answer: Answer, more: Sequence[str] = ()
+) -> ProcessingResponse:
+    """A1111's response. more: files in base64 that follow the images."""
     hidden = {*(body.model_extra or {})}
     if not getattr(body, "include_init_images", None):
         hidden |= {"init_images", "mask"}
-    files = answer.files if coalesce(body.send_images, True) else ()
+    shown = [*(base64.b64encode(file).decode() for file in answer.files), *more]
     return ProcessingResponse(
-        images=[base64.b64encode(file).decode() for file in files],
+        images=shown if coalesce(body.send_images, True) else [],
         parameters=body.model_dump(mode="json", exclude=hidden),
         info=info_of(body, choice, answer).model_dump_json(),
     )
@@ -102,6 +105,7 @@ def infotext_of(body: Processing, choice: SamplerChoice, resolved: ResolvedReque
         "Eta": eta_of(body, choice),
         "Refiner": values.refiner.model if values.refiner else None,
         "Refiner switch at": values.refiner.switch_at if values.refiner else None,
+        **infotext_lines(body.alwayson_scripts, values),
         "Version": VERSION,
     }
     return infotext.write(body.prompt or "", resolved.negative_prompt, lines)

@@ -41,6 +41,7 @@ NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+CONTROLNET = "controlnet"  # the script that is supported, in any case of letters
 UNIT_MODELS = ("model", "module", "ad_model")  # fields of ControlNet's and ADetailer's units
 NO_MODEL = (None, "", "None", "none")
 
@@ -48,14 +49,17 @@ NO_MODEL = (None, "", "None", "none")
 def check_unsupported(body: Processing, choice: SamplerChoice, spec: ModelSpec) -> list[str]:
     """Warnings about ignored parts. Raises InvalidRequest for parts that would change the image."""
     check_fields(body)
-    check_scripts(body.alwayson_scripts or {})
+    scripts = {
+        name: script for name, script in (body.alwayson_scripts or {}).items() if name.lower() != CONTROLNET
+    }
+    check_scripts(scripts)
     ignored = [*(body.model_extra or {})]
     if body.save_images:
         ignored.append("save_images")
     ignored += check_settings(body, choice, spec)
     warnings = [*choice.warnings, *ignored_warning("These fields have no effect here", ignored)]
     warnings += ignored_warning("These styles do not exist", body.styles or ())
-    return warnings + ignored_warning("These scripts do not exist", body.alwayson_scripts or ())
+    return warnings + ignored_warning("These scripts do not exist", scripts)
 
 
 def check_fields(body: Processing) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from service.api import native
-from service.api.a1111 import answers, extras, infotext, translate
+from service.api.a1111 import answers, controlnet, controlnet_routes, extras, infotext, translate
+from service.api.a1111.checks import CONTROLNET
 from service.api.a1111.options import NEUTRAL_IMG2IMG, NEUTRAL_SAMPLER, check_options, read_format, read_text
-from service.api.a1111.samplers import SAMPLERS, SCHEDULERS, choose_sampler
+from service.api.a1111.samplers import SAMPLERS, SCHEDULERS, SamplerChoice, choose_sampler
 from service.api.a1111.schemas import (
     EmbeddingItem,
     Embeddings,
@@ -29,6 +30,7 @@ from service.api.a1111.schemas import (
     OptionsUpdate,
     PNGInfo,
     PNGInfoResponse,
+    Processing,
     ProcessingResponse,
     ProgressResponse,
     SamplerItem,
@@ -95,7 +97,7 @@ async def txt2img(body: TextToImage, request: Request) -> ProcessingResponse:
     """
     choice, session = choose_sampler(body), session_of(request)
     done = await run(lambda: translate.text_submission(body, choice, session), request)
-    return await asyncio.to_thread(answers.to_response, body, choice, done)
+    return await asyncio.to_thread(respond, body, choice, done, session)
 
 
 @sdapi.post("/img2img", **GENERATE, summary="Image to image, and inpainting")
@@ -109,7 +111,14 @@ async def img2img(body: ImageToImage, request: Request) -> ProcessingResponse:
             done = await asyncio.to_thread(translate.unchanged_answer, body, choice, session)
     else:
         done = await run(lambda: translate.image_submission(body, choice, session), request)
-    return await asyncio.to_thread(answers.to_response, body, choice, done)
+    return await asyncio.to_thread(respond, body, choice, done, session)
+
+
+def respond(
+    body: Processing, choice: SamplerChoice, done: Answer, session: A1111Session
+) -> ProcessingResponse:
+    """The response; the control images follow the images, as A1111's extension does it."""
+    return answers.to_response(body, choice, done, translate.control_maps(body, done, session))
 
 
 async def run(prepare: Callable[[], Submission], request: Request) -> Answer:
@@ -274,10 +283,12 @@ async def list_vaes(request: Request) -> list[VAEItem]:
     return [VAEItem(model_name=entry.name, filename=entry.name) for entry in catalogue.of("vae")]
 
 
-@sdapi.get("/scripts", **READ, summary="Scripts (none)")
-async def list_scripts() -> ScriptsList:
-    """Always empty; clients read this at start to find extensions."""
-    return ScriptsList()
+@sdapi.get("/scripts", **READ, summary="Scripts")
+async def list_scripts(request: Request) -> ScriptsList:
+    """Names `controlnet` if there is a control or reference adapter; clients read this to find extensions."""
+    has_guides = any(controlnet.names_of(spec) for spec in session_of(request).specs.values())
+    names = [CONTROLNET] if has_guides else []
+    return ScriptsList(txt2img=names, img2img=names)
 
 
 @sdapi.get("/cmd-flags", **READ, summary="Command-line flags (not shown)")
@@ -347,3 +358,4 @@ for path, what in (
     sdapi.add_api_route(f"/{path}", empty_list, name=name, summary=f"{what} (none)", **READ)
 
 router.include_router(sdapi)
+router.include_router(controlnet_routes.router)

@@ -7,12 +7,12 @@ A1111 has one model at a time and runs one request at a time, and its clients re
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable, Mapping
 
 from models.spec import ModelSpec
 from service.api.a1111 import options
+from service.api.a1111.names import plain_names
 from service.api.a1111.schemas import Options, ProgressResponse, ProgressState
 from service.errors import NotFound
 from service.requests import response
@@ -23,8 +23,6 @@ from service.requests.response import Answer
 from service.requests.schemas import GenerateRequest, InpaintRequest
 
 NO_IMAGES = "The request was interrupted before its first step: there are no images."
-HASH = re.compile(r"\s*\[[0-9A-Za-z]*\]$")  # at the end of a model's title
-SUFFIX = re.compile(r"\.(safetensors|ckpt|pth?|bin)$", re.IGNORECASE)
 
 
 class A1111Session:
@@ -54,10 +52,8 @@ class A1111Session:
         Raises NotFound, naming `param`.
         """
         specs = self.specs
-        plain = HASH.sub("", name.strip())
-        for candidate in (name, plain, SUFFIX.sub("", plain), SUFFIX.sub("", re.split(r"[/\\]", plain)[-1])):
-            if candidate in specs:
-                return candidate
+        if found := next((candidate for candidate in plain_names(name) if candidate in specs), None):
+            return found
         raise NotFound(f"{param} must be one of {', '.join(specs)}", param=param)
 
     def choose(self, name: str, param: str = options.CHECKPOINT) -> None:

@@ -15,6 +15,7 @@ from models.spec import ModelSpec
 from service.api.a1111 import options
 from service.api.a1111.answers import encoder, infotext_of, strength_of
 from service.api.a1111.checks import SETTINGS, check_unsupported
+from service.api.a1111.controlnet import Guides, Target, read_units
 from service.api.a1111.masking import read_mask
 from service.api.a1111.phases import refiner_of
 from service.api.a1111.resizing import resize
@@ -52,7 +53,8 @@ def text_submission(body: Processing, choice: SamplerChoice, session: A1111Sessi
     """The submission of txt2img. Raises InvalidRequest, and NotFound for the model."""
     spec = spec_for(body, GenerateRequest, session)
     warnings = tuple(check_unsupported(body, choice, spec))
-    request = build_request(GenerateRequest, fields_of(body, choice, spec, session))
+    fields = fields_of(body, choice, spec, session) | guides_of(body, spec, session).fields()
+    request = build_request(GenerateRequest, fields)
     return Submission(request, previews=PREVIEWS, encode=encoder(body, choice), warnings=warnings)
 
 
@@ -64,7 +66,7 @@ def image_submission(body: ImageToImage, choice: SamplerChoice, session: A1111Se
         return inpaint_submission(body, masked, choice, session)
     spec = spec_for(body, GenerateRequest, session)
     warnings = (*check_unsupported(body, choice, spec), *((BLANK_MASK,) if blank else ()))
-    fields = fields_of(body, choice, spec, session)
+    fields = fields_of(body, choice, spec, session) | guides_of(body, spec, session).fields()
     start = read_resized(body, session) if body.resize_mode else only_image(body)
     request = build_request(GenerateRequest, fields | {"init_image": start, "strength": strength_of(body)})
     return Submission(request, previews=PREVIEWS, encode=encoder(body, choice), warnings=warnings)
@@ -89,7 +91,7 @@ def inpaint_submission(
         "fill": FILL[coalesce(body.inpainting_fill, 0)],
         "strength": strength_of(body),
     }
-    request = build_request(InpaintRequest, fields)
+    request = build_request(InpaintRequest, fields | guides_of(body, spec, session).fields())
     encode = encoder(body, choice)
     return Submission(request, previews=PREVIEWS, encode=encode, warnings=warnings, soft_mask=mask)
 
@@ -119,6 +121,24 @@ def unchanged_answer(body: ImageToImage, choice: SamplerChoice, session: A1111Se
     files = [images.encode(pixels, resolved.format, Metadata(text)) for text in texts]
     resolved = resolved.without_inputs()
     return Answer(resolved, tuple(files), warnings + resolved.warnings, {}, int(time.time()))
+
+
+def guides_of(body: Processing, spec: ModelSpec, session: A1111Session) -> Guides:
+    """The ControlNet units of a request. Slow, because it decodes images. Raises InvalidRequest."""
+    most = session.jobs.supervisor.settings.max_input_pixels
+    units = tuple(read_units(body.alwayson_scripts, spec, most))
+    size = coalesce(body.width, spec.defaults.width), coalesce(body.height, spec.defaults.height)
+    if not units or not isinstance(body, ImageToImage):
+        return Guides(units, Target(spec, *size, None, False))
+    is_region = body.mask and coalesce(body.inpaint_full_res, True)
+    image = read_first(body, session) if is_region else read_resized(body, session)
+    return Guides(units, Target(spec, *image.size, image, bool(body.mask)))
+
+
+def control_maps(body: Processing, answer: Answer, session: A1111Session) -> list[str]:
+    """The control images of an answer with images: PNG files in base64."""
+    spec = session.jobs.supervisor.specs.get(answer.resolved.parameters.model)
+    return guides_of(body, spec, session).maps() if spec and answer.files else []
 
 
 def read_resized(body: ImageToImage, session: A1111Session) -> Image.Image:
