@@ -28,7 +28,14 @@ from models.conditioning.text_encoder import Context
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet, timestep_embedding
 from models.sampling.denoiser import Denoiser
-from models.sampling.guidance import cfg_rows, guide, row_count
+from models.sampling.guidance import (
+    DEFAULT_IMAGE_GUIDANCE,
+    StepRows,
+    cfg_rows,
+    edit_rows,
+    guide,
+    row_count,
+)
 from models.sampling.samplers import plan
 from models.sampling.schedule import Schedule
 from models.sampling.step import step
@@ -106,15 +113,20 @@ class LatentDiffusion:
     def context_pair(self, inputs: ConditioningInput) -> Context | None:
         """The context of each of N conditions; None where the UNet takes no context.
 
-        Conditions are the unconditional and the conditional one, or those of inputs.composition.
+        Conditions are the unconditional and the conditional one, or those of inputs.composition. A model that
+        edits images has the unconditional context again as its third row.
         tokens (N, L, C); pooled (N, P) where the UNet takes it, for SDXL with the size embedding appended.
         Both rows are the same for a model that does not support guidance.
         """
         context = self.conditioner.context_pair(inputs) if self.conditioner else None
+        if context is not None and self.spec.edits:
+            pooled = None if context.pooled is None else context.pooled[[0, 1, 0]]
+            context = Context(context.tokens[[0, 1, 0]], pooled)
         if context is None or context.pooled is None or not self.spec.unet_spec.size_width:
             return context
         size = inputs.size or (self.spec.defaults.width, self.spec.defaults.height)
-        scores = (AESTHETIC_SCORES[0 if negative else 1] for negative in inputs.is_negative)
+        is_negative = (True, False, True) if self.spec.edits else inputs.is_negative
+        scores = (AESTHETIC_SCORES[0 if negative else 1] for negative in is_negative)
         sizes = torch.stack([self.size_embedding(*size, score) for score in scores])  # (N, P)
         return context._replace(pooled=torch.cat([context.pooled.float(), sizes], dim=-1))
 
@@ -140,13 +152,19 @@ class LatentDiffusion:
         return timestep_embedding(numbers, self.spec.unet_spec.size_width).flatten()
 
     def concat_channels(
-        self, h: int, w: int, regions: Tensor | None = None, masked: MaskedImage | None = None
+        self,
+        h: int,
+        w: int,
+        regions: Tensor | None = None,
+        masked: MaskedImage | None = None,
+        edited: Tensor | None = None,
     ) -> Tensor | None:
         """The concat channels of an image of h x w latent cells; None where the UNet takes none.
 
         regions: a segmentation map with one cell for spec.label_cell x spec.label_cell pixels; labels count
-        from 1, 0 is no label. masked: the image to inpaint; None: the whole image is repainted.
-        -> (2, channels, h, w) float32: unconditional, conditional.
+        from 1, 0 is no label. masked: the image to inpaint; None: the whole image is repainted. edited: the
+        image to edit (C, h, w), from self.encode_edited(); None: none.
+        -> (N, channels, h, w) float32: unconditional, conditional, and for edited images without the prompt.
         """
         spec, device = self.spec, self.device
         parts = []
@@ -160,7 +178,15 @@ class LatentDiffusion:
                 assert isinstance(self.conditioner, (TextConditioner, SegmentationConditioner))
                 layout[1] = self.conditioner.from_regions(regions)
             parts.append(layout)
+        if spec.edits:
+            z = torch.zeros(spec.autoencoder.latent_channels, h, w, device=device)
+            edited = z if edited is None else edited
+            parts.append(torch.stack([z, edited, edited]))
         return torch.cat(parts, dim=1) if parts else None
+
+    def encode_edited(self, x: Tensor) -> Tensor:
+        """Image to edit x (1, 3, H, W) in [-1, 1] -> (C, h, w): its latent's mode, which is not scaled."""
+        return self.autoencoder.encode(x)[0].float()
 
     def encode_masked(self, x: Tensor, repaint: Tensor) -> MaskedImage:
         """Image x (1, 3, H, W) in [-1, 1]; repaint (H, W), bool, True where it is repainted."""
@@ -214,33 +240,39 @@ class LatentDiffusion:
         guidance_scale: float,
         concat_channels: Sequence[Tensor] | None = None,
         size: tuple[int, int] | None = None,
+        image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE,
     ) -> Tensor:
         """One image per input, by DDIM, all in one batch.
 
         inputs: a string is a prompt alone. guidance_scale: must be 1 if the model does not support guidance.
-        concat_channels: of each image, from self.concat_channels(), to inpaint or to place objects. size:
-        (width, height); None: the model's default. -> x (B, 3, H, W), float32.
+        concat_channels: of each image, from self.concat_channels(), to inpaint, to place objects or to edit
+        an image. size: (width, height); None: the model's default. image_guidance_scale: of models that edit.
+        -> x (B, 3, H, W), float32.
         """
         full_inputs = [as_input(each) for each in inputs]
-        defaults, rows = self.spec.defaults, cfg_rows(self.rows_scale(guidance_scale)).rows
+        defaults, rows = self.spec.defaults, self.step_rows(guidance_scale, image_guidance_scale)
         shape = self.spec.latent_shape(*(size or (defaults.width, defaults.height)))
         if concat_channels is None and self.spec.concat_channels:
             made = (self.concat_channels(shape[1], shape[2], each.regions) for each in full_inputs)
             concat_channels = [each for each in made if each is not None]
         # (R B, C', h, w), R UNet rows per image
-        stacked = None if concat_channels is None else stack_rows(concat_channels, rows)
+        stacked = None if concat_channels is None else stack_rows(concat_channels, rows.rows)
         contexts = [
             self.context_pair(each if each.size else each._replace(size=size)) for each in full_inputs
         ]
         noise = torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         )
-        eps = self.predictor(contexts, stacked, guidance_scale)
+        eps = self.predictor(contexts, stacked, guidance_scale, None, rows)
         return self.decode(self.denoise(noise.to(self.device), steps, eps))
 
-    def rows_scale(self, guidance_scale: float) -> float:
-        """The scale of guidance by rows: 1, which is none, where the UNet takes the guidance scale."""
-        return 1.0 if self.spec.embeds_guidance else guidance_scale
+    def step_rows(
+        self, guidance_scale: float, image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE
+    ) -> StepRows:
+        """The UNet rows of an image: one alone where the UNet takes the guidance scale as an input."""
+        if self.spec.edits:
+            return edit_rows(guidance_scale, image_guidance_scale)
+        return cfg_rows(1.0 if self.spec.embeds_guidance else guidance_scale)
 
     def predictor(
         self,
@@ -248,33 +280,35 @@ class LatentDiffusion:
         concat_channels: Tensor | None,
         guidance_scale: float,
         noise_level: Tensor | None = None,
+        rows: StepRows | None = None,
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """A function (x (B, C, h, w), t (B,), alpha and sigma of x (B, 2)) -> guided eps (B, C, h, w).
 
         Of B images with these inputs.
 
-        R is the number of UNet rows per image, 1 or 2; all unconditional rows come first. contexts: one per
-        image, from self.context_pair(); concat_channels: (R B, C', h, w); noise_level: (R B,).
+        R is the number of UNet rows per image; the first rows of all images come first. contexts: one per
+        image, from self.context_pair(); concat_channels: (R B, C', h, w); noise_level: (R B,). rows: from
+        self.step_rows(); None: those of the guidance scale.
         """
         denoiser = self.denoiser
         assert denoiser is not None
-        scale, embedded = self.rows_scale(guidance_scale), None
-        rows, count = cfg_rows(scale).rows, row_count(scale)
+        rows = rows or self.step_rows(guidance_scale)
+        (numbers, weights, _), embedded = rows, None
         if self.spec.embeds_guidance:
             embedded = torch.full((len(contexts),), guidance_scale, device=self.device)
         # All images have a context or none has; the same holds for pooled vectors.
         present = [each for each in contexts if each is not None]
         poolings = [each.pooled for each in present if each.pooled is not None]
-        tokens = stack_rows([each.tokens for each in present], rows) if present else None  # (R B, L, C)
-        pooled = stack_rows(poolings, rows) if poolings else None  # (R B, P)
+        tokens = stack_rows([each.tokens for each in present], numbers) if present else None  # (R B, L, C)
+        pooled = stack_rows(poolings, numbers) if poolings else None  # (R B, P)
 
         def eps(x: Tensor, t: Tensor, alpha_sigma: Tensor) -> Tensor:
-            x, t, alpha_sigma = (torch.cat([given] * count) for given in (x, t, alpha_sigma))
+            x, t, alpha_sigma = (torch.cat([given] * len(numbers)) for given in (x, t, alpha_sigma))
             out = denoiser(  # (R B, C, h, w)
                 x, t, tokens, pooled, concat_channels, alpha_sigma, noise_level, guidance=embedded
             )
-            half = len(out) // count
-            return guide(out[:half], [(out[-half:], scale)])
+            base, *others = out.chunk(len(numbers))
+            return guide(base, zip(others, weights, strict=True))
 
         return eps
 

@@ -268,6 +268,7 @@ class ModelSpec:
     upscaling: UpscalingSpec | None = None  # an upscaler, which enlarges by the autoencoder's factor
     mask_channels: bool = False  # the UNet takes a mask and the masked image's latent as concat channels
     masking: Masking = Masking()  # the form of these channels
+    edits: bool = False  # the UNet takes the latent of an image to edit as concat channels (InstructPix2Pix)
     layout_channels: int = 0  # concat channels of the layout, which follow the mask channels
     labels: tuple[str, ...] = ()
     condition: Condition | None = None  # shape of a conditioner other than CLIP
@@ -295,7 +296,8 @@ class ModelSpec:
         masked = self.mask_channels * (1 + self.autoencoder.latent_channels)
         low = self.autoencoder.image_channels if self.upscaling else 0
         resampled = self.autoencoder.latent_channels if self.upscaling and self.upscaling.residual else 0
-        return masked + self.layout_channels + low + resampled
+        edited = self.autoencoder.latent_channels if self.edits else 0
+        return masked + self.layout_channels + low + resampled + edited
 
     @property
     def context_shape(self) -> tuple[int, int] | None:
@@ -426,6 +428,7 @@ class ModelSpec:
             defaults=build(Defaults, d["defaults"]),
             tasks=tuple(d["tasks"]),
             mask_channels=d["mask_channels"],
+            edits=d["edits"],
             masking=build(Masking, d["masking"]),
             layout_channels=d["layout_channels"],
             labels=tuple(d["labels"]),

@@ -12,6 +12,7 @@ from models.formats import few_step
 from models.formats.config_files import Config, read_json, shortened
 from models.formats.diffusers_tables import (
     ADDED_KEY,
+    EDITING,
     HAS_ATTENTION,
     INDEX_FILE,
     INPAINTING,
@@ -29,6 +30,7 @@ from models.formats.diffusers_tables import (
     UPSCALING,
     VAE_FIXED,
     XL,
+    XL_EDITING,
     XL_INPAINTING,
     XL_REFINER,
     Accepted,
@@ -54,6 +56,11 @@ LAYER_COUNTS = (
     "reverse_transformer_layers_per_block",
     "num_hidden_layers",
 )
+TASKS = {  # of pipelines with other tasks than Stable Diffusion's; those of upscalers are theirs
+    XL_REFINER: ALL_TASKS[1:3],
+    EDITING: ("image-to-image",),
+    XL_EDITING: ("image-to-image",),
+}
 MAX_NOISE_LEVEL = 350  # of the published upscaler, for folders that do not contain it
 
 Spec = TypeVar("Spec")
@@ -87,7 +94,8 @@ def read_folder(path: Path) -> ModelSpec:
         # Inpainting pipelines also accept a UNet without mask channels.
         mask_channels=pipeline in (INPAINTING, XL_INPAINTING)
         and unet.in_channels != autoencoder.latent_channels,
-        tasks=("upscaling",) if upscaling else ALL_TASKS[pipeline == XL_REFINER : 3],
+        edits=pipeline in (EDITING, XL_EDITING),
+        tasks=("upscaling",) if upscaling else TASKS.get(pipeline, ALL_TASKS[:3]),
         aesthetic_score=pipeline == XL_REFINER,
         zero_null="text_encoder_2" in classes and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
@@ -105,7 +113,7 @@ def names_in_folder(path: Path) -> list[tuple[str, str]]:
 def text_specs(path: Path, pipeline: str) -> tuple[TextSpec, ...]:
     """Specs of the text encoders in a folder."""
     readers: dict[str, Callable[[Config], TextSpec]] = {}
-    if pipeline in (XL, XL_INPAINTING):
+    if pipeline in (XL, XL_INPAINTING, XL_EDITING):
         readers = dict(zip(TEXT_ENCODERS, (inner_text_spec, inner_pooled_text_spec), strict=True))
     elif pipeline == XL_REFINER:
         readers = {TEXT_ENCODERS[1]: inner_pooled_text_spec}
@@ -463,4 +471,4 @@ UNETS: dict[str, Callable[[Config], UNetSpec]] = {
     "UNet2DConditionModel": unet_spec,
     "UNet2DModel": plain_unet_spec,
 }
-AUTOENCODERS = dict.fromkeys((UPSCALING, XL, XL_INPAINTING, XL_REFINER), upcast_autoencoder_spec)
+AUTOENCODERS = dict.fromkeys((UPSCALING, XL, XL_INPAINTING, XL_EDITING, XL_REFINER), upcast_autoencoder_spec)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-PLAIN, INPAINTING, UPSCALING, XL, XL_INPAINTING, XL_REFINER, SUPER_RESOLUTION = (
+PLAIN, INPAINTING, EDITING, UPSCALING, XL, XL_INPAINTING, XL_EDITING, XL_REFINER, SUPER_RESOLUTION = (
     "StableDiffusionPipeline",
     "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionUpscalePipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "LDMSuperResolutionPipeline",
 )
@@ -27,9 +29,11 @@ TWO_ENCODERS = ONE_ENCODER | {
 PIPELINES = {  # pipeline -> the folder of each part, and its class
     PLAIN: ONE_ENCODER,
     INPAINTING: ONE_ENCODER,
+    EDITING: ONE_ENCODER,
     UPSCALING: ONE_ENCODER,
     XL: TWO_ENCODERS,
     XL_INPAINTING: TWO_ENCODERS,
+    XL_EDITING: TWO_ENCODERS,
     XL_REFINER: {
         part: kind for part, kind in TWO_ENCODERS.items() if part not in ("text_encoder", "tokenizer")
     },
@@ -95,9 +99,11 @@ LIBRARIES = dict.fromkeys((*TEXT_ENCODERS, *TOKENIZERS), "transformers")  # of o
 UNUSED_PARTS = {  # optional parts of a pipeline, which are written as absent
     PLAIN: ("feature_extractor", "image_encoder", "safety_checker"),
     INPAINTING: ("feature_extractor", "image_encoder", "safety_checker"),
+    EDITING: ("feature_extractor", "image_encoder", "safety_checker"),
     UPSCALING: ("feature_extractor", "safety_checker", "watermarker"),
     XL: ("feature_extractor", "image_encoder"),
     XL_INPAINTING: ("feature_extractor", "image_encoder"),
+    XL_EDITING: (),
     XL_REFINER: ("feature_extractor", "image_encoder", "text_encoder", "tokenizer"),
     SUPER_RESOLUTION: (),
 }

@@ -11,6 +11,7 @@ from models.formats.config_files import Config
 from models.formats.diffusers_read import config_file
 from models.formats.diffusers_tables import (
     ADDED_KEY,
+    EDITING,
     INDEX_FILE,
     INPAINTING,
     LIBRARIES,
@@ -29,6 +30,7 @@ from models.formats.diffusers_tables import (
     UPSCALING,
     VAE_FIXED,
     XL,
+    XL_EDITING,
     XL_INPAINTING,
     XL_REFINER,
 )
@@ -65,6 +67,8 @@ def pipeline_of(spec: ModelSpec) -> str:
         return UPSCALING if spec.texts else SUPER_RESOLUTION
     if spec.aesthetic_score:
         return XL_REFINER
+    if spec.edits:
+        return XL_EDITING if len(spec.texts) > 1 else EDITING
     if len(spec.texts) > 1:
         return XL_INPAINTING if spec.mask_channels else XL
     return INPAINTING if spec.mask_channels else PLAIN
@@ -87,9 +91,9 @@ def index_config(pipeline: str, spec: ModelSpec) -> Config:
     if upscaling and upscaling.noise:
         index[NOISE_SCHEDULER] = ["diffusers", noise_class(pipeline)]
         index["max_noise_level"] = upscaling.max_noise_level
-    if pipeline in (PLAIN, INPAINTING):
+    if pipeline in (PLAIN, INPAINTING, EDITING):
         index |= {"requires_safety_checker": False}
-    if pipeline in (XL, XL_INPAINTING, XL_REFINER):
+    if pipeline in (XL, XL_INPAINTING, XL_EDITING, XL_REFINER):
         index |= {"force_zeros_for_empty_prompt": spec.zero_null}
     if pipeline == XL_REFINER:
         index |= {"requires_aesthetics_score": True}

@@ -27,7 +27,7 @@ from models.formats.diffusers_read import (
 from models.formats.diffusers_tables import ADDED_KEY, INDEX_FILE, SCHEDULER
 from models.formats.safetensors import Header
 from models.formats.single_file import FILE_NAME, SingleFile, identify_single_file
-from models.formats.stable_diffusion import REFINER, EncoderLocation
+from models.formats.stable_diffusion import EDITING, INPAINTING, REFINER, EncoderLocation
 from models.formats.vae_files import read_vae_spec
 from models.spec import ALL_TASKS, ModelSpec, Prediction
 
@@ -228,7 +228,7 @@ def folder_family(spec: ModelSpec) -> str:
         return REFINER
     width = spec.unet.context_width if spec.unet else 0
     family = STABLE_DIFFUSION.get(width, "text (Stable Diffusion's structure)")
-    return family + (" inpainting" if spec.mask_channels else "")
+    return family + (INPAINTING if spec.mask_channels else EDITING if spec.edits else "")
 
 
 def with_adjacent_text_encoder(spec: ModelSpec, folder: Path) -> ModelSpec:

@@ -47,6 +47,7 @@ SDXL_FIRST = EncoderLocation("conditioner.embedders.0.transformer.", open_clip=F
 SDXL_SECOND = EncoderLocation("conditioner.embedders.1.model.", open_clip=True)
 SDXL_BOTH = (SDXL_FIRST, SDXL_SECOND)
 SDXL_REFINER = EncoderLocation("conditioner.embedders.0.model.", open_clip=True)
+EDITING_TASKS = ("image-to-image",)
 NOISE_LEVELS = UNET + "label_emb.weight"
 
 
@@ -60,6 +61,7 @@ class Family:
     scale_factor: float = 0.18215
     betas: tuple[float, float] = (0.00085, 0.012)
     inpaints: bool = False
+    edits: bool = False
     zero_null: bool = False
     upcast: bool = False  # the decoder overflows float16
     guidance_scale: float = 7.5
@@ -76,15 +78,19 @@ SD_1, SD_2, SDXL, REFINER, UPSCALER = (
     "Stable Diffusion x4 upscaler",
 )
 SD_2_V = SD_2 + " 768-v"
-INPAINTING = " inpainting"
+INPAINTING, EDITING = " inpainting", " InstructPix2Pix"
 FAMILIES = {
     SD_1: Family(512, heads=8),
     SD_1 + INPAINTING: Family(512, heads=8, inpaints=True),
+    SD_1 + EDITING: Family(512, heads=8, edits=True, tasks=EDITING_TASKS),
     SD_2: Family(512),
     SD_2_V: Family(768, prediction="v_prediction"),
     SD_2 + INPAINTING: Family(512, inpaints=True),
     SDXL: Family(1024, scale_factor=0.13025, zero_null=True, upcast=True),
     SDXL + INPAINTING: Family(1024, scale_factor=0.13025, inpaints=True, zero_null=True, upcast=True),
+    SDXL + EDITING: Family(
+        1024, scale_factor=0.13025, zero_null=True, upcast=True, edits=True, tasks=EDITING_TASKS
+    ),
     REFINER: Family(1024, scale_factor=0.13025, upcast=True, tasks=ALL_TASKS[1:3]),
     UPSCALER: Family(
         512,
@@ -166,6 +172,7 @@ def recognise_model(
         defaults=Defaults(size, size, guidance_scale=family.guidance_scale, noise_level=family.noise_level),
         tasks=family.tasks,
         mask_channels=family.inpaints,
+        edits=family.edits,
         upscaling=family.upscaling,
         zero_null=family.zero_null,
         aesthetic_score=key == REFINER,
@@ -184,11 +191,12 @@ def family_of(shapes: Shapes, encoders: tuple[EncoderLocation, ...], prediction:
     if NOISE_LEVELS in shapes:
         return UPSCALER
     latent, into = shapes[UNET + "out.2.weight"][0], shapes[UNET + "input_blocks.0.0.weight"][1]
-    inpaints = into == 2 * latent + 1
+    inpaints, edits = into == 2 * latent + 1, into == 2 * latent
     if encoders == (OPEN_CLIP,) and not inpaints:
         return SD_2_V if (prediction or DEFAULT_PREDICTION) == "v_prediction" else SD_2
     family = {(CLIP,): SD_1, (OPEN_CLIP,): SD_2, SDXL_BOTH: SDXL, (SDXL_REFINER,): REFINER}[encoders]
-    return family + (INPAINTING if inpaints else "")
+    kind = family + (INPAINTING if inpaints else EDITING if edits else "")
+    return kind if kind in FAMILIES else family
 
 
 def prediction_is_ambiguous(shapes: Shapes, encoders: tuple[EncoderLocation, ...]) -> bool:

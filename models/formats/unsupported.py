@@ -61,7 +61,7 @@ LATENT = 4  # channels of the latents of all of them
 CONTEXT_KEYS = re.compile(r".*\.attn2\.to_k\.weight")
 DIFFUSERS_UNET, BARE_UNET = "time_embedding.linear_1.weight", "input_blocks.0.0.weight"
 DIFFUSERS_VAE = "decoder.mid_block.resnets.0.norm1.weight"
-BY_CHANNELS = {8: "InstructPix2Pix", 5: "Stable Diffusion 2 depth2img"}  # by the UNet's input channels
+BY_CHANNELS = {5: "Stable Diffusion 2 depth2img"}  # by the UNet's input channels
 
 
 def refuse_other_models(shapes: Shapes, name: str) -> None:

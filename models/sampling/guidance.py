@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 CONDITIONS = 2  # of a prompt and its negative prompt
 UNCONDITIONAL, CONDITIONAL = range(CONDITIONS)
+DEFAULT_IMAGE_GUIDANCE = 1.5  # scale of guidance by the image to edit (Brooks et al. 2023)
+IMAGE = CONDITIONS  # of models that edit images: the negative prompt, with the image to edit
 
 
 class StepRows(NamedTuple):
@@ -39,21 +41,37 @@ def cfg_rows(guidance_scale: float) -> StepRows:
     return StepRows((UNCONDITIONAL, CONDITIONAL), (guidance_scale,))
 
 
+def edit_rows(guidance_scale: float, image_scale: float) -> StepRows:
+    """The rows of guidance by a text and by the image to edit (Brooks et al. 2023, equation 3).
+
+    The conditions are the negative prompt without the image, the prompt with it, and the negative prompt with
+    it: e0 + image_scale * (e2 - e0) + guidance_scale * (e1 - e2). Rows that cancel out are left out.
+    """
+    if image_scale == guidance_scale:
+        return cfg_rows(guidance_scale)
+    if image_scale == 1.0:
+        rows = StepRows((IMAGE, CONDITIONAL), (guidance_scale,))
+        return rows if guidance_scale else StepRows((IMAGE,))
+    if not guidance_scale:
+        return StepRows((UNCONDITIONAL, IMAGE), (image_scale,))
+    return StepRows((UNCONDITIONAL, CONDITIONAL, IMAGE), (guidance_scale, image_scale - guidance_scale))
+
+
 def row_count(guidance_scale: float) -> int:
     """UNet rows that one image costs: 1 or 2."""
     return len(cfg_rows(guidance_scale).rows)
 
 
 def cfg_run(
-    guidance_scale: float, calls: int, start: float = 0.0, end: float = 1.0, rescale: float = 0.0
+    guided: StepRows, calls: int, start: float = 0.0, end: float = 1.0, rescale: float = 0.0
 ) -> tuple[StepRows, ...]:
-    """The rows of each of `calls` UNet calls: guided between the parts `start` and `end` of the run.
+    """The rows of each of `calls` UNet calls: `guided` between the parts `start` and `end` of the run.
 
     Outside, one conditional row is enough (Kynkäänniemi et al. 2024). The first guided call is number
     int(start * calls), counted from 0; the first one after them is number int(end * calls).
     """
     first, last = (int(part * calls + 1e-9) for part in (start, end))  # 0.58 of 50 is 29, not 28.999...
-    inside, outside = cfg_rows(guidance_scale)._replace(rescale=rescale), cfg_rows(1.0)
+    inside, outside = guided._replace(rescale=rescale), cfg_rows(1.0)
     return tuple(inside if first <= call < last else outside for call in range(calls))
 
 

@@ -185,6 +185,13 @@ def default_spacing(spec: ModelSpec, sampler: str) -> Spacing | None:
     return None if sampler in OWN_SPACING else spec.schedule.spacing
 
 
+def default_eta(spec: ModelSpec, sampler: str) -> float:
+    """The eta of a request that names none."""
+    if sampler == spec.defaults.sampler and spec.defaults.eta:
+        return spec.defaults.eta
+    return DEFAULT_ETA.get(sampler, 0.0)
+
+
 def max_steps(sampler: str, timesteps: int) -> int:
     """The most steps of a run on a schedule of so many timesteps."""
     return min(LCM_TIMESTEPS, timesteps) if sampler in ("lcm", "tcd") else timesteps

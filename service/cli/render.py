@@ -46,6 +46,7 @@ REQUEST_FIELDS = (
     "guidance_start",
     "guidance_end",
     "guidance_rescale",
+    "image_guidance_scale",
     "prompt_syntax",
     "clip_skip",
     "class_label",
@@ -64,7 +65,13 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the image shows")
     add_common(command)
     add_scene(command)
-    command.add_argument("--init-image", metavar="FILE", help="start from this image")
+    command.add_argument("--init-image", metavar="FILE", help="start from this image, or edit it")
+    command.add_argument(
+        "--image-guidance-scale",
+        type=float,
+        metavar="X",
+        help="how closely the result follows the image, with models that edit (default: 1.5)",
+    )
     command.set_defaults(command=generate)
 
 

@@ -126,12 +126,13 @@ def start_images(state: JobState, conditioning: ConditioningInput) -> None:
     job, bundle, spec = state.job, state.bundle, state.bundle.spec
     device, shape = bundle.device, spec.latent_shape(job.width, job.height)
     masked = masked_image(bundle, job, device) if job.mask and spec.mask_channels else None
-    # A UNet with channels for the masked image starts from noise alone at full strength, as in its training.
-    if job.image and not (masked and job.strength == 1.0):
+    # A UNet with channels for the image starts from noise alone at full strength, as in its training.
+    edited = bundle.encode_edited(image_of(job, device)) if job.image and spec.edits else None
+    if job.image and not ((masked or spec.edits) and job.strength == 1.0):
         state.z = encode(bundle, job, device)
     if job.mask and not masked:
         state.mask = latent_mask(job, spec.autoencoder.factor, device)
-    concat = bundle.concat_channels(*shape[1:], conditioning.regions, masked)
+    concat = bundle.concat_channels(*shape[1:], conditioning.regions, masked, edited)
     plan = state.phases[0].plan
     signal, sigma = plan.start
     fill_mask = latent_mask(job, spec.autoencoder.factor, device) if job.latent_fill != "image" else None

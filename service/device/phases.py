@@ -87,7 +87,7 @@ class Phase:
 def outlines(job: Job, plan_of: Callable[[Job], Plan]) -> tuple[PhaseOutline, ...]:
     """The phases of a job. plan_of: the sampler's plan of a job."""
     plan = plan_of(job)
-    rows = cfg_run(job.guidance_scale, len(plan), job.guidance_start, job.guidance_end, job.guidance_rescale)
+    rows = cfg_run(job.guided_rows, len(plan), job.guidance_start, job.guidance_end, job.guidance_rescale)
     composition = composition_of(job, len(plan))
     if composition:
         rows = tuple(map(composed, rows, composition.calls))

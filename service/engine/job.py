@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Literal, NamedTuple
 
 from models.conditioning.boxes import Box
+from models.sampling.guidance import StepRows, cfg_rows, edit_rows
 from models.spec import Spacing
 
 MAX_SEED = 2**64 - 1  # the largest seed of a random number generator
@@ -136,6 +137,7 @@ class Job:
     prompt_syntax: PromptSyntax = "plain"  # a1111: as in models.conditioning.prompt_schedule, with weights
     prompt_weights: bool = False  # whether prompts are in the syntax of models.conditioning.prompts
     loras: tuple[LoraWeights, ...] = ()  # as in ModelKey
+    image_guidance: float | None = None  # scale of guidance by the image to edit; None: the model edits none
     embedded_guidance: float = 1.0  # the guidance scale that the UNet takes as an input, if it takes one
     latent_fill: LatentFill = "image"  # initial content of masked latent cells, before noise is added
     keeps_pixels: bool = True  # the finished image has the input image's pixels outside the mask
@@ -147,6 +149,13 @@ class Job:
     guidance_end: float = 1.0
     guidance_rescale: float = 0.0  # see models.sampling.guidance.rescale
     refiner: Refiner | None = None
+
+    @property
+    def guided_rows(self) -> StepRows:
+        """The rows of a UNet call in which guidance acts."""
+        if self.image_guidance is None:
+            return cfg_rows(self.guidance_scale)
+        return edit_rows(self.guidance_scale, self.image_guidance)
 
     def image_seed(self, image: int) -> int:
         """The seed of an image's generator: with a variation all images have the same."""

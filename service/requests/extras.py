@@ -14,7 +14,7 @@ def generates(spec: ModelSpec) -> bool:
 
 
 def guides(spec: ModelSpec) -> bool:
-    return generates(spec) and spec.guided
+    return generates(spec) and spec.guided and not spec.embeds_guidance
 
 
 def reads_tokens(spec: ModelSpec) -> bool:
@@ -28,10 +28,11 @@ def inpaints(spec: ModelSpec) -> bool:
 
 # Field -> whether a model supports values other than the field's default.
 EXTRAS: Mapping[str, Callable[[ModelSpec], bool]] = {
-    "prompt_syntax": lambda spec: generates(spec) and reads_tokens(spec),
+    "prompt_syntax": lambda spec: generates(spec) and reads_tokens(spec) and not spec.edits,
     "guidance_start": guides,
     "guidance_end": guides,
     "guidance_rescale": guides,
+    "image_guidance_scale": lambda spec: spec.edits,
     "refiner": lambda spec: generates(spec) and spec.reads_prompts and not spec.concat_channels,
     "clip_skip": lambda spec: spec.max_clip_skip > 1,
     "variation": generates,

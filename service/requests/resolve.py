@@ -13,7 +13,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from models.conditioning import prompts
-from models.sampling.samplers import DEFAULT_ETA, default_spacing
+from models.sampling.guidance import DEFAULT_IMAGE_GUIDANCE
+from models.sampling.samplers import default_eta, default_spacing
 from models.spec import ALL_TASKS, ModelSpec
 from models.tiles import cut
 from service.engine.job import LatentFill
@@ -135,7 +136,8 @@ def image_to_image(
     """Resolve a request that starts from init_image, resized to the requested or the nearest size."""
     image = images.read_image(source, "init_image", settings.max_input_pixels)
     size = fitting_size(image.size, request, spec.size_multiple)
-    resolved = with_defaults(request, spec, size, size, coalesce(request.strength, DEFAULT_STRENGTH))
+    strength = coalesce(request.strength, 1.0 if spec.edits else DEFAULT_STRENGTH)
+    resolved = with_defaults(request, spec, size, size, strength)
     sized_by_image = request.width is None and request.height is None
     checks.check_limits(resolved, spec, settings, "init_image" if sized_by_image else "width")
     requested = coalesce(request.width, image.width), coalesce(request.height, image.height)
@@ -262,7 +264,7 @@ def with_defaults(
         seed=random_seed(request.n) if request.seed in (None, -1) else request.seed,
         n=request.n,
         sampler=sampler,
-        eta=coalesce(request.eta, defaults.eta or DEFAULT_ETA.get(sampler, 0.0)),
+        eta=coalesce(request.eta, default_eta(spec, sampler)),
         strength=strength,
         class_label=label,
         spacing=coalesce(request.spacing, default_spacing(spec, sampler)),
@@ -272,6 +274,7 @@ def with_defaults(
         loras=loras_of(request, spec) or None,
         lora_text_weights=text_weights_of(request) or None,
         **(guidance_parameters(scene) if scene else {}),
+        image_guidance_scale=image_guidance_of(request, spec),
         prompt_syntax=scene.prompt_syntax if scene and scene.prompt_syntax != "plain" else None,
         clip_skip=scene.clip_skip if scene and scene.clip_skip != 1 else None,
         variation=variation_of(scene, request.n) if scene else None,
@@ -325,6 +328,12 @@ def guidance_parameters(request: SceneRequest) -> dict[str, Any]:
         "guidance_end": None if end == 1.0 else end,
         "guidance_rescale": request.guidance_rescale or None,
     }
+
+
+def image_guidance_of(request: AnyRequest, spec: ModelSpec) -> float | None:
+    """The scale of guidance by the image to edit; None if none is given and the model edits no images."""
+    scale = request.image_guidance_scale if isinstance(request, GenerateRequest) else None
+    return DEFAULT_IMAGE_GUIDANCE if scale is None and spec.edits else scale
 
 
 def variation_of(request: SceneRequest, n: int) -> VariationSeed | None:
@@ -396,6 +405,7 @@ def is_guided(resolved: ResolvedRequest, spec: ModelSpec) -> bool:
     return bool(
         conditioned
         or spec.embeds_guidance
+        or spec.edits
         or guided_by_image
         or (spec.zero_null and not negative)
         or prompt != negative

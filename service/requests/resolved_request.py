@@ -62,6 +62,7 @@ class Parameters(BaseModel):
     guidance_start: float | None = None
     guidance_end: float | None = None
     guidance_rescale: float | None = None
+    image_guidance_scale: float | None = None
     refiner: RefinerInput | None = None
     prompt_syntax: PromptSyntax | None = None
     clip_skip: int | None = None
@@ -217,6 +218,7 @@ class ResolvedRequest:
             prompt_syntax=parameters.prompt_syntax or "plain",
             prompt_weights=bool(parameters.prompt_weights),
             loras=parameters.lora_weights,
+            image_guidance=parameters.image_guidance_scale,
             embedded_guidance=parameters.guidance_scale if self.embeds_guidance else 1.0,
             latent_fill=self.latent_fill,
             keeps_pixels=inputs.paste is None,

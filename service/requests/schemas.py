@@ -261,6 +261,15 @@ class GenerateRequest(SceneRequest):
         ),
     ] = None
     init_image: Annotated[ImageInput | None, Field(description=f"{IMAGE}; the image to start from")] = None
+    image_guidance_scale: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=50,
+            description="How closely the result follows init_image, for models that edit images by "
+            "instructions (InstructPix2Pix); default: 1.5",
+        ),
+    ] = None
 
 
 class Extend(BaseModel):

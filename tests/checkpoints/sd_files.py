@@ -76,6 +76,7 @@ SDXL = Row((320, 640, 1280), (0, 2, 10), None, XL, linear=True, size_width=256)
 ROWS = {
     "sd1": SD_1,
     "sd1-inpainting": replace(SD_1, in_channels=9),
+    "sd1-pix2pix": replace(SD_1, in_channels=8),
     "sd2": SD_2,
     "sd2-inpainting": replace(SD_2, in_channels=9),
     "sd-x4": UPSCALER,

@@ -109,6 +109,13 @@ MORE_ROWS = {
         "StableDiffusionXLImg2ImgPipeline", REFINER, (CLIP_G,), 0, scale=0.13025, refines=True,
         extra={"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
     ),
+    "pix2pix": Row(
+        "StableDiffusionInstructPix2PixPipeline", SD1 | {"in_channels": 8}, (CLIP_L,), extra=NONE
+    ),
+    "xl-pix2pix": Row(
+        "StableDiffusionXLInstructPix2PixPipeline", XL | {"in_channels": 8}, (CLIP_L, CLIP_G), 0,
+        scale=0.13025,
+    ),
     # Models for few steps, with the names of published ones.
     "lcm-dreamshaper": Row(
         "LatentConsistencyModelPipeline", SD1 | {"time_cond_proj_dim": 256}, (CLIP_L,), extra=NONE,

@@ -95,6 +95,7 @@ def infotext_of(body: Processing, choice: SamplerChoice, resolved: ResolvedReque
         "Sampler": choice.name,
         "Schedule type": choice.scheduler_label,
         "CFG scale": values.guidance_scale,
+        "Image CFG scale": values.image_guidance_scale,
         "Seed": values.seed_of(index),
         "Size": f"{values.width}x{values.height}",
         "Model": values.model,

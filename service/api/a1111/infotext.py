@@ -64,6 +64,7 @@ FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "Sampler": ("sampler_name", str),
     "Schedule type": ("scheduler", str),
     "CFG scale": ("cfg_scale", float),
+    "Image CFG scale": ("image_cfg_scale", float),
     "Seed": ("seed", int),
     "Size-1": ("width", int),
     "Size-2": ("height", int),

@@ -65,6 +65,7 @@ class A1111Route(ClientErrorRoute):
         "scale": "upscaling_resize",
         "loras": "prompt",
         "lora_text_weights": "prompt",
+        "image_guidance_scale": "image_cfg_scale",
         "clip_skip": "override_settings.CLIP_stop_at_last_layers",
         "refiner.model": "refiner_checkpoint",
         "refiner.switch_at": "refiner_switch_at",

@@ -180,7 +180,9 @@ class ImageToImage(Processing):
     ] = None
     initial_noise_multiplier: Annotated[float | None, NEUTRAL_ONLY] = None
     latent_mask: Annotated[str | None, NEUTRAL_ONLY] = None
-    image_cfg_scale: Annotated[float | None, NO_EFFECT] = None
+    image_cfg_scale: Annotated[
+        float | None, Field(description="for InstructPix2Pix; no effect with other models")
+    ] = None
 
 
 class ProcessingResponse(BaseModel):

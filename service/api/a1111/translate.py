@@ -68,7 +68,12 @@ def image_submission(body: ImageToImage, choice: SamplerChoice, session: A1111Se
     warnings = (*check_unsupported(body, choice, spec), *((BLANK_MASK,) if blank else ()))
     fields = fields_of(body, choice, spec, session) | guides_of(body, spec, session).fields()
     start = read_resized(body, session) if body.resize_mode else only_image(body)
-    request = build_request(GenerateRequest, fields | {"init_image": start, "strength": strength_of(body)})
+    fields |= {
+        "init_image": start,
+        "strength": strength_of(body),
+        "image_guidance_scale": body.image_cfg_scale if spec.edits else None,
+    }
+    request = build_request(GenerateRequest, fields)
     return Submission(request, previews=PREVIEWS, encode=encoder(body, choice), warnings=warnings)
 
 
@@ -195,7 +200,8 @@ def fields_of(
 def sampling_fields(body: Processing, choice: SamplerChoice, spec: ModelSpec, n: int) -> dict[str, Any]:
     """The fields of the native request that an infotext contains too. Raises InvalidRequest."""
     prompt, loras, text_weights = split_prompt(body.prompt or "")
-    if not reads_tokens(spec):
+    reads, composes = reads_tokens(spec), reads_tokens(spec) and not spec.edits
+    if not composes:
         check_syntax("prompt", prompt)
         check_syntax("negative_prompt", body.negative_prompt or "", but=("AND",))  # plain text there
     if body.disable_extra_networks:
@@ -214,7 +220,9 @@ def sampling_fields(body: Processing, choice: SamplerChoice, spec: ModelSpec, n:
         "eta": choice.eta,
         "width": body.width,
         "height": body.height,
-        "prompt_syntax": "a1111" if reads_tokens(spec) else None,
+        "prompt_syntax": "a1111" if composes else None,
+        "prompt_weights": True if reads and not composes else None,
+        "long_prompts": "chunk" if reads and not composes else None,
         "clip_skip": options.clip_skip_of(body.override_settings or {}, SETTINGS) if has_clip_skip else None,
         "variation": variation_of(body, n),
     }

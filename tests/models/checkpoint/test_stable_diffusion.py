@@ -25,6 +25,7 @@ PROMPTS = ["red apple", "a photo of a cat! and a dog, by night"]
 FACTS = {  # prediction, factor of latents, side
     "sd1": ("epsilon", 0.18215, 512),
     "sd1-inpainting": ("epsilon", 0.18215, 512),
+    "sd1-pix2pix": ("epsilon", 0.18215, 512),
     "sd2": ("v_prediction", 0.18215, 768),
     "sd2-inpainting": ("epsilon", 0.18215, 512),
     "sd-x4": ("v_prediction", 0.08333, 512),
@@ -39,7 +40,10 @@ RES = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
 @cache
 def made(name: str) -> tuple[Row, Reference]:
     """A narrow row, and its networks; those of inpainting differ in the UNet only."""
-    row, plain = sd_files.narrow(sd_files.ROWS[name]), name.removesuffix("-inpainting")
+    row, plain = (
+        sd_files.narrow(sd_files.ROWS[name]),
+        name.removesuffix("-inpainting").removesuffix("-pix2pix"),
+    )
     if plain == name:
         return row, sd_files.reference(row)
     return row, made(plain)[1]._replace(unet=sd_files.random(sd_files.make_unet(row), 1))
@@ -101,6 +105,7 @@ def test_each_model_is_recognised_and_matches_the_reference(tmp_path, name):
     ends = (0.0001, 0.02) if name == "sd-x4" else (0.00085, 0.012)
     assert (spec.schedule.beta_start, spec.schedule.beta_end) == ends
     assert spec.mask_channels == ("inpainting" in name)
+    assert spec.edits == ("pix2pix" in name)
     assert spec.autoencoder.upcast == ("xl" in name or name == "sd-x4")
     assert spec.zero_null == (name in ("sdxl", "sdxl-inpainting"))
     assert [text.pad_id for text in spec.texts] == [0 if text.open_clip else 49407 for text in row.texts]
@@ -317,9 +322,9 @@ def test_unused_tensors_are_ignored_by_name(tmp_path):
     ("name", "edit", "what"),
     [
         (
-            "sd1",
-            lambda ts: ts.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 8, 3, 3)}),
-            "InstructPix2Pix, whose UNet has 8 input channels",
+            "sd2",
+            lambda ts: ts.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 5, 3, 3)}),
+            "depth2img, whose UNet has 5 input channels",
         ),
         (
             "sd1",
@@ -364,7 +369,7 @@ def test_the_upscalers_two_schedules(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd1-inpainting", "sd2", "sd-x4", "sdxl", "sdxl-refiner"])
+@pytest.mark.parametrize("name", ["sd1-inpainting", "sd1-pix2pix", "sd2", "sd-x4", "sdxl", "sdxl-refiner"])
 @torch.inference_mode()
 def test_diffusers_loads_the_converted_folder(tmp_path, name):
     file, (row, networks) = write(tmp_path, name), made(name)

@@ -8,7 +8,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from models.networks.unet import UNet
 from models.sampling.denoiser import Denoiser
-from models.sampling.guidance import StepRows, cfg_rows, cfg_run, guide, rescale
+from models.sampling.guidance import StepRows, cfg_rows, cfg_run, edit_rows, guide, rescale
 from models.sampling.schedule import Schedule
 from tests.checkpoints.tiny import tiny_spec
 
@@ -33,7 +33,7 @@ def test_guidance_needs_two_rows_unless_one_prediction_has_no_weight(scale, rows
     ],
 )
 def test_guidance_acts_between_two_parts_of_the_run(calls, start, end, guided):
-    run = cfg_run(5.0, calls, start, end, rescale=0.7)
+    run = cfg_run(cfg_rows(5.0), calls, start, end, rescale=0.7)
     assert "".join(str(len(step.rows) - 1) for step in run) == guided
     assert {step.rows for step in run if not step.weights} <= {(1,)}, "outside, the conditional row"
     assert all(step.rescale == 0.7 for step in run if step.weights)
@@ -65,3 +65,35 @@ def test_rescaling_is_that_of_diffusers_on_what_the_unet_predicts(prediction, ph
 
     rescaled = rescale(eps(5 * guided)[0], eps(conditional)[0], phi, denoiser.eps_offset(x[0], sigma))
     assert torch.allclose(rescaled, eps(expected)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "image"),
+    [
+        (7.5, 1.5),
+        (1.0, 1.0),
+        (7.5, 7.5),
+        (4.0, 1.0),
+        (0.0, 1.5),
+        (1.0, 2.0),
+        (0.0, 1.0),
+        (0.0, 0.0),
+        (3.0, 0.0),
+    ],
+)
+def test_guidance_by_a_text_and_an_image_to_edit(text, image):
+    """Brooks et al. 2023, equation 3; rows that cancel out are left out."""
+    nothing, both, alone = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = nothing + image * (alone - nothing) + text * (both - alone)
+    rows = edit_rows(text, image)
+    base, *others = ((nothing, both, alone)[row] for row in rows.rows)
+    torch.testing.assert_close(guide(base, zip(others, rows.weights, strict=True)), expected)
+
+
+def test_rows_of_an_edited_image():
+    assert [len(edit_rows(*scales).rows) for scales in ((7.5, 1.5), (7.5, 7.5), (7.5, 1.0), (1.0, 1.0))] == [
+        3,
+        2,
+        2,
+        1,
+    ]

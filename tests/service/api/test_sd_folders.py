@@ -129,6 +129,53 @@ def test_refine_an_image(families, sd_pipelines, monkeypatch):
     assert error["param"] == "model"
 
 
+@torch.inference_mode()
+def edited(pipeline, shown, **options):
+    """The image of InstructPix2Pix's pipeline, (H, W, 3) from 0 to 255."""
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    x = torch.from_numpy(np.asarray(shown).copy()).movedim(-1, 0)[None] / 255
+    given = {"num_inference_steps": 3, "guidance_scale": 4.0, "latents": start, "output_type": "np"}
+    return pipeline(REQUEST["prompt"], image=x, **given | options).images[0] * 255
+
+
+@pytest.mark.parametrize("scales", [(4.0, 1.5), (4.0, 4.0), (7.5, 2.5)])
+def test_edit_an_image(families, sd_pipelines, scales):
+    shown, (text, image) = noise(64, 64), scales
+    body = {"model": "pix2pix", "init_image": base64_of(shown), "negative_prompt": "blue"}
+    body |= {"guidance_scale": text} | ({} if image == 1.5 else {"image_guidance_scale": image})
+    pixels = image_of(families.client.post("/generate", json=REQUEST | body))
+    options = {"negative_prompt": "blue", "guidance_scale": text, "image_guidance_scale": image}
+    assert pixels.std() > 10
+    assert psnr(pixels, edited(sd_pipelines["pix2pix"], shown, **options)) > 45
+
+
+def test_edits_by_a1111s_names(families, sd_pipelines):
+    shown = noise(64, 64)
+    body = {
+        "init_images": [base64_of(shown)], "prompt": REQUEST["prompt"], "seed": 7, "steps": 3,
+        "cfg_scale": 4.0, "image_cfg_scale": 2.5, "width": 64, "height": 64, "sampler_name": "DDIM",
+        "denoising_strength": 1,
+        "override_settings": {"sd_model_checkpoint": "pix2pix"},
+    }  # fmt: skip
+    answer = families.client.post("/sdapi/v1/img2img", json=body)
+    assert answer.status_code == 200, answer.text
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]))))
+    expected = edited(sd_pipelines["pix2pix"], shown, image_guidance_scale=2.5)
+    assert psnr(pixels, expected) > 45
+    assert "Image CFG scale: 2.5" in answer.json()["info"]
+
+
+def test_only_models_that_edit_take_an_image_guidance_scale(families):
+    body = {"model": "xl", "init_image": base64_of(noise(64, 64)), "image_guidance_scale": 2.0}
+    assert (
+        error_of(families.client.post("/generate", json=REQUEST | body), 422)["param"]
+        == "image_guidance_scale"
+    )
+    listed = {model["name"]: model for model in families.client.get("/models").json()["models"]}
+    assert "image_guidance_scale" in listed["pix2pix"]["extras"]
+    assert listed["pix2pix"]["tasks"] == ["image-to-image"]
+
+
 def test_upscale(families, sd_pipelines):
     low, generator = noise(8, 8), torch.Generator().manual_seed(7)
     torch.randn(4, 8, 8, generator=generator)  # ours draws the start before the noise on the low image
