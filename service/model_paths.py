@@ -22,6 +22,7 @@ from models.formats.single_file import model_name
 from models.spec import Prediction
 
 BUNDLED = ("emoji", "emoji-upscale")  # the models that come with the package
+BUNDLED_CONTROLS = ("emoji-outline",)  # the ControlNets that come with the package, for the model emoji
 LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # looked for in a LoRA folder
 
 
@@ -127,11 +128,16 @@ def locate_embeddings(arguments: Iterable[str]) -> dict[str, Path]:
 
 
 def locate_controls(arguments: Iterable[str]) -> dict[str, Path]:
-    """Name -> path of controls, from NAME=PATH: a file, or a folder with a config.json.
+    """Name -> path of controls, from NAME=PATH: a file, a folder with a config.json, or a bundled ControlNet.
 
     Raises ModelPathError.
     """
-    return locate_named(arguments, "ControlNet", lambda text: located_network(text, "ControlNet"))
+
+    def locate_control(text: str) -> Path:
+        path = bundled(text) if text in BUNDLED_CONTROLS else None
+        return path or located_network(text, "ControlNet")
+
+    return locate_named(arguments, "ControlNet", locate_control)
 
 
 def locate_references(arguments: Iterable[str]) -> dict[str, Path]:

@@ -137,8 +137,8 @@ class Settings:
     controlnet: tuple[str, ...] = setting(
         (),
         Parser(matching(NAMED_MODEL), "NAME=PATH, separated by commas"),
-        """ControlNets and T2I-Adapters that requests can use by NAME in `controls`: single files, or folders
-        in the layout of diffusers. Each must fit at least one model.""",
+        """ControlNets and T2I-Adapters that requests can use by NAME in `controls`: single files, folders in
+        the layout of diffusers, or the bundled emoji-outline. Each must fit at least one model.""",
     )
     reference_adapter: tuple[str, ...] = setting(
         (),

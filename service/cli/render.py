@@ -6,18 +6,19 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from models.formats.identify import Source
 from models.spec import ModelSpec, Spacing
+from service.catalogue import Catalogue
 from service.cli.from_image import fields_of_file
 from service.cli.options import ONE_SHOT, UsageError, add_settings, settings_of
 from service.cli.phases import add_phases, refiner_of, with_refiner
 from service.engine.events import Done, Event, Failed, Started, Stepped
-from service.engine.job import Job
+from service.engine.job import AdapterKey, Job
 from service.errors import ServiceError, from_code
 from service.model_paths import identify_all, locate_all, locate_loras, locate_vaes
 from service.requests import images
@@ -293,6 +294,7 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     sources = identify_all(paths, settings.allow_pickle, settings.prediction, settings.weights, vaes)
     # Every LoRA is accepted here; loading the model fails if one does not fit.
     specs = {name: replace(source.spec, loras=tuple(loras)) for name, source in sources.items()}
+    specs = with_adapters(specs, settings)
     repeated = fields_from(args, specs, settings) if args.repeat else {}
     body = request_of(args, kind, {name: file for name, file in files.items() if file}, repeated)
     resolved = resolve(body, specs, settings, OutputFormat(image_format, "output"))
@@ -305,6 +307,20 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     for warning in resolved.warnings + result.done.warnings:
         print(f"ldm: {warning}", file=sys.stderr)
     return 0
+
+
+def with_adapters(specs: dict[str, ModelSpec], settings: Settings) -> dict[str, ModelSpec]:
+    """The specs with the adapters that fit each model. Raises CheckpointError for one that fits none."""
+    if not (settings.controlnet or settings.reference_adapter):
+        return specs
+    import torch
+
+    from service.device.adapters import Adapters
+    from service.device.shelf import Shelf
+
+    adapters = Adapters(settings, torch.device("cpu"), torch.float32)
+    adapters.check_given(specs)
+    return adapters.read(Catalogue(), specs, Shelf({}, []))[0]
 
 
 def format_of(output: Path) -> images.Format:
@@ -392,6 +408,20 @@ def numbered(file: Path, index: int, n: int) -> Path:
     return file if n == 1 else file.with_stem(f"{file.stem}-{index}")
 
 
+def with_used_adapters(settings: Settings, job: Job) -> Settings:
+    """The settings without the controls and reference adapters that a job does not use."""
+    names = {key.name for key in job.weights_keys if isinstance(key, AdapterKey)}
+
+    def used(entries: Sequence[str]) -> tuple[str, ...]:
+        return tuple(entry for entry in entries if entry.partition("=")[0] in names)
+
+    return replace(
+        settings,
+        controlnet=used(settings.controlnet),
+        reference_adapter=used(settings.reference_adapter),
+    )
+
+
 def run_job(job: Job, settings: Settings, sources: Mapping[str, Source]) -> Done:
     """Run one job on an engine in this process, with a progress bar. Raises the job's ServiceError."""
     from tqdm import tqdm
@@ -404,6 +434,7 @@ def run_job(job: Job, settings: Settings, sources: Mapping[str, Source]) -> Done
     used = {key.model: sources[key.model] for key in job.model_keys}
     vaes = locate_vaes(settings.vae, sources).items()
     settings = replace(settings, vae=tuple(f"{model}={path}" for model, path in vaes if model in used))
+    settings = with_used_adapters(settings, job)
     runner = build(settings, used)
     results: list[Done | ServiceError] = []
     with tqdm(total=job.n * job.steps, unit="step", leave=False) as bar:
