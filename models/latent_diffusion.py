@@ -26,6 +26,7 @@ from models.conditioning.conditioner import (
 )
 from models.conditioning.text_encoder import Context
 from models.networks.autoencoder import Autoencoder
+from models.networks.tiling import Axes, tiled, wrapped
 from models.networks.unet import UNet, timestep_embedding
 from models.sampling.denoiser import Denoiser
 from models.sampling.guidance import (
@@ -75,6 +76,16 @@ class LatentDiffusion:
         self.schedule = Schedule(spec.schedule)
         self.denoiser = Denoiser(unet, self.schedule) if unet else None
         self._masked_latents: LRUCache[tuple[int, int], Tensor] = LRUCache(MAX_CACHED_MASKED_LATENTS)
+        self._tiled: dict[Axes, TiledLatentDiffusion] = {}
+
+    def tiled(self, axes: Axes) -> LatentDiffusion:
+        """This model with circular padding, for images that repeat without a seam; it shares all weights.
+
+        The same object each time, which lives as long as this model.
+        """
+        if axes not in self._tiled:
+            self._tiled[axes] = TiledLatentDiffusion(self, axes)
+        return self._tiled[axes]
 
     @property
     def device(self) -> torch.device:
@@ -421,6 +432,22 @@ class LatentDiffusion:
         self.denoiser = Denoiser(self.unet, self.schedule) if self.unet else None
         self._masked_latents.clear()
         return self
+
+
+class TiledLatentDiffusion(LatentDiffusion):
+    """A model with circular padding along some axes, made by LatentDiffusion.tiled()."""
+
+    def __init__(self, model: LatentDiffusion, axes: Axes) -> None:
+        unet = tiled(model.unet, axes) if model.unet else None
+        super().__init__(model.spec, unet, tiled(model.autoencoder, axes), model.conditioner)
+        self.axes = axes
+
+    def decode_tiles(self, z: Tensor, tile: int = DECODING_TILE_CELLS) -> Tensor:
+        """As for other models, of a latent that is continued by its opposite edges, which are cut off."""
+        larger, f = wrapped(z, tile // 2, self.axes), self.spec.autoencoder.factor
+        x = super().decode_tiles(larger, tile)
+        top, left = (f * (a - b) // 2 for a, b in zip(larger.shape[-2:], z.shape[-2:], strict=True))
+        return x[..., top : x.shape[-2] - top, left : x.shape[-1] - left]
 
 
 def as_input(value: str | ConditioningInput) -> ConditioningInput:

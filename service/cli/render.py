@@ -49,6 +49,7 @@ REQUEST_FIELDS = (
     "guidance_rescale",
     "image_guidance_scale",
     "prompt_syntax",
+    "tiling",
     "clip_skip",
     "class_label",
     "boxes",
@@ -174,6 +175,7 @@ def add_scene(command: argparse.ArgumentParser) -> None:
     add("--guidance-rescale", type=float, metavar="X", help="restore the contrast that guidance adds, 0 to 1")
     add_phases(command)
     add("--prompt-syntax", help="plain (default), or a1111: weights, BREAK, AND, [from:to:when], [a|b]")
+    add("--tiling", help="none (default), x, y or both: copies of the image fit together along these axes")
     add("--clip-skip", type=int, metavar="N", help="end the text encoders N - 1 layers earlier (default: 1)")
     add(
         "--variation-strength",

@@ -113,7 +113,8 @@ class TorchRunner:
             channels, h, w = spec.latent_shape(outline.width, outline.height)
             size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
             shape = (channels, *size)
-            group = (outline.key, shape, self._context_shape(job, outline), full_precision)
+            context = self._context_shape(job, outline)
+            group = (outline.key, shape, context, full_precision, job.tiling)
             parts = len(corners)
             segments += outline.segments(group, size[0] * size[1])
         return Shape(tuple(segments), parts)
@@ -201,6 +202,8 @@ class TorchRunner:
         for group, outline in zip(groups, outlines(job, self._plan), strict=True):
             key = outline.key
             bundle = self._in_float32(key) if full_precision else self.registry.bundle(key)
+            if job.tiling != "none":
+                bundle = bundle.tiled(job.tiling)
             inputs = conditioning_input(job, bundle.spec.label_cell, outline.composition)
             phase = Phase(outline, group, bundle, bundle.context_pair(inputs))
             phases.append(self._with_adapters(job, phase, full_precision) if key == job.model_key else phase)

@@ -36,6 +36,7 @@ EXTRAS: Mapping[str, Callable[[ModelSpec], bool]] = {
     "refiner": lambda spec: generates(spec) and spec.reads_prompts and not spec.concat_channels,
     "clip_skip": lambda spec: spec.max_clip_skip > 1,
     "variation": generates,
+    "tiling": generates,
     "mask_blur": inpaints,
     "area": inpaints,
     "fill": inpaints,

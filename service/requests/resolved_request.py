@@ -19,6 +19,7 @@ from service.engine.job import (
     LoraWeights,
     PromptSyntax,
     Refiner,
+    Tiling,
     Variation,
 )
 from service.requests.control_schemas import ControlSettings, ReferenceSettings
@@ -65,6 +66,7 @@ class Parameters(BaseModel):
     image_guidance_scale: float | None = None
     refiner: RefinerInput | None = None
     prompt_syntax: PromptSyntax | None = None
+    tiling: Tiling | None = None
     clip_skip: int | None = None
     variation: VariationSeed | None = None
     mask_blur: int | None = None
@@ -223,6 +225,7 @@ class ResolvedRequest:
             latent_fill=self.latent_fill,
             keeps_pixels=inputs.paste is None,
             variation=Variation(variation.seed, variation.strength) if variation else None,
+            tiling=parameters.tiling or "none",
             clip_skip=parameters.clip_skip or 1,
             controls=tuple(control for control in inputs.controls if control.scale),
             references=tuple(reference for reference in inputs.references if reference.scale),

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from models.spec import Spacing
-from service.engine.job import MAX_SEED, PromptSyntax
+from service.engine.job import MAX_SEED, PromptSyntax, Tiling
 from service.requests.control_schemas import MAX_CONTROLS, MAX_REFERENCES, ControlInput, ReferenceInput
 from service.requests.image_field import IMAGE, ImageInput
 from service.requests.images import Format
@@ -221,6 +221,10 @@ class SceneRequest(ImageRequest):
             "1 is none, 2 leaves out one. GET /models has the limit",
         ),
     ] = None
+    tiling: Annotated[
+        Tiling,
+        Field(description="Axes along which copies of the image fit together without a seam, for textures"),
+    ] = "none"
     variation: Annotated[
         VariationSeed | None, Field(description="Mixes the noise of a second seed into that of `seed`")
     ] = None

@@ -104,6 +104,7 @@ def infotext_of(body: Processing, choice: SamplerChoice, resolved: ResolvedReque
         "Denoising strength": strength_of(body),
         "Clip skip": values.clip_skip,
         "Eta": eta_of(body, choice),
+        "Tiling": True if values.tiling else None,
         "Refiner": values.refiner.model if values.refiner else None,
         "Refiner switch at": values.refiner.switch_at if values.refiner else None,
         **infotext_lines(body.alwayson_scripts, values),

@@ -36,7 +36,6 @@ NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "restore_faces": (False,),
     "s_min_uncond": (0.0,),
     "script_name": ("", "None"),
-    "tiling": (False,),
     "token_merging_ratio": (0.0,),
 }
 

@@ -72,6 +72,7 @@ FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "Variation seed strength": ("subseed_strength", float),
     "Denoising strength": ("denoising_strength", float),
     "Eta": ("eta", float),
+    "Tiling": ("tiling", lambda text: text == "True"),
     "Refiner": ("refiner_checkpoint", str),
     "Refiner switch at": ("refiner_switch_at", float),
 }

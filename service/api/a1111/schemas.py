@@ -52,6 +52,9 @@ class Processing(Body):
     subseed_strength: Annotated[
         float | None, Field(description="0 to 1: how much of the variation seed's noise is mixed in")
     ] = None
+    tiling: Annotated[
+        bool | None, Field(description="true: copies of the image fit together without a seam")
+    ] = None
     steps: int | None = None
     cfg_scale: float | None = None
     width: Side | None = None
@@ -97,7 +100,6 @@ class Processing(Body):
     script_name: Annotated[str | None, NEUTRAL_ONLY] = None
     seed_resize_from_h: Annotated[int | None, NEUTRAL_ONLY] = None
     seed_resize_from_w: Annotated[int | None, NEUTRAL_ONLY] = None
-    tiling: Annotated[bool | None, NEUTRAL_ONLY] = None
     token_merging_ratio: Annotated[float | None, NEUTRAL_ONLY] = None
 
     comments: Annotated[Anything, NO_EFFECT] = None

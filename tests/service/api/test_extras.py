@@ -41,9 +41,19 @@ def test_guidance_that_acts_in_a_part_of_the_run_is_repeated_by_its_parameters(s
     assert post(server, everywhere).json()["images"] == post(server, BODY).json()["images"]
 
 
+def test_tiling_changes_the_image_and_is_among_its_parameters(server):
+    images = {axes: post(server, BODY | {"tiling": axes}) for axes in ("none", "x", "y", "both")}
+    assert len({image_of(answer).tobytes() for answer in images.values()}) == 4
+    parameters = json.loads(open_image(images["x"]).text["parameters"])
+    assert parameters["tiling"] == "x"
+    assert (image_of(post(server, parameters)) == image_of(images["x"])).all()
+    assert (image_of(images["none"]) == image_of(post(server, BODY))).all()
+
+
 def test_the_model_list_names_the_extras_of_each_model(server):
     (model,) = server.client.get("/models").json()["models"]
-    assert {"variation", "guidance_start", "guidance_end", "guidance_rescale"} <= set(model["extras"])
+    guidance = {"guidance_start", "guidance_end", "guidance_rescale"}
+    assert guidance | {"variation", "tiling", "prompt_syntax", "extend"} <= set(model["extras"])
     assert model["limits"]["max_clip_skip"] == 1  # its text encoder has two layers
 
 
@@ -55,6 +65,7 @@ def test_the_model_list_names_the_extras_of_each_model(server):
         ({"guidance_rescale": 1.1}, "guidance_rescale"),
         ({"clip_skip": 2}, "clip_skip"),
         ({"clip_skip": 0}, "clip_skip"),
+        ({"tiling": True}, "tiling"),
         ({"variation": {"seed": 1, "strength": 1.1}}, "variation.strength"),
         ({"variation": {"seed": 1}}, "variation.strength"),
         ({"variation": {"seed": 2**64 - 1, "strength": 0.5}, "n": 2}, "variation.seed"),

@@ -113,7 +113,6 @@ def test_values_that_change_nothing_change_nothing(bundled, body):
     [
         ({"enable_hr": True}, "enable_hr"),
         ({"restore_faces": True}, "restore_faces"),
-        ({"tiling": True}, "tiling"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),
         (
             {"alwayson_scripts": {"ControlNet": {"args": [{"model": "canny"}]}}},

@@ -90,6 +90,15 @@ def test_seeds_of_64_bits(bundled, seed):
     assert json.loads(answer.json()["info"])["all_seeds"] == [seed]
 
 
+def test_tiling(bundled):
+    plain, tiled = (
+        bundled.client.post("/sdapi/v1/txt2img", json=TINY | {"tiling": tiling}).json()
+        for tiling in (False, True)
+    )
+    assert (np.asarray(decoded(plain["images"][0])) != np.asarray(decoded(tiled["images"][0]))).any()
+    assert "Tiling: True" in json.loads(tiled["info"])["infotexts"][0]
+
+
 def test_a_variation_seed(bundled):
     body = TINY | {"seed": 1, "batch_size": 2, "subseed": 5, "subseed_strength": 0.5}
     info = json.loads(bundled.client.post("/sdapi/v1/txt2img", json=body).json()["info"])
