@@ -29,6 +29,7 @@ from models.spec import ModelSpec
 
 PROJECTION = "text_projection.weight"
 HALVES = ("float16", "bfloat16")  # types of the same size: a network with both has a damaged header
+RELEASE_BYTES = 2**27  # of a mapped file in memory, besides the weights that stay mapped
 ALIGNMENT = 64  # bytes; torch's memory and .ckpt files are aligned to it, safetensors files may not be
 
 
@@ -134,7 +135,7 @@ def normalise_attention(weights: Weights) -> Weights:
         else entry
         for key, entry in renamed.stored.items()
     }
-    return Weights(shaped, renamed.read)
+    return Weights(shaped, renamed.read, renamed.release)
 
 
 def is_attention_matrix(name: str) -> bool:
@@ -191,11 +192,22 @@ def check(opened: OpenedModel) -> None:
 
 
 def assign(part: Part, dtype: torch.dtype) -> None:
-    """Give a network on the meta device its weights, after check()."""
-    state = {}
+    """Give a network on the meta device its weights, after check().
+
+    Besides the weights themselves, that takes RELEASE_BYTES and the largest tensor, as what was copied is
+    released.
+    """
+    state, copied = {}, 0
     for key, value in part.network.state_dict().items():
-        tensor = part.weights.read(part.names[key])  # read to the device, so that the type is converted there
-        state[key] = aligned(tensor.to(dtype)).reshape(value.shape)
+        stored = part.weights.read(part.names[key])  # read to the device, so that the type is converted there
+        state[key] = aligned(stored.to(dtype)).reshape(value.shape)
+        if state[key].data_ptr() != stored.data_ptr() or stored.device.type != "cpu":
+            copied += stored.nbytes
+        if copied > RELEASE_BYTES:
+            part.weights.release()
+            copied = 0
+    if copied:
+        part.weights.release()
     part.network.load_state_dict(state, strict=True, assign=True)
 
 

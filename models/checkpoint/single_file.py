@@ -173,4 +173,4 @@ def split_open_clip(weights: Weights) -> Weights:
             return read(fused).chunk(len(pieces))[pieces[piece]]
         return read(name)
 
-    return Weights(stored, read_piece)
+    return Weights(stored, read_piece, weights.release)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.errors import CheckpointError
@@ -42,16 +41,25 @@ NETWORK_FILES = FileNames("diffusion_pytorch_model", "diffusion_pytorch_model")
 TEXT_FILES = FileNames("model", "pytorch_model")
 
 
+def nothing() -> None:
+    pass
+
+
 class Weights(NamedTuple):
-    """Tensors in one or more files. read: name -> tensor on the device, in the file's dtype."""
+    """Tensors in one or more files.
+
+    read: name -> tensor on the device, in the file's dtype. release: give back the memory that reading took,
+    except that of tensors in use; they must not have been changed.
+    """
 
     stored: Mapping[str, Stored]
     read: Callable[[str], Tensor]
+    release: Callable[[], None] = nothing
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """Some or all of the tensors under other names; names: new -> old."""
         stored = {new: self.stored[old] for new, old in names.items()}
-        return Weights(stored, lambda new: self.read(names[new]))
+        return Weights(stored, lambda new: self.read(names[new]), self.release)
 
     def selected(self, keys: Iterator[str] | set[str] | list[str]) -> Weights:
         """Some of the tensors, under their names."""
@@ -68,17 +76,23 @@ def map_weights(file: Path, header: Header, device: torch.device | str) -> Weigh
 
     On the device "meta" tensors have shapes and no values, and nothing more of the file is read.
     """
-    stored = header.tensors
     if torch.device(device).type == "meta":
-        return Weights(stored, lambda name: shape_of(stored[name]))
-    if is_safetensors(file):
-        with translated(file):
-            tensors = safe_open(file, framework="pt", device=str(device))
-        return Weights(stored, partial(read_safetensor, file, tensors))
+        return Weights(header.tensors, lambda name: shape_of(header.tensors[name]))
     with translated(file), file.open("rb") as stream:
         # Copy on write: changes of a tensor do not reach the file.
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    return Weights(stored, lambda name: tensor_in(data, stored[name]).to(device))
+
+    def read(name: str) -> Tensor:
+        with translated(file):  # the file may have been cut off since its header was read
+            return tensor_in(data, header.tensors[name]).to(device)
+
+    return Weights(header.tensors, read, partial(forget_pages, data))
+
+
+def forget_pages(data: mmap.mmap) -> None:
+    """Take the pages of a mapped file out of this process's memory; they are mapped again where needed."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
@@ -86,15 +100,8 @@ def translated(file: Path) -> Iterator[None]:
     """Errors of reading a file become a CheckpointError."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is corrupt or truncated: {reason(error)}") from error
-
-
-def read_safetensor(file: Path, tensors: safe_open, name: str) -> Tensor:
-    with translated(file):
-        # The library's stub has no types.
-        tensor: Tensor = tensors.get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
 
 
 def shape_of(stored: Stored) -> Tensor:
@@ -173,7 +180,12 @@ def open_shards(index: Path, suffix: str, device: torch.device | str, allow_pick
         wrong = [key for key in {**files, **location} if location.get(key) != files.get(key)]
         raise CheckpointError(f"{index} does not match its files: {summarise_keys('different', wrong)}")
     stored = {key: shards[name].stored[key] for key, name in location.items()}
-    return Weights(stored, lambda key: shards[location[key]].read(key))
+
+    def release() -> None:
+        for shard in shards.values():
+            shard.release()
+
+    return Weights(stored, lambda key: shards[location[key]].read(key), release)
 
 
 def summarise_keys(problem: str, keys: list[str]) -> str:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoint import CheckpointError, load, save, single_file
+from models.checkpoint import CheckpointError, load, parts, save, single_file, weights
 from models.checkpoint.parts import ALIGNMENT
+from models.checkpoint.weights import forget_pages
 from models.conditioning.conditioner import make_conditioner
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
@@ -231,3 +232,17 @@ def test_a_float_type_swapped_for_another_of_its_size_is_refused(tmp_path):
         load(write(tmp_path, "celebahq", edit))
     key = "first_stage_model.quant_conv.bias"
     load(write(tmp_path, "celebahq", lambda tensors: edit(tensors) or tensors.update({key: torch.zeros(3)})))
+
+
+def test_the_pages_of_converted_tensors_are_released_while_a_file_is_read(tmp_path, monkeypatch):
+    """Otherwise loading takes twice the memory of the weights. Weights of the file's own type stay mapped."""
+    released = []
+    monkeypatch.setattr(weights, "forget_pages", lambda data: released.append(forget(data)))
+    monkeypatch.setattr(parts, "RELEASE_BYTES", 0)
+    forget, file = forget_pages, write(tmp_path, "celebahq")
+    mapped = load(file)
+    before = len(released)
+    converted = load(file, dtype=torch.bfloat16)
+    assert len(released) > before + 9
+    for ours, theirs in zip(converted.unet.parameters(), mapped.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
