@@ -227,6 +227,9 @@ class FewStep:
     eta: float = 0.0
 
 
+NEIGHBOURS = "neighbours"  # the reference adapter of models that take images beside the prompt
+
+
 class ControlOption(NamedTuple):
     """A control that requests can use with a model.
 

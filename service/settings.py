@@ -149,8 +149,8 @@ class Settings:
     image_encoder: tuple[str, ...] = setting(
         (),
         Parser(read_list, "PATH, separated by commas"),
-        """CLIP image encoders (folders or files) of the reference adapters. Each adapter takes the first one
-        that it fits.""",
+        """CLIP image encoders (folders or files) of the reference adapters, each of which takes the first one
+        that it fits, and of retrieval-augmented models, which take images beside the prompt with one.""",
     )
     lora_sets: int = setting(
         4,

@@ -117,7 +117,9 @@ class TextConditioner(nn.Module):
             tokens = with_zeros(tokens, zeros)
             pooled = None if pooled is None else with_zeros(pooled, zeros)
         context = Context(tokens, pooled)
-        return context if inputs.neighbours is None else with_neighbours(context, inputs.neighbours)
+        if inputs.neighbours is None:
+            return context
+        return with_neighbours(context, inputs.neighbours, inputs.is_negative)
 
     def chunk_count(self, inputs: ConditioningInput) -> int:
         """How many chunks the longest of the prompts fills."""

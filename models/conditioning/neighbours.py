@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from models.conditioning.text_encoder import Context
 
-MAX_NEIGHBOURS = 20  # that the published model was trained with
 
+def with_neighbours(context: Context, vectors: Tensor, is_negative: Sequence[bool]) -> Context:
+    """The contexts (N, L, C) of prompts with k image vectors (k, C) after their own: (N, L + k, C).
 
-def with_neighbours(pair: Context, vectors: Tensor) -> Context:
-    """The contexts (2, L, C) of a prompt with k image vectors (k, C) after its own: (2, L + k, C).
-
-    As in the published script, each vector has length 1, and an unconditional row has zeros in their place.
+    As in the published script, each vector has length 1, and negative prompts have zeros in their place.
     """
-    own = normalize(vectors.to(pair.tokens), dim=-1)
-    both = torch.stack([torch.zeros_like(own), own])
-    return pair._replace(tokens=torch.cat([pair.tokens, both], dim=1))
+    own = normalize(vectors.to(context.tokens), dim=-1)
+    rows = torch.stack([torch.zeros_like(own) if negative else own for negative in is_negative])
+    return context._replace(tokens=torch.cat([context.tokens, rows], dim=1))

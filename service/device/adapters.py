@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from models.formats.ip_files import is_ip_adapter
 from models.formats.single_file import read_header
 from models.latent_diffusion import LatentDiffusion
 from models.networks.unet import UNet
-from models.spec import ControlOption, ModelSpec
+from models.spec import NEIGHBOURS, ControlOption, ModelSpec
 from service.catalogue import Catalogue, Entry
 from service.device.adapter_store import AdapterFile
 from service.device.shelf import Shelf, given
@@ -31,6 +32,7 @@ from service.model_paths import locate_controls, locate_references, located_netw
 from service.settings import Settings
 
 META = torch.device("meta")  # networks have shapes and no values there, and only headers of files are read
+NEIGHBOURS_KEY = ("reference_adapter", NEIGHBOURS)
 NO_ENCODER = "an IP-Adapter needs a CLIP image encoder: --image-encoder PATH"
 
 
@@ -72,7 +74,20 @@ class Adapters:
             for model, spec in specs.items():
                 if structure_of(spec) in found.options:
                     specs[model] = with_adapter(spec, entry.name, found.options[structure_of(spec)])
+        for model, spec in specs.items():
+            if spec.takes_neighbours and (file := self._neighbours(spec, encoders)):
+                files[NEIGHBOURS_KEY] = file
+                specs[model] = with_adapter(spec, NEIGHBOURS, None)
         return specs, files
+
+    def _neighbours(self, spec: ModelSpec, encoders: Sequence[Entry]) -> AdapterFile | None:
+        """The first image encoder whose vectors are as wide as the model's context."""
+        for each in encoders:
+            with suppress(CheckpointError):
+                encoder = open_image_encoder(Path(each.path), META, self.dtype, self.allow_pickle)
+                if encoder.spec.projection == spec.unet_spec.context_width:
+                    return AdapterFile(each.path, each.version, 0, False, each.path, encoder.bytes)
+        return None
 
     def check_given(self, specs: Mapping[str, ModelSpec]) -> None:
         """Raise CheckpointError for an adapter given at start-up that fits no model."""
@@ -129,7 +144,9 @@ class Adapters:
                 return AdapterFile(entry.path, version, adapter.bytes, False, each.path, encoder.bytes)
         raise problem
 
-    def open(self, key: AdapterKey, file: AdapterFile, model: LatentDiffusion) -> Control | ReferenceAdapter:
+    def open(
+        self, key: AdapterKey, file: AdapterFile, model: LatentDiffusion
+    ) -> Control | ReferenceAdapter | ImageEncoder:
         """Load an adapter for a loaded model. Raises AdapterUnreadable, and OutOfMemory."""
         unet, device, allow_pickle = model.unet, self.device, self.allow_pickle
         assert unet is not None
@@ -137,6 +154,8 @@ class Adapters:
             with translate_oom():
                 if key.kind == "reference_adapter":
                     encoder = self._encoder(file.encoder, unet.dtype)
+                    if file.path == file.encoder:
+                        return encoder
                     return open_adapter(file.path, encoder, model.spec, device, unet.dtype, allow_pickle)
                 control = open_control(file.path, model.spec, device, unet.dtype, allow_pickle, unet)
                 if device.type == "cuda":  # as the UNet, whose convolutions are fastest so

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from models.adapters.controls import Control, masked
+from models.adapters.image_encoder import ImageEncoder
 from models.adapters.ip_adapter import ReferenceAdapter
 from models.conditioning.conditioner import ConditioningInput
 from models.conditioning.prompt_schedule import Composition
@@ -83,6 +84,12 @@ def start_reference(own: JobReference, adapter: ReferenceAdapter, device: torch.
     """A reference image of a job, with its tokens' keys and values."""
     keys, values = adapter.prepare(unit_pixels(own.image, own.width, own.height, device))
     return ReferenceUse(keys, values, own.scale, own.start, own.end)
+
+
+def neighbours(job: Job, encoder: ImageEncoder, device: torch.device) -> Tensor:
+    """The vectors (k, P) of the job's reference images, for its context."""
+    references = [unit_pixels(own.image, own.width, own.height, device) for own in job.references]
+    return torch.cat([encoder.neighbours(x) for x in references])
 
 
 def unit_pixels(image: bytes, width: int, height: int, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from models.sampling.guidance import CONDITIONS
 from models.sampling.samplers import plan
 from models.sampling.schedule import Schedule
 from models.sampling.table import Plan
-from models.spec import ModelSpec
+from models.spec import NEIGHBOURS, ModelSpec
 from models.tiles import cut
 from models.transfer import download
 from service.catalogue import Catalogue
@@ -35,6 +35,7 @@ from service.device.graphs import Graphs
 from service.device.inputs import (
     conditioning_input,
     masked_pixels,
+    neighbours,
     pixels_of,
     prompt_options,
     start_control,
@@ -128,11 +129,14 @@ class TorchRunner:
 
     def _context_shape(self, job: Job, outline: PhaseOutline) -> tuple[int, int] | None:
         """(L, C). How many chunks a long prompt has is known only once the model's tokenizer is loaded."""
-        model = outline.key.model
-        if not prompt_options(job).chunked or not self.registry.is_loaded(model):
-            return self.specs[model].context_shape
-        cell = self.specs[model].label_cell
-        return self.registry[model].context_shape(conditioning_input(job, cell, outline.composition))
+        model, spec = outline.key.model, self.specs[outline.key.model]
+        shape = spec.context_shape
+        if prompt_options(job).chunked and self.registry.is_loaded(model):
+            inputs = conditioning_input(job, spec.label_cell, outline.composition)
+            shape = self.registry[model].context_shape(inputs)
+        if shape is None or not spec.takes_neighbours:
+            return shape
+        return shape[0] + len(job.references), shape[1]
 
     def install(self, contents: Contents) -> tuple[str, ...]:
         """Serve other models; returns those to unload when no job uses them."""
@@ -205,6 +209,9 @@ class TorchRunner:
             if job.tiling != "none":
                 bundle = bundle.tiled(job.tiling)
             inputs = conditioning_input(job, bundle.spec.label_cell, outline.composition)
+            if bundle.spec.takes_neighbours and job.references:
+                encoder = self.registry.adapters[AdapterKey("reference_adapter", NEIGHBOURS, job.model)]
+                inputs = inputs._replace(neighbours=neighbours(job, encoder, self.device))
             phase = Phase(outline, group, bundle, bundle.context_pair(inputs))
             phases.append(self._with_adapters(job, phase, full_precision) if key == job.model_key else phase)
         return tuple(phases)
@@ -223,6 +230,7 @@ class TorchRunner:
                 own, adapters[AdapterKey("reference_adapter", own.adapter, job.model)], self.device
             )
             for own in job.references
+            if own.adapter != NEIGHBOURS
         ]
         return replace(phase, controls=tuple(controls), references=tuple(references))
 

@@ -18,7 +18,7 @@ from service.requests.image_field import IMAGE, ImageInput
 from service.requests.preprocessing import HIGH, LOW, Preprocessor, refusal
 
 MAX_CONTROLS = 8
-MAX_REFERENCES = 8
+MAX_REFERENCES = 20
 MAX_SCALE = 2.0
 MAX_NAME = 200
 
@@ -96,7 +96,14 @@ class ReferenceSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    adapter: Annotated[str, Field(max_length=MAX_NAME, description="Name of an IP-Adapter; see GET /models")]
+    adapter: Annotated[
+        str,
+        Field(
+            max_length=MAX_NAME,
+            description="Name of an IP-Adapter, or neighbours, with which a retrieval-augmented model reads "
+            "the image beside the prompt; see GET /models",
+        ),
+    ]
     scale: Annotated[Scale, Field(description="Weight of the image next to the prompt")] = 1.0
     start: Annotated[Part, Field(description="Part of the run at which the image begins to act")] = 0.0
     end: Annotated[Part, Field(description="Part of the run at which it ends")] = 1.0

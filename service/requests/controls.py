@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
-from models.spec import ControlOption, ModelSpec
+from models.spec import NEIGHBOURS, ControlOption, ModelSpec
 from service.engine.job import JobControl, JobReference
 from service.requests import images
 from service.requests.checks import require, shorten
@@ -156,12 +156,23 @@ def job_reference(reference: ReferenceInput, field: str, spec: ModelSpec, settin
         (
             (f"{field}.adapter", reference.adapter in spec.reference_adapters, unknown),
             window_rule(field, reference.start, reference.end),
+            *neighbour_rules(field, reference),
         )
     )
     image = images.read_image(reference.image, f"{field}.image", settings.max_input_pixels)
     return JobReference(
         reference.adapter, image.tobytes(), *image.size, reference.scale, reference.start, reference.end
     )
+
+
+def neighbour_rules(field: str, reference: ReferenceInput) -> list[tuple[str, bool, str]]:
+    """A neighbour is a part of the context: it has no scale and no window."""
+    is_neighbour = reference.adapter == NEIGHBOURS
+    values = {"scale": (reference.scale, 1), "start": (reference.start, 0), "end": (reference.end, 1)}
+    return [
+        (f"{field}.{name}", not is_neighbour or value == default, f"must be {default} for {NEIGHBOURS}")
+        for name, (value, default) in values.items()
+    ]
 
 
 def preprocessed(request: PreprocessRequest, settings: Settings) -> Image.Image:

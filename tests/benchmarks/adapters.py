@@ -35,7 +35,7 @@ from tests.checkpoints.sd_files import bare
 from tests.checkpoints.tiny import fill_randomly, tiny_spec
 
 WIDTHS = (9, 15, 9, 9)
-COLUMNS = ("row", "tensors", "parameters", "error", "open s", "file")
+COLUMNS = ("row", "tensors", "parameters", "error", "seconds", "file")
 HINT, UNION_HINT = (16, 32, 96, 256), (48, 96, 192, 384)  # published widths of the convolutions on the image
 SMALL = {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D"}
 

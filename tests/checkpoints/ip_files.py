@@ -15,19 +15,19 @@ from tests.checkpoints.tiny import fill_randomly
 Tensors = dict[str, Tensor]
 
 
-def image_encoder(activation: str = "gelu") -> CLIPVisionModelWithProjection:
-    """A random image encoder: images of 28 pixels in patches of 7."""
+def image_encoder(projection: int = 24) -> CLIPVisionModelWithProjection:
+    """A random image encoder: images of 28 pixels in patches of 7; projection: width of its vectors."""
     config = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28,
-        patch_size=7, projection_dim=24, hidden_act=activation,
+        patch_size=7, projection_dim=projection, hidden_act="gelu",
     )  # fmt: skip
     network = CLIPVisionModelWithProjection(config)
     fill_randomly(network, 50)
     return network.requires_grad_(False).eval()
 
 
-def write_image_encoder(folder: Path) -> Path:
-    image_encoder().save_pretrained(folder)
+def write_image_encoder(folder: Path, projection: int = 24) -> Path:
+    image_encoder(projection).save_pretrained(folder)
     return folder
 
 
