@@ -200,7 +200,7 @@ def identify_all(
     for name, path in paths.items():
         source = path if isinstance(path, Source) else identify(path, allow_pickle, prediction, weights)
         if source.spec.unet is None:
-            raise CheckpointError(f"{name} is an autoencoder alone: without a UNet it cannot generate images")
+            raise CheckpointError(f"{name} is a VAE alone: add it to a model with --vae")
         if source.spec.lacks_text_encoder:
             raise CheckpointError(f"{name}: {companions.TEXT_ENCODER_MISSING}")
         if source.lacks_vae:

@@ -17,6 +17,7 @@ from models.formats.identify import STABLE_DIFFUSION
 from models.formats.lora_keys import BUNDLED_EMBEDDING, split_key, unsupported_kind
 from models.formats.safetensors import Header
 from models.formats.single_file import read_header
+from models.formats.unsupported import is_lora
 from models.spec import ModelSpec
 
 __all__ = ["AdapterReport", "as_json", "as_text", "inspect_adapter"]
@@ -41,17 +42,11 @@ def inspect_adapter(
     if (found := recognise(file, allow_pickle)) or file.is_dir():
         return network_report(found, allow_pickle, model) if found else None
     header = read_header(file, allow_pickle)
-    if is_lora(header):
+    if is_lora(header.tensors):
         return lora_report(file, header, allow_pickle, model)
     if is_embedding(header):
         return embedding_report(file, header, allow_pickle, model)
     return None
-
-
-def is_lora(header: Header) -> bool:
-    """Whether most tensors have names that LoRA files have."""
-    known = [key for key in header.tensors if split_key(key)[1] or unsupported_kind([key])]
-    return 2 * len(known) > len(header.tensors)
 
 
 def is_embedding(header: Header) -> bool:

@@ -12,7 +12,7 @@ VOCABULARY_MISSING = (
     f"prompts need {VOCABULARY_FILE} of bert-base-uncased: next to the checkpoint, in the local Hugging Face "
     "cache, or named by LDM_VOCABULARY"
 )
-VAE_MISSING = "contains no VAE; add one with --vae"
+VAE_MISSING = "holds no VAE; give one with --vae"
 TEXT_ENCODER_MISSING = (
     "prompts need CLIP ViT-L/14's text encoder, which the checkpoint does not contain; expected next to it: "
     "text_encoder/config.json, text_encoder/model.safetensors with text_projection.weight, and tokenizer/"

@@ -165,10 +165,11 @@ def recognise_stable_diffusion(
 ) -> SingleFile:
     shapes = with_averages_alone(header.shapes)
     ambiguous = stable_diffusion.prediction_is_ambiguous(shapes, encoders)
-    if hints.prediction:
-        known: Known | None = Known(hints.prediction, str(hints.origin))
-    else:
-        known = read_prediction(name, header)
+    known, notes = read_prediction(name, header), notes_of(chosen)
+    if known and hints.prediction not in (None, known.prediction):
+        notes += (f"{known.origin} says {known.prediction}; {hints.origin} says otherwise and is ignored",)
+    if known is None and hints.prediction:
+        known = Known(hints.prediction, str(hints.origin))
     if known is None and few_step.predicts_x_0(name):
         known = Known("sample", FILE_NAME)
     if known is None and ambiguous and prediction:
@@ -181,7 +182,7 @@ def recognise_stable_diffusion(
         spec = replace(spec, schedule=replace(spec.schedule, zero_terminal_snr=True, spacing="trailing"))
     origin = known.origin if known else "assumed" if ambiguous else "the family"
     assumed = ambiguous and origin in ("assumed", "--prediction, or its default")
-    notes = ((prediction_note(spec),) if assumed else ()) + notes_of(chosen)
+    notes = ((prediction_note(spec),) if assumed else ()) + notes
     if origin == FILE_NAME:
         notes += ("its UNet predicts x_0, according to the file's name",)
     return SingleFile(

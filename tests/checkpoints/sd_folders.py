@@ -109,6 +109,10 @@ MORE_ROWS = {
         "StableDiffusionXLImg2ImgPipeline", REFINER, (CLIP_G,), 0, scale=0.13025, refines=True,
         extra={"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
     ),
+    "xl-zero-snr": Row(
+        "StableDiffusionXLPipeline", XL, (CLIP_L, CLIP_G), 0, scale=0.13025, prediction="v_prediction",
+        schedule={"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ),
     "pix2pix": Row(
         "StableDiffusionInstructPix2PixPipeline", SD1 | {"in_channels": 8}, (CLIP_L,), extra=NONE
     ),

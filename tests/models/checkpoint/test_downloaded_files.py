@@ -93,8 +93,17 @@ def test_the_header_says_what_is_predicted(tmp_path, networks, key, name, value,
     assert report.prediction_origin == f"{key} in the file's header"
 
 
+def test_the_files_own_mark_is_believed_before_a_yaml_file(tmp_path, networks):
+    file = write(tmp_path, networks["sd2"] | {"v_pred": torch.zeros(0)})
+    file.with_suffix(".yaml").write_text("model: {params: {parameterization: eps}}")
+    report = inspect(file)
+    assert report.schedule["prediction"] == "v_prediction"
+    assert "the tensor v_pred says v_prediction" in report.notes[0]
+    assert "model-a.yaml says otherwise" in report.notes[0]
+
+
 def test_an_unknown_prediction_in_the_header_is_refused(tmp_path, networks):
-    with pytest.raises(CheckpointError, match="'flow'; supported are epsilon and v"):
+    with pytest.raises(CheckpointError, match="'flow'; supported are epsilon, v and sample"):
         read_spec(write(tmp_path, networks["sdxl"], words={"modelspec.prediction_type": "flow"}))
 
 
@@ -136,7 +145,7 @@ def without_vae(tensors: dict) -> dict:
 @pytest.mark.parametrize("names", ["CompVis", "diffusers"])
 def test_a_file_without_a_vae_takes_one_from_elsewhere(tmp_path, networks, names):
     file = write(tmp_path, without_vae(networks["sd1"]))
-    with pytest.raises(CheckpointError, match="contains no VAE; add one with --vae"):
+    with pytest.raises(CheckpointError, match="holds no VAE; give one with --vae"):
         load(file)
     if names == "CompVis":
         own = {key.removeprefix(VAE): value for key, value in networks["sd1"].items() if VAE in key}
@@ -197,6 +206,27 @@ def test_averages_alone_are_used(tmp_path, networks):
             ["lora_unet_mid_block_attentions_0.lora_down.weight"],
             "a LoRA, which is added to a model with --lora",
         ),
+        (["lora_unet_conv_in.hada_w1_a", "lora_unet_conv_in.alpha"], "a LoRA, which is added"),
+        (["lycoris_down_blocks_0_resnets_0_conv1.lokr_w1"], "a LoRA, which is added"),
+        (["diffusion_model.input_blocks.4.1.proj_in.lora_up.weight"], "a LoRA, which is added"),
+        (["decoder.mid_block.resnets.0.norm1.weight"], "a VAE alone: add it to a model with --vae"),
+        ([VAE + "decoder.conv_in.weight"], "a VAE alone: add it to a model with --vae"),
+        (
+            ["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"],
+            "a motion module of AnimateDiff",
+        ),
+        ([UNET + "input_blocks.1.1.time_stack.0.attn1.to_q.weight"], "Stable Video Diffusion"),
+        (["clip_txt_mapper.weight"], "Stable Cascade"),
+        (["add_embedding.image_proj.weight"], "Kandinsky 2"),
+        (["encoder_pooling.0.weight"], "DeepFloyd IF"),
+        (["patchify_proj.weight", "adaln_single.linear.weight"], "LTX-Video"),
+        (["transformer_blocks.0.img_mod.1.weight"], "Qwen-Image"),
+        (["embedder.model.visual.proj", UNET + "x"], "Stable unCLIP"),
+        (["model.0.weight", "model.1.sub.0.RDB1.conv1.0.weight"], "an upscaler of pixels"),
+        (["params_ema.conv_first.weight"], "an upscaler of pixels"),
+        (["1.conv.0.weight", "14.weight"], "a tiny autoencoder"),
+        (["text_model.embeddings.token_embedding.weight"], "a CLIP text encoder"),
+        (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5 text encoder"),
         (["emb_params"], "a textual inversion embedding, which is added to a model with --embedding"),
         (
             ["control_model.input_hint_block.0.weight"],

@@ -35,6 +35,17 @@ def test_generate(families, sd_pipelines, unwanted):
     assert psnr(pixels, theirs(sd_pipelines["xl"], negative_prompt=unwanted)) > 45
 
 
+def test_zero_terminal_snr_with_trailing_spacing_and_rescaled_guidance(families, sd_pipelines):
+    body = REQUEST | {"model": "xl-zero-snr", "guidance_rescale": 0.7}
+    pixels = image_of(families.client.post("/generate", json=body))
+    assert pixels.std() > 10
+    assert psnr(pixels, theirs(sd_pipelines["xl-zero-snr"], guidance_rescale=0.7)) > 45
+    plain = image_of(families.client.post("/generate", json=body | {"guidance_rescale": 0.0}))
+    assert psnr(pixels, plain) < 40
+    listed = {model["name"]: model for model in families.client.get("/models").json()["models"]}
+    assert listed["xl-zero-snr"]["defaults"]["spacing"] == "trailing"
+
+
 def test_generate_at_another_size(families, sd_pipelines):
     pixels = image_of(families.client.post("/generate", json={"model": "xl", "width": 96} | REQUEST))
     start = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(7))
