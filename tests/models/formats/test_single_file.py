@@ -132,7 +132,7 @@ def test_which_yaml_file_is_read(tmp_path):
         (config(scale_factor=".nan"), "scale_factor must be a number above 0"),
         (config(linear_start=0.5, linear_end=0.1), "linear_start and linear_end are"),
         (config(beta_schedule="cosine"), "beta_schedule is 'cosine'"),
-        (config(parameterization="x0"), "parameterization is 'flow'"),
+        (config(parameterization="flow"), "parameterization is 'flow'"),
         (config(image_size=True), "image_size must be a whole number"),
         ({"model": 3}, "no model.params"),
         ("model: [", "cannot be read as YAML"),
