@@ -50,6 +50,9 @@ class Metrics:
         self.unreadable_messages = self._counter(
             "ldm_unreadable_messages", "Messages between API process and worker that could not be decoded"
         )
+        self.job_store_errors = self._counter(
+            "ldm_job_store_errors", "Failed calls of the shared job store (setting job_store)"
+        )
         self.jobs_running = self._gauge("ldm_jobs_running", "Jobs that have started")
         self.jobs_waiting = self._gauge("ldm_jobs_waiting", "Jobs in the queue that have not started")
         self.queue_size = self._gauge(

@@ -22,6 +22,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 BYTES = "a number of bytes, or a number with K, M or G"
 QUOTED_COMMA = "\0"  # no path has this character
 API_KEY = re.compile(r"[!-+\--~]{8,}")  # visible ASCII without a comma
+STORE_URL = re.compile(r"(rediss?://[^\s/?]+(/\d*)?(\?\S+)?|unix://\S+)")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
 
 
@@ -135,6 +136,12 @@ def read_bytes(text: str) -> int:
     if not 0 <= value < 2**50:
         raise ValueError(text)
     return int(value)
+
+
+def read_job_store(text: str) -> str:
+    if text and not STORE_URL.fullmatch(text):
+        raise ValueError(text)
+    return text
 
 
 def read_non_blank(text: str) -> str:

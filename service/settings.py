@@ -25,6 +25,7 @@ from service.setting_values import (
     read_buckets,
     read_bytes,
     read_devices,
+    read_job_store,
     read_keys,
     read_list,
     read_models,
@@ -335,6 +336,14 @@ class Settings:
         number(float, 0.1, 30 * 86_400),
         """Seconds that a finished job of POST /jobs is kept.""",
     )
+    job_store: str = setting(
+        "",
+        Parser(read_job_store, "redis://HOST:PORT/DB, rediss://... or unix://PATH", secret=True),
+        """Redis in which several servers share their jobs: each answers for the jobs, events and idempotency
+        keys of POST /jobs of all. jobs_kept, jobs_bytes and jobs_seconds are then limits of all together. A
+        password belongs in the environment, because every user of a machine can read flags. Empty: in
+        memory.""",
+    )
 
     # time
     timeout: float = setting(
@@ -453,7 +462,7 @@ def variable(name: str) -> str:
 
 def to_environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child process with the same settings, without the API keys."""
-    private = {CONFIG, *map(variable, ("api_keys", "api_key_file", "admin_key_file"))}
+    private = {CONFIG, *map(variable, ("api_keys", "api_key_file", "admin_key_file", "job_store"))}
     own = {variable(f.name): as_text(getattr(settings, f.name)) for f in fields(Settings)}
     if not settings.model:  # an empty list is none that the variable may have
         private.add(variable("model"))

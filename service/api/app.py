@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 
 from fastapi import Depends, FastAPI, Request
@@ -24,6 +24,8 @@ from service.api.middleware import BodyLimit, HeadAndOptions, PathPrefix, Reques
 from service.api.openai import routes as openai
 from service.api.openai.kept_files import KeptFiles
 from service.api.openai.model_names import aliases_of
+from service.cluster.redis_store import open_store
+from service.cluster.shared_jobs import SharedJobs
 from service.errors import (
     InvalidRequest,
     MethodNotAllowed,
@@ -61,7 +63,10 @@ CORS_EXPOSED = ("X-Request-Id", "X-Seed", "Retry-After", "Location", "WWW-Authen
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application, whose lifespan runs the worker. Raises SettingError if API keys cannot be read."""
+    """The application, whose lifespan runs the workers.
+
+    Raises SettingError if API keys cannot be read, and for impossible replicas or a wrong job store.
+    """
     keys = keys_of(settings)
     metrics = Metrics()
     supervisor = Supervisor(settings, metrics)
@@ -73,9 +78,12 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.replica_ready.labels(replica.label).set_function(partial(getattr, replica, "is_ready"))
         metrics.replica_jobs.labels(replica.label).set_function(partial(supervisor.jobs_at, replica))
 
+    jobs = Jobs(supervisor)
+    shared = SharedJobs(jobs, open_store(settings, metrics)) if settings.job_store else None
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with supervisor.supervise():
+        async with supervisor.supervise(), shared.run() if shared else nullcontext():
             yield
 
     app = FastAPI(
@@ -87,10 +95,11 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
-    app.state.jobs, app.state.keys = Jobs(supervisor), keys
+    app.state.jobs, app.state.keys = jobs, keys
+    app.state.job_board = shared or jobs
     app.state.openai_files = KeptFiles(settings)
     app.state.openai_aliases = aliases_of(settings)
-    app.state.a1111, app.state.started = A1111Session(app.state.jobs), int(time.time())
+    app.state.a1111, app.state.started = A1111Session(jobs), int(time.time())
     for router in KEYED:
         app.include_router(router, dependencies=[Depends(require_key)], responses=error_responses(401))
     for router in ADMIN:

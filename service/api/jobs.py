@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 
 from service.api.auth import credentials_in, digest
 from service.api.routing import JSONRoute
-from service.requests.background import Jobs, Record
+from service.requests.background import JobBoard, JobView
 from service.requests.schemas import JobRequest, JobStatus, error_responses
 
 router = APIRouter(tags=["jobs"], route_class=JSONRoute)
@@ -31,9 +31,9 @@ EVENTS: dict[str, Any] = {
 SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # keep proxies from buffering events
 
 
-def find(request: Request, job_id: str) -> Record:
-    jobs: Jobs = request.app.state.jobs
-    return jobs.find(job_id)
+async def find(request: Request, job_id: str) -> JobView:
+    board: JobBoard = request.app.state.job_board
+    return await board.find(job_id)
 
 
 @router.post(
@@ -58,22 +58,22 @@ async def create_job(
 ) -> JobStatus:
     """Queues the job and answers at once. The job continues when the client disconnects."""
     key = idempotency_key and (idempotency_key, *map(digest, credentials_in(request.scope)))
-    jobs: Jobs = request.app.state.jobs
-    record = await jobs.submit(body, key, request.state.request_id)
+    board: JobBoard = request.app.state.job_board
+    record = await board.submit(body, key, request.state.request_id)
     response.headers["Location"] = f"/jobs/{record.id}"
     return await record.describe()
 
 
-@router.get("/jobs/{job_id}", responses=error_responses(404, 422, 500), summary="Get a job")
+@router.get("/jobs/{job_id}", responses=error_responses(404, 422, 500, 503), summary="Get a job")
 async def read_job(job_id: str, request: Request) -> JobStatus:
     """The state of a job, with the images once it is done. An ended job is kept for a limited time."""
-    return await find(request, job_id).describe()
+    return await (await find(request, job_id)).describe()
 
 
 @router.get(
     "/jobs/{job_id}/events",
     response_class=StreamingResponse,
-    responses={200: EVENTS, **error_responses(404, 422, 500)},
+    responses={200: EVENTS, **error_responses(404, 422, 500, 503)},
     summary="Stream the events of a job",
 )
 async def job_events(
@@ -88,11 +88,11 @@ async def job_events(
     the last event. The current state is left out if Last-Event-ID is its id.
     """
     seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else None
-    events = stream(find(request, job_id), seen)
+    events = stream(await find(request, job_id), seen)
     return StreamingResponse(events, media_type="text/event-stream", headers=SSE_HEADERS)
 
 
-async def stream(record: Record, seen: int | None) -> AsyncIterator[str]:
+async def stream(record: JobView, seen: int | None) -> AsyncIterator[str]:
     """A job's events as text/event-stream; comments in between keep a silent connection open."""
     async for event in record.events(seen):
         if event is None:
@@ -101,9 +101,9 @@ async def stream(record: Record, seen: int | None) -> AsyncIterator[str]:
             yield f"id: {event.number}\nevent: {event.name}\ndata: {event.data.model_dump_json()}\n\n"
 
 
-@router.delete("/jobs/{job_id}", responses=error_responses(404, 422, 500), summary="Cancel a job")
+@router.delete("/jobs/{job_id}", responses=error_responses(404, 422, 500, 503), summary="Cancel a job")
 async def cancel_job(job_id: str, request: Request) -> JobStatus:
     """Stops the job within one step. A job that has ended stays as it is."""
-    record = find(request, job_id)
+    record = await find(request, job_id)
     await record.cancel()
     return await record.describe()

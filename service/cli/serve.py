@@ -15,9 +15,12 @@ from service import logs
 from service.api.app import create_app
 from service.api.openai.model_names import check_aliases
 from service.catalogue import Folders
+from service.cluster.redis_store import open_store
+from service.errors import Unavailable
+from service.metrics import Metrics
 from service.model_paths import locate_folders, locate_vaes
 from service.requests.background import Jobs
-from service.settings import Settings, misspelled
+from service.settings import SettingError, Settings, misspelled
 from service.worker.replica import WorkerFailed
 from service.worker.supervisor import Supervisor
 
@@ -34,6 +37,7 @@ def serve(settings: Settings) -> WorkerFailed | None:
     Returns the reason if the server stopped because no worker could be started.
     """
     check_paths(settings)
+    asyncio.run(check_store(settings))
     logs.set_up(settings)
     for warning in misspelled(os.environ):
         log.warning("%s", warning)
@@ -49,6 +53,19 @@ def check_paths(settings: Settings) -> None:
     models = dict.fromkeys((*folders.taken["model"], *(e.name for e in folders.read().of("model"))))
     locate_vaes(settings.vae, models)
     check_aliases(settings, models)
+
+
+async def check_store(settings: Settings) -> None:
+    """Raise SettingError for a job store that is set and does not answer."""
+    if not settings.job_store:
+        return
+    store = open_store(settings, Metrics())
+    try:
+        await store.check()
+    except Unavailable as error:
+        raise SettingError(f"job_store does not answer: {error.__cause__}") from None
+    finally:
+        await store.close()
 
 
 class DrainingServer(uvicorn.Server):

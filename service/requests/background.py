@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -78,6 +78,32 @@ class JobEvent(NamedTuple):
     number: int
     name: str
     data: JobStatus | JobPreview
+
+
+class JobView(Protocol):
+    """A job as its clients see it, in this process or in another one."""
+
+    @property
+    def id(self) -> str: ...
+
+    async def describe(self) -> JobStatus:
+        """The newest state of the job; once it is done, with the images."""
+
+    def events(self, seen: int | None = None) -> AsyncIterator[JobEvent | None]:
+        """As Record.events()."""
+
+    async def cancel(self) -> None:
+        """Cancel the job, queued or running; a job that has ended stays as it is."""
+
+
+class JobBoard(Protocol):
+    """Starts and finds the jobs of POST /jobs: Jobs, or cluster.shared_jobs."""
+
+    async def submit(self, body: AnyJob, key: Hashable, request_id: str) -> JobView:
+        """As Jobs.submit()."""
+
+    async def find(self, job_id: str) -> JobView:
+        """A job that is open or kept. Raises NotFound."""
 
 
 @dataclass(eq=False)
@@ -206,7 +232,7 @@ class Jobs:
         while time.monotonic() < end and not all(record.fetched for record in open_now):
             await asyncio.sleep(POLL_SECONDS)
 
-    def find(self, job_id: str) -> Record:
+    async def find(self, job_id: str) -> Record:
         """The record of a job. Raises NotFound."""
         if job_id not in self._records:
             raise NotFound("there is no such job; jobs are kept for a limited time after their end")
@@ -331,10 +357,11 @@ class Jobs:
         while len(self._ended) > settings.jobs_kept or (
             self._bytes > settings.jobs_bytes and len(self._ended) > 1
         ):
-            self._forget(next(iter(self._ended)))
-        asyncio.get_running_loop().call_later(settings.jobs_seconds, self._forget, record.id)
+            self.forget(next(iter(self._ended)))
+        asyncio.get_running_loop().call_later(settings.jobs_seconds, self.forget, record.id)
 
-    def _forget(self, job_id: str) -> None:
+    def forget(self, job_id: str) -> None:
+        """Keep a job no longer; one that has not ended is left alone."""
         if job_id in self._ended:
             self._bytes -= self._records.pop(job_id).bytes
             self._keys.pop(self._ended.pop(job_id), None)

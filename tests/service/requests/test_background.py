@@ -74,7 +74,7 @@ def test_a_job_reports_its_position_its_steps_and_its_images():
         status = await record.describe()
         assert (status.status, status.result.warnings, len(status.result.images)) == ("done", ["w"], 1)
         assert service.supervisor.slots_in_use == 0
-        assert service.jobs.find(record.id) is record
+        assert await service.jobs.find(record.id) is record
 
     run(scenario())
 
@@ -185,21 +185,21 @@ def test_ended_jobs_are_kept_up_to_a_count_a_size_and_an_age():
         for record in records:
             await service.end(record)
         with pytest.raises(NotFound):
-            service.jobs.find(records[0].id)
-        assert [service.jobs.find(record.id) for record in records[1:]] == records[1:]
+            await service.jobs.find(records[0].id)
+        assert [await service.jobs.find(record.id) for record in records[1:]] == records[1:]
         small = Service(jobs_bytes=1)
         records = [await small.begun() for _ in range(2)]
         for record in records:
             await small.end(record)
-            assert small.jobs.find(record.id) is record  # the newest stays, however large
+            assert await small.jobs.find(record.id) is record  # the newest stays, however large
         with pytest.raises(NotFound):
-            small.jobs.find(records[0].id)
+            await small.jobs.find(records[0].id)
         brief = Service(jobs_seconds=0.05)
         record = await brief.begun()
         await brief.end(record)
         await asyncio.sleep(0.2)
         with pytest.raises(NotFound):
-            brief.jobs.find(record.id)
+            await brief.jobs.find(record.id)
 
     run(scenario())
 
@@ -367,7 +367,7 @@ def test_a_slot_is_held_from_before_images_are_read_until_files_are_encoded():
         await asyncio.sleep(0)
         assert service.supervisor.slots_in_use == 0
         with pytest.raises(NotFound):
-            service.jobs.find(job)
+            await service.jobs.find(job)
 
     run(scenario())
 
@@ -390,7 +390,7 @@ def test_cancelling_a_job_ends_the_request_that_waits_for_it():
         caller = asyncio.create_task(service.jobs.run(lambda: Submission(body().request), "r"))
         await until(lambda: service.supervisor._tickets)
         (job,) = service.supervisor._tickets
-        await service.jobs.find(job).cancel()
+        await (await service.jobs.find(job)).cancel()
         with pytest.raises(ClientGone):
             await caller
 

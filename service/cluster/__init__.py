@@ -1,0 +1,1 @@
+"""What several API processes share: the jobs of POST /jobs, in Redis."""
