@@ -27,6 +27,7 @@ from models.conditioning.conditioner import (
 from models.conditioning.text_encoder import Context
 from models.networks.autoencoder import Autoencoder
 from models.networks.tiling import Axes, tiled, wrapped
+from models.networks.tiny_autoencoder import TinyDecoder
 from models.networks.unet import UNet, timestep_embedding
 from models.sampling.denoiser import Denoiser
 from models.sampling.guidance import (
@@ -76,6 +77,7 @@ class LatentDiffusion:
         self.schedule = Schedule(spec.schedule)
         self.denoiser = Denoiser(unet, self.schedule) if unet else None
         self._masked_latents: LRUCache[tuple[int, int], Tensor] = LRUCache(MAX_CACHED_MASKED_LATENTS)
+        self.tiny_decoder: TinyDecoder | None = None  # decodes latents faster and less exactly
         self._tiled: dict[Axes, TiledLatentDiffusion] = {}
 
     def tiled(self, axes: Axes) -> LatentDiffusion:

@@ -281,6 +281,7 @@ class ModelSpec:
     loras: tuple[str, ...] = ()  # names of the LoRAs that requests can use
     lora_warnings: tuple[str, ...] = ()  # for each of them: what of its file the model ignores, or ""
     lora_settings: tuple[FewStep | None, ...] = ()  # for each of them: its usual settings, if it is few-step
+    tiny_decoder: bool = False  # a tiny VAE was given, which decodes the model's latents too
     embeddings: tuple[str, ...] = ()  # names of textual inversion embeddings: words that prompts can use
     controls: tuple[ControlOption, ...] = ()  # ControlNets and T2I-Adapters that requests can use
     reference_adapters: tuple[str, ...] = ()  # names of the IP-Adapters that requests can use
@@ -438,6 +439,7 @@ class ModelSpec:
             loras=tuple(d["loras"]),
             lora_warnings=tuple(d["lora_warnings"]),
             lora_settings=tuple(build(FewStep, each) for each in d["lora_settings"]),
+            tiny_decoder=d["tiny_decoder"],
             embeddings=tuple(d["embeddings"]),
             controls=tuple(ControlOption(*as_tuples(control)) for control in d["controls"]),
             reference_adapters=tuple(d["reference_adapters"]),

@@ -21,6 +21,7 @@ from models.formats.safetensors import is_safetensors
 from models.formats.single_file import model_name
 from models.spec import Prediction
 
+TINY_VAE = "tiny VAE"
 BUNDLED = ("emoji", "emoji-upscale")  # the models that come with the package
 BUNDLED_CONTROLS = ("emoji-outline",)  # the ControlNets that come with the package, for the model emoji
 LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # looked for in a LoRA folder
@@ -89,10 +90,10 @@ def adapter_file(path: Path) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def locate_vaes(arguments: Iterable[str], models: Collection[str]) -> dict[str, Path]:
-    """Model name -> path of the VAE that replaces its own, from MODEL=PATH, or PATH if there is one model.
+def locate_vaes(arguments: Iterable[str], models: Collection[str], what: str = "VAE") -> dict[str, Path]:
+    """Model name -> path of a VAE for it, from MODEL=PATH, or PATH if there is one model.
 
-    Raises ModelPathError.
+    what: kind of VAE, for errors. Raises ModelPathError.
     """
     found: dict[str, Path] = {}
     for argument in arguments:
@@ -101,12 +102,12 @@ def locate_vaes(arguments: Iterable[str], models: Collection[str]) -> dict[str, 
             model, text = next(iter(models), ""), argument
             if len(models) != 1:
                 raise ModelPathError(
-                    f"the VAE {argument!r} names no model: expected MODEL=PATH, with MODEL one of "
+                    f"the {what} {argument!r} names no model: expected MODEL=PATH, with MODEL one of "
                     f"{', '.join(models)}"
                 )
-        path = located_network(text, "VAE")
+        path = located_network(text, what)
         if model in found:
-            raise ModelPathError(f"two VAEs are given for {model!r}")
+            raise ModelPathError(f"two {what}s are given for {model!r}")
         found[model] = path
     return found
 

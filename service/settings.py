@@ -123,6 +123,13 @@ class Settings:
         """A VAE (folder or file) that replaces a model's own; MODEL=PATH if several models are served. It
         must have the shape of the model's own.""",
     )
+    tiny_vae: tuple[str, ...] = setting(
+        (),
+        Parser(read_list, "PATH, or MODEL=PATH separated by commas"),
+        """A tiny VAE (TAESD, TAESDXL or an AutoencoderTiny of diffusers): previews show true colours, and
+        requests may choose it to decode images faster and less exactly. MODEL=PATH if several models are
+        served.""",
+    )
     embedding: tuple[str, ...] = setting(
         (),
         Parser(matching(NAMED_EMBEDDING), "NAME=PATH, separated by commas"),

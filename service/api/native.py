@@ -169,6 +169,7 @@ def describe(spec: ModelSpec, settings: Settings, loaded_bytes: int | None = Non
             if settings
         },
         embeddings=list(spec.embeddings),
+        decoders=["full", "tiny"] if spec.tiny_decoder else ["full"],
         extras=extras_of(spec),
         controls=[option.name for option in spec.controls],
         control_details=[Control(**option._asdict()) for option in spec.controls],

@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +20,7 @@ from service.cli.phases import add_phases, refiner_of, with_refiner
 from service.engine.events import Done, Event, Failed, Started, Stepped
 from service.engine.job import AdapterKey, Job
 from service.errors import ServiceError, from_code
-from service.model_paths import identify_all, locate_all, locate_loras, locate_vaes
+from service.model_paths import TINY_VAE, identify_all, locate_all, locate_loras, locate_vaes
 from service.requests import images
 from service.requests.preprocessing import PREPROCESSORS
 from service.requests.resolve import OutputFormat, build_request, resolve
@@ -49,6 +49,7 @@ REQUEST_FIELDS = (
     "guidance_rescale",
     "image_guidance_scale",
     "prompt_syntax",
+    "decoder",
     "tiling",
     "clip_skip",
     "class_label",
@@ -175,6 +176,7 @@ def add_scene(command: argparse.ArgumentParser) -> None:
     add("--guidance-rescale", type=float, metavar="X", help="restore the contrast that guidance adds, 0 to 1")
     add_phases(command)
     add("--prompt-syntax", help="plain (default), or a1111: weights, BREAK, AND, [from:to:when], [a|b]")
+    add("--decoder", help="full (default), or tiny: the tiny VAE of --tiny-vae makes the image")
     add("--tiling", help="none (default), x, y or both: copies of the image fit together along these axes")
     add("--clip-skip", type=int, metavar="N", help="end the text encoders N - 1 layers earlier (default: 1)")
     add(
@@ -295,7 +297,11 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     vaes = locate_vaes(settings.vae, paths)
     sources = identify_all(paths, settings.allow_pickle, settings.prediction, settings.weights, vaes)
     # Every LoRA is accepted here; loading the model fails if one does not fit.
-    specs = {name: replace(source.spec, loras=tuple(loras)) for name, source in sources.items()}
+    tiny = locate_vaes(settings.tiny_vae, paths, TINY_VAE)
+    specs = {
+        name: replace(source.spec, loras=tuple(loras), tiny_decoder=name in tiny)
+        for name, source in sources.items()
+    }
     specs = with_adapters(specs, settings)
     repeated = fields_from(args, specs, settings) if args.repeat else {}
     body = request_of(args, kind, {name: file for name, file in files.items() if file}, repeated)
@@ -424,6 +430,11 @@ def with_used_adapters(settings: Settings, job: Job) -> Settings:
     )
 
 
+def with_names_of(vaes: Mapping[str, Path], used: Collection[str]) -> tuple[str, ...]:
+    """The VAEs of models that are used, as settings name them."""
+    return tuple(f"{model}={path}" for model, path in vaes.items() if model in used)
+
+
 def run_job(job: Job, settings: Settings, sources: Mapping[str, Source]) -> Done:
     """Run one job on an engine in this process, with a progress bar. Raises the job's ServiceError."""
     from tqdm import tqdm
@@ -434,8 +445,9 @@ def run_job(job: Job, settings: Settings, sources: Mapping[str, Source]) -> Done
     logging.basicConfig(format="ldm: %(message)s")
     logging.getLogger(build.__module__).setLevel(logging.INFO)  # to log the number of threads
     used = {key.model: sources[key.model] for key in job.model_keys}
-    vaes = locate_vaes(settings.vae, sources).items()
-    settings = replace(settings, vae=tuple(f"{model}={path}" for model, path in vaes if model in used))
+    vaes = with_names_of(locate_vaes(settings.vae, sources), used)
+    tiny = with_names_of(locate_vaes(settings.tiny_vae, sources, TINY_VAE), used)
+    settings = replace(settings, vae=vaes, tiny_vae=tiny)
     settings = with_used_adapters(settings, job)
     runner = build(settings, used)
     results: list[Done | ServiceError] = []

@@ -18,7 +18,7 @@ from service.catalogue import Folders
 from service.cluster.redis_store import open_store
 from service.errors import Unavailable
 from service.metrics import Metrics
-from service.model_paths import locate_folders, locate_vaes
+from service.model_paths import TINY_VAE, locate_folders, locate_vaes
 from service.requests.background import Jobs
 from service.settings import SettingError, Settings, misspelled
 from service.worker.replica import WorkerFailed
@@ -52,6 +52,7 @@ def check_paths(settings: Settings) -> None:
     folders = Folders(settings)
     models = dict.fromkeys((*folders.taken["model"], *(e.name for e in folders.read().of("model"))))
     locate_vaes(settings.vae, models)
+    locate_vaes(settings.tiny_vae, models, TINY_VAE)
     check_aliases(settings, models)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from models.adapters import lora, replacement_vae, textual_inversion
+from models.adapters import lora, replacement_vae, textual_inversion, tiny_vae
 from models.adapters.lora import Lora, OpenedLora
 from models.adapters.lora_targets import Layer, find_layers
 from models.adapters.textual_inversion import Embedding
@@ -24,6 +24,7 @@ from models.errors import CheckpointError
 from models.formats import companions
 from models.formats.identify import Source, refreshed
 from models.latent_diffusion import LatentDiffusion
+from models.networks.tiny_autoencoder import TinyDecoder
 from models.spec import FewStep, ModelSpec, TextSpec, UNetSpec
 from models.stopwatch import Stopwatch
 from service.catalogue import Catalogue, Entry, Ignored
@@ -33,7 +34,7 @@ from service.device.select import prepare_for_device
 from service.device.shelf import Shelf, given
 from service.device.torch_errors import translate_oom
 from service.errors import LoraUnreadable, ModelUnreadable
-from service.model_paths import identify_all, locate_embeddings, locate_loras, locate_vaes
+from service.model_paths import TINY_VAE, identify_all, locate_embeddings, locate_loras, locate_vaes
 from service.setting_values import LORA_NAME, PROMPT_WORD
 from service.settings import Settings
 
@@ -67,6 +68,7 @@ class Library:
         self.vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
         names = dict.fromkeys((*paths, *(entry.name for entry in catalogue.of("model"))))
         self.vaes = locate_vaes(settings.vae, names)
+        self.tiny_vaes = locate_vaes(settings.tiny_vae, names, TINY_VAE)
         self.lora_files = locate_loras(settings.lora)
         self.embedding_files = locate_embeddings(settings.embedding)
         self.adapters = Adapters(settings, device, dtype)
@@ -86,6 +88,8 @@ class Library:
                 raise CheckpointError(f"{name}: {companions.VOCABULARY_MISSING}")
             if vae := vaes.get(name):  # one of the wrong shape fails here, not when the model is loaded
                 replacement_vae.open_vae(vae, source.spec.autoencoder, "cpu", allow_pickle)
+            if tiny := self.tiny_vaes.get(name):
+                tiny_vae.open_decoder(tiny, source.spec.autoencoder, allow_pickle=allow_pickle)
         return sources
 
     def check_given(self, specs: Mapping[str, ModelSpec]) -> None:
@@ -111,6 +115,7 @@ class Library:
                 lora_warnings=tuple(use.warning for use in loras[name].values()),
                 lora_settings=tuple(use.few_step for use in loras[name].values()),
                 embeddings=fitting,
+                tiny_decoder=name in self.tiny_vaes,
             )
         specs, adapters = self.adapters.read(catalogue, specs, shelf)
         self.known = shelf.used
@@ -203,9 +208,18 @@ class Library:
                     allow_pickle = self.settings.allow_pickle
                     model = replacement_vae.with_vae(model, vae, device, dtype, allow_pickle)
                 textual_inversion.add_embeddings(model, contents.embeddings)
-                return prepare_for_device(model, device)
+                model = prepare_for_device(model, device)
+                model.tiny_decoder = self.open_tiny_decoder(spec)
+                return model
         except (CheckpointError, OSError) as error:
             raise ModelUnreadable from error
+
+    def open_tiny_decoder(self, spec: ModelSpec) -> TinyDecoder | None:
+        """The tiny VAE's decoder that was given for a model. Raises CheckpointError."""
+        path, allow_pickle = self.tiny_vaes.get(spec.name), self.settings.allow_pickle
+        if path is None:
+            return None
+        return tiny_vae.open_decoder(path, spec.autoencoder, self.device, self.dtype, allow_pickle)
 
     def open_loras(self, model: ModelSpec, names: Sequence[str], contents: Contents) -> list[Lora]:
         """LoRAs that fit a model, by name. Raises LoraUnreadable."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,8 @@ from models.adapters.textual_inversion import change_words
 from models.conditioning.conditioner import TextConditioner, TokenConditioner
 from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.networks.autoencoder import Autoencoder
+from models.networks.tiling import tiled
+from models.networks.tiny_autoencoder import TinyDecoder
 from models.preview import Projection
 from models.sampling.guidance import CONDITIONS
 from models.sampling.samplers import plan
@@ -334,8 +337,12 @@ class TorchRunner:
         state = self.jobs[key.job]
         autoencoder, image = state.bundle.autoencoder, state.images[key.image]
         z = state.latent_of(image)
-        if state.job.preview_decoded:
+        tiny = self._tiny_decoder(state.job)
+        if state.job.preview_decoded and not (tiny and state.job.decoder == "tiny"):
             pixels = rgb_bytes(self._decode(state.bundle, z[None]))
+        elif tiny:
+            with translate_oom():
+                pixels = rgb_bytes(tiny(z[None]))
         else:
             with translate_oom():
                 if autoencoder not in self.projections:
@@ -351,15 +358,36 @@ class TorchRunner:
         state = self.jobs[key.job]
         image = state.images[key.image]
         z = state.bundle.add_residual_base(state.latent_of(image)[None], image.concat)  # (1, C, h, w)
-        x = self._decode(state.bundle, z)
-        if not torch.isfinite(x).all() and state.bundle.autoencoder.dtype != torch.float32:
-            self.report_incident(Incident("non_finite", "decode"))
-            with translate_oom():
-                x = self._decode(state.bundle.with_autoencoder_dtype(torch.float32), z)
+        tiny = self._tiny_decoder(state.job) if state.job.decoder == "tiny" else None
+        x = self._decode_tiny(tiny, z) if tiny else self._decode_full(state.bundle, z)
         if not torch.isfinite(x).all():
             raise NonFinite
         x = state.bundle.correct(x, image.concat, state.job.noise_level)
         return with_kept_pixels(state.job, rgb_bytes(x)).tobytes()
+
+    def _tiny_decoder(self, job: Job) -> TinyDecoder | None:
+        """The tiny VAE's decoder for the job's model, with circular padding if its images repeat."""
+        decoder = self.registry[job.model].tiny_decoder
+        return tiled(decoder, job.tiling) if decoder and job.tiling != "none" else decoder
+
+    def _decode_tiny(self, decoder: TinyDecoder, z: Tensor) -> Tensor:
+        """x (1, 3, H, W) by a tiny VAE; in float32 if it would have non-finite values."""
+        with translate_oom():
+            x: Tensor = decoder(z.clone())
+            if torch.isfinite(x).all() or decoder.dtype == torch.float32:
+                return x
+            self.report_incident(Incident("non_finite", "decode"))
+            x = deepcopy(decoder).float()(z)
+            return x
+
+    def _decode_full(self, bundle: LatentDiffusion, z: Tensor) -> Tensor:
+        """x (1, 3, H, W); in float32 if it would have non-finite values."""
+        x = self._decode(bundle, z)
+        if torch.isfinite(x).all() or bundle.autoencoder.dtype == torch.float32:
+            return x
+        self.report_incident(Incident("non_finite", "decode"))
+        with translate_oom():
+            return self._decode(bundle.with_autoencoder_dtype(torch.float32), z)
 
     def _decode(self, bundle: LatentDiffusion, z: Tensor) -> Tensor:
         """x (1, 3, H, W); out of memory: in tiles, or with `invariant` as a whole once more."""

@@ -15,6 +15,7 @@ from models.spec import Spacing
 MAX_SEED = 2**64 - 1  # the largest seed of a random number generator
 
 LatentFill = Literal["image", "noise", "zeros"]
+Decoder = Literal["full", "tiny"]
 Tiling = Literal["none", "x", "y", "both"]
 PromptSyntax = Literal["plain", "a1111"]
 ControlMode = Literal["balanced", "prompt", "control"]
@@ -143,6 +144,7 @@ class Job:
     latent_fill: LatentFill = "image"  # initial content of masked latent cells, before noise is added
     keeps_pixels: bool = True  # the finished image has the input image's pixels outside the mask
     variation: Variation | None = None
+    decoder: Decoder = "full"  # tiny: the tiny VAE that was given for the model
     tiling: Tiling = "none"  # axes along which the images repeat without a seam
     clip_skip: int = 1  # the text encoders leave out clip_skip - 1 layers more than the model does
     controls: tuple[JobControl, ...] = ()

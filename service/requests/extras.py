@@ -37,6 +37,7 @@ EXTRAS: Mapping[str, Callable[[ModelSpec], bool]] = {
     "clip_skip": lambda spec: spec.max_clip_skip > 1,
     "variation": generates,
     "tiling": generates,
+    "decoder": lambda spec: spec.tiny_decoder,
     "mask_blur": inpaints,
     "area": inpaints,
     "fill": inpaints,

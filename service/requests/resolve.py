@@ -276,6 +276,7 @@ def with_defaults(
         **(guidance_parameters(scene) if scene else {}),
         image_guidance_scale=image_guidance_of(request, spec),
         prompt_syntax=scene.prompt_syntax if scene and scene.prompt_syntax != "plain" else None,
+        decoder=scene.decoder if scene and scene.decoder != "full" else None,
         tiling=scene.tiling if scene and scene.tiling != "none" else None,
         clip_skip=scene.clip_skip if scene and scene.clip_skip != 1 else None,
         variation=variation_of(scene, request.n) if scene else None,

@@ -12,6 +12,7 @@ from models.conditioning.boxes import Box as NumberedBox
 from models.spec import Spacing
 from models.tiles import Tiles
 from service.engine.job import (
+    Decoder,
     Job,
     JobControl,
     JobReference,
@@ -66,6 +67,7 @@ class Parameters(BaseModel):
     image_guidance_scale: float | None = None
     refiner: RefinerInput | None = None
     prompt_syntax: PromptSyntax | None = None
+    decoder: Decoder | None = None
     tiling: Tiling | None = None
     clip_skip: int | None = None
     variation: VariationSeed | None = None
@@ -225,6 +227,7 @@ class ResolvedRequest:
             latent_fill=self.latent_fill,
             keeps_pixels=inputs.paste is None,
             variation=Variation(variation.seed, variation.strength) if variation else None,
+            decoder=parameters.decoder or "full",
             tiling=parameters.tiling or "none",
             clip_skip=parameters.clip_skip or 1,
             controls=tuple(control for control in inputs.controls if control.scale),

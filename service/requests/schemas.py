@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from models.spec import Spacing
-from service.engine.job import MAX_SEED, PromptSyntax, Tiling
+from service.engine.job import MAX_SEED, Decoder, PromptSyntax, Tiling
 from service.requests.control_schemas import MAX_CONTROLS, MAX_REFERENCES, ControlInput, ReferenceInput
 from service.requests.image_field import IMAGE, ImageInput
 from service.requests.images import Format
@@ -221,6 +221,10 @@ class SceneRequest(ImageRequest):
             "1 is none, 2 leaves out one. GET /models has the limit",
         ),
     ] = None
+    decoder: Annotated[
+        Decoder,
+        Field(description="tiny: decode the image with the tiny VAE given to the server: faster, less exact"),
+    ] = "full"
     tiling: Annotated[
         Tiling,
         Field(description="Axes along which copies of the image fit together without a seam, for textures"),
@@ -559,6 +563,7 @@ class Model(ModelState):
     embeddings: Annotated[
         list[str], Field(description="Names of textual inversion embeddings, which prompts can use as words")
     ]
+    decoders: Annotated[list[str], Field(description="Values of `decoder`")]
     extras: Annotated[
         list[str], Field(description="Optional fields of requests that this model supports, by name")
     ]

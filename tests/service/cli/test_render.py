@@ -56,7 +56,7 @@ def test_from_reads_an_infotext(folder, tiny):
     model = ["--model", str(tiny)]
     assert main(["generate", "--from", "a.png", *model, "-o", "b.png"]) == 0
     flags = ["--steps", "2", "--sampler", "euler", "--spacing", "karras", "--guidance-scale", "4"]
-    flags += ["--seed", "5", "--width", "72", "--prompt-weights", "--long-prompts", "chunk"]
+    flags += ["--seed", "5", "--width", "72", "--prompt-syntax", "a1111"]
     flags += ["--negative-prompt", "blue"]
     assert main(["generate", "a (red:1.2) apple", *flags, *model, "-o", "c.png"]) == 0
     assert (folder / "b.png").read_bytes() == (folder / "c.png").read_bytes()
