@@ -234,13 +234,16 @@ class ControlOption(NamedTuple):
     """A control that requests can use with a model.
 
     kind: such as "ControlNet"; types: the control types of a network for several, of which every use names
-    one; inpainting: its image is the input image, with the mask marked in it.
+    one; inpainting: its image is the input image, with the mask marked in it; every_step: its network runs
+    at every step, not once; conditional_only: it acts on conditional predictions alone.
     """
 
     name: str
     kind: str
     types: tuple[str, ...] = ()
     inpainting: bool = False
+    every_step: bool = True
+    conditional_only: bool = False
 
     def needs_mask(self, type_: str | None) -> bool:
         """Whether a use with this control type works with a mask alone."""

@@ -172,7 +172,10 @@ def describe(spec: ModelSpec, settings: Settings, loaded_bytes: int | None = Non
         decoders=["full", "tiny"] if spec.tiny_decoder else ["full"],
         extras=extras_of(spec),
         controls=[option.name for option in spec.controls],
-        control_details=[Control(**option._asdict()) for option in spec.controls],
+        control_details=[
+            Control(name=each.name, kind=each.kind, types=list(each.types), inpainting=each.inpainting)
+            for each in spec.controls
+        ],
         reference_adapters=list(spec.reference_adapters),
         defaults=ModelDefaults(
             **asdict(spec.defaults) | {"spacing": default_spacing(spec, spec.defaults.sampler)}

@@ -127,7 +127,9 @@ class Adapters:
             unet = UNet(spec.unet_spec)
         control = open_control(Path(entry.path), spec, META, self.dtype, self.allow_pickle, unet)
         kind = control.kind.removeprefix("a ")
-        option = ControlOption(entry.name, kind, control.types, control.inpaints)
+        option = ControlOption(
+            entry.name, kind, control.types, control.inpaints, control.every_step, control.conditional_only
+        )
         return AdapterFile(entry.path, entry.version, control.bytes, bool(control.base)), option
 
     def _try_reference(self, entry: Entry, spec: ModelSpec, encoders: Sequence[Entry]) -> AdapterFile:

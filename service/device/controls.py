@@ -11,23 +11,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.adapters.controls import Control, Mode, Rows, is_active, scaled, weights
+from models.adapters.controls import Control, Mode, Rows, scaled, weights
 from models.networks.adapter_inputs import AdapterInputs, ImageTokens, RowInputs
 from models.sampling.guidance import UNCONDITIONAL, StepRows
 from models.transfer import upload
 from service.device.graphs import Graphs
 from service.device.tensor_tree import map_tensors, padded, rows_of
-
-
-class Use(Protocol):
-    """What a job uses in a part of its run."""
-
-    def acts_at(self, step: int, steps: int) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +35,6 @@ class ControlUse:
     end: float
     mode: Mode
     type: int = 0
-
-    def acts_at(self, step: int, steps: int) -> bool:
-        return is_active(step, steps, self.start, self.end)
 
     def strengths(self, conditional: bool) -> tuple[float, ...]:
         """The weight of each residual on a row; () if the control does not act on it."""
@@ -59,9 +50,6 @@ class ReferenceUse:
     scale: float
     start: float
     end: float
-
-    def acts_at(self, step: int, steps: int) -> bool:
-        return is_active(step, steps, self.start, self.end)
 
 
 class ControlledRow(NamedTuple):

@@ -16,7 +16,6 @@ from models.conditioning.prompts import PromptOptions
 from models.latent_diffusion import LatentDiffusion, MaskedImage
 from models.sampling.noise import slerp
 from models.sampling.table import Plan
-from models.spec import ControlOption
 from models.tiles import cut
 from models.transfer import upload
 from service.device.controls import ControlUse, ReferenceUse
@@ -64,20 +63,18 @@ def start_control(
     job: Job,
     own: JobControl,
     control: Control,
-    option: ControlOption,
     size: tuple[int, int],
     device: torch.device,
 ) -> ControlUse:
     """A control of a job, with its image prepared for images of `size` (width, height)."""
     x = unit_pixels(own.image, job.width, job.height, device)
-    if option.needs_mask(own.type):
+    if own.masked:
         mask = upload(torch.from_numpy(masked_pixels(job)), device)[None, None].float()
         x = masked(control, x, mask)
     if size != (job.width, job.height):
         x = interpolate(x, (size[1], size[0]), mode="bicubic", antialias=True)
-    kind = option.types.index(own.type) if own.type else 0
     prepared = control.prepare(x)
-    return ControlUse(control, prepared, own.scale, own.start, own.end, own.mode, kind)
+    return ControlUse(control, prepared, own.scale, own.start, own.end, own.mode, own.type)
 
 
 def start_reference(own: JobReference, adapter: ReferenceAdapter, device: torch.device) -> ReferenceUse:

@@ -5,10 +5,12 @@ A phase is a run of UNet calls of one model at one size. Most jobs have one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Protocol
 
+from models.adapters.controls import is_active
 from models.conditioning.prompt_schedule import Composition, compose
 from models.conditioning.text_encoder import Context
 from models.latent_diffusion import LatentDiffusion
@@ -16,7 +18,19 @@ from models.sampling.guidance import CONDITIONAL, UNCONDITIONAL, StepRows, cfg_r
 from models.sampling.samplers import first_call, schedule_steps
 from models.sampling.table import Plan
 from service.device.controls import ControlUse, ReferenceUse
-from service.engine.job import Job, ModelKey, Segment
+from service.engine.job import Job, JobControl, ModelKey, Segment
+
+CONTROL_COST = 0.4  # work of a row of a control network, as a part of that of a row of its UNet
+
+
+class Window(Protocol):
+    """The part of a run in which something acts."""
+
+    @property
+    def start(self) -> float: ...
+
+    @property
+    def end(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,7 @@ class PhaseOutline:
 
     key: its model; width, height: of the image in pixels; plan, rows: one line and one StepRows for each UNet
     call; composition: the conditions that rows name, if they are more than the prompt and its negative.
+    before, run: calls of the run before those of this phase, and in total (0: the phase is all of it).
     """
 
     key: ModelKey
@@ -33,6 +48,8 @@ class PhaseOutline:
     plan: Plan
     rows: tuple[StepRows, ...]
     composition: Composition | None = None
+    before: int = 0
+    run: int = 0
 
     @property
     def kinds(self) -> tuple[int, ...] | None:
@@ -43,12 +60,37 @@ class PhaseOutline:
 
     def part(self, first: int, last: int) -> PhaseOutline:
         """The calls from number `first` to before number `last`, counted from 0."""
-        return replace(self, plan=self.plan.part(first, last), rows=self.rows[first:last])
+        plan, run = self.plan.part(first, last), self.run or len(self.plan)
+        return replace(self, plan=plan, rows=self.rows[first:last], before=self.before + first, run=run)
 
-    def segments(self, group: Hashable, row_cost: float) -> tuple[Segment, ...]:
-        """The calls of the phase, as the scheduler needs to know them."""
-        counts = groupby(len(each.rows) for each in self.rows)
-        return tuple(Segment(group, count, len(list(calls)), row_cost) for count, calls in counts)
+    def acts_at(self, use: Window, call: int) -> bool:
+        """Whether a control or reference image acts at a call of the phase, counted from 0."""
+        return is_active(self.before + call, self.run or len(self.plan), use.start, use.end)
+
+    def segments(
+        self, group: Hashable, row_cost: float, controls: Sequence[JobControl] = ()
+    ) -> tuple[Segment, ...]:
+        """The calls of the phase, as the scheduler needs to know them.
+
+        controls: those whose networks run at every step.
+        """
+        sizes = [
+            (len(own.rows), sum(self._control_rows(control, call) for control in controls))
+            for call, own in enumerate(self.rows)
+        ]
+        return tuple(
+            Segment(group, rows, len(list(calls)), row_cost, extra * CONTROL_COST * row_cost)
+            for (rows, extra), calls in groupby(sizes)
+        )
+
+    def _control_rows(self, control: JobControl, call: int) -> int:
+        """Rows of a control network's call."""
+        if not self.acts_at(control, call):
+            return 0
+        own, kinds = self.rows[call].rows, self.kinds
+        only_conditional = control.mode == "control"
+        conditions = own if kinds is None else [kinds[row] for row in own]
+        return sum(not (only_conditional and condition == UNCONDITIONAL) for condition in conditions)
 
 
 @dataclass(frozen=True)
@@ -73,11 +115,11 @@ class Phase:
 
     def controls_at(self, call: int) -> tuple[ControlUse, ...]:
         """The controls that act at a call, counted from 0."""
-        return tuple(use for use in self.controls if use.acts_at(call, len(self)))
+        return tuple(use for use in self.controls if self.outline.acts_at(use, call))
 
     def references_at(self, call: int) -> tuple[ReferenceUse, ...]:
         """The reference images that act at a call."""
-        return tuple(use for use in self.references if use.acts_at(call, len(self)))
+        return tuple(use for use in self.references if self.outline.acts_at(use, call))
 
     def __len__(self) -> int:
         """UNet calls of each image."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -31,7 +31,7 @@ from models.transfer import download
 from service.catalogue import Catalogue
 from service.device.batch import advance
 from service.device.contents import Contents
-from service.device.controls import Use, in_float32
+from service.device.controls import in_float32
 from service.device.cuda_graphs import graphs_on
 from service.device.finite import FiniteChecker
 from service.device.graphs import Graphs
@@ -47,12 +47,12 @@ from service.device.inputs import (
     start_tiles,
 )
 from service.device.memory import free_cache, memory_of
-from service.device.phases import Phase, PhaseOutline, outlines
+from service.device.phases import Phase, PhaseOutline, Window, outlines
 from service.device.registry import Registry
 from service.device.state import ImageState, JobState
 from service.device.torch_errors import translate_device_lost, translate_oom
 from service.engine.events import Incident
-from service.engine.job import AdapterKey, ImageKey, Job, ModelKey, Segment, Shape, WeightsKey
+from service.engine.job import AdapterKey, ImageKey, Job, JobControl, ModelKey, Segment, Shape, WeightsKey
 from service.engine.row_limits import MemoryUse
 from service.engine.runner import Call, Preview
 from service.errors import ModelUnreadable, NonFinite, OutOfMemory
@@ -60,6 +60,16 @@ from service.errors import ModelUnreadable, NonFinite, OutOfMemory
 MEASURE_EVERY = 64  # calls of a group's largest size between two measurements of its memory
 MAX_PLANS = 1024  # cached; a plan depends on the model, sampler, steps, eta, strength and spacing
 MAX_WARNING_CHARS = 80  # of the ignored end of a prompt, which a warning quotes
+
+
+class CallLoad(NamedTuple):
+    """What a UNet call's memory depends on: its rows, padding included, and their uses of controls."""
+
+    rows: int
+    controls: int
+
+    def exceeds(self, other: CallLoad) -> bool:
+        return self.rows > other.rows or self.controls > other.controls
 
 
 class TorchRunner:
@@ -101,7 +111,7 @@ class TorchRunner:
         self.graphs = graphs_on(device) if graphs is None else graphs
         self.finite_checker: FiniteChecker[JobState] = FiniteChecker(device)
         self.calls = 0
-        self.measured: dict[Hashable, int] = {}  # group -> the most rows of a call whose memory was measured
+        self.measured: dict[Hashable, CallLoad] = {}  # group -> the largest call whose memory was measured
 
     @property
     def specs(self) -> dict[str, ModelSpec]:
@@ -120,7 +130,8 @@ class TorchRunner:
             context = self._context_shape(job, outline)
             group = (outline.key, shape, context, full_precision, job.tiling)
             parts = len(corners)
-            segments += outline.segments(group, size[0] * size[1])
+            running = self._running_controls(job) if outline.key == job.model_key else ()
+            segments += outline.segments(group, size[0] * size[1], running)
         return Shape(tuple(segments), parts)
 
     def _plan(self, job: Job) -> Plan:
@@ -129,6 +140,11 @@ class TorchRunner:
         if key not in self.plans:
             self.plans[key] = plan(self.schedules[job.model], *settings)
         return self.plans[key]
+
+    def _running_controls(self, job: Job) -> tuple[JobControl, ...]:
+        """The job's controls whose networks run at every step."""
+        once = {option.name for option in self.specs[job.model].controls if not option.every_step}
+        return tuple(control for control in job.controls if control.name not in once)
 
     def _context_shape(self, job: Job, outline: PhaseOutline) -> tuple[int, int] | None:
         """(L, C). How many chunks a long prompt has is known only once the model's tokenizer is loaded."""
@@ -221,13 +237,12 @@ class TorchRunner:
 
     def _with_adapters(self, job: Job, phase: Phase, full_precision: bool) -> Phase:
         """The phase with the job's controls, their images at the phase's size, and reference images."""
-        options = {option.name: option for option in self.specs[job.model].controls}
         size, adapters = (phase.outline.width, phase.outline.height), self.registry.adapters
         controls = []
         for own in job.controls:
             control = adapters[AdapterKey("control", own.name, job.model)]
             control = in_float32(control) if full_precision else control
-            controls.append(start_control(job, own, control, options[own.name], size, self.device))
+            controls.append(start_control(job, own, control, size, self.device))
         references = [
             start_reference(
                 own, adapters[AdapterKey("reference_adapter", own.adapter, job.model)], self.device
@@ -306,18 +321,21 @@ class TorchRunner:
     def _advance_measured(
         self, states: list[JobState], images: list[ImageState], size: int
     ) -> tuple[Tensor, MemoryUse | None]:
-        """As _advance(); measures the first call of each size, and the largest size again at intervals."""
+        """As _advance(); measures the first call of each size, and the largest one again at intervals."""
         group = states[0].phase(images[0]).group
-        largest = self.measured.get(group, 0)
+        largest, load = (
+            self.measured.get(group, CallLoad(0, 0)),
+            CallLoad(size, count_controls(states, images)),
+        )
         self.calls += 1
-        due = size > largest or (size == largest and self.calls % MEASURE_EVERY == 0)
+        due = load.exceeds(largest) or (load == largest and self.calls % MEASURE_EVERY == 0)
         measuring = due and self.memory.begin()
         # The memory of a captured graph is allocated already, so only a call without graphs can be measured.
         with translate_oom(), self.graphs.paused() if measuring else nullcontext():
             new_states = advance(states, images, size, self.graphs, self.buckets)
         if not measuring:
             return new_states, None
-        self.measured[group] = size
+        self.measured[group] = CallLoad(*map(max, load, largest))
         return new_states, self.memory.end(size, self.room)
 
     def _free(self) -> None:
@@ -436,10 +454,17 @@ def prompt_warnings(state: JobState) -> Iterator[str]:
             yield f"{name} is longer than the model can read; ignored: {cut_off}"
 
 
+def count_controls(states: Sequence[JobState], images: Sequence[ImageState]) -> int:
+    """How often rows of the next call use a control."""
+    pairs = zip(states, images, strict=True)
+    return sum(len(state.controls(image)) * len(state.rows(image).rows) for state, image in pairs)
+
+
 def window_warnings(phase: Phase) -> Iterator[str]:
     """A warning for each control and reference image whose window contains no step."""
-    groups: dict[str, Sequence[Use]] = {"controls": phase.controls, "reference_images": phase.references}
+    groups: dict[str, Sequence[Window]] = {"controls": phase.controls, "reference_images": phase.references}
+    outline = phase.outline
     for field, uses in groups.items():
         for index, use in enumerate(uses):
-            if not any(use.acts_at(call, len(phase)) for call in range(len(phase))):
-                yield f"{field}.{index} has no effect: none of the {len(phase)} steps lies in its window"
+            if not any(outline.acts_at(use, call) for call in range(len(phase))):
+                yield f"{field}.{index} has no effect: no step of the run lies in its window"

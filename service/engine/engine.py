@@ -329,7 +329,8 @@ class Engine:
         begin = self.clock()
         call = self.runner.step(keys)
         seconds = self.clock() - begin
-        size = CallSize(self._segment(keys[0]), self._rows(keys), call.rows)
+        work = sum(self._segment(key).call_work for key in keys)
+        size = CallSize(self._segment(keys[0]).group, self._rows(keys), call.rows, work)
         rows_of = {job: self._rows(own) for job, own in by_job(keys).items()}
         self._record(size, call, seconds)
         finite = [key for key in keys if key.job not in call.non_finite]
@@ -349,7 +350,7 @@ class Engine:
 
     def _record(self, size: CallSize, call: Call, seconds: float) -> None:
         """Update the estimates of speed and memory, and with them the group's limit of rows."""
-        group = size.segment.group
+        group = size.group
         self.limits.record_success(group, call.memory)
         self.speed.record(size, call, seconds)
         self._limit_rows(group)

@@ -26,23 +26,25 @@ class PhaseCalls:
 
     def rows_at(self, left: int) -> int:
         """The rows of the next call of an image with `left` calls left."""
-        if self.rows:
-            return self.rows
+        return self.rows or self.segment_at(left).rows
+
+    def segment_at(self, left: int) -> Segment:
+        """The segment of the next call of an image with `left` calls left."""
         later = self.evaluations
         for segment in self._segments:
             later -= segment.evaluations
             if left > later:
-                return segment.rows
-        raise ValueError("an image without calls has no rows")
+                return segment
+        raise ValueError("an image without calls has no segment")
 
     def work_left(self, left: int) -> float:
         """The work of the last `left` calls of an image."""
-        if self.rows:
-            return left * self.rows * self.row_cost
+        if len(self._segments) == 1:
+            return left * self._segments[0].call_work
         work = 0.0
         for segment in reversed(self._segments):
             calls = min(left, segment.evaluations)
-            work += calls * segment.rows * self.row_cost
+            work += calls * segment.call_work
             left -= calls
         return work
 

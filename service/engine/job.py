@@ -66,7 +66,8 @@ class JobControl:
     """A control of a job's images. image: height x width x 3 bytes, of the size of the job's images.
 
     scale: factor of what it adds to the UNet; start, end: the part of the run in which it acts; mode: as in
-    the request; type: the control type, of a network for several.
+    the request; type: number of the control type, of a network for several; masked: the pixels to repaint are
+    marked in its image.
     """
 
     name: str
@@ -75,7 +76,8 @@ class JobControl:
     start: float = 0.0
     end: float = 1.0
     mode: ControlMode = "balanced"
-    type: str | None = None
+    type: int = 0
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,13 +191,14 @@ class Segment:
 
     group: images with equal groups may share a UNet call; rows: of the image in each of these calls;
     evaluations: the number of calls; row_cost: work of one row, in any unit that all groups share, and the
-    same in all segments of a group.
+    same in all segments of a group; extra_cost: work of a call beside its rows, of control networks.
     """
 
     group: Hashable
     rows: int
     evaluations: int
     row_cost: float
+    extra_cost: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.rows, self.evaluations) < 1:
@@ -204,9 +207,14 @@ class Segment:
             )
 
     @property
+    def call_work(self) -> float:
+        """The work of one of these calls of one image."""
+        return self.rows * self.row_cost + self.extra_cost
+
+    @property
     def work(self) -> float:
         """The work of these calls of one image."""
-        return self.rows * self.evaluations * self.row_cost
+        return self.evaluations * self.call_work
 
 
 @dataclass(frozen=True)

@@ -33,18 +33,19 @@ class Scheduler:
     job of the phase's group, and at the end of a phase it leaves the queue until proceed() puts it into the
     next one. The rows of an image may change within a phase.
 
-    Work is rows * row_cost. Within a group, jobs run in the order in which processor sharing would finish
-    them (the fair sojourn protocol, Friedman and Henderson 2003). So jobs finish one after the other instead
-    of all late, a small one overtakes a large one, and if a call holds one image, no job finishes later than
-    under processor sharing (for larger calls see tests/benchmarks/policies.py). The weight of a job is
-    4 ** priority. Groups take turns by work done per job. If all rows of a group fit in a call, all run.
+    Work is rows * row_cost, and that of control networks. Within a group, jobs run in the order in which
+    processor sharing would finish them (the fair sojourn protocol, Friedman and Henderson 2003). So jobs
+    finish one after the other instead of all late, a small one overtakes a large one, and if a call holds one
+    image, no job finishes later than under processor sharing (for larger calls see
+    tests/benchmarks/policies.py). The weight of a job is 4 ** priority. Groups take turns by work done per
+    job. If all rows of a group fit in a call, all run.
 
     The bound on waiting: when the work of `patience` full calls (of max_rows rows of its group) was done
     without the oldest job, the next call is of its group, with the oldest job first. So, whatever is admitted
     later and at whatever priority, a job has its last step before the device has done (patience + 2) * S * F
     more work, not counting work done while the job is between two phases. S: steps, of single images, left at
-    its admission of the job and of all jobs before it. F: work of a full call of the group with the highest
-    row_cost.
+    its admission of the job and of all jobs before it. F: the most work of a full call of any group, control
+    networks included.
     """
 
     def __init__(self, max_rows: int, patience: float = PATIENCE) -> None:
@@ -135,12 +136,12 @@ class Scheduler:
 
     def advance(self, keys: Iterable[ImageKey]) -> list[ImageKey]:
         """Count one step of each of these images of one group; returns those that have finished a phase."""
-        finished, rows, ran, group = [], 0, False, None
+        finished, work, ran, group = [], 0.0, False, None
         oldest = self._oldest()
         for key in keys:
             job = self._jobs[key[0]]
             group, left = job.group, job.left[key]
-            rows += job.phase.rows_at(left)
+            work += job.phase.segment_at(left).call_work
             job.left[key] = left - 1
             if left <= 1:
                 finished.append(key)
@@ -150,7 +151,6 @@ class Scheduler:
                 job.started = True
                 self._started += 1
         if group:
-            work = rows * group.row_cost
             self._passed = 0.0 if ran else self._passed + work
             self._withdraw(group)
             group.spend(work)

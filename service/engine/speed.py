@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 
-from service.engine.job import Segment
 from service.engine.row_limits import MAX_GROUPS
 from service.engine.runner import Call
 
@@ -15,11 +14,12 @@ EMA_ALPHA = 0.2  # weight of the newest call in the averages
 
 
 class CallSize(NamedTuple):
-    """The size of a UNet call. segment: of an image; rows: without padding rows; padded_rows: with them."""
+    """The size of a UNet call. rows: without padding rows; padded_rows: with them; work: as in Segment."""
 
-    segment: Segment
+    group: Hashable
     rows: int
     padded_rows: int
+    work: float
 
 
 class Speed:
@@ -59,11 +59,10 @@ class Speed:
     def _average(self, size: CallSize, call: Call, seconds: float) -> None:
         if call.slow:
             return
-        pace = seconds / (size.rows * size.segment.row_cost)
-        self.seconds_per_work = averaged(self.seconds_per_work, pace)
-        measured = self._calls.get(size.segment.group)
+        self.seconds_per_work = averaged(self.seconds_per_work, seconds / size.work)
+        measured = self._calls.get(size.group)
         if measured is None:  # the group's first call
-            self._calls[size.segment.group] = {}
+            self._calls[size.group] = {}
         else:
             measured[size.padded_rows] = averaged(measured.get(size.padded_rows), seconds)
 

@@ -37,12 +37,12 @@ def with_controls(
     job_controls = []
     for index, control in enumerate(controls):
         field = f"controls.{index}"
-        check_control(control, field, spec, resolved)
+        option = check_control(control, field, spec, resolved)
         image = read_control(control, field, request, settings)
         if image and not has_proportions(image, resolved.width, resolved.height):
             size = (*image.size, resolved.width, resolved.height)
             warnings.append(CROPPED.format(field, *size))
-        job_controls.append(job_control(control, control_pixels(image, resolved), resolved))
+        job_controls.append(job_control(control, option, control_pixels(image, resolved), resolved))
     job_references = [
         job_reference(reference, f"reference_images.{index}", spec, settings)
         for index, reference in enumerate(references)
@@ -59,8 +59,10 @@ def with_controls(
     return resolved.with_warnings(warnings)
 
 
-def check_control(control: ControlInput, field: str, spec: ModelSpec, resolved: ResolvedRequest) -> None:
-    """Check a control's name, type, window and thresholds. Raises InvalidRequest."""
+def check_control(
+    control: ControlInput, field: str, spec: ModelSpec, resolved: ResolvedRequest
+) -> ControlOption:
+    """Check a control's name, type, window and thresholds; returns what it is. Raises InvalidRequest."""
     known = ", ".join(option.name for option in spec.controls) or "none"
     unknown = f"is {shorten(control.model)!r}, which is no control of this model; available: {known}"
     option = find(control.model, spec.controls)
@@ -88,6 +90,7 @@ def check_control(control: ControlInput, field: str, spec: ModelSpec, resolved: 
             *threshold_rules(f"{field}.", control, control.preprocess),
         )
     )
+    return option
 
 
 def find(name: str, options: Sequence[ControlOption]) -> ControlOption | None:
@@ -138,13 +141,22 @@ def control_pixels(image: Image.Image | None, resolved: ResolvedRequest) -> Imag
     return image
 
 
-def job_control(control: ControlInput, image: Image.Image, resolved: ResolvedRequest) -> JobControl:
+def job_control(
+    control: ControlInput, option: ControlOption, image: Image.Image, resolved: ResolvedRequest
+) -> JobControl:
     """The control with its image preprocessed, on the job's canvas."""
     thresholds = Thresholds(control.low, control.high)
     pixels = Image.fromarray(preprocess(np.asarray(image), control.preprocess, thresholds))
     canvas = images.extend(pixels, resolved.canvas_width, resolved.canvas_height)
     return JobControl(
-        control.model, canvas, control.scale, control.start, control.end, control.mode, control.type
+        control.model,
+        canvas,
+        control.scale,
+        control.start,
+        control.end,
+        control.mode,
+        type=option.types.index(control.type) if control.type else 0,
+        masked=option.needs_mask(control.type),
     )
 
 

@@ -403,7 +403,10 @@ def is_guided(resolved: ResolvedRequest, spec: ModelSpec) -> bool:
     """Whether the conditional and the unconditional prediction can differ."""
     inputs, prompt, negative = resolved.inputs, resolved.prompt, resolved.negative_prompt
     conditioned = inputs.regions or inputs.boxes or resolved.parameters.class_label is not None
-    guided_by_image = inputs.references or any(control.mode == "control" for control in inputs.controls)
+    one_sided = {option.name for option in spec.controls if option.conditional_only}
+    guided_by_image = inputs.references or any(
+        control.mode == "control" or control.name in one_sided for control in inputs.controls
+    )
     return bool(
         conditioned
         or spec.embeds_guidance

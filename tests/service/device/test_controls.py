@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from service.device.batch import predict
 from service.device.graphs import Graphs
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
+from service.engine.engine import Engine
 from service.engine.job import AdapterKey, ImageKey, Job, JobControl
+from service.engine.row_limits import MemoryUse
 from tests.checkpoints.tiny import tiny_control
-from tests.helpers.fake_runner import make_job
+from tests.helpers.fake_runner import make_job, outcomes
 from tests.helpers.torch_runner import begin, run_together
 
 DRAW = np.random.default_rng(4)
@@ -88,7 +91,7 @@ JOBS = (
     job("window", use(DEPTH, start=0.25, end=0.75), guidance_scale=1.0),
     job("prompt", use(EDGES, mode="prompt"), n=2),
     job("control", use(DEPTH, mode="control"), use(EDGES)),
-    job("inpainted", use(FILL), image=pixels(), mask=HALF_MASK, steps=3),
+    job("inpainted", use(FILL, masked=True), image=pixels(), mask=HALF_MASK, steps=3),
     job("twice", use(EDGES), use(DEPTH), use(EDGES, scale=0.3), sampler="heun", steps=3),
 )
 
@@ -127,7 +130,7 @@ def test_a_control_costs_nothing_outside_its_window(runner):
 def test_a_window_without_a_step_is_reported(runner):
     short = job("a", use(EDGES), use(DEPTH, start=0.3, end=0.4))
     load_adapters(runner, short)
-    assert runner.start(short) == ("controls.1 has no effect: none of the 4 steps lies in its window",)
+    assert runner.start(short) == ("controls.1 has no effect: no step of the run lies in its window",)
 
 
 @pytest.mark.parametrize("mode", ["balanced", "prompt", "control"])
@@ -208,3 +211,59 @@ def test_a_control_that_is_not_in_memory_is_loaded_and_kept(runner):
     assert runner.registry.is_ready(key)
     runner.make_room(())
     assert not runner.registry.is_ready(key)
+
+
+def test_controls_count_as_work_at_the_steps_at_which_they_act(runner):
+    def segments(*controls: JobControl, **changes) -> list[tuple[int, int, float]]:
+        shape = runner.shape(job("a", *controls, **changes))
+        return [(each.rows, each.evaluations, each.extra_cost / each.row_cost) for each in shape.segments]
+
+    assert segments() == [(2, 4, 0.0)]
+    assert segments(use(EDGES)) == [(2, 4, 0.8)]
+    assert segments(use(EDGES), use(EDGES)) == [(2, 4, 1.6)]
+    assert segments(use(EDGES, start=0.5)) == [(2, 2, 0.0), (2, 2, 0.8)]
+    assert segments(use(EDGES, mode="control")) == [(2, 4, 0.4)]
+    assert segments(use(EDGES), guidance_scale=1.0) == [(1, 4, 0.4)]
+    once = OPTIONS[0]._replace(every_step=False)
+    runner.specs["m"] = replace(runner.specs["m"], controls=(once,))
+    assert segments(use(EDGES)) == [(2, 4, 0.0)]
+
+
+def test_a_control_that_does_not_fit_in_memory_fails_its_own_job(runner):
+    def fail(module: nn.Module, inputs: object) -> None:
+        raise torch.OutOfMemoryError
+
+    hook = CONTROLS[EDGES].network.register_forward_pre_hook(fail)
+    events: list = []
+    engine = Engine(runner, events.append, 8, 4, time.monotonic)
+    for each in JOBS[:4]:
+        engine.submit(each)
+    while engine.busy:
+        engine.tick()
+    hook.remove()
+    failed = dict.fromkeys(("one", "two"), "out_of_memory")
+    assert outcomes(events) == {"none": "done", "window": "done"} | failed
+
+
+def test_memory_is_measured_again_when_a_call_has_more_controls(runner):
+    class Meter:
+        measured = 0
+
+        def reset(self) -> None:
+            pass
+
+        def begin(self) -> bool:
+            self.measured += 1
+            return True
+
+        def end(self, rows: int, room: int) -> MemoryUse:
+            return MemoryUse(rows, 1, 1000)
+
+    runner.memory = meter = Meter()
+    plain, controlled = job("a"), job("b", use(EDGES))
+    load_adapters(runner, plain, controlled)
+    for each in (plain, controlled):
+        runner.start(each)
+    for key, measured in (("a", 1), ("a", 1), ("b", 2), ("a", 2), ("b", 2)):
+        runner.step([ImageKey(key, 0)])
+        assert meter.measured == measured

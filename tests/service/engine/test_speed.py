@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from service.engine.job import Segment
 from service.engine.runner import Call
 from service.engine.speed import EMA_ALPHA, CallSize, Speed
 
-SIZE = CallSize(Segment("g", rows=1, evaluations=3, row_cost=2.0), rows=3, padded_rows=4)
+SIZE = CallSize("g", rows=3, padded_rows=4, work=6.0)
 
 
 def test_nothing_is_known_before_the_first_call():

@@ -126,7 +126,7 @@ def test_a_control_follows_the_region_that_is_repainted():
 
 
 def test_a_control_type_reaches_the_job():
-    assert resolved_of(dict(EDGES, model="union", type="depth")).to_job().controls[0].type == "depth"
+    assert resolved_of(dict(EDGES, model="union", type="depth")).to_job().controls[0].type == 1
 
 
 @pytest.mark.parametrize(
