@@ -99,20 +99,27 @@ class Catalogue:
         """The entries of some kinds."""
         return (entry for entry in self.entries if entry.kind in kinds)
 
-    def separate_vaes(self) -> dict[str, Entry]:
-        """Model -> the VAE beside it, NAME.vae."""
+    def separate_vaes(self, given: Mapping[str, Path] = MappingProxyType({})) -> dict[str, Entry]:
+        """Model -> the VAE beside it, NAME.vae. given: models that were given at start-up."""
         vaes = {Path(entry.path).with_suffix(""): entry for entry in self.of("vae")}
-        stems = ((entry.name, Path(entry.path).with_suffix(SEPARATE_VAE)) for entry in self.of("model"))
+        models = dict(given) | {entry.name: Path(entry.path) for entry in self.of("model")}
+        stems = ((name, path.with_suffix(SEPARATE_VAE)) for name, path in models.items())
         return {name: vaes[stem] for name, stem in stems if stem in vaes}
 
 
 class Folders:
-    """The folders in the settings. Raises ModelPathError for a model or an adapter given by a wrong path."""
+    """The folders in the settings, and the models given beside them (name -> path).
+
+    Raises ModelPathError for a model or an adapter that is not there.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.taken: dict[Kind, Collection[str]] = {
-            "model": locate_all(settings.model, settings.allow_pickle),
+        folders = read_catalogue(settings.model_dir, (), settings.allow_pickle)
+        found = {entry.name: Path(entry.path) for entry in folders.of("model")}
+        self.models = locate_all(settings.model, settings.allow_pickle, found)
+        self.taken: dict[Kind, Mapping[str, Path]] = {
+            "model": self.models,
             "lora": locate_loras(settings.lora),
             "embedding": locate_embeddings(settings.embedding),
             "control": locate_controls(settings.controlnet),
@@ -130,10 +137,10 @@ def read_catalogue(
     model_dirs: Iterable[str],
     lora_dirs: Iterable[str],
     allow_pickle: bool = False,
-    taken: Mapping[Kind, Collection[str]] = MappingProxyType({}),
+    taken: Mapping[Kind, Mapping[str, Path]] = MappingProxyType({}),
     number: int = 0,
 ) -> Catalogue:
-    """The catalogue of these folders. taken: names given at start-up, which no file gets.
+    """The catalogue of these folders. taken: files given at start-up, whose names no other file gets.
 
     Of files of one kind with the same name, the first is used: in the order of the folders, then by path,
     files before those in subfolders. A folder that cannot be read is ignored like a file that cannot.
@@ -150,14 +157,16 @@ def read_catalogue(
 
 
 def without_duplicates(
-    entries: Iterable[Entry], taken: Mapping[Kind, Collection[str]]
+    entries: Iterable[Entry], taken: Mapping[Kind, Mapping[str, Path]]
 ) -> tuple[list[Entry], list[Ignored]]:
     """The first entry of each kind and name, and the others. Words of prompts have no case."""
     first: dict[tuple[Kind, str], Entry] = {}
     ignored = []
-    given = {(kind, key_of(kind, name)) for kind, names in taken.items() for name in names}
+    given = {(kind, key_of(kind, name)): str(path) for kind in taken for name, path in taken[kind].items()}
     for entry in entries:
         key = entry.kind, key_of(entry.kind, entry.name)
+        if given.get(key) == entry.path:
+            continue
         if key in given:
             ignored.append(Ignored(entry.file, f"the name {entry.name} was given at start-up"))
         elif first.setdefault(key, entry).path != entry.path:

@@ -31,13 +31,18 @@ class ModelPathError(ValueError):
     """A model or an adapter given at start-up does not exist, or two have the same name."""
 
 
-def locate(name: str, allow_pickle: bool = False) -> tuple[str, Path]:
+def locate(
+    name: str, allow_pickle: bool = False, found: Mapping[str, Path] = MappingProxyType({})
+) -> tuple[str, Path]:
     """(name, path) of a model given at start-up: a bundled model, a folder, or a single file.
 
-    A folder is named after its last path component (a symbolic link after the link), a file after its stem.
+    found: models in the folders of --model-dir, which may be given by name too. A folder is named after its
+    last path component (a symbolic link after the link), a file after its stem.
     Raises ModelPathError, also for a pickle file unless pickles are allowed.
     """
     path = bundled(name) if name in BUNDLED else absolute(name)
+    if name in found and not (path and path.exists()):
+        return name, found[name]
     if path is not None and path.is_file():
         if not is_safetensors(path) and not allow_pickle:
             raise ModelPathError(f"{name!r} is not a .safetensors file; pickled weights need --allow-pickle")
@@ -48,18 +53,20 @@ def locate(name: str, allow_pickle: bool = False) -> tuple[str, Path]:
         bundled_names = " or ".join(map(repr, BUNDLED))
         raise ModelPathError(
             f"no model at {name!r}: expected {bundled_names}, a folder with a model_index.json, "
-            "a .safetensors file or a .ckpt file"
+            "a .safetensors file or a .ckpt file, or the name of a model in --model-dir"
         )
     return path.name, path
 
 
-def locate_all(names: Iterable[str], allow_pickle: bool = False) -> dict[str, Path]:
+def locate_all(
+    names: Iterable[str], allow_pickle: bool = False, found: Mapping[str, Path] = MappingProxyType({})
+) -> dict[str, Path]:
     """locate() for each; raises ModelPathError also when two different models have the same name."""
-    found: dict[str, Path] = {}
-    for name, path in (locate(name, allow_pickle) for name in names):
-        if found.setdefault(name, path) != path:
+    given: dict[str, Path] = {}
+    for name, path in (locate(name, allow_pickle, found) for name in names):
+        if given.setdefault(name, path) != path:
             raise ModelPathError(f"two models are called {name!r}; rename one of them")
-    return found
+    return given
 
 
 def locate_folders(paths: Iterable[str]) -> tuple[Path, ...]:

@@ -76,8 +76,9 @@ class Settings:
             read_models, "model names or paths, separated by commas (a path with a comma in double quotes)"
         ),
         """Models to serve: the name of a bundled model (emoji, emoji-upscale), or the path of a folder or a
-        single file. A request that names no model gets the first one that can do its task. With model_dir, no
-        bundled model is served unless it is named here.""",
+        single file. A request that names no model gets the first one that can do its task. With model_dir,
+        names of models in its folders count too: these are loaded at the start and come first; no bundled
+        model is served unless it is named here.""",
     )
     model_dir: tuple[str, ...] = setting(
         (),

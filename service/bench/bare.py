@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Sequence
 
 from service.bench.mix import Request
+from service.catalogue import Folders
 from service.device.loading import build  # imports torch, which the other modules of the benchmark do not
 from service.engine.engine import Engine
 from service.engine.events import Done, Event
 from service.engine.job import Job
-from service.model_paths import locate_all
 from service.requests.resolve import resolve
 from service.requests.schemas import GenerateRequest, InpaintRequest
 from service.settings import Settings
@@ -23,7 +23,7 @@ class InProcessBaseline:
     """A model in this process, which runs requests and counts its images."""
 
     def __init__(self, settings: Settings) -> None:
-        runner = build(settings, locate_all(settings.model, settings.allow_pickle))
+        runner = build(settings, Folders(settings).models)
         self.settings, self.specs = settings, runner.specs
         self.engine = Engine(runner, self.emit, settings.max_rows, settings.decode_chunk, time.monotonic)
         self.images = 0

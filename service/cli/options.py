@@ -39,6 +39,7 @@ SERVE_OTHERS = tuple(name for name in SETTINGS if name not in (*SERVE_FIRST, *NO
 # The settings of commands that run a model without a server.
 ONE_SHOT = (
     "model",
+    "model_dir",
     "device",
     "dtype",
     "threads",

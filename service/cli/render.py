@@ -13,14 +13,14 @@ from typing import Any, get_args
 
 from models.formats.identify import Source
 from models.spec import ModelSpec, Spacing
-from service.catalogue import Catalogue
+from service.catalogue import Catalogue, Folders
 from service.cli.from_image import fields_of_file
 from service.cli.options import ONE_SHOT, UsageError, add_settings, settings_of
 from service.cli.phases import add_phases, refiner_of, with_refiner
 from service.engine.events import Done, Event, Failed, Started, Stepped
 from service.engine.job import AdapterKey, Job
 from service.errors import ServiceError, from_code
-from service.model_paths import TINY_VAE, identify_all, locate_all, locate_loras, locate_vaes
+from service.model_paths import TINY_VAE, identify_all, locate_loras, locate_vaes
 from service.requests import images
 from service.requests.preprocessing import PREPROCESSORS
 from service.requests.resolve import OutputFormat, build_request, resolve
@@ -293,7 +293,9 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     image_format = format_of(output)
     settings = with_refiner(settings_of(args, *ONE_SHOT), args)
     settings = replace(settings, lora=tuple(entry for entry, _ in args.lora))
-    paths, loras = locate_all(settings.model, settings.allow_pickle), locate_loras(settings.lora)
+    paths, loras = Folders(settings).models, locate_loras(settings.lora)
+    if not paths:
+        raise UsageError("--model NAME is required with --model-dir")
     vaes = locate_vaes(settings.vae, paths)
     sources = identify_all(paths, settings.allow_pickle, settings.prediction, settings.weights, vaes)
     # Every LoRA is accepted here; loading the model fails if one does not fit.

@@ -15,7 +15,7 @@ from models.spec import ModelSpec
 from service.bench.arguments import add_arguments
 from service.catalogue import KINDS, Folders, ignored
 from service.cli.options import CHECKPOINT, NO_FLAG, ONE_SHOT, SETTINGS, add_settings, flag, settings_of
-from service.model_paths import adapter_file, identify_all, locate_all, locate_folders
+from service.model_paths import adapter_file, identify_all, locate_folders
 from service.settings import DTYPES, Settings, as_text, variable
 
 LISTED = ("model", "model_dir", "lora_dir", *CHECKPOINT)  # settings of `ldm models`
@@ -30,10 +30,11 @@ def list_models(args: argparse.Namespace) -> int:
     """Print one line for each model, the names of other files in folders, and what is ignored there."""
     settings = settings_of(args, *LISTED)
     options = settings.allow_pickle, settings.prediction, settings.weights
-    for name, path in locate_all(settings.model, settings.allow_pickle).items():
-        print(model_line(read_spec(path, *options), name))
     locate_folders((*settings.model_dir, *settings.lora_dir))
-    catalogue = Folders(settings).read()
+    folders = Folders(settings)
+    for name, path in folders.models.items():
+        print(model_line(read_spec(path, *options), name))
+    catalogue = folders.read()
     unused = list(catalogue.ignored)
     vaes = {name: Path(vae.path) for name, vae in catalogue.separate_vaes().items()}
     for entry in catalogue.of("model"):

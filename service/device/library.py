@@ -74,7 +74,11 @@ class Library:
         self.adapters = Adapters(settings, device, dtype)
         self.known: Mapping[Hashable, Any] = {}  # what was read, by file and version
         self.layers: dict[Structure, dict[str, Layer]] = {}
-        self.given = self.identify(paths, self.vaes)
+        self.given_paths = {name: path for name, path in paths.items() if isinstance(path, Path)}
+        separate = catalogue.separate_vaes(self.given_paths)
+        self.given = self.identify(
+            paths, {name: Path(vae.path) for name, vae in separate.items()} | self.vaes
+        )
         self.ignored: tuple[Ignored, ...] = ()
 
     def identify(self, paths: Mapping[str, Path | Source], vaes: Mapping[str, Path]) -> dict[str, Source]:
@@ -128,7 +132,7 @@ class Library:
 
     def read_models(self, catalogue: Catalogue, shelf: Shelf) -> tuple[dict[str, Source], dict[str, Path]]:
         """The models of a catalogue, and the VAEs of models: given, or in NAME.vae beside the model."""
-        separate, sources = catalogue.separate_vaes(), {}
+        separate, sources = catalogue.separate_vaes(self.given_paths), {}
         vaes = {name: Path(vae.path) for name, vae in separate.items()} | self.vaes
         for entry in catalogue.of("model"):
             read = partial(self.identify_found, entry, vaes)

@@ -16,14 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from models.errors import CheckpointError
 from models.stopwatch import Stopwatch
 from service import logs
-from service.catalogue import Catalogue
+from service.catalogue import Catalogue, Folders
 from service.device.contents import Contents
 from service.engine.engine import Engine
 from service.engine.events import LoadedModels
 from service.engine.job import ModelKey
 from service.engine.runner import Runner
 from service.errors import CaptureFailed, DeviceLost
-from service.model_paths import locate_all
 from service.settings import SettingError, Settings, read_settings
 from service.worker import protocol
 from service.worker.faults import Fault, FaultyRunner, read_faults
@@ -171,7 +170,7 @@ def load(
     from service.device.loading import build  # imports torch, which takes seconds: heartbeats are sent by now
 
     watch.lap("imports")
-    runner = build(settings, locate_all(settings.model, settings.allow_pickle), watch, catalogue)
+    runner = build(settings, Folders(settings).models, watch, catalogue)
     runner.report_incident = link.send
     registry, memory = runner.registry, runner.memory
     heartbeat.loading, heartbeat.memory = (lambda: registry.loading), memory.used

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from service.catalogue import Catalogue, read_catalogue
+from service.catalogue import Catalogue, Folders, read_catalogue
+from service.model_paths import ModelPathError
+from service.settings import Settings
 
 ROOT = "folder"
 
@@ -141,7 +143,7 @@ def test_files_that_belong_to_a_model_are_passed_over(root):
 def test_the_first_of_two_files_with_one_name_is_used(root, tmp_path):
     write(root, "b/a.safetensors", "a.safetensors")
     write(tmp_path / "second", "a.safetensors", "given.safetensors")
-    catalogue = read(root, tmp_path / "second", taken={"model": ["given"]})
+    catalogue = read(root, tmp_path / "second", taken={"model": {"given": tmp_path}})
     (entry,) = catalogue.entries
     assert entry.path == str(root / "a.safetensors")
     assert reasons(catalogue) == {
@@ -149,6 +151,17 @@ def test_the_first_of_two_files_with_one_name_is_used(root, tmp_path):
         "second/a.safetensors": "folder/a.safetensors has the same name",
         "second/given.safetensors": "the name given was given at start-up",
     }
+
+
+def test_a_model_of_a_folder_can_be_given_by_name_or_path_without_a_warning(root):
+    write(root, "a.safetensors", "b.safetensors")
+    for given in ("b", str(root / "b.safetensors")):
+        folders = Folders(Settings(model=(given,), model_dir=(str(root),)))
+        assert folders.models == {"b": root / "b.safetensors"}
+        assert found(folders.read()) == {("model", "a")}
+        assert folders.read().ignored == ()
+    with pytest.raises(ModelPathError, match="name of a model in --model-dir"):
+        Folders(Settings(model=("c",), model_dir=(str(root),)))
 
 
 def test_names_of_embeddings_have_no_case(root):

@@ -149,7 +149,13 @@ def test_a_vae_beside_the_model_replaces_its_own(folder, tiny, tmp_path):
     shutil.copy(other, folder / "checkpoints" / "tiny.vae.safetensors")
     runner = served(folder)
     assert runner.registry.contents.vaes.keys() == {"tiny"}
-    assert run_jobs(runner, JOB)["x"] != own
+    (image,) = run_jobs(runner, JOB)["x"]
+    assert (image,) != own
+    settings = settings_of(folder, model=("tiny",))  # by its name, so that it is loaded at the start
+    folders = Folders(settings)
+    by_name = build(settings, folders.models, catalogue=folders.read())
+    assert by_name.registry.is_loaded("tiny")
+    assert run_jobs(by_name, JOB)["x"] == (image,)
 
 
 def test_a_model_that_becomes_another_one_before_it_is_loaded_is_unreadable(sd_files, folder):
