@@ -43,7 +43,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 # Dependencies change less often than the code, so they are a layer of their own.
 COPY pyproject.toml docker/constraints.txt /build/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    python -c "import tomllib; print(*tomllib.load(open('/build/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+    python -c "import tomllib; p = tomllib.load(open('/build/pyproject.toml', 'rb'))['project']; \
+      print(*p['dependencies'], *p['optional-dependencies']['redis'], sep='\n')" \
       > /build/requirements.txt \
     && pip --python /opt/ldm/bin/python install --no-cache-dir -r /build/requirements.txt -c /build/constraints.txt \
     && rm -r /build

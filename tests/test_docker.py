@@ -157,6 +157,16 @@ def test_compose_uses_a_gpu_and_the_override_takes_it_away():
     assert override["deploy"] is None
 
 
+def test_two_servers_share_a_redis_behind_one_port():
+    services = compose("compose.two.yaml")["services"]
+    assert services["ldm"]["scale"] == 2
+    assert not services["ldm"]["ports"]
+    assert services["ldm"]["environment"]["LDM_JOB_STORE"] == "redis://redis:6379/0"
+    assert services["proxy"]["ports"] == compose()["services"]["ldm"]["ports"]
+    source = services["proxy"]["volumes"][0].partition(":")[0]
+    assert f"server ldm:{last('EXPOSE')} " in (DOCKER / source).read_text()
+
+
 def test_compose_waits_longer_than_the_drain():
     ldm = compose()["services"]["ldm"]
     grace = int(ldm["stop_grace_period"].removesuffix("s"))
@@ -175,7 +185,8 @@ def test_compose_mounts_files_and_volumes_that_exist():
 
 def test_prometheus_scrapes_the_service():
     config = yaml.safe_load((DOCKER / "prometheus.yml").read_text())
-    assert config["scrape_configs"][0]["static_configs"] == [{"targets": [f"ldm:{last('EXPOSE')}"]}]
+    servers = {"names": ["ldm"], "type": "A", "port": int(last("EXPOSE"))}
+    assert config["scrape_configs"][0]["dns_sd_configs"] == [servers]
     assert "/metrics" in [route.path for route in health.router.routes]
 
 
