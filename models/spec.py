@@ -114,7 +114,13 @@ class ScheduleSpec:
     spacing: TimestepSpacing = "leading"
     steps_offset: int = 1  # added to each timestep of the leading spacing
     final_alpha_one: bool = False  # the last step goes to alpha_bar = 1 instead of alpha_bar[0]
+    first_timestep: int | None = None  # at which runs begin; None: the last of the schedule
     zero_terminal_snr: bool = False  # betas are rescaled, so that alpha_bar is 0 at the last timestep
+
+    @property
+    def visited(self) -> int:
+        """How many timesteps runs choose from: those up to first_timestep."""
+        return self.timesteps if self.first_timestep is None else self.first_timestep + 1
 
 
 @dataclass(frozen=True)
@@ -225,6 +231,7 @@ class FewStep:
     sampler: str
     spacing: Spacing | None = None  # None: the sampler's own
     eta: float = 0.0
+    first_timestep: int | None = None  # of a model for one step at another timestep than the last
 
 
 NEIGHBOURS = "neighbours"  # the reference adapter of models that take images beside the prompt

@@ -20,7 +20,7 @@ from models.errors import CheckpointError
 from models.formats import ldm, ldm_json
 from models.formats.averages import WeightChoice
 from models.formats.companions import VOCABULARY_FILE
-from models.formats.identify import Source, identify
+from models.formats.identify import Source, identify, with_unet
 from models.formats.safetensors import FLOATS_OF_8_BITS
 from models.spec import Prediction, TokenSpec
 
@@ -32,17 +32,21 @@ def convert(
     allow_pickle: bool = False,
     prediction: Prediction | None = None,
     weights: WeightChoice = "auto",
+    unet: Path | None = None,
 ) -> None:
     """Write a model as a folder that load() reads as the same model, completely or not at all.
 
     A diffusers folder becomes a diffusers folder, and so does a single file of Stable Diffusion. The weights
     of other single files keep their published names: averages replace the last weights, duplicates and
     unused tensors are left out, and facts that no tensor shows go into ldm.json. dtype: of the weights; None:
-    unchanged, or float16 for weights of 8 bits. allow_pickle, prediction, weights: as for load().
+    unchanged, or float16 for weights of 8 bits. allow_pickle, prediction, weights: as for load(). unet: a
+    folder or file of a UNet that takes the place of the model's own.
     Raises CheckpointError, also if the target exists and is not an empty folder.
     """
     if not isinstance(source, Source):
         source = identify(source, allow_pickle, prediction, weights)
+    if unet:
+        source = with_unet(source, unet)
     opened = open_model(source)
     check(opened)
     with complete_folder(target) as folder:

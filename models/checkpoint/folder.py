@@ -17,6 +17,7 @@ from models.checkpoint.parts import (
     unet_names,
     without_text_prefix,
 )
+from models.checkpoint.separate_unet import open_unet
 from models.checkpoint.weights import NETWORK_FILES, TEXT_FILES, open_network, other_variant
 from models.conditioning.conditioner import TextConditioner
 from models.formats.diffusers_read import autoencoder_folder
@@ -29,7 +30,9 @@ def open_folder(source: Source, networks: Networks, device: torch.device | str) 
     path, (unet, autoencoder, conditioner) = source.folder, networks
     read = partial(open_network, device=device, allow_pickle=source.allow_pickle)
     parts = []
-    if unet:
+    if unet and source.unet:
+        parts.append(open_unet(source.unet, unet, device, source.allow_pickle))
+    elif unet:
         parts.append(Part(unet, unet_names(unet), read(path / "unet", NETWORK_FILES)))
     weights = normalise_attention(read(autoencoder_folder(path), NETWORK_FILES))
     parts.append(Part(autoencoder, autoencoder_names(autoencoder), weights))
@@ -46,7 +49,7 @@ def open_folder(source: Source, networks: Networks, device: torch.device | str) 
 def variants(source: Source, networks: Networks) -> Iterator[str]:
     """Sentences about networks of which a folder has other files than usual."""
     path = source.folder
-    folders = [(path / "unet", NETWORK_FILES)] if networks.unet else []
+    folders = [(path / "unet", NETWORK_FILES)] if networks.unet and not source.unet else []
     folders.append((autoencoder_folder(path), NETWORK_FILES))
     if isinstance(networks.conditioner, TextConditioner):
         folders += [(path / TEXT_ENCODERS[number], TEXT_FILES) for number in source.spec.encoder_numbers]

@@ -17,6 +17,7 @@ from models.checkpoint.parts import (
     text_names,
     without_text_prefix,
 )
+from models.checkpoint.separate_unet import open_unet
 from models.checkpoint.separate_vae import open_vae
 from models.checkpoint.weights import TEXT_FILES, Weights, map_weights, open_network
 from models.conditioning.conditioner import TextConditioner
@@ -42,7 +43,10 @@ def open_single_file(
     left -= {key for location in source.text_encoders for key in left if key.startswith(location.prefix)}
     parts = []
     averages = {key for key in left if key.startswith(keymaps.EMA)}
-    if networks.unet:
+    if networks.unet and source.unet:
+        parts.append(open_unet(source.unet, networks.unet, device, source.allow_pickle))
+        left -= {key for key in left if key.startswith(ldm.UNET)}
+    elif networks.unet:
         names = {key: ldm.UNET + key for key in networks.unet.state_dict()}
         if (other := ldm.UNET + ldm.OTHER_GUIDANCE_KEY) in weights.stored:
             names[ldm.GUIDANCE_KEY] = other

@@ -29,11 +29,14 @@ class Kind(NamedTuple):
     steps: int  # unless the name says how many
     guidance_scale: float = 1.0
     eta: float = 0.0
+    first_timestep: int | None = None
 
 
 # The first match counts. Sources: the model cards and the pipelines of diffusers.
 KINDS = (
+    Kind("DMD2, 1 step", r"\bdmd2.*\b1 ?step", "lcm", "trailing", 1, first_timestep=399),
     Kind("DMD2", r"\bdmd2", "lcm", "trailing", 4),
+    Kind("Hyper-SD UNet", r"\bhyper ?sd.*\b1 ?step.*\bunet", "lcm", "trailing", 1, first_timestep=800),
     Kind("Hyper-SD with guidance", r"\bhyper ?sd.*\bcfg", "ddim", "trailing", 8, 5.0),
     Kind("Hyper-SD, 1 step", r"\bhyper ?sd.*\b1 ?steps?\b", "tcd", None, 1, eta=1.0),
     Kind("Hyper-SD", r"\bhyper ?sd", "ddim", "trailing", 8),
@@ -61,7 +64,8 @@ def of_name(name: str) -> FewStep | None:
         return None
     named = next((int(n) for n in re.findall(r"\b(\d{1,2}) ?steps?\b", text)), kind.steps)
     steps = named if 1 <= named <= MAX_NAMED_STEPS else kind.steps
-    return FewStep(kind.name, steps, kind.guidance_scale, kind.sampler, kind.spacing, kind.eta)
+    fields = kind.guidance_scale, kind.sampler, kind.spacing, kind.eta, kind.first_timestep
+    return FewStep(kind.name, steps, *fields)
 
 
 def of_names(names: Iterable[tuple[str, str]]) -> tuple[FewStep, str] | None:
@@ -106,7 +110,7 @@ def with_few_steps(spec: ModelSpec, names: Iterable[tuple[str, str]]) -> tuple[M
         return spec, None
     schedule = spec.schedule
     if found.spacing == "trailing":
-        schedule = replace(schedule, spacing="trailing")
+        schedule = replace(schedule, spacing="trailing", first_timestep=found.first_timestep)
     changed = replace(spec, few_step=found, schedule=schedule, defaults=with_settings(spec.defaults, found))
     return changed, note(found, origin)
 

@@ -28,6 +28,7 @@ from models.formats.diffusers_tables import ADDED_KEY, INDEX_FILE, SCHEDULER
 from models.formats.safetensors import Header
 from models.formats.single_file import FILE_NAME, SingleFile, identify_single_file
 from models.formats.stable_diffusion import EDITING, INPAINTING, REFINER, EncoderLocation
+from models.formats.unet_files import UNetFile, read_unet_file, with_unet_spec
 from models.formats.vae_files import read_vae_spec
 from models.spec import ALL_TASKS, ModelSpec, Prediction
 
@@ -62,6 +63,7 @@ class Source:
     weights: WeightChoice = "auto"  # as given to identify()
     lacks_vae: bool = False  # the single file has no autoencoder, see with_vae()
     vae: Path | None = None  # of a single file without its own: the folder or file of the autoencoder
+    unet: UNetFile | None = None  # that takes the place of the model's own, see with_unet()
     averaged: bool = False  # the UNet's averaged weights (EMA) are used
     prediction_origin: str = ""  # the source of spec.schedule.prediction: a file, an option or the family
     notes: tuple[str, ...] = ()
@@ -139,7 +141,17 @@ def refreshed(source: Source) -> Source:
     found = identify(source.path, source.allow_pickle, source.prediction, source.weights)
     if source.vae and found.lacks_vae:
         found = with_vae(found, source.vae)
+    if source.unet:
+        found = with_unet(found, source.unet.path)
     return replace(found, spec=replace(found.spec, name=source.spec.name))
+
+
+def with_unet(source: Source, unet: Path) -> Source:
+    """A model with the UNet at a path in place of its own. Raises CheckpointError if that is no UNet."""
+    file = read_unet_file(unet, source.allow_pickle)
+    spec, notes = with_unet_spec(source.spec, file)
+    check_fit(spec, unet)
+    return replace(source, spec=spec, unet=file, averaged=False, notes=source.notes + notes)
 
 
 def with_vae(source: Source, vae: Path) -> Source:

@@ -13,6 +13,7 @@ from models.formats.lora_keys import split_key, unsupported_kind
 
 NO_MODEL = "is not supported"
 ADAPTER = "is added to a model with {}"
+COMPOSE = "ldm convert BASE FOLDER --unet FILE makes a complete model of it"
 ENCODER = "is for IP-Adapters: --image-encoder"
 
 
@@ -103,7 +104,7 @@ def refuse_other_models(shapes: Shapes, name: str) -> None:
             raise CheckpointError(f"{name} is {kind.name}, which {kind.reason}")
     if DIFFUSERS_UNET in shapes or (BARE_UNET in shapes and UNET + "out.2.weight" not in shapes):
         raise CheckpointError(
-            f"{name} is a UNet alone{base_of(shapes)}: it contains no text encoder and no VAE"
+            f"{name} is a UNet alone{base_of(shapes)}: it contains no text encoder and no VAE; {COMPOSE}"
         )
     if DIFFUSERS_VAE in shapes or (shapes and all(key.startswith(FIRST_STAGE) for key in shapes)):
         raise CheckpointError(f"{name} is a VAE alone: add it to a model with --vae")
@@ -131,7 +132,7 @@ def refuse_unet_alone(shapes: Shapes, name: str) -> None:
         has_vae = any(key.startswith(FIRST_STAGE) for key in shapes)
         what = "a UNet and a VAE" if has_vae else "a UNet alone"
         missing = "no text encoder" if has_vae else "no text encoder and no VAE"
-        raise CheckpointError(f"{name} is {what}{base}: it contains {missing}")
+        raise CheckpointError(f"{name} is {what}{base}: it contains {missing}; {COMPOSE}")
 
 
 def any_matches(pattern: str, keys: Iterable[str]) -> bool:

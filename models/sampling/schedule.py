@@ -35,9 +35,10 @@ class Schedule:
 
         spacing: the schedule's own by default. Raises ValueError for steps outside 1..T.
         """
-        if not 1 <= steps <= len(self):
-            raise ValueError(f"steps must be 1 to {len(self)}, not {steps}")
-        return TIMESTEP_SPACINGS[spacing or self.spec.spacing](steps, len(self), self.spec.steps_offset)
+        total = self.spec.visited
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps must be 1 to {total}, not {steps}")
+        return TIMESTEP_SPACINGS[spacing or self.spec.spacing](steps, total, self.spec.steps_offset)
 
 
 def betas(spec: ScheduleSpec) -> Floats:

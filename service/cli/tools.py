@@ -95,6 +95,12 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="IN", type=Path, help="a folder, or a .safetensors or .ckpt file")
     command.add_argument("target", metavar="OUT", type=Path, help="folder to write to; new or empty")
     command.add_argument("--dtype", choices=DTYPES[1:], help="dtype of the weights (default: unchanged)")
+    command.add_argument(
+        "--unet",
+        metavar="PATH",
+        type=Path,
+        help="a UNet alone that takes the place of the model's own: a file, or a folder with a config.json",
+    )
     add_settings(command, *CHECKPOINT)
     command.set_defaults(command=run_convert)
 
@@ -105,7 +111,13 @@ def run_convert(args: argparse.Namespace) -> int:
 
     settings = settings_of(args, *CHECKPOINT)
     convert(
-        args.source, args.target, args.dtype, settings.allow_pickle, settings.prediction, settings.weights
+        args.source,
+        args.target,
+        args.dtype,
+        settings.allow_pickle,
+        settings.prediction,
+        settings.weights,
+        args.unet,
     )
     print(args.target)
     return 0

@@ -126,7 +126,7 @@ def check_limits(
     width, height, steps, n = resolved.canvas_width, resolved.canvas_height, parameters.steps, parameters.n
     sampler, multiple, pixels = parameters.sampler, spec.size_multiple, width * height
     max_pixels = settings.max_input_pixels if resolved.model_scale else settings.max_pixels
-    step_limit, calls = max_steps(sampler, spec.schedule.timesteps), unet_calls(sampler, steps)
+    step_limit, calls = max_steps(sampler, spec.schedule.visited), unet_calls(sampler, steps)
     work, counted = n * calls * pixels, "steps" if calls == steps else f"{calls} UNet calls"
     spacings = spacings_of(sampler)
     too_large = (

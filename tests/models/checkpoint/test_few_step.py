@@ -103,7 +103,7 @@ def test_a_consistency_model_runs_as_in_diffusers(lcm):
         "lcm",
         4,
     )
-    assert model.rows_scale(8.5) == 1
+    assert len(model.step_rows(8.5).rows) == 1
     assert relative_error(run(model, settings), theirs(reference, settings)) <= 1e-4
 
 
@@ -155,16 +155,24 @@ def test_distilled_models_of_sdxl_run_as_their_cards_say(xl, tmp_path, name):
     assert relative_error(run(model, model.spec.few_step), expected) <= 1e-4
 
 
-def test_dmd2_takes_its_own_timesteps(xl, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "timesteps"),
+    [
+        ("dmd2_sdxl_4step", [999, 749, 499, 249]),
+        ("dmd2_sdxl_1step", [399]),
+        ("Hyper-SDXL-1step-Unet", [800]),
+    ],
+)
+def test_some_models_have_their_own_timesteps(xl, tmp_path, name, timesteps):
     reference, folder = xl
-    (tmp_path / "dmd2_sdxl_4step").symlink_to(folder)
-    model = load(tmp_path / "dmd2_sdxl_4step")
+    (tmp_path / name).symlink_to(folder)
+    model = load(tmp_path / name)
     settings, generator = model.spec.few_step, torch.Generator().manual_seed(7)
     before, reference.scheduler = reference.scheduler, LCMScheduler.from_config(reference.scheduler.config)
     with torch.inference_mode():
         expected = reference(
-            PROMPT, latents=torch.randn(1, 4, 8, 8, generator=generator), timesteps=[999, 749, 499, 249],
-            num_inference_steps=4, guidance_scale=1.0, generator=generator, output_type="pt",
+            PROMPT, latents=torch.randn(1, 4, 8, 8, generator=generator), timesteps=timesteps,
+            num_inference_steps=len(timesteps), guidance_scale=1.0, generator=generator, output_type="pt",
         ).images  # fmt: skip
     reference.scheduler = before
     assert relative_error(run(model, settings), expected) <= 1e-4
@@ -207,3 +215,41 @@ def test_a_consistency_model_for_another_distillation_is_refused(lcm, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"original_inference_steps": 100}))
     with pytest.raises(CheckpointError, match="original_inference_steps is 100"):
         load(tmp_path / "lcm")
+
+
+@pytest.mark.parametrize("form", ["file of diffusers", "file of CompVis", "folder"])
+def test_a_unet_alone_takes_the_place_of_a_models_own(tmp_path, form):
+    row = sd_files.narrow(sd_files.ROWS["sdxl"])
+    base, other = sd_files.reference(row), sd_files.random(sd_files.make_unet(row), 9)
+    tensors = {key: value.contiguous() for key, value in sd_files.published("sdxl", row, base).items()}
+    save_file(tensors, tmp_path / "base.safetensors")
+    path = tmp_path / "sdxl_lightning_2step_unet.safetensors"
+    if form == "folder":
+        other.save_pretrained(path := tmp_path / "sdxl_lightning_2step" / "unet")
+    elif form == "file of CompVis":
+        save_file(
+            {f"model.diffusion_model.{k}": v for k, v in sd_files.unet_tensors(row, other).items()}, path
+        )
+    else:
+        save_file(other.state_dict(), path)
+    convert(tmp_path / "base.safetensors", tmp_path / "made", "float32", unet=path)
+    model = load(tmp_path / "made")
+    assert (model.spec.defaults.sampler, model.spec.defaults.steps) == ("euler", 2)
+    assert model.spec.schedule.spacing == "trailing"
+    assert model.spec.name.startswith("sdxl_lightning_2step")
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([999]), torch.randn(1, 77, 256)
+    added = {"text_embeds": torch.randn(1, 128), "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]])}
+    with torch.inference_mode():
+        pooled = torch.cat([added["text_embeds"], model.size_embedding(64, 64)[None]], dim=1)
+        expected = other(x, t, context, added_cond_kwargs=added).sample
+        assert relative_error(model.unet(x, t, context, pooled), expected) <= LIMIT
+
+
+def test_a_unet_of_another_shape_is_refused(tmp_path, sd1):
+    save_file(sd1, tmp_path / "base.safetensors")
+    row = sd_files.narrow(sd_files.ROWS["sd2"])
+    save_file(sd_files.make_unet(row).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"the UNet .*other.safetensors does not fit: "):
+        convert(tmp_path / "base.safetensors", tmp_path / "made", unet=tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"is a UNet alone.*ldm convert BASE FOLDER --unet FILE"):
+        identify(tmp_path / "other.safetensors")
