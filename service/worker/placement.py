@@ -61,10 +61,16 @@ class Placed:
 
 @dataclass
 class Site:
-    """A replica: its jobs, and the models and LoRA sets that its worker has loaded."""
+    """A replica: its jobs, those that move to it, and the models and LoRA sets that its worker has loaded."""
 
     jobs: dict[str, Placed] = field(default_factory=dict)
+    coming: dict[str, Placed] = field(default_factory=dict)
     holds: frozenset[ModelKey] = frozenset()
+
+    @property
+    def waiting(self) -> list[Placed]:
+        """The jobs that have not started and do not move."""
+        return [placed for placed in self.jobs.values() if not placed.started and placed.target is None]
 
     def has(self, key: ModelKey) -> bool:
         """Whether it has loaded a model with its LoRAs, or will for a job that it has."""
@@ -90,18 +96,23 @@ class Placement:
 
     def remove(self, job: str) -> None:
         """Forget a job that has left its replica; an unknown one is ignored."""
-        if job in self._places:
+        if placed := self._find(job):
+            self._redirect(placed, None)
             del self._sites[self._places.pop(job)].jobs[job]
 
     def clear(self, replica: int) -> None:
         """Forget the jobs and models of a replica whose worker has ended."""
-        for job in self._sites.pop(replica, Site()).jobs:
-            del self._places[job]
+        for job in list(self._sites[replica].jobs):
+            self.remove(job)
+        for placed in list(self._sites[replica].coming.values()):
+            self._redirect(placed, None)
+        self._sites[replica].holds = frozenset()
 
     def start(self, job: str, steps: int) -> None:
         """Record that a job has started, with the steps of all its images; unknown jobs are ignored."""
         if placed := self._find(job):
-            placed.started, placed.target = True, None
+            self._redirect(placed, None)
+            placed.started = True
             placed.steps = placed.total = steps
 
     def step(self, call: Stepped) -> None:
@@ -136,37 +147,54 @@ class Placement:
 
     def moves(self, among: Collection[int]) -> list[Move]:
         """Jobs to move now, at most one to each replica; `among`: replicas that may get jobs."""
+        waiting = {number: jobs for number, site in self._sites.items() if (jobs := site.waiting)}
+        if not waiting or len(self._sites) == 1:
+            return []
+        work = {number: self.work(number) for number in self._sites.keys() | set(among)}
         moves = []
-        expecting = {placed.target for site in self._sites.values() for placed in site.jobs.values()}
-        for target in sorted(set(among) - expecting, key=self.work) if len(self._sites) > 1 else ():
-            if move := self._move_to(target):
-                moves.append(move)
-                self._sites[move.source].jobs[move.job].target = target
+        targets = [number for number in among if not self._sites[number].coming]
+        for target in sorted(targets, key=work.__getitem__):
+            least = work[target] * (1 + SLACK)
+            sources = [number for number in waiting if number != target and work[number] > least]
+            for source in sorted(sources, key=work.__getitem__, reverse=True):
+                if placed := self._movable(waiting[source], target, work[source]):
+                    moves.append(Move(placed.job.id, source, target))
+                    self._redirect(placed, target)
+                    waiting[source].remove(placed)
+                    work[source] = self.work(source)
+                    break
         return moves
 
     def work(self, replica: int) -> float:
         """Seconds until a replica has finished its jobs, those included that move to it."""
         return self._seconds(self._jobs_at(replica))
 
-    def _move_to(self, target: int) -> Move | None:
-        """The first job, of the replica with the most work, that would end clearly earlier at `target`."""
-        for source in sorted(self._sites.keys() - {target}, key=self.work, reverse=True):
-            work = self.work(source)
-            waiting = [p for p in self._jobs_at(source) if not p.started and p.target is None]
-            held = [placed for placed in waiting if self._sites[target].has(placed.job.model_key)]
-            for placed in (*held[:1], *waiting[:1]):
-                if self._cost(placed, target) * (1 + SLACK) < work:
-                    return Move(placed.job.id, source, target)
+    def _movable(self, waiting: list[Placed], target: int, work: float) -> Placed | None:
+        """A job that ends clearly earlier at `target` than in `work` seconds, when its own replica is done.
+
+        Either the first job whose model the target holds, or the first one.
+        """
+        held = [placed for placed in waiting if self._sites[target].has(placed.job.model_key)]
+        for placed in (*held[:1], *waiting[:1]):
+            if self._cost(placed, target) * (1 + SLACK) < work:
+                return placed
         return None
+
+    def _redirect(self, placed: Placed, target: int | None) -> None:
+        """Let a job move to another replica, or not any more."""
+        if placed.target is not None:
+            del self._sites[placed.target].coming[placed.job.id]
+        if target is not None:
+            self._sites[target].coming[placed.job.id] = placed
+        placed.target = target
 
     def _find(self, job: str) -> Placed | None:
         return self._sites[self._places[job]].jobs[job] if job in self._places else None
 
     def _jobs_at(self, replica: int) -> list[Placed]:
         """The jobs of a replica, without those that leave it and with those that move to it."""
-        own = [placed for placed in self._sites[replica].jobs.values() if placed.target is None]
-        others = [site for number, site in self._sites.items() if number != replica]
-        return own + [placed for site in others for placed in site.jobs.values() if placed.target == replica]
+        site = self._sites[replica]
+        return [*(placed for placed in site.jobs.values() if placed.target is None), *site.coming.values()]
 
     def _cost(self, placed: Placed, replica: int) -> float:
         """Seconds until the replica would have finished all its jobs and this one."""

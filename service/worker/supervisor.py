@@ -337,7 +337,8 @@ class Supervisor:
         match report:
             case Heartbeat(holds=holds):
                 self._placement.hold(replica.number, holds)
-                self._dispatch()
+                if not self.jobs_at(replica):  # a job may move to it
+                    self._dispatch()
             case Ready(holds):
                 self._placement.hold(replica.number, holds)
                 self._dispatch()

@@ -145,6 +145,18 @@ def test_a_worker_that_ends_takes_its_jobs_and_models_with_it():
     assert made.choose(make_job("a"), BOTH) == 1, "where the model is loaded"
 
 
+def test_a_job_does_not_move_to_a_worker_that_has_ended():
+    made = placement()
+    give(made, 0, make_job("running", steps=20))
+    give(made, 0, make_job("a"), started=False)
+    assert made.moves(BOTH) == [Move("a", 0, 1)]
+    made.clear(1)
+    assert made.work(1) == 0
+    assert made.moves((0,)) == []
+    made.remove("a")
+    assert made.work(0) == pytest.approx(20 * 2 * 0.05)
+
+
 def test_call_times_are_linear_in_the_rows_and_follow_changes():
     times = CallTimes()
     for rows in (2, 2, 4, 8, 4, 2):
