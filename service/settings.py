@@ -290,6 +290,15 @@ class Settings:
         """Whether image files state that a model made them: xmp writes IPTC's DigitalSourceType into PNG,
         JPEG and WebP files, none writes nothing. Some laws require such a mark.""",
     )
+    c2pa_cert: str = setting(
+        "",
+        Parser(str, "a file of certificates"),
+        """Certificates in PEM, the signer's first, to sign image files with a C2PA manifest. Needs c2pa_key
+        and the package c2pa-python. Empty: files have no manifest.""",
+    )
+    c2pa_key: str = setting(
+        "", Parser(str, "a file"), """Private key of c2pa_cert in PEM, without a password."""
+    )
     log_level: str = setting(
         "info",
         choice(*LOG_LEVELS),

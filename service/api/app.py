@@ -40,6 +40,7 @@ from service.errors import (
 from service.metrics import Metrics
 from service.requests.background import Jobs
 from service.requests.schemas import error_responses
+from service.requests.signing import open_signer
 from service.requests.validation_errors import explain
 from service.settings import Settings
 from service.worker.supervisor import Supervisor
@@ -78,7 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.replica_ready.labels(replica.label).set_function(partial(getattr, replica, "is_ready"))
         metrics.replica_jobs.labels(replica.label).set_function(partial(supervisor.jobs_at, replica))
 
-    jobs = Jobs(supervisor)
+    jobs = Jobs(supervisor, open_signer(settings))
     shared = SharedJobs(jobs, open_store(settings, metrics)) if settings.job_store else None
 
     @asynccontextmanager

@@ -54,6 +54,8 @@ ONE_SHOT = (
     "prediction",
     "weights",
     "provenance",
+    "c2pa_cert",
+    "c2pa_key",
 )
 # Settings of commands that only describe or convert checkpoints.
 CHECKPOINT = ("allow_pickle", "prediction", "weights")

@@ -24,8 +24,9 @@ from service.model_paths import TINY_VAE, identify_all, locate_loras, locate_vae
 from service.requests import images
 from service.requests.preprocessing import PREPROCESSORS
 from service.requests.resolve import OutputFormat, build_request, resolve
-from service.requests.response import Result, encode_image
+from service.requests.response import Result, encode_image, signing
 from service.requests.schemas import AnyRequest, GenerateRequest, InpaintRequest, UpscaleRequest
+from service.requests.signing import open_signer
 from service.settings import Given, Settings, parse
 
 # Fields of a request that are arguments of the same name.
@@ -308,11 +309,11 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     repeated = fields_from(args, specs, settings) if args.repeat else {}
     body = request_of(args, kind, {name: file for name, file in files.items() if file}, repeated)
     resolved = resolve(body, specs, settings, OutputFormat(image_format, "output"))
-    job = resolved.to_job()
+    job, encode = resolved.to_job(), signing(encode_image, open_signer(settings))
     result = Result(resolved, run_job(job, settings, sources))
     for index in range(job.n):
         file = numbered(output, index, job.n)
-        write(file, encode_image(result, index))
+        write(file, encode(result, index))
         print(f"{file}  seed {job.image_seed(index)}")
     for warning in resolved.warnings + result.done.warnings:
         print(f"ldm: {warning}", file=sys.stderr)

@@ -37,6 +37,7 @@ from service.requests.schemas import (
     SceneJob,
     UpscaleRequest,
 )
+from service.requests.signing import Signer
 from service.worker.progress import Progress, Stage, State
 from service.worker.supervisor import Supervisor
 
@@ -216,8 +217,10 @@ class IdempotencyEntry:
 class Jobs:
     """All open jobs (at most one per slot of the queue), and ended jobs that are kept."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervisor, signer: Signer | None = None) -> None:
+        """signer: signs the files of all jobs; None: files are not signed."""
         self.supervisor = supervisor
+        self.signer = signer
         self._records: dict[str, Record] = {}
         self._ended: dict[str, Hashable] = {}  # kept jobs in the order of their ends: id -> idempotency key
         self._keys: dict[Hashable, IdempotencyEntry] = {}
@@ -302,6 +305,7 @@ class Jobs:
             async with asyncio.timeout(deadline - time.monotonic()):
                 done = await self.supervisor.run(job, progress)
                 result = Result(resolved, done)
+                encode = response.signing(encode, self.signer)
                 files = [await asyncio.to_thread(encode, result, index) for index in range(job.n)]
         except TimeoutError:
             raise DeadlineExceeded from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from service.requests.metadata import Metadata
 from service.requests.resolve import OutputFormat
 from service.requests.resolved_request import ResolvedRequest
 from service.requests.schemas import GenerateResponse, ImageRequest, ImageResult, JobPreview, Timings
+from service.requests.signing import Signer
 
 JSON_TYPES = ("application/json", "application/*", "*/*")
 
@@ -95,6 +96,16 @@ class Result:
 def encode_image(result: Result, index: int) -> bytes:
     """The file of image `index`, with the parameters to generate it again."""
     return images.encode(result.pixels(index), result.resolved.format, metadata_of(result, index))
+
+
+def signing(encode: Callable[[Result, int], bytes], signer: Signer | None) -> Callable[[Result, int], bytes]:
+    """`encode`, which makes a file, with a signature added to the file; itself without a signer."""
+
+    def encode_and_sign(result: Result, index: int) -> bytes:
+        file, source = encode(result, index), result.resolved.digital_source
+        return signer.sign(file, result.resolved.format, source) if signer and source else file
+
+    return encode_and_sign if signer else encode
 
 
 def metadata_of(result: Result, index: int) -> Metadata:
