@@ -47,6 +47,8 @@ from models.tiles import cut, merge
 from models.transfer import upload
 
 DECODING_TILE_CELLS = 32  # side of a tile in latent cells: 256 pixels at f = 8
+MAX_WHOLE_PIXELS = 2**21  # of an image that the autoencoder takes whole; larger ones are cut into tiles
+LARGE_TILE_CELLS = 64  # side of these tiles in latent cells
 AESTHETIC_SCORES = (2.5, 6.0)  # that SDXL's refiner is given: unconditional, conditional
 UPSCALING_BATCH_TILES = 16  # tiles upscaled at once
 MAX_CACHED_MASKED_LATENTS = 8  # latents of fully masked images, one per size
@@ -102,12 +104,34 @@ class LatentDiffusion:
         return self.spec.upscaling
 
     def encode(self, x: Tensor) -> Tensor:
-        """Image x (B, 3, H, W) in [-1, 1] -> scaled z (B, C, H/f, W/f), the mode, float32."""
+        """Image x (B, 3, H, W) in [-1, 1] -> scaled z (B, C, H/f, W/f), the mode, float32.
+
+        Images of more than MAX_WHOLE_PIXELS are encoded in tiles, so that the memory stays bounded.
+        """
+        if x.shape[-2] * x.shape[-1] > MAX_WHOLE_PIXELS:
+            return torch.stack([self.encode_tiles(image[None], LARGE_TILE_CELLS)[0] for image in x])
         return self.spec.autoencoder.scale_factor * self.autoencoder.encode(x).float()
 
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled z (B, C, h, w) -> x (B, 3, f*h, f*w), about in [-1, 1], float32."""
+        """Scaled z (B, C, h, w) -> x (B, 3, f*h, f*w), about in [-1, 1], float32.
+
+        Images of more than MAX_WHOLE_PIXELS are decoded in tiles, so that the memory stays bounded.
+        """
+        if z.shape[-2] * z.shape[-1] * self.spec.autoencoder.factor**2 > MAX_WHOLE_PIXELS:
+            return torch.cat([self.decode_tiles(latent[None], LARGE_TILE_CELLS) for latent in z]).to(z.device)
         return self.autoencoder.decode(z / self.spec.autoencoder.scale_factor).float()
+
+    def encode_tiles(self, x: Tensor, tile: int) -> Tensor:
+        """encode() in overlapping tiles of `tile` latent cells a side, blended where they overlap.
+
+        x (1, 3, H, W) -> z (1, C, H/f, W/f).
+        """
+        f = self.spec.autoencoder.factor
+        tiles = cut(x.shape[-2] // f, x.shape[-1] // f, tile)
+        areas = (tiles.slices(index, f) for index in range(len(tiles.corners)))
+        parts = (self.encode(x[..., rows, columns].contiguous()) for rows, columns in areas)
+        whole = merge((pixels_last(z[0]) for z in parts), tiles, 1)
+        return torch.from_numpy(whole).movedim(-1, 0)[None].to(x.device)
 
     def decode_tiles(self, z: Tensor, tile: int = DECODING_TILE_CELLS) -> Tensor:
         """decode() in overlapping tiles of `tile` cells a side, blended where they overlap.

@@ -11,7 +11,6 @@ from models.adapters.controls import Control, masked
 from models.adapters.image_encoder import ImageEncoder
 from models.adapters.ip_adapter import ReferenceAdapter
 from models.conditioning.conditioner import ConditioningInput
-from models.conditioning.prompt_schedule import Composition
 from models.conditioning.prompts import PromptOptions
 from models.latent_diffusion import LatentDiffusion, MaskedImage
 from models.sampling.noise import slerp
@@ -19,6 +18,7 @@ from models.sampling.table import Plan
 from models.tiles import cut
 from models.transfer import upload
 from service.device.controls import ControlUse, ReferenceUse
+from service.device.phases import PhaseOutline
 from service.device.state import ImageState, JobState
 from service.engine.job import Job, JobControl, JobReference
 
@@ -39,7 +39,12 @@ def masked_pixels(job: Job) -> np.ndarray:
 
 def image_of(job: Job, device: torch.device) -> Tensor:
     """The job's input image x (1, 3, H, W) in [-1, 1]."""
-    x = upload(torch.from_numpy(pixels_of(job).copy()), device).float().permute(2, 0, 1) / 127.5 - 1
+    return to_x(pixels_of(job), device)
+
+
+def to_x(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """Pixels (H, W, 3) uint8 -> x (1, 3, H, W) in [-1, 1]."""
+    x = upload(torch.from_numpy(pixels.copy()), device).float().permute(2, 0, 1) / 127.5 - 1
     return x[None].contiguous()
 
 
@@ -95,26 +100,21 @@ def unit_pixels(image: bytes, width: int, height: int, device: torch.device) -> 
     return (upload(pixels, device).permute(2, 0, 1)[None].float() / 255).contiguous()
 
 
-def conditioning_input(job: Job, cell: int, composition: Composition | None) -> ConditioningInput:
-    """The job's prompts, labels, boxes and regions; a label of the regions covers cell x cell pixels.
-
-    composition: of the prompts, if they are made of several texts.
-    """
+def conditioning_input(job: Job, outline: PhaseOutline, cell: int) -> ConditioningInput:
+    """The prompts, labels, boxes and regions of a phase; a label of the regions covers cell x cell pixels."""
     regions = None
     if job.regions:
         numbers = np.frombuffer(job.regions, np.uint16).astype(np.int64)
         regions = torch.from_numpy(numbers.reshape(job.height // cell, job.width // cell))
-    size = (job.width, job.height)
-    options = prompt_options(job)
     return ConditioningInput(
-        job.prompt,
-        job.negative_prompt,
+        outline.prompt,
+        outline.negative_prompt,
         job.class_label,
         job.boxes,
         regions,
-        size,
-        options,
-        composition=composition,
+        (outline.width, outline.height),
+        prompt_options(job),
+        composition=outline.composition,
     )
 
 
@@ -125,7 +125,7 @@ def prompt_options(job: Job) -> PromptOptions:
     return PromptOptions(a1111 or job.prompt_weights, chunked, job.clip_skip, breaks=a1111)
 
 
-def start_images(state: JobState, conditioning: ConditioningInput) -> None:
+def start_images(state: JobState) -> None:
     """Add the initial states of the images: noise, or the input image with noise added."""
     job, bundle, spec = state.job, state.bundle, state.bundle.spec
     device, shape = bundle.device, spec.latent_shape(job.width, job.height)
@@ -136,6 +136,7 @@ def start_images(state: JobState, conditioning: ConditioningInput) -> None:
         state.z = encode(bundle, job, device)
     if job.mask and not masked:
         state.mask = latent_mask(job, spec.autoencoder.factor, device)
+    conditioning = conditioning_input(job, state.phases[0].outline, spec.label_cell)
     concat = bundle.concat_channels(*shape[1:], conditioning.regions, masked, edited)
     plan = state.phases[0].plan
     signal, sigma = plan.start

@@ -18,7 +18,7 @@ from models.sampling.guidance import CONDITIONAL, UNCONDITIONAL, StepRows, cfg_r
 from models.sampling.samplers import first_call, schedule_steps
 from models.sampling.table import Plan
 from service.device.controls import ControlUse, ReferenceUse
-from service.engine.job import Job, JobControl, ModelKey, Segment
+from service.engine.job import Hires, Job, JobControl, ModelKey, Segment
 
 CONTROL_COST = 0.4  # work of a row of a control network, as a part of that of a row of its UNet
 
@@ -38,8 +38,9 @@ class PhaseOutline:
     """What is known of a phase before the job starts.
 
     key: its model; width, height: of the image in pixels; plan, rows: one line and one StepRows for each UNet
-    call; composition: the conditions that rows name, if they are more than the prompt and its negative.
-    before, run: calls of the run before those of this phase, and in total (0: the phase is all of it).
+    call; prompt, negative_prompt: the conditions that rows name, or composition, if they are more than these;
+    before, run: calls of the pass before those of this phase, and in total (0: the phase is all of it);
+    upscaler: how the image of the phase before becomes this one's, or "" if the latent stays as it is.
     """
 
     key: ModelKey
@@ -47,9 +48,12 @@ class PhaseOutline:
     height: int
     plan: Plan
     rows: tuple[StepRows, ...]
+    prompt: str
+    negative_prompt: str
     composition: Composition | None = None
     before: int = 0
     run: int = 0
+    upscaler: str = ""
 
     @property
     def kinds(self) -> tuple[int, ...] | None:
@@ -128,13 +132,35 @@ class Phase:
 
 def outlines(job: Job, plan_of: Callable[[Job], Plan]) -> tuple[PhaseOutline, ...]:
     """The phases of a job. plan_of: the sampler's plan of a job."""
-    plan = plan_of(job)
+    first = outline(job, plan_of(job))
+    if job.hires is None:
+        return with_refiner(first, job)
+    alone = second_pass(job, job.hires)
+    second = outline(alone, plan_of(alone), schedule_steps(job.sampler, job.steps))
+    return first, *with_refiner(replace(second, upscaler=job.hires.upscaler), job)
+
+
+def second_pass(job: Job, hires: Hires) -> Job:
+    """The second pass, as a job of its own."""
+    return replace(
+        job,
+        width=hires.width,
+        height=hires.height,
+        steps=hires.steps,
+        strength=hires.strength,
+        prompt=hires.prompt,
+        negative_prompt=hires.negative_prompt,
+    )
+
+
+def outline(job: Job, plan: Plan, first_pass: int | None = None) -> PhaseOutline:
+    """A pass of a job. first_pass: for a second pass, the steps that prompt schedules count in the first."""
     rows = cfg_run(job.guided_rows, len(plan), job.guidance_start, job.guidance_end, job.guidance_rescale)
-    composition = composition_of(job, len(plan))
+    composition = composition_of(job, len(plan), first_pass)
     if composition:
         rows = tuple(map(composed, rows, composition.calls))
-    whole = PhaseOutline(job.model_key, job.width, job.height, plan, rows, composition)
-    return with_refiner(whole, job)
+    texts = job.prompt, job.negative_prompt
+    return PhaseOutline(job.model_key, job.width, job.height, plan, rows, *texts, composition)
 
 
 def with_refiner(whole: PhaseOutline, job: Job) -> tuple[PhaseOutline, ...]:
@@ -143,11 +169,17 @@ def with_refiner(whole: PhaseOutline, job: Job) -> tuple[PhaseOutline, ...]:
         return (whole,)
     calls = len(whole.plan)
     switch = first_call(job.sampler, calls, job.refiner.switch_at)
-    return whole.part(0, switch), replace(whole.part(switch, calls), key=ModelKey(job.refiner.model))
+    refined = replace(whole.part(switch, calls), key=ModelKey(job.refiner.model), upscaler="")
+    return whole.part(0, switch), refined
 
 
-def composition_of(job: Job, calls: int) -> Composition | None:
-    """The prompts of each of the first `calls` UNet calls of a job; None if its prompts are plain."""
+def composition_of(job: Job, calls: int, first_pass: int | None) -> Composition | None:
+    """The prompts of each of the first `calls` UNet calls of a pass; None if its prompts are plain.
+
+    In a second pass, which has the job's `strength` of its steps, only these steps count.
+    """
     if job.prompt_syntax == "plain":
         return None
-    return compose(job.prompt, job.negative_prompt, calls, schedule_steps(job.sampler, job.steps))
+    steps = job.steps if first_pass is None else max(1, int(job.steps * job.strength + 1e-9))
+    counted = schedule_steps(job.sampler, steps)
+    return compose(job.prompt, job.negative_prompt, calls, counted, first_pass)

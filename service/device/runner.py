@@ -28,7 +28,9 @@ from models.sampling.table import Plan
 from models.spec import NEIGHBOURS, ModelSpec
 from models.tiles import cut
 from models.transfer import download
+from models.upscalers import LATENT_UPSCALERS
 from service.catalogue import Catalogue
+from service.device import hires
 from service.device.batch import advance
 from service.device.contents import Contents
 from service.device.controls import in_float32
@@ -151,8 +153,7 @@ class TorchRunner:
         model, spec = outline.key.model, self.specs[outline.key.model]
         shape = spec.context_shape
         if prompt_options(job).chunked and self.registry.is_loaded(model):
-            inputs = conditioning_input(job, spec.label_cell, outline.composition)
-            shape = self.registry[model].context_shape(inputs)
+            shape = self.registry[model].context_shape(conditioning_input(job, outline, spec.label_cell))
         if shape is None or not spec.takes_neighbours:
             return shape
         return shape[0] + len(job.references), shape[1]
@@ -214,7 +215,7 @@ class TorchRunner:
             if job.scale:
                 start_tiles(state)
             else:
-                start_images(state, conditioning_input(job, state.bundle.spec.label_cell, None))
+                start_images(state)
         self.jobs[job.id] = state
         return (*prompt_warnings(state), *window_warnings(state.phases[0]))
 
@@ -227,7 +228,7 @@ class TorchRunner:
             bundle = self._in_float32(key) if full_precision else self.registry.bundle(key)
             if job.tiling != "none":
                 bundle = bundle.tiled(job.tiling)
-            inputs = conditioning_input(job, bundle.spec.label_cell, outline.composition)
+            inputs = conditioning_input(job, outline, bundle.spec.label_cell)
             if bundle.spec.takes_neighbours and job.references:
                 encoder = self.registry.adapters[AdapterKey("reference_adapter", NEIGHBOURS, job.model)]
                 inputs = inputs._replace(neighbours=neighbours(job, encoder, self.device))
@@ -343,10 +344,23 @@ class TorchRunner:
         self.graphs.clear()
         free_cache()
 
+    @translate_device_lost()
+    @torch.inference_mode()
     def prepare(self, key: ImageKey) -> bool:
-        """The latent stays as it is."""
-        image = self.jobs[key.job].images[key.image]
-        image.phase, image.done = image.phase + 1, 0
+        """One decoding or encoding of an image at most."""
+        state = self.jobs[key.job]
+        image = state.images[key.image]
+        upscaler = state.next_phase(image).outline.upscaler
+        with translate_oom():
+            if not upscaler:
+                image.phase, image.done = image.phase + 1, 0
+            elif upscaler in LATENT_UPSCALERS:
+                hires.begin(state, key.image, hires.enlarged_latent(state, image))
+            elif image.pixels is None:
+                image.pixels = hires.enlarged_pixels(state, image, self._pixels(state, image))
+                return False
+            else:
+                hires.begin(state, key.image, hires.encoded(state, image.pixels))
         return True
 
     @translate_device_lost()
@@ -374,14 +388,19 @@ class TorchRunner:
     @torch.inference_mode()
     def finish(self, key: ImageKey) -> bytes:
         state = self.jobs[key.job]
-        image = state.images[key.image]
+        pixels = self._pixels(state, state.images[key.image])
+        if not state.job.scale:  # a job that was interrupted in its first pass
+            pixels = hires.resized_to(pixels, state.job.size)
+        return with_kept_pixels(state.job, pixels).tobytes()
+
+    def _pixels(self, state: JobState, image: ImageState) -> np.ndarray:
+        """The decoded image (H, W, 3). Raises NonFinite."""
         z = state.bundle.add_residual_base(state.latent_of(image)[None], image.concat)  # (1, C, h, w)
         tiny = self._tiny_decoder(state.job) if state.job.decoder == "tiny" else None
         x = self._decode_tiny(tiny, z) if tiny else self._decode_full(state.bundle, z)
         if not torch.isfinite(x).all():
             raise NonFinite
-        x = state.bundle.correct(x, image.concat, state.job.noise_level)
-        return with_kept_pixels(state.job, rgb_bytes(x)).tobytes()
+        return rgb_bytes(state.bundle.correct(x, image.concat, state.job.noise_level))
 
     def _tiny_decoder(self, job: Job) -> TinyDecoder | None:
         """The tiny VAE's decoder for the job's model, with circular padding if its images repeat."""

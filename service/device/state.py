@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.latent_diffusion import LatentDiffusion
@@ -29,6 +31,7 @@ class ImageState:
     done: int = 0  # steps taken in the current phase
     noise: Tensor | None = None  # drawn for the next step; kept until it succeeds, so that a retry reuses it
     low: Tensor | None = None  # (3, h, w): low-resolution pixels of a tile, until `concat` is made from them
+    pixels: NDArray[np.uint8] | None = None  # (H, W, 3), between two phases: the image to encode
     x_0: Tensor | None = None  # (C, h, w), the last step's prediction of the final latent; see keeps_x_0
 
     @property
@@ -51,6 +54,10 @@ class JobState:
     def bundle(self) -> LatentDiffusion:
         """The model that encodes the job's images and decodes them."""
         return self.phases[0].bundle
+
+    def next_phase(self, image: ImageState) -> Phase:
+        """The phase after the current one of an image."""
+        return self.phases[image.phase + 1]
 
     def phase(self, image: ImageState) -> Phase:
         """The current phase of an image."""

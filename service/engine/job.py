@@ -102,6 +102,22 @@ class Refiner:
 
 
 @dataclass(frozen=True)
+class Hires:
+    """A second pass, image-to-image from the enlarged image of the first.
+
+    width, height: of the finished image; upscaler: one of models.upscalers. The other fields are as in Job.
+    """
+
+    width: int
+    height: int
+    steps: int
+    strength: float
+    upscaler: str
+    prompt: str
+    negative_prompt: str
+
+
+@dataclass(frozen=True)
 class Job:
     """The parameters of a job's images, and its priority. Image i has the seed image_seed(i).
 
@@ -155,6 +171,7 @@ class Job:
     guidance_end: float = 1.0
     guidance_rescale: float = 0.0  # see models.sampling.guidance.rescale
     refiner: Refiner | None = None
+    hires: Hires | None = None
 
     @property
     def guided_rows(self) -> StepRows:
@@ -166,6 +183,11 @@ class Job:
     def image_seed(self, image: int) -> int:
         """The seed of an image's generator: with a variation all images have the same."""
         return self.seed + (0 if self.variation else image)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the finished images."""
+        return (self.hires.width, self.hires.height) if self.hires else (self.width, self.height)
 
     @property
     def model_key(self) -> ModelKey:

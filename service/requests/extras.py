@@ -33,6 +33,7 @@ EXTRAS: Mapping[str, Callable[[ModelSpec], bool]] = {
     "guidance_end": guides,
     "guidance_rescale": guides,
     "image_guidance_scale": lambda spec: spec.edits,
+    "hires": lambda spec: generates(spec) and not spec.edits,
     "refiner": lambda spec: generates(spec) and spec.reads_prompts and not spec.concat_channels,
     "clip_skip": lambda spec: spec.max_clip_skip > 1,
     "variation": generates,

@@ -1,4 +1,4 @@
-"""The fields of request bodies that divide a run into phases: `refiner`."""
+"""The fields of request bodies that divide a run into phases: `refiner` and `hires`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.upscalers import UPSCALERS
+
 MAX_NAME = 200
+MAX_SIDE = 8192
+MAX_TEXT = 4000
 
 
 class RefinerInput(BaseModel):
@@ -21,3 +25,41 @@ class RefinerInput(BaseModel):
     switch_at: Annotated[
         float, Field(gt=0, lt=1, description="The part of the steps after which it takes over")
     ] = 0.8
+
+
+class HiresInput(BaseModel):
+    """A second pass at a larger size, from the enlarged image of the first."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    scale: Annotated[
+        float, Field(ge=1, le=8, description="How many times as large as width x height the image becomes")
+    ] = 2.0
+    width: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=MAX_SIDE,
+            description="Of the finished image, instead of scale; other proportions are cropped",
+        ),
+    ] = None
+    height: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="As width")] = None
+    strength: Annotated[
+        float,
+        Field(gt=0, le=1, description="How much the second pass changes: the fraction of its steps to run"),
+    ] = 0.5
+    steps: Annotated[
+        int | None,
+        Field(ge=1, le=1000, description="Of the whole schedule of the second pass; default: as the first"),
+    ] = None
+    upscaler: Annotated[
+        str,
+        Field(
+            max_length=MAX_NAME,
+            description=f"Between the passes: {', '.join(UPSCALERS)}; latent: interpolates the latent",
+        ),
+    ] = "latent"
+    prompt: Annotated[
+        str | None, Field(max_length=MAX_TEXT, description="Of the second pass; default: that of the first")
+    ] = None
+    negative_prompt: Annotated[str | None, Field(max_length=MAX_TEXT, description="As prompt")] = None

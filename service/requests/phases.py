@@ -1,16 +1,23 @@
-"""Adds the phases of a run to a resolved request: the refiner."""
+"""Adds the phases of a run to a resolved request: the second pass and the refiner."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from models.sampling.samplers import first_call, plan
+from models.sampling.samplers import first_call, max_steps, plan
 from models.sampling.schedule import Schedule
 from models.spec import ModelSpec
+from models.upscalers import UPSCALERS
+from service.engine.job import Hires
 from service.errors import InvalidRequest
-from service.requests.checks import require
+from service.requests.checks import NO_PROMPT, check_composition, check_prompt_options, require
+from service.requests.phase_schemas import HiresInput
 from service.requests.resolved_request import ResolvedRequest, with_parameters
-from service.requests.schemas import SceneRequest
+from service.requests.schemas import GenerateRequest, SceneRequest
+from service.settings import Settings
+
+CROPPED = "hires gives {}x{}, which was reduced to {}x{}: sides are multiples of {}"
 
 
 def with_refiner(
@@ -31,11 +38,106 @@ def with_refiner(
     return with_parameters(resolved, refiner=refiner)
 
 
+def with_hires(
+    resolved: ResolvedRequest, request: SceneRequest, spec: ModelSpec, settings: Settings
+) -> ResolvedRequest:
+    """Add the second pass at a larger size. Raises InvalidRequest."""
+    hires = request.hires if isinstance(request, GenerateRequest) else None
+    if hires is None:
+        return resolved
+    check_second_pass(resolved, hires, spec)
+    wanted = target_size(hires, (resolved.width, resolved.height))
+    width, height = (side // spec.size_multiple * spec.size_multiple for side in wanted)
+    parameters = resolved.parameters
+    job_hires = Hires(
+        width=width,
+        height=height,
+        steps=parameters.steps if hires.steps is None else hires.steps,
+        strength=hires.strength,
+        upscaler=hires.upscaler,
+        prompt=resolved.prompt if hires.prompt is None else hires.prompt,
+        negative_prompt=(
+            resolved.negative_prompt if hires.negative_prompt is None else hires.negative_prompt
+        ),
+    )
+    first, size = resolved, "scale" if hires.width is None and hires.height is None else "width"
+    resolved = replace(resolved, hires=job_hires, width=width, height=height)
+    resolved = with_parameters(resolved, hires=hires)
+    check_size(resolved, first, f"hires.{size}", spec, settings)
+    check_prompts(first, job_hires, spec, settings)
+    warning = CROPPED.format(*wanted, width, height, spec.size_multiple)
+    return resolved if wanted == (width, height) else resolved.with_warnings([warning])
+
+
+def target_size(hires: HiresInput, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the finished image, for a first pass of `size`. A missing side keeps proportions."""
+    width, height = size
+    if hires.width is None and hires.height is None:
+        return int(width * hires.scale + 1e-6), int(height * hires.scale + 1e-6)
+    wide, high = hires.width, hires.height
+    return (
+        wide if wide is not None else (high or 0) * width // height,
+        high if high is not None else (wide or 0) * height // width,
+    )
+
+
+def check_second_pass(resolved: ResolvedRequest, hires: HiresInput, spec: ModelSpec) -> None:
+    """Check that a request can have a second pass. Raises InvalidRequest."""
+    inputs, parameters = resolved.inputs, resolved.parameters
+    steps, most = hires.steps or 1, max_steps(parameters.sampler, spec.schedule.timesteps)
+    require(
+        (
+            ("hires", not spec.edits, f"is not supported by the model {spec.name}"),
+            ("boxes", not inputs.boxes and not parameters.boxes, "cannot be combined with hires"),
+            ("segmentation", not inputs.regions, "cannot be combined with hires"),
+            ("hires.upscaler", hires.upscaler in UPSCALERS, f"must be one of {', '.join(UPSCALERS)}"),
+            ("hires.steps", steps <= most, f"must be at most {most}"),
+        )
+    )
+
+
+def check_size(
+    resolved: ResolvedRequest, first: ResolvedRequest, field: str, spec: ModelSpec, settings: Settings
+) -> None:
+    """Check the size and the work of both passes. first: without the second. Raises InvalidRequest."""
+    (width, height), n = resolved.final_canvas, resolved.parameters.n
+    pixels, sizes = width * height, f"{width}x{height}"
+    before = first.canvas_width * first.canvas_height
+    work = n * (calls_of(first, spec) * before + calls_of(resolved, spec) * pixels)
+    larger = width >= first.canvas_width and height >= first.canvas_height and pixels > before
+    require(
+        (
+            (field, larger, f"must give an image larger than the first pass, not {sizes}"),
+            (field, pixels <= settings.max_pixels, f"gives {sizes}, more than {settings.max_pixels} pixels"),
+            (
+                field,
+                work <= settings.max_work,
+                f"is too large: the work of both passes is {work} and must be at most {settings.max_work}",
+            ),
+        )
+    )
+
+
+def check_prompts(first: ResolvedRequest, hires: Hires, spec: ModelSpec, settings: Settings) -> None:
+    """Check the prompts of the second pass as those of the first. Raises InvalidRequest."""
+    texts = {"prompt": hires.prompt, "negative_prompt": hires.negative_prompt}
+    for name, text in texts.items():
+        require([(f"hires.{name}", spec.reads_prompts or not text, NO_PROMPT)])
+    second = replace(with_parameters(first, **texts), label_name="")
+    try:
+        check_prompt_options(second, spec)
+        if first.parameters.prompt_syntax == "a1111":
+            check_composition(second, settings.max_rows)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"hires.{error}", param=f"hires.{error.param}") from None
+
+
 def check_refiner(resolved: ResolvedRequest, base: ModelSpec, refiner: ModelSpec) -> None:
     """Check that a model can go on from the latents of another. Raises InvalidRequest."""
     parameters, inputs = resolved.parameters, resolved.inputs
     clip_skip, multiple = parameters.clip_skip or 1, refiner.size_multiple
-    fits = resolved.canvas_width % multiple == resolved.canvas_height % multiple == 0
+    width, height = resolved.final_canvas
+    fits = width % multiple == height % multiple == 0
     require(
         (
             ("refiner.model", base.name != refiner.name, "must be another model than model"),
@@ -78,8 +180,12 @@ def same_noise(one: ModelSpec, other: ModelSpec) -> bool:
 
 
 def calls_of(resolved: ResolvedRequest, spec: ModelSpec) -> int:
-    """UNet calls of each image."""
+    """UNet calls of each image, with hires in the second pass."""
     parameters = resolved.parameters
     strength = 1.0 if parameters.strength is None else parameters.strength
-    settings = (parameters.sampler, parameters.steps, parameters.eta, strength, parameters.spacing)
+    if resolved.hires:
+        steps, strength = resolved.hires.steps, resolved.hires.strength
+    else:
+        steps = parameters.steps
+    settings = (parameters.sampler, steps, parameters.eta, strength, parameters.spacing)
     return len(plan(Schedule(spec.schedule), *settings))

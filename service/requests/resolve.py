@@ -24,7 +24,7 @@ from service.requests.checks import require, shorten
 from service.requests.controls import with_controls
 from service.requests.images import Format
 from service.requests.inpainting import MaskedImage, Paste, blurred, extended, region_of
-from service.requests.phases import with_refiner
+from service.requests.phases import with_hires, with_refiner
 from service.requests.resolved_request import (
     NO_PREVIEWS,
     Parameters,
@@ -96,6 +96,7 @@ def resolve(
             resolved = text_to_image(request, spec, settings)
         resolved = with_layout(resolved, request, spec, settings)
         resolved = with_controls(resolved, request, spec, settings)
+        resolved = with_hires(resolved, request, spec, settings)
         resolved = with_refiner(resolved, request, specs)
     checks.check_task(spec, (resolved.task,))
     if request.guidance_scale is None and not is_guided(resolved, spec):  # the same image with half the rows

@@ -13,6 +13,7 @@ from models.spec import Spacing
 from models.tiles import Tiles
 from service.engine.job import (
     Decoder,
+    Hires,
     Job,
     JobControl,
     JobReference,
@@ -28,7 +29,7 @@ from service.requests.extras import EXTRAS
 from service.requests.images import Format
 from service.requests.inpainting import Paste
 from service.requests.metadata import DigitalSource
-from service.requests.phase_schemas import RefinerInput
+from service.requests.phase_schemas import HiresInput, RefinerInput
 from service.requests.schemas import Area, Extend, Fill, LabelBox, VariationSeed
 
 
@@ -66,6 +67,7 @@ class Parameters(BaseModel):
     guidance_rescale: float | None = None
     image_guidance_scale: float | None = None
     refiner: RefinerInput | None = None
+    hires: HiresInput | None = None
     prompt_syntax: PromptSyntax | None = None
     decoder: Decoder | None = None
     tiling: Tiling | None = None
@@ -152,6 +154,7 @@ class ResolvedRequest:
     canvas_width: int
     canvas_height: int
     format: Format
+    hires: Hires | None = None
     priority: int = 0
     region: bool = False  # the whole canvas is a region of the image that the client gets
     label_name: str = ""  # the name of parameters.class_label, for models that read prompts
@@ -236,6 +239,7 @@ class ResolvedRequest:
             guidance_end=1.0 if parameters.guidance_end is None else parameters.guidance_end,
             guidance_rescale=parameters.guidance_rescale or 0.0,
             refiner=Refiner(refiner.model, refiner.switch_at) if refiner else None,
+            hires=self.hires,
         )
 
     @property
@@ -244,6 +248,13 @@ class ResolvedRequest:
         if not self.has_provenance:
             return None
         return "compositeWithTrainedAlgorithmicMedia" if self.inputs.image else "trainedAlgorithmicMedia"
+
+    @property
+    def final_canvas(self) -> tuple[int, int]:
+        """(width, height) of the images that the job makes: with hires, of its second pass."""
+        return (
+            (self.hires.width, self.hires.height) if self.hires else (self.canvas_width, self.canvas_height)
+        )
 
     @property
     def used_size(self) -> tuple[int, int]:

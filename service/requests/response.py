@@ -74,7 +74,8 @@ class Result:
         parts = self.done.images[index * count :][:count]
         if resolved.tiles:
             return self._merged(parts)
-        canvas = np.frombuffer(parts[0], np.uint8).reshape(resolved.canvas_height, resolved.canvas_width, 3)
+        canvas_width, canvas_height = resolved.final_canvas
+        canvas = np.frombuffer(parts[0], np.uint8).reshape(canvas_height, canvas_width, 3)
         (width, height), paste = resolved.used_size, resolved.inputs.paste
         return paste.into(canvas[:height, :width]) if paste else canvas[:height, :width]
 
@@ -166,7 +167,7 @@ def to_job_preview(resolved: ResolvedRequest, preview: Previewed) -> JobPreview:
         for side, used, canvas in zip(
             (preview.width, preview.height),
             resolved.used_size,
-            (resolved.canvas_width, resolved.canvas_height),
+            resolved.final_canvas,
             strict=True,
         )
     )

@@ -19,12 +19,10 @@ from service.engine.job import MAX_SEED, Decoder, PromptSyntax, Tiling
 from service.requests.control_schemas import MAX_CONTROLS, MAX_REFERENCES, ControlInput, ReferenceInput
 from service.requests.image_field import IMAGE, ImageInput
 from service.requests.images import Format
-from service.requests.phase_schemas import RefinerInput
+from service.requests.phase_schemas import MAX_SIDE, MAX_TEXT, HiresInput, RefinerInput
 from service.worker.progress import Stage
 
-MAX_SIDE = 8192
 MAX_N = 1024  # the operator may set a lower limit
-MAX_TEXT = 4000
 MAX_BOXES = 64
 MAX_LORA_WEIGHT = 10.0
 LoraWeight = Annotated[float, Field(ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)]
@@ -269,6 +267,10 @@ class GenerateRequest(SceneRequest):
         ),
     ] = None
     init_image: Annotated[ImageInput | None, Field(description=f"{IMAGE}; the image to start from")] = None
+    hires: Annotated[
+        HiresInput | None,
+        Field(description="A second pass at a larger size; width and height stay those of the first"),
+    ] = None
     image_guidance_scale: Annotated[
         float | None,
         Field(
