@@ -319,7 +319,7 @@ class Settings:
     )
     max_images: int = setting(16, number(int, 1, 1024), """Most images of one request (n).""")
     max_pixels: int = setting(
-        2 * 1024 * 1024, number(int, 1, 2**28), """Most pixels (width * height) of one generated image."""
+        4 * 1024 * 1024, number(int, 1, 2**28), """Most pixels (width * height) of one generated image."""
     )
     max_work: int = setting(
         10**9, number(int, 1, 10**15), """Most work of one request: n * steps * width * height."""

@@ -6,9 +6,38 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
+from models.upscalers import UPSCALERS
 from service.cli.options import UsageError
 from service.model_paths import locate
 from service.settings import Settings
+
+HIRES = ("scale", "strength", "steps", "upscaler", "prompt", "negative_prompt")  # --hires-NAME
+
+
+def add_hires(command: argparse.ArgumentParser) -> None:
+    """The arguments of a second pass at a larger size."""
+    add = command.add_argument
+    add("--hires-scale", type=float, metavar="X", help="a second pass at X times the size")
+    add(
+        "--hires-strength",
+        type=float,
+        metavar="X",
+        help="how much it changes the image, 0 to 1 (default: 0.5)",
+    )
+    add("--hires-steps", type=int, metavar="N", help="of its whole schedule (default: as the first pass)")
+    add("--hires-upscaler", metavar="NAME", help=f"before it: {', '.join(UPSCALERS)} (default: latent)")
+    add("--hires-prompt", metavar="PROMPT", help="of the second pass (default: that of the first)")
+    add("--hires-negative-prompt", metavar="PROMPT", help="of the second pass (default: that of the first)")
+
+
+def hires_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The field `hires`. Raises UsageError for other arguments without --hires-scale."""
+    values = {name: getattr(args, f"hires_{name}", None) for name in HIRES}
+    given = {name: value for name, value in values.items() if value is not None}
+    if given and "scale" not in given:
+        flag = f"--hires-{next(iter(given))}".replace("_", "-")
+        raise UsageError(f"{flag} has no effect without --hires-scale")
+    return given or None
 
 
 def add_phases(command: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from models.spec import ModelSpec, Spacing
 from service.catalogue import Catalogue, Folders
 from service.cli.from_image import fields_of_file
 from service.cli.options import ONE_SHOT, UsageError, add_settings, settings_of
-from service.cli.phases import add_phases, refiner_of, with_refiner
+from service.cli.phases import add_phases, hires_of, refiner_of, with_refiner
 from service.engine.events import Done, Event, Failed, Started, Stepped
 from service.engine.job import AdapterKey, Job
 from service.errors import ServiceError, from_code
@@ -356,7 +356,7 @@ def request_of(
     """
     fields: dict[str, Any] = {name: getattr(args, name, None) for name in REQUEST_FIELDS}
     fields["variation"] = variation_of(args)
-    fields["refiner"] = refiner_of(args)
+    fields |= {"refiner": refiner_of(args), "hires": hires_of(args)}
     fields = dict(repeated) | {name: value for name, value in fields.items() if value is not None}
     if not repeated.get("loras"):  # else the image's own weights
         fields["loras"] = {entry.partition("=")[0]: weight for entry, weight in args.lora}

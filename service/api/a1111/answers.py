@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from service.api.a1111 import infotext
 from service.api.a1111.controlnet import infotext_lines
+from service.api.a1111.phases import hires_lines, hires_strength
 from service.api.a1111.samplers import EULER_A, SamplerChoice
 from service.api.a1111.schemas import ImageToImage, Info, Processing, ProcessingResponse
 from service.api.a1111.session import timestamp
@@ -21,7 +22,9 @@ STRENGTH = 0.75  # A1111's default for img2img
 
 
 def strength_of(body: Processing) -> float | None:
-    """A1111's denoising strength, at most 1; None for txt2img."""
+    """A1111's denoising strength, at most 1; None for txt2img without a second pass."""
+    if (strength := hires_strength(body)) is not None:
+        return strength
     return min(coalesce(body.denoising_strength, STRENGTH), 1.0) if isinstance(body, ImageToImage) else None
 
 
@@ -105,6 +108,7 @@ def infotext_of(body: Processing, choice: SamplerChoice, resolved: ResolvedReque
         "Clip skip": values.clip_skip,
         "Eta": eta_of(body, choice),
         "Tiling": True if values.tiling else None,
+        **hires_lines(body),
         "Refiner": values.refiner.model if values.refiner else None,
         "Refiner switch at": values.refiner.switch_at if values.refiner else None,
         **infotext_lines(body.alwayson_scripts, values),

@@ -29,7 +29,6 @@ SETTINGS = "override_settings"
 
 # Field -> its values that do not change the image, besides null. All other values are refused.
 NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "enable_hr": (False,),
     "infotext": ("",),
     "initial_noise_multiplier": (1.0,),
     "latent_mask": ("",),

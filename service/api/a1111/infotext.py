@@ -73,6 +73,13 @@ FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "Denoising strength": ("denoising_strength", float),
     "Eta": ("eta", float),
     "Tiling": ("tiling", lambda text: text == "True"),
+    "Hires upscale": ("hr_scale", float),
+    "Hires resize-1": ("hr_resize_x", int),
+    "Hires resize-2": ("hr_resize_y", int),
+    "Hires steps": ("hr_second_pass_steps", int),
+    "Hires upscaler": ("hr_upscaler", str),
+    "Hires prompt": ("hr_prompt", str),
+    "Hires negative prompt": ("hr_negative_prompt", str),
     "Refiner": ("refiner_checkpoint", str),
     "Refiner switch at": ("refiner_switch_at", float),
 }
@@ -82,6 +89,8 @@ def fields_of(text: str) -> dict[str, Any]:
     """The fields of A1111's request for the image of an infotext. Raises ValueError for a wrong number."""
     found = parse(text)
     fields = {name: read(found[key]) for key, (name, read) in FIELDS.items() if key in found}
+    if "Hires upscaler" in found:
+        fields["enable_hr"] = True
     settings = {
         "sd_model_checkpoint": found.get("Model"),
         "CLIP_stop_at_last_layers": found.get("Clip skip"),

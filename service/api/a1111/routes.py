@@ -13,6 +13,7 @@ from service.api import native
 from service.api.a1111 import answers, controlnet, controlnet_routes, extras, infotext, translate
 from service.api.a1111.checks import CONTROLNET
 from service.api.a1111.options import NEUTRAL_IMG2IMG, NEUTRAL_SAMPLER, check_options, read_format, read_text
+from service.api.a1111.phases import UPSCALERS
 from service.api.a1111.samplers import SAMPLERS, SCHEDULERS, SamplerChoice, choose_sampler
 from service.api.a1111.schemas import (
     EmbeddingItem,
@@ -24,6 +25,7 @@ from service.api.a1111.schemas import (
     ExtraSingleImage,
     ExtraSingleResponse,
     ImageToImage,
+    LatentUpscaleMode,
     LoRAItem,
     Memory,
     Options,
@@ -67,6 +69,13 @@ class A1111Route(ClientErrorRoute):
         "lora_text_weights": "prompt",
         "image_guidance_scale": "image_cfg_scale",
         "clip_skip": "override_settings.CLIP_stop_at_last_layers",
+        "hires": "enable_hr",
+        "hires.scale": "hr_scale",
+        "hires.width": "hr_resize_x",
+        "hires.height": "hr_resize_y",
+        "hires.steps": "hr_second_pass_steps",
+        "hires.prompt": "hr_prompt",
+        "hires.negative_prompt": "hr_negative_prompt",
         "refiner.model": "refiner_checkpoint",
         "refiner.switch_at": "refiner_switch_at",
         "variation.seed": "subseed",
@@ -246,6 +255,12 @@ async def list_schedulers() -> list[SchedulerItem]:
     ]
 
 
+@sdapi.get("/latent-upscale-modes", **READ, summary="Upscalers of latents")
+async def list_latent_upscale_modes() -> list[LatentUpscaleMode]:
+    """The latent upscalers for `hr_upscaler`."""
+    return [LatentUpscaleMode(name=name) for name in UPSCALERS if name.startswith("Latent")]
+
+
 @sdapi.get("/upscalers", **READ, summary="Upscalers")
 async def list_upscalers(request: Request) -> list[UpscalerItem]:
     """Lists the resampling methods, and the models that upscale."""
@@ -351,7 +366,6 @@ for path, what in (
     ("face-restorers", "Face restorers"),
     ("realesrgan-models", "Real-ESRGAN models"),
     ("prompt-styles", "Prompt styles"),
-    ("latent-upscale-modes", "Latent upscale modes"),
     ("script-info", "Arguments of scripts"),
     ("extensions", "Extensions"),
 ):

@@ -118,21 +118,28 @@ class Processing(Body):
 class TextToImage(Processing):
     """POST /sdapi/v1/txt2img."""
 
-    enable_hr: Annotated[bool | None, NEUTRAL_ONLY] = None
-    denoising_strength: Annotated[float | None, NO_EFFECT] = None
-    firstphase_width: Annotated[Anything, NO_EFFECT] = None
-    firstphase_height: Annotated[Anything, NO_EFFECT] = None
-    hr_scale: Annotated[Anything, NO_EFFECT] = None
-    hr_upscaler: Annotated[Anything, NO_EFFECT] = None
-    hr_second_pass_steps: Annotated[Anything, NO_EFFECT] = None
-    hr_resize_x: Annotated[Anything, NO_EFFECT] = None
-    hr_resize_y: Annotated[Anything, NO_EFFECT] = None
-    hr_checkpoint_name: Annotated[Anything, NO_EFFECT] = None
-    hr_sampler_name: Annotated[Anything, NO_EFFECT] = None
-    hr_scheduler: Annotated[Anything, NO_EFFECT] = None
-    hr_prompt: Annotated[Anything, NO_EFFECT] = None
-    hr_negative_prompt: Annotated[Anything, NO_EFFECT] = None
-    hr_cfg: Annotated[Anything, NO_EFFECT] = None
+    enable_hr: Annotated[
+        bool | None,
+        Field(description="true: a second pass at a larger size; without it, hr_* have no effect"),
+    ] = None
+    denoising_strength: Annotated[float | None, Field(description="of the second pass; default: 0.75")] = None
+    hr_scale: Annotated[float | None, Field(description="default: 2")] = None
+    hr_upscaler: Annotated[
+        str | None, Field(description="Latent (default) and its variants, Lanczos, Nearest or None")
+    ] = None
+    hr_second_pass_steps: Annotated[
+        int | None, Field(ge=0, description="steps that the second pass runs; 0 or null: as the first")
+    ] = None
+    hr_resize_x: Annotated[int | None, Field(ge=0, description="width instead of hr_scale; 0: none")] = None
+    hr_resize_y: Annotated[int | None, Field(ge=0, description="height instead of hr_scale; 0: none")] = None
+    hr_prompt: Annotated[str | None, Field(description="empty: that of the first pass")] = None
+    hr_negative_prompt: Annotated[str | None, Field(description="empty: that of the first pass")] = None
+    hr_checkpoint_name: Annotated[str | None, NEUTRAL_ONLY] = None
+    hr_sampler_name: Annotated[str | None, NEUTRAL_ONLY] = None
+    hr_scheduler: Annotated[str | None, NEUTRAL_ONLY] = None
+    hr_cfg: Annotated[float | None, NEUTRAL_ONLY] = None
+    firstphase_width: Annotated[int | None, NEUTRAL_ONLY] = None
+    firstphase_height: Annotated[int | None, NEUTRAL_ONLY] = None
 
 
 class ImageToImage(Processing):
@@ -387,6 +394,10 @@ class UpscalerItem(BaseModel):
     model_path: str | None = None
     model_url: str | None = None
     scale: float | None = None
+
+
+class LatentUpscaleMode(BaseModel):
+    name: str
 
 
 class LoRAItem(BaseModel):

@@ -17,7 +17,7 @@ from service.api.a1111.answers import encoder, infotext_of, strength_of
 from service.api.a1111.checks import SETTINGS, check_unsupported
 from service.api.a1111.controlnet import Guides, Target, read_units
 from service.api.a1111.masking import read_mask
-from service.api.a1111.phases import refiner_of
+from service.api.a1111.phases import hires_of, refiner_of
 from service.api.a1111.resizing import resize
 from service.api.a1111.samplers import SamplerChoice
 from service.api.a1111.schemas import ImageToImage, Processing
@@ -214,6 +214,7 @@ def sampling_fields(body: Processing, choice: SamplerChoice, spec: ModelSpec, n:
         "lora_text_weights": text_weights or None,
         "seed": secrets.randbelow(max(1, SEED_LIMIT - n)) if body.seed in (None, -1) else body.seed,
         "steps": body.steps,
+        "hires": hires_of(body, coalesce(body.steps, spec.defaults.steps)),
         "guidance_scale": body.cfg_scale,
         "sampler": choice.sampler,
         "spacing": choice.spacing,
