@@ -43,11 +43,10 @@ from models.sampling.schedule import Schedule
 from models.sampling.step import step
 from models.sampling.table import ALPHA, SIGMA, T
 from models.spec import AutoencoderSpec, ModelSpec, UpscalingSpec
-from models.tiles import cut, merge
+from models.tiles import MAX_WHOLE_PIXELS, cut, merge
 from models.transfer import upload
 
 DECODING_TILE_CELLS = 32  # side of a tile in latent cells: 256 pixels at f = 8
-MAX_WHOLE_PIXELS = 2**21  # of an image that the autoencoder takes whole; larger ones are cut into tiles
 LARGE_TILE_CELLS = 64  # side of these tiles in latent cells
 AESTHETIC_SCORES = (2.5, 6.0)  # that SDXL's refiner is given: unconditional, conditional
 UPSCALING_BATCH_TILES = 16  # tiles upscaled at once
@@ -117,9 +116,13 @@ class LatentDiffusion:
 
         Images of more than MAX_WHOLE_PIXELS are decoded in tiles, so that the memory stays bounded.
         """
-        if z.shape[-2] * z.shape[-1] * self.spec.autoencoder.factor**2 > MAX_WHOLE_PIXELS:
+        if self.decodes_in_tiles(*z.shape[-2:]):
             return torch.cat([self.decode_tiles(latent[None], LARGE_TILE_CELLS) for latent in z]).to(z.device)
         return self.autoencoder.decode(z / self.spec.autoencoder.scale_factor).float()
+
+    def decodes_in_tiles(self, h: int, w: int) -> bool:
+        """Whether decode() cuts latents of h x w cells into tiles."""
+        return h * w * self.spec.autoencoder.factor**2 > MAX_WHOLE_PIXELS
 
     def encode_tiles(self, x: Tensor, tile: int) -> Tensor:
         """encode() in overlapping tiles of `tile` latent cells a side, blended where they overlap.

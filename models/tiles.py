@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_WHOLE_PIXELS = 2**21  # of an image that the autoencoder takes whole; larger ones are cut into tiles
+
 
 class Tiles(NamedTuple):
     """Tiles of one size (rows, columns) on a grid of cells, by their upper left corners."""

@@ -431,6 +431,8 @@ class TorchRunner:
         # The clone gives every latent the same alignment: as a row of a batch it may have another.
         try:
             with translate_oom():
+                if bundle.decodes_in_tiles(*z.shape[-2:]):  # which no graph can record
+                    return bundle.decode(z.clone())
                 return self.graphs.run(bundle.autoencoder, bundle.decode, z.clone())
         except OutOfMemory:
             self.report_incident(Incident("out_of_memory", "decode"))

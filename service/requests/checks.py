@@ -17,6 +17,7 @@ from models.sampling.samplers import (
     unet_calls,
 )
 from models.spec import ModelSpec
+from models.tiles import MAX_WHOLE_PIXELS
 from service.engine.job import MAX_SEED
 from service.errors import InvalidRequest
 from service.requests.extras import check_extras, reads_tokens
@@ -169,6 +170,11 @@ def check_limits(
                 "guidance_scale",
                 spec.guided or parameters.guidance_scale == 1.0,
                 "must be 1: this model does not support classifier-free guidance",
+            ),
+            (
+                "tiling",
+                parameters.tiling is None or pixels <= MAX_WHOLE_PIXELS,
+                f"needs images of at most {MAX_WHOLE_PIXELS} pixels",
             ),
             ("seed", parameters.seed + n - 1 <= MAX_SEED, f"plus n must be at most {MAX_SEED + 1}"),
         )

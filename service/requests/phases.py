@@ -8,6 +8,7 @@ from dataclasses import replace
 from models.sampling.samplers import first_call, max_steps, plan
 from models.sampling.schedule import Schedule
 from models.spec import ModelSpec
+from models.tiles import MAX_WHOLE_PIXELS
 from models.upscalers import UPSCALERS
 from service.engine.job import Hires
 from service.errors import InvalidRequest
@@ -108,6 +109,11 @@ def check_size(
     require(
         (
             (field, larger, f"must give an image larger than the first pass, not {sizes}"),
+            (
+                "tiling",
+                resolved.parameters.tiling is None or pixels <= MAX_WHOLE_PIXELS,
+                f"needs images of at most {MAX_WHOLE_PIXELS} pixels",
+            ),
             (field, pixels <= settings.max_pixels, f"gives {sizes}, more than {settings.max_pixels} pixels"),
             (
                 field,

@@ -95,7 +95,7 @@ def test_what_a1111_ignores_is_ignored_with_a_warning(bundled, body, warning):
         {"refiner_checkpoint": "xl-refiner", "refiner_switch_at": 1.0},
         {"refiner_checkpoint": "None", "refiner_switch_at": 0.8},
         {"script_name": None, "script_args": []},
-        {"firstphase_width": 512, "hr_prompt": "pear", "denoising_strength": 0.3},
+        {"firstphase_width": 512, "hr_prompt": "pear", "denoising_strength": 0.3, "enable_hr": False},
         {"restore_faces": None, "tiling": None, "styles": None, "override_settings": None, "infotext": ""},
         {"override_settings": {"randn_source": "CPU", "sd_vae": "None", "CLIP_stop_at_last_layers": None}},
         {"override_settings": {"CLIP_stop_at_last_layers": "1", "use_old_emphasis_implementation": "false"}},
@@ -111,7 +111,6 @@ def test_values_that_change_nothing_change_nothing(bundled, body):
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"enable_hr": True}, "enable_hr"),
         ({"restore_faces": True}, "restore_faces"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),
         (
