@@ -20,9 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+from PIL import Image, ImageDraw
 
 from service.bench.command import server
 from service.settings import read_settings
+from tests.helpers.images import base64_of
 
 # Seconds from ready to the kill. Random moments leave time for some jobs to finish; right after ready, none.
 DELAYS = {"random": (2.0, 9.0), "ready": (0.0, 0.2)}
@@ -33,10 +35,12 @@ NAMES = ("red apple", "ghost", "rocket", "cactus", "key", "snowman", "fire", "be
 def main() -> None:
     args = parse()
     flags = {"model": args.model, "invariant": "true", "queue_size": "1000", "replicas": args.replicas}
+    if args.model == "emoji":
+        flags["controlnet"] = "outline=emoji-outline"
     settings = read_settings(flags=flags)
     with server(None, settings) as url, httpx.Client(base_url=url, timeout=None) as client:
         draw = random.Random(args.seed)
-        bodies = [body(draw, index) for index in range(args.different)]
+        bodies = [body(draw, index, controls=args.model == "emoji") for index in range(args.different)]
         expected = [images(client.post("/generate", json=b)) for b in bodies]
         for moment in args.moments:
             run(args, client, url, draw, bodies, expected, moment)
@@ -78,14 +82,26 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def body(draw: random.Random, index: int) -> dict:
+def body(draw: random.Random, index: int, controls: bool) -> dict:
+    """A request; with `controls`, one in three has none, the others have one or two."""
+    outlines = [outline(draw) for _ in range(draw.randrange(3))] if controls else []
     return {
+        "controls": outlines,
         "prompt": f"{draw.choice(NAMES)} on a {draw.choice(('blue', 'red', 'green'))} background",
         "steps": draw.randint(10, 25),
         "guidance_scale": draw.choice((1.0, 2.0, 3.0, 5.0)),
         "eta": draw.choice((0.0, 0.0, 1.0)),
         "seed": index,
     }
+
+
+def outline(draw: random.Random) -> dict:
+    """A control: the outline of a disc, at another place and with other settings each time."""
+    image, (x, y) = Image.new("RGB", (128, 128)), (draw.randint(10, 50), draw.randint(10, 50))
+    ImageDraw.Draw(image).ellipse((x, y, x + 70, y + 70), outline="white", width=3)
+    start, mode = draw.choice((0.0, 0.2)), draw.choice(("balanced", "prompt", "control"))
+    scale = draw.choice((0.5, 1.0, 1.5))
+    return {"model": "outline", "image": base64_of(image), "scale": scale, "start": start, "mode": mode}
 
 
 def images(answer: httpx.Response) -> list[str]:

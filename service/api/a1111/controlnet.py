@@ -163,6 +163,13 @@ def coalesced(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
+def is_on(value: Any) -> bool:
+    """Whether an argument of the script is a unit that is enabled and has something to work with."""
+    if not isinstance(value, dict) or unit_is_off(value):
+        return False
+    return any(value.get(name) not in NO_MODEL for name in ("model", "module"))
+
+
 def units_in(scripts: Mapping[str, Any] | None) -> list[Any]:
     """The arguments of the script, of whatever form; [] without it."""
     for name, script in (scripts or {}).items():
@@ -176,7 +183,7 @@ def read_units(scripts: Mapping[str, Any] | None, spec: ModelSpec, max_pixels: i
     """The units that are switched on. Slow, because it decodes images. Raises InvalidRequest."""
     found = []
     for number, value in enumerate(units_in(scripts)):
-        if not isinstance(value, dict) or unit_is_off(value):
+        if not is_on(value):
             continue
         try:
             unit = Unit.model_validate(value)
@@ -373,7 +380,7 @@ def infotext_lines(scripts: Mapping[str, Any] | None, parameters: Parameters) ->
     used += [reference.adapter for reference in parameters.reference_images or ()]
     lines = {}
     for number, value in enumerate(units_in(scripts) if used else ()):
-        if isinstance(value, dict) and not unit_is_off(value):
+        if is_on(value):
             unit = Unit.model_validate(value)
             names = [name for name in plain_names(unit.model or "") if name in used]
             lines[f"ControlNet {number}"] = described(unit, *names[:1])

@@ -85,9 +85,9 @@ def test_an_image_comes_in_several_forms(form):
 @pytest.mark.parametrize("script", ["controlnet", "ControlNet"])
 def test_units_that_are_off_are_left_out(script):
     off = [
-        UNIT | {"enabled": False}, UNIT | {"model": "None"}, None, {"model": "None", "module": "None"}
+        UNIT | {"enabled": False}, UNIT | {"model": "None"}, None, {"model": "None", "module": "None"}, {}
     ]  # fmt: skip
-    assert [unit.number for unit in guides_of(*off, UNIT, name=script).units] == [4]
+    assert [unit.number for unit in guides_of(*off, UNIT, name=script).units] == [5]
 
 
 @pytest.mark.parametrize(
