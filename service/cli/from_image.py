@@ -51,6 +51,8 @@ def fields_of_infotext(text: str, specs: Mapping[str, ModelSpec]) -> dict[str, A
         raise UsageError("--from: the parameters in the file are not readable") from None
     if body.steps is None:
         raise UsageError("--from: the parameters in the file are not readable")
+    if names := infotext.unsupported(text):
+        raise UsageError(f"--from: the file was made with {', '.join(names)}, which is not supported here")
     model = (body.override_settings or {}).get(options.CHECKPOINT)
     spec = specs.get(model or "", next(iter(specs.values())))
     fields = sampling_fields(body, choose_sampler(body), spec, 1)

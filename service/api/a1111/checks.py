@@ -13,6 +13,7 @@ from typing import Any
 from models.spec import ModelSpec
 from service.api.a1111.options import (
     CLIP_SKIP,
+    DECODER,
     NEUTRAL_IMG2IMG,
     NEUTRAL_SAMPLER,
     check_options,
@@ -80,6 +81,7 @@ def check_settings(body: Processing, choice: SamplerChoice, spec: ModelSpec) -> 
     ignored = []
     if options.pop(CLIP_SKIP, 1) not in (None, 1, "1") and not reads_clip_skip(spec):
         ignored.append(f"{SETTINGS}.{CLIP_SKIP}")
+    options.pop(DECODER, None)  # read by decoder_of()
     tables = [NEUTRAL_SAMPLER.get(choice.name, {})]
     if isinstance(body, ImageToImage):
         tables.append(NEUTRAL_IMG2IMG)

@@ -85,6 +85,26 @@ FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 
+# Names that do not change the image, or that this service replaces: a seed's noise is that of A1111's CPU.
+NEUTRAL = (
+    "Model",
+    "Clip skip",
+    "Version",
+    "Model hash",
+    "VAE",
+    "VAE hash",
+    "Lora hashes",
+    "TI hashes",
+    "User",
+    "RNG",
+)
+
+
+def unsupported(text: str) -> list[str]:
+    """The names in an infotext that change the image and that fields_of() leaves out."""
+    return [name for name in parse(text) if name not in (*FIELDS, *NEUTRAL)]
+
+
 def fields_of(text: str) -> dict[str, Any]:
     """The fields of A1111's request for the image of an infotext. Raises ValueError for a wrong number."""
     found = parse(text)

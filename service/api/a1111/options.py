@@ -15,6 +15,8 @@ from service.errors import InvalidRequest
 
 CHECKPOINT = "sd_model_checkpoint"
 CLIP_SKIP = "CLIP_stop_at_last_layers"
+DECODER = "sd_vae_decode_method"
+DECODERS = {"Full": None, "TAESD": "tiny"}  # A1111's name -> native `decoder`
 FORMAT = "samples_format"
 FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 
@@ -147,6 +149,14 @@ def clip_skip_of(options: Mapping[str, Any], within: str = "") -> int | None:
     if value is None or text.isdecimal():
         return None if value is None else max(1, int(text))
     raise InvalidRequest(f"{param} must be a whole number from 1", param=param)
+
+
+def decoder_of(options: Mapping[str, Any], within: str = "") -> str | None:
+    """The native decoder that `sd_vae_decode_method` selects; None: the full one. Raises InvalidRequest."""
+    name, param = read_text(options, DECODER, within) or "Full", f"{within}.{DECODER}" if within else DECODER
+    if name not in DECODERS:
+        raise InvalidRequest(f"{param} must be one of {', '.join(DECODERS)}", param=param)
+    return DECODERS[name]
 
 
 def defaults() -> dict[str, Any]:

@@ -68,6 +68,7 @@ class A1111Route(ClientErrorRoute):
         "loras": "prompt",
         "lora_text_weights": "prompt",
         "image_guidance_scale": "image_cfg_scale",
+        "decoder": "override_settings.sd_vae_decode_method",
         "clip_skip": "override_settings.CLIP_stop_at_last_layers",
         "hires": "enable_hr",
         "hires.scale": "hr_scale",

@@ -226,6 +226,7 @@ def sampling_fields(body: Processing, choice: SamplerChoice, spec: ModelSpec, n:
         "long_prompts": "chunk" if reads and not composes else None,
         "clip_skip": options.clip_skip_of(body.override_settings or {}, SETTINGS) if has_clip_skip else None,
         "variation": variation_of(body, n),
+        "decoder": options.decoder_of(body.override_settings or {}, SETTINGS),
         "tiling": "both" if body.tiling else None,
     }
 

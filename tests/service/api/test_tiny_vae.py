@@ -41,6 +41,20 @@ def test_the_tiny_decoder_makes_another_image_and_the_full_one_the_same(server, 
     assert psnr(image_of(own), image_of(tiled)) < 60
 
 
+def test_a1111s_option_selects_the_decoder(server, tiny_vae_server):
+    body = {"prompt": "red apple", "steps": 2, "seed": 3, "width": 64, "height": 64}
+    images = [
+        tiny_vae_server.client.post(
+            "/sdapi/v1/txt2img", json=body | {"override_settings": {"sd_vae_decode_method": method}}
+        ).json()["images"][0]
+        for method in ("Full", "TAESD")
+    ]
+    assert images[0] != images[1]
+    other = body | {"override_settings": {"sd_vae_decode_method": "TAESD"}}
+    refused = error_of(server.client.post("/sdapi/v1/txt2img", json=other), 422)
+    assert refused["param"] == "override_settings.sd_vae_decode_method"
+
+
 def test_previews_have_the_size_of_the_image(tiny_vae_server):
     request = {"task": "generate", "request": BODY | {"steps": 4}, "preview_every": 2}
     job = tiny_vae_server.client.post("/jobs", json=request).json()["id"]

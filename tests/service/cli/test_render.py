@@ -62,6 +62,13 @@ def test_from_reads_an_infotext(folder, tiny):
     assert (folder / "b.png").read_bytes() == (folder / "c.png").read_bytes()
 
 
+def test_from_refuses_an_infotext_that_it_cannot_repeat(folder, tiny, capsys):
+    text = "a\nSteps: 2, Sampler: Euler, CFG scale: 4, Seed: 5, Face restoration: CodeFormer"
+    (folder / "a.png").write_bytes(images.encode(np.zeros((8, 8, 3), np.uint8), "png", Metadata(text)))
+    assert main(["generate", "--from", "a.png", "--model", str(tiny), "-o", "b.png"]) == 2
+    assert "Face restoration" in capsys.readouterr().err
+
+
 def test_from_refuses_a_file_without_parameters(folder, tiny, capsys):
     Image.new("RGB", (8, 8)).save("plain.png")
     assert main(["generate", "--from", "plain.png", "--model", str(tiny), "-o", "b.png"]) == 2
