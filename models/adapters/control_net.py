@@ -28,6 +28,7 @@ from models.errors import CheckpointError
 from models.formats import control_files, keymaps
 from models.formats.config_files import read_json
 from models.formats.diffusers_read import translated
+from models.formats.structure import checked_structure
 from models.networks.adapter_inputs import AdapterInputs
 from models.networks.control_net import ControlNet
 from models.networks.unet import UNet, skip_widths
@@ -146,10 +147,8 @@ def open_control(
     tensors = own_tensors(tensors)
     if kind.derived:
         return opened_changes(path, kind.name, tensors, base, unet, dtype, device)
-    try:
+    with checked_structure(f"the ControlNet {path}"):
         spec = control_files.spec_of_tensors(shapes_of(tensors), path, base.unet)
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"the ControlNet {path} has an unsupported structure: {error}") from error
     return opened(path, spec, tensors, base, dtype, device)
 
 
@@ -175,7 +174,8 @@ def opened(
     """A ControlNet with all its weights in a file."""
     if reason := misfit(spec, base):
         raise CheckpointError(f"the ControlNet {path} does not fit {base.name}: {reason}")
-    part = part_of(spec, tensors)
+    with checked_structure(f"the ControlNet {path}"):
+        part = part_of(spec, tensors)
     types = control_files.CONTROL_TYPES[: spec.control_types]
     kind = control_files.UNION_NET if types else control_files.CONTROL_NET
     network = loaded(path, part, dtype, device)
@@ -197,14 +197,14 @@ def opened_changes(
         raise CheckpointError(f"{path} is {kind}: it needs the weights of its base model")
     latent = base.autoencoder.latent_channels
     encoder = replace(unet.spec, in_channels=latent, out_channels=latent, up_depths=(), noise_levels=0)
-    try:
+    with checked_structure(f"the ControlNet {path}"):
         hints = control_files.hint_shapes(shapes_of(tensors))
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} has an unsupported structure: {error} is missing") from error
-    spec = ControlNetSpec(encoder, hints[0][1], tuple(shape[0] for shape in hints))
+        spec = ControlNetSpec(encoder, hints[0][1], tuple(shape[0] for shape in hints))
     if reason := misfit(spec, base):
         raise CheckpointError(f"{path} does not fit {base.name}: {reason}")
-    network = loaded(path, part_of(spec, derived(tensors, unet)), dtype, device)
+    with checked_structure(f"the ControlNet {path}"):
+        part = part_of(spec, derived(tensors, unet))
+    network = loaded(path, part, dtype, device)
     return ControlNetControl(kind, spec, network, inpaints="inpaint" in path.stem.lower(), base=base.name)
 
 

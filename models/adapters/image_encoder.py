@@ -19,6 +19,7 @@ from models.errors import CheckpointError
 from models.formats import ip_files
 from models.formats.config_files import read_json
 from models.formats.diffusers_read import translated
+from models.formats.structure import checked_structure
 from models.networks.clip_vision import VisionTransformer
 
 # Mean and standard deviation of each channel of CLIP's training images, in [0, 1].
@@ -97,11 +98,9 @@ def open_image_encoder(
     else:
         tensors = without_prefix(open_weights(path, device, allow_pickle), path)
         shapes = {key: stored.shape for key, stored in tensors.stored.items()}
-        try:
+        with checked_structure(f"the image encoder {path}"):
             spec = ip_files.vision_spec_of_tensors(shapes)
-        except (KeyError, IndexError) as error:
-            raise CheckpointError(f"{path} is not a CLIP image encoder: {error} is missing") from error
-    with shapes_only():
+    with checked_structure(f"the image encoder {path}"), shapes_only():
         network = VisionTransformer(spec)
     part = Part(network, {key: key for key in network.state_dict()}, tensors)
     if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:

@@ -23,6 +23,7 @@ from models.checkpoint.weights import Weights, open_weights, summarise_keys
 from models.errors import CheckpointError
 from models.formats import adapter_files, ip_files
 from models.formats.safetensors import Stored
+from models.formats.structure import checked_structure
 from models.networks.adapter_inputs import AdapterInputs, ImageTokens
 from models.networks.image_projection import IPAdapter
 from models.spec import ModelSpec, UNetSpec
@@ -112,10 +113,8 @@ def open_adapter(
         raise CheckpointError(f"{path} is not an IP-Adapter")
     if reason := ip_files.refusal(shapes):
         raise CheckpointError(f"{path} is {reason}")
-    try:
+    with checked_structure(f"the IP-Adapter {path}"):
         spec = ip_files.spec_of_tensors(shapes)
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"the IP-Adapter {path} has an unsupported structure: {error}") from error
     if reason := misfit(spec, base):
         raise CheckpointError(f"the IP-Adapter {path} does not fit {base.name}: {reason}")
     if not isinstance(image_encoder, ImageEncoder):
@@ -137,7 +136,7 @@ def loaded(
     path: Path, spec: IPAdapterSpec, tensors: Weights, unet: UNetSpec, dtype: torch.dtype
 ) -> IPAdapter:
     """The network with its weights. Raises CheckpointError for tensors that do not fit."""
-    with shapes_only():
+    with checked_structure(f"the IP-Adapter {path}"), shapes_only():
         network = IPAdapter(spec)
     part = Part(network, {key: key for key in network.state_dict()}, joined(tensors, spec, unet))
     if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:

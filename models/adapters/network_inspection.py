@@ -16,9 +16,11 @@ from models.checkpoint.weights import (
     open_weights,
     summarise_keys,
 )
+from models.errors import CheckpointError
 from models.formats import control_files
 from models.formats.adapter_files import AdapterFile, Spec
 from models.formats.identify import STABLE_DIFFUSION
+from models.formats.structure import checked_structure
 from models.formats.t2i_files import XL_FACTOR
 from models.spec import ModelSpec
 
@@ -44,7 +46,7 @@ def network_report(found: AdapterFile, allow_pickle: bool, model: ModelSpec | No
         parameters=sum(types.values()),
         bytes=sum(stored.bytes for stored in tensors.stored.values()),
         details=dict(details_of(found.spec)),
-        problems=(found.problem,) if found.problem else tuple(problems(found.spec, tensors, model)),
+        problems=(found.problem,) if found.problem else tuple(checked(found.spec, tensors, model)),
     )
 
 
@@ -85,6 +87,15 @@ def details_of(spec: Spec | None) -> Iterator[tuple[str, str]]:
         case VisionSpec():
             yield "image", f"{spec.image_size} pixels, patches of {spec.patch_size}"
             yield "vectors", f"{spec.projection} wide projected, {spec.width} wide before the last layer"
+
+
+def checked(spec: Spec | None, tensors: Weights, model: ModelSpec | None) -> list[str]:
+    """problems(), or the reason why there is no such network."""
+    try:
+        with checked_structure("it"):
+            return list(problems(spec, tensors, model))
+    except CheckpointError as error:
+        return [str(error)]
 
 
 def problems(spec: Spec | None, tensors: Weights, model: ModelSpec | None) -> Iterator[str]:

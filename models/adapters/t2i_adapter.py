@@ -18,6 +18,7 @@ from models.errors import CheckpointError
 from models.formats import t2i_files
 from models.formats.config_files import Config
 from models.formats.diffusers_read import translated
+from models.formats.structure import checked_structure
 from models.networks.adapter_inputs import AdapterInputs
 from models.networks.t2i_adapter import T2IAdapter
 from models.networks.unet import skip_widths
@@ -123,10 +124,8 @@ def from_file(
     """The adapter in a single file. Raises CheckpointError."""
     names = t2i_files.native_names({key: stored.shape for key, stored in tensors.stored.items()})
     shapes = {native: tensors.stored[key].shape for native, key in names.items()}
-    try:
+    with checked_structure(f"the T2I-Adapter {path}"):
         spec = t2i_files.spec_of_tensors(shapes)
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(f"the T2I-Adapter {path} has an unsupported structure: {error}") from error
     return opened(path, spec, tensors, base, dtype, device)
 
 
@@ -140,7 +139,8 @@ def opened(
 ) -> T2IControl:
     if reason := misfit(spec, base):
         raise CheckpointError(f"the T2I-Adapter {path} does not fit {base.name}: {reason}")
-    part = part_of(spec, tensors)
+    with checked_structure(f"the T2I-Adapter {path}"):
+        part = part_of(spec, tensors)
     if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:
         raise CheckpointError(f"the T2I-Adapter {path}: {'; '.join(problems)}")
     assign(part, dtype)

@@ -15,6 +15,7 @@ from models.formats.diffusers_read import translated
 from models.formats.ldm import Shapes
 from models.formats.safetensors import Header
 from models.formats.single_file import read_header
+from models.formats.structure import checked_structure
 
 Spec = ControlNetSpec | T2IAdapterSpec | IPAdapterSpec | VisionSpec
 Role = Literal["control", "reference adapter", "image encoder"]
@@ -116,8 +117,7 @@ def control_spec(kind: control_files.ControlKind, shapes: Shapes, path: Path) ->
 def with_spec(found: AdapterFile, read: Callable[[], Spec]) -> AdapterFile:
     """The adapter with its spec, or with the reason why it has none."""
     try:
-        return replace(found, spec=read())
+        with checked_structure("it"):
+            return replace(found, spec=read())
     except CheckpointError as error:
         return replace(found, problem=str(error))
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        return replace(found, problem=f"it has an unsupported structure: {error}")

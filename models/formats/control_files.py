@@ -21,6 +21,7 @@ from models.spec import UNetSpec
 
 CONTROL, UNION = "ControlNetModel", "ControlNetUnionModel"  # classes of diffusers
 HINT_WIDTHS = {CONTROL: (16, 32, 96, 256), UNION: (48, 96, 192, 384)}  # where a configuration has none
+MAX_HINT_WIDTHS = 16
 PREFIX = "control_model."  # of a ControlNet in a training checkpoint, and in some files without the rest
 NATIVE_KEY, DIFFUSERS_KEY = "input_hint_block.0.weight", f"{keymaps.HINT}.conv_in.weight"
 SD_1_CONTEXT, SD_1_HEADS, HEAD_WIDTH = 768, 8, 64
@@ -71,6 +72,8 @@ def spec_of_config(config: Config) -> ControlNetSpec:
     up = [str(name).replace("Down", "Up") for name in reversed(config["down_block_types"])]
     unet = unet_spec(config | {"up_block_types": up, "out_channels": config["in_channels"]})
     widths = config.get("conditioning_embedding_out_channels", HINT_WIDTHS[kind])
+    if not 0 < len(widths) <= MAX_HINT_WIDTHS:
+        raise ValueError(f"conditioning_embedding_out_channels must have 1 to {MAX_HINT_WIDTHS} numbers")
     union = kind == UNION
     return ControlNetSpec(
         unet=unet,
@@ -150,7 +153,9 @@ def kind_of(shapes: Shapes) -> ControlKind | None:
 
 def hint_shapes(shapes: Shapes) -> list[tuple[int, ...]]:
     """Shapes of the convolutions on the control image that change its size or width, by native names."""
-    found = [shapes[key] for n in range(64) if (key := f"input_hint_block.{4 * n}.weight") in shapes]
+    found = [
+        shapes[key] for n in range(MAX_HINT_WIDTHS) if (key := f"input_hint_block.{4 * n}.weight") in shapes
+    ]
     if not found:
         raise KeyError(NATIVE_KEY)
     return found
@@ -212,6 +217,8 @@ def encoder_spec(shapes: Shapes, base: UNetSpec | None) -> UNetSpec:
     per_level = halvings[0] if halvings else blocks
     first = range(1, blocks, per_level)  # of each level
     channels = tuple(shapes[f"input_blocks.{n}.0.in_layers.2.weight"][0] for n in first)
+    if not channels:
+        raise ValueError("it has no residual blocks")
     context = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 0)
     projection = next((shape for key, shape in shapes.items() if key.endswith(".1.proj_in.weight")), ())
     if base and base.channels == channels:

@@ -55,6 +55,8 @@ LAYER_COUNTS = (
     "transformer_layers_per_block",
     "reverse_transformer_layers_per_block",
     "num_hidden_layers",
+    "num_res_blocks",
+    "num_trans_layer",
 )
 TASKS = {  # of pipelines with other tasks than Stable Diffusion's; those of upscalers are theirs
     XL_REFINER: ALL_TASKS[1:3],
