@@ -38,7 +38,8 @@ def server(folder: Path, tmp_path_factory) -> Iterator[Server]:
     for name, key in KEYS.items():
         (key_files / name).write_text(key)
     files = {"LDM_API_KEY_FILE": str(key_files / "user"), "LDM_ADMIN_KEY_FILE": str(key_files / "admin")}
-    with serve((), key_files, None, {"LDM_MODEL_DIR": str(folder), **files}) as server:
+    settings = {"LDM_MODEL_DIR": str(folder), "LDM_REPLICAS": "2", "LDM_INVARIANT": "1", "LDM_BUCKETS": "4"}
+    with serve((), key_files, None, settings | files) as server:
         server.client.headers["X-API-Key"] = KEYS["admin"]
         yield server
 
