@@ -42,7 +42,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
-    """start_server(model, ..., LDM_X=...): a context manager that gives a ready server; default model: tiny.
+    """start_server(model, ..., LDM_X=...): a context manager that gives a ready server; default model: tiny,
+    unless a setting names a folder of models.
 
     The server's current directory holds packages named models, service and weights; importing one of them
     fails the server.
@@ -51,7 +52,8 @@ def start_server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     write_import_trap(trap)
 
     def start(*models: Path | str, stderr: object = None, **settings: str) -> object:
-        return serve(models or (tiny,), trap, stderr, settings)
+        without_models = "LDM_MODEL_DIR" in settings
+        return serve(models or (() if without_models else (tiny,)), trap, stderr, settings)
 
     return start
 

@@ -17,6 +17,7 @@ import torch
 
 from models.adapters import lora, replacement_vae, textual_inversion, tiny_vae
 from models.adapters.lora import Lora, OpenedLora
+from models.adapters.lora_changes import Problems
 from models.adapters.lora_targets import Layer, find_layers
 from models.adapters.textual_inversion import Embedding
 from models.checkpoint import load
@@ -183,7 +184,7 @@ class Library:
             raise CheckpointError("its name cannot be written as <lora:name:weight>")
         opened = OpenedLora(entry.name, Path(entry.path), "cpu", self.settings.allow_pickle)
         uses: dict[Structure, LoraUse] = {}
-        problems: dict[str, lora.Problems] = {}
+        problems: dict[str, Problems] = {}
         for structure, spec in structures.items():
             ignored, found = opened.match(self.layers_of(spec), spec)
             if found:

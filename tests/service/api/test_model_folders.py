@@ -11,9 +11,7 @@ import pytest
 
 from tests.checkpoints.lora_files import ATTENTION, as_peft, random_lora, shapes_of, write_lora
 from tests.helpers.clients import error_of, image_of
-from tests.helpers.servers import Server, serve, wait_until
-
-pytestmark = pytest.mark.server
+from tests.helpers.servers import Server, wait_until
 
 REQUEST = {"prompt": "red apple", "seed": 5, "steps": 2, "width": 64, "height": 64}
 KEYS = {"user": "user-key-1", "admin": "admin-key-1"}
@@ -33,13 +31,13 @@ def folder(tmp_path_factory, tiny: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory) -> Iterator[Server]:
+def server(start_server, folder: Path, tmp_path_factory) -> Iterator[Server]:
     key_files = tmp_path_factory.mktemp("keys")
     for name, key in KEYS.items():
         (key_files / name).write_text(key)
     files = {"LDM_API_KEY_FILE": str(key_files / "user"), "LDM_ADMIN_KEY_FILE": str(key_files / "admin")}
     settings = {"LDM_MODEL_DIR": str(folder), "LDM_REPLICAS": "2", "LDM_INVARIANT": "1", "LDM_BUCKETS": "4"}
-    with serve((), key_files, None, settings | files) as server:
+    with start_server(**settings, **files) as server:
         server.client.headers["X-API-Key"] = KEYS["admin"]
         yield server
 
