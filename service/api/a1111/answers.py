@@ -12,8 +12,8 @@ from service.api.a1111.samplers import EULER_A, SamplerChoice
 from service.api.a1111.schemas import ImageToImage, Info, Processing, ProcessingResponse
 from service.api.a1111.session import timestamp
 from service.requests import images
+from service.requests.defaults import coalesce
 from service.requests.metadata import Metadata
-from service.requests.resolve import coalesce
 from service.requests.resolved_request import ResolvedRequest
 from service.requests.response import Answer, Result
 

@@ -16,8 +16,9 @@ from service.api.a1111.schemas import Extras
 from service.requests import images
 from service.requests.background import Submission
 from service.requests.checks import require, supports_any
+from service.requests.defaults import coalesce
 from service.requests.metadata import NONE, Metadata
-from service.requests.resolve import TASKS_OF, build_request, coalesce
+from service.requests.resolve import TASKS_OF, build_request
 from service.requests.response import Result
 from service.requests.schemas import UpscaleRequest
 from service.settings import Settings

@@ -18,7 +18,8 @@ from service.errors import NotFound
 from service.requests import response
 from service.requests.background import Jobs, Record, Submission
 from service.requests.checks import supports_any
-from service.requests.resolve import TASKS_OF, coalesce
+from service.requests.defaults import coalesce
+from service.requests.resolve import TASKS_OF
 from service.requests.response import Answer
 from service.requests.schemas import GenerateRequest, InpaintRequest
 

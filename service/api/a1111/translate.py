@@ -26,10 +26,11 @@ from service.errors import InvalidRequest
 from service.requests import images
 from service.requests.background import Submission
 from service.requests.checks import require
+from service.requests.defaults import coalesce
 from service.requests.extras import reads_tokens
 from service.requests.inpainting import MaskedImage
 from service.requests.metadata import Metadata
-from service.requests.resolve import TASKS_OF, build_request, coalesce, find_model, resolve
+from service.requests.resolve import TASKS_OF, build_request, find_model, resolve
 from service.requests.resolved_request import Previews
 from service.requests.response import Answer
 from service.requests.schemas import GenerateRequest, ImageRequest, InpaintRequest

@@ -29,7 +29,8 @@ from service.errors import InvalidRequest
 from service.requests import images
 from service.requests.background import Submission
 from service.requests.checks import check_format, require
-from service.requests.resolve import DEFAULT_STRENGTH, TASKS_OF, build_request, coalesce, find_model
+from service.requests.defaults import coalesce
+from service.requests.resolve import DEFAULT_STRENGTH, TASKS_OF, build_request, find_model
 from service.requests.resolved_request import NO_PREVIEWS, Previews
 from service.requests.response import Answer, Result, metadata_of
 from service.requests.schemas import GenerateRequest, InpaintRequest
