@@ -13,6 +13,7 @@
     steps = 20                  # steps, guidance_scale, strength: the model's default if missing
     guidance_scale = 1          # 1: no guidance
     n = 1
+    controls = 1                # and reference_images = 1: how many, of those that the server has
     width = 1.5                 # times the model's default, rounded to a size that it supports
     height = 1.0
 

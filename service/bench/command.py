@@ -131,7 +131,7 @@ async def over_http(
     limits, headers = httpx.Limits(max_connections=None), {"X-API-Key": keys[0]} if keys else {}
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, headers=headers) as client:
         model = await find_model(client, args.model if args.url else None)
-        entries = supported(mix, model["tasks"])
+        entries = supported(mix, model)
         warm = await warm_up(client, entries, model)
         endless = draw(entries, model, args.seed)
         requests = list(islice(endless, args.requests)) if args.requests else []
@@ -159,12 +159,12 @@ async def find_model(client: httpx.AsyncClient, name: str | None) -> Mapping[str
     return models[name or next(iter(models))]
 
 
-def supported(mix: Sequence[Entry] | None, tasks: Sequence[str]) -> Sequence[Entry]:
-    """The mix, or the supported part of the default mix. Raises ValueError for an unsupported task."""
+def supported(mix: Sequence[Entry] | None, model: Mapping[str, Any]) -> Sequence[Entry]:
+    """The mix, or what a model can run of the default mix. Raises ValueError for a mix that it cannot run."""
     if mix is None:
-        return [entry for entry in DEFAULT if entry.task in tasks]
-    if unsupported := {entry.task for entry in mix} - set(tasks):
-        raise ValueError(f"--mix has {', '.join(unsupported)}; the model supports {', '.join(tasks)}")
+        return [entry for entry in DEFAULT if not entry.problem(model)]
+    if problem := next((text for entry in mix if (text := entry.problem(model))), None):
+        raise ValueError(f"--mix {problem}")
     return mix
 
 

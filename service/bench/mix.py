@@ -10,12 +10,14 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import Image, ImageDraw
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from service.requests.control_schemas import MAX_CONTROLS, MAX_REFERENCES
 from service.requests.validation_errors import explain
 
 PROMPTS = (
@@ -31,7 +33,10 @@ Factor = Annotated[float, Field(gt=0, le=16)]
 
 
 class Entry(BaseModel):
-    """A kind of request. `width`, `height`: factors of the model's default size. None: not sent."""
+    """A kind of request. `width`, `height`: factors of the model's default size. None: not sent.
+
+    controls, reference_images: how many, of the model's own in turn.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,6 +48,18 @@ class Entry(BaseModel):
     width: Factor = 1.0
     height: Factor = 1.0
     strength: float | None = None
+    controls: Annotated[int, Field(ge=0, le=MAX_CONTROLS)] = 0
+    reference_images: Annotated[int, Field(ge=0, le=MAX_REFERENCES)] = 0
+
+    def problem(self, model: Mapping[str, Any]) -> str | None:
+        """Why a model cannot run such requests, as a clause; None if it can. model: as for draw()."""
+        if self.task not in model["tasks"]:
+            return f"has {self.task}; the model supports {', '.join(model['tasks'])}"
+        if self.controls and not usable_controls(model):
+            return "has controls, and the model has none: --controlnet NAME=PATH"
+        if self.reference_images and not model["reference_adapters"]:
+            return "has reference_images, and the model has no adapter: --reference-adapter NAME=PATH"
+        return None
 
 
 class Mix(BaseModel):
@@ -63,6 +80,10 @@ DEFAULT = (
     Entry(weight=1, task="image-to-image", steps=50, strength=0.8, guidance_scale=1),
     Entry(weight=2, task="inpainting", steps=30),
     Entry(weight=1, task="inpainting", steps=20, n=2),
+    # Left out for models without controls or reference adapters:
+    Entry(weight=3, steps=20, controls=1),
+    Entry(weight=2, steps=30, controls=2),
+    Entry(weight=2, steps=20, reference_images=1),
 )
 
 
@@ -109,6 +130,7 @@ def to_request(entry: Entry, model: Mapping[str, Any], prompt: str, seed: int) -
     )
     body = {"model": model["name"], "prompt": prompt, "seed": seed, "n": entry.n}
     body |= {"width": width, "height": height} | image_fields(entry.task, width, height)
+    body |= guide_fields(entry, model, width, height)
     chosen = {name: getattr(entry, name) for name in ("steps", "guidance_scale", "strength")}
     body |= {name: value for name, value in chosen.items() if value is not None}
     guidance = body.get("guidance_scale", defaults["guidance_scale"])
@@ -122,6 +144,29 @@ def image_fields(task: str, width: int, height: int) -> dict[str, str]:
     if task == "inpainting":
         return {"image": test_image(width, height, "RGB"), "mask": test_image(width, height, "L")}
     return {}
+
+
+def usable_controls(model: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The model's controls that take any image."""
+    return [control for control in model["control_details"] if not control["inpainting"]]
+
+
+def guide_fields(entry: Entry, model: Mapping[str, Any], width: int, height: int) -> dict[str, Any]:
+    """The fields `controls` and `reference_images`, if the entry has any."""
+    fields: dict[str, Any] = {}
+    if entry.controls:
+        controls = islice(cycle(usable_controls(model)), entry.controls)
+        image = test_image(width, height, "RGB")
+        fields["controls"] = [
+            {"model": each["name"], "image": image, "preprocess": "canny"}
+            | ({"type": each["types"][0]} if each["types"] else {})
+            for each in controls
+        ]
+    if entry.reference_images:
+        adapters = islice(cycle(model["reference_adapters"]), entry.reference_images)
+        image = test_image(width, height, "RGB")
+        fields["reference_images"] = [{"adapter": name, "image": image} for name in adapters]
+    return fields
 
 
 @cache

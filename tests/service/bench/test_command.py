@@ -10,14 +10,22 @@ import pytest
 from PIL import Image
 
 from service.bench.chart import stacked
+from service.bench.command import supported
 from service.bench.load import Answer, Sample, intervals
-from service.bench.mix import DEFAULT, Request, draw
+from service.bench.mix import DEFAULT, Entry, Request, draw, to_request
 from service.cli.main import main
 
 MODEL = {
     "name": "any",
     "defaults": {"width": 64, "height": 64, "guidance_scale": 3.0},
     "limits": {"size_multiple": 8},
+    "tasks": ["text-to-image"],
+    "control_details": [
+        {"name": "fill", "types": [], "inpainting": True},
+        {"name": "edges", "types": [], "inpainting": False},
+        {"name": "union", "types": ["pose", "depth"], "inpainting": False},
+    ],
+    "reference_adapters": ["style"],
 }
 MIX = """
 [[requests]]
@@ -95,6 +103,29 @@ def test_an_invalid_mix_is_refused_before_anything_runs(tmp_path, capsys):
 def test_the_same_seed_draws_the_same_requests():
     first, again, other = (list(islice(draw(DEFAULT, MODEL, seed), 20)) for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_an_entry_with_controls_uses_the_models_own_in_turn():
+    entry = Entry(controls=3, reference_images=2)
+    assert entry.problem(MODEL) is None
+    body = to_request(entry, MODEL, "p", 0).body
+    used = [(each["model"], each.get("type")) for each in body["controls"]]
+    assert used == [("edges", None), ("union", "pose"), ("edges", None)]
+    assert [each["adapter"] for each in body["reference_images"]] == ["style", "style"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "lacks", "said"),
+    [
+        (Entry(task="inpainting"), {}, "text-to-image"),
+        (Entry(controls=1), {"control_details": MODEL["control_details"][:1]}, "--controlnet"),
+        (Entry(reference_images=1), {"reference_adapters": []}, "--reference-adapter"),
+    ],
+)
+def test_a_mix_that_the_model_cannot_run_is_refused(entry, lacks, said):
+    with pytest.raises(ValueError, match=said):
+        supported([entry], MODEL | lacks)
+    assert entry not in supported(None, MODEL | lacks)
 
 
 def test_bands_of_concurrent_requests_do_not_overlap():
