@@ -17,13 +17,15 @@ from service.settings import Settings
 # The id of the current request; tasks and threads that it starts inherit it.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
+trace_id: ContextVar[str | None] = ContextVar("trace_id", default=None)  # if the request has one
+
 # Attributes of a log record that become fields of its line.
 FIELDS = ("method", "route", "status", "seconds", "code", "job", "replica", "rows", "parts")
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object: time (UTC), level, logger, message, request_id, any of FIELDS, traceback."""
+    """A JSON object: time (UTC), level, logger, message, request_id, trace_id, any of FIELDS, traceback."""
 
     converter = staticmethod(time.gmtime)
     default_msec_format = "%s.%03dZ"
@@ -36,7 +38,11 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= {name: getattr(record, name) for name in ("request_id", *FIELDS) if hasattr(record, name)}
+        line |= {
+            name: getattr(record, name)
+            for name in ("request_id", "trace_id", *FIELDS)
+            if hasattr(record, name)
+        }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
@@ -55,9 +61,11 @@ class TextFormatter(logging.Formatter):
 
 
 def identify(record: logging.LogRecord) -> bool:
-    """A logging filter that adds the id of the current request, if any."""
+    """A logging filter that adds the ids of the current request and its trace, if any."""
     if request_id.get():
         record.request_id = request_id.get()
+    if trace_id.get():
+        record.trace_id = trace_id.get()
     return True
 
 

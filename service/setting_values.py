@@ -22,6 +22,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 BYTES = "a number of bytes, or a number with K, M or G"
 QUOTED_COMMA = "\0"  # no path has this character
 API_KEY = re.compile(r"[!-+\--~]{8,}")  # visible ASCII without a comma
+ENDPOINT = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
 STORE_URL = re.compile(r"(rediss?://[^\s/?]+(/\d*)?(\?\S+)?|unix://\S+)")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
 
@@ -140,6 +141,12 @@ def read_bytes(text: str) -> int:
 
 def read_job_store(text: str) -> str:
     if text and not STORE_URL.fullmatch(text):
+        raise ValueError(text)
+    return text
+
+
+def read_endpoint(text: str) -> str:
+    if text and not ENDPOINT.fullmatch(text):
         raise ValueError(text)
     return text
 

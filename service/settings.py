@@ -25,6 +25,7 @@ from service.setting_values import (
     read_buckets,
     read_bytes,
     read_devices,
+    read_endpoint,
     read_job_store,
     read_keys,
     read_list,
@@ -308,6 +309,12 @@ class Settings:
         "auto",
         choice(*LOG_FORMATS),
         """Format of the logs on stderr; auto is text on a terminal, otherwise JSON.""",
+    )
+    trace_endpoint: str = setting(
+        "",
+        Parser(read_endpoint, "a URL such as http://localhost:4318"),
+        """OTLP/HTTP endpoint to which OpenTelemetry traces of requests are sent. Needs the packages of
+        pip install '.[tracing]'; the SDK's variables OTEL_* apply. Empty: no traces.""",
     )
 
     # limits

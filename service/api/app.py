@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, nullcontext
@@ -43,6 +44,7 @@ from service.requests.schemas import error_responses
 from service.requests.signing import open_signer
 from service.requests.validation_errors import explain
 from service.settings import Settings
+from service.tracing import open_tracing
 from service.worker.supervisor import Supervisor
 
 # The errors that the framework raises itself, by status.
@@ -79,13 +81,15 @@ def create_app(settings: Settings) -> FastAPI:
         metrics.replica_ready.labels(replica.label).set_function(partial(getattr, replica, "is_ready"))
         metrics.replica_jobs.labels(replica.label).set_function(partial(supervisor.jobs_at, replica))
 
-    jobs = Jobs(supervisor, open_signer(settings))
+    tracing = open_tracing(settings)
+    jobs = Jobs(supervisor, open_signer(settings), tracing)
     shared = SharedJobs(jobs, open_store(settings, metrics)) if settings.job_store else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with supervisor.supervise(), shared.run() if shared else nullcontext():
             yield
+        await asyncio.to_thread(tracing.shut_down)
 
     app = FastAPI(
         title="Latent diffusion",
@@ -97,7 +101,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
     app.state.jobs, app.state.keys = jobs, keys
-    app.state.job_board = shared or jobs
+    app.state.job_board, app.state.tracing = shared or jobs, tracing
     app.state.openai_files = KeptFiles(settings)
     app.state.openai_aliases = aliases_of(settings)
     app.state.a1111, app.state.started = A1111Session(jobs), int(time.time())
@@ -127,7 +131,9 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
         admits=keys.admits,
     )
     app.add_middleware(HeadAndOptions, methods_of=lambda scope: allowed_methods(app, scope))
-    app.add_middleware(RequestContext, metrics=metrics, leaving=lambda: supervisor.draining)
+    app.add_middleware(
+        RequestContext, metrics=metrics, leaving=lambda: supervisor.draining, tracing=app.state.tracing
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import QueueFull, ServiceError, Stalled, TooLarge, code_of, status_of, to_body
 from service.logs import request_id as current_request_id
 from service.metrics import Metrics
+from service.tracing import RequestTrace, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +52,19 @@ class RequestContext:
     leaving: whether the service is about to stop. Connections are then closed after their next response.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, leaving: Callable[[], bool]) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, leaving: Callable[[], bool], tracing: Tracing) -> None:
         self.app = app
         self.metrics = metrics
         self.leaving = leaving
+        self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        with self.tracing.request(scope) as trace:
+            await self._answer(scope, receive, send, trace)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, trace: RequestTrace | None) -> None:
         client_id = header(scope, b"x-request-id")
         request_id = client_id if SAFE_ID.fullmatch(client_id) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
@@ -68,8 +74,10 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                closing = [CONNECTION_CLOSE] if self.leaving() else []
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *closing]
+                more = [(b"x-request-id", request_id.encode())]
+                more += [CONNECTION_CLOSE] if self.leaving() else []
+                more += [trace.header] if trace else []
+                message["headers"] = [*message["headers"], *more]
             await send(message)
 
         try:
@@ -80,14 +88,16 @@ class RequestContext:
                 raise
             await send_error(send_with_id, ServiceError(), request_id)
         finally:
-            self._record(scope, status, time.perf_counter() - begin)
+            self._record(scope, status, time.perf_counter() - begin, trace)
             current_request_id.reset(token)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float, trace: RequestTrace | None) -> None:
         """Count and log a response; status 0: the client left before the response began."""
         route = getattr(scope.get("route"), "path", None)  # not the path, which may be any text
         method = scope["method"] if scope["method"] in METRIC_METHODS else "OTHER"
         status = status or CLIENT_GONE_STATUS
+        if trace:
+            trace.end(route, status)
         self.metrics.requests.labels(method, route or "none", str(status)).inc()
         facts = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
         if code := scope["state"].get("error_code"):

@@ -257,8 +257,10 @@ class Engine:
         if not run.announced:
             run.announced, run.started_at = True, self.clock()
             self.emit(Started(job.id, run.parts * run.shape.evaluations))
+        begin = self.clock()
         try:
             run.warnings = self._with_retry("start", partial(self.runner.start, job, run.full_precision))
+            run.start_seconds = self.clock() - begin
         except Exception as error:
             self._handle(run, error, "start")
 
@@ -433,6 +435,7 @@ class Engine:
                 queue=run.started_at - run.received_at,
                 denoise=run.denoised_at - run.started_at,
                 decode=self.clock() - run.denoised_at,
+                start=run.start_seconds,
             )
         )
 

@@ -94,7 +94,8 @@ class Done:
     """The job has finished.
 
     images: each height x width x 3 bytes; for an upscaling job the tiles of its first image, then those of
-    its second, and so on. queue, denoise, decode: seconds that the job spent in each part.
+    its second, and so on. queue, denoise, decode: seconds that the job spent in each part; start: the
+    seconds of `denoise` in which its contexts and initial latents were made.
     """
 
     job: str
@@ -103,6 +104,7 @@ class Done:
     queue: float
     denoise: float
     decode: float
+    start: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class JobRun:
     prepared: set[int] = field(default_factory=set)  # images that are ready for the job's next phase
     started_at: float = 0.0
     denoised_at: float = 0.0
+    start_seconds: float = 0.0  # in which its contexts and initial latents were made
     warnings: tuple[str, ...] = ()
     images: dict[int, bytes] = field(default_factory=dict)
 

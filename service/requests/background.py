@@ -38,6 +38,7 @@ from service.requests.schemas import (
     UpscaleRequest,
 )
 from service.requests.signing import Signer
+from service.tracing import NoTracing, Tracing
 from service.worker.progress import Progress, Stage, State
 from service.worker.supervisor import Supervisor
 
@@ -217,10 +218,13 @@ class IdempotencyEntry:
 class Jobs:
     """All open jobs (at most one per slot of the queue), and ended jobs that are kept."""
 
-    def __init__(self, supervisor: Supervisor, signer: Signer | None = None) -> None:
-        """signer: signs the files of all jobs; None: files are not signed."""
+    def __init__(
+        self, supervisor: Supervisor, signer: Signer | None = None, tracing: Tracing | None = None
+    ) -> None:
+        """signer: signs the files of all jobs; None: files are not signed. tracing: None for no traces."""
         self.supervisor = supervisor
         self.signer = signer
+        self.tracing = tracing or NoTracing()
         self._records: dict[str, Record] = {}
         self._ended: dict[str, Hashable] = {}  # kept jobs in the order of their ends: id -> idempotency key
         self._keys: dict[Hashable, IdempotencyEntry] = {}
@@ -303,10 +307,13 @@ class Jobs:
         job = resolved.to_job()
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                done = await self.supervisor.run(job, progress)
+                with self.tracing.job(job):
+                    done = await self.supervisor.run(job, progress)
+                    self.tracing.parts(job, done)
                 result = Result(resolved, done)
                 encode = response.signing(encode, self.signer)
-                files = [await asyncio.to_thread(encode, result, index) for index in range(job.n)]
+                with self.tracing.encode(job.n):
+                    files = [await asyncio.to_thread(encode, result, index) for index in range(job.n)]
         except TimeoutError:
             raise DeadlineExceeded from None
         timings = timings_of(done, time.monotonic() - begin)
