@@ -116,11 +116,11 @@ def answer(future: asyncio.Future[None], error: ServiceError | None) -> None:
         future.set_exception(error) if error else future.set_result(None)
 
 
-def error_of(code: str, model: str) -> ServiceError:
-    """The error with this code, which names the model where the model is the cause."""
-    error = from_code(code)
+def error_of(code: str, *models: str) -> ServiceError:
+    """The error with this code, which names the models where one of them is the cause."""
+    error, named = from_code(code), " or ".join(map(repr, dict.fromkeys(models)))
     if isinstance(error, ModelUnreadable):
-        return ModelUnreadable(f"the file of the model {model!r} is missing, damaged or has changed")
+        return ModelUnreadable(f"the file of the model {named} is missing, damaged or has changed")
     if isinstance(error, ModelInUse):
-        return ModelInUse(f"the model {model!r} is in use; try again when its jobs have ended")
+        return ModelInUse(f"the model {named} is in use; try again when its jobs have ended")
     return error

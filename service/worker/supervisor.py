@@ -371,7 +371,7 @@ class Supervisor:
                     ticket.answer.set_result(report)
             case Failed(job, code):
                 if ticket := self._tickets.get(job):
-                    ticket.fail(error_of(code, ticket.job.model))
+                    ticket.fail(error_of(code, *(key.model for key in ticket.job.model_keys)))
             case Withdrawn(job):
                 self._move(job)
             case Cancelled():

@@ -44,8 +44,11 @@ class A1111Session:
 
     @property
     def checkpoint(self) -> str | None:
-        """The model for requests that name no model; None: the first one that supports the task."""
-        return self._checkpoint
+        """The model for requests that name no model; None: the first one that supports the task.
+
+        A selected model that is not served any more counts as none.
+        """
+        return self._checkpoint if self._checkpoint in self.specs else None
 
     def find(self, name: str, param: str) -> str:
         """The model for A1111's name of a checkpoint: NAME, NAME [hash] or NAME.safetensors.
@@ -66,7 +69,7 @@ class A1111Session:
         await self.jobs.supervisor.set_loaded(self.options().sd_model_checkpoint, load)
 
     def options(self) -> Options:
-        checkpoint = self._checkpoint or next(iter(self.specs), "")
+        checkpoint = self.checkpoint or next(iter(self.specs), "")
         return Options(sd_model_checkpoint=checkpoint, samples_format=self.format, **options.defaults())
 
     async def run(self, prepare: Callable[[], Submission], request_id: str) -> Answer:

@@ -203,8 +203,8 @@ def test_an_ordinary_key_generates(server):
 
 
 def test_clients_of_a1111_refresh_then_choose_then_generate(server, add):
-    """As SillyTavern and Open WebUI do."""
-    add("fresh")
+    """As SillyTavern and Open WebUI do. A chosen model that is gone counts as none."""
+    path = add("fresh")
     post(server, "/sdapi/v1/refresh-checkpoints")
     titles = [model["title"] for model in server.client.get("/sdapi/v1/sd-models").json()]
     assert titles == ["fresh", "one", "two"]
@@ -221,4 +221,7 @@ def test_clients_of_a1111_refresh_then_choose_then_generate(server, add):
     post(server, "/sdapi/v1/unload-checkpoint")
     assert "fresh" not in loaded(server)
     assert [lora["name"] for lora in server.client.get("/sdapi/v1/loras").json()] == ["ink"]
-    server.client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "one"})
+    shutil.rmtree(path)
+    post(server, "/sdapi/v1/refresh-checkpoints")
+    assert server.client.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == "one"
+    assert len(post(server, "/sdapi/v1/txt2img", **body)["images"]) == 1
