@@ -216,3 +216,114 @@ def test_a_kill_of_a_worker_without_the_job_clears_it_of_all_kills():
     assert quarantine.give(0.5) == []
     assert quarantine.die("kill", 0.5) == []
     assert [kill_alone(age) for age in (2.0, 4.0, 8.0)] == [[], [], ["a"]]
+
+
+@dataclass
+class Fleet:
+    """Several workers, which get the released jobs in turn; a poison job ends the worker that it is in.
+
+    Every job in a worker takes one step a tick. A worker that has died is ready again in the next tick.
+    """
+
+    jobs: dict[str, int]
+    poisons: dict[str, Poison]
+    workers: int
+    kills: Callable[[], bool] = lambda: False  # whether somebody kills a worker in this tick
+    refused: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
+
+    def run(self, max_ticks: int = 20_000) -> Fleet:
+        """Until every job is done or refused."""
+        quarantine = Quarantine()
+        for job in self.jobs:
+            quarantine.add(job)
+        ages = dict.fromkeys(range(self.workers), 0.0)
+        steps: dict[str, int] = {}
+        for tick in range(max_ticks):
+            if self.done | self.refused == set(self.jobs):
+                return self
+            self.send(quarantine, ages, steps, tick)
+            for worker in ages:
+                ages[worker] += TICK
+                if cause := self.tick(quarantine, worker, steps):
+                    for job in quarantine.jobs_of(worker):
+                        del steps[job]
+                    self.refused.update(quarantine.end(worker, cause, ages[worker]))
+                    ages[worker] = 0.0
+        raise AssertionError("jobs are left")
+
+    def send(self, quarantine: Quarantine, ages: dict[int, float], steps: dict[str, int], turn: int) -> None:
+        released = quarantine.release(ages)
+        others = [worker for worker in ages if worker != released.reserved]
+        places = [(job, others[(turn + i) % len(others)]) for i, job in enumerate(released.jobs) if others]
+        if released.suspect is not None:
+            places.append((released.suspect, released.reserved))
+        for job, worker in places:
+            quarantine.send(job, worker)
+            steps[job] = -1
+
+    def tick(self, quarantine: Quarantine, worker: int, steps: dict[str, int]) -> Cause | None:
+        """One step of a worker; the cause of its end, if it ends."""
+        suspects = [job for job in quarantine.jobs_of(worker) if quarantine._records[job].suspect]
+        assert not suspects or quarantine.jobs_of(worker) == suspects[:1], "a suspect is alone"
+        if self.kills():
+            return "kill"
+        for job in quarantine.jobs_of(worker):
+            poison = self.poisons.get(job)
+            if poison and poison.strikes(steps[job]):
+                return poison.cause
+            steps[job] += 1
+            if steps[job] == 0:
+                quarantine.start(job)
+            quarantine.step(job, max(steps[job], 0))
+            if steps[job] >= self.jobs[job]:
+                del steps[job]
+                self.done.add(job)
+                quarantine.remove(job)
+        return None
+
+
+@settings(max_examples=100)
+@given(
+    st.integers(2, 4),
+    st.lists(st.tuples(st.sampled_from(["crash", "kill"]), st.integers(-1, 30)), max_size=3),
+    st.integers(0, 8),
+)
+def test_with_several_workers_exactly_the_jobs_that_make_workers_die_are_refused(workers, poisons, healthy):
+    guilty = {f"poison {number}": Poison(*poison) for number, poison in enumerate(poisons)}
+    jobs = names(healthy, lambda i: 20 + 5 * i) | dict.fromkeys(guilty, 100)
+    assert Fleet(jobs, guilty, workers).run().refused == set(guilty)
+
+
+def test_with_several_workers_no_job_is_refused_when_workers_are_killed_at_random():
+    for seed in range(100):
+        draw, left = random.Random(seed), iter(range(40))
+
+        def kill(draw: random.Random = draw, left: Iterator[int] = left) -> bool:
+            return draw.random() < 0.03 and next(left, None) is not None
+
+        assert Fleet(names(6, lambda i: 30 + 10 * i), {}, 3, kill).run().refused == set()
+
+
+def test_other_workers_go_on_while_a_suspect_runs():
+    quarantine = Quarantine()
+    quarantine.add("suspect")
+    quarantine.add("neighbour")
+    for _ in range(2):
+        for job in ("suspect", "neighbour"):
+            quarantine.send(job, 0)
+        quarantine.start("suspect")
+        quarantine.end(0, "crash", 10.0)
+    quarantine.remove("neighbour")
+    for job in "abc":
+        quarantine.add(job)
+    quarantine.send("a", 0)
+    quarantine.send("b", 1)
+    quarantine.send("c", 1)
+    released = quarantine.release({0: 10.0, 1: 10.0})
+    assert (released.reserved, released.suspect) == (0, None), "the one with fewer jobs is reserved"
+    quarantine.remove("a")
+    assert quarantine.release({0: 10.0, 1: 10.0}).suspect == "suspect"
+    quarantine.send("suspect", 0)
+    quarantine.add("d")
+    assert quarantine.release({0: 10.0, 1: 10.0}) == (["d"], 0, None)
