@@ -24,6 +24,7 @@ from models.spec import Prediction
 TINY_VAE = "tiny VAE"
 BUNDLED = ("emoji", "emoji-upscale")  # the models that come with the package
 BUNDLED_CONTROLS = ("emoji-outline",)  # the ControlNets that come with the package, for the model emoji
+BUNDLED_LORAS = ("emoji-few-steps",)  # the LoRAs, for the same model
 LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # looked for in a LoRA folder
 
 
@@ -79,11 +80,15 @@ def locate_folders(paths: Iterable[str]) -> tuple[Path, ...]:
 
 
 def locate_loras(arguments: Iterable[str]) -> dict[str, Path]:
-    """LoRA name -> file, from NAME=PATH; PATH may be a folder that holds the file. Raises ModelPathError."""
+    """LoRA name -> file, from NAME=PATH; PATH may be a folder that holds the file, or a bundled LoRA.
+
+    Raises ModelPathError.
+    """
     found: dict[str, Path] = {}
     for argument in arguments:
         name, _, text = argument.partition("=")
-        if (file := adapter_file(Path(text))) is None:
+        folder = bundled(text) if text in BUNDLED_LORAS else None
+        if (file := adapter_file(folder or Path(text))) is None:
             raise ModelPathError(f"no LoRA at {text!r}: expected a file, or a folder with {LORA_FILES[0]}")
         if name in found:
             raise ModelPathError(f"two LoRAs are called {name!r}; rename one of them")

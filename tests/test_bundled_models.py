@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from models.adapters import lora
 from models.adapters.control_net import open_control
 from models.checkpoint import load
 from models.spec import ALL_TASKS
@@ -29,6 +30,7 @@ from models.training.evaluate import (
     to_images,
 )
 from models.training.evaluate_control import draw, outlines_of, overlaps
+from models.training.few_steps import LORA_FILE
 from models.training.scenes import COLOURS, Atlas, held_out_scenes
 from service.requests.labels import colour_of
 from tests.helpers.clients import image_of
@@ -38,6 +40,7 @@ from tests.helpers.servers import Server
 
 EMOJI, UPSCALER = ROOT / "weights" / "emoji", ROOT / "weights" / "emoji-upscale"
 OUTLINE = ROOT / "weights" / "emoji-outline"  # a ControlNet of EMOJI
+FEW_STEPS = ROOT / "weights" / "emoji-few-steps"  # a LoRA of EMOJI
 NAMES = (EMOJI / "names.txt").read_text().splitlines()
 
 
@@ -167,11 +170,22 @@ def test_objects_fill_the_outline_of_a_control_image() -> None:
     assert np.median(with_outline) > np.median(without) + 0.1
 
 
+@pytest.mark.slow
+@needs_font
+@torch.inference_mode()
+def test_with_the_lora_four_steps_without_guidance_are_enough() -> None:
+    model, judge, pairs = load(EMOJI), Judge(Atlas()), held_out_prompts(NAMES, 10)
+    loras = lora.open_loras({"few": FEW_STEPS / LORA_FILE}, {"emoji": model.spec})["emoji"]
+    adapted = lora.apply(model, [(loras["few"], 1.0, 1.0)])
+    right = named_object_accuracy(judge, pairs, Painter(adapted, 4, 1.0, len(pairs))).top1
+    assert right >= 0.7
+
+
 def test_they_are_small_and_have_a_model_card() -> None:
     files = [file for file in EMOJI.parent.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     assert sum(file.stat().st_size for file in files) < 52 * 2**20
     assert len(NAMES) >= 150
-    assert all((folder / "README.md").is_file() for folder in (EMOJI, UPSCALER, OUTLINE))
+    assert all((folder / "README.md").is_file() for folder in (EMOJI, UPSCALER, OUTLINE, FEW_STEPS))
 
 
 @pytest.mark.slow

@@ -128,8 +128,8 @@ def adapter_parts(parts: Subparsers) -> list[argparse.ArgumentParser]:
     add_budget(control, minutes=50, learning_rate=5e-4, batch=24)
     control.add_argument("--scenes", type=int, default=8_192, help="scenes to draw and encode")
     few_steps = add(parts, "few-steps", commands.train_few_steps, "a LoRA for 4 steps without guidance")
-    add_budget(few_steps, minutes=30, learning_rate=1e-3, batch=24)
-    few_steps.add_argument("--paths", type=int, default=1_024, help="images to draw with guidance first")
+    add_budget(few_steps, minutes=18, learning_rate=1.5e-3, batch=16)
+    few_steps.add_argument("--paths", type=int, default=256, help="images to draw with guidance first")
     export_control = add(parts, "export-control", commands.export_control, "write the ControlNet, in float16")
     export_few_steps = add(parts, "export-few-steps", commands.export_few_steps, "write the LoRA, in float16")
     for part in (control, few_steps):
@@ -149,7 +149,6 @@ def evaluation_parts(parts: Subparsers) -> None:
     add_model(evaluate)
     count = "prompts of one object, and a third as many for every other task; for an upscaler, images"
     evaluate.add_argument("--count", type=int, default=600, help=count)
-    evaluate.add_argument("--guidance-scale", type=float, default=DEFAULTS.guidance_scale)
     sheet = add(parts, "sheet", commands.draw_sheets, "write a sheet of captioned images for each task")
     add_model(sheet)
     add_output(sheet)
@@ -192,6 +191,7 @@ def add_output(part: argparse.ArgumentParser) -> None:
 def add_model(part: argparse.ArgumentParser) -> None:
     part.add_argument("model", type=Path, metavar="FOLDER", help="a trained model")
     part.add_argument("--steps", type=int, help="default: the model's own")
+    part.add_argument("--guidance-scale", type=float, default=DEFAULTS.guidance_scale)
     part.add_argument("--names", type=Path, metavar="FILE", help="default: the model's names.txt")
     part.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA to add to the model")
     part.add_argument(

@@ -265,7 +265,7 @@ def draw_sheets(args: argparse.Namespace) -> None:
     elif "upscaling" in model.spec.tasks:
         drawn = evaluate_upscaler.sheets(model, steps)
     else:
-        drawn = sheet.sheets(model, names_of(args), steps)
+        drawn = sheet.sheets(model, names_of(args), steps, args.guidance_scale)
     for task, image in drawn:
         image.save(args.output / f"{task}.png", optimize=True)
 

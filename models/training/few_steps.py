@@ -73,10 +73,10 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def save(low_rank: LowRank, unet: UNet, folder: Path) -> None:
-    """Writes a LoRA in float16."""
+    """Writes a LoRA in float16; its title, the folder's name, tells models.formats.few_step its settings."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().half().contiguous() for key, value in low_rank.tensors(unet).items()}
-    save_file(tensors, folder / LORA_FILE, {"format": "pt"})
+    save_file(tensors, folder / LORA_FILE, {"format": "pt", "modelspec.title": folder.resolve().name})
 
 
 class Angles:

@@ -112,7 +112,7 @@ UPSCALER = UNetSpec(
     context_width=0,
     noise_levels=UPSCALING.max_noise_level + 1,
 )
-UPSCALER_DEFAULTS = Defaults(width=256, height=256, steps=2, guidance_scale=1.0)
+UPSCALER_DEFAULTS = Defaults(width=256, height=256, steps=1, guidance_scale=1.0)
 
 
 def upscaler_spec(name: str, scale_factor: float) -> ModelSpec:

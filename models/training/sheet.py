@@ -31,9 +31,11 @@ WIDE_SIZES = ((192, 128), (256, 128))  # larger than any training image
 Captioned = tuple[Images, Sequence[str]]
 
 
-def sheets(model: LatentDiffusion, names: Sequence[str], steps: int) -> Iterator[tuple[str, Image.Image]]:
+def sheets(
+    model: LatentDiffusion, names: Sequence[str], steps: int, guidance_scale: float
+) -> Iterator[tuple[str, Image.Image]]:
     """(task, sheet) for every task of the bundled model; no image is chosen by hand."""
-    paint = Painter(model, steps, model.spec.defaults.guidance_scale, total=12 * COLUMNS)
+    paint = Painter(model, steps, guidance_scale, total=12 * COLUMNS)
     yield "text-to-image", lay_out(*of_prompts(paint, names), COLUMNS)
     yield "two-objects", lay_out(*of_relations(paint, names), COLUMNS)
     yield "layout-to-image", lay_out(*of_layouts(paint, names), COLUMNS)

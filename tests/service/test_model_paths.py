@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from models.checkpoint.conversion import convert
+from models.formats import few_step
 from service.model_paths import ModelPathError, locate, locate_all, locate_loras
 from tests.checkpoints.ldm_files import write
 
@@ -61,3 +62,11 @@ def test_a_package_without_the_bundled_models_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "weights", None)  # as if the package did not exist
     with pytest.raises(ModelPathError, match="emoji"):
         locate("emoji")
+
+
+def test_a_bundled_lora_is_found_by_its_name():
+    file = locate_loras(["few=emoji-few-steps"])["few"]
+    assert file.is_file()
+    assert file.parent.name == "emoji-few-steps"
+    assert (found := few_step.of_name(file.parent.name))
+    assert (found.sampler, found.steps, found.guidance_scale) == ("ddim", 4, 1.0)
