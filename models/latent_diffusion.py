@@ -109,7 +109,7 @@ class LatentDiffusion:
         """
         if x.shape[-2] * x.shape[-1] > MAX_WHOLE_PIXELS:
             return torch.stack([self.encode_tiles(image[None], LARGE_TILE_CELLS)[0] for image in x])
-        return self.spec.autoencoder.scale_factor * self.autoencoder.encode(x).float()
+        return self.spec.autoencoder.scale_factor * self.normalised(self.autoencoder.encode(x).float())
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled z (B, C, h, w) -> x (B, 3, f*h, f*w), about in [-1, 1], float32.
@@ -118,7 +118,22 @@ class LatentDiffusion:
         """
         if self.decodes_in_tiles(*z.shape[-2:]):
             return torch.cat([self.decode_tiles(latent[None], LARGE_TILE_CELLS) for latent in z]).to(z.device)
-        return self.autoencoder.decode(z / self.spec.autoencoder.scale_factor).float()
+        spec = self.spec.autoencoder
+        z = z / spec.scale_factor
+        if spec.latents_std:
+            z = z * self.per_channel(spec.latents_std) + self.per_channel(spec.latents_mean)
+        return self.autoencoder.decode(z).float()
+
+    def normalised(self, z: Tensor) -> Tensor:
+        """z (B, C, h, w) with mean 0 and standard deviation 1 in each channel, where these are known."""
+        spec = self.spec.autoencoder
+        if not spec.latents_std:
+            return z
+        return (z - self.per_channel(spec.latents_mean)) / self.per_channel(spec.latents_std)
+
+    def per_channel(self, numbers: Sequence[float]) -> Tensor:
+        """(C, 1, 1)."""
+        return upload(torch.tensor(numbers), self.device)[:, None, None]
 
     def decodes_in_tiles(self, h: int, w: int) -> bool:
         """Whether decode() cuts latents of h x w cells into tiles."""
@@ -225,8 +240,9 @@ class LatentDiffusion:
         return torch.cat(parts, dim=1) if parts else None
 
     def encode_edited(self, x: Tensor) -> Tensor:
-        """Image to edit x (1, 3, H, W) in [-1, 1] -> (C, h, w): its latent's mode, which is not scaled."""
-        return self.autoencoder.encode(x)[0].float()
+        """Image to edit x (1, 3, H, W) in [-1, 1] -> (C, h, w): its latent, unscaled but for CosXL."""
+        z = self.encode(x)[0]
+        return z if self.spec.schedule.sigma_range else z / self.spec.autoencoder.scale_factor
 
     def encode_masked(self, x: Tensor, repaint: Tensor) -> MaskedImage:
         """Image x (1, 3, H, W) in [-1, 1]; repaint (H, W), bool, True where it is repainted."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Prediction = Literal["epsilon", "v_prediction", "sample"]  # sample: x_0 itself
+# sample: x_0 itself; edm: the F of Karras et al. 2022 (table 1), which is -v.
+Prediction = Literal["epsilon", "v_prediction", "sample", "edm"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 NoiseSpacing = Literal["karras", "exponential", "sgm_uniform", "simple", "beta"]
 Spacing = Literal[TimestepSpacing, NoiseSpacing]
@@ -80,7 +81,7 @@ class AutoencoderSpec:
     channels: tuple[int, ...]  # width of each level
     res_blocks: int  # residual blocks per level of the encoder; one more in the decoder
     latent_channels: int
-    scale_factor: float  # the diffusion model sees scale_factor * E(x)
+    scale_factor: float  # the diffusion model sees scale_factor * E(x), normalised with latents_mean and _std
     image_channels: int = 3
     groups: int = 32
     sample_size: int = 512  # side of the images that it was trained on
@@ -89,6 +90,8 @@ class AutoencoderSpec:
     inner_channels: int | None = None  # between quant_conv and the encoder or decoder; None: latent_channels
     attention_levels: tuple[int, ...] = ()  # levels with attention after each residual block, 0 the finest
     middle_attention: bool = True
+    latents_mean: tuple[float, ...] = ()  # of each channel of E(x), subtracted first; (): none
+    latents_std: tuple[float, ...] = ()  # E(x) is divided by them
     upcast: bool = False  # activations overflow float16: runs in bfloat16 or float32 instead
 
     @property
@@ -114,6 +117,10 @@ class ScheduleSpec:
     spacing: TimestepSpacing = "leading"
     steps_offset: int = 1  # added to each timestep of the leading spacing
     final_alpha_one: bool = False  # the last step goes to alpha_bar = 1 instead of alpha_bar[0]
+    # Of models that were trained on noise levels (Karras et al. 2022), not on betas: the smallest and the
+    # largest, for data with the standard deviation sigma_data. Each timestep is one of these levels.
+    sigma_range: tuple[float, ...] = ()
+    sigma_data: float = 1.0
     first_timestep: int | None = None  # at which runs begin; None: the last of the schedule
     zero_terminal_snr: bool = False  # betas are rescaled, so that alpha_bar is 0 at the last timestep
 

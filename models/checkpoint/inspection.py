@@ -156,8 +156,11 @@ def as_text(report: Report) -> str:
         lines.append((network.name, f"{network.parameters:,} parameters, {types}{averaged}"))
     lines.append(("conditioner", report.conditioner))
     if schedule:
-        betas = f"{schedule['beta_start']:g} to {schedule['beta_end']:g}"
-        kind = f"{schedule['timesteps']} steps, betas {betas} ({schedule['beta_schedule']})"
+        betas = f"betas {schedule['beta_start']:g} to {schedule['beta_end']:g} ({schedule['beta_schedule']})"
+        if schedule["sigma_range"]:
+            low, high = schedule["sigma_range"]
+            betas = f"noise levels {low:g} to {high:g} of data of {schedule['sigma_data']:g} (EDM)"
+        kind = f"{schedule['timesteps']} steps, {betas}"
         lines.append(("schedule", kind + (", zero terminal SNR" if schedule["zero_terminal_snr"] else "")))
         origin = f" ({report.prediction_origin})" if report.prediction_origin else ""
         lines.append(("predicts", schedule["prediction"] + origin))

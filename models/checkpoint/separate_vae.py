@@ -24,7 +24,13 @@ from models.formats.vae_files import DIFFUSERS_KEY
 from models.networks.autoencoder import Autoencoder
 from models.spec import AutoencoderSpec
 
-NOT_SHAPE = ("sample_size", "scale_factor", "upcast")  # fields of the spec that may differ
+NOT_SHAPE = (
+    "sample_size",
+    "scale_factor",
+    "latents_mean",
+    "latents_std",
+    "upcast",
+)  # fields of the spec that may differ
 AVERAGES = "model_ema."  # prefix of averaged weights, which some files contain too
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from models.errors import CheckpointError
-from models.formats import few_step
+from models.formats import edm, few_step
 from models.formats.config_files import Config, read_json, shortened
 from models.formats.diffusers_tables import (
     ADDED_KEY,
@@ -84,12 +84,14 @@ def read_folder(path: Path) -> ModelSpec:
     if pipeline in (SUPER_RESOLUTION, UPSCALING):
         upscaling = translated(path / INDEX_FILE, lambda values: upscaling_spec(values, path), index)
     texts = text_specs(path, pipeline)
+    schedule = read_part(path, SCHEDULER, schedule_spec)
+    autoencoder = replace(autoencoder, scale_factor=autoencoder.scale_factor / schedule.sigma_data)
     size = translated(config_file(path, "unet"), lambda values: default_size(values, autoencoder), config)
-    return ModelSpec(
+    spec = ModelSpec(
         name=path.resolve().name,
         unet=unet,
         autoencoder=autoencoder,
-        schedule=read_part(path, SCHEDULER, schedule_spec),
+        schedule=schedule,
         texts=texts,
         defaults=defaults_of(size, texts, upscaling),
         upscaling=upscaling,
@@ -101,6 +103,9 @@ def read_folder(path: Path) -> ModelSpec:
         aesthetic_score=pipeline == XL_REFINER,
         zero_null="text_encoder_2" in classes and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
+    if index.get("is_cosxl_edit") and not schedule.sigma_range:
+        raise CheckpointError(f"{path / INDEX_FILE}: is_cosxl_edit needs a scheduler of noise levels (EDM)")
+    return edm.with_levels(spec, schedule) if schedule.sigma_range else spec
 
 
 def names_in_folder(path: Path) -> list[tuple[str, str]]:
@@ -374,7 +379,21 @@ def autoencoder_spec(config: Config) -> AutoencoderSpec:
         sample_size=max(per_level(size, len(size) if isinstance(size, list) and size else 1, "sample_size")),
         patch_size=only(config.get("patch_size", 1), "patch_size"),
         middle_attention=bool(config.get("mid_block_add_attention", True)),
+        latents_mean=statistics(config).get("latents_mean", ()),
+        latents_std=statistics(config).get("latents_std", ()),
     )
+
+
+def statistics(config: Config) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of each channel of the latents, if a configuration has them."""
+    found = {key: config[key] for key in ("latents_mean", "latents_std") if config.get(key) is not None}
+    for key, values in found.items():
+        valid = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        if len(found) != 2 or not valid or len(values) != config["latent_channels"]:
+            raise ValueError(f"{key} must be a number for each channel, not {shortened(values)}")
+        if key == "latents_std" and min(values) <= 0:
+            raise ValueError("latents_std must be above 0")
+    return {key: tuple(map(float, values)) for key, values in found.items()}
 
 
 def upcast_autoencoder_spec(config: Config) -> AutoencoderSpec:
@@ -431,6 +450,8 @@ def pooled_text_spec(config: Config) -> TextSpec:
 
 
 def schedule_spec(config: Config) -> ScheduleSpec:
+    if edm.is_edm(config):
+        return edm.schedule_of_config(config)
     ddim = config.get("_class_name") == "DDIMScheduler"
     check_fixed(config, SCHEDULER_FIXED)
     spacing = config.get("timestep_spacing", "leading")

@@ -146,8 +146,6 @@ UNET_FIXED: Accepted = {
 VAE_FIXED: Accepted = {
     "act_fn": ("silu", "swish"),
     "shift_factor": (None, 0),
-    "latents_mean": (None,),
-    "latents_std": (None,),
     "use_quant_conv": (True,),
     "use_post_quant_conv": (True,),
     "mid_block_add_attention": (True, False),

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from models.errors import CheckpointError
-from models.formats import ldm_json
+from models.formats import edm, ldm_json
 from models.formats.config_files import Config
 from models.formats.diffusers_read import config_file
 from models.formats.diffusers_tables import (
@@ -44,7 +44,9 @@ def write_configs(spec: ModelSpec, path: Path) -> None:
     pipeline = pipeline_of(spec)
     parts = {
         "unet": unet_config(spec) if spec.texts else plain_unet_config(spec),
-        "vqvae" if "vqvae" in PIPELINES[pipeline] else "vae": autoencoder_config(spec.autoencoder),
+        "vqvae" if "vqvae" in PIPELINES[pipeline] else "vae": autoencoder_config(
+            spec.autoencoder, spec.schedule.sigma_data
+        ),
         SCHEDULER: schedule_config(spec.schedule),
     }
     numbered = zip(spec.encoder_numbers, spec.texts, strict=False)
@@ -86,7 +88,7 @@ def index_config(pipeline: str, spec: ModelSpec) -> Config:
         "_class_name": pipeline,
         "_diffusers_version": DIFFUSERS_VERSION,
         **{part: [library, PIPELINES[pipeline][part]] for part, library in parts.items()},
-        SCHEDULER: ["diffusers", "DDIMScheduler"],
+        SCHEDULER: ["diffusers", schedule_config(spec.schedule)["_class_name"]],
     }
     if upscaling and upscaling.noise:
         index[NOISE_SCHEDULER] = ["diffusers", noise_class(pipeline)]
@@ -95,6 +97,8 @@ def index_config(pipeline: str, spec: ModelSpec) -> Config:
         index |= {"requires_safety_checker": False}
     if pipeline in (XL, XL_INPAINTING, XL_EDITING, XL_REFINER):
         index |= {"force_zeros_for_empty_prompt": spec.zero_null}
+    if pipeline == XL_EDITING:
+        index |= {"is_cosxl_edit": bool(spec.schedule.sigma_range)}
     if pipeline == XL_REFINER:
         index |= {"requires_aesthetics_score": True}
     return index | {part: [None, None] for part in UNUSED_PARTS[pipeline]}
@@ -184,7 +188,7 @@ def unet_options(unet: UNetSpec) -> Config:
     )
 
 
-def autoencoder_config(spec: AutoencoderSpec) -> Config:
+def autoencoder_config(spec: AutoencoderSpec, sigma_data: float = 1.0) -> Config:
     levels = len(spec.channels)
     # The class has no patches in diffusers; the option is named as in its autoencoders that have them.
     patches = {"patch_size": spec.patch_size} if spec.patch_size > 1 else {}
@@ -203,9 +207,11 @@ def autoencoder_config(spec: AutoencoderSpec) -> Config:
             "latent_channels": spec.latent_channels,
             "norm_num_groups": spec.groups,
             "sample_size": spec.sample_size,
-            "scaling_factor": spec.scale_factor,
+            "scaling_factor": spec.scale_factor * sigma_data,
             "mid_block_add_attention": spec.middle_attention,
             "force_upcast": spec.upcast,
+            "latents_mean": list(spec.latents_mean) or None,
+            "latents_std": list(spec.latents_std) or None,
         }
     )
 
@@ -230,6 +236,8 @@ def text_config(spec: TextSpec) -> Config:
 
 
 def schedule_config(spec: ScheduleSpec) -> Config:
+    if spec.sigma_range:
+        return edm.config_of_schedule(spec) | {"_diffusers_version": DIFFUSERS_VERSION}
     return {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,

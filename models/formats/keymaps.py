@@ -101,6 +101,10 @@ SINGLE_IGNORED = (
         "denoiser.sigmas",
         "v_pred",
         "ztsnr",
+        "edm_mean",
+        "edm_std",
+        "edm_vpred.sigma_max",
+        "edm_vpred.sigma_min",
     }
 )
 SINGLE_IGNORED_PREFIXES = (

@@ -34,7 +34,8 @@ WEIGHTS_FILE = "model.safetensors"  # of a folder with a single file
 COMPVIS = "compvis"  # the key of the facts about a single file
 UPSCALING_FLAGS = ("residual", "back_projection")  # keys of upscalers: flags of UpscalingSpec
 SPEC_KEYS = ("name", "defaults", "tasks", "layout_channels", "labels")
-OPTIONAL = {"zero_terminal_snr", "first_timestep"}  # fields of a schedule that files may lack
+UNUSED = {"first_timestep", "sigma_range", "sigma_data"}  # fields of a schedule that no such model has
+OPTIONAL = {"zero_terminal_snr"} | UNUSED  # fields of a schedule that files may lack
 SPACING = "spacing"  # an optional key of the defaults
 MAX_LAYOUT_CHANNELS = 1024
 MAX_SIZE = 2**16
@@ -151,7 +152,7 @@ def write(folder: Path, spec: ModelSpec, single_file_family: str | None = None) 
 def compvis_values(spec: ModelSpec, family: str) -> Config:
     """The values below COMPVIS, which LdmJson.hints() reads."""
     values: Config = {"side": spec.autoencoder.sample_size, "scale_factor": spec.autoencoder.scale_factor}
-    schedule = {key: value for key, value in asdict(spec.schedule).items() if value is not None}
+    schedule = {key: value for key, value in asdict(spec.schedule).items() if key not in UNUSED}
     if spec.unet:
         values |= {"kind": family, "heads": list(spec.unet.heads), "schedule": schedule}
     return values
@@ -175,7 +176,7 @@ def is_schedule(value: Any) -> bool:
         and is_size(value["timesteps"])
         and type(value["steps_offset"]) is int
         and type(value["final_alpha_one"]) is bool
-        and value.get("first_timestep") is None
+        and not UNUSED & value.keys()
         and type(value.get("zero_terminal_snr", False)) is bool
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.errors import CheckpointError
-from models.formats import compvis_yaml, few_step, keymaps, ldm, ldm_json, stable_diffusion
+from models.formats import compvis_yaml, edm, few_step, keymaps, ldm, ldm_json, stable_diffusion
 from models.formats.averages import Chosen, WeightChoice, choose, with_averages_alone
 from models.formats.hints import Hints
 from models.formats.pickles import read_pickle
@@ -137,7 +137,7 @@ def recognise(
     encoders = stable_diffusion.find_text_encoders(shapes) if ldm.UNET + "out.2.weight" in shapes else ()
     chosen = choose(header.shapes, bool(encoders), weights)
     if encoders:
-        return recognise_stable_diffusion(name, header, facts, hints, prediction, encoders, chosen)
+        return recognise_stable_diffusion(file, name, header, facts, hints, prediction, encoders, chosen)
     refuse_unet_alone(shapes, name)
     scale = None if facts.scale_factor is None else facts.scale_factor.values.item()
     if facts.scale_factor and not facts.scale_factor.exact and hints.scale_factor:
@@ -155,6 +155,7 @@ def recognise(
 
 
 def recognise_stable_diffusion(
+    file: Path,
     name: str,
     header: Header,
     facts: Facts,
@@ -180,6 +181,7 @@ def recognise_stable_diffusion(
         has_zero_terminal_snr(header) or (facts.betas and facts.betas.zero_terminal_snr)
     ):
         spec = replace(spec, schedule=replace(spec.schedule, zero_terminal_snr=True, spacing="trailing"))
+    spec = edm.with_tensors(spec, file, header)
     origin = known.origin if known else "assumed" if ambiguous else "the family"
     assumed = ambiguous and origin in ("assumed", "--prediction, or its default")
     notes = ((prediction_note(spec),) if assumed else ()) + notes

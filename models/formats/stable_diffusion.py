@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from models.errors import CheckpointError
-from models.formats import ldm
+from models.formats import edm, ldm
 from models.formats.hints import Hints
 from models.formats.ldm import CONDITION, FIRST_STAGE, UNET, Shapes, below
 from models.spec import (
@@ -70,11 +70,13 @@ class Family:
     tasks: tuple[str, ...] = ALL_TASKS[:3]
 
 
-SD_1, SD_2, SDXL, REFINER, UPSCALER = (
+SD_1, SD_2, SDXL, REFINER, PLAYGROUND, COSXL, UPSCALER = (
     "Stable Diffusion 1.x",
     "Stable Diffusion 2.x",
     "Stable Diffusion XL",
     "Stable Diffusion XL refiner",
+    "Playground v2.5",
+    "CosXL",
     "Stable Diffusion x4 upscaler",
 )
 SD_2_V = SD_2 + " 768-v"
@@ -92,6 +94,19 @@ FAMILIES = {
         1024, scale_factor=0.13025, zero_null=True, upcast=True, edits=True, tasks=EDITING_TASKS
     ),
     REFINER: Family(1024, scale_factor=0.13025, upcast=True, tasks=ALL_TASKS[1:3]),
+    PLAYGROUND: Family(
+        1024, scale_factor=1.0, zero_null=True, upcast=True, guidance_scale=3.0, prediction="edm"
+    ),
+    COSXL: Family(1024, scale_factor=0.13025, zero_null=True, upcast=True, prediction="v_prediction"),
+    COSXL + EDITING: Family(
+        1024,
+        scale_factor=0.13025,
+        zero_null=True,
+        upcast=True,
+        edits=True,
+        tasks=EDITING_TASKS,
+        prediction="v_prediction",
+    ),
     UPSCALER: Family(
         512,
         heads=8,
@@ -195,6 +210,8 @@ def family_of(shapes: Shapes, encoders: tuple[EncoderLocation, ...], prediction:
     if encoders == (OPEN_CLIP,) and not inpaints:
         return SD_2_V if (prediction or DEFAULT_PREDICTION) == "v_prediction" else SD_2
     family = {(CLIP,): SD_1, (OPEN_CLIP,): SD_2, SDXL_BOTH: SDXL, (SDXL_REFINER,): REFINER}[encoders]
+    if family == SDXL:
+        family = PLAYGROUND if edm.MEAN in shapes else COSXL if edm.SIGMA_MAX in shapes else SDXL
     kind = family + (INPAINTING if inpaints else EDITING if edits else "")
     return kind if kind in FAMILIES else family
 

@@ -29,8 +29,6 @@ UNET_PREFIX = r"(model\.diffusion_model\.|unet\.|diffusion_model\.|transformer\.
 PARAMS = r"(params_ema\.|params\.|)"  # of files by BasicSR
 VIDEO = "a video model"
 KINDS = (  # the first match counts
-    Kind("Playground v2.5 (EDM)", (r"edm_mean$", r"edm_std$")),
-    Kind("CosXL (EDM)", (r"edm_vpred\.sigma_(max|min)$",)),
     Kind("Chroma", (UNET_PREFIX + r"distilled_guidance_layer\.",)),
     Kind("Hunyuan Video", (UNET_PREFIX + r"txt_in\.individual_token_refiner\.",)),
     Kind("HiDream", (UNET_PREFIX + r"double_stream_blocks\.",)),

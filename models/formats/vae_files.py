@@ -30,7 +30,14 @@ def read_vae_spec(path: Path, model: AutoencoderSpec, allow_pickle: bool) -> Aut
             f"the VAE {path} does not fit: its latents have {found.latent_channels} channels, the model's "
             f"{model.latent_channels}"
         )
-    return replace(found, scale_factor=model.scale_factor, sample_size=model.sample_size, upcast=model.upcast)
+    return replace(
+        found,
+        scale_factor=model.scale_factor,
+        latents_mean=model.latents_mean,
+        latents_std=model.latents_std,
+        sample_size=model.sample_size,
+        upcast=model.upcast,
+    )
 
 
 def spec_of_tensors(path: Path, allow_pickle: bool) -> AutoencoderSpec:

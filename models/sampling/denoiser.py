@@ -48,16 +48,16 @@ class Denoiser:
         if prediction == "epsilon":
             return out
         alpha, sigma = self.alpha_sigma_of(t, alpha_sigma)
-        if prediction == "v_prediction":
-            return alpha * out + sigma * x.float()
-        return (x.float() - alpha * out) / sigma
+        if prediction == "sample":
+            return (x.float() - alpha * out) / sigma
+        return (alpha if prediction == "v_prediction" else -alpha) * out + sigma * x.float()
 
     def eps_offset(self, x: Tensor, sigma: Tensor) -> Tensor | float:
         """What eps would be if the UNet's output were 0. x: (..., C, h, w); sigma: that broadcasts with x."""
         prediction = self.schedule.spec.prediction
         if prediction == "epsilon":
             return 0.0
-        return sigma * x.float() if prediction == "v_prediction" else x.float() / sigma
+        return x.float() / sigma if prediction == "sample" else sigma * x.float()
 
     def alpha_sigma_of(self, t: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
         """alpha and sigma of x, each (B, 1, 1, 1): those given (B, 2), or else the schedule's at t (B,)."""

@@ -40,6 +40,15 @@ class NoisePath:
         return self.sigma / self.alpha
 
     @property
+    def inputs(self) -> Floats:
+        """(n,): the timesteps as the UNet takes them; of noise levels, log(sigma) / 4."""
+        spec = self.schedule.spec
+        if not spec.sigma_range:
+            return self.t
+        logarithms: Floats = np.log(self.ratio[:-1] * spec.sigma_data) / 4
+        return logarithms
+
+    @property
     def log_snr(self) -> Floats:
         """(n + 1,): log(alpha / sigma), lambda in Lu et al. 2022; infinite where there is no noise."""
         with np.errstate(divide="ignore"):

@@ -114,11 +114,16 @@ def euler_ancestral(path: NoisePath, eta: float) -> Plan:
 
 
 def lcm(path: NoisePath, eta: float) -> Plan:
-    """Latent consistency (Luo et al. 2023): predict x_0 at once, then add noise up to the next point."""
+    """Latent consistency (Luo et al. 2023): predict x_0 at once, then add noise up to the next point.
+
+    Below timestep 1, where the consistency function becomes the identity, x_0 is taken as predicted.
+    """
     next_x = []
     for i in range(len(path)):
         scaled = 10 * path.t[i]
         skip, out = 0.25 / (scaled**2 + 0.25), scaled / np.sqrt(scaled**2 + 0.25)
+        if path.t[i] < 1:
+            skip, out = 0.0, 1.0
         next_x.append(path.alpha[i + 1] * (skip * X + out * predicted_x_0(path, i)))
     return build_plan(path, next_x, path.sigma[1:])
 

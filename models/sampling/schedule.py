@@ -18,8 +18,13 @@ class Schedule:
 
     def __init__(self, spec: ScheduleSpec) -> None:
         self.spec = spec
-        self.betas = betas(spec)  # (T,)
-        self.alpha_bar: Floats = np.cumprod(1.0 - self.betas, dtype=np.float64)  # (T,)
+        self.alpha_bar: Floats  # (T,)
+        if spec.sigma_range:
+            self.alpha_bar = 1 / (1 + noise_ratios(spec) ** 2)
+            self.betas = 1 - self.alpha_bar / np.append(1.0, self.alpha_bar[:-1])  # (T,)
+        else:
+            self.betas = betas(spec)
+            self.alpha_bar = np.cumprod(1.0 - self.betas, dtype=np.float64)
 
     def __len__(self) -> int:
         """T, the number of training timesteps."""
@@ -39,6 +44,16 @@ class Schedule:
         if not 1 <= steps <= total:
             raise ValueError(f"steps must be 1 to {total}, not {steps}")
         return TIMESTEP_SPACINGS[spacing or self.spec.spacing](steps, total, self.spec.steps_offset)
+
+
+def noise_ratios(spec: ScheduleSpec) -> Floats:
+    """sigma / alpha of each timestep, (T,), of a schedule of noise levels: evenly spaced in its 7th root.
+
+    (Karras et al. 2022, equation 5.)
+    """
+    low, high = (sigma / spec.sigma_data for sigma in spec.sigma_range)
+    ratios: Floats = np.linspace(low ** (1 / 7), high ** (1 / 7), spec.timesteps) ** 7
+    return ratios
 
 
 def betas(spec: ScheduleSpec) -> Floats:

@@ -78,7 +78,7 @@ def build_plan(
     """
     n = len(path)
     coeffs = np.zeros((n, COMBO_START + (1 + HISTORY) * TERMS))
-    coeffs[:, T], coeffs[:, ALPHA], coeffs[:, SIGMA] = path.t, path.alpha[:-1], path.sigma[:-1]
+    coeffs[:, T], coeffs[:, ALPHA], coeffs[:, SIGMA] = path.inputs, path.alpha[:-1], path.sigma[:-1]
     coeffs[:, FRESH_NOISE] = fresh_noise
     coeffs[:, NEXT_ALPHA] = np.append(path.alpha[1:-1], 1.0)
     coeffs[:, NEXT_SIGMA] = np.append(path.sigma[1:-1], 0.0)

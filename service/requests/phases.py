@@ -173,16 +173,22 @@ def takes_prompt_alone(spec: ModelSpec) -> bool:
 def same_latents(one: ModelSpec, other: ModelSpec) -> bool:
     """Whether the UNets denoise latents of the same form."""
     a, b = one.autoencoder, other.autoencoder
-    return (a.latent_channels, a.factor, a.scale_factor) == (b.latent_channels, b.factor, b.scale_factor)
+    return (a.latent_channels, a.factor, a.scale_factor) == (
+        b.latent_channels,
+        b.factor,
+        b.scale_factor,
+    ) and (a.latents_mean, a.latents_std) == (b.latents_mean, b.latents_std)
 
 
 def same_noise(one: ModelSpec, other: ModelSpec) -> bool:
     """Whether one plan of a sampler suits both models."""
     a, b = one.schedule, other.schedule
+    levels = [(each.sigma_range, each.sigma_data) for each in (a, b)]
     betas = [(each.beta_start, each.beta_end, each.beta_schedule, each.timesteps) for each in (a, b)]
     zero = a.zero_terminal_snr
+    same = levels[0] == levels[1] and betas[0] == betas[1] and zero == b.zero_terminal_snr
     # At zero terminal SNR the plan depends on the prediction, too.
-    return betas[0] == betas[1] and zero == b.zero_terminal_snr and (not zero or a.prediction == b.prediction)
+    return same and (not zero or a.prediction == b.prediction)
 
 
 def calls_of(resolved: ResolvedRequest, spec: ModelSpec) -> int:

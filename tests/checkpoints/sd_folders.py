@@ -16,6 +16,8 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     LCMScheduler,
     UNet2DConditionModel,
@@ -73,6 +75,7 @@ class Row:
     extra: Options = field(default_factory=dict)  # further arguments of the pipeline
     scheduler: type = DDIMScheduler
     schedule: Options = field(default_factory=dict)  # further arguments of the scheduler
+    vae: Options = field(default_factory=dict)  # further arguments of the autoencoder
     refines: bool = False  # SDXL's refiner: the only text encoder is the second
 
 
@@ -112,6 +115,22 @@ MORE_ROWS = {
     "xl-zero-snr": Row(
         "StableDiffusionXLPipeline", XL, (CLIP_L, CLIP_G), 0, scale=0.13025, prediction="v_prediction",
         schedule={"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ),
+    "playground": Row(
+        "StableDiffusionXLPipeline", XL, (CLIP_L, CLIP_G), 0, scale=0.5,
+        scheduler=EDMDPMSolverMultistepScheduler,
+        vae={
+            "latents_mean": [-1.6574, 1.886, -1.383, 2.5155], "latents_std": [8.4927, 5.9022, 6.5498, 5.2299]
+        },
+    ),
+    "cosxl": Row(
+        "StableDiffusionXLPipeline", XL, (CLIP_L, CLIP_G), 0, scale=0.13025, prediction="v_prediction",
+        scheduler=EDMEulerScheduler, schedule={"sigma_min": 0.002, "sigma_max": 120.0, "sigma_data": 1.0},
+    ),
+    "cosxl-edit": Row(
+        "StableDiffusionXLInstructPix2PixPipeline", XL | {"in_channels": 8}, (CLIP_L, CLIP_G), 0,
+        scale=0.13025, prediction="v_prediction", scheduler=EDMEulerScheduler,
+        schedule={"sigma_min": 0.002, "sigma_max": 120.0, "sigma_data": 1.0}, extra={"is_cosxl_edit": True},
     ),
     "pix2pix": Row(
         "StableDiffusionInstructPix2PixPipeline", SD1 | {"in_channels": 8}, (CLIP_L,), extra=NONE
@@ -183,7 +202,7 @@ def autoencoder(row: Row, narrow: bool) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=channels, layers_per_block=2, norm_num_groups=8 if narrow else 32,
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        sample_size=64 if narrow else 512, scaling_factor=row.scale,
+        sample_size=64 if narrow else 512, scaling_factor=row.scale, **row.vae,
     )  # fmt: skip
 
 
@@ -200,6 +219,8 @@ def scheduler(row: Row, betas: Options) -> Any:
     options = {"steps_offset": 1, "prediction_type": row.prediction} | row.schedule
     if row.scheduler is DDIMScheduler:
         options |= {"clip_sample": False, "set_alpha_to_one": False}
+    if row.scheduler in (EDMEulerScheduler, EDMDPMSolverMultistepScheduler):
+        return row.scheduler(prediction_type=row.prediction, **row.schedule)
     return row.scheduler(**betas, **options)
 
 

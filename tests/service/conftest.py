@@ -11,7 +11,7 @@ from tests.helpers.servers import Server
 
 LDM_MODELS = ("celebahq", "cin256-v2", "layout2img", "semantic_synthesis", "inpainting_big", "bsr_sr")
 SD_FILES = ("sd1", "sd1-inpainting", "sd2", "sd-x4", "sdxl")
-SD_FOLDERS = ("xl", "xl-inpainting", "xl-refiner", "xl-zero-snr", "pix2pix", "x4-upscaler")
+SD_FOLDERS = ("xl", "xl-inpainting", "xl-refiner", "xl-zero-snr", "playground", "pix2pix", "x4-upscaler")
 
 
 @pytest.fixture(scope="session")

@@ -200,8 +200,6 @@ def test_averages_alone_are_used(tmp_path, networks):
         (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight", UNET + "single_blocks.0.x"], "FLUX"),
         (["model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"], "Stable Diffusion 3"),
         (["adaln_single.linear.weight"], "PixArt"),
-        (["edm_mean", "edm_std"], "Playground v2.5"),
-        (["edm_vpred.sigma_max"], "CosXL"),
         (
             ["lora_unet_mid_block_attentions_0.lora_down.weight"],
             "a LoRA, which is added to a model with --lora",

@@ -46,6 +46,22 @@ def test_zero_terminal_snr_with_trailing_spacing_and_rescaled_guidance(families,
     assert listed["xl-zero-snr"]["defaults"]["spacing"] == "trailing"
 
 
+def test_a_model_trained_on_noise_levels(families, sd_pipelines):
+    body = {"model": "playground", "prompt": REQUEST["prompt"], "seed": 7, "steps": 3}
+    pixels = image_of(families.client.post("/generate", json=body))
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    expected = theirs(sd_pipelines["playground"], latents=start, guidance_scale=3.0)
+    assert pixels.std() > 10
+    assert psnr(pixels, expected) > 45
+    listed = {model["name"]: model for model in families.client.get("/models").json()["models"]}
+    defaults = listed["playground"]["defaults"]
+    assert (defaults["sampler"], defaults["spacing"], defaults["guidance_scale"]) == (
+        "dpmpp_2m",
+        "karras",
+        3.0,
+    )
+
+
 def test_generate_at_another_size(families, sd_pipelines):
     pixels = image_of(families.client.post("/generate", json={"model": "xl", "width": 96} | REQUEST))
     start = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(7))
