@@ -200,7 +200,8 @@ class Supervisor:
         the timeout.
         """
         if model not in self.specs:
-            raise NotFound(f"model does not exist; expected one of {', '.join(self.specs)}", param="name")
+            known = ", ".join(self.specs) or "none: there is no model"
+            raise NotFound(f"model does not exist; expected one of {known}", param="name")
         ready = [replica for replica in self.replicas if replica.is_ready]
         if not ready:
             raise refusal(Loading)
