@@ -25,18 +25,20 @@ def add_hires(command: argparse.ArgumentParser) -> None:
         help="how much it changes the image, 0 to 1 (default: 0.5)",
     )
     add("--hires-steps", type=int, metavar="N", help="of its whole schedule (default: as the first pass)")
-    add("--hires-upscaler", metavar="NAME", help=f"before it: {', '.join(UPSCALERS)} (default: latent)")
+    add("--hires-upscaler", metavar="NAME", help=f"before it: {', '.join(UPSCALERS)} or a model")
     add("--hires-prompt", metavar="PROMPT", help="of the second pass (default: that of the first)")
     add("--hires-negative-prompt", metavar="PROMPT", help="of the second pass (default: that of the first)")
 
 
 def hires_of(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The field `hires`. Raises UsageError for other arguments without --hires-scale."""
+    """The field `hires`. Raises UsageError for other arguments without --hires-scale, and ModelPathError."""
     values = {name: getattr(args, f"hires_{name}", None) for name in HIRES}
     given = {name: value for name, value in values.items() if value is not None}
     if given and "scale" not in given:
         flag = f"--hires-{next(iter(given))}".replace("_", "-")
         raise UsageError(f"{flag} has no effect without --hires-scale")
+    if model := upscaling_model(args):
+        given["upscaler"], _ = locate(model, bool(args.allow_pickle))
     return given or None
 
 
@@ -46,12 +48,17 @@ def add_phases(command: argparse.ArgumentParser) -> None:
     add("--refiner-switch-at", type=float, metavar="X", help="part of the steps before it (default: 0.8)")
 
 
-def with_refiner(settings: Settings, args: argparse.Namespace) -> Settings:
-    """The settings, with the refiner among the models."""
-    refiner = getattr(args, "refiner", None)
-    if refiner is None or refiner in settings.model:
-        return settings
-    return replace(settings, model=(*settings.model, refiner))
+def with_models(settings: Settings, args: argparse.Namespace) -> Settings:
+    """The settings, with the refiner and an upscaling model of the second pass among the models."""
+    named = getattr(args, "refiner", None), upscaling_model(args)
+    added = (name for name in named if name is not None and name not in settings.model)
+    return replace(settings, model=(*settings.model, *added))
+
+
+def upscaling_model(args: argparse.Namespace) -> str | None:
+    """The upscaling model of the second pass, by name or path."""
+    upscaler: str | None = getattr(args, "hires_upscaler", None)
+    return None if upscaler in UPSCALERS else upscaler
 
 
 def refiner_of(args: argparse.Namespace) -> dict[str, Any] | None:

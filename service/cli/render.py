@@ -16,7 +16,7 @@ from models.spec import ModelSpec, Spacing
 from service.catalogue import Catalogue, Folders
 from service.cli.from_image import fields_of_file
 from service.cli.options import ONE_SHOT, UsageError, add_settings, settings_of
-from service.cli.phases import add_phases, hires_of, refiner_of, with_refiner
+from service.cli.phases import add_phases, hires_of, refiner_of, with_models
 from service.engine.events import Done, Event, Failed, Started, Stepped
 from service.engine.job import AdapterKey, Job
 from service.errors import ServiceError, from_code
@@ -292,7 +292,7 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     """Run a request of this kind and write its images; `files`: field -> image file, or None."""
     output = Path(args.output)
     image_format = format_of(output)
-    settings = with_refiner(settings_of(args, *ONE_SHOT), args)
+    settings = with_models(settings_of(args, *ONE_SHOT), args)
     settings = replace(settings, lora=tuple(entry for entry, _ in args.lora))
     paths, loras = Folders(settings).models, locate_loras(settings.lora)
     if not paths:

@@ -134,7 +134,9 @@ def unet_inputs(
     unet_spec = phases[0].bundle.spec.unet
     noise_levels = guidance = None
     if unet_spec is not None and unet_spec.noise_levels:
-        levels = [state.job.noise_level for state, own in zip(states, rows, strict=True) for _ in own.rows]
+        levels = [
+            phase.outline.noise_level for phase, own in zip(phases, rows, strict=True) for _ in own.rows
+        ]
         noise_levels = upload(torch.tensor(levels), device)
     if unet_spec is not None and unet_spec.guidance_width:
         scales = [

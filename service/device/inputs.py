@@ -15,7 +15,6 @@ from models.conditioning.prompts import PromptOptions
 from models.latent_diffusion import LatentDiffusion, MaskedImage
 from models.sampling.noise import slerp
 from models.sampling.table import Plan
-from models.tiles import cut
 from models.transfer import upload
 from service.device.controls import ControlUse, ReferenceUse
 from service.device.phases import PhaseOutline
@@ -159,23 +158,6 @@ def initial_noise(job: Job, index: int, shape: tuple[int, ...], generator: torch
         return noise
     other = torch.Generator().manual_seed(job.variation.seed + index)
     return slerp(job.variation.strength, noise, torch.randn(shape, generator=other))
-
-
-def start_tiles(state: JobState) -> None:
-    """Add the initial states of the tiles of an image to enlarge.
-
-    Each tile gets its part of the noise of the whole image, and of the low-resolution image.
-    """
-    job, bundle = state.job, state.bundle
-    low = image_of(job, bundle.device)[0]
-    tiles = cut(low.shape[1], low.shape[2], bundle.spec.tile)
-    for index in range(job.n):
-        noise, noised = bundle.start_upscaling(low, job.seed + index, job.noise_level)
-        for tile in range(len(tiles.corners)):
-            rows, columns = tiles.slices(tile)
-            generator = torch.Generator().manual_seed((job.seed + index + tile * TILE_SEED_STEP) % 2**64)
-            x = with_history(noise[:, rows, columns], state.phases[0].plan)
-            state.images.append(ImageState(x, generator, None, None, low=noised[:, rows, columns]))
 
 
 def with_history(x: Tensor, plan: Plan) -> Tensor:

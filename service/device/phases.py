@@ -5,18 +5,22 @@ A phase is a run of UNet calls of one model at one size. Most jobs have one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
+
+import numpy as np
 
 from models.adapters.controls import is_active
 from models.conditioning.prompt_schedule import Composition, compose
 from models.conditioning.text_encoder import Context
 from models.latent_diffusion import LatentDiffusion
-from models.sampling.guidance import CONDITIONAL, UNCONDITIONAL, StepRows, cfg_run, composed
+from models.sampling.guidance import CONDITIONAL, UNCONDITIONAL, StepRows, cfg_rows, cfg_run, composed
 from models.sampling.samplers import first_call, schedule_steps
 from models.sampling.table import Plan
+from models.spec import ModelSpec
+from models.tiles import Tiles, cut
 from service.device.controls import ControlUse, ReferenceUse
 from service.engine.job import Hires, Job, JobControl, ModelKey, Segment
 
@@ -40,7 +44,8 @@ class PhaseOutline:
     key: its model; width, height: of the image in pixels; plan, rows: one line and one StepRows for each UNet
     call; prompt, negative_prompt: the conditions that rows name, or composition, if they are more than these;
     before, run: calls of the pass before those of this phase, and in total (0: the phase is all of it);
-    upscaler: how the image of the phase before becomes this one's, or "" if the latent stays as it is.
+    upscaler: how the image of the phase before becomes this one's, or "" if the latent stays as it is;
+    tiles: of an upscaling model, which run one after the other, on the grid of latent cells.
     """
 
     key: ModelKey
@@ -54,6 +59,8 @@ class PhaseOutline:
     before: int = 0
     run: int = 0
     upscaler: str = ""
+    tiles: Tiles | None = None
+    noise_level: int = 0
 
     @property
     def kinds(self) -> tuple[int, ...] | None:
@@ -130,14 +137,46 @@ class Phase:
         return len(self.outline.plan)
 
 
-def outlines(job: Job, plan_of: Callable[[Job], Plan]) -> tuple[PhaseOutline, ...]:
-    """The phases of a job. plan_of: the sampler's plan of a job."""
+def outlines(
+    job: Job, plan_of: Callable[[Job], Plan], specs: Mapping[str, ModelSpec]
+) -> tuple[PhaseOutline, ...]:
+    """The phases of a job. plan_of: the sampler's plan of a job; specs: of all models, by name."""
     first = outline(job, plan_of(job))
     if job.hires is None:
         return with_refiner(first, job)
     alone = second_pass(job, job.hires)
     second = outline(alone, plan_of(alone), schedule_steps(job.sampler, job.steps))
-    return first, *with_refiner(replace(second, upscaler=job.hires.upscaler), job)
+    if not job.hires.model:
+        return first, *with_refiner(replace(second, upscaler=job.hires.upscaler), job)
+    middle = upscaling(job, job.hires, specs[job.hires.upscaler], plan_of)
+    return first, middle, *with_refiner(replace(second, upscaler="lanczos"), job)
+
+
+def upscaling(job: Job, hires: Hires, spec: ModelSpec, plan_of: Callable[[Job], Plan]) -> PhaseOutline:
+    """The phase of an upscaling model with its default settings, one run for each tile."""
+    defaults, side = spec.defaults, spec.unet_spec.factor
+    height, width = (-(-each // side) * side for each in (job.height, job.width))
+    tiles = cut(height, width, spec.tile)
+    run = plan_of(
+        replace(
+            job,
+            model=spec.name,
+            sampler=defaults.sampler,
+            steps=defaults.steps,
+            eta=defaults.eta,
+            spacing=None,
+            strength=1.0,
+        )
+    )
+    texts = (hires.prompt, hires.negative_prompt) if spec.reads_prompts else ("", "")
+    rows = cfg_rows(defaults.guidance_scale if spec.guided and texts[0] != texts[1] else 1.0)
+    count, factor = len(tiles.corners), spec.autoencoder.factor
+    plan = replace(run, coeffs=np.tile(run.coeffs, (count, 1)))
+    size = factor * tiles.size[1], factor * tiles.size[0]
+    return PhaseOutline(
+        ModelKey(spec.name), *size, plan, (rows,) * len(plan), *texts,
+        upscaler=spec.name, tiles=tiles, noise_level=defaults.noise_level,
+    )  # fmt: skip
 
 
 def second_pass(job: Job, hires: Hires) -> Job:
@@ -160,7 +199,10 @@ def outline(job: Job, plan: Plan, first_pass: int | None = None) -> PhaseOutline
     if composition:
         rows = tuple(map(composed, rows, composition.calls))
     texts = job.prompt, job.negative_prompt
-    return PhaseOutline(job.model_key, job.width, job.height, plan, rows, *texts, composition)
+    level = job.noise_level
+    return PhaseOutline(
+        job.model_key, job.width, job.height, plan, rows, *texts, composition, noise_level=level
+    )
 
 
 def with_refiner(whole: PhaseOutline, job: Job) -> tuple[PhaseOutline, ...]:

@@ -30,7 +30,7 @@ from models.tiles import cut
 from models.transfer import download
 from models.upscalers import LATENT_UPSCALERS
 from service.catalogue import Catalogue
-from service.device import hires
+from service.device import hires, upscaling
 from service.device.batch import advance
 from service.device.contents import Contents
 from service.device.controls import in_float32
@@ -46,12 +46,11 @@ from service.device.inputs import (
     start_control,
     start_images,
     start_reference,
-    start_tiles,
 )
 from service.device.memory import free_cache, memory_of
 from service.device.phases import Phase, PhaseOutline, Window, outlines
 from service.device.registry import Registry
-from service.device.state import ImageState, JobState
+from service.device.state import ImageState, JobState, TileRun
 from service.device.torch_errors import translate_device_lost, translate_oom
 from service.engine.events import Incident
 from service.engine.job import AdapterKey, ImageKey, Job, JobControl, ModelKey, Segment, Shape, WeightsKey
@@ -122,7 +121,7 @@ class TorchRunner:
 
     def shape(self, job: Job, full_precision: bool = False) -> Shape:
         parts, segments = 1, list[Segment]()
-        for outline in outlines(job, self._plan):
+        for outline in outlines(job, self._plan, self.specs):
             if outline.key.model not in self.specs:  # it was served before the worker was replaced
                 raise ModelUnreadable
             spec = self.specs[outline.key.model]
@@ -213,7 +212,7 @@ class TorchRunner:
             phases = self._phases(job, full_precision)
             state = JobState(job, phases)
             if job.scale:
-                start_tiles(state)
+                upscaling.start_tiles(state)
             else:
                 start_images(state)
         self.jobs[job.id] = state
@@ -223,7 +222,7 @@ class TorchRunner:
         """The phases of a job with their models and contexts."""
         groups = [phase[0].group for phase in self.shape(job, full_precision).phases]
         phases = []
-        for group, outline in zip(groups, outlines(job, self._plan), strict=True):
+        for group, outline in zip(groups, outlines(job, self._plan, self.specs), strict=True):
             key = outline.key
             bundle = self._in_float32(key) if full_precision else self.registry.bundle(key)
             if job.tiling != "none":
@@ -277,6 +276,7 @@ class TorchRunner:
         for state, image, new in zip(states, images, new_states, strict=True):
             history = state.phase(image).plan.history
             image.state, image.done, image.noise = new[: 1 + history], image.done + 1, None
+            upscaling.after_step(state, image)
         # The only place in a step that waits for the device: on a CPU for this call, on CUDA for the last.
         finite = torch.isfinite(new_states).flatten(1).all(1)
         non_finite = self.finite_checker.submit(states, finite, begin)
@@ -288,7 +288,7 @@ class TorchRunner:
         for state, image in zip(states, images, strict=True):
             if image.low is not None:
                 with translate_oom():
-                    concat = state.bundle.tile_concat_channels(image.low)
+                    concat = state.phase(image).bundle.tile_concat_channels(image.low)
                 image.concat, image.low = concat.expand(CONDITIONS, -1, -1, -1), None
 
     def _current_jobs(self, states: Sequence[JobState]) -> tuple[str, ...]:
@@ -350,11 +350,16 @@ class TorchRunner:
         """One decoding or encoding of an image at most."""
         state = self.jobs[key.job]
         image = state.images[key.image]
-        upscaler = state.next_phase(image).outline.upscaler
+        outline = state.next_phase(image).outline
         with translate_oom():
-            if not upscaler:
+            if outline.tiles:
+                upscaling.begin(state, key.image, self._pixels(state, image))
+            elif image.tiles:
+                self._prepare_upscaled(state, image, image.tiles)
+                return False
+            elif not outline.upscaler:
                 image.phase, image.done = image.phase + 1, 0
-            elif upscaler in LATENT_UPSCALERS:
+            elif outline.upscaler in LATENT_UPSCALERS:
                 hires.begin(state, key.image, hires.enlarged_latent(state, image))
             elif image.pixels is None:
                 image.pixels = hires.enlarged_pixels(state, image, self._pixels(state, image))
@@ -363,11 +368,27 @@ class TorchRunner:
                 hires.begin(state, key.image, hires.encoded(state, image.pixels))
         return True
 
+    def _prepare_upscaled(self, state: JobState, image: ImageState, tiles: TileRun) -> None:
+        """Decode the next tile of an upscaling model's, or after the last one merge them."""
+        phase = state.phase(image)
+        if tiles.latents:
+            z, concat = tiles.latents[0]
+            x = self._decode_full(phase.bundle, phase.bundle.add_residual_base(z[None], concat))
+            if not torch.isfinite(x).all():
+                raise NonFinite
+            tiles.pixels.append(rgb_bytes(phase.bundle.correct(x, concat, phase.outline.noise_level)))
+            tiles.latents.popleft()
+        else:
+            enlarged = upscaling.merged(state, image, tiles)
+            image.pixels, image.tiles = hires.enlarged_pixels(state, image, enlarged), None
+
     @translate_device_lost()
     @torch.inference_mode()
     def preview(self, key: ImageKey) -> Preview:
         state = self.jobs[key.job]
         autoencoder, image = state.bundle.autoencoder, state.images[key.image]
+        if image.tiles and image.pixels is not None:  # no tile shows the whole image
+            return Preview(image.pixels.shape[1], image.pixels.shape[0], image.pixels.tobytes())
         z = state.latent_of(image)
         tiny = self._tiny_decoder(state.job)
         if state.job.preview_decoded and not (tiny and state.job.decoder == "tiny"):
@@ -388,8 +409,10 @@ class TorchRunner:
     @torch.inference_mode()
     def finish(self, key: ImageKey) -> bytes:
         state = self.jobs[key.job]
-        pixels = self._pixels(state, state.images[key.image])
-        if not state.job.scale:  # a job that was interrupted in its first pass
+        image = state.images[key.image]
+        # A job that was interrupted before its second pass shows the image of the first.
+        pixels = self._pixels(state, image) if image.pixels is None else image.pixels
+        if not state.job.scale:
             pixels = hires.resized_to(pixels, state.job.size)
         return with_kept_pixels(state.job, pixels).tobytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,13 +32,23 @@ class ImageState:
     done: int = 0  # steps taken in the current phase
     noise: Tensor | None = None  # drawn for the next step; kept until it succeeds, so that a retry reuses it
     low: Tensor | None = None  # (3, h, w): low-resolution pixels of a tile, until `concat` is made from them
-    pixels: NDArray[np.uint8] | None = None  # (H, W, 3), between two phases: the image to encode
+    pixels: NDArray[np.uint8] | None = None  # (H, W, 3): the image to encode, or that whose tiles run
+    tiles: TileRun | None = None  # in the phase of an upscaling model
     x_0: Tensor | None = None  # (C, h, w), the last step's prediction of the final latent; see keeps_x_0
 
     @property
     def x(self) -> Tensor:
         """(C, h, w): the latent itself."""
         return self.state[0]
+
+
+@dataclass
+class TileRun:
+    """The tiles of an image: those to come, latents with their concat channels, and pixels (H, W, 3)."""
+
+    waiting: deque[ImageState]
+    latents: deque[tuple[Tensor, Tensor]] = field(default_factory=deque)
+    pixels: list[NDArray[np.uint8]] = field(default_factory=list)
 
 
 @dataclass

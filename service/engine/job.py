@@ -105,7 +105,8 @@ class Refiner:
 class Hires:
     """A second pass, image-to-image from the enlarged image of the first.
 
-    width, height: of the finished image; upscaler: one of models.upscalers. The other fields are as in Job.
+    width, height: of the finished image; upscaler: one of models.upscalers, or with `model` the name of that
+    upscaling model. The other fields are as in Job.
     """
 
     width: int
@@ -115,6 +116,7 @@ class Hires:
     upscaler: str
     prompt: str
     negative_prompt: str
+    model: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,9 @@ class Job:
     @property
     def model_keys(self) -> tuple[ModelKey, ...]:
         """All models that the job runs on, without repetitions; the first one is that of its first call."""
-        return (self.model_key, ModelKey(self.refiner.model)) if self.refiner else (self.model_key,)
+        names = [self.hires.upscaler] if self.hires and self.hires.model else []
+        names += [self.refiner.model] if self.refiner else []
+        return (self.model_key, *map(ModelKey, names))
 
     @property
     def weights_keys(self) -> tuple[WeightsKey, ...]:

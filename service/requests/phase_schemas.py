@@ -56,7 +56,8 @@ class HiresInput(BaseModel):
         str,
         Field(
             max_length=MAX_NAME,
-            description=f"Between the passes: {', '.join(UPSCALERS)}; latent: interpolates the latent",
+            description=f"Between the passes: {', '.join(UPSCALERS)} (those of latents interpolate the "
+            "latent), or an upscaling model, with its defaults",
         ),
     ] = "latent"
     prompt: Annotated[

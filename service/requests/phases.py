@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from models.sampling.samplers import first_call, max_steps, plan
@@ -40,13 +40,15 @@ def with_refiner(
 
 
 def with_hires(
-    resolved: ResolvedRequest, request: SceneRequest, spec: ModelSpec, settings: Settings
+    resolved: ResolvedRequest, request: SceneRequest, specs: Mapping[str, ModelSpec], settings: Settings
 ) -> ResolvedRequest:
     """Add the second pass at a larger size. Raises InvalidRequest."""
     hires = request.hires if isinstance(request, GenerateRequest) else None
     if hires is None:
         return resolved
-    check_second_pass(resolved, hires, spec)
+    spec = specs[resolved.parameters.model]
+    models = [name for name, each in specs.items() if each.upscaling]
+    check_second_pass(resolved, hires, spec, models)
     wanted = target_size(hires, (resolved.width, resolved.height))
     width, height = (side // spec.size_multiple * spec.size_multiple for side in wanted)
     parameters = resolved.parameters
@@ -60,11 +62,13 @@ def with_hires(
         negative_prompt=(
             resolved.negative_prompt if hires.negative_prompt is None else hires.negative_prompt
         ),
+        model=hires.upscaler in models,
     )
+    upscaler = specs[hires.upscaler] if job_hires.model else None
     first, size = resolved, "scale" if hires.width is None and hires.height is None else "width"
     resolved = replace(resolved, hires=job_hires, width=width, height=height)
     resolved = with_parameters(resolved, hires=hires)
-    check_size(resolved, first, f"hires.{size}", spec, settings)
+    check_size(resolved, first, f"hires.{size}", spec, upscaler, settings)
     check_prompts(first, job_hires, spec, settings)
     warning = CROPPED.format(*wanted, width, height, spec.size_multiple)
     return resolved if wanted == (width, height) else resolved.with_warnings([warning])
@@ -82,8 +86,11 @@ def target_size(hires: HiresInput, size: tuple[int, int]) -> tuple[int, int]:
     )
 
 
-def check_second_pass(resolved: ResolvedRequest, hires: HiresInput, spec: ModelSpec) -> None:
-    """Check that a request can have a second pass. Raises InvalidRequest."""
+def check_second_pass(
+    resolved: ResolvedRequest, hires: HiresInput, spec: ModelSpec, models: Sequence[str]
+) -> None:
+    """Check that a request can have a second pass. models: those that upscale. Raises InvalidRequest."""
+    known = (*UPSCALERS, *models)
     inputs, parameters = resolved.inputs, resolved.parameters
     steps, most = hires.steps or 1, max_steps(parameters.sampler, spec.schedule.timesteps)
     require(
@@ -91,20 +98,27 @@ def check_second_pass(resolved: ResolvedRequest, hires: HiresInput, spec: ModelS
             ("hires", not spec.edits, f"is not supported by the model {spec.name}"),
             ("boxes", not inputs.boxes and not parameters.boxes, "cannot be combined with hires"),
             ("segmentation", not inputs.regions, "cannot be combined with hires"),
-            ("hires.upscaler", hires.upscaler in UPSCALERS, f"must be one of {', '.join(UPSCALERS)}"),
+            ("hires.upscaler", hires.upscaler in known, f"must be one of {', '.join(known)}"),
             ("hires.steps", steps <= most, f"must be at most {most}"),
         )
     )
 
 
 def check_size(
-    resolved: ResolvedRequest, first: ResolvedRequest, field: str, spec: ModelSpec, settings: Settings
+    resolved: ResolvedRequest,
+    first: ResolvedRequest,
+    field: str,
+    spec: ModelSpec,
+    upscaler: ModelSpec | None,
+    settings: Settings,
 ) -> None:
     """Check the size and the work of both passes. first: without the second. Raises InvalidRequest."""
     (width, height), n = resolved.final_canvas, resolved.parameters.n
     pixels, sizes = width * height, f"{width}x{height}"
     before = first.canvas_width * first.canvas_height
     work = n * (calls_of(first, spec) * before + calls_of(resolved, spec) * pixels)
+    if upscaler:
+        work += n * upscaler.defaults.steps * before * upscaler.autoencoder.factor**2
     larger = width >= first.canvas_width and height >= first.canvas_height and pixels > before
     require(
         (

@@ -86,7 +86,7 @@ def resolve(
             resolved = text_to_image(request, spec, settings)
         resolved = with_layout(resolved, request, spec, settings)
         resolved = with_controls(resolved, request, spec, settings)
-        resolved = with_hires(resolved, request, spec, settings)
+        resolved = with_hires(resolved, request, specs, settings)
         resolved = with_refiner(resolved, request, specs)
     checks.check_task(spec, (resolved.task,))
     if request.guidance_scale is None and not is_guided(resolved, spec):  # the same image with half the rows

@@ -49,6 +49,7 @@ def hires_of(body: Processing, steps: int) -> dict[str, Any] | None:
         return None
     check_hires(body, strength)
     # A1111 runs all of these steps, of a schedule that is so much longer.
+    upscaler = body.hr_upscaler or DEFAULT_UPSCALER  # or an upscaling model
     run = body.hr_second_pass_steps or steps
     whole = int(run / min(strength, MAX_STRENGTH))
     sides = {"width": body.hr_resize_x or None, "height": body.hr_resize_y or None}
@@ -56,7 +57,7 @@ def hires_of(body: Processing, steps: int) -> dict[str, Any] | None:
     return (sides if resized else {"scale": DEFAULT_SCALE if body.hr_scale is None else body.hr_scale}) | {
         "strength": run / whole,
         "steps": whole,
-        "upscaler": UPSCALERS[body.hr_upscaler or DEFAULT_UPSCALER],
+        "upscaler": UPSCALERS.get(upscaler, upscaler),
         "prompt": body.hr_prompt or None,
         "negative_prompt": body.hr_negative_prompt or None,
     }
@@ -71,11 +72,6 @@ def check_hires(body: TextToImage, strength: float) -> None:
     require(
         (
             ("denoising_strength", 0 < strength <= 1, "must be above 0 and at most 1 with enable_hr"),
-            (
-                "hr_upscaler",
-                (body.hr_upscaler or DEFAULT_UPSCALER) in UPSCALERS,
-                f"must be one of {', '.join(UPSCALERS)}",
-            ),
             *(
                 (name, getattr(body, name) in allowed, "is not supported; it must be that of the first pass")
                 for name, allowed in same.items()

@@ -74,6 +74,7 @@ class A1111Route(ClientErrorRoute):
         "hires.scale": "hr_scale",
         "hires.width": "hr_resize_x",
         "hires.height": "hr_resize_y",
+        "hires.upscaler": "hr_upscaler",
         "hires.steps": "hr_second_pass_steps",
         "hires.prompt": "hr_prompt",
         "hires.negative_prompt": "hr_negative_prompt",

@@ -125,7 +125,8 @@ class TextToImage(Processing):
     denoising_strength: Annotated[float | None, Field(description="of the second pass; default: 0.75")] = None
     hr_scale: Annotated[float | None, Field(description="default: 2")] = None
     hr_upscaler: Annotated[
-        str | None, Field(description="Latent (default) and its variants, Lanczos, Nearest or None")
+        str | None,
+        Field(description="Latent (default) and its variants, Lanczos, Nearest, None or an upscaling model"),
     ] = None
     hr_second_pass_steps: Annotated[
         int | None, Field(ge=0, description="steps that the second pass runs; 0 or null: as the first")

@@ -134,6 +134,20 @@ def test_a1111s_hires_fix_is_the_native_one(bundled):
     assert psnr(made, expected) > 40
 
 
+def test_an_upscaling_model_may_enlarge_the_image_between_the_passes(bundled):
+    body = {"model": "emoji", "prompt": "red apple", "steps": 3, "seed": 7, "width": 64, "height": 64}
+    hires = {"upscaler": "emoji-upscale", "strength": 0.6, "scale": 2.0}
+    made = image_of(post(bundled, body | {"hires": hires}))
+    first = base64_of(open_image(post(bundled, body)).convert("RGB"))
+    answer = bundled.client.post("/upscale", json={"model": "emoji-upscale", "image": first, "seed": 7})
+    enlarged = open_image(answer).convert("RGB").resize((128, 128), Image.Resampling.LANCZOS)
+    second = body | {"init_image": base64_of(enlarged), "strength": 0.6, "width": 128, "height": 128}
+    assert psnr(made, image_of(post(bundled, second))) > 40
+    a1111 = {"prompt": "red apple", "steps": 3, "enable_hr": True, "hr_upscaler": "emoji-upscale"}
+    answer = bundled.client.post("/sdapi/v1/txt2img", json=a1111 | {"width": 64, "height": 64})
+    assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [

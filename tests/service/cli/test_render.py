@@ -139,3 +139,14 @@ def test_a_refiner_may_be_any_model(folder, tiny, capsys):
     assert (folder / "again.png").read_bytes() == (folder / "refined.png").read_bytes()
     assert main(["generate", "p", *flags, "--refiner-switch-at", "0.5", "-o", "a.png"]) == 2
     assert "has no effect without --refiner" in capsys.readouterr().err
+
+
+def test_a_second_pass_makes_a_larger_image(folder, tiny, capsys):
+    flags = ["--steps", "2", "--seed", "1", "--model", str(tiny)]
+    hires = ["--hires-scale", "1.5", "--hires-upscaler", "lanczos", "--hires-strength", "1"]
+    assert main(["generate", "p", *flags, *hires, "-o", "large.png"]) == 0
+    assert read_image(folder / "large.png").size == (96, 96)
+    assert main(["generate", "--from", "large.png", "--model", str(tiny), "-o", "again.png"]) == 0
+    assert (folder / "again.png").read_bytes() == (folder / "large.png").read_bytes()
+    assert main(["generate", "p", *flags, "--hires-steps", "2", "-o", "a.png"]) == 2
+    assert "--hires-steps has no effect without --hires-scale" in capsys.readouterr().err

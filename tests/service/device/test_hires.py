@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from models.checkpoint import load
+from models.checkpoint import load, save
 from models.sampling.samplers import plan
+from models.tiles import cut, merge
 from models.upscalers import covering_size
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
@@ -20,7 +22,7 @@ from service.engine.engine import Engine
 from service.engine.events import Previewed, Started
 from service.engine.job import Hires, Refiner
 from tests.checkpoints.sd_folders import pipeline
-from tests.checkpoints.tiny import write_tiny_model
+from tests.checkpoints.tiny import random_model, upscaler_spec, write_tiny_model
 from tests.helpers.fake_runner import make_job, of, outcomes
 from tests.helpers.images import psnr
 from tests.helpers.torch_runner import KEY, run_jobs
@@ -39,7 +41,9 @@ def pixels(image: bytes, width: int, height: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def paths(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {"m": tiny, "k": write_tiny_model(tmp_path_factory.mktemp("refiner"), seed=1)}
+    folder = tmp_path_factory.mktemp("models")
+    save(random_model(replace(upscaler_spec(), name="up")), folder / "up")
+    return {"m": tiny, "k": write_tiny_model(folder / "k", seed=1), "up": folder / "up"}
 
 
 @pytest.fixture
@@ -115,11 +119,13 @@ def test_one_job_counts_the_steps_of_both_passes_and_previews_both(runner):
     assert outcomes(events) == {"a": "done"}
 
 
-@pytest.mark.parametrize("ticks", [2, 4, 5])
-def test_an_interrupted_job_has_images_of_the_final_size(runner, ticks):
+@pytest.mark.parametrize(("upscaler", "ticks"), [("lanczos", 2), ("lanczos", 4), ("lanczos", 5), ("up", 8)])
+def test_an_interrupted_job_has_images_of_the_final_size(runner, upscaler, ticks):
     events: list = []
     engine = Engine(runner, events.append, 8, 1, iter(range(10**6)).__next__)
-    engine.submit(make_job("a", **FIELDS, hires=hires(upscaler="lanczos"), preview_every=10))
+    engine.submit(
+        make_job("a", **FIELDS, hires=hires(upscaler=upscaler, model=upscaler == "up"), preview_every=10)
+    )
     for _ in range(ticks):
         engine.tick()
     engine.interrupt("a")
@@ -128,12 +134,43 @@ def test_an_interrupted_job_has_images_of_the_final_size(runner, ticks):
     assert [len(image) for image in events[-1].images] == [128 * 96 * 3]
 
 
+def test_an_upscaling_model_enlarges_the_image_between_the_passes(runner):
+    own = hires(width=96, height=96, upscaler="up", model=True, strength=0.5)
+    (image,) = run_jobs(runner, make_job("a", **FIELDS, hires=own, seed=3))["a"]
+    (first,) = run_jobs(runner, make_job("a", **FIELDS, seed=3))["a"]
+    spec = runner.specs["up"]
+    factor, defaults = spec.autoencoder.factor, spec.defaults
+    upscaled = make_job(
+        "up", model="up", width=64 * factor, height=64 * factor, scale=factor, image=first, seed=3,
+        prompt="p",
+        steps=defaults.steps, sampler=defaults.sampler, eta=defaults.eta, noise_level=defaults.noise_level,
+        guidance_scale=defaults.guidance_scale if spec.guided else 1.0,
+    )  # fmt: skip
+    tiles = cut(64, 64, spec.tile)
+    assert len(tiles.corners) > 1
+    side = factor * tiles.size[0]
+    parts = (pixels(part, side, side) for part in run_jobs(runner, upscaled)["up"])
+    whole = Image.fromarray(merge(parts, tiles, factor).round().astype(np.uint8))
+    enlarged = np.asarray(whole.resize((96, 96), Image.Resampling.LANCZOS))
+    again = make_job(
+        "a", **FIELDS | {"width": 96, "height": 96}, image=enlarged.tobytes(), strength=0.5, seed=3
+    )
+    assert image == run_jobs(runner, again)["a"][0]
+
+
 def test_neighbours_change_no_bit(runner):
     jobs = [
         make_job("plain", **FIELDS),
         make_job("large", **FIELDS | {"width": 128, "height": 96}),
         make_job("hires", **FIELDS, hires=HIRES, n=2),
         make_job("lanczos", **FIELDS, hires=hires(upscaler="lanczos"), sampler="euler_ancestral"),
+        make_job("model", **FIELDS, hires=hires(upscaler="up", model=True), preview_every=1),
+        make_job(
+            "upscaler",
+            **FIELDS | {"model": "up", "width": 128, "height": 128},
+            scale=4,
+            image=bytes(32 * 32 * 3),
+        ),
         make_job("interval", **FIELDS, hires=HIRES, guidance_start=0.5, guidance_rescale=0.7),
         make_job("refined", **FIELDS, hires=hires(strength=1.0), refiner=Refiner("k", 0.5)),
         make_job("refiner", **FIELDS, refiner=Refiner("k", 0.5)),
