@@ -16,7 +16,7 @@ from models.spec import ModelSpec, Spacing
 from service.catalogue import Catalogue, Folders
 from service.cli.from_image import fields_of_file
 from service.cli.options import ONE_SHOT, UsageError, add_settings, settings_of
-from service.cli.phases import add_phases, hires_of, refiner_of, with_models
+from service.cli.phases import add_hires, add_phases, hires_of, refiner_of, with_models
 from service.engine.events import Done, Event, Failed, Started, Stepped
 from service.engine.job import AdapterKey, Job
 from service.errors import ServiceError, from_code
@@ -76,6 +76,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
         metavar="X",
         help="how closely the result follows the image, with models that edit (default: 1.5)",
     )
+    add_hires(command)
     command.set_defaults(command=generate)
 
 
