@@ -6,7 +6,7 @@ import base64
 from collections.abc import Callable, Sequence
 
 from service.api.a1111 import infotext
-from service.api.a1111.controlnet import infotext_lines
+from service.api.a1111.controlnet_units import infotext_lines
 from service.api.a1111.phases import hires_lines, hires_strength
 from service.api.a1111.samplers import EULER_A, SamplerChoice
 from service.api.a1111.schemas import ImageToImage, Info, Processing, ProcessingResponse

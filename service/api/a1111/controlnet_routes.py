@@ -20,6 +20,7 @@ from service.api.a1111.controlnet_modules import (
     detect,
     find_module,
 )
+from service.api.a1111.controlnet_units import names_of
 from service.api.a1111.schemas import Body
 from service.api.a1111.session import A1111Session
 from service.api.routing import ClientErrorRoute
@@ -93,7 +94,7 @@ class ControlNetDetected(BaseModel):
 def names(request: Request) -> list[str]:
     """The controls and reference adapters of all models, by name."""
     session: A1111Session = request.app.state.a1111
-    found = {name for spec in session.specs.values() for name in controlnet.names_of(spec)}
+    found = {name for spec in session.specs.values() for name in names_of(spec)}
     return sorted(found)
 
 

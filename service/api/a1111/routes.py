@@ -10,8 +10,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from service.api import native
-from service.api.a1111 import answers, controlnet, controlnet_routes, extras, infotext, translate
+from service.api.a1111 import answers, controlnet_routes, extras, infotext, translate
 from service.api.a1111.checks import CONTROLNET
+from service.api.a1111.controlnet_units import names_of
 from service.api.a1111.options import NEUTRAL_IMG2IMG, NEUTRAL_SAMPLER, check_options, read_format, read_text
 from service.api.a1111.phases import UPSCALERS
 from service.api.a1111.samplers import SAMPLERS, SCHEDULERS, SamplerChoice, choose_sampler
@@ -304,7 +305,7 @@ async def list_vaes(request: Request) -> list[VAEItem]:
 @sdapi.get("/scripts", **READ, summary="Scripts")
 async def list_scripts(request: Request) -> ScriptsList:
     """Names `controlnet` if there is a control or reference adapter; clients read this to find extensions."""
-    has_guides = any(controlnet.names_of(spec) for spec in session_of(request).specs.values())
+    has_guides = any(names_of(spec) for spec in session_of(request).specs.values())
     names = [CONTROLNET] if has_guides else []
     return ScriptsList(txt2img=names, img2img=names)
 

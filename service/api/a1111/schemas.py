@@ -84,7 +84,10 @@ class Processing(Body):
 
     alwayson_scripts: Annotated[
         AnyObject | None,
-        Field(description="not supported: scripts are accepted only without arguments or switched off"),
+        Field(
+            description="controlnet: units as its extension takes them; other scripts are accepted only "
+            "without arguments or switched off"
+        ),
     ] = None
     infotext: Annotated[str | None, NEUTRAL_ONLY] = None
     refiner_checkpoint: Annotated[

@@ -15,7 +15,8 @@ from models.spec import ModelSpec
 from service.api.a1111 import options
 from service.api.a1111.answers import encoder, infotext_of, strength_of
 from service.api.a1111.checks import SETTINGS, check_unsupported
-from service.api.a1111.controlnet import Guides, Target, read_units
+from service.api.a1111.controlnet import Guides, Target
+from service.api.a1111.controlnet_units import read_units
 from service.api.a1111.masking import read_mask
 from service.api.a1111.phases import hires_of, refiner_of
 from service.api.a1111.resizing import resize

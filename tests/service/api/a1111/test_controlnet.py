@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from models.spec import ControlOption
-from service.api.a1111.controlnet import Guides, Target, infotext_lines, read_units
+from service.api.a1111.controlnet import Guides, Target
+from service.api.a1111.controlnet_units import infotext_lines, read_units
 from service.errors import InvalidRequest
 from service.requests.resolve import build_request, resolve
 from service.requests.schemas import GenerateRequest
