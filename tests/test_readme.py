@@ -1,4 +1,4 @@
-"""The examples of README.md and models/README.md run as printed, in order, in one folder, against one server.
+"""The examples of three README.md files run as printed, in order, in one folder, against one server.
 
 Blocks that install, serve, build containers or run the tests are not run; every other sh or python block is.
 """
@@ -25,7 +25,7 @@ WRITTEN = re.compile(r"""(?:-o |open\("|save\(["'])([\w.-]+\.png)""")
 
 def examples() -> Iterator[tuple[str, str]]:
     """(language, text) of each block that runs."""
-    for file in ("README.md", "models/README.md"):
+    for file in ("README.md", "models/README.md", "service/README.md"):
         for language, text in BLOCK.findall((ROOT / file).read_text()):
             if not any(word in text for word in NOT_RUN):
                 yield language, text
