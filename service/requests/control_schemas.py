@@ -33,7 +33,8 @@ def known_or_refused(value: object, read: ValidatorFunctionWrapHandler) -> objec
 PreprocessorInput = Annotated[Preprocessor, WrapValidator(known_or_refused)]
 PREPROCESS = (
     "How `image` becomes the control image: canny finds edges; invert turns black lines on white into white "
-    "lines on black; threshold makes bright pixels white and all others black; none: it is one already"
+    "lines on black; threshold makes bright pixels white and all others black; blur "
+    "smooths it; none: `image` is one already"
 )
 Scale = Annotated[float, Field(ge=0, le=MAX_SCALE)]
 Part = Annotated[float, Field(ge=0, le=1)]
@@ -45,12 +46,8 @@ class ThresholdFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    low: Annotated[
-        Threshold, Field(description="canny: weaker gradients than this are no edges; only for canny")
-    ] = LOW
-    high: Annotated[Threshold, Field(description="canny: stronger gradients than this are always edges")] = (
-        HIGH
-    )
+    low: Annotated[Threshold, Field(description="canny only: gradients below this are not edges")] = LOW
+    high: Annotated[Threshold, Field(description="canny only: gradients above this are always edges")] = HIGH
 
 
 class ControlSettings(ThresholdFields):
@@ -60,8 +57,8 @@ class ControlSettings(ThresholdFields):
         str, Field(max_length=MAX_NAME, description="Name of a ControlNet or T2I-Adapter; see GET /models")
     ]
     scale: Annotated[Scale, Field(description="Factor of everything that the control adds to the UNet")] = 1.0
-    start: Annotated[Part, Field(description="Part of the run at which the control begins to act")] = 0.0
-    end: Annotated[Part, Field(description="Part of the run at which it ends")] = 1.0
+    start: Annotated[Part, Field(description="Fraction of the run at which the control begins to act")] = 0.0
+    end: Annotated[Part, Field(description="Fraction of the run at which it ends")] = 1.0
     preprocess: Annotated[PreprocessorInput, Field(description=PREPROCESS)] = "none"
     mode: Annotated[
         ControlMode,
@@ -74,19 +71,20 @@ class ControlSettings(ThresholdFields):
     type: Annotated[
         str | None,
         Field(
-            max_length=MAX_NAME, description="What the image shows, for a model with several control types"
+            max_length=MAX_NAME,
+            description="Kind of the control image, required by a ControlNet for several kinds",
         ),
     ] = None
 
 
 class ControlInput(ControlSettings):
-    """An image that guides the layout of the generated image."""
+    """A control image, and the ControlNet or T2I-Adapter that reads it."""
 
     image: Annotated[
         ImageInput | None,
         Field(
-            description=f"{IMAGE}; scaled to the size of the generated image, what is left over is cropped. "
-            "May be missing for an inpainting control, which then takes the request's image"
+            description=f"{IMAGE}; scaled to cover the size of the generated image, then cropped to it. "
+            "Optional in POST /inpaint: default is the request's image"
         ),
     ] = None
 
@@ -105,12 +103,12 @@ class ReferenceSettings(BaseModel):
         ),
     ]
     scale: Annotated[Scale, Field(description="Weight of the image next to the prompt")] = 1.0
-    start: Annotated[Part, Field(description="Part of the run at which the image begins to act")] = 0.0
-    end: Annotated[Part, Field(description="Part of the run at which it ends")] = 1.0
+    start: Annotated[Part, Field(description="Fraction of the run at which the image begins to act")] = 0.0
+    end: Annotated[Part, Field(description="Fraction of the run at which it ends")] = 1.0
 
 
 class ReferenceInput(ReferenceSettings):
-    """An image whose content or style the generated image takes up."""
+    """An image whose content or style the generated image follows, and the adapter that reads it."""
 
     image: Annotated[ImageInput, Field(description=f"{IMAGE}; its centre square is used")]
 

@@ -25,7 +25,7 @@ from service.requests.schemas import InpaintRequest, SceneRequest
 from service.settings import Settings
 
 SAME_PROPORTIONS = 0.01  # largest relative difference of proportions that is no reason for a warning
-CROPPED = "{}.image is {}x{}; it was scaled to cover {}x{}, and what was left over was cropped"
+CROPPED = "{}.image is {}x{}; it was scaled to cover {}x{} and cropped"
 
 
 def with_controls(
@@ -64,7 +64,7 @@ def check_control(
 ) -> ControlOption:
     """Check a control's name, type, window and thresholds; returns what it is. Raises InvalidRequest."""
     known = ", ".join(option.name for option in spec.controls) or "none"
-    unknown = f"is {shorten(control.model)!r}, which is no control of this model; available: {known}"
+    unknown = f"is {shorten(control.model)!r}, which this model does not have; available: {known}"
     option = find(control.model, spec.controls)
     require([(f"{field}.model", option is not None, unknown)])
     assert option is not None
@@ -163,7 +163,7 @@ def job_control(
 def job_reference(reference: ReferenceInput, field: str, spec: ModelSpec, settings: Settings) -> JobReference:
     """The reference image as sent: only its adapter knows the size that it needs. Raises InvalidRequest."""
     known = ", ".join(spec.reference_adapters) or "none"
-    unknown = f"is {shorten(reference.adapter)!r}, which is no adapter of this model; available: {known}"
+    unknown = f"is {shorten(reference.adapter)!r}, which this model does not have; available: {known}"
     require(
         (
             (f"{field}.adapter", reference.adapter in spec.reference_adapters, unknown),

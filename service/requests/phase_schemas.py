@@ -23,7 +23,7 @@ class RefinerInput(BaseModel):
         Field(max_length=MAX_NAME, description="Name of a model with the same latents and noise schedule"),
     ]
     switch_at: Annotated[
-        float, Field(gt=0, lt=1, description="The part of the steps after which it takes over")
+        float, Field(gt=0, lt=1, description="Fraction of the steps after which it takes over")
     ] = 0.8
 
 
@@ -40,27 +40,40 @@ class HiresInput(BaseModel):
         Field(
             ge=1,
             le=MAX_SIDE,
-            description="Of the finished image, instead of scale; other proportions are cropped",
+            description="Width of the finished image, instead of scale; other proportions are cropped",
         ),
     ] = None
-    height: Annotated[int | None, Field(ge=1, le=MAX_SIDE, description="As width")] = None
+    height: Annotated[
+        int | None, Field(ge=1, le=MAX_SIDE, description="Height of the finished image; as width")
+    ] = None
     strength: Annotated[
         float,
         Field(gt=0, le=1, description="How much the second pass changes: the fraction of its steps to run"),
     ] = 0.5
     steps: Annotated[
         int | None,
-        Field(ge=1, le=1000, description="Of the whole schedule of the second pass; default: as the first"),
+        Field(
+            ge=1,
+            le=1000,
+            description="Steps of the second pass's schedule, of which it runs the fraction `strength`; "
+            "default: as in the first",
+        ),
     ] = None
     upscaler: Annotated[
         str,
         Field(
             max_length=MAX_NAME,
-            description=f"Between the passes: {', '.join(UPSCALERS)} (those of latents interpolate the "
-            "latent), or an upscaling model, with its defaults",
+            description=f"How the first image is enlarged: {', '.join(UPSCALERS)} (those with latent in their "
+            "names enlarge the latent), or the name of an upscaling model, which runs with its defaults",
         ),
     ] = "latent"
     prompt: Annotated[
-        str | None, Field(max_length=MAX_TEXT, description="Of the second pass; default: that of the first")
+        str | None,
+        Field(max_length=MAX_TEXT, description="Prompt of the second pass; default: that of the first"),
     ] = None
-    negative_prompt: Annotated[str | None, Field(max_length=MAX_TEXT, description="As prompt")] = None
+    negative_prompt: Annotated[
+        str | None,
+        Field(
+            max_length=MAX_TEXT, description="Negative prompt of the second pass; default: that of the first"
+        ),
+    ] = None

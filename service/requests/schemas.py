@@ -74,7 +74,9 @@ class VariationSeed(BaseModel):
 
     seed: Annotated[
         SeedInput,
-        Field(description="Of image 0; image i takes seed + i, while all images keep the request's `seed`"),
+        Field(
+            description="Second seed of image 0; image i uses seed + i. All start from the request's `seed`"
+        ),
     ] = -1
     strength: Annotated[
         float, Field(ge=0, le=1, description="0: the noise of `seed` alone, 1: that of the second seed alone")
@@ -94,7 +96,7 @@ class ImageRequest(BaseModel):
     prompt_weights: Annotated[
         bool,
         Field(
-            description="true: (word:1.3), (word) and [word] change a word's weight; \\( is a plain bracket"
+            description="true: (word:1.3), (word) and [word] change a word's weight; \\( is a literal bracket"
         ),
     ] = False
     model: Annotated[
@@ -114,7 +116,7 @@ class ImageRequest(BaseModel):
         Field(
             ge=0,
             le=50,
-            description="Scale of classifier-free guidance; 1: none, the default without any condition",
+            description="Scale of classifier-free guidance; 1: no guidance, the default without a condition",
         ),
     ] = None
     seed: Annotated[
@@ -184,11 +186,11 @@ class SceneRequest(ImageRequest):
         Field(
             ge=0,
             lt=1,
-            description="Guidance acts only from this part of the run on; outside, an image costs half",
+            description="Fraction of the run at which guidance begins; without guidance, a step costs half",
         ),
     ] = 0.0
     guidance_end: Annotated[
-        float, Field(gt=0, le=1, description="Guidance acts only up to this part of the run")
+        float, Field(gt=0, le=1, description="Fraction of the run at which guidance ends")
     ] = 1.0
     guidance_rescale: Annotated[
         float,
@@ -215,8 +217,8 @@ class SceneRequest(ImageRequest):
         Field(
             ge=1,
             le=100,
-            description="Layers that the text encoders end before, counted from the model's own last one: "
-            "1 is none, 2 leaves out one. GET /models has the limit",
+            description="Last layer of the text encoders to use, counted from the model's own last one: "
+            "1 is that layer, 2 the one before it. GET /models has the limit (max_clip_skip)",
         ),
     ] = None
     decoder: Annotated[
@@ -248,11 +250,14 @@ class SceneRequest(ImageRequest):
     ] = None
     controls: Annotated[
         list[ControlInput] | None,
-        Field(max_length=MAX_CONTROLS, description="Images that guide the layout; several add up"),
+        Field(
+            max_length=MAX_CONTROLS,
+            description="Control images for ControlNets and T2I-Adapters; the effects of several add up",
+        ),
     ] = None
     reference_images: Annotated[
         list[ReferenceInput] | None,
-        Field(max_length=MAX_REFERENCES, description="Images whose content or style is taken up"),
+        Field(max_length=MAX_REFERENCES, description="Images whose content or style the result follows"),
     ] = None
 
 
@@ -330,8 +335,8 @@ class InpaintRequest(SceneRequest):
     fill: Annotated[
         Fill,
         Field(
-            description="What the masked pixels hold at the start: the image itself, the blurred colours "
-            "around them, noise, or nothing. At strength 1 it matters little"
+            description="Initial content of the masked pixels: the image itself (original), the blurred "
+            "colours around them (blur), noise, or zeros (empty). At strength 1 it matters little"
         ),
     ] = "original"
     extend: Annotated[
@@ -515,7 +520,7 @@ class Control(BaseModel):
     types: Annotated[
         list[str], Field(description="Values of `type`, of which each use needs one; empty: it has one type")
     ]
-    inpainting: Annotated[bool, Field(description="Needs a mask, so it works with POST /inpaint alone")]
+    inpainting: Annotated[bool, Field(description="Needs a mask, so it is only for POST /inpaint")]
 
 
 class ModelState(BaseModel):
@@ -558,8 +563,8 @@ class Model(ModelState):
     lora_settings: Annotated[
         dict[str, FewStepSettings],
         Field(
-            description="LoRA -> usual settings, of LoRAs for few steps, by their files' names; requests "
-            "with them state these settings themselves"
+            description="Usual settings of each few-step LoRA; they are not applied: requests with the LoRA "
+            "set steps, sampler and guidance_scale themselves"
         ),
     ]
     embeddings: Annotated[
@@ -585,15 +590,17 @@ class ModelList(BaseModel):
 
 
 class ReplicaHealth(BaseModel):
-    """A worker process on one device."""
+    """A replica, which runs a worker process on one device."""
 
-    replica: Annotated[int, Field(description="its number, from 0; the label `replica` of metrics and logs")]
+    replica: Annotated[int, Field(description="Its number, from 0: the label `replica` of metrics and logs")]
     device: str
     status: Annotated[
         Literal["ok", "loading", "failed"],
-        Field(description="loading: its worker starts; failed: it does not respond, or cannot be started"),
+        Field(
+            description="loading: its worker is starting; failed: its worker does not respond or cannot start"
+        ),
     ]
-    jobs: Annotated[int, Field(description="Requests that it runs or that wait for it")]
+    jobs: Annotated[int, Field(description="Jobs that it runs or that wait for it")]
 
 
 class IgnoredFile(BaseModel):

@@ -91,10 +91,10 @@ class Processing(Body):
     ] = None
     infotext: Annotated[str | None, NEUTRAL_ONLY] = None
     refiner_checkpoint: Annotated[
-        str | None, Field(description="name of a model that makes the last steps; None: none")
+        str | None, Field(description="name of a model that makes the last steps; the text None: no refiner")
     ] = None
     refiner_switch_at: Annotated[
-        float | None, Field(description="the part of the steps after which it takes over; 1: never")
+        float | None, Field(description="fraction of the steps after which it takes over; 1: never")
     ] = None
     restore_faces: Annotated[bool | None, NEUTRAL_ONLY] = None
     s_churn: Annotated[float | None, NEUTRAL_ONLY] = None
@@ -179,7 +179,7 @@ class ImageToImage(Processing):
             ge=0,
             le=3,
             description="initial content of the masked pixels: 0: the colours around them; 1: the image; "
-            "2: latent noise; 3: latent nothing",
+            "2: latent noise; 3: latent zeros",
         ),
     ] = None
     inpaint_full_res: Annotated[
