@@ -63,8 +63,8 @@ class HiresInput(BaseModel):
         str,
         Field(
             max_length=MAX_NAME,
-            description=f"How the first image is enlarged: {', '.join(UPSCALERS)} (those with latent in their "
-            "names enlarge the latent), or the name of an upscaling model, which runs with its defaults",
+            description=f"How the first image is enlarged: {', '.join(UPSCALERS)} (those with latent in "
+            "their names enlarge the latent), or an upscaling model, which runs with its defaults",
         ),
     ] = "latent"
     prompt: Annotated[
