@@ -45,6 +45,7 @@ KINDS = (
     Kind("SDXL-Turbo", r"\bsd ?xl ?turbo\b", "euler_ancestral", "trailing", 4),
     Kind("SD-Turbo", r"\bsd ?turbo\b", "euler_ancestral", "trailing", 4),
     Kind("LCM", r"\blcm\b", "lcm", None, 4),
+    Kind("progressive distillation", r"\bfew steps?\b", "ddim", "trailing", 4),  # by `ldm train few-steps`
     Kind("emoji-few-steps", r"\bemoji few steps\b", "ddim", "trailing", 4),  # bundled
 )
 SCHEDULERS = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}  # of diffusers folders, used by nothing else
