@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Request
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field
 
 from service.api.a1111 import controlnet
 from service.api.a1111.controlnet_modules import (
@@ -78,7 +78,13 @@ class ControlNetDetect(Body):
     """POST /controlnet/detect."""
 
     controlnet_module: str | None = None
-    controlnet_input_images: Annotated[list[str] | None, Field(description="files in base64")] = None
+    controlnet_input_images: Annotated[
+        list[str] | None,
+        Field(
+            description="files in base64; webuiapi's name of the field is controlnet_images",
+            validation_alias=AliasChoices("controlnet_input_images", "controlnet_images"),
+        ),
+    ] = None
     controlnet_processor_res: Annotated[
         float | None, Field(description="of the shorter side; default and for other values: 512")
     ] = None

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import webuiapi
 from PIL import Image
 
 from tests.checkpoints import sd_folders
@@ -183,6 +184,21 @@ def test_a1111s_clients_find_controls_and_make_maps(controlled):
     assert error_of(refused, 422)["param"] == "controlnet_module"
     empty = client.post("/controlnet/detect", json={"controlnet_module": "canny"})
     assert error_of(empty, 422)["param"] == "controlnet_input_images"
+
+
+def test_webuiapi_sends_units_and_finds_controls(controlled):
+    api = webuiapi.WebUIApi(baseurl=f"{controlled.client.base_url}/sdapi/v1", sampler="DDIM", steps=4)
+    assert api.controlnet_model_list() == ["depth", "edges", "sketch", "style"]
+    assert "canny" in api.controlnet_module_list()
+    images = [Image.fromarray(pixels) for pixels in PIXELS]
+    units = [webuiapi.ControlNetUnit(image=image, model="edges", module="canny") for image in images[:2]]
+    sizes = {"width": 64, "height": 64, "seed": 3, "cfg_scale": 3}
+    made = api.txt2img(prompt="red apple", controlnet_units=units, **sizes)
+    assert [image.size for image in made.images] == [(64, 64)] * 3  # with two maps
+    (detected,) = api.controlnet_detect(images=images[:1], module="invert").images
+    assert (np.asarray(detected) == 255 - PIXELS[0]).all()
+    changed = api.img2img(images=images[2:3], prompt="red apple", controlnet_units=units[:1], **sizes)
+    assert changed.images[0].size == (64, 64)
 
 
 def test_a_wrong_unit_is_refused_by_name(controlled):
