@@ -78,7 +78,7 @@ class Settings:
         ),
         """Models to serve: the name of a bundled model (emoji, emoji-upscale), or the path of a folder or a
         single file. A request that names no model gets the first one that can do its task. With model_dir,
-        names of models in its folders count too: these are loaded at the start and come first; no bundled
+        also the name of a model in its folders, which is then loaded at the start and comes first; no bundled
         model is served unless it is named here.""",
     )
     model_dir: tuple[str, ...] = setting(
@@ -159,8 +159,8 @@ class Settings:
     image_encoder: tuple[str, ...] = setting(
         (),
         Parser(read_list, "PATH, separated by commas"),
-        """CLIP image encoders (folders or files) of the reference adapters, each of which takes the first one
-        that it fits, and of retrieval-augmented models, which take images beside the prompt with one.""",
+        """CLIP image encoders (folders or files). Each reference adapter uses the first one that fits it;
+        retrieval-augmented models need one to read reference images.""",
     )
     lora_sets: int = setting(
         4,
@@ -174,14 +174,14 @@ class Settings:
     device: str = setting(
         "auto",
         Parser(read_devices, "auto, cpu, cuda, or different cuda:N separated by commas"),
-        """Device to run on, or several: ldm serve runs one replica, a process of its own, on each. auto is
-        one CUDA device if there is one, otherwise the CPU; cuda is all CUDA devices.""",
+        """Device to run on, or several: ldm serve runs one replica, with a worker process of its own, on
+        each. auto is one CUDA device if there is one, otherwise the CPU; cuda is all CUDA devices.""",
     )
     replicas: str = setting(
         AUTO,
         Parser(read_replicas, f"auto, or a whole number from 1 to {MAX_REPLICAS}"),
-        """Number of replicas, which share the requests: on a CPU of processes that also share the threads, on
-        CUDA of devices. auto is one for each device. With more replicas than CPU cores, all are slower.""",
+        """Number of replicas, which share the requests. On a CPU they also share the threads; on CUDA each
+        has its own device. auto is one for each device. With more replicas than CPU cores all are slower.""",
     )
     dtype: str = setting(
         "auto",
@@ -207,8 +207,8 @@ class Settings:
     no_graphs: bool = setting(
         False,
         boolean(),
-        """Do not record CUDA graphs; every network call is then launched from Python. After a graph could not
-        be recorded, the next workers run so by themselves.""",
+        """Do not record CUDA graphs; every network call is then launched from Python. If recording a graph
+        ends a worker, later workers of its replica do not record any.""",
     )
     invariant: bool = setting(
         False,
@@ -363,10 +363,10 @@ class Settings:
     job_store: str = setting(
         "",
         Parser(read_job_store, "redis://HOST:PORT/DB, rediss://... or unix://PATH", secret=True),
-        """Redis in which several servers share their jobs: each answers for the jobs, events and idempotency
-        keys of POST /jobs of all. jobs_kept, jobs_bytes and jobs_seconds are then limits of all together. A
-        password belongs in the environment, because every user of a machine can read flags. Empty: in
-        memory.""",
+        """Redis in which several servers share the jobs of POST /jobs, their events and idempotency keys, so
+        that each server answers for all of them. jobs_kept, jobs_bytes and jobs_seconds then apply to all
+        servers together. A password belongs in the environment, because every user of a machine can read
+        flags. Empty: in memory.""",
     )
 
     # time

@@ -58,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     render.add_inpaint(commands.add_parser("inpaint", help="repaint a part of an image, without a server"))
     render.add_upscale(commands.add_parser("upscale", help="enlarge an image, without a server"))
     tools.add_models(commands.add_parser("models", help="list the models that can be served"))
-    tools.add_inspect(commands.add_parser("inspect", help="describe a checkpoint without loading it"))
+    tools.add_inspect(
+        commands.add_parser("inspect", help="describe a model or an adapter without loading it")
+    )
     tools.add_convert(commands.add_parser("convert", help="convert a checkpoint to a safetensors folder"))
     tools.add_bench(commands.add_parser("bench", help="measure a server under load"))
     tools.add_openapi(commands.add_parser("openapi", help="print the OpenAPI document"))
@@ -72,7 +74,7 @@ def add_serve(command: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE", help="settings file, in TOML (LDM_CONFIG; default: none)"
     )
     add_settings(command, *SERVE_FIRST, several_models=True)
-    others = command.add_argument_group("performance and limits")
+    others = command.add_argument_group("performance, limits and operation")
     add_settings(others, *SERVE_OTHERS)
     command.set_defaults(command=run_serve)
 

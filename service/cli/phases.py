@@ -24,10 +24,23 @@ def add_hires(command: argparse.ArgumentParser) -> None:
         metavar="X",
         help="how much it changes the image, 0 to 1 (default: 0.5)",
     )
-    add("--hires-steps", type=int, metavar="N", help="of its whole schedule (default: as the first pass)")
-    add("--hires-upscaler", metavar="NAME", help=f"before it: {', '.join(UPSCALERS)} or a model")
-    add("--hires-prompt", metavar="PROMPT", help="of the second pass (default: that of the first)")
-    add("--hires-negative-prompt", metavar="PROMPT", help="of the second pass (default: that of the first)")
+    add(
+        "--hires-steps",
+        type=int,
+        metavar="N",
+        help="steps of its schedule, before --hires-strength (default: as the first pass)",
+    )
+    add(
+        "--hires-upscaler",
+        metavar="NAME",
+        help=f"how the first image is enlarged: {', '.join(UPSCALERS)}, or a model (default: latent)",
+    )
+    add("--hires-prompt", metavar="PROMPT", help="prompt of the second pass (default: that of the first)")
+    add(
+        "--hires-negative-prompt",
+        metavar="PROMPT",
+        help="negative prompt of the second pass (default: that of the first)",
+    )
 
 
 def hires_of(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -45,7 +58,12 @@ def hires_of(args: argparse.Namespace) -> dict[str, Any] | None:
 def add_phases(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--refiner", metavar="MODEL", help="another model, by name or path, that makes the last steps")
-    add("--refiner-switch-at", type=float, metavar="X", help="part of the steps before it (default: 0.8)")
+    add(
+        "--refiner-switch-at",
+        type=float,
+        metavar="X",
+        help="fraction of the steps after which it begins (default: 0.8)",
+    )
 
 
 def with_models(settings: Settings, args: argparse.Namespace) -> Settings:

@@ -94,7 +94,7 @@ def add_inpaint(command: argparse.ArgumentParser) -> None:
     add("--mask-blur", type=int, metavar="N", help="pixels over which the result fades into the image")
     add("--area", help="whole (default), or masked: generate a region around the mask at --width x --height")
     add("--padding", type=int, metavar="N", help="pixels around the mask in that region (default: 32)")
-    add("--fill", help="what the mask holds at the start: original (default), blur, noise or empty")
+    add("--fill", help="initial content of the masked pixels: original (default), blur, noise or empty")
     add(
         "--extend",
         metavar="L,T,R,B",
@@ -130,7 +130,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
         "--eta",
         type=float,
         metavar="X",
-        help="noise that ddim or tcd adds at each step, 0 to 1 (default: 0; tcd: 0.3)",
+        help="noise that ddim or tcd adds at each step, 0 to 1 (default: the model's; tcd: 0.3)",
     )
     add(
         "--long-prompts",
@@ -141,9 +141,9 @@ def add_common(command: argparse.ArgumentParser) -> None:
         "--prompt-weights",
         action="store_const",
         const=True,
-        help="weigh words of prompts: (word:1.3) up, [word] down",
+        help="read weights in prompts: (word:1.3) increases a word's weight, [word] decreases it",
     )
-    add("--sampler", help="the sampling method (default: ddim)")
+    add("--sampler", help="the sampling method (default: the model's)")
     add(
         "--spacing",
         help=f"timesteps or noise levels of the steps: {', '.join(get_args(Spacing))} (default: the model's)",
@@ -160,7 +160,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
         "--from",
         dest="repeat",
         metavar="FILE",
-        help="make the image of this file again, from the parameters in it; other arguments take precedence",
+        help="repeat the request whose parameters this image file contains; other arguments take precedence",
     )
     add_settings(command, *ONE_SHOT)
 
@@ -172,9 +172,17 @@ def add_scene(command: argparse.ArgumentParser) -> None:
     add("--height", type=int, metavar="N", help="in pixels (default: the model's own)")
     add("--strength", type=float, metavar="X", help="how much of the input image to change, 0 to 1")
     add(
-        "--guidance-start", type=float, metavar="X", help="guidance acts from this part of the run on, 0 to 1"
+        "--guidance-start",
+        type=float,
+        metavar="X",
+        help="fraction of the run at which guidance begins (default: 0)",
     )
-    add("--guidance-end", type=float, metavar="X", help="guidance acts up to this part of the run, 0 to 1")
+    add(
+        "--guidance-end",
+        type=float,
+        metavar="X",
+        help="fraction of the run at which guidance ends (default: 1)",
+    )
     add("--guidance-rescale", type=float, metavar="X", help="restore the contrast that guidance adds, 0 to 1")
     add_phases(command)
     add("--prompt-syntax", help="plain (default), or a1111: weights, BREAK, AND, [from:to:when], [a|b]")
@@ -219,7 +227,8 @@ def add_scene(command: argparse.ArgumentParser) -> None:
         type=guide,
         action="append",
         default=[],
-        help="take up an image, through the --reference-adapter NAME; scale 1 unless given (repeatable)",
+        help="follow the content or style of an image, through the --reference-adapter NAME; scale 1 unless "
+        "given (repeatable)",
     )
 
 
