@@ -59,7 +59,7 @@ def test_sd_backend_client_reads_everything(backend):
     assert [option.name for option in backend.list_upscalers()] == ["Lanczos", "Nearest", "emoji-upscale"]
     for read in (backend.list_vaes, backend.list_loras, backend.list_hypernetworks):
         assert read() == []
-    assert not backend.get_capabilities().controlnet
+    assert backend.get_capabilities().controlnet
     assert backend.interrupt() == {}
     for act in (backend.refresh_checkpoints, backend.refresh_vae, backend.refresh_loras):
         assert act().ok
