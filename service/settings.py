@@ -56,6 +56,8 @@ class Given(NamedTuple):
     source: str
 
 
+# Offered with the bundled models, where neither models nor such adapters are given.
+BUNDLED_ADAPTERS = {"controlnet": ("outline=emoji-outline",), "lora": ("few-steps=emoji-few-steps",)}
 DEFAULT_BUCKETS = (2, 4, 8, 16, 32)  # rows of UNet calls on a CPU
 
 
@@ -142,13 +144,15 @@ class Settings:
         (),
         Parser(matching(NAMED_LORA), "NAME=PATH, separated by commas"),
         """LoRAs that requests can use by NAME: LoRA, LoCon, LoHa, LoKr, GLoRA, DoRA or full differences. Each
-        must fit at least one model; modules that a model does not have are ignored with a warning.""",
+        must fit at least one model; modules that a model does not have are ignored with a warning. Without a
+        value and without `model`: few-steps=emoji-few-steps, which is bundled.""",
     )
     controlnet: tuple[str, ...] = setting(
         (),
         Parser(matching(NAMED_MODEL), "NAME=PATH, separated by commas"),
         """ControlNets and T2I-Adapters that requests can use by NAME in `controls`: single files, folders in
-        the layout of diffusers, or the bundled emoji-outline. Each must fit at least one model.""",
+        the layout of diffusers, or the bundled emoji-outline. Each must fit at least one model. Without a
+        value and without `model`: outline=emoji-outline.""",
     )
     reference_adapter: tuple[str, ...] = setting(
         (),
@@ -436,6 +440,8 @@ def read_settings(
     values = {name: parse(name, one) for name, one in given.items()}
     if values.get("model_dir"):  # the bundled models would come before those of the folder
         values.setdefault("model", ())
+    if "model" not in values:
+        values = {**BUNDLED_ADAPTERS, **values}
     return Settings(**values)
 
 
