@@ -61,7 +61,7 @@ MAX_FILES = 100_000  # looked at, in all folders together
 
 
 class Entry(NamedTuple):
-    """A file or folder that may be asked for by name.
+    """A file or folder that requests can name.
 
     file: its path below the folder that was given, for messages. version: changes with the file, and with the
     files of the same stem beside it.
@@ -108,7 +108,7 @@ class Catalogue:
 
 
 class Folders:
-    """The folders in the settings, and the models given beside them (name -> path).
+    """The folders in the settings, and the models given by path (name -> path).
 
     Raises ModelPathError for a model or an adapter that is not there.
     """

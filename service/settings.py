@@ -144,15 +144,15 @@ class Settings:
         (),
         Parser(matching(NAMED_LORA), "NAME=PATH, separated by commas"),
         """LoRAs that requests can use by NAME: LoRA, LoCon, LoHa, LoKr, GLoRA, DoRA or full differences. Each
-        must fit at least one model; modules that a model does not have are ignored with a warning. Without a
-        value and without `model`: few-steps=emoji-few-steps, which is bundled.""",
+        must fit at least one model; modules that a model does not have are ignored with a warning. If neither
+        this setting nor model is given: the bundled few-steps=emoji-few-steps.""",
     )
     controlnet: tuple[str, ...] = setting(
         (),
         Parser(matching(NAMED_MODEL), "NAME=PATH, separated by commas"),
         """ControlNets and T2I-Adapters that requests can use by NAME in `controls`: single files, folders in
-        the layout of diffusers, or the bundled emoji-outline. Each must fit at least one model. Without a
-        value and without `model`: outline=emoji-outline.""",
+        the layout of diffusers, or the bundled emoji-outline. Each must fit at least one model. If neither
+        this setting nor model is given: the bundled outline=emoji-outline.""",
     )
     reference_adapter: tuple[str, ...] = setting(
         (),
@@ -494,6 +494,6 @@ def to_environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, 
     """The environment of a child process with the same settings, without the API keys."""
     private = {CONFIG, *map(variable, ("api_keys", "api_key_file", "admin_key_file", "job_store"))}
     own = {variable(f.name): as_text(getattr(settings, f.name)) for f in fields(Settings)}
-    if not settings.model:  # an empty list is none that the variable may have
+    if not settings.model:  # the variable cannot hold an empty list
         private.add(variable("model"))
     return {key: value for key, value in {**environ, **own}.items() if key not in private}

@@ -117,7 +117,7 @@ def scaled(inputs: AdapterInputs, strengths: Tensor) -> AdapterInputs:
 def is_active(step: int, steps: int, start: float, end: float) -> bool:
     """Whether a control with a window acts at a step of a run, counted from 0.
 
-    start, end: parts of the run. A step acts if it lies in the window completely, as in `diffusers`.
+    start, end: fractions of the run. A step acts if it lies in the window completely, as in `diffusers`.
     """
     return step / steps >= start and (step + 1) / steps <= end
 

@@ -149,7 +149,7 @@ def _texts(nodes: Nodes, step: int, steps: int, first_pass: int | None) -> Itera
 
 
 def last_step(when: str, steps: int, first_pass: int | None) -> int:
-    """The last step, counted from 1, of what comes before `when`; 0 or less: there is none."""
+    """The last step, counted from 1, with the text before `when`; 0 or less: no step has it."""
     if "." in when:
         step = (float(when) - (first_pass is not None)) * steps
     else:

@@ -46,7 +46,6 @@ KINDS = (
     Kind("SD-Turbo", r"\bsd ?turbo\b", "euler_ancestral", "trailing", 4),
     Kind("LCM", r"\blcm\b", "lcm", None, 4),
     Kind("progressive distillation", r"\bfew steps?\b", "ddim", "trailing", 4),  # by `ldm train few-steps`
-    Kind("emoji-few-steps", r"\bemoji few steps\b", "ddim", "trailing", 4),  # bundled
 )
 SCHEDULERS = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}  # of diffusers folders, used by nothing else
 # Lightning's model for one step predicts x_0; no other part of its file says so.

@@ -1,8 +1,9 @@
 """Distillation of a text-to-image model into a LoRA that needs few steps and no guidance.
 
 Progressive distillation in one stage (Salimans and Ho 2022; with guidance, Meng et al. 2023): the guided
-model denoises from noise in many DDIM steps, and its path is cut into as many phases as there are steps
-later. The model with the LoRA learns to cross each phase in one step, without guidance. No images are needed.
+model denoises from noise in many DDIM steps, and its path is cut into phases, one for each step that
+the LoRA will need. The model with the LoRA learns to cross each phase in one step, without guidance. No
+images are needed.
 """
 
 from __future__ import annotations

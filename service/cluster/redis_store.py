@@ -168,7 +168,7 @@ class RedisStore:
         return Holder(fields["digest"], fields.get("job"))
 
     async def release(self, claim: Claim) -> None:
-        """Give an idempotency key back whose job was not started."""
+        """Release an idempotency key whose job was not started."""
         await self._run(RELEASE, [claim.key], claim.text)
 
     async def confirm(self, claim: Claim, job: str) -> bool:

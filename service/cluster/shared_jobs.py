@@ -2,7 +2,7 @@
 
 The process that accepted a job, its owner, runs it and writes its events to the store. All others read them
 there. While the store is not available, new jobs are refused, and running ones go on: their ends are written
-when the store is back. If the owner dies, its open jobs fail, and any process that is asked says so.
+when the store is back. If the owner dies, its open jobs fail, and every process reports that.
 """
 
 from __future__ import annotations

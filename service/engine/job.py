@@ -95,7 +95,7 @@ class JobReference:
 
 @dataclass(frozen=True)
 class Refiner:
-    """Another model that makes the last steps of a run, from its part `switch_at` on."""
+    """Another model that makes the last steps of a run, from the fraction `switch_at` of its steps on."""
 
     model: str
     switch_at: float

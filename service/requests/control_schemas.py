@@ -37,7 +37,7 @@ PREPROCESS = (
     "smooths it; none: `image` is one already"
 )
 Scale = Annotated[float, Field(ge=0, le=MAX_SCALE)]
-Part = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Threshold = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -57,8 +57,10 @@ class ControlSettings(ThresholdFields):
         str, Field(max_length=MAX_NAME, description="Name of a ControlNet or T2I-Adapter; see GET /models")
     ]
     scale: Annotated[Scale, Field(description="Factor of everything that the control adds to the UNet")] = 1.0
-    start: Annotated[Part, Field(description="Fraction of the run at which the control begins to act")] = 0.0
-    end: Annotated[Part, Field(description="Fraction of the run at which it ends")] = 1.0
+    start: Annotated[
+        Fraction, Field(description="Fraction of the run at which the control begins to act")
+    ] = 0.0
+    end: Annotated[Fraction, Field(description="Fraction of the run at which it ends")] = 1.0
     preprocess: Annotated[PreprocessorInput, Field(description=PREPROCESS)] = "none"
     mode: Annotated[
         ControlMode,
@@ -103,8 +105,10 @@ class ReferenceSettings(BaseModel):
         ),
     ]
     scale: Annotated[Scale, Field(description="Weight of the image next to the prompt")] = 1.0
-    start: Annotated[Part, Field(description="Fraction of the run at which the image begins to act")] = 0.0
-    end: Annotated[Part, Field(description="Fraction of the run at which it ends")] = 1.0
+    start: Annotated[Fraction, Field(description="Fraction of the run at which the image begins to act")] = (
+        0.0
+    )
+    end: Annotated[Fraction, Field(description="Fraction of the run at which it ends")] = 1.0
 
 
 class ReferenceInput(ReferenceSettings):

@@ -160,7 +160,7 @@ def check_refiner(resolved: ResolvedRequest, base: ModelSpec, refiner: ModelSpec
     fits = width % multiple == height % multiple == 0
     require(
         (
-            ("refiner.model", base.name != refiner.name, "must be another model than model"),
+            ("refiner.model", base.name != refiner.name, "must differ from model"),
             (
                 "refiner.model",
                 takes_prompt_alone(refiner),

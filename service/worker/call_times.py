@@ -48,7 +48,7 @@ class CallTimes:
         self._all = Fit()
 
     def record(self, kind: Hashable, pixels: int, rows: int, seconds: float) -> None:
-        """Add a call. A kind's first call only counts as seen, since it may compile kernels."""
+        """Add a call. A kind's first call is not measured, since it may compile kernels."""
         if kind not in self._fits:
             self._fits[kind] = Fit()
             return

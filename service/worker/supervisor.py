@@ -302,7 +302,7 @@ class Supervisor:
     # What replicas report: see replica.Owner.
 
     def gave_up(self, replica: Replica) -> None:
-        """Serve on with the other replicas. Give up too if there are none, or if a setting is the reason."""
+        """Go on with the other replicas; fail if there are none left, or if a setting is the reason."""
         wrong_from_the_start = replica.failure and replica.failure.fatal and not replica.was_ready
         if wrong_from_the_start or not any(other.failure is None for other in self.replicas):
             self.failure = replica.failure

@@ -170,7 +170,7 @@ def read_unit(number: int, unit: Unit, spec: ModelSpec, max_pixels: int) -> Read
 
 
 def check_unit(field: str, unit: Unit, option: ControlOption | None, module: Module | None) -> None:
-    """Refuse what would change the image and is not done. Raises InvalidRequest."""
+    """Refuse fields that would change the image but are not supported. Raises InvalidRequest."""
     start, end = coalesced(unit.guidance_start, 0.0), coalesced(unit.guidance_end, 1.0)
     modes = [str(mode) for mode in MODES]
     resize_modes = [str(mode) for mode in RESIZE_MODES]
