@@ -488,7 +488,7 @@ class TiledLatentDiffusion(LatentDiffusion):
         self.axes = axes
 
     def decode_tiles(self, z: Tensor, tile: int = DECODING_TILE_CELLS) -> Tensor:
-        """As for other models, of a latent that is continued by its opposite edges, which are cut off."""
+        """Decode the latent extended on each side by cells of the opposite side, then crop the image."""
         larger, f = wrapped(z, tile // 2, self.axes), self.spec.autoencoder.factor
         x = super().decode_tiles(larger, tile)
         top, left = (f * (a - b) // 2 for a, b in zip(larger.shape[-2:], z.shape[-2:], strict=True))

@@ -88,8 +88,8 @@ class Settings:
         Parser(read_list, "folders, separated by commas"),
         """Folders of models, each served under its file's name without suffix and loaded at its first
         request. In a folder that is laid out as the models folder of AUTOMATIC1111 or ComfyUI, LoRAs,
-        embeddings and VAEs are found too. Files that cannot be used are ignored with a warning. Read again by
-        POST /models/rescan.""",
+        embeddings, VAEs, ControlNets and IP-Adapters are found too. Files that cannot be used are ignored
+        with a warning. Read again by POST /models/rescan.""",
     )
     lora_dir: tuple[str, ...] = setting(
         (),

@@ -185,7 +185,7 @@ class OpenedLora:
 
 
 def closest(problems: Mapping[str, Problems]) -> str:
-    """The problems of a LoRA that fits no model, with the model that has fewest; not empty for any model."""
+    """Why a LoRA fits no model: its problems with the model with which it has the fewest."""
     if not problems:
         return "does not fit: there is no model"
     model = min(problems, key=lambda model: sum(map(len, problems[model].values())))
@@ -199,7 +199,7 @@ def warning(name: str, lora: Lora) -> str:
 
 
 def ignored_warning(name: str, keys: Sequence[str]) -> str:
-    """The same for the names of these tensors."""
+    """warning() for the names of the ignored tensors."""
     modules = sorted({split_key(key)[0] or key for key in keys})
     if not modules:
         return ""

@@ -65,7 +65,7 @@ def row_count(guidance_scale: float) -> int:
 def cfg_run(
     guided: StepRows, calls: int, start: float = 0.0, end: float = 1.0, rescale: float = 0.0
 ) -> tuple[StepRows, ...]:
-    """The rows of each of `calls` UNet calls: `guided` between the parts `start` and `end` of the run.
+    """The rows of each of `calls` UNet calls: `guided` from the fraction `start` of the run to `end`.
 
     Outside, one conditional row is enough (Kynkäänniemi et al. 2024). The first guided call is number
     int(start * calls), counted from 0; the first one after them is number int(end * calls).
@@ -76,7 +76,7 @@ def cfg_run(
 
 
 def composed(rows: StepRows, prompts: StepPrompts) -> StepRows:
-    """Rows of classifier-free guidance, with the conditions of a composition in place of its two.
+    """Rows of classifier-free guidance for a composition: one conditional row for each of its parts.
 
     guidance: base + sum of scale * weight * (eps of a part - base), base the negative prompt's (Liu et al.
     2022, equation 11). A single part of weight 1 without guidance needs no other row.

@@ -153,7 +153,7 @@ def unet_inputs(
 
 
 def concat_rows(phase: Phase, rows: StepRows) -> StepRows:
-    """Rows by the conditions of concat channels: of a composition only whether they are unconditional."""
+    """The rows as indices of the concat channels, which a composition has once for each kind of condition."""
     kinds = phase.outline.kinds
     return rows if kinds is None else rows._replace(rows=tuple(kinds[row] for row in rows.rows))
 

@@ -236,9 +236,9 @@ class Registry(Generic[Bundle]):
         return True
 
     def load_all(self, names: Iterable[str] | None = None) -> None:
-        """Load the first of these models (None: of all), and those after it for which there is room.
+        """Load these models (None: all), in order, except those for which there is no room.
 
-        Raises OutOfMemory.
+        Raises OutOfMemory if no model could be loaded.
         """
         for name in self if names is None else names:
             try:

@@ -169,7 +169,7 @@ class Job:
     clip_skip: int = 1  # the text encoders leave out clip_skip - 1 layers more than the model does
     controls: tuple[JobControl, ...] = ()
     references: tuple[JobReference, ...] = ()
-    guidance_start: float = 0.0  # guidance acts between these parts of the run
+    guidance_start: float = 0.0  # guidance acts between these fractions of the run
     guidance_end: float = 1.0
     guidance_rescale: float = 0.0  # see models.sampling.guidance.rescale
     refiner: Refiner | None = None

@@ -133,7 +133,7 @@ class Record:
         return self._stage_at(self.progress.state)
 
     def _stage_at(self, state: State) -> Stage:
-        """The stage that a state of the progress means to clients, or the one that the job has ended with."""
+        """The stage that clients see: that of `state`, or, after the end of the job, how it ended."""
         if self.work.cancelled():
             return "cancelled"
         if self.work.done():
