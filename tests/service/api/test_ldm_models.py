@@ -110,4 +110,4 @@ def test_an_autoencoder_alone_is_refused(tmp_path, capsys):
     file = tmp_path / "vq-f4.safetensors"
     save_file(Autoencoder(thin(FIRST_STAGES["vq-f4"])).state_dict(), file)
     assert main(["generate", "--model", str(file), "-o", str(tmp_path / "x.png")]) == 2
-    assert "vq-f4 is an autoencoder alone" in capsys.readouterr().err
+    assert "vq-f4 is a VAE alone" in capsys.readouterr().err
