@@ -101,7 +101,7 @@ async def upscale(
 
 async def answer(body: AnyRequest, request: Request, accept: str | None) -> GenerateResponse | Response:
     """Run a request and answer with JSON, or with the image itself if the client accepts that."""
-    output = response.negotiate(accept, body)
+    output = response.negotiate(accept, body.output_format, body.n)
     made = await run(request, lambda: Submission(body, output))
     return made.as_image() if output else await made.as_json()
 

@@ -7,37 +7,54 @@ import base64
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
+from service.api.native import IMAGE_RESPONSE, Accept
 from service.api.routing import JSONRoute
-from service.requests import controls, images
+from service.requests import controls, images, response
 from service.requests.control_schemas import PreprocessRequest, PreprocessResponse
 from service.requests.images import MEDIA_TYPES
+from service.requests.resolve import OutputFormat
 from service.requests.schemas import error_responses
 from service.settings import Settings
 
 router = APIRouter(tags=["native"], route_class=JSONRoute)
 
-RESPONSES: dict[str, Any] = {"responses": error_responses(400, 408, 413, 415, 422, 429, 500, 503)}
+IMAGE = {
+    "description": "The control image; with `Accept: image/png` (or jpeg, webp), the image itself",
+    "content": IMAGE_RESPONSE["content"],
+}
+RESPONSES: dict[str, Any] = {
+    "response_model": PreprocessResponse,
+    "responses": {200: IMAGE, **error_responses(400, 406, 408, 413, 415, 422, 429, 500, 503)},
+}
 
 
 @router.post("/preprocess", **RESPONSES, summary="Make a control image")
-async def preprocess(body: PreprocessRequest, request: Request) -> PreprocessResponse:
+async def preprocess(
+    body: PreprocessRequest, request: Request, accept: Accept = None
+) -> PreprocessResponse | Response:
     """Returns the control image, of the size of `image`, that a request with the same `preprocess` would use.
 
     Preprocessors that are trained networks are not available: send their result as the control's image.
     """
     state = request.app.state
+    output = response.negotiate(accept)
     with state.supervisor.reserve_slot():
-        return await asyncio.to_thread(respond, body, state.settings)
+        return await asyncio.to_thread(respond, body, state.settings, output)
 
 
-def respond(body: PreprocessRequest, settings: Settings) -> PreprocessResponse:
+def respond(
+    body: PreprocessRequest, settings: Settings, output: OutputFormat | None
+) -> PreprocessResponse | Response:
     image = controls.preprocessed(body, settings)
-    file = images.encode(np.asarray(image), "png")
+    kind = output.format if output else "png"
+    file = images.encode(np.asarray(image), kind)
+    if output:
+        return Response(file, media_type=MEDIA_TYPES[kind])
     return PreprocessResponse(
         data=base64.b64encode(file).decode(),
-        media_type=MEDIA_TYPES["png"],
+        media_type=MEDIA_TYPES[kind],
         width=image.width,
         height=image.height,
     )

@@ -16,28 +16,31 @@ from models.tiles import merge
 from service.engine.events import Done, Previewed
 from service.errors import NotAcceptable
 from service.requests import images
-from service.requests.images import FORMAT_OF_MEDIA_TYPE, MEDIA_TYPES, Pixels
+from service.requests.images import FORMAT_OF_MEDIA_TYPE, MEDIA_TYPES, Format, Pixels
 from service.requests.metadata import Metadata
 from service.requests.resolve import OutputFormat
 from service.requests.resolved_request import ResolvedRequest
-from service.requests.schemas import GenerateResponse, ImageRequest, ImageResult, JobPreview, Timings
+from service.requests.schemas import GenerateResponse, ImageResult, JobPreview, Timings
 from service.requests.signing import Signer
 
 JSON_TYPES = ("application/json", "application/*", "*/*")
 
 
-def negotiate(accept: str | None, request: ImageRequest) -> OutputFormat | None:
-    """The format of a response that is an image file; None for a JSON response. Raises NotAcceptable."""
+def negotiate(accept: str | None, output_format: Format | None = None, n: int = 1) -> OutputFormat | None:
+    """The format of a response that is an image file; None for a JSON response. Raises NotAcceptable.
+
+    output_format, n: of the request, which has no such field if they are left out.
+    """
     wanted = preferred_type(accept or "*/*")
     if wanted is None:
         expected = "application/json, image/png, image/jpeg or image/webp"
         raise NotAcceptable(f"Accept must allow {expected}", param="Accept")
     if wanted in JSON_TYPES:
         return None
-    kind = request.output_format or "png" if wanted == "image/*" else FORMAT_OF_MEDIA_TYPE[wanted]
-    if request.n != 1:
+    kind = output_format or "png" if wanted == "image/*" else FORMAT_OF_MEDIA_TYPE[wanted]
+    if n != 1:
         raise NotAcceptable("n must be 1 for an image without JSON around it", param="n")
-    if request.output_format not in (None, kind):
+    if output_format not in (None, kind):
         raise NotAcceptable("output_format must agree with the Accept header", param="output_format")
     return OutputFormat(kind, "Accept")
 

@@ -121,11 +121,12 @@ def is_on(value: Any) -> bool:
 
 
 def units_in(scripts: Mapping[str, Any] | None) -> list[Any]:
-    """The arguments of the script, of whatever form; [] without it."""
+    """The arguments of the script; [] without it. Raises InvalidRequest if they are no list."""
     for name, script in (scripts or {}).items():
         if name.lower() == CONTROLNET:
             arguments = script.get("args") if isinstance(script, dict) else script
-            return list(arguments) if isinstance(arguments, list) else []
+            require([(PREFIX, isinstance(arguments or [], list), "must be a list of units")])
+            return list(arguments or [])
     return []
 
 

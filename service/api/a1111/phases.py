@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from service.api.a1111.checks import NO_MODEL
+from service.api.a1111.samplers import choose_sampler
 from service.api.a1111.schemas import Processing, TextToImage
 from service.api.a1111.session import A1111Session
 from service.requests.checks import require
@@ -65,10 +66,11 @@ def hires_of(body: Processing, steps: int) -> dict[str, Any] | None:
 
 def check_hires(body: TextToImage, strength: float) -> None:
     """Raise InvalidRequest for what a second pass cannot do."""
-    same = {
-        name: (None, *neutral, *((body.sampler_name,) if name == "hr_sampler_name" else ()))
-        for name, neutral in OF_THE_FIRST_PASS.items()
+    first = {
+        "hr_sampler_name": (body.sampler_name, choose_sampler(body).name),
+        "hr_scheduler": (body.scheduler, choose_sampler(body).scheduler_label),
     }
+    same = {name: (None, *neutral, *first.get(name, ())) for name, neutral in OF_THE_FIRST_PASS.items()}
     require(
         (
             ("denoising_strength", 0 < strength <= 1, "must be above 0 and at most 1 with enable_hr"),

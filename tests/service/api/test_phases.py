@@ -149,9 +149,23 @@ def test_an_upscaling_model_may_enlarge_the_image_between_the_passes(bundled):
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        {"hr_sampler_name": "Euler"},
+        {"scheduler": "Karras", "hr_scheduler": "Karras"},
+        {"hr_scheduler": "Automatic"},
+    ],
+)
+def test_a1111s_hires_fix_takes_the_names_of_the_first_pass(bundled, names):
+    body = {"prompt": "red apple", "steps": 1, "width": 64, "height": 64, "enable_hr": True}
+    assert bundled.client.post("/sdapi/v1/txt2img", json=body | names).status_code == 200
+
+
+@pytest.mark.parametrize(
     ("changes", "param"),
     [
         ({"hr_upscaler": "R-ESRGAN 4x+"}, "hr_upscaler"),
+        ({"hr_scheduler": "Karras"}, "hr_scheduler"),
         ({"hr_sampler_name": "DDIM"}, "hr_sampler_name"),
         ({"hr_checkpoint_name": "other"}, "hr_checkpoint_name"),
         ({"denoising_strength": 0.0}, "denoising_strength"),

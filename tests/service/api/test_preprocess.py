@@ -24,6 +24,22 @@ def test_the_control_image_has_the_size_of_the_image(server):
     assert 0 < (made == 255).mean() < 0.2
 
 
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_the_answer_is_a_file_where_the_client_accepts_one(server, kind):
+    headers = {"Accept": f"image/{kind}"}
+    body = {"image": png(SHAPE), "preprocess": "canny"}
+    answer = server.client.post("/preprocess", json=body, headers=headers)
+    assert answer.headers["content-type"] == f"image/{kind}"
+    made = Image.open(io.BytesIO(answer.content))
+    assert (made.format, made.size) == (kind.upper(), (60, 40))
+
+
+def test_other_accepted_types_are_refused(server):
+    body = {"image": png(SHAPE), "preprocess": "canny"}
+    answer = server.client.post("/preprocess", json=body, headers={"Accept": "image/gif"})
+    assert error_of(answer, 406)["param"] == "Accept"
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [

@@ -83,6 +83,11 @@ def test_an_image_comes_in_several_forms(form):
     assert (pixels_of(control_of(old)) == SQUARE).all()
 
 
+def test_arguments_that_are_no_list_are_refused():
+    with pytest.raises(InvalidRequest, match="args must be a list of units"):
+        read_units({"controlnet": {"args": UNIT}}, SPEC, 10**6)
+
+
 @pytest.mark.parametrize("script", ["controlnet", "ControlNet"])
 def test_units_that_are_off_are_left_out(script):
     off = [
