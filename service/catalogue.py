@@ -260,7 +260,7 @@ class Walk:
         room = MAX_FILES - self.files
         self.files += len(items)
         if len(items) > room:
-            reason = f"the folders have more than {MAX_FILES} files; the others are not looked at"
+            reason = f"the folders have more than {MAX_FILES} files; the others are ignored"
             self.ignored.append(Ignored(below(folder, root), reason))
         return items[: max(room, 0)]
 

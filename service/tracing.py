@@ -174,8 +174,7 @@ def open_tracing(settings: Settings) -> Tracing:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        packages = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
-        raise SettingError(f"trace_endpoint needs Python packages: pip install {packages}") from None
+        raise SettingError("trace_endpoint needs OpenTelemetry: pip install '.[tracing]'") from None
     resource = Resource.create({"service.name": "ldm"}).merge(OTELResourceDetector().detect())
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     exporter = OTLPSpanExporter(endpoint=settings.trace_endpoint.rstrip("/") + "/v1/traces")

@@ -292,7 +292,7 @@ def open_store(settings: Settings, metrics: Metrics) -> RedisStore:
     try:
         from redis.asyncio import Redis
     except ImportError:
-        raise SettingError("job_store needs the Python package redis: pip install redis") from None
+        raise SettingError("job_store needs the package redis: pip install '.[redis]'") from None
     try:
         client = Redis.from_url(
             settings.job_store, socket_connect_timeout=CONNECT_SECONDS, socket_timeout=ANSWER_SECONDS

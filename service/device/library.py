@@ -206,7 +206,7 @@ class Library:
         try:
             current = refreshed(source)
             if current.spec != spec:
-                raise CheckpointError(f"{source.path} has become another model since it was found")
+                raise CheckpointError(f"{source.path} contains another model than when it was read")
             with translate_oom():
                 model = load(current, device, dtype, vocabulary=self.vocabulary, watch=self.watch)
                 if vae:
