@@ -31,7 +31,7 @@ from service.engine.job import ImageKey, Job
 from service.errors import DeviceLost
 from service.worker.faults import FaultyRunner, read_faults
 from tests.benchmarks import shapes
-from tests.benchmarks.shapes import GUIDANCE, PROMPT, Setting, SingleModelRegistry, random_network
+from tests.benchmarks.shapes import GUIDANCE, PROMPT, Setting, random_network, registry_of
 
 MAX_EPS_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # relative
 MIN_IMAGE_DB = 35.0  # PSNR against float32
@@ -171,7 +171,7 @@ def check_waits(subject: Subject) -> Result:
     model = subject.model
     if not subject.cuda:
         return NOT_HERE
-    runner = TorchRunner(SingleModelRegistry(model), BUCKETS, device=model.device)
+    runner = TorchRunner(registry_of(model), BUCKETS, device=model.device)
     job = job_of(model, "one", 20, sampler="euler_ancestral")
     runner.shape(job)
     runner.start(job)
@@ -198,7 +198,7 @@ def check_out_of_memory(subject: Subject) -> Result:
     room = torch.cuda.memory_reserved(device) + 256 * 2**20
     torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), device)
     try:
-        runner = TorchRunner(SingleModelRegistry(model), BUCKETS, device=device)
+        runner = TorchRunner(registry_of(model), BUCKETS, device=device)
         side = 8 * model.spec.defaults.width
         events, _ = run(runner, [job_of(model, "large", 2, width=side, height=side)])
         large = type(events[-1])
@@ -239,7 +239,7 @@ def faults(setting: Setting) -> Iterator[tuple[str, Result]]:
     for fault in ("step:nan:poison:1", "step:nan:poison", "step:oom:poison"):
         outcome = Done if fault.endswith("1") else Failed
         runner = FaultyRunner(
-            TorchRunner(SingleModelRegistry(model), BUCKETS, device=setting.device), read_faults(fault)
+            TorchRunner(registry_of(model), BUCKETS, device=setting.device), read_faults(fault)
         )
         jobs = [job_of(model, "a", 3), job_of(model, "b", 3, prompt="poison"), job_of(model, "c", 4)]
         events, _ = run(runner, jobs)
@@ -328,7 +328,7 @@ def images(
     model: LatentDiffusion, jobs: Sequence[Job], buckets: Sequence[int], invariant: bool = False
 ) -> list[Tensor]:
     """The first image of each job, uint8 values as float32, by a new runner."""
-    runner = TorchRunner(SingleModelRegistry(model), buckets, invariant, device=model.device)
+    runner = TorchRunner(registry_of(model), buckets, invariant, device=model.device)
     events, _ = run(runner, jobs)
     done = {event.job: event for event in events if isinstance(event, Done)}
     return [torch.frombuffer(bytearray(done[job.id].images[0]), dtype=torch.uint8).float() for job in jobs]

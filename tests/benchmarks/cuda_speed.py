@@ -19,7 +19,7 @@ from service.device.runner import TorchRunner
 from tests.benchmarks import shapes
 from tests.benchmarks.cuda_checks import BUCKETS, job_of, random_model, run
 from tests.benchmarks.cuda_report import Report, this_module
-from tests.benchmarks.shapes import GUIDANCE, PROMPT, Setting, SingleModelRegistry, unet_inputs
+from tests.benchmarks.shapes import GUIDANCE, PROMPT, Setting, registry_of, unet_inputs
 
 PEAK_FLOPS = 790e12  # FLOP/s that float16 matrix products reach on an H200
 IMAGES = (1, 4, 8, 16)
@@ -34,7 +34,7 @@ SUBPROCESS_SECONDS = 120
 def measure_speed(shape: shapes.Shape, setting: Setting, report: Report, small: bool) -> None:
     """Times whole images in batches, and a mixed load against the same jobs one at a time."""
     model = random_model(shape.spec, setting)
-    runner = TorchRunner(SingleModelRegistry(model), BUCKETS, device=setting.device)
+    runner = TorchRunner(registry_of(model), BUCKETS, device=setting.device)
     name, steps = shape.spec.name, setting.steps or shape.spec.defaults.steps
     work = flops_of(model, steps, setting)
     report.write(f"\n{name}, {steps} guided steps, {work / 1e12:.3g} TFLOP an image")

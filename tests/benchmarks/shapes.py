@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,15 +16,17 @@ from transformers import BertTokenizer
 from models.checkpoint import tokenizers
 from models.conditioning.conditioner import TextConditioner, TokenConditioner
 from models.conditioning.text_encoder import TextEncoder
+from models.formats.identify import Source
 from models.latent_diffusion import LatentDiffusion
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet, timestep_embedding
 from models.spec import AutoencoderSpec, Defaults, ModelSpec, ScheduleSpec, TextSpec, TokenSpec, UNetSpec
+from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.device.select import prepare_for_device
 from service.engine.engine import Engine
 from service.engine.events import Done
-from service.engine.job import Job, ModelKey
+from service.engine.job import Job
 
 PROMPT = "a red apple on a wooden table in the evening"
 GUIDANCE = 5.0
@@ -283,32 +285,11 @@ def conditioner(spec: ModelSpec, words: list, setting: Setting) -> TextCondition
     )
 
 
-class SingleModelRegistry:
-    """The methods of a registry that the runner calls, for one model that is already loaded."""
-
-    def __init__(self, model: LatentDiffusion) -> None:
-        self.model, self.specs = model, {model.spec.name: model.spec}
-
-    def __getitem__(self, name: str) -> LatentDiffusion:
-        return self.model
-
-    def bundle(self, key: ModelKey) -> LatentDiffusion:
-        return self.model
-
-    def merged(self, model: LatentDiffusion, key: ModelKey) -> LatentDiffusion:
-        return model
-
-    def is_ready(self, key: ModelKey) -> bool:
-        return True
-
-    def make_ready(self, key: ModelKey, busy: Collection[ModelKey]) -> bool:
-        return True
-
-    def is_loaded(self, name: str) -> bool:
-        return True
-
-    def unload_idle(self, busy: Collection[ModelKey]) -> None:
-        pass
+def registry_of(model: LatentDiffusion) -> Registry[LatentDiffusion]:
+    """A registry of one model that is already loaded."""
+    nowhere = Path()
+    source = Source(nowhere, "diffusers folder", "random weights", model.spec, nowhere, allow_pickle=False)
+    return Registry({model.spec.name: source}, lambda source: model)
 
 
 def images(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
@@ -329,7 +310,7 @@ def images(spec: ModelSpec, batch: int, setting: Setting) -> Pair:
     model = LatentDiffusion(spec, unet, autoencoder, conditioner(spec, words, setting))
     pipeline = rivals.pipeline(model, words, setting.compiled)
     runner = TorchRunner(
-        SingleModelRegistry(prepare_for_device(model, setting.device)), BUCKETS, device=setting.device
+        registry_of(prepare_for_device(model, setting.device)), BUCKETS, device=setting.device
     )
     size = {"width": spec.defaults.width, "height": spec.defaults.height}
     generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
