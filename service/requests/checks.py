@@ -112,6 +112,7 @@ def check_inpainting(request: InpaintRequest, size: tuple[int, int], max_pixels:
                 f"must be the height of {result}, {height}",
             ),
             ("area", whole or not layout, "must be whole with boxes or segmentation"),
+            ("padding", not whole or "padding" not in request.model_fields_set, "requires area: masked"),
         )
     )
 

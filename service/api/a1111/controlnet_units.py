@@ -48,7 +48,7 @@ def aliased(*names: str) -> Any:
 
 
 class Unit(Body):
-    """A unit as clients send it; every field may be null, unknown ones are ignored."""
+    """A unit as clients send it; every field may be null, unknown ones are ignored with a warning."""
 
     image: Annotated[Any, aliased("image", "input_image")]
     mask: Annotated[Any, aliased("mask", "mask_image")]
@@ -71,6 +71,18 @@ class Unit(Body):
     effective_region_mask: Any = None
     inpaint_crop_input_image: bool | None = None
     union_control_type: str | None = None
+
+
+def field_names() -> set[str]:
+    """Every name by which clients send a field of a unit."""
+    names = {"enabled", *Unit.model_fields}
+    for field in Unit.model_fields.values():
+        if isinstance(field.validation_alias, AliasChoices):
+            names |= set(map(str, field.validation_alias.choices))
+    return names
+
+
+FIELDS = field_names()
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,12 @@ def units_in(scripts: Mapping[str, Any] | None) -> list[Any]:
             require([(PREFIX, isinstance(arguments or [], list), "must be a list of units")])
             return list(arguments or [])
     return []
+
+
+def ignored_fields(scripts: Mapping[str, Any] | None) -> list[str]:
+    """The fields of units that are switched on, and that no unit has here."""
+    on = [(number, unit) for number, unit in enumerate(units_in(scripts)) if is_on(unit)]
+    return [f"{PREFIX}.{number}.{name}" for number, unit in on for name in unit if name not in FIELDS]
 
 
 def read_units(scripts: Mapping[str, Any] | None, spec: ModelSpec, max_pixels: int) -> list[ReadUnit]:

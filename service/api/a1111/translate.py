@@ -14,9 +14,9 @@ from PIL import Image
 from models.spec import ModelSpec
 from service.api.a1111 import options
 from service.api.a1111.answers import encoder, infotext_of, strength_of
-from service.api.a1111.checks import SETTINGS, check_unsupported
+from service.api.a1111.checks import SETTINGS, check_unsupported, ignored_warning
 from service.api.a1111.controlnet import Guides, Target
-from service.api.a1111.controlnet_units import read_units
+from service.api.a1111.controlnet_units import ignored_fields, read_units
 from service.api.a1111.masking import read_mask
 from service.api.a1111.phases import hires_of, refiner_of
 from service.api.a1111.resizing import resize
@@ -54,7 +54,7 @@ BLANK_MASK = "The mask is empty: the whole image was processed."
 def text_submission(body: Processing, choice: SamplerChoice, session: A1111Session) -> Submission:
     """The submission of txt2img. Raises InvalidRequest, and NotFound for the model."""
     spec = spec_for(body, GenerateRequest, session)
-    warnings = tuple(check_unsupported(body, choice, spec))
+    warnings = check(body, choice, spec)
     fields = fields_of(body, choice, spec, session) | guides_of(body, spec, session).fields()
     request = build_request(GenerateRequest, fields)
     return Submission(request, previews=PREVIEWS, encode=encoder(body, choice), warnings=warnings)
@@ -84,17 +84,18 @@ def inpaint_submission(
 ) -> Submission:
     """The submission of img2img with a mask. Raises as text_submission()."""
     spec = spec_for(body, InpaintRequest, session)
-    warnings = tuple(check_unsupported(body, choice, spec))
+    warnings = check(body, choice, spec)
     width, height = size_of(body, original.image, session)
     image, mask = original.image, original.mask
-    if not coalesce(body.inpaint_full_res, True):
+    masked_area = coalesce(body.inpaint_full_res, True)
+    if not masked_area:
         image, mask = (resize(each, width, height, coalesce(body.resize_mode, 0)) for each in (image, mask))
     fields = fields_of(body, choice, spec, session) | {
         "image": image,
         "width": width,
         "height": height,
-        "area": "masked" if coalesce(body.inpaint_full_res, True) else "whole",
-        "padding": coalesce(body.inpaint_full_res_padding, 0),
+        "area": "masked" if masked_area else "whole",
+        "padding": coalesce(body.inpaint_full_res_padding, 0) if masked_area else None,
         "fill": FILL[coalesce(body.inpainting_fill, 0)],
         "strength": strength_of(body),
     }
@@ -106,7 +107,7 @@ def inpaint_submission(
 def unchanged_answer(body: ImageToImage, choice: SamplerChoice, session: A1111Session) -> Answer:
     """The answer of img2img at denoising strength 0: the input image, without a job. Raises as resolve()."""
     spec = spec_for(body, InpaintRequest if body.mask else GenerateRequest, session)
-    warnings = tuple(check_unsupported(body, choice, spec))
+    warnings = check(body, choice, spec)
     fields = fields_of(body, choice, spec, session) | {"strength": 1.0}
     request: GenerateRequest | InpaintRequest
     if body.mask:
@@ -128,6 +129,12 @@ def unchanged_answer(body: ImageToImage, choice: SamplerChoice, session: A1111Se
     files = [images.encode(pixels, resolved.format, Metadata(text)) for text in texts]
     resolved = resolved.without_inputs()
     return Answer(resolved, tuple(files), warnings + resolved.warnings, {}, int(time.time()))
+
+
+def check(body: Processing, choice: SamplerChoice, spec: ModelSpec) -> tuple[str, ...]:
+    """Warnings about ignored parts of the body and of its ControlNet units. Raises InvalidRequest."""
+    ignored = ignored_warning("These fields have no effect here", ignored_fields(body.alwayson_scripts))
+    return (*check_unsupported(body, choice, spec), *ignored)
 
 
 def guides_of(body: Processing, spec: ModelSpec, session: A1111Session) -> Guides:

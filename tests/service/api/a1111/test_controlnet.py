@@ -12,7 +12,7 @@ from PIL import Image
 
 from models.spec import ControlOption
 from service.api.a1111.controlnet import Guides, Target
-from service.api.a1111.controlnet_units import infotext_lines, read_units
+from service.api.a1111.controlnet_units import ignored_fields, infotext_lines, read_units
 from service.errors import InvalidRequest
 from service.requests.resolve import build_request, resolve
 from service.requests.schemas import GenerateRequest
@@ -54,6 +54,14 @@ def refusal_of(unit: dict, target: Target = TEXT) -> InvalidRequest:
 
 def pixels_of(control: dict) -> np.ndarray:
     return np.asarray(control["image"])
+
+
+def test_fields_that_no_unit_has_are_named_and_others_are_not():
+    off = {"enabled": False, "loopback": True}
+    on = UNIT | {"loopback": True, "input_image": SENT, "guidance": 1, "processor_res": 64}
+    assert ignored_fields({"ControlNet": {"args": [off, on]}}) == [
+        "alwayson_scripts.controlnet.args.1.loopback"
+    ]
 
 
 def test_a_unit_is_a_control():
