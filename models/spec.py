@@ -61,6 +61,11 @@ class UNetSpec:
         """Cells of the latent along one side of a cell of the coarsest level."""
         return 1 << (len(self.channels) - 1)
 
+    @property
+    def blocks(self) -> int:
+        """Input blocks, of which each has a skip connection to one of as many output blocks."""
+        return len(self.channels) * (self.res_blocks + 1)
+
     def up_depth(self, level: int, block: int) -> int:
         """Transformer blocks after a residual block of a level going up."""
         return self.up_depths[level][block] if self.up_depths else self.transformer_depth[level]

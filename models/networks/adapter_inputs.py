@@ -63,8 +63,9 @@ class AdapterInputs:
         return added(x, self.middle)
 
     def after_encoder(self, skips: list[Tensor]) -> list[Tensor]:
-        """The skip connections that the decoder takes."""
-        return [x + residual for x, residual in zip(skips, self.skips, strict=True)] if self.skips else skips
+        """The skip connections that the decoder takes, of the first input blocks."""
+        residuals = self.skips[: len(skips)]
+        return [x + residual for x, residual in zip(skips, residuals, strict=True)] if residuals else skips
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from models.networks.attention import (
     cross_attentions,
     number_columns,
 )
+from models.networks.deep_features import DeepFeatures
 from models.networks.kernels import group_norm
 from models.networks.modules import first_norm, module_list
 from models.spec import UNetSpec
@@ -313,25 +315,32 @@ class UNet(nn.Module):
         noise_level: Tensor | None = None,
         adapters: AdapterInputs | None = None,
         guidance: Tensor | None = None,
+        deep: DeepFeatures | None = None,
     ) -> Tensor:
         """x (B, C_in, h, w) with the concat channels, t (B,) -> (B, C_out, h, w).
 
         context: (B, L, C_ctx); pooled: (B, spec.added_width), added to the timestep embedding; noise_level:
         (B,); adapters: inputs of B rows from adapters; guidance: (B,), the guidance scale, for a spec with a
-        guidance_width.
+        guidance_width; deep: deep features to keep, or to take in place of the deep blocks.
         """
         emb = embed(self.spec, self.time_embed, self.label_emb, t, pooled, noise_level, guidance)
         adapters = adapters or AdapterInputs()
-        images = adapters.images
+        deep = deep or DeepFeatures()
+        images, count = adapters.images, len(self.input_blocks)
+        shallow = count if deep.reused is None else deep.branch + 1  # input blocks that run
         x = x.to(self.dtype)
         context = None if context is None else context.to(self.dtype)
         skips = []
-        for index, stage in enumerate(self.input_blocks):
+        for index, stage in zip(range(shallow), self.input_blocks, strict=False):
             x = adapters.after_block(index, stage(x, emb, context, images=images))
             skips.append(x)
-        x = adapters.after_middle(self.middle_block(x, emb, context, images=images))
+        if deep.reused is None:
+            x = adapters.after_middle(self.middle_block(x, emb, context, images=images))
+        else:
+            x = deep.reused
         skips = adapters.after_encoder(skips)
-        for stage in self.output_blocks:
+        for stage in islice(self.output_blocks, count - shallow, None):
+            deep.after_block(len(skips) - 1, x)
             x = torch.cat([x, skips.pop()], dim=1)
             x = stage(x, emb, context, skips[-1].shape[-2:] if skips else None, images)
         out: Tensor = self.out[2](group_norm(x, first_norm(self.out), activate=True))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.networks.adapter_inputs import AdapterInputs
+from models.networks.deep_features import DeepFeatures
 from models.sampling.schedule import Schedule
 
 
@@ -32,18 +33,20 @@ class Denoiser:
         noise_level: Tensor | None = None,
         adapters: AdapterInputs | None = None,
         guidance: Tensor | None = None,
+        deep: DeepFeatures | None = None,
     ) -> Tensor:
         """x (B, C, h, w), t (B,) -> eps (B, C, h, w), float32.
 
         context: (B, L, C_ctx), for cross-attention; pooled: (B, P), added to the timestep embedding;
         concat_channels: (B, C', h, w), concatenated to x; alpha_sigma: (B, 2), of x, required for fractional
         timesteps; noise_level: (B,), of the low-resolution image in concat_channels; adapters: inputs
-        from adapters; guidance: (B,), guidance scale of a UNet that takes it as an input.
+        from adapters; guidance: (B,), guidance scale of a UNet that takes it as an input; deep: deep features
+        to keep or reuse.
 
         From v: eps = alpha v + sigma x (Salimans and Ho 2022, appendix D); from x_0: (x - alpha x_0) / sigma.
         """
         x_in = x if concat_channels is None else torch.cat([x, concat_channels.to(x.dtype)], dim=1)
-        out: Tensor = self.unet(x_in, t, context, pooled, noise_level, adapters, guidance).float()
+        out: Tensor = self.unet(x_in, t, context, pooled, noise_level, adapters, guidance, deep).float()
         prediction = self.schedule.spec.prediction
         if prediction == "epsilon":
             return out

@@ -185,6 +185,12 @@ def add_scene(command: argparse.ArgumentParser) -> None:
     )
     add("--guidance-rescale", type=float, metavar="X", help="restore the contrast that guidance adds, 0 to 1")
     add_phases(command)
+    add(
+        "--feature-cache",
+        type=int,
+        metavar="N",
+        help="compute deep features of the UNet at every N-th call only, 1 to 10: faster, less exact",
+    )
     add("--prompt-syntax", help="plain (default), or a1111: weights, BREAK, AND, [from:to:when], [a|b]")
     add("--decoder", help="full (default), or tiny: the tiny VAE of --tiny-vae makes the image")
     add("--tiling", help="none (default), x, y or both: copies of the image fit together along these axes")
@@ -366,6 +372,8 @@ def request_of(
     """
     fields: dict[str, Any] = {name: getattr(args, name, None) for name in REQUEST_FIELDS}
     fields["variation"] = variation_of(args)
+    interval = getattr(args, "feature_cache", None)
+    fields["feature_cache"] = None if interval is None else {"interval": interval}
     fields |= {"refiner": refiner_of(args), "hires": hires_of(args)}
     fields = dict(repeated) | {name: value for name, value in fields.items() if value is not None}
     if not repeated.get("loras"):  # else the image's own weights

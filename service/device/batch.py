@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from models.adapters.controls import Rows
 from models.latent_diffusion import LatentDiffusion
 from models.networks.adapter_inputs import AdapterInputs, combined
+from models.networks.deep_features import DeepFeatures
 from models.sampling.denoiser import Denoiser
 from models.sampling.guidance import StepRows, guide, rescale
 from models.sampling.step import blend_unmasked, step
@@ -39,6 +40,9 @@ class UNetInputs(NamedTuple):
     noise_levels: Tensor | None  # (R,): level of the noise added to the low-resolution image
     guidance: Tensor | None = None  # (R,): the guidance scale, for a UNet that takes it as an input
     adapters: AdapterInputs | None = None  # of controls and reference images; None if no row has any
+    keep: tuple[int, ...] = ()  # branches whose deep features the call returns
+    branch: int = 0  # of `deep`
+    deep: Tensor | None = None  # (R, C, h, w): deep features to reuse
 
 
 def advance(
@@ -51,7 +55,8 @@ def advance(
     """The states of I images of one group after their next step: (I, 1 + m, C, h, w).
 
     m is the longest sampler history among the images. All rows share one UNet call if they are at most
-    `size`; every row is at its own timestep of its own plan. sizes: rows of calls of control networks, the
+    `size`; every row is at its own timestep of its own plan. Rows that reuse deep features have a call of
+    their own. sizes: rows of calls of control networks, and of UNet calls of a part of the rows, the
     last one at most; () for `size` alone. The work is queued on the device; this function does not wait.
     """
     state = stack_states(images)  # (I, 1 + m, C, h, w)
@@ -83,7 +88,8 @@ def predict(
 ) -> Tensor:
     """Guided eps (I, C, h, w), float32, of x (I, C, h, w).
 
-    size: rows of each UNet call; sizes: rows that a call of a control network can have.
+    size: rows of each UNet call; sizes: rows that a call of a control network, or of some of the rows, can
+    have.
     """
     rows = [state.rows(image) for state, image in zip(states, images, strict=True)]
     image_of_row = [index for index, own in enumerate(rows) for _ in own.rows]
@@ -93,12 +99,9 @@ def predict(
     row_x, row_coeffs = x[index], coeffs[index]
     all_rows = Rows(row_x, row_coeffs[:, T], inputs.tokens, inputs.pooled)
     inputs = inputs._replace(adapters=adapter_inputs(states, images, rows, all_rows, sizes, graphs))
-    calls = [
-        call_unet(bundle, row_x[part], row_coeffs[part], rows_of(inputs, part), size, graphs)
-        for part in (slice(begin, begin + size) for begin in range(0, len(image_of_row), size))
-    ]
-    eps = torch.cat(calls)  # (R, C, h, w)
-    starts = list(accumulate((len(own.rows) for own in rows[:-1]), initial=0))
+    counts = [len(own.rows) for own in rows]
+    eps = call_in_parts(bundle, states, images, counts, row_x, row_coeffs, inputs, size, sizes, graphs)
+    starts = list(accumulate(counts[:-1], initial=0))
     guided = combine(eps, rows, starts)
     for image, (own, start) in enumerate(zip(rows, starts, strict=True)):
         if own.rescale and own.weights:  # one image at a time, so that its bits do not depend on the others
@@ -201,24 +204,83 @@ def slices(indices: Sequence[int]) -> list[slice]:
     return runs
 
 
+def call_in_parts(
+    bundle: LatentDiffusion,
+    states: Sequence[JobState],
+    images: Sequence[ImageState],
+    counts: Sequence[int],
+    x: Tensor,
+    coeffs: Tensor,
+    inputs: UNetInputs,
+    size: int,
+    sizes: Sequence[int],
+    graphs: Graphs,
+) -> Tensor:
+    """eps (R, C, h, w) of all rows; rows that reuse deep features of a branch have calls of their own.
+
+    counts: rows of each image. Stores the deep features that images keep.
+    """
+    uses = [state.deep_use(image) for state, image in zip(states, images, strict=True)]
+    parts: dict[int | None, list[int]] = {}  # branch that is reused, or None -> images
+    for index, use in enumerate(uses):
+        parts.setdefault(use.branch if use and use.reuses else None, []).append(index)
+    keep = tuple(sorted({use.branch for use in uses if use and not use.reuses}))
+    starts = list(accumulate(counts, initial=0))
+    results: list[Tensor] = [x] * len(images)
+    for branch, members in parts.items():
+        own = inputs._replace(keep=keep) if branch is None else inputs
+        own_x, own_coeffs, own_size = x, coeffs, size
+        if len(parts) > 1:
+            chosen = torch.tensor([row for image in members for row in range(*starts[image : image + 2])])
+            own_x, own_coeffs, own = rows_of((x, coeffs, own), upload(chosen, x.device))
+        if len(parts) > 1 and len(sizes) > 1:
+            own_size = next((each for each in sizes if each >= len(own_x)), size)
+        if branch is not None:
+            own = own._replace(branch=branch, deep=torch.cat([deep_of(images[image]) for image in members]))
+        eps, kept = call_unet(bundle, own_x, own_coeffs, own, own_size, graphs)
+        lengths = [counts[image] for image in members]
+        features = dict(zip(keep, (each.split(lengths) for each in kept), strict=False))
+        for place, (image, part) in enumerate(zip(members, eps.split(lengths), strict=True)):
+            results[image] = part
+            if (use := uses[image]) and not use.reuses:
+                images[image].deep = features[use.branch][place].clone()
+    return torch.cat(results)
+
+
+def deep_of(image: ImageState) -> Tensor:
+    """The deep features (k, C, h, w) that an image has kept."""
+    assert image.deep is not None
+    return image.deep
+
+
 def call_unet(
     bundle: LatentDiffusion, x: Tensor, coeffs: Tensor, inputs: UNetInputs, size: int, graphs: Graphs
-) -> Tensor:
-    """One UNet call: eps (R, C, h, w) of R rows, padded to `size` rows with copies of the first one."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """eps (R, C, h, w) of R rows, and the deep features to keep, (R, C', h', w') each.
+
+    Every UNet call has `size` rows, the last one with copies of its first row.
+    """
     assert bundle.unet is not None
     assert bundle.denoiser is not None
-    count = len(x)
-    x, coeffs, inputs = padded((x, coeffs, inputs), size - count)
-    t, signal_and_sigma = coeffs[:, T], coeffs[:, ALPHA : SIGMA + 1]
-    eps = graphs.run(bundle.unet, partial(run_denoiser, bundle.denoiser), x, t, signal_and_sigma, inputs)
-    return eps[:count]
+    calls = []
+    for begin in range(0, len(x), size):
+        part = rows_of((x, coeffs, inputs), slice(begin, begin + size))
+        count = len(part[0])
+        own_x, own_coeffs, own = padded(part, size - count)
+        t, signal_and_sigma = own_coeffs[:, T], own_coeffs[:, ALPHA : SIGMA + 1]
+        run = partial(run_denoiser, bundle.denoiser)
+        outputs = graphs.run(bundle.unet, run, own_x, t, signal_and_sigma, own)
+        calls.append(rows_of(outputs, slice(count)))
+    kept = zip(*(features for _, features in calls), strict=True)
+    return torch.cat([eps for eps, _ in calls]), tuple(torch.cat(each) for each in kept)
 
 
 def run_denoiser(
     denoiser: Denoiser, x: Tensor, t: Tensor, signal_and_sigma: Tensor, inputs: UNetInputs
-) -> Tensor:
-    """eps (R, C, h, w) of R rows."""
-    return denoiser(
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """eps (R, C, h, w) of R rows, and the deep features of the branches in `inputs.keep`."""
+    deep = DeepFeatures(inputs.keep, inputs.branch, inputs.deep)
+    eps = denoiser(
         x,
         t,
         inputs.tokens,
@@ -228,7 +290,9 @@ def run_denoiser(
         inputs.noise_levels,
         inputs.adapters,
         inputs.guidance,
+        deep,
     )
+    return eps, tuple(deep.kept[branch] for branch in inputs.keep)
 
 
 def draw_noise(images: Sequence[ImageState], table: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from models.sampling.table import Plan
 from models.spec import ModelSpec
 from models.tiles import Tiles, cut
 from service.device.controls import ControlUse, ReferenceUse
-from service.engine.job import Hires, Job, JobControl, ModelKey, Segment
+from service.engine.job import FeatureCache, Hires, Job, JobControl, ModelKey, Segment
 
 CONTROL_COST = 0.4  # work of a row of a control network, as a part of that of a row of its UNet
 
@@ -45,7 +46,8 @@ class PhaseOutline:
     call; prompt, negative_prompt: the conditions that rows name, or composition, if they are more than these;
     before, run: calls of the pass before those of this phase, and in total (0: the phase is all of it);
     upscaler: how the image of the phase before becomes this one's, or "" if the latent stays as it is;
-    tiles: of an upscaling model, which run one after the other, on the grid of latent cells.
+    tiles: of an upscaling model, which run one after the other, on the grid of latent cells; cache: deep
+    features that calls reuse.
     """
 
     key: ModelKey
@@ -61,6 +63,19 @@ class PhaseOutline:
     upscaler: str = ""
     tiles: Tiles | None = None
     noise_level: int = 0
+    cache: FeatureCache | None = None
+
+    @cached_property
+    def reuses(self) -> tuple[bool, ...]:
+        """Whether each call reuses deep features: not every interval-th call, nor one with other rows."""
+        reuses: list[bool] = []
+        age = 0  # calls since the features were computed
+        for call, own in enumerate(self.rows):
+            age += 1
+            is_old = self.cache is None or age >= self.cache.interval
+            reuses.append(bool(call) and not is_old and own.rows == self.rows[call - 1].rows)
+            age = age if reuses[-1] else 0
+        return tuple(reuses)
 
     @property
     def kinds(self) -> tuple[int, ...] | None:
@@ -79,20 +94,29 @@ class PhaseOutline:
         return is_active(self.before + call, self.run or len(self.plan), use.start, use.end)
 
     def segments(
-        self, group: Hashable, row_cost: float, controls: Sequence[JobControl] = ()
+        self,
+        group: Hashable,
+        row_cost: float,
+        controls: Sequence[JobControl] = (),
+        reuse_saves: float = 0.0,
     ) -> tuple[Segment, ...]:
         """The calls of the phase, as the scheduler needs to know them.
 
-        controls: those whose networks run at every step.
+        controls: those whose networks run at every step; reuse_saves: part of a call's work that reused deep
+        features save, which is spread evenly over a segment's calls.
         """
         sizes = [
             (len(own.rows), sum(self._control_rows(control, call) for control in controls))
             for call, own in enumerate(self.rows)
         ]
-        return tuple(
-            Segment(group, rows, len(list(calls)), row_cost, extra * CONTROL_COST * row_cost)
-            for (rows, extra), calls in groupby(sizes)
-        )
+        segments, end = [], 0
+        for (rows, extra), calls in groupby(sizes):
+            begin, end = end, end + len(list(calls))
+            saved = rows * reuse_saves * sum(self.reuses[begin:end]) / (end - begin)
+            segments.append(
+                Segment(group, rows, end - begin, row_cost, (extra * CONTROL_COST - saved) * row_cost)
+            )
+        return tuple(segments)
 
     def _control_rows(self, control: JobControl, call: int) -> int:
         """Rows of a control network's call."""
@@ -201,8 +225,9 @@ def outline(job: Job, plan: Plan, first_pass: int | None = None) -> PhaseOutline
     texts = job.prompt, job.negative_prompt
     level = job.noise_level
     return PhaseOutline(
-        job.model_key, job.width, job.height, plan, rows, *texts, composition, noise_level=level
-    )
+        job.model_key, job.width, job.height, plan, rows, *texts, composition,
+        noise_level=level, cache=job.feature_cache,
+    )  # fmt: skip
 
 
 def with_refiner(whole: PhaseOutline, job: Job) -> tuple[PhaseOutline, ...]:

@@ -18,6 +18,7 @@ from models.adapters.textual_inversion import change_words
 from models.conditioning.conditioner import TextConditioner, TokenConditioner
 from models.latent_diffusion import LatentDiffusion, to_uint8
 from models.networks.autoencoder import Autoencoder
+from models.networks.deep_features import shallow_share
 from models.networks.tiling import tiled
 from models.networks.tiny_autoencoder import TinyDecoder
 from models.preview import Projection
@@ -132,7 +133,9 @@ class TorchRunner:
             group = (outline.key, shape, context, full_precision, job.tiling)
             parts = len(corners)
             running = self._running_controls(job) if outline.key == job.model_key else ()
-            segments += outline.segments(group, size[0] * size[1], running)
+            cache = outline.cache
+            saves = 1 - shallow_share(spec.unet_spec, cache.branch) if cache else 0.0
+            segments += outline.segments(group, size[0] * size[1], running, saves)
         return Shape(tuple(segments), parts)
 
     def _plan(self, job: Job) -> Plan:
@@ -276,6 +279,7 @@ class TorchRunner:
         for state, image, new in zip(states, images, new_states, strict=True):
             history = state.phase(image).plan.history
             image.state, image.done, image.noise = new[: 1 + history], image.done + 1, None
+            image.deep = None if state.ends_phase(image) else image.deep
             upscaling.after_step(state, image)
         # The only place in a step that waits for the device: on a CPU for this call, on CUDA for the last.
         finite = torch.isfinite(new_states).flatten(1).all(1)

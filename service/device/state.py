@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,13 @@ from models.sampling.schedule import Floats
 from service.device.controls import ControlUse, ReferenceUse
 from service.device.phases import Phase
 from service.engine.job import Job
+
+
+class DeepUse(NamedTuple):
+    """A step of an image that reuses the deep features of a branch, or else keeps them."""
+
+    branch: int
+    reuses: bool
 
 
 @dataclass
@@ -35,6 +43,7 @@ class ImageState:
     pixels: NDArray[np.uint8] | None = None  # (H, W, 3): the image to encode, or that whose tiles run
     tiles: TileRun | None = None  # in the phase of an upscaling model
     x_0: Tensor | None = None  # (C, h, w), the last step's prediction of the final latent; see keeps_x_0
+    deep: Tensor | None = None  # (k, C, h, w): deep features of its k rows, in a phase with a feature cache
 
     @property
     def x(self) -> Tensor:
@@ -90,6 +99,14 @@ class JobState:
     def references(self, image: ImageState) -> tuple[ReferenceUse, ...]:
         """The reference images that act at the image's next step."""
         return self.phase(image).references_at(image.done)
+
+    def deep_use(self, image: ImageState) -> DeepUse | None:
+        """How the image's next step uses deep features; None if it neither keeps nor reuses them."""
+        outline, call = self.phase(image).outline, image.done
+        if outline.cache is None:
+            return None
+        reuses, next_reuses = (*outline.reuses, False)[call : call + 2]
+        return DeepUse(outline.cache.branch, reuses) if reuses or next_reuses else None
 
     @property
     def keeps_x_0(self) -> bool:

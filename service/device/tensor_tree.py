@@ -37,7 +37,7 @@ def tensors_of(tree: object) -> list[Tensor]:
     return found
 
 
-def rows_of(tree: Tree, part: slice) -> Tree:
+def rows_of(tree: Tree, part: slice | Tensor) -> Tree:
     """Some of the rows of every tensor."""
     return map_tensors(lambda x: x[part], tree)
 

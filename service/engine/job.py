@@ -61,6 +61,13 @@ class Variation(NamedTuple):
     strength: float  # above 0; 1: the other seed's noise alone
 
 
+class FeatureCache(NamedTuple):
+    """Deep features of the UNet are computed at every interval-th call; see models.networks.deep_features."""
+
+    interval: int
+    branch: int
+
+
 @dataclass(frozen=True)
 class JobControl:
     """A control of a job's images. image: height x width x 3 bytes, of the size of the job's images.
@@ -174,6 +181,7 @@ class Job:
     guidance_rescale: float = 0.0  # see models.sampling.guidance.rescale
     refiner: Refiner | None = None
     hires: Hires | None = None
+    feature_cache: FeatureCache | None = None
 
     @property
     def guided_rows(self) -> StepRows:
@@ -217,7 +225,8 @@ class Segment:
 
     group: images with equal groups may share a UNet call; rows: of the image in each of these calls;
     evaluations: the number of calls; row_cost: work of one row, in any unit that all groups share, and the
-    same in all segments of a group; extra_cost: work of a call beside its rows, of control networks.
+    same in all segments of a group; extra_cost: work of a call beside its rows: of control networks, less
+    what a feature cache saves on average.
     """
 
     group: Hashable

@@ -15,6 +15,7 @@ from service.requests.checks import require, shorten
 from service.requests.resolved_request import Parameters, ResolvedRequest
 from service.requests.schemas import (
     AnyRequest,
+    FeatureCacheInput,
     GenerateRequest,
     ImageRequest,
     InpaintRequest,
@@ -70,6 +71,7 @@ def with_defaults(
         tiling=scene.tiling if scene and scene.tiling != "none" else None,
         clip_skip=scene.clip_skip if scene and scene.clip_skip != 1 else None,
         variation=variation_of(scene, request.n) if scene else None,
+        feature_cache=feature_cache_of(scene) if scene else None,
         **(inpainting_parameters(request) if isinstance(request, InpaintRequest) else {}),
     )
     return ResolvedRequest(
@@ -134,6 +136,12 @@ def variation_of(request: SceneRequest, n: int) -> VariationSeed | None:
     if variation is None or not variation.strength:
         return None
     return variation.model_copy(update={"seed": random_seed(n)}) if variation.seed == -1 else variation
+
+
+def feature_cache_of(request: SceneRequest) -> FeatureCacheInput | None:
+    """The feature cache; None if there is none or all calls compute their features."""
+    cache = request.feature_cache
+    return cache if cache and cache.interval > 1 else None
 
 
 def loras_of(request: ImageRequest, spec: ModelSpec) -> dict[str, float]:

@@ -37,6 +37,7 @@ EXTRAS: Mapping[str, Callable[[ModelSpec], bool]] = {
     "refiner": lambda spec: generates(spec) and spec.reads_prompts and not spec.concat_channels,
     "clip_skip": lambda spec: spec.max_clip_skip > 1,
     "variation": generates,
+    "feature_cache": generates,
     "tiling": generates,
     "decoder": lambda spec: spec.tiny_decoder,
     "mask_blur": inpaints,

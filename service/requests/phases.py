@@ -18,6 +18,7 @@ from service.requests.resolved_request import ResolvedRequest, with_parameters
 from service.requests.schemas import GenerateRequest, SceneRequest
 from service.settings import Settings
 
+CACHED = "feature_cache was used: up to {} of {} UNet calls reused deep features; the image is less exact"
 CROPPED = "hires gives {}x{}, which was reduced to {}x{}: sides are multiples of {}"
 
 
@@ -72,6 +73,18 @@ def with_hires(
     check_prompts(first, job_hires, spec, settings)
     warning = CROPPED.format(*wanted, width, height, spec.size_multiple)
     return resolved if wanted == (width, height) else resolved.with_warnings([warning])
+
+
+def with_feature_cache(resolved: ResolvedRequest, specs: Mapping[str, ModelSpec]) -> ResolvedRequest:
+    """Check that the UNets of a request have the branch of its feature cache. Raises InvalidRequest."""
+    cache, refiner = resolved.parameters.feature_cache, resolved.parameters.refiner
+    if cache is None:
+        return resolved
+    for name in (resolved.parameters.model, *([refiner.model] if refiner else [])):
+        most = specs[name].unet_spec.blocks - 1
+        expected = f"must be at most {most} for the model {name}"
+        require([("feature_cache.branch", cache.branch <= most, expected)])
+    return resolved.with_warnings([CACHED.format(cache.interval - 1, cache.interval)])
 
 
 def target_size(hires: HiresInput, size: tuple[int, int]) -> tuple[int, int]:

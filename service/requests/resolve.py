@@ -18,7 +18,7 @@ from service.requests.checks import require
 from service.requests.controls import with_controls
 from service.requests.defaults import coalesce, round_up, with_defaults
 from service.requests.images import Format
-from service.requests.phases import with_hires, with_refiner
+from service.requests.phases import with_feature_cache, with_hires, with_refiner
 from service.requests.resolve_inpainting import inpaint
 from service.requests.resolved_request import (
     NO_PREVIEWS,
@@ -88,6 +88,7 @@ def resolve(
         resolved = with_controls(resolved, request, spec, settings)
         resolved = with_hires(resolved, request, specs, settings)
         resolved = with_refiner(resolved, request, specs)
+        resolved = with_feature_cache(resolved, specs)
     checks.check_task(spec, (resolved.task,))
     if request.guidance_scale is None and not is_guided(resolved, spec):  # the same image with half the rows
         resolved = with_parameters(resolved, guidance_scale=1.0)

@@ -13,6 +13,7 @@ from models.spec import Spacing
 from models.tiles import Tiles
 from service.engine.job import (
     Decoder,
+    FeatureCache,
     Hires,
     Job,
     JobControl,
@@ -30,7 +31,7 @@ from service.requests.images import Format
 from service.requests.inpainting import Paste
 from service.requests.metadata import DigitalSource
 from service.requests.phase_schemas import HiresInput, RefinerInput
-from service.requests.schemas import Area, Extend, Fill, LabelBox, VariationSeed
+from service.requests.schemas import Area, Extend, FeatureCacheInput, Fill, LabelBox, VariationSeed
 
 
 class Parameters(BaseModel):
@@ -73,6 +74,7 @@ class Parameters(BaseModel):
     tiling: Tiling | None = None
     clip_skip: int | None = None
     variation: VariationSeed | None = None
+    feature_cache: FeatureCacheInput | None = None
     mask_blur: int | None = None
     area: Area | None = None
     padding: int | None = None
@@ -196,6 +198,7 @@ class ResolvedRequest:
         """The job for the engine."""
         parameters, inputs = self.parameters, self.inputs
         variation, refiner = parameters.variation, parameters.refiner
+        cache = parameters.feature_cache
         return Job(
             id=self.id,
             model=parameters.model,
@@ -240,6 +243,7 @@ class ResolvedRequest:
             guidance_rescale=parameters.guidance_rescale or 0.0,
             refiner=Refiner(refiner.model, refiner.switch_at) if refiner else None,
             hires=self.hires,
+            feature_cache=FeatureCache(cache.interval, cache.branch) if cache else None,
         )
 
     @property

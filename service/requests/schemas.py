@@ -83,6 +83,28 @@ class VariationSeed(BaseModel):
     ]
 
 
+class FeatureCacheInput(BaseModel):
+    """Deep features of the UNet that are reused between its calls (DeepCache): faster, less exact."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"interval": 3}]})
+
+    interval: Annotated[
+        int,
+        Field(
+            ge=1, le=10, description="Every interval-th UNet call computes them; 1: all calls, as without it"
+        ),
+    ] = 3
+    branch: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=100,
+            description="Input blocks, and output blocks, that the other calls compute, less one; a larger "
+            "number is slower and more exact. Limit: the input blocks of the model's UNet",
+        ),
+    ] = 0
+
+
 class ImageRequest(BaseModel):
     """The common fields of all requests for images. GET /models lists each model's defaults."""
 
@@ -204,6 +226,13 @@ class SceneRequest(ImageRequest):
     refiner: Annotated[
         RefinerInput | None,
         Field(description="Another model that makes the last steps, such as SDXL's refiner"),
+    ] = None
+    feature_cache: Annotated[
+        FeatureCacheInput | None,
+        Field(
+            description="Reuses deep features of the UNet between its calls (DeepCache): faster, less exact",
+            examples=[{"interval": 3, "branch": 0}],
+        ),
     ] = None
     prompt_syntax: Annotated[
         PromptSyntax,

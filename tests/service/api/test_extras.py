@@ -50,9 +50,23 @@ def test_tiling_changes_the_image_and_is_among_its_parameters(server):
     assert (image_of(images["none"]) == image_of(post(server, BODY))).all()
 
 
+def test_a_feature_cache_is_repeated_by_its_parameters_and_named_in_a_warning(server):
+    cache = {"interval": 2, "branch": 0}
+    made = post(server, BODY | {"steps": 6, "feature_cache": {"interval": 2}})
+    assert any("feature_cache" in warning for warning in made.json()["warnings"])
+    parameters = json.loads(open_image(made).text["parameters"])
+    assert parameters["feature_cache"] == cache
+    assert (image_of(post(server, parameters)) == image_of(made)).all()
+    plain = post(server, BODY | {"steps": 6})
+    assert psnr(image_of(made), image_of(plain)) < 60
+    every_call = post(server, BODY | {"steps": 6, "feature_cache": {"interval": 1}}).json()
+    assert every_call["images"] == plain.json()["images"]
+    assert every_call["warnings"] == plain.json()["warnings"]
+
+
 def test_the_model_list_names_the_extras_of_each_model(server):
     (model,) = server.client.get("/models").json()["models"]
-    guidance = {"guidance_start", "guidance_end", "guidance_rescale"}
+    guidance = {"guidance_start", "guidance_end", "guidance_rescale", "feature_cache"}
     assert guidance | {"variation", "tiling", "prompt_syntax", "extend"} <= set(model["extras"])
     assert model["limits"]["max_clip_skip"] == 1  # its text encoder has two layers
 
@@ -68,6 +82,8 @@ def test_the_model_list_names_the_extras_of_each_model(server):
         ({"tiling": True}, "tiling"),
         ({"variation": {"seed": 1, "strength": 1.1}}, "variation.strength"),
         ({"variation": {"seed": 1}}, "variation.strength"),
+        ({"feature_cache": {"interval": 11}}, "feature_cache.interval"),
+        ({"feature_cache": {"branch": 100}}, "feature_cache.branch"),
         ({"variation": {"seed": 2**64 - 1, "strength": 0.5}, "n": 2}, "variation.seed"),
     ],
 )

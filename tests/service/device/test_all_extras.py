@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.device.runner import TorchRunner
-from service.engine.job import Job, Variation
+from service.engine.job import FeatureCache, Job, Variation
 from tests.helpers.images import IMAGE, MASK
 from tests.helpers.torch_runner import run_jobs, runner_on, tiny_job
 
@@ -19,6 +19,13 @@ EXTRAS = {
     "composition": {"prompt": "[cat|dog] AND [sun:moon:1] :0.5", "prompt_syntax": "a1111"},
     "chunks": {"prompt": "cat BREAK dog", "prompt_syntax": "a1111"},
     "tiling": {"tiling": "both"},
+    "feature cache": {"feature_cache": FeatureCache(2, 0)},
+    "cached composition": {
+        "prompt": "cat AND dog",
+        "prompt_syntax": "a1111",
+        "tiling": "y",
+        "feature_cache": FeatureCache(3, 1),
+    },
     "interval": {"guidance_start": 0.3, "guidance_end": 0.8, "guidance_rescale": 0.7},
     "noise": MASKED | {"latent_fill": "noise", "strength": 0.8},
     "empty": MASKED | {"latent_fill": "zeros", "eta": 1.0},
