@@ -33,6 +33,7 @@ TASK_OF_CONDITION = {
 }
 MAX_ERROR_CHARS = 64  # of a client's text that an error message quotes
 NO_PROMPT = "is not supported by this model, which reads no prompts"
+DEFAULT_PADDING = InpaintRequest.model_fields["padding"].default  # some clients send all defaults
 
 
 def require(rules: Iterable[tuple[str, bool, str]]) -> None:
@@ -112,7 +113,7 @@ def check_inpainting(request: InpaintRequest, size: tuple[int, int], max_pixels:
                 f"must be the height of {result}, {height}",
             ),
             ("area", whole or not layout, "must be whole with boxes or segmentation"),
-            ("padding", not whole or "padding" not in request.model_fields_set, "requires area: masked"),
+            ("padding", not whole or request.padding == DEFAULT_PADDING, "requires area: masked"),
         )
     )
 

@@ -9,7 +9,7 @@ import gc
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,18 +47,19 @@ class Tape:
     tapes: Tapes
     function: Function
     given: Inputs
-    out: Tensor
+    out: Any  # a tensor, or a tuple of tensors
 
     @property
     def size(self) -> int:
         return self.tapes.size
 
-    def replay(self, inputs: Inputs) -> Tensor:
+    def replay(self, inputs: Inputs) -> Any:
         self.tapes.replayed += 1
         for to, x in zip(tensors_of(self.given), tensors_of(inputs), strict=True):
             to.copy_(x)
-        self.out.copy_(self.function(*self.given))
-        return self.out.clone()
+        for to, x in zip(tensors_of(self.out), tensors_of(self.function(*self.given)), strict=True):
+            to.copy_(x)
+        return map_tensors(Tensor.clone, self.out)
 
 
 def double(x: Tensor, y: Tensor | None = None) -> Tensor:
