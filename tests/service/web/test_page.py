@@ -82,7 +82,7 @@ def visit(browser: Browser, bundled: Server) -> Iterator[Visit]:
 
 def test_shows_previews_and_keeps_the_images_in_the_gallery(visit: Visit):
     page = visit.page
-    card = visit.submit(prompt="red apple on a blue background", n="2", steps="120")
+    card = visit.submit(prompt="red apple on a blue background", n="2", steps="300")
     preview = card.locator("img.preview").first
     first = preview.get_attribute("src")
     expect(preview).not_to_have_attribute("src", first)
