@@ -21,9 +21,9 @@ from models.adapters import t2i_adapter
 from models.adapters.controls import MODES, Control, Mode, Rows, is_active, masked, scaled, weights
 from models.adapters.derived_control import derived
 from models.checkpoint.meta import shapes_only
-from models.checkpoint.parts import Part, assign, mismatches
+from models.checkpoint.parts import Part, load_part
 from models.checkpoint.saving import renamed, write_network
-from models.checkpoint.weights import NETWORK_FILES, Weights, open_network, open_weights, summarise_keys
+from models.checkpoint.weights import NETWORK_FILES, Weights, open_network, open_weights
 from models.errors import CheckpointError
 from models.formats import control_files, keymaps
 from models.formats.config_files import read_json
@@ -31,6 +31,7 @@ from models.formats.diffusers_read import translated
 from models.formats.structure import checked_structure
 from models.networks.adapter_inputs import AdapterInputs
 from models.networks.control_net import ControlNet
+from models.networks.modules import weight_bytes
 from models.networks.unet import UNet, skip_widths
 from models.spec import ModelSpec
 
@@ -71,7 +72,7 @@ class ControlNetControl:
 
     @property
     def bytes(self) -> int:
-        return sum(weight.nbytes for weight in self.network.parameters())
+        return weight_bytes(self.network)
 
     def misfit(self, model: ModelSpec) -> str | None:
         if self.base and self.base != model.name:
@@ -136,7 +137,7 @@ def open_control(
         spec = translated(config, control_files.spec_of_config, values)
         return opened(path, spec, tensors, base, dtype, device)
     tensors = open_weights(path, device, allow_pickle)
-    shapes = {key: stored.shape for key, stored in tensors.stored.items()}
+    shapes = tensors.shapes
     kind = control_files.kind_of(shapes)
     if kind == control_files.T2I_ADAPTER:
         return t2i_adapter.from_file(path, tensors, base, dtype, device)
@@ -148,12 +149,8 @@ def open_control(
     if kind.derived:
         return opened_changes(path, kind.name, tensors, base, unet, dtype, device)
     with checked_structure(f"the ControlNet {path}"):
-        spec = control_files.spec_of_tensors(shapes_of(tensors), path, base.unet)
+        spec = control_files.spec_of_tensors(tensors.shapes, path, base.unet)
     return opened(path, spec, tensors, base, dtype, device)
-
-
-def shapes_of(tensors: Weights) -> dict[str, tuple[int, ...]]:
-    return {key: stored.shape for key, stored in tensors.stored.items()}
 
 
 def own_tensors(tensors: Weights) -> Weights:
@@ -198,7 +195,7 @@ def opened_changes(
     latent = base.autoencoder.latent_channels
     encoder = replace(unet.spec, in_channels=latent, out_channels=latent, up_depths=(), noise_levels=0)
     with checked_structure(f"the ControlNet {path}"):
-        hints = control_files.hint_shapes(shapes_of(tensors))
+        hints = control_files.hint_shapes(tensors.shapes)
         spec = ControlNetSpec(encoder, hints[0][1], tuple(shape[0] for shape in hints))
     if reason := misfit(spec, base):
         raise CheckpointError(f"{path} does not fit {base.name}: {reason}")
@@ -219,12 +216,9 @@ def part_of(spec: ControlNetSpec, tensors: Weights) -> Part:
 
 def loaded(path: Path, part: Part, dtype: torch.dtype, device: torch.device | str) -> ControlNet:
     """The network with its weights. Raises CheckpointError for tensors that do not fit."""
-    if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:
-        raise CheckpointError(f"the ControlNet {path}: {'; '.join(problems)}")
-    assign(part, dtype)
-    network = part.network.requires_grad_(False).eval().to(device)
-    assert isinstance(network, ControlNet)
-    return network
+    load_part(part, f"the ControlNet {path}", dtype, device)
+    assert isinstance(part.network, ControlNet)
+    return part.network
 
 
 def diffusers_names(network: ControlNet) -> dict[str, str]:

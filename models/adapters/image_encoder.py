@@ -13,14 +13,15 @@ from torch import Tensor
 
 from models.adapter_specs import VisionSpec
 from models.checkpoint.meta import shapes_only
-from models.checkpoint.parts import Part, assign, mismatches
-from models.checkpoint.weights import TEXT_FILES, Weights, open_network, open_weights, summarise_keys
+from models.checkpoint.parts import load_part, native_part
+from models.checkpoint.weights import TEXT_FILES, Weights, open_network, open_weights
 from models.errors import CheckpointError
 from models.formats import ip_files
 from models.formats.config_files import read_json
 from models.formats.diffusers_read import translated
 from models.formats.structure import checked_structure
 from models.networks.clip_vision import VisionTransformer
+from models.networks.modules import weight_bytes
 
 # Mean and standard deviation of each channel of CLIP's training images, in [0, 1].
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -41,7 +42,7 @@ class ImageEncoder:
     @property
     def bytes(self) -> int:
         """Memory of the weights."""
-        return sum(weight.nbytes for weight in self.network.parameters())
+        return weight_bytes(self.network)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> projected vectors (B, P), and (B, n, C) before the last layer."""
@@ -97,16 +98,12 @@ def open_image_encoder(
         tensors = without_prefix(open_network(path, TEXT_FILES, device, allow_pickle), path)
     else:
         tensors = without_prefix(open_weights(path, device, allow_pickle), path)
-        shapes = {key: stored.shape for key, stored in tensors.stored.items()}
         with checked_structure(f"the image encoder {path}"):
-            spec = ip_files.vision_spec_of_tensors(shapes)
+            spec = ip_files.vision_spec_of_tensors(tensors.shapes)
     with checked_structure(f"the image encoder {path}"), shapes_only():
         network = VisionTransformer(spec)
-    part = Part(network, {key: key for key in network.state_dict()}, tensors)
-    if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:
-        raise CheckpointError(f"the image encoder {path}: {'; '.join(problems)}")
-    assign(part, dtype)
-    return ImageEncoder(network.requires_grad_(False).eval().to(device))
+    load_part(native_part(network, tensors), f"the image encoder {path}", dtype, device)
+    return ImageEncoder(network)
 
 
 def without_prefix(tensors: Weights, path: Path) -> Weights:

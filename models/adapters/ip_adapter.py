@@ -18,14 +18,15 @@ from torch import Tensor
 from models.adapter_specs import IPAdapterSpec
 from models.adapters.image_encoder import ImageEncoder, open_image_encoder
 from models.checkpoint.meta import shapes_only
-from models.checkpoint.parts import Part, assign, mismatches
-from models.checkpoint.weights import Weights, open_weights, summarise_keys
+from models.checkpoint.parts import load_part, native_part
+from models.checkpoint.weights import Weights, open_weights
 from models.errors import CheckpointError
 from models.formats import adapter_files, ip_files
 from models.formats.safetensors import Stored
 from models.formats.structure import checked_structure
 from models.networks.adapter_inputs import AdapterInputs, ImageTokens
 from models.networks.image_projection import IPAdapter
+from models.networks.modules import weight_bytes
 from models.spec import ModelSpec, UNetSpec
 
 
@@ -42,7 +43,7 @@ class ReferenceAdapter:
     @property
     def bytes(self) -> int:
         """Memory of the weights, without the image encoder's."""
-        return sum(weight.nbytes for weight in self.network.parameters())
+        return weight_bytes(self.network)
 
     def misfit(self, model: ModelSpec) -> str | None:
         """Why it does not fit a model, as a clause; None if it does."""
@@ -108,7 +109,7 @@ def open_adapter(
     """
     path = Path(path)
     tensors = open_weights(path, device, allow_pickle)
-    shapes = {key: stored.shape for key, stored in tensors.stored.items()}
+    shapes = tensors.shapes
     if not ip_files.is_ip_adapter(shapes):
         raise CheckpointError(f"{path} is not an IP-Adapter")
     if reason := ip_files.refusal(shapes):
@@ -126,29 +127,18 @@ def open_adapter(
             f"{width}"
         )
     assert base.unet is not None
-    network = loaded(path, spec, tensors, base.unet, dtype).to(device)
+    with checked_structure(f"the IP-Adapter {path}"), shapes_only():
+        network = IPAdapter(spec)
+    part = native_part(network, joined(tensors, spec, base.unet))
+    load_part(part, f"the IP-Adapter {path}", dtype, device)
     with torch.inference_mode():
         nothing = network(seen(image_encoder.encode_nothing(), spec))
     return ReferenceAdapter(adapter_files.IP_KINDS[spec.kind], spec, network, image_encoder, nothing)
 
 
-def loaded(
-    path: Path, spec: IPAdapterSpec, tensors: Weights, unet: UNetSpec, dtype: torch.dtype
-) -> IPAdapter:
-    """The network with its weights. Raises CheckpointError for tensors that do not fit."""
-    with checked_structure(f"the IP-Adapter {path}"), shapes_only():
-        network = IPAdapter(spec)
-    part = Part(network, {key: key for key in network.state_dict()}, joined(tensors, spec, unet))
-    if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:
-        raise CheckpointError(f"the IP-Adapter {path}: {'; '.join(problems)}")
-    assign(part, dtype)
-    return network.requires_grad_(False).eval()
-
-
 def joined(tensors: Weights, spec: IPAdapterSpec, unet: UNetSpec) -> Weights:
     """The tensors with the weights of all layers as one for keys and one for values, in the UNet's order."""
-    shapes = {key: stored.shape for key, stored in tensors.stored.items()}
-    numbers = ip_files.layer_numbers(shapes)
+    numbers = ip_files.layer_numbers(tensors.shapes)
     down, up, _ = map(len, ip_files.down_up_middle(unet))
     order = [
         *numbers[:down],

@@ -49,11 +49,6 @@ def side(shape: Shape, axis: int) -> int:
     return shape[axis] if len(shape) > axis else 0
 
 
-def fan_in(shape: Shape) -> int:
-    """Numbers in a row of the weight as a matrix."""
-    return torch.Size(shape[1:]).numel()
-
-
 def ratio(whole: int, part: int) -> int:
     """whole / part; 0 if that is not a whole number."""
     return whole // part if part and whole % part == 0 else 0

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from models.adapter_specs import ControlNetSpec, IPAdapterSpec, T2IAdapterSpec, VisionSpec
 from models.adapters import control_net, ip_adapter, t2i_adapter
 from models.adapters.report import UNKNOWN, AdapterReport, dtypes
-from models.checkpoint.parts import Part, mismatches
+from models.checkpoint.parts import Part, misfits
 from models.checkpoint.weights import (
     NETWORK_FILES,
     TEXT_FILES,
     Weights,
     open_network,
     open_weights,
-    summarise_keys,
 )
 from models.errors import CheckpointError
 from models.formats import control_files
@@ -115,4 +114,4 @@ def problems(spec: Spec | None, tensors: Weights, model: ModelSpec | None) -> It
     if model and reason:
         yield f"it does not fit {model.name}: {reason}"
     if part:
-        yield from (summarise_keys(problem, keys) for problem, keys in mismatches(part).items())
+        yield from misfits(part)

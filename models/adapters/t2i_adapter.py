@@ -12,14 +12,15 @@ from torch import Tensor
 from models.adapter_specs import T2IAdapterSpec
 from models.adapters.controls import Rows
 from models.checkpoint.meta import shapes_only
-from models.checkpoint.parts import Part, assign, mismatches
-from models.checkpoint.weights import Weights, summarise_keys
+from models.checkpoint.parts import Part, load_part, native_part
+from models.checkpoint.weights import Weights
 from models.errors import CheckpointError
 from models.formats import t2i_files
 from models.formats.config_files import Config
 from models.formats.diffusers_read import translated
 from models.formats.structure import checked_structure
 from models.networks.adapter_inputs import AdapterInputs
+from models.networks.modules import weight_bytes
 from models.networks.t2i_adapter import T2IAdapter
 from models.networks.unet import skip_widths
 from models.spec import ModelSpec, UNetSpec
@@ -67,7 +68,7 @@ class T2IControl:
 
     @property
     def bytes(self) -> int:
-        return sum(weight.nbytes for weight in self.network.parameters())
+        return weight_bytes(self.network)
 
     def misfit(self, model: ModelSpec) -> str | None:
         return misfit(self.spec, model)
@@ -122,7 +123,7 @@ def from_file(
     path: Path, tensors: Weights, base: ModelSpec, dtype: torch.dtype, device: torch.device | str
 ) -> T2IControl:
     """The adapter in a single file. Raises CheckpointError."""
-    names = t2i_files.native_names({key: stored.shape for key, stored in tensors.stored.items()})
+    names = t2i_files.native_names(tensors.shapes)
     shapes = {native: tensors.stored[key].shape for native, key in names.items()}
     with checked_structure(f"the T2I-Adapter {path}"):
         spec = t2i_files.spec_of_tensors(shapes)
@@ -141,19 +142,14 @@ def opened(
         raise CheckpointError(f"the T2I-Adapter {path} does not fit {base.name}: {reason}")
     with checked_structure(f"the T2I-Adapter {path}"):
         part = part_of(spec, tensors)
-    if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:
-        raise CheckpointError(f"the T2I-Adapter {path}: {'; '.join(problems)}")
-    assign(part, dtype)
-    network = part.network.requires_grad_(False).eval().to(device)
+    load_part(part, f"the T2I-Adapter {path}", dtype, device)
     assert base.unet is not None
-    assert isinstance(network, T2IAdapter)
-    return T2IControl("a T2I-Adapter", spec, network, base.unet)
+    assert isinstance(part.network, T2IAdapter)
+    return T2IControl("a T2I-Adapter", spec, part.network, base.unet)
 
 
 def part_of(spec: T2IAdapterSpec, tensors: Weights) -> Part:
     """The network on the meta device, and its tensors under native names."""
     with shapes_only():
         network = T2IAdapter(spec)
-    shapes = {key: stored.shape for key, stored in tensors.stored.items()}
-    own = tensors.renamed(t2i_files.native_names(shapes))
-    return Part(network, {key: key for key in network.state_dict()}, own)
+    return native_part(network, tensors.renamed(t2i_files.native_names(tensors.shapes)))

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from models.checkpoint.meta import shapes_only
-from models.checkpoint.parts import Part, assign, mismatches
+from models.checkpoint.parts import load_part, native_part
 from models.checkpoint.weights import (
     NETWORK_FILES,
     open_network,
     open_weights,
-    summarise_keys,
 )
 from models.errors import CheckpointError
 from models.formats.config_files import read_json
@@ -54,11 +53,8 @@ def open_decoder(
         )
     with shapes_only():
         network = TinyDecoder(channels, width)
-    part = Part(network, {key: key for key in network.state_dict()}, weights)
-    if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:
-        raise CheckpointError(f"the tiny VAE {path} does not fit: {'; '.join(problems)}")
-    assign(part, dtype)
-    return network.requires_grad_(False).eval().to(device)
+    load_part(native_part(network, weights), f"the tiny VAE {path} does not fit", dtype, device)
+    return network
 
 
 def decoder_names(keys: Iterable[str]) -> dict[str, str]:

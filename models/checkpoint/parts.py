@@ -167,13 +167,32 @@ def mismatches(part: Part) -> dict[str, list[str]]:
     return {problem: keys for problem, keys in problems.items() if keys}
 
 
+def misfits(part: Part) -> list[str]:
+    """mismatches() as one text for each problem."""
+    return [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]
+
+
+def native_part(network: nn.Module, weights: Weights) -> Part:
+    """A network whose parameters have the same names in the file."""
+    return Part(network, {key: key for key in network.state_dict()}, weights)
+
+
+def check_part(part: Part, what: str) -> None:
+    """Raise CheckpointError unless the network has exactly its tensors; what: the message's beginning."""
+    if found := misfits(part):
+        raise CheckpointError(f"{what}: {'; '.join(found)}")
+
+
+def load_part(part: Part, what: str, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Make a network ready to run. Raises CheckpointError as check_part() does."""
+    check_part(part, what)
+    assign(part, dtype)
+    part.network.requires_grad_(False).eval().to(device)
+
+
 def problems(opened: OpenedModel) -> list[str]:
     """Problems with the tensors of a model, one sentence each, found without reading their values."""
-    found = [
-        f"{type(part.network).__name__}: {summarise_keys(problem, keys)}"
-        for part in opened.parts
-        for problem, keys in mismatches(part).items()
-    ]
+    found = [f"{type(part.network).__name__}: {misfit}" for part in opened.parts for misfit in misfits(part)]
     if opened.source.lacks_vae:
         found.append(f"it {VAE_MISSING}")
     if opened.leftover:

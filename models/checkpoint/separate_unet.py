@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from models.checkpoint.parts import Part, mismatches, unet_names
-from models.checkpoint.weights import NETWORK_FILES, map_weights, open_network, summarise_keys
-from models.errors import CheckpointError
+from models.checkpoint.parts import Part, check_part, unet_names
+from models.checkpoint.weights import NETWORK_FILES, map_weights, open_network
 from models.formats import keymaps, ldm
 from models.formats.unet_files import UNetFile
 from models.networks.unet import UNet
@@ -24,6 +23,5 @@ def open_unet(file: UNetFile, unet: UNet, device: torch.device | str, allow_pick
     if not file.is_diffusers and ldm.OTHER_GUIDANCE_KEY in weights.stored:
         names[ldm.GUIDANCE_KEY] = ldm.OTHER_GUIDANCE_KEY
     part = Part(unet, names, weights)
-    if problems := [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]:
-        raise CheckpointError(f"the UNet {file.path} does not fit: {'; '.join(problems)}")
+    check_part(part, f"the UNet {file.path} does not fit")
     return part

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 
 from models.checkpoint.meta import shapes_only
-from models.checkpoint.parts import Part, autoencoder_names, mismatches, normalise_attention
+from models.checkpoint.parts import Part, autoencoder_names, check_part, normalise_attention
 from models.checkpoint.weights import (
     NETWORK_FILES,
     Weights,
     open_network,
     open_weights,
-    summarise_keys,
 )
 from models.errors import CheckpointError
 from models.formats import keymaps, ldm
@@ -55,9 +54,7 @@ def open_vae(
     else:
         names = {key: key for key in network.state_dict()}
     part = Part(network, names, weights)
-    problems = [summarise_keys(problem, keys) for problem, keys in mismatches(part).items()]
-    if problems:
-        raise CheckpointError(f"the VAE {path} does not fit: {'; '.join(problems)}")
+    check_part(part, f"the VAE {path} does not fit")
     return spec, part
 
 

@@ -56,6 +56,10 @@ class Weights(NamedTuple):
     read: Callable[[str], Tensor]
     release: Callable[[], None] = nothing
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: stored.shape for key, stored in self.stored.items()}
+
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """Some or all of the tensors under other names; names: new -> old."""
         stored = {new: self.stored[old] for new, old in names.items()}

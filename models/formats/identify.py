@@ -69,11 +69,6 @@ class Source:
     notes: tuple[str, ...] = ()
     state: tuple[int, ...] = ()  # of the single file when it was read, see file_state()
 
-    @property
-    def is_stable_diffusion_file(self) -> bool:
-        """Whether the text encoders are in the single file."""
-        return bool(self.text_encoders)
-
 
 def identify(
     path: str | Path,

@@ -20,3 +20,8 @@ def first_norm(layers: nn.Sequential) -> nn.GroupNorm:
     norm = layers[0]
     assert isinstance(norm, nn.GroupNorm)
     return norm
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Memory of a network's parameters."""
+    return sum(weight.nbytes for weight in network.parameters())

@@ -182,8 +182,7 @@ def kind_of(entry: Entry, allow_pickle: bool) -> str:
 
 
 def has_ip_tensors(path: Path, allow_pickle: bool) -> bool:
-    tensors = read_header(path, allow_pickle).tensors
-    return is_ip_adapter({key: stored.shape for key, stored in tensors.items()})
+    return is_ip_adapter(read_header(path, allow_pickle).shapes)
 
 
 def structure_of(spec: ModelSpec) -> Hashable:
