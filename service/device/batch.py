@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from models.adapters.controls import Rows
-from models.latent_diffusion import LatentDiffusion
 from models.networks.adapter_inputs import AdapterInputs, combined
-from models.networks.deep_features import DeepFeatures
-from models.sampling.denoiser import Denoiser
 from models.sampling.guidance import StepRows, guide, rescale
 from models.sampling.step import blend_unmasked, step
 from models.sampling.table import ALPHA, FRESH_NOISE, SIGMA, T
@@ -25,24 +20,7 @@ from service.device.controls import control_inputs, controlled_rows, reference_i
 from service.device.graphs import Graphs
 from service.device.phases import Phase
 from service.device.state import ImageState, JobState
-from service.device.tensor_tree import padded, rows_of
-
-
-class UNetInputs(NamedTuple):
-    """The inputs of a UNet call besides x and t; None if the model has no such input.
-
-    Every tensor, also those inside other fields, has one entry per row.
-    """
-
-    tokens: Tensor | None  # (R, L, C): context for cross-attention
-    pooled: Tensor | None  # (R, P): added to the timestep embedding
-    concat: Tensor | None  # (R, C', h, w): channels concatenated to x
-    noise_levels: Tensor | None  # (R,): level of the noise added to the low-resolution image
-    guidance: Tensor | None = None  # (R,): the guidance scale, for a UNet that takes it as an input
-    adapters: AdapterInputs | None = None  # of controls and reference images; None if no row has any
-    keep: tuple[int, ...] = ()  # branches whose deep features the call returns
-    branch: int = 0  # of `deep`
-    deep: Tensor | None = None  # (R, C, h, w): deep features to reuse
+from service.device.unet_calls import UNetInputs, UNetRows, call_images
 
 
 def advance(
@@ -99,9 +77,11 @@ def predict(
     row_x, row_coeffs = x[index], coeffs[index]
     all_rows = Rows(row_x, row_coeffs[:, T], inputs.tokens, inputs.pooled)
     inputs = inputs._replace(adapters=adapter_inputs(states, images, rows, all_rows, sizes, graphs))
-    counts = [len(own.rows) for own in rows]
-    eps = call_in_parts(bundle, states, images, counts, row_x, row_coeffs, inputs, size, sizes, graphs)
-    starts = list(accumulate(counts[:-1], initial=0))
+    lengths = [len(own.rows) for own in rows]
+    uses = [state.deep_use(image) for state, image in zip(states, images, strict=True)]
+    call_rows = UNetRows(row_x, row_coeffs, inputs)
+    eps = call_images(bundle, images, uses, lengths, call_rows, size, sizes, graphs)
+    starts = list(accumulate(lengths[:-1], initial=0))
     guided = combine(eps, rows, starts)
     for image, (own, start) in enumerate(zip(rows, starts, strict=True)):
         if own.rescale and own.weights:  # one image at a time, so that its bits do not depend on the others
@@ -202,97 +182,6 @@ def slices(indices: Sequence[int]) -> list[slice]:
         else:
             runs.append(slice(index, index + 1))
     return runs
-
-
-def call_in_parts(
-    bundle: LatentDiffusion,
-    states: Sequence[JobState],
-    images: Sequence[ImageState],
-    counts: Sequence[int],
-    x: Tensor,
-    coeffs: Tensor,
-    inputs: UNetInputs,
-    size: int,
-    sizes: Sequence[int],
-    graphs: Graphs,
-) -> Tensor:
-    """eps (R, C, h, w) of all rows; rows that reuse deep features of a branch have calls of their own.
-
-    counts: rows of each image. Stores the deep features that images keep.
-    """
-    uses = [state.deep_use(image) for state, image in zip(states, images, strict=True)]
-    parts: dict[int | None, list[int]] = {}  # branch that is reused, or None -> images
-    for index, use in enumerate(uses):
-        parts.setdefault(use.branch if use and use.reuses else None, []).append(index)
-    keep = tuple(sorted({use.branch for use in uses if use and not use.reuses}))
-    starts = list(accumulate(counts, initial=0))
-    results: list[Tensor] = [x] * len(images)
-    for branch, members in parts.items():
-        own = inputs._replace(keep=keep) if branch is None else inputs
-        own_x, own_coeffs, own_size = x, coeffs, size
-        if len(parts) > 1:
-            chosen = torch.tensor([row for image in members for row in range(*starts[image : image + 2])])
-            own_x, own_coeffs, own = rows_of((x, coeffs, own), upload(chosen, x.device))
-        if len(parts) > 1 and len(sizes) > 1:
-            own_size = next((each for each in sizes if each >= len(own_x)), size)
-        if branch is not None:
-            own = own._replace(branch=branch, deep=torch.cat([deep_of(images[image]) for image in members]))
-        eps, kept = call_unet(bundle, own_x, own_coeffs, own, own_size, graphs)
-        lengths = [counts[image] for image in members]
-        features = dict(zip(keep, (each.split(lengths) for each in kept), strict=False))
-        for place, (image, part) in enumerate(zip(members, eps.split(lengths), strict=True)):
-            results[image] = part
-            if (use := uses[image]) and not use.reuses:
-                images[image].deep = features[use.branch][place].clone()
-    return torch.cat(results)
-
-
-def deep_of(image: ImageState) -> Tensor:
-    """The deep features (k, C, h, w) that an image has kept."""
-    assert image.deep is not None
-    return image.deep
-
-
-def call_unet(
-    bundle: LatentDiffusion, x: Tensor, coeffs: Tensor, inputs: UNetInputs, size: int, graphs: Graphs
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """eps (R, C, h, w) of R rows, and the deep features to keep, (R, C', h', w') each.
-
-    Every UNet call has `size` rows, the last one with copies of its first row.
-    """
-    assert bundle.unet is not None
-    assert bundle.denoiser is not None
-    calls = []
-    for begin in range(0, len(x), size):
-        part = rows_of((x, coeffs, inputs), slice(begin, begin + size))
-        count = len(part[0])
-        own_x, own_coeffs, own = padded(part, size - count)
-        t, signal_and_sigma = own_coeffs[:, T], own_coeffs[:, ALPHA : SIGMA + 1]
-        run = partial(run_denoiser, bundle.denoiser)
-        outputs = graphs.run(bundle.unet, run, own_x, t, signal_and_sigma, own)
-        calls.append(rows_of(outputs, slice(count)))
-    kept = zip(*(features for _, features in calls), strict=True)
-    return torch.cat([eps for eps, _ in calls]), tuple(torch.cat(each) for each in kept)
-
-
-def run_denoiser(
-    denoiser: Denoiser, x: Tensor, t: Tensor, signal_and_sigma: Tensor, inputs: UNetInputs
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """eps (R, C, h, w) of R rows, and the deep features of the branches in `inputs.keep`."""
-    deep = DeepFeatures(inputs.keep, inputs.branch, inputs.deep)
-    eps = denoiser(
-        x,
-        t,
-        inputs.tokens,
-        inputs.pooled,
-        inputs.concat,
-        signal_and_sigma,
-        inputs.noise_levels,
-        inputs.adapters,
-        inputs.guidance,
-        deep,
-    )
-    return eps, tuple(deep.kept[branch] for branch in inputs.keep)
 
 
 def draw_noise(images: Sequence[ImageState], table: Tensor) -> Tensor | None:

@@ -22,6 +22,7 @@ from models.sampling.guidance import UNCONDITIONAL, StepRows
 from models.transfer import upload
 from service.device.graphs import Graphs
 from service.device.tensor_tree import map_tensors, padded, rows_of
+from service.engine.runner import padded_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +129,7 @@ def call_control(
     prepared = tuple(torch.cat(parts) for parts in zip(*(each.use.prepared for each in chunk), strict=True))
     own = (prepared, map_tensors(lambda x: x[index], rows), types)
     if control.every_step:
-        size = next(size for size in sizes if size >= count)
+        size = padded_size(count, sizes)
         inputs = graphs.run(control.network, partial(run_control, control), *padded(own, size - count))
         inputs = rows_of(inputs, slice(count))
     else:

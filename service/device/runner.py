@@ -56,7 +56,7 @@ from service.device.torch_errors import translate_device_lost, translate_oom
 from service.engine.events import Incident
 from service.engine.job import AdapterKey, ImageKey, Job, JobControl, ModelKey, Segment, Shape, WeightsKey
 from service.engine.row_limits import MemoryUse
-from service.engine.runner import Call, Preview
+from service.engine.runner import Call, Preview, padded_size
 from service.errors import ModelUnreadable, NonFinite, OutOfMemory
 
 MEASURE_EVERY = 64  # calls of a group's largest size between two measurements of its memory
@@ -122,21 +122,34 @@ class TorchRunner:
 
     def shape(self, job: Job, full_precision: bool = False) -> Shape:
         parts, segments = 1, list[Segment]()
-        for outline in outlines(job, self._plan, self.specs):
-            if outline.key.model not in self.specs:  # it was served before the worker was replaced
-                raise ModelUnreadable
-            spec = self.specs[outline.key.model]
-            channels, h, w = spec.latent_shape(outline.width, outline.height)
-            size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
-            shape = (channels, *size)
-            context = self._context_shape(job, outline)
-            group = (outline.key, shape, context, full_precision, job.tiling)
-            parts = len(corners)
+        for outline in self._outlines(job):
+            (h, w), parts = self._tiles(job, outline)
             running = self._running_controls(job) if outline.key == job.model_key else ()
-            cache = outline.cache
+            cache, spec = outline.cache, self.specs[outline.key.model]
             saves = 1 - shallow_share(spec.unet_spec, cache.branch) if cache else 0.0
-            segments += outline.segments(group, size[0] * size[1], running, saves)
+            segments += outline.segments(self._group(job, outline, full_precision), h * w, running, saves)
         return Shape(tuple(segments), parts)
+
+    def _outlines(self, job: Job) -> tuple[PhaseOutline, ...]:
+        """The job's phases. Raises ModelUnreadable for a model that was served by an earlier worker only."""
+        phases = outlines(job, self._plan, self.specs)
+        if any(phase.key.model not in self.specs for phase in phases):
+            raise ModelUnreadable
+        return phases
+
+    def _tiles(self, job: Job, outline: PhaseOutline) -> tuple[tuple[int, int], int]:
+        """The latent's size (h, w) in a phase, or that of its tiles in upscaling, and the number of tiles."""
+        spec = self.specs[outline.key.model]
+        _, h, w = spec.latent_shape(outline.width, outline.height)
+        size, corners = cut(h, w, spec.tile if job.scale else max(h, w))
+        return size, len(corners)
+
+    def _group(self, job: Job, outline: PhaseOutline, full_precision: bool) -> Hashable:
+        """The group of a phase's calls: see Shape."""
+        channels, *_ = self.specs[outline.key.model].latent_shape(outline.width, outline.height)
+        size, _ = self._tiles(job, outline)
+        shape, context = (channels, *size), self._context_shape(job, outline)
+        return (outline.key, shape, context, full_precision, job.tiling)
 
     def _plan(self, job: Job) -> Plan:
         settings = (job.sampler, job.steps, job.eta, job.strength, job.spacing)
@@ -223,10 +236,9 @@ class TorchRunner:
 
     def _phases(self, job: Job, full_precision: bool) -> tuple[Phase, ...]:
         """The phases of a job with their models and contexts."""
-        groups = [phase[0].group for phase in self.shape(job, full_precision).phases]
         phases = []
-        for group, outline in zip(groups, outlines(job, self._plan, self.specs), strict=True):
-            key = outline.key
+        for outline in self._outlines(job):
+            key, group = outline.key, self._group(job, outline, full_precision)
             bundle = self._in_float32(key) if full_precision else self.registry.bundle(key)
             if job.tiling != "none":
                 bundle = bundle.tiled(job.tiling)
@@ -270,7 +282,7 @@ class TorchRunner:
         states = [self.jobs[key.job] for key in keys]
         images = [state.images[key.image] for state, key in zip(states, keys, strict=True)]
         rows = sum(len(state.rows(image).rows) for state, image in zip(states, images, strict=True))
-        size = next((size for size in self.buckets if size >= rows), rows)
+        size = padded_size(rows, self.buckets)
         begin = self.finite_checker.now()
         self._encode_new_tiles(states, images)
         slow_calls = self.graphs.slow_calls

@@ -10,6 +10,11 @@ from service.engine.job import ImageKey, Job, Shape, WeightsKey
 from service.engine.row_limits import MemoryUse
 
 
+def padded_size(rows: int, sizes: Sequence[int]) -> int:
+    """The smallest of the ascending sizes that has room for so many rows; `rows` itself if none has."""
+    return next((size for size in sizes if size >= rows), rows)
+
+
 @dataclass(frozen=True)
 class Call:
     """The result of one UNet call.

@@ -19,7 +19,7 @@ from service.engine.engine import Engine
 from service.engine.events import Done, Stepped
 from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape
 from service.engine.row_limits import MemoryUse
-from service.engine.runner import Call, Preview
+from service.engine.runner import Call, Preview, padded_size
 from service.settings import DEFAULT_BUCKETS
 
 CLIENTS = 16
@@ -79,7 +79,7 @@ class SimulatedGpu:
 
     def step(self, keys: Sequence[ImageKey]) -> Call:
         rows = sum(row_count(self.jobs[key.job].guidance_scale) for key in keys)
-        size = next((size for size in self.buckets if size >= rows), rows)
+        size = padded_size(rows, self.buckets)
         self.calls[size] += 1
         extra = {1: self.costs.first, RECORD_AT: self.costs.record}.get(self.calls[size], 0.0)
         self.now += self.costs.launch

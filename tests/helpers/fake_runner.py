@@ -9,7 +9,7 @@ from service.engine.engine import Engine
 from service.engine.events import Cancelled, Done, Failed
 from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape, WeightsKey
 from service.engine.row_limits import MemoryUse
-from service.engine.runner import Call, Preview
+from service.engine.runner import Call, Preview, padded_size
 from service.errors import NonFinite, OutOfMemory
 
 
@@ -117,7 +117,7 @@ class CountingRunner:
         jobs = {key.job: self.started[key.job] for key in keys}
         segments = [self.segment(key) for key in keys]
         rows = sum(segment.rows for segment in segments)
-        size = next((size for size in self.buckets if size >= rows), rows)
+        size = padded_size(rows, self.buckets)
         self.clock.now += 0.01
         for job in jobs.values():
             self.break_at("step", job)
