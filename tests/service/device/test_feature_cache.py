@@ -105,7 +105,7 @@ def test_with_interval_1_no_bit_changes(tiny: Path):
     )
 
 
-def test_features_are_computed_anew_when_rows_change_and_cost_is_less(tiny: Path):
+def test_features_are_computed_again_when_rows_change_and_cost_is_less(tiny: Path):
     runner = runner_on(tiny)
     job = replace(tiny_job(guidance_scale=4.0), steps=8, guidance_end=0.5, feature_cache=cached(3))
     begin(runner, job)
