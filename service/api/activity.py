@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
-from service.requests.schemas import error_responses
+from service.requests.response_schemas import error_responses
 from service.worker.call_log import MAX_CALLS, RecordedCall
 from service.worker.supervisor import Supervisor
 

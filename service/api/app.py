@@ -40,7 +40,7 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.requests.background import Jobs
-from service.requests.schemas import error_responses
+from service.requests.response_schemas import error_responses
 from service.requests.signing import open_signer
 from service.requests.validation_errors import explain
 from service.settings import Settings

@@ -6,7 +6,8 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.errors import Unavailable
-from service.requests.schemas import Health, ReplicaHealth, error_responses
+from service.requests.model_schemas import Health, ReplicaHealth
+from service.requests.response_schemas import error_responses
 from service.worker.supervisor import Supervisor
 
 router = APIRouter(tags=["health"])

@@ -11,7 +11,8 @@ from fastapi.responses import StreamingResponse
 from service.api.auth import credentials_in, digest
 from service.api.routing import JSONRoute
 from service.requests.background import JobBoard, JobView
-from service.requests.schemas import JobRequest, JobStatus, error_responses
+from service.requests.job_schemas import JobRequest, JobStatus
+from service.requests.response_schemas import error_responses
 
 router = APIRouter(tags=["jobs"], route_class=JSONRoute)
 

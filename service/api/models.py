@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request
 
 from service.api.native import while_connected
 from service.api.routing import JSONRoute
-from service.requests.schemas import IgnoredFile, ModelState, Rescan, error_responses
+from service.requests.model_schemas import IgnoredFile, ModelState, Rescan
+from service.requests.response_schemas import error_responses
 from service.worker.supervisor import Supervisor
 
 router = APIRouter(prefix="/models", tags=["models"], route_class=JSONRoute)

@@ -17,22 +17,18 @@ from service.requests import labels, response
 from service.requests.background import Jobs, Submission
 from service.requests.extras import extras_of
 from service.requests.images import MEDIA_TYPES
-from service.requests.schemas import (
-    AnyRequest,
+from service.requests.model_schemas import (
     Control,
     FewStepSettings,
-    GenerateRequest,
-    GenerateResponse,
-    InpaintRequest,
     Label,
     Model,
     ModelDefaults,
     ModelLimits,
     ModelList,
-    UpscaleRequest,
     Upscaling,
-    error_responses,
 )
+from service.requests.response_schemas import GenerateResponse, error_responses
+from service.requests.schemas import AnyRequest, GenerateRequest, InpaintRequest, UpscaleRequest
 from service.settings import Settings
 from service.worker.supervisor import Supervisor
 

@@ -15,7 +15,7 @@ from service.requests import controls, images, response
 from service.requests.control_schemas import PreprocessRequest, PreprocessResponse
 from service.requests.images import MEDIA_TYPES
 from service.requests.resolve import OutputFormat
-from service.requests.schemas import error_responses
+from service.requests.response_schemas import error_responses
 from service.settings import Settings
 
 router = APIRouter(tags=["native"], route_class=JSONRoute)

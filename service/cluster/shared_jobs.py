@@ -25,7 +25,8 @@ from service.requests.background import (
     Record,
     digest_of,
 )
-from service.requests.schemas import AnyJob, ErrorDetail, JobPreview, JobStatus
+from service.requests.job_schemas import AnyJob, JobPreview, JobStatus
+from service.requests.response_schemas import ErrorDetail
 
 log = logging.getLogger(__name__)
 

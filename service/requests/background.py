@@ -23,20 +23,12 @@ from service.errors import (
     to_body,
 )
 from service.requests import response
+from service.requests.job_schemas import AnyJob, JobPreview, JobStatus, SceneJob
 from service.requests.resolve import OutputFormat, resolve
 from service.requests.resolved_request import NO_PREVIEWS, Previews, ResolvedRequest
 from service.requests.response import Answer, Result, timings_of
-from service.requests.schemas import (
-    AnyJob,
-    AnyRequest,
-    ErrorDetail,
-    GenerateRequest,
-    InpaintRequest,
-    JobPreview,
-    JobStatus,
-    SceneJob,
-    UpscaleRequest,
-)
+from service.requests.response_schemas import ErrorDetail
+from service.requests.schemas import AnyRequest, GenerateRequest, InpaintRequest, UpscaleRequest
 from service.requests.signing import Signer
 from service.tracing import NoTracing, Tracing
 from service.worker.progress import Progress, Stage, State

@@ -17,10 +17,11 @@ from service.engine.events import Done, Previewed
 from service.errors import NotAcceptable
 from service.requests import images
 from service.requests.images import FORMAT_OF_MEDIA_TYPE, MEDIA_TYPES, Format, Pixels
+from service.requests.job_schemas import JobPreview
 from service.requests.metadata import Metadata
 from service.requests.resolve import OutputFormat
 from service.requests.resolved_request import ResolvedRequest
-from service.requests.schemas import GenerateResponse, ImageResult, JobPreview, Timings
+from service.requests.response_schemas import GenerateResponse, ImageResult, Timings
 from service.requests.signing import Signer
 
 JSON_TYPES = ("application/json", "application/*", "*/*")

@@ -26,7 +26,7 @@ from service.api.a1111.session import A1111Session
 from service.api.routing import ClientErrorRoute
 from service.errors import InvalidRequest
 from service.requests import images
-from service.requests.schemas import error_responses
+from service.requests.response_schemas import error_responses
 
 VERSION = 3  # of the extension's API
 UNITS = 3  # that its page shows

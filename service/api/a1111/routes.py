@@ -50,7 +50,7 @@ from service.requests import images
 from service.requests.background import Submission
 from service.requests.metadata import read_parameters
 from service.requests.response import Answer
-from service.requests.schemas import error_responses
+from service.requests.response_schemas import error_responses
 from service.worker.supervisor import Supervisor
 
 

@@ -15,8 +15,8 @@ from service.api.openai.schemas import CompletedImage, ImageEvent, PartialImage
 from service.api.openai.translate import size_of
 from service.requests.background import Record
 from service.requests.images import FORMAT_OF_MEDIA_TYPE
+from service.requests.job_schemas import JobPreview, JobStatus
 from service.requests.response import Answer
-from service.requests.schemas import JobPreview, JobStatus
 
 Prefix = Literal["image_generation", "image_edit"]
 

@@ -27,7 +27,7 @@ from service.api.routing import ClientErrorRoute
 from service.api.urls import base_url
 from service.errors import BadRequest, InvalidRequest, NotFound, UnsupportedMedia
 from service.requests.background import Jobs, Submission
-from service.requests.schemas import ErrorBody, error_responses
+from service.requests.response_schemas import ErrorBody, error_responses
 
 FORM = "multipart/form-data"
 

@@ -14,7 +14,7 @@ from service.cluster.shared_jobs import SharedJobs
 from service.engine.events import Done
 from service.errors import InvalidRequest, NotFound, Unavailable
 from service.requests.background import Jobs, JobView, Record
-from service.requests.schemas import GenerateJob
+from service.requests.job_schemas import GenerateJob
 from service.settings import Settings
 from tests.checkpoints.tiny import tiny_spec
 from tests.helpers.redis_servers import RedisServer, redis_server

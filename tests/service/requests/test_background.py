@@ -18,8 +18,8 @@ from service.engine.events import Done, Failed, Previewed, QueuePosition, QueueP
 from service.errors import ClientGone, InvalidRequest, NotFound, QueueFull, ServiceError
 from service.requests import background as module
 from service.requests.background import Jobs, Record, Submission
+from service.requests.job_schemas import GenerateJob
 from service.requests.response import Result
-from service.requests.schemas import GenerateJob
 from tests.checkpoints.tiny import tiny_spec
 from tests.helpers.clients import LONG, error_of, wait_for_jobs
 from tests.helpers.images import base64_of, noise

@@ -9,7 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError, core_schema
 
 from service.errors import UnreadableBody, UnsupportedMedia
-from service.requests.schemas import GenerateRequest, JobRequest
+from service.requests.job_schemas import JobRequest
+from service.requests.schemas import GenerateRequest
 from service.requests.validation_errors import explain
 
 LABEL = "must be a label of the model, by its name or its number"

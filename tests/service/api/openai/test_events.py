@@ -11,7 +11,8 @@ import pytest
 
 from service.api.openai.events import events
 from service.requests.background import JobEvent
-from service.requests.schemas import ErrorDetail, JobStatus
+from service.requests.job_schemas import JobStatus
+from service.requests.response_schemas import ErrorDetail
 
 
 class FailedRecord:

@@ -1,0 +1,77 @@
+"""Bodies of the job routes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.requests.images import Format
+from service.requests.response_schemas import ErrorDetail, GenerateResponse
+from service.requests.schemas import GenerateRequest, InpaintRequest, UpscaleRequest
+from service.worker.progress import Stage
+
+
+class JobBody(BaseModel):
+    """The common fields of all jobs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SceneJob(JobBody):
+    """A job that can send previews."""
+
+    preview_every: Annotated[
+        int, Field(ge=0, le=1000, description="Steps between two previews of an image; 0: no previews")
+    ] = 0
+    preview_decoded: Annotated[
+        bool, Field(description="true: previews at full size from the VAE decoder, which is slower")
+    ] = False
+    preview_format: Format = "jpeg"
+
+
+class GenerateJob(SceneJob):
+    task: Literal["generate"]
+    request: GenerateRequest
+
+
+class InpaintJob(SceneJob):
+    task: Literal["inpaint"]
+    request: InpaintRequest
+
+
+class UpscaleJob(JobBody):
+    task: Literal["upscale"]
+    request: UpscaleRequest
+
+
+AnyJob = GenerateJob | InpaintJob | UpscaleJob
+JobRequest = Annotated[AnyJob, Field(discriminator="task")]
+
+
+class JobStatus(BaseModel):
+    """The state of a job."""
+
+    id: str
+    task: Literal["generate", "inpaint", "upscale"]
+    status: Stage
+    created: Annotated[int, Field(description="Seconds since 1970")]
+    position: Annotated[int | None, Field(description="Position in the queue; 1 is next")]
+    estimate: Annotated[
+        float | None, Field(description="Estimated seconds until the end of a queued job, if known")
+    ]
+    step: Annotated[int, Field(description="UNet calls done, of all images together")]
+    steps: Annotated[int, Field(description="UNet calls in total; 0 before the job has started")]
+    result: Annotated[GenerateResponse | None, Field(description="Present once the job is done")]
+    error: Annotated[ErrorDetail | None, Field(description="Present once the job has failed")]
+
+
+class JobPreview(BaseModel):
+    """A preview of an image of a running job."""
+
+    index: Annotated[int, Field(description="Index of the image")]
+    step: Annotated[int, Field(description="UNet calls done of that image")]
+    data: Annotated[str, Field(description="The file in base64")]
+    media_type: str
+    width: int
+    height: int
