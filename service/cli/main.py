@@ -8,13 +8,20 @@ import sys
 from collections.abc import Callable, Sequence
 
 from models.errors import CheckpointError
-from service.cli import render, tools
+from service.cli import render, render_arguments, tools
 from service.cli.options import SERVE_FIRST, SERVE_OTHERS, add_settings, settings_of
 from service.errors import ServiceError
 from service.model_paths import ModelPathError
 from service.settings import SettingError
 
 USER_ERRORS = (SettingError, ModelPathError, CheckpointError, ValueError)  # exit code 2
+
+# Name, arguments, function, help.
+RENDER_COMMANDS = (
+    ("generate", render_arguments.add_generate, render.generate, "generate images"),
+    ("inpaint", render_arguments.add_inpaint, render.inpaint, "repaint a part of an image"),
+    ("upscale", render_arguments.add_upscale, render.upscale, "enlarge an image"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +61,10 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_serve(commands.add_parser("serve", help="serve models over HTTP"))
-    render.add_generate(commands.add_parser("generate", help="generate images, without a server"))
-    render.add_inpaint(commands.add_parser("inpaint", help="repaint a part of an image, without a server"))
-    render.add_upscale(commands.add_parser("upscale", help="enlarge an image, without a server"))
+    for name, add_arguments, run, meaning in RENDER_COMMANDS:
+        command = commands.add_parser(name, help=f"{meaning}, without a server")
+        add_arguments(command)
+        command.set_defaults(command=run)
     tools.add_models(commands.add_parser("models", help="list the models that can be served"))
     tools.add_inspect(
         commands.add_parser("inspect", help="describe a model or an adapter without loading it")
