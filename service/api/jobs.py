@@ -19,6 +19,10 @@ router = APIRouter(tags=["jobs"], route_class=JSONRoute)
 ACCEPTED: dict[str, Any] = {
     "description": "The job is in the queue",
     "headers": {"Location": {"schema": {"type": "string"}, "description": "Address of the job"}},
+    "links": {
+        name: {"operationId": name, "parameters": {"job_id": "$response.body#/id"}}
+        for name in ("read_job", "job_events", "cancel_job")
+    },
 }
 EVENTS: dict[str, Any] = {
     "description": (

@@ -6,8 +6,11 @@ import base64
 import importlib
 import io
 import json
+import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
@@ -34,8 +37,19 @@ from tests.helpers.servers import Server
 COMMITTED = ROOT / "service" / "openapi.json"
 UPDATE = "service/openapi.json is out of date. Update it: ldm openapi > service/openapi.json"
 KEY = "a-key-of-the-tests"
-EXAMPLES = 10  # of each operation
+# Random requests to each operation, and chains of requests to the jobs API. By default they are the same in
+# each run; with this variable they are new, and that many.
+EXAMPLES = int(os.environ.get("LDM_TEST_EXAMPLES", "10"))
+RANDOM = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize="LDM_TEST_EXAMPLES" not in os.environ,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 EXPECTED_SERVER_ERRORS = (503, 504, 507)
+STREAM_LINE = re.compile(r"id: \d+$|event: \w+$|data: \{.*\}$|: ")
 LEAKS = ("Traceback", 'File "', "site-packages", "0x7f", str(ROOT))
 
 
@@ -188,24 +202,45 @@ def no_internal_error(ctx: CheckContext, response: schemathesis.Response, case: 
         assert response.json()["error"]["request_id"] == response.headers["x-request-id"][0]
 
 
+def schema_conformance(ctx: CheckContext, response: schemathesis.Response, case: schemathesis.Case) -> None:
+    """As response_schema_conformance, but a stream of events is a text in the document, as in OpenAPI 3.1."""
+    if response.headers["content-type"][0].startswith("text/event-stream"):
+        assert all(line == "" or STREAM_LINE.match(line) for line in response.text.splitlines())
+    else:
+        response_schema_conformance(ctx, response, case)
+
+
+CHECKS = [no_internal_error, status_code_conformance, content_type_conformance, schema_conformance]
+
+
 @api.parametrize()
-@settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+@RANDOM
 def test_every_response_to_a_random_request_is_documented(case, served):
     case.call_and_validate(
-        base_url=str(served.client.base_url),
-        checks=[
-            no_internal_error,
-            status_code_conformance,
-            content_type_conformance,
-            response_schema_conformance,
-        ],
-        headers={"X-API-Key": KEY},
-        timeout=60,
+        base_url=str(served.client.base_url), checks=CHECKS, headers={"X-API-Key": KEY}, timeout=60
     )
     served.check_alive()
+
+
+def test_every_response_in_a_random_chain_of_job_requests_is_documented(served):
+    """The document links POST /jobs with the calls that take the id of a job."""
+    found: Counter[str] = Counter()
+
+    class Chain(api.include(path_regex="^/jobs").as_state_machine()):
+        def get_call_kwargs(self, case: schemathesis.Case) -> dict[str, Any]:
+            return {"base_url": str(served.client.base_url), "headers": {"X-API-Key": KEY}, "timeout": 60}
+
+        def validate_response(
+            self, response: schemathesis.Response, case: schemathesis.Case, **_: Any
+        ) -> None:
+            case.validate_response(response, checks=CHECKS)
+            found[f"{case.method} {case.path}"] += response.status_code == 200
+
+    Chain.run(settings=settings(RANDOM, stateful_step_count=6, max_examples=3 * EXAMPLES))
+    served.check_alive()
+    assert found["GET /jobs/{job_id}"]
+    assert found["GET /jobs/{job_id}/events"]
+    assert found["DELETE /jobs/{job_id}"]
 
 
 # What client generators fail on.
