@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
 from service.requests.response_schemas import error_responses
+from service.worker.backend import Backend
 from service.worker.call_log import MAX_CALLS, RecordedCall
-from service.worker.supervisor import Supervisor
 
 router = APIRouter(tags=["operations"])
 
@@ -41,7 +41,7 @@ async def read_activity(
     request: Request, after: Annotated[int, Query(ge=0, description="only calls after this one")] = 0
 ) -> Activity:
     """Jobs are named by a tag: their ids, with which results can be fetched, are not disclosed."""
-    supervisor: Supervisor = request.app.state.supervisor
+    supervisor: Backend = request.app.state.supervisor
     return Activity(last=supervisor.calls.count, calls=list(map(describe, supervisor.calls.after(after))))
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, nullcontext
-from functools import partial
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -45,6 +44,7 @@ from service.requests.signing import open_signer
 from service.requests.validation_errors import explain
 from service.settings import Settings
 from service.tracing import open_tracing
+from service.worker.backend import Backend
 from service.worker.supervisor import Supervisor
 
 # The errors that the framework raises itself, by status.
@@ -65,21 +65,20 @@ CORS_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 CORS_EXPOSED = ("X-Request-Id", "X-Seed", "Retry-After", "Location", "WWW-Authenticate")
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application, whose lifespan runs the workers.
+def create_app(
+    settings: Settings, open_backend: Callable[[Settings, Metrics], Backend] = Supervisor
+) -> FastAPI:
+    """The application, whose lifespan supervises the backend, by default workers on this machine.
 
     Raises SettingError if API keys cannot be read, and for impossible replicas or a wrong job store.
     """
     keys = keys_of(settings)
     metrics = Metrics()
-    supervisor = Supervisor(settings, metrics)
+    supervisor = open_backend(settings, metrics)
     metrics.queue_size.set(settings.queue_size)
     metrics.ready.set_function(lambda: supervisor.ready)
     metrics.jobs_running.set_function(lambda: supervisor.running)
     metrics.jobs_waiting.set_function(lambda: supervisor.slots_in_use - supervisor.running)
-    for replica in supervisor.replicas:
-        metrics.replica_ready.labels(replica.label).set_function(partial(getattr, replica, "is_ready"))
-        metrics.replica_jobs.labels(replica.label).set_function(partial(supervisor.jobs_at, replica))
 
     tracing = open_tracing(settings)
     jobs = Jobs(supervisor, open_signer(settings), tracing)

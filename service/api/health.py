@@ -8,12 +8,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from service.errors import Unavailable
 from service.requests.model_schemas import Health, ReplicaHealth
 from service.requests.response_schemas import error_responses
-from service.worker.supervisor import Supervisor
+from service.worker.backend import Backend
 
 router = APIRouter(tags=["health"])
 
 
-def status_of(supervisor: Supervisor) -> str:
+def status_of(supervisor: Backend) -> str:
     """The state of the service as /health reports it."""
     if not supervisor.alive:
         return "failed"
@@ -22,7 +22,7 @@ def status_of(supervisor: Supervisor) -> str:
     return "ok" if supervisor.ready else "loading"
 
 
-def describe(supervisor: Supervisor) -> Health:
+def describe(supervisor: Backend) -> Health:
     return Health(
         status=status_of(supervisor),
         models=list(supervisor.specs),
@@ -30,12 +30,9 @@ def describe(supervisor: Supervisor) -> Health:
         capacity=supervisor.settings.queue_size,
         replicas=[
             ReplicaHealth(
-                replica=replica.number,
-                device=replica.device,
-                status=replica.status,
-                jobs=supervisor.jobs_at(replica),
+                replica=replica.number, device=replica.device, status=replica.status, jobs=replica.jobs
             )
-            for replica in supervisor.replicas
+            for replica in supervisor.replica_states
         ],
     )
 
@@ -57,7 +54,7 @@ async def health_live(request: Request) -> Health:
 @router.get("/health/ready", responses=error_responses(500, 503), summary="Readiness")
 async def health_ready(request: Request) -> Health:
     """200 while the service accepts requests; 503 while it loads a model or shuts down."""
-    supervisor: Supervisor = request.app.state.supervisor
+    supervisor: Backend = request.app.state.supervisor
     if not supervisor.ready:
         raise Unavailable(f"not ready: {status_of(supervisor)}", retry_after=5)
     return describe(supervisor)

@@ -11,7 +11,7 @@ from service.api.native import while_connected
 from service.api.routing import JSONRoute
 from service.requests.model_schemas import IgnoredFile, ModelState, Rescan
 from service.requests.response_schemas import error_responses
-from service.worker.supervisor import Supervisor
+from service.worker.backend import Backend
 
 router = APIRouter(prefix="/models", tags=["models"], route_class=JSONRoute)
 
@@ -19,8 +19,8 @@ ERRORS: dict[str, Any] = {"responses": error_responses(404, 422, 499, 500, 503, 
 UNLOAD_ERRORS: dict[str, Any] = {"responses": error_responses(404, 409, 422, 499, 500, 503)}
 
 
-def supervisor_of(request: Request) -> Supervisor:
-    supervisor: Supervisor = request.app.state.supervisor
+def supervisor_of(request: Request) -> Backend:
+    supervisor: Backend = request.app.state.supervisor
     supervisor.check_open()
     return supervisor
 
@@ -68,7 +68,7 @@ async def set_loaded(name: str, load: bool, request: Request) -> ModelState:
     return state_of(name, supervisor)
 
 
-def state_of(name: str, supervisor: Supervisor) -> ModelState:
+def state_of(name: str, supervisor: Backend) -> ModelState:
     size = supervisor.models.bytes_of(name)
     return ModelState(name=name, loaded=size is not None, bytes=size)
 

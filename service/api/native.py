@@ -30,7 +30,7 @@ from service.requests.model_schemas import (
 from service.requests.response_schemas import GenerateResponse, error_responses
 from service.requests.schemas import AnyRequest, GenerateRequest, InpaintRequest, UpscaleRequest
 from service.settings import Settings
-from service.worker.supervisor import Supervisor
+from service.worker.backend import Backend
 
 router = APIRouter(tags=["native"], route_class=JSONRoute)
 
@@ -133,7 +133,7 @@ async def disconnect(request: Request) -> None:
 @router.get("/models", responses=error_responses(500, 503), summary="List the models")
 async def list_models(request: Request) -> ModelList:
     """Each model: whether it is loaded, its tasks, defaults, limits and samplers."""
-    supervisor: Supervisor = request.app.state.supervisor
+    supervisor: Backend = request.app.state.supervisor
     supervisor.check_open()
     specs, bytes_of = supervisor.specs, supervisor.models.bytes_of
     settings = supervisor.settings

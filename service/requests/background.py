@@ -31,8 +31,8 @@ from service.requests.response_schemas import ErrorDetail
 from service.requests.schemas import AnyRequest, GenerateRequest, InpaintRequest, UpscaleRequest
 from service.requests.signing import Signer
 from service.tracing import NoTracing, Tracing
+from service.worker.backend import Backend
 from service.worker.progress import Progress, Stage, State
-from service.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class Jobs:
     """All open jobs (at most one per slot of the queue), and ended jobs that are kept."""
 
     def __init__(
-        self, supervisor: Supervisor, signer: Signer | None = None, tracing: Tracing | None = None
+        self, supervisor: Backend, signer: Signer | None = None, tracing: Tracing | None = None
     ) -> None:
         """signer: signs the files of all jobs; None: files are not signed. tracing: None for no traces."""
         self.supervisor = supervisor

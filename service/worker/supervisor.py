@@ -6,8 +6,9 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from models.spec import ModelSpec
 from service.engine.events import (
@@ -31,13 +32,13 @@ from service.errors import (
     JobFailed,
     Loading,
     NotFound,
-    QueueFull,
     ServiceError,
     Unavailable,
     WorkerLost,
 )
 from service.metrics import Metrics
 from service.settings import Settings
+from service.worker.backend import ReplicaState
 from service.worker.call_log import CallLog
 from service.worker.devices import settings_of_replicas
 from service.worker.model_table import ModelTable, error_of
@@ -57,10 +58,9 @@ from service.worker.protocol import (
 )
 from service.worker.quarantine import Cause, Quarantine
 from service.worker.replica import Replica, WorkerFailed
+from service.worker.slots import Slots, refusal
 
 log = logging.getLogger(__name__)
-
-RETRY_AFTER = {QueueFull: 5, Loading: 5, Draining: 30, Unavailable: 30}  # seconds
 
 
 @dataclass
@@ -96,7 +96,6 @@ class Supervisor:
         self.metrics = metrics
         self.calls = CallLog()
         self.models = ModelTable(settings)
-        self.slots_in_use = 0
         self.draining = False
         self.failure: WorkerFailed | None = None
         self.failed = asyncio.Event()
@@ -107,13 +106,20 @@ class Supervisor:
         self._placement = Placement(settings.max_rows)
         self._timer: asyncio.TimerHandle | None = None  # for suspects; see quiet time in quarantine.py
         self._closed_by: type[ServiceError] | None = None  # the error that every new job gets
-        self._no_slots_in_use = asyncio.Event()
-        self._no_slots_in_use.set()
+        self._slots = Slots(settings.queue_size)
+        for replica in self.replicas:
+            metrics.replica_ready.labels(replica.label).set_function(partial(getattr, replica, "is_ready"))
+            metrics.replica_jobs.labels(replica.label).set_function(partial(self.jobs_at, replica))
 
     @property
     def specs(self) -> dict[str, ModelSpec]:
         """Name -> spec of every model that requests can use."""
         return self.models.specs
+
+    @property
+    def slots_in_use(self) -> int:
+        """The number of open requests."""
+        return self._slots.in_use
 
     @property
     def ready(self) -> bool:
@@ -129,6 +135,14 @@ class Supervisor:
     def alive(self) -> bool:
         """Whether the service can serve, now or after a restart of workers: see Replica.alive."""
         return self.failure is None and any(replica.alive for replica in self.replicas)
+
+    @property
+    def replica_states(self) -> Sequence[ReplicaState]:
+        """All replicas, as /health shows them."""
+        return [
+            ReplicaState(replica.number, replica.device, replica.status, self.jobs_at(replica))
+            for replica in self.replicas
+        ]
 
     def jobs_at(self, replica: Replica) -> int:
         """The number of jobs that a replica has."""
@@ -147,16 +161,8 @@ class Supervisor:
     def reserve_slot(self) -> Iterator[None]:
         """Hold a slot of the queue until the context ends. Raises QueueFull, or as check_open() does."""
         self.check_open()
-        if self.slots_in_use >= self.settings.queue_size:
-            raise refusal(QueueFull)
-        self.slots_in_use += 1
-        self._no_slots_in_use.clear()
-        try:
+        with self._slots.reserve():
             yield
-        finally:
-            self.slots_in_use -= 1
-            if not self.slots_in_use:
-                self._no_slots_in_use.set()
 
     async def run(self, job: Job, progress: Progress | None = None) -> Done:
         """Run a job. Cancelling this coroutine cancels the job.
@@ -275,8 +281,7 @@ class Supervisor:
     async def drain(self) -> None:
         """Accept no more requests; wait until all are answered, and after drain_seconds refuse the rest."""
         self.draining = True
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._no_slots_in_use.wait(), self.settings.drain_seconds)
+        await self._slots.wait_until_free(self.settings.drain_seconds)
         self._refuse_all(Draining)
 
     def _refuse_all(self, kind: type[ServiceError]) -> None:
@@ -408,8 +413,3 @@ class Supervisor:
             self._quarantine.step(job, steps)
             if ticket := self._tickets.get(job):
                 ticket.progress.advance(steps)
-
-
-def refusal(kind: type[ServiceError]) -> ServiceError:
-    """An error of this kind, with its Retry-After seconds."""
-    return kind(retry_after=RETRY_AFTER[kind])

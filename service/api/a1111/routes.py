@@ -51,7 +51,7 @@ from service.requests.background import Submission
 from service.requests.metadata import read_parameters
 from service.requests.response import Answer
 from service.requests.response_schemas import error_responses
-from service.worker.supervisor import Supervisor
+from service.worker.backend import Backend
 
 
 class A1111Route(ClientErrorRoute):
@@ -172,9 +172,9 @@ async def upscaled(body: Extras, file: str, param: str, request: Request) -> byt
         return await asyncio.to_thread(extras.resample, body, file, param, settings)
 
 
-def open_supervisor(request: Request) -> Supervisor:
-    """The supervisor. Raises the errors of Supervisor.check_open()."""
-    supervisor: Supervisor = request.app.state.supervisor
+def open_supervisor(request: Request) -> Backend:
+    """The supervisor. Raises the errors of Backend.check_open()."""
+    supervisor: Backend = request.app.state.supervisor
     supervisor.check_open()
     return supervisor
 

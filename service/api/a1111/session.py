@@ -65,7 +65,7 @@ class A1111Session:
         self._checkpoint = self.find(name, param)
 
     async def set_loaded(self, load: bool) -> None:
-        """Load the selected model, or unload it. Raises as Supervisor.set_loaded() does."""
+        """Load the selected model, or unload it. Raises as Backend.set_loaded() does."""
         await self.jobs.supervisor.set_loaded(self.options().sd_model_checkpoint, load)
 
     def options(self) -> Options:
