@@ -28,6 +28,7 @@ LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of an entry in a zip file
 # The record that ends a zip file's directory, in both forms: signature, where the directory's size is in it
 # and in which format, the record's length.
 DIRECTORY_ENDS = ((b"PK\x05\x06", 12, "<L", 22), (b"PK\x06\x06", 40, "<Q", 56))
+ENCRYPTED = 1  # bit of an entry's flags
 MAX_SHARING = 4  # total size of all tensors, in units of the file's size; a few may share their storage
 
 
@@ -104,6 +105,8 @@ def read_entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     for name, info in entries.items():
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise ValueError(f"its entry {shortened(name)} is compressed, which torch's never are")
+        if info.flag_bits & ENCRYPTED:
+            raise ValueError(f"its entry {shortened(name)} is encrypted, which torch's never are")
     if "byteorder" in entries and read_entry(archive, entries["byteorder"], 16) != b"little":
         raise ValueError("its numbers are not little-endian")
     return entries

@@ -333,6 +333,15 @@ def test_a_storage_under_many_names_is_no_larger_than_the_file(tmp_path):
         read_pickle(archive(tmp_path / "m.ckpt", b"\x80\x04}" + names + b".", {"0": bytes(4096)}))
 
 
+def test_an_encrypted_zip_is_refused(tmp_path):
+    file = archive(tmp_path / "m.ckpt", state(tensor()), {"0": bytes(4)})
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # the first entry's flags in the central directory
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="encrypted"):
+        read_pickle(file)
+
+
 def test_zip_bombs_and_foreign_zips(tmp_path):
     file = tmp_path / "m.ckpt"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out:
