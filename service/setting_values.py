@@ -11,6 +11,7 @@ AUTO = "auto"
 DEVICES = (AUTO, "cpu", "cuda")
 CUDA_DEVICE = re.compile(r"cuda:(0|[1-9]\d{0,3})")
 MAX_REPLICAS = 64
+DEFAULT_BUCKETS = (2, 4, 6, 8, 12, 16, 20, 24, 28, 32)  # rows of UNet calls
 BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 LORA_NAME = re.compile(r"(?!\s)[^:<>\x00-\x1f]{1,128}(?<!\s)")  # the name is used in <lora:name:1>
 NAMED_LORA = re.compile(r"(?!\s)[^=,:<>\x00-\x1f]{1,128}(?<!\s)=.")
@@ -121,9 +122,9 @@ def read_origins(text: str) -> tuple[str, ...]:
 
 
 def read_buckets(text: str) -> tuple[int, ...]:
-    """Sizes in ascending order; an empty text stands for the device's default."""
+    """Sizes in ascending order; an empty text stands for the default."""
     if not text:
-        return ()
+        return DEFAULT_BUCKETS
     sizes = tuple(int(part) for part in text.split(","))
     if sizes != tuple(sorted(set(sizes))) or sizes[0] < 2 or sizes[-1] > 1024:
         raise ValueError(text)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from service.setting_values import (
     AUTO,
     BYTES,
+    DEFAULT_BUCKETS,
     MAX_REPLICAS,
     NAMED_EMBEDDING,
     NAMED_LORA,
@@ -58,7 +59,6 @@ class Given(NamedTuple):
 
 # Offered with the bundled models, where neither models nor such adapters are given.
 BUNDLED_ADAPTERS = {"controlnet": ("outline=emoji-outline",), "lora": ("few-steps=emoji-few-steps",)}
-DEFAULT_BUCKETS = (2, 4, 8, 16, 32)  # rows of UNet calls on a CPU
 
 
 def setting(default: Any, parser: Parser, meaning: str) -> Any:
@@ -201,12 +201,11 @@ class Settings:
         wait for each other and everything is slower. The last bits of an image can depend on this number.""",
     )
     buckets: tuple[int, ...] = setting(
-        (),
+        DEFAULT_BUCKETS,
         Parser(read_buckets, "increasing whole numbers from 2 to 1024, separated by commas"),
-        """Row counts that UNet calls are padded to; the last one is the maximum. Without a value:
-        2,4,8,16,32, on CUDA 2,4,6,8,12,16,20,24,28,32. The last bits of an image depend on the bucket of its
-        calls. Fewer buckets: more padding, fewer differences. A bucket of one row is not possible, because
-        its results differ most.""",
+        """Row counts that UNet calls are padded to; the last one is the maximum. The last bits of an image
+        depend on the bucket of its calls. Fewer buckets: more padding, which costs as much as rows of images
+        do, and fewer differences. A bucket of one row is not possible, because its results differ most.""",
     )
     no_graphs: bool = setting(
         False,
@@ -349,18 +348,6 @@ class Settings:
         """Most bytes of all request bodies at the same time. Too few: needless 429s. Bodies take up to four
         times as much memory.""",
     )
-    max_connections: int = setting(
-        2048,
-        number(int, 1, 1_000_000),
-        """Most open connections. Beyond it, the one that has been idle longest is closed for a new one; while
-        all wait for responses, new ones get a 503. The process needs as many open files (ulimit -n).""",
-    )
-    min_rate: int = setting(
-        8192,
-        number(int, 1, 2**30),
-        """Least bytes per second at which clients must send request bodies and take responses; see
-        body_seconds. Too many: clients with slow connections are cut off.""",
-    )
     jobs_kept: int = setting(
         256,
         number(int, 1, 1_000_000),
@@ -397,23 +384,6 @@ class Settings:
         """Seconds after SIGTERM until unfinished jobs are cancelled. The process manager must wait longer
         before it kills the service (docker stop -t).""",
     )
-    header_seconds: float = setting(
-        10.0,
-        number(float, 0.1, 86_400),
-        """Seconds in which a client must send the headers of a request, before its connection is closed.""",
-    )
-    body_seconds: float = setting(
-        30.0,
-        number(float, 0.1, 86_400),
-        """A body of n bytes may take so many seconds and n / min_rate. A request that takes longer gets a
-        408; if a client takes longer to receive a response, its connection is closed.""",
-    )
-    idle_seconds: float = setting(
-        5.0,
-        number(float, 0.1, 86_400),
-        """Seconds for which a connection stays open between two requests. Too few: clients connect again for
-        each request.""",
-    )
     stall_seconds: float = setting(
         120.0,
         number(float, 0.1, 86_400),
@@ -434,7 +404,7 @@ class Settings:
     @property
     def max_rows(self) -> int:
         """The most rows of one UNet call."""
-        return (self.buckets or DEFAULT_BUCKETS)[-1]
+        return self.buckets[-1]
 
 
 def parse(name: str, given: Given) -> Any:

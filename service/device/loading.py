@@ -22,7 +22,7 @@ from service.device.graphs import Graphs
 from service.device.library import Library
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
-from service.device.select import choose_buckets, choose_device, choose_dtype
+from service.device.select import choose_device, choose_dtype
 from service.device.threads import choose_threads, read_host
 from service.settings import Settings
 
@@ -65,7 +65,7 @@ def build(
     registry.load_all(library.given)
     return TorchRunner(
         registry,
-        choose_buckets(settings.buckets, device),
+        settings.buckets,
         settings.invariant,
         settings.step_memory,
         device,

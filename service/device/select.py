@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from models.latent_diffusion import LatentDiffusion
-from models.networks.unet import stack_layers
-from service.settings import DEFAULT_BUCKETS, SettingError
+from service.settings import SettingError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-CUDA_BUCKETS = (2, 4, 6, 8, 12, 16, 20, 24, 28, 32)  # finer: padding costs as much as rows of images do
 TRIAL_TIMESTEPS = (0.02, 0.98)  # fractions of the schedule at which a trial run looks for overflow
 
 
@@ -40,11 +38,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if cpu_is_faster_in_bfloat16() else torch.float32
 
 
-def choose_buckets(sizes: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
-    """The row counts that UNet calls are padded to; `sizes`: those of the settings, empty for the default."""
-    return sizes or (CUDA_BUCKETS if device.type == "cuda" else DEFAULT_BUCKETS)
-
-
 def cpu_is_faster_in_bfloat16() -> bool:
     """True with AMX, or with AVX512-BF16 on a CPU that is not Intel's.
 
@@ -70,10 +63,9 @@ def cpu_vendor() -> str:
 def prepare_for_device(bundle: LatentDiffusion, device: torch.device) -> LatentDiffusion:
     """Set the memory format and the dtypes that a loaded model runs best with; returns the same model.
 
-    On CUDA, networks become channels_last, in which convolutions are fastest, and linear layers of one input
-    become one product. On a CPU weights stay where they are, because they may be mapped from files.
-    A network that overflows in float16 becomes bfloat16. A trial run finds that here, because an overflow at
-    the first image would spoil that image and those that share its calls.
+    On CUDA, networks become channels_last, in which convolutions are fastest. A network that overflows in
+    float16 becomes bfloat16. A trial run finds that here, because an overflow at the first image would spoil
+    that image and those that share its calls.
     """
     unet, autoencoder = bundle.unet, bundle.autoencoder
     if device.type == "cuda":
@@ -84,8 +76,6 @@ def prepare_for_device(bundle: LatentDiffusion, device: torch.device) -> LatentD
         unet.to(torch.bfloat16)
     if autoencoder.dtype == torch.float16 and not try_decoder(bundle).isfinite().all():
         autoencoder.to(torch.bfloat16)
-    if unet is not None and device.type == "cuda":
-        stack_layers(unet)
     return bundle
 
 
