@@ -25,6 +25,7 @@ from models.conditioning.conditioner import (
     TokenConditioner,
 )
 from models.conditioning.text_encoder import Context
+from models.enlargement import follow_low_resolution, resample
 from models.networks.autoencoder import Autoencoder
 from models.networks.tiling import Axes, tiled, wrapped
 from models.networks.tiny_autoencoder import TinyDecoder
@@ -445,7 +446,7 @@ class LatentDiffusion:
         return z + concat_channels[: len(z), self.spec.autoencoder.image_channels :]
 
     def correct(self, x: Tensor, concat_channels: Tensor | None, noise_level: int) -> Tensor:
-        """Decoded images x (B, 3, f*h, f*w), corrected by back projection if this upscaler does so.
+        """Decoded images x (B, 3, f*h, f*w), corrected by the low-resolution images if this upscaler does so.
 
         concat_channels: (B or more, C', h, w), from tile_concat_channels().
         """
@@ -453,7 +454,7 @@ class LatentDiffusion:
             return x
         assert concat_channels is not None
         low = concat_channels[: len(x), : self.spec.autoencoder.image_channels]
-        return back_project(x, low.to(x))
+        return follow_low_resolution(x, low.to(x))
 
     def _projects_back(self, noise_level: int) -> bool:
         return self.upscaling.back_projection and noise_level == 0
@@ -512,22 +513,6 @@ def autoencoder_dtype(
         return dtype
     cuda = torch.device(device or "cpu").type == "cuda"
     return torch.bfloat16 if not cuda or torch.cuda.is_bf16_supported(False) else torch.float32
-
-
-def resample(low: Tensor, factor: int) -> Tensor:
-    """Images (B, 3, h, w) in about [-1, 1] -> (B, 3, f*h, f*w) in [-1, 1], by bicubic interpolation."""
-    return interpolate(low, scale_factor=factor, mode="bicubic").clamp(-1, 1)
-
-
-def back_project(x: Tensor, low: Tensor) -> Tensor:
-    """Large images x (B, 3, f*h, f*w), corrected so that they resampled are about low (B, 3, h, w).
-
-    Adds the difference between low and the shrunk x, enlarged (Irani and Peleg 1991); both resamplings are
-    bicubic with antialiasing.
-    """
-    size, small = x.shape[-2:], low.shape[-2:]
-    shrunk = interpolate(x.contiguous(), small, mode="bicubic", antialias=True)
-    return x + interpolate(low - shrunk, size, mode="bicubic", antialias=True)
 
 
 def stack_rows(pairs: Sequence[Tensor], rows: Sequence[int]) -> Tensor:

@@ -215,7 +215,8 @@ class UpscalingSpec:
     # the subtracted latent is a part of the concat channels (Li et al. 2022 do so with pixels).
     residual: bool = False
     # At noise level 0 no noise is added, and the enlarged image is corrected so that it, shrunk again, is
-    # about the small one: see back_project() in models/latent_diffusion.py.
+    # about the small one, and as smooth where that is smooth: see follow_low_resolution() in
+    # models/enlargement.py.
     back_projection: bool = False
 
 

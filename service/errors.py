@@ -16,6 +16,7 @@ ServiceError
 ├── QueueFull               too many open requests, or too many bytes of request bodies
 ├── Unavailable             no worker can be started, or the worker does not respond
 │   ├── Loading             no model is loaded yet
+│   ├── TooManyConnections  all connections wait for responses
 │   └── Draining            the service is shutting down
 ├── DeadlineExceeded        the request's timeout has passed
 ├── ClientGone              the client closed the connection
@@ -119,6 +120,10 @@ class Loading(Unavailable):
     default = "the model is still loading; try again later"
 
 
+class TooManyConnections(Unavailable):
+    default = "too many connections are open"
+
+
 class Draining(Unavailable):
     default = "the service is shutting down"
 
@@ -186,6 +191,7 @@ TABLE: dict[type[ServiceError], tuple[int, str, str]] = {
     Stalled: (408, "timeout_error", "request_timeout"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
     Loading: (503, "unavailable_error", "loading"),
+    TooManyConnections: (503, "unavailable_error", "too_many_connections"),
     Draining: (503, "unavailable_error", "draining"),
     Unavailable: (503, "unavailable_error", "unavailable"),
     DeadlineExceeded: (504, "timeout_error", "deadline_exceeded"),

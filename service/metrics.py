@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
 from prometheus_client import (
@@ -10,6 +10,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Metric,
     disable_created_metrics,
     generate_latest,
 )
@@ -28,6 +29,7 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no annotation here
         self.registry = CollectorRegistry()
+        self.elsewhere: Sequence[Metric] = ()  # metrics of the same names in other processes
         self.requests = self._counter("ldm_requests", "HTTP responses", "method", "route", "status")
         self.rejected = self._counter(
             "ldm_rejected", "Requests answered with an error, by its code", "reason"
@@ -144,4 +146,12 @@ class Metrics:
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of this process, with the samples of those in other processes."""
+        for family in self.registry.collect():
+            family.samples += [
+                sample for other in self.elsewhere if other.name == family.name for sample in other.samples
+            ]
+            yield family

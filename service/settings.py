@@ -348,6 +348,18 @@ class Settings:
         """Most bytes of all request bodies at the same time. Too few: needless 429s. Bodies take up to four
         times as much memory.""",
     )
+    max_connections: int = setting(
+        2048,
+        number(int, 1, 1_000_000),
+        """Most open connections. Beyond it, the one that has been idle longest is closed for a new one; while
+        all wait for responses, new ones get a 503. The process needs as many open files (ulimit -n).""",
+    )
+    min_rate: int = setting(
+        8192,
+        number(int, 1, 2**30),
+        """Least bytes per second at which clients must send request bodies and take responses; see
+        body_seconds. Too many: clients with slow connections are cut off.""",
+    )
     jobs_kept: int = setting(
         256,
         number(int, 1, 1_000_000),
@@ -383,6 +395,23 @@ class Settings:
         number(float, 0, 86_400),
         """Seconds after SIGTERM until unfinished jobs are cancelled. The process manager must wait longer
         before it kills the service (docker stop -t).""",
+    )
+    header_seconds: float = setting(
+        10.0,
+        number(float, 0.1, 86_400),
+        """Seconds in which a client must send the headers of a request, before its connection is closed.""",
+    )
+    body_seconds: float = setting(
+        30.0,
+        number(float, 0.1, 86_400),
+        """A body of n bytes may take so many seconds and n / min_rate. A request that takes longer gets a
+        408; if a client takes longer to receive a response, its connection is closed.""",
+    )
+    idle_seconds: float = setting(
+        5.0,
+        number(float, 0.1, 86_400),
+        """Seconds for which a connection stays open between two requests. Too few: clients connect again for
+        each request.""",
     )
     stall_seconds: float = setting(
         120.0,

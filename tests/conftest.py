@@ -14,18 +14,28 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.node import install_clients
-from tests.helpers.servers import Server, serve, write_import_trap
+from tests.helpers.servers import QUEUE_SIZE, Server, serve, write_import_trap
+
+RAY = "Ray"  # the second place where tests with the marker `everywhere` run, and their worker group
 
 # Worker groups in the order in which they start; all others follow. Most groups are one file.
-SLOWEST_FIRST = ("shared_server", "test_faults_over_http.py", "bundled", "test_cli.py", "families")
+SLOWEST_FIRST = ("shared_server", RAY, "test_faults_over_http.py", "bundled", "test_cli.py", "families")
 SHARED = ("shared_server", "bundled", "families")  # server fixtures: all tests that use one are one group
 
+
+# Settings of the servers of the bundled models.
+BUNDLED_SETTINGS = {
+    "LDM_DTYPE": "auto",
+    "LDM_ALIAS": "my-images=emoji",
+    "LDM_CORS_ORIGINS": "https://page.example",
+}
 
 # A busy machine makes an example slow, which says nothing about the code.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -75,23 +85,54 @@ def shared_server(start_server) -> Iterator[Callable[[], Server]]:
 
 
 @pytest.fixture(scope="session")
-def bundled(start_server) -> Iterator[Server]:
+def bundled_server(start_server) -> Iterator[Callable[[], Server]]:
+    """A function that returns `ldm serve` with the bundled models, started at its first call."""
+    with ExitStack() as stack:
+        yield cache(lambda: stack.enter_context(start_server("emoji", "emoji-upscale", **BUNDLED_SETTINGS)))
+
+
+@pytest.fixture(scope="session")
+def ray_servers(tiny: Path) -> Iterator[Callable[[], dict[str, Server]]]:
+    """A function that returns the Ray applications of one cluster, started at its first call.
+
+    `server` serves tiny, `bundled` the bundled models.
+    """
+    from tests.helpers.ray_clusters import RayApplication, ray_cluster, servers_of
+
+    arguments = {"jobs_per_engine": QUEUE_SIZE}
+    models = {"LDM_MODEL": "emoji,emoji-upscale", **BUNDLED_SETTINGS}
+    applications = [
+        RayApplication("bundled", "", models, arguments),
+        RayApplication("server", "/tiny", {"LDM_MODEL": str(tiny)}, arguments),
+    ]
+    with ExitStack() as stack:
+
+        @cache
+        def running() -> dict[str, Server]:
+            cluster = stack.enter_context(ray_cluster(applications))
+            servers = stack.enter_context(servers_of(cluster, applications))
+            return {each.name: server for each, server in zip(applications, servers, strict=True)}
+
+        yield running
+
+
+@pytest.fixture(scope="session")
+def bundled(request: pytest.FixtureRequest, bundled_server, ray_servers) -> Server:
     """A server of the bundled models."""
-    settings = {
-        "LDM_DTYPE": "auto",
-        "LDM_ALIAS": "my-images=emoji",
-        "LDM_CORS_ORIGINS": "https://page.example",
-    }
-    with start_server("emoji", "emoji-upscale", **settings) as server:
-        yield server
+    return ray_servers()["bundled"] if is_ray(request) else bundled_server()
 
 
 @pytest.fixture
-def server(shared_server) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, shared_server, ray_servers) -> Iterator[Server]:
     """The shared server of `tiny`. Every test leaves it idle."""
-    server = shared_server()
+    server = ray_servers()["server"] if is_ray(request) else shared_server()
     yield server
     server.check_alive()
+
+
+def is_ray(request: pytest.FixtureRequest) -> bool:
+    """Whether a test with the marker `everywhere` runs with the Ray application."""
+    return getattr(request, "param", None) == RAY
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +141,14 @@ def node_clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not shutil.which("npm") and not os.environ.get("LDM_TESTS_MUST_NOT_SKIP"):
         pytest.skip("npm is not installed")
     return install_clients(tmp_path_factory.mktemp("clients"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests with the marker `everywhere` with `ldm serve` and with the Ray application."""
+    if metafunc.definition.get_closest_marker("everywhere"):
+        for name in {"server", "bundled"} & {*metafunc.fixturenames}:
+            scope = "session" if name == "bundled" else "function"
+            metafunc.parametrize(name, ["ldm serve", RAY], indirect=True, scope=scope)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -115,6 +164,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def group_of(item: pytest.Item) -> str:
     """The name of the worker group of a test."""
+    if hasattr(item, "callspec") and RAY in item.callspec.params.values():
+        return RAY
     return next((name for name in SHARED if name in item.fixturenames), item.path.name)
 
 

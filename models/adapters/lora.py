@@ -33,6 +33,7 @@ from models.formats.lora_keys import BUNDLED_EMBEDDING, split_key, unsupported_k
 from models.formats.safetensors import Header
 from models.formats.single_file import read_header
 from models.latent_diffusion import LatentDiffusion
+from models.networks.unet import stack_layers_like
 from models.spec import FewStep, ModelSpec
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ def apply(model: LatentDiffusion, loras: Sequence[tuple[Lora, float, float]]) ->
         base = network.get_parameter(target.parameter)
         merged[target.network][id(base)] = changed(base, of_target)
     unet = sharing(model.unet, merged["unet"])
+    if unet is not None and model.unet is not None:
+        stack_layers_like(unet, model.unet)
     embeddings = [embedding for lora, *_ in loras for embedding in lora.embeddings]
     conditioner = sharing(model.conditioner, merged["conditioner"], always=bool(embeddings))
     return add_embeddings(LatentDiffusion(model.spec, unet, model.autoencoder, conditioner), embeddings)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from models.networks.adapter_inputs import ImageTokens
 from models.networks.attention_backends import attend
 from models.networks.kernels import geglu, group_norm
 from models.networks.modules import module_list
+from models.networks.stacked import Layers, products
+
+
+@dataclass(frozen=True)
+class CrossInputs:
+    """What cross-attention attends to.
+
+    context: (B, L, C_ctx). keys_values: (B, 2, L, W), the keys and values of the context for all layers, in
+    place of the context; CrossAttention.columns says which are a layer's. images: tokens that are attended to
+    separately.
+    """
+
+    context: Tensor | None = None
+    keys_values: Tensor | None = None
+    images: Sequence[ImageTokens] = ()
 
 
 class CrossAttention(nn.Module):
@@ -22,20 +39,28 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
-        self.columns = slice(0, width)  # of this layer in ImageTokens
+        self.columns = slice(0, width)  # of this layer in CrossInputs.keys_values and in ImageTokens
 
-    def forward(self, x: Tensor, context: Tensor | None = None, images: Sequence[ImageTokens] = ()) -> Tensor:
-        """x (B, N, C), context (B, L, C_ctx) -> (B, N, C). images: tokens that x attends to separately."""
-        context = x if context is None else context
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+    def forward(self, x: Tensor, inputs: CrossInputs | None = None) -> Tensor:
+        """x (B, N, C) -> (B, N, C). inputs: what x attends to, or None for x itself."""
+        if inputs is None:
+            q, k, v = products(x, (self.to_q, self.to_k, self.to_v))
+        else:
+            q, (k, v) = self.to_q(x), self.keys_values(inputs)
+        # each (B, heads, tokens, C / heads)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
         attended = attend(q, k, v)
-        for image in images:
+        for image in inputs.images if inputs else ():
             attended = attended + image.attend(q, self.columns)
         out: Tensor = self.to_out(attended.transpose(1, 2).flatten(2))
         return out
+
+    def keys_values(self, inputs: CrossInputs) -> Sequence[Tensor]:
+        """The keys and the values of the context, (B, L, C) each."""
+        if inputs.keys_values is not None:
+            return inputs.keys_values[..., self.columns].unbind(1)
+        assert inputs.context is not None
+        return products(inputs.context, (self.to_k, self.to_v))
 
 
 class AttentionBlock(nn.Module):
@@ -100,10 +125,10 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor, images: Sequence[ImageTokens] = ()) -> Tensor:
-        """x (B, N, C), context (B, L, C_ctx) -> (B, N, C)."""
-        x = x + self.attn1(self.norm1(x), context if self.cross_only else None)
-        x = x + self.attn2(self.norm2(x), context, images)
+    def forward(self, x: Tensor, inputs: CrossInputs) -> Tensor:
+        """x (B, N, C) -> (B, N, C)."""
+        x = x + self.attn1(self.norm1(x), replace(inputs, images=()) if self.cross_only else None)
+        x = x + self.attn2(self.norm2(x), inputs)
         out: Tensor = x + self.ff(self.norm3(x))
         return out
 
@@ -130,28 +155,50 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, context: Tensor, images: Sequence[ImageTokens] = ()) -> Tensor:
-        """x (B, C, h, w), context (B, L, C_ctx) -> (B, C, h, w)."""
+    def forward(self, x: Tensor, inputs: CrossInputs) -> Tensor:
+        """x (B, C, h, w) -> (B, C, h, w)."""
         size = x.shape[-2:]
         y = group_norm(x, self.norm)
         y = y if self.linear else self.proj_in(y)
         y = y.flatten(2).transpose(1, 2)  # (B, h*w, C)
         y = self.proj_in(y) if self.linear else y
         for block in self.transformer_blocks:
-            y = block(y, context, images)
+            y = block(y, inputs)
         y = self.proj_out(y) if self.linear else y
         y = y.transpose(1, 2).unflatten(2, size)  # (B, C, h, w)
         out: Tensor = x + (y if self.linear else self.proj_out(y))
         return out
 
 
+def transformer_blocks(network: nn.Module) -> Iterator[TransformerBlock]:
+    return (module for module in network.modules() if isinstance(module, TransformerBlock))
+
+
 def cross_attentions(network: nn.Module) -> list[CrossAttention]:
-    """The layers of a network that attend to the context, in the network's order."""
-    return [block.attn2 for block in network.modules() if isinstance(block, TransformerBlock)]
+    """The layers of a network that attend to the context, in the network's order.
+
+    Those that can attend to image tokens as well come first.
+    """
+    blocks = list(transformer_blocks(network))
+    return [block.attn2 for block in blocks] + [block.attn1 for block in blocks if block.cross_only]
+
+
+def context_keys_values(layers: Sequence[CrossAttention], context: Tensor) -> Tensor:
+    """The keys and values (B, 2, L, W) of a context (B, L, C_ctx), layer after layer."""
+    pairs = (layer.keys_values(CrossInputs(context)) for layer in layers)
+    return torch.stack([torch.cat(each, dim=-1) for each in zip(*pairs, strict=True)], dim=1)
+
+
+def shared_attention_inputs(network: nn.Module) -> Iterator[Layers]:
+    """Linear layers that get the same input: queries, keys and values of self-attention; keys and values."""
+    for block in transformer_blocks(network):
+        for layer in (block.attn1, block.attn2):
+            crosses = layer is block.attn2 or block.cross_only
+            yield (layer.to_k, layer.to_v) if crosses else (layer.to_q, layer.to_k, layer.to_v)
 
 
 def number_columns(layers: Iterable[CrossAttention]) -> None:
-    """Give each layer its columns in ImageTokens, one layer after the other."""
+    """Give each layer its columns in CrossInputs.keys_values and ImageTokens, one layer after the other."""
     start = 0
     for layer in layers:
         layer.columns = slice(start, start + layer.to_q.out_features)

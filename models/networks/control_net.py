@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from models.adapter_specs import ControlNetSpec
+from models.networks.attention import CrossInputs
 from models.networks.clip import quick_gelu
 from models.networks.modules import module_list
+from models.networks.res_block import embeddings
 from models.networks.unet import (
     down_stages,
     embed,
@@ -149,14 +151,15 @@ class ControlNet(nn.Module):
         for a network that takes several.
         """
         emb = embed(self.spec.unet, self.time_embed, self.label_emb, t, pooled)
-        context = None if context is None else context.to(self.dtype)
+        inputs = CrossInputs(None if context is None else context.to(self.dtype))
         if self.types is not None:
             assert types is not None
             emb, hint = emb + self.types.embed(types), self.types(hint, types)
-        x = self.input_blocks[0](x.to(self.dtype), emb, context) + hint
+        embedded = embeddings(emb, (*self.input_blocks, self.middle_block))
+        x = self.input_blocks[0](x.to(self.dtype), embedded, inputs) + hint
         skips: list[Tensor] = [self.zero_convs[0](x)]
         for block, zero_conv in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
-            x = block(x, emb, context)
+            x = block(x, embedded, inputs)
             skips.append(zero_conv(x))
-        middle: Tensor = self.middle_block_out(self.middle_block(x, emb, context))
+        middle: Tensor = self.middle_block_out(self.middle_block(x, embedded, inputs))
         return ControlResiduals(tuple(skips), middle)

@@ -6,23 +6,35 @@ Module names equal the keys of the published CompVis checkpoints.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, silu
 
-from models.networks.adapter_inputs import AdapterInputs, ImageTokens
+from models.networks.adapter_inputs import AdapterInputs
 from models.networks.attention import (
     AttentionBlock,
+    CrossInputs,
     SpatialTransformer,
+    context_keys_values,
     cross_attentions,
     number_columns,
+    shared_attention_inputs,
 )
 from models.networks.deep_features import DeepFeatures
 from models.networks.kernels import group_norm
 from models.networks.modules import first_norm, module_list
+from models.networks.res_block import (
+    Embeddings,
+    ResBlock,
+    double,
+    embedding_layers,
+    embeddings,
+    halve,
+    res_blocks,
+    same,
+)
+from models.networks.stacked import Layers, stack, stack_like
 from models.spec import UNetSpec
 
 
@@ -68,60 +80,6 @@ class TimeEmbedding(nn.Sequential):
         return out
 
 
-def same(x: Tensor) -> Tensor:
-    """No change of size."""
-    return x
-
-
-def halve(x: Tensor) -> Tensor:
-    """Half the size: the mean of each 2x2 square of cells."""
-    return avg_pool2d(x, 2)
-
-
-def double(x: Tensor) -> Tensor:
-    """Twice the size by nearest neighbour."""
-    return interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-class ResBlock(nn.Module):
-    """Two convolutions with the timestep embedding between them and a residual connection.
-
-    resize: changes the size, before the first convolution and on the skip connection. scale_shift: the
-    embedding scales and shifts the second norm's output, instead of being added to its input.
-    """
-
-    def __init__(
-        self, width_in: int, width_out: int, embedding_width: int, groups: int, scale_shift: bool = False,
-        resize: Callable[[Tensor], Tensor] = same,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.scale_shift, self.resize = scale_shift, resize
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, width_in), nn.SiLU(), nn.Conv2d(width_in, width_out, 3, padding=1)
-        )
-        embedded = 2 * width_out if scale_shift else width_out
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_width, embedded))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, width_out),
-            nn.SiLU(),
-            nn.Identity(),  # the reference's dropout: it keeps the published key `out_layers.3`
-            nn.Conv2d(width_out, width_out, 3, padding=1),
-        )
-        self.skip_connection = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, C_in, h, w), emb (B, E) -> (B, C_out, h', w')."""
-        h = self.in_layers[2](self.resize(group_norm(x, first_norm(self.in_layers), activate=True)))
-        emb = self.emb_layers(emb)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = silu(group_norm(h, first_norm(self.out_layers)) * (1 + scale) + shift)
-        else:
-            h = group_norm(h + emb, first_norm(self.out_layers), activate=True)
-        out: Tensor = self.skip_connection(self.resize(x)) + self.out_layers[3](h)
-        return out
-
-
 class Downsample(nn.Module):
     """Half the size by a strided convolution."""
 
@@ -148,7 +106,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers in sequence. Residual blocks get the timestep embedding, transformers the context."""
+    """Layers in sequence. Residual blocks get their embedding, transformers what they attend to."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(layers)
@@ -156,19 +114,16 @@ class Stage(nn.ModuleList):
     def forward(
         self,
         x: Tensor,
-        emb: Tensor,
-        context: Tensor | None,
+        emb: Embeddings,
+        inputs: CrossInputs,
         size: torch.Size | None = None,
-        images: Sequence[ImageTokens] = (),
     ) -> Tensor:
-        """x (B, C_in, h, w), emb (B, E), context (B, L, C_ctx) -> (B, C_out, h', w'); size: (h', w')
-        after upsampling; images: image tokens for cross-attention.
-        """
+        """x (B, C_in, h, w) -> (B, C_out, h', w'); size: (h', w') after upsampling."""
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, emb)
+                x = layer(x, emb[layer])
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context, images)
+                x = layer(x, inputs)
             elif isinstance(layer, Upsample):
                 x = layer(x, size)
             else:
@@ -284,6 +239,25 @@ def embed(
     return emb
 
 
+def shared_inputs(network: nn.Module) -> Iterator[Layers]:
+    """The linear layers of a UNet or ControlNet that get the same input, in the order of the network."""
+    if blocks := res_blocks(network):
+        yield embedding_layers(blocks)
+    yield from shared_attention_inputs(network)
+
+
+def stack_layers(network: nn.Module) -> None:
+    """Make one product of the layers that get the same input; again after a change of device or dtype."""
+    for layers in shared_inputs(network):
+        stack(layers)
+
+
+def stack_layers_like(network: nn.Module, base: nn.Module) -> None:
+    """Stack what is stacked in `base`, from which the network has those weights that did not change."""
+    for layers, originals in zip(shared_inputs(network), shared_inputs(base), strict=True):
+        stack_like(layers, originals)
+
+
 class UNet(nn.Module):
     """Predicts eps or v of a noised latent from its timestep, context, pooled vector and noise level."""
 
@@ -316,32 +290,48 @@ class UNet(nn.Module):
         adapters: AdapterInputs | None = None,
         guidance: Tensor | None = None,
         deep: DeepFeatures | None = None,
+        keys_values: Tensor | None = None,
     ) -> Tensor:
         """x (B, C_in, h, w) with the concat channels, t (B,) -> (B, C_out, h, w).
 
         context: (B, L, C_ctx); pooled: (B, spec.added_width), added to the timestep embedding; noise_level:
         (B,); adapters: inputs of B rows from adapters; guidance: (B,), the guidance scale, for a spec with a
-        guidance_width; deep: deep features to keep, or to take in place of the deep blocks.
+        guidance_width; deep: deep features to keep, or to take in place of the deep blocks; keys_values:
+        (B, 2, L, W), those of the context, which is not needed then.
         """
         emb = embed(self.spec, self.time_embed, self.label_emb, t, pooled, noise_level, guidance)
         adapters = adapters or AdapterInputs()
         deep = deep or DeepFeatures()
-        images, count = adapters.images, len(self.input_blocks)
+        count = len(self.input_blocks)
         shallow = count if deep.reused is None else deep.branch + 1  # input blocks that run
+        down, up = list(self.input_blocks)[:shallow], list(self.output_blocks)[count - shallow :]
+        middle = [self.middle_block] if deep.reused is None else []
+        embedded = embeddings(emb, (*down, *middle, *up))
+        attended = self.cross_inputs(context, keys_values, adapters)
         x = x.to(self.dtype)
-        context = None if context is None else context.to(self.dtype)
         skips = []
-        for index, stage in zip(range(shallow), self.input_blocks, strict=False):
-            x = adapters.after_block(index, stage(x, emb, context, images=images))
+        for index, stage in enumerate(down):
+            x = adapters.after_block(index, stage(x, embedded, attended))
             skips.append(x)
         if deep.reused is None:
-            x = adapters.after_middle(self.middle_block(x, emb, context, images=images))
+            x = adapters.after_middle(self.middle_block(x, embedded, attended))
         else:
             x = deep.reused
         skips = adapters.after_encoder(skips)
-        for stage in islice(self.output_blocks, count - shallow, None):
+        for stage in up:
             deep.after_block(len(skips) - 1, x)
             x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, emb, context, skips[-1].shape[-2:] if skips else None, images)
+            x = stage(x, embedded, attended, skips[-1].shape[-2:] if skips else None)
         out: Tensor = self.out[2](group_norm(x, first_norm(self.out), activate=True))
         return out
+
+    def cross_inputs(
+        self, context: Tensor | None, keys_values: Tensor | None, adapters: AdapterInputs
+    ) -> CrossInputs:
+        """What cross-attention attends to, in the dtype of the weights."""
+        context, keys_values = (None if x is None else x.to(self.dtype) for x in (context, keys_values))
+        return CrossInputs(context, keys_values, adapters.images)
+
+    def keys_values(self, context: Tensor) -> Tensor:
+        """The keys and values (B, 2, L, W) of a context (B, L, C_ctx), for all calls with this context."""
+        return context_keys_values(cross_attentions(self), context.to(self.dtype))

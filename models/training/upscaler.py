@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.latent_diffusion import resample
+from models.enlargement import resample
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet, timestep_embedding
 from models.sampling.schedule import Schedule

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.latent_diffusion import LatentDiffusion, back_project
+from models.enlargement import follow_low_resolution
+from models.latent_diffusion import LatentDiffusion
 from models.sampling.schedule import Schedule
 from models.training.crops import degrade
 from models.training.diffusion import v_error
@@ -114,7 +115,7 @@ def train(
         start, ab = torch.randn_like(z), alpha_bar[last]
         v = predict(start, torch.full_like(level, last))
         made = network.autoencoder.decode(base + (ab.sqrt() * start - (1 - ab).sqrt() * v) / scale).float()
-        corrected = torch.where(level[:, None, None, None] > 0, made, back_project(made, small))
+        corrected = torch.where(level[:, None, None, None] > 0, made, follow_low_resolution(made, small))
         return image_error(corrected, sharp) + LATENT_WEIGHT * v_error(predict, z, alpha_bar, density)
 
     levels = model.upscaling.max_noise_level + 1

@@ -126,6 +126,8 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
         BodyLimit,
         limit=settings.max_body_bytes,
         total_limit=settings.max_bodies_bytes,
+        seconds=settings.body_seconds,
+        rate=settings.min_rate,
         metrics=metrics,
         admits=keys.admits,
     )

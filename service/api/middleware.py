@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 SMALL_BODY_BYTES = 2**16  # bodies up to this size are accepted however much memory other bodies take
 RETRY_SECONDS = 5  # Retry-After of a body that finds no memory
-BODY_STALL_SECONDS = 30.0  # longest wait for the next part of a body, before the request is given up
 CLIENT_GONE_STATUS = 499
 METRIC_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others count as OTHER
 BODY_HEADERS = (b"content-type", b"content-length", b"transfer-encoding")
@@ -171,16 +170,25 @@ class BodyLimit:
 
     limit: bytes of one body. total_limit: bytes of all large bodies together, because a body is read before
     its request has a slot in the queue. Small bodies are always accepted, so that slow senders of large ones
-    cannot block them. admits: whether a request may send a body; otherwise the application gets an empty body
-    and refuses the request itself.
+    cannot block them. A body of b bytes may take seconds + b / rate. admits: whether a request may send a
+    body; otherwise the application gets an empty body and refuses the request itself.
     """
 
     def __init__(
-        self, app: ASGIApp, limit: int, total_limit: int, metrics: Metrics, admits: Callable[[Scope], bool]
+        self,
+        app: ASGIApp,
+        limit: int,
+        total_limit: int,
+        seconds: float,
+        rate: float,
+        metrics: Metrics,
+        admits: Callable[[Scope], bool],
     ) -> None:
         self.app = app
         self.limit = limit
         self.total_limit = total_limit
+        self.seconds = seconds
+        self.rate = rate
         self.metrics = metrics
         self.admits = admits
         self.held = 0  # bytes of all bodies at this moment
@@ -218,9 +226,10 @@ class BodyLimit:
         length = header(scope, b"content-length")
         if length.isdecimal() and int(length) > self.limit:
             raise self._too_large()
+        begin = asyncio.get_running_loop().time()
         while True:
             try:
-                async with asyncio.timeout(BODY_STALL_SECONDS):
+                async with asyncio.timeout_at(begin + self.seconds + len(body) / self.rate):
                     message = await receive()
             except TimeoutError:
                 raise Stalled from None

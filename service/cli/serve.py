@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from service import logs
 from service.api.app import create_app
+from service.api.connections import Connections, limits_of, protocol_of
 from service.api.openai.model_names import check_aliases
 from service.catalogue import Folders
 from service.cluster.redis_store import open_store
@@ -73,6 +74,7 @@ class DrainingServer(uvicorn.Server):
     """Finishes running jobs before it stops listening; stops at once if no worker can be started."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
+        self.open_connections = Connections(limits_of(settings))
         super().__init__(
             uvicorn.Config(
                 app,
@@ -82,6 +84,7 @@ class DrainingServer(uvicorn.Server):
                 log_level=settings.log_level,
                 access_log=False,
                 timeout_graceful_shutdown=GRACE_SECONDS,
+                http=protocol_of(self.open_connections),
             )
         )
         self.supervisor: Supervisor = app.state.supervisor
@@ -90,7 +93,8 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
-        self.tasks.append(self.loop.create_task(self.stop_on_failure()))
+        watchers = self.stop_on_failure(), self.open_connections.watch()
+        self.tasks += map(self.loop.create_task, watchers)
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -20,7 +20,7 @@ from models.errors import CheckpointError
 from models.formats.ip_files import is_ip_adapter
 from models.formats.single_file import read_header
 from models.latent_diffusion import LatentDiffusion
-from models.networks.unet import UNet
+from models.networks.unet import UNet, stack_layers
 from models.spec import NEIGHBOURS, ControlOption, ModelSpec
 from service.catalogue import Catalogue, Entry
 from service.device.adapter_store import AdapterFile
@@ -160,8 +160,9 @@ class Adapters:
                         return encoder
                     return open_adapter(file.path, encoder, model.spec, device, unet.dtype, allow_pickle)
                 control = open_control(file.path, model.spec, device, unet.dtype, allow_pickle, unet)
-                if device.type == "cuda":  # as the UNet, whose convolutions are fastest so
+                if device.type == "cuda":  # as prepare_for_device() does it
                     control.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                    stack_layers(control.network)
                 return control
         except (CheckpointError, OSError) as error:
             raise AdapterUnreadable from error

@@ -76,6 +76,14 @@ class ModelTable:
     def set_loaded(self, worker: int, report: LoadedModels) -> None:
         self._loaded[worker] = dict(report.models)
 
+    def offer_of(self, worker: int) -> Offer | None:
+        """The newest offer of a worker; None if it has made none."""
+        return self._offers.get(worker)
+
+    def loaded_at(self, worker: int) -> Mapping[str, int]:
+        """Model -> bytes of its weights, of the models that a worker has loaded."""
+        return self._loaded.get(worker, {})
+
     def bytes_of(self, model: str) -> int | None:
         """Bytes of a model's weights at a worker that has loaded it; None if there is none."""
         return next((loaded[model] for loaded in self._loaded.values() if model in loaded), None)

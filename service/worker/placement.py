@@ -137,6 +137,10 @@ class Placement:
 
     # What to do.
 
+    def holds(self, replica: int) -> frozenset[ModelKey]:
+        """What a replica has loaded, as it last reported."""
+        return self._sites[replica].holds
+
     def choose(self, job: Job, among: Collection[int]) -> int:
         """The replica to send a job to, one of `among`."""
         placed = estimate(job)

@@ -171,7 +171,7 @@ def load(
 
     watch.lap("imports")
     runner = build(settings, Folders(settings).models, watch, catalogue)
-    runner.report_incident = link.send
+    runner.workspace.report_incident = link.send
     registry, memory = runner.registry, runner.memory
     heartbeat.loading, heartbeat.memory = (lambda: registry.loading), memory.used
     heartbeat.holds = registry.held

@@ -65,6 +65,16 @@ class Progress:
             self._preview_steps[preview.index] = preview.step
             self._change(preview=preview)
 
+    def follow(self, state: State) -> None:
+        """Take over a state of the job in another process, as far as it is later than this one."""
+        if state.stage == "queued" and state.position is not None:
+            self.wait_at(state.position, state.estimate)
+        if state.stage == "running":
+            self.start(state.steps)
+            self.advance(state.step)
+        if state.preview:
+            self.show(state.preview)
+
     def end(self, stage: Stage) -> None:
         """Set the final stage; every later call is ignored."""
         if not self.state.ended:

@@ -25,7 +25,7 @@ from service.engine.events import (
     Stepped,
     Withdrawn,
 )
-from service.engine.job import Job
+from service.engine.job import Job, ModelKey
 from service.errors import (
     DeadlineExceeded,
     Draining,
@@ -147,6 +147,10 @@ class Supervisor:
     def jobs_at(self, replica: Replica) -> int:
         """The number of jobs that a replica has."""
         return len(self._quarantine.jobs_of(replica.number))
+
+    def holds(self, replica: int) -> frozenset[ModelKey]:
+        """The models, and models with LoRAs, that a replica's worker has loaded."""
+        return self._placement.holds(replica)
 
     def check_open(self) -> None:
         """Raise Draining, Loading or Unavailable if no request can be accepted now."""

@@ -22,6 +22,11 @@ from tests.helpers.environment import ROOT
 
 MAX_WAIT_SECONDS = 180.0  # for any condition, on a busy machine; tests never sleep this long
 QUEUE_SIZE = 16
+DEFAULTS = {  # settings of every server
+    "LDM_DTYPE": "float32",
+    "LDM_QUEUE_SIZE": str(QUEUE_SIZE),
+    "LDM_MAX_BODY_BYTES": str(2**20),
+}
 
 
 @dataclass
@@ -86,11 +91,11 @@ class Server:
     def open_request(self, body: dict) -> Iterator[socket.socket]:
         """A connection that has sent a request; it is closed when the context ends."""
         content = json.dumps(body)
+        url = self.client.base_url
         request = (
-            "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"POST {url.path}generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(content)}\r\n\r\n{content}"
         )
-        url = self.client.base_url
         with socket.create_connection((url.host, url.port)) as connection:
             connection.sendall(request.encode())
             yield connection
@@ -124,13 +129,7 @@ def serve(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    defaults = {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "LDM_DTYPE": "float32",
-        "LDM_QUEUE_SIZE": str(QUEUE_SIZE),
-        "LDM_MAX_BODY_BYTES": str(2**20),
-    }
+    defaults = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | DEFAULTS
     command = [sys.executable, "-P", "-m", "service.cli", "serve", "--port", str(port)]
     command += ["--model", *models] if models else []
     environment = os.environ | defaults | settings

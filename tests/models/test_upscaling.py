@@ -14,7 +14,8 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from models.checkpoint import CheckpointError, load, save
-from models.latent_diffusion import LatentDiffusion, back_project, resample
+from models.enlargement import back_project, follow_low_resolution, resample
+from models.latent_diffusion import LatentDiffusion
 from models.spec import ModelSpec, UpscalingSpec
 from tests.checkpoints.tiny import random_model, upscaler_spec
 from tests.helpers.numbers import LIMIT, relative_error
@@ -124,6 +125,19 @@ def test_back_projection_brings_the_shrunk_image_nearer_to_the_small_one():
     assert after < 0.3 * before
     same = torch.full((1, 3, 32, 48), 0.25)
     assert torch.allclose(back_project(same, torch.full((1, 3, 8, 12), 0.25)), same, atol=1e-6)
+
+
+def test_smooth_areas_are_resampled_bicubically_and_edges_are_left():
+    """Bicubic resampling as Pillow does it; the left half is a gradient, the right half has edges."""
+    low = torch.zeros(1, 3, 8, 16)
+    low[..., :8] = torch.linspace(-0.2, 0.2, 8)
+    low[..., 8:] = torch.tensor([[0.9, -0.9], [-0.9, 0.9]]).repeat(4, 4)
+    pillow = [Image.fromarray(c.numpy(), "F").resize((64, 32), Image.BICUBIC) for c in low[0]]
+    bicubic = torch.from_numpy(np.stack([np.asarray(each) for each in pillow]))
+    x = bicubic[None] + 0.05 * torch.randn(1, 3, 32, 64)
+    corrected = follow_low_resolution(x, low)
+    assert (corrected - bicubic)[..., 8:20].abs().mean() < 0.001
+    assert torch.allclose(corrected[..., 44:], back_project(x, low)[..., 44:], atol=1e-3)
 
 
 @torch.inference_mode()

@@ -119,6 +119,7 @@ def test_the_documentation_page_loads_nothing_from_elsewhere(client):
     assert client.get("/docs/index.html").status_code == 404
 
 
+@pytest.mark.everywhere
 def test_head_of_an_event_stream_ends_at_once(server):
     job = server.client.post("/jobs", json={"task": "generate", "request": LONG}).json()["id"]
     head = server.client.head(f"/jobs/{job}/events", timeout=5)

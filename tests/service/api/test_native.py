@@ -40,6 +40,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.everywhere
 def test_a_response_describes_its_images(server):
     answer = post(server, {"prompt": "red apple", "seed": 0, "n": 2}).json()
     assert set(answer) == {"id", "model", "created", "images", "timings", "warnings"}
@@ -79,6 +80,7 @@ def test_width_and_height_are_those_of_the_image(server):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+@pytest.mark.everywhere
 def test_accept_gives_the_image_as_a_file(server, kind):
     answer = post(server, {"prompt": "red apple", "seed": 3, "steps": 2}, accept=f"image/{kind}")
     assert answer.headers["content-type"] == f"image/{kind}"
@@ -87,6 +89,7 @@ def test_accept_gives_the_image_as_a_file(server, kind):
     assert Image.open(io.BytesIO(answer.content)).format == kind.upper()
 
 
+@pytest.mark.everywhere
 def test_an_unsupported_accept_is_refused(server):
     assert error_of(post(server, {"prompt": "p"}, accept="text/html"), 406)["param"] == "Accept"
     assert error_of(post(server, {"prompt": "p", "n": 2}, accept="image/png"), 406)["param"] == "n"
@@ -104,6 +107,7 @@ def test_a_prompt_that_is_cut_gives_a_warning(server):
     assert "prompt is longer" in post(server, {"prompt": "word " * 100, "steps": 1}).json()["warnings"][0]
 
 
+@pytest.mark.everywhere
 def test_eight_requests_at_once_share_calls_and_change_no_image(server):
     expected = alone(server, MIXED)
     before = server.calls(over=4)
@@ -180,6 +184,7 @@ def complete(body: dict) -> dict:
 
 
 @pytest.mark.parametrize(("body", "status", "param"), BAD, ids=[str(body)[:40] for body, _, _ in BAD])
+@pytest.mark.everywhere
 def test_a_bad_value_is_refused_by_its_field(server, body, status, param):
     error = error_of(post(server, complete(body)), status)
     assert error["param"] == param
@@ -217,11 +222,13 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("content", "kind", "status"), UNREADABLE, ids=range(len(UNREADABLE)))
+@pytest.mark.everywhere
 def test_a_body_must_be_a_json_object(server, content, kind, status):
     answer = server.client.post("/generate", content=content, headers={"Content-Type": kind})
     assert error_of(answer, status)["type"] == "invalid_request_error"
 
 
+@pytest.mark.everywhere
 def test_a_body_over_the_limit_is_refused_with_and_without_content_length(server):
     def chunks():
         for _ in range(40):
@@ -234,6 +241,7 @@ def test_a_body_over_the_limit_is_refused_with_and_without_content_length(server
         assert error_of(answer, 413)["code"] == "too_large"
 
 
+@pytest.mark.everywhere
 def test_unknown_addresses_and_methods_have_the_error_format(server):
     assert error_of(server.client.get("/nowhere"), 404)["code"] == "not_found"
     answer = server.client.get("/generate")
@@ -241,6 +249,7 @@ def test_unknown_addresses_and_methods_have_the_error_format(server):
     assert answer.headers["allow"] == "OPTIONS, POST"
 
 
+@pytest.mark.everywhere
 def test_the_openapi_document_describes_every_error(server):
     paths = server.client.get("/openapi.json").json()["paths"]
     operations = [operation for path in paths.values() for operation in path.values()]
@@ -257,6 +266,7 @@ def test_the_openapi_document_describes_every_error(server):
     assert "image/png" in made[0]["content"]
 
 
+@pytest.mark.everywhere
 def test_models_lists_tasks_defaults_limits_and_samplers(server):
     (model,) = server.client.get("/models").json()["models"]
     assert (model["name"], model["tasks"]) == ("tiny", ["text-to-image", "image-to-image", "inpainting"])
@@ -275,6 +285,7 @@ COUNTED = (
 )  # fmt: skip
 
 
+@pytest.mark.everywhere
 def test_health_and_metrics_of_an_idle_service(server):
     for path in ("/health", "/health/live", "/health/ready"):
         answer = server.client.get(path)
@@ -299,6 +310,7 @@ def test_health_and_metrics_of_an_idle_service(server):
     assert 0 < sum(seconds[:-1]) <= seconds[-1]
 
 
+@pytest.mark.everywhere
 def test_a_deadline_that_passes_cancels_the_job(server):
     assert error_of(post(server, LONG | {"timeout": 0.3}), 504)["code"] == "deadline_exceeded"
     wait_for_jobs(server, 0)
@@ -319,6 +331,7 @@ def test_a_client_that_disconnects_frees_its_rows_within_one_step(server):
     wait_for_jobs(server, 0)
 
 
+@pytest.mark.everywhere
 def test_a_full_queue_answers_429_at_once_and_empties_again(server):
     with ExitStack() as clients:
         for _ in range(QUEUE_SIZE):

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from models.checkpoint import load
 from models.conditioning.conditioner import ConditioningInput
+from models.networks.attention import CrossInputs
 from models.networks.deep_features import DeepFeatures
+from models.networks.res_block import res_blocks
 from models.sampling.samplers import plan
 from models.sampling.step import step
 from service.device.registry import Registry
@@ -34,7 +37,9 @@ def image_of(runner: TorchRunner, job: Job) -> np.ndarray:
 def by_blocks(unet, x, t, context, branch, feature=None):
     """The UNet's output and the deep feature of a branch, its blocks called one by one."""
     count = len(unet.input_blocks)
-    emb = unet.time_embed(unet_sinusoids(unet, t))
+    emb = silu(unet.time_embed(unet_sinusoids(unet, t)))
+    emb = {block: block.emb_layers[1](emb) for block in res_blocks(unet)}
+    context = CrossInputs(context)
     skips = []
     for block in list(unet.input_blocks)[: count if feature is None else branch + 1]:
         x = block(x, emb, context)

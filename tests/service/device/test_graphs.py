@@ -261,7 +261,7 @@ def test_images_are_the_same_with_and_without_recordings(tiny: Path, broken):
             raise RuntimeError
         return tapes(function, inputs)
 
-    runner.graphs = graphs_with(record)
+    runner.workspace.graphs = graphs_with(record)
     for _ in range(2):
         begin(runner, job)
         assert made(runner, job) == expected

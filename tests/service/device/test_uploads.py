@@ -13,13 +13,11 @@ import pytest
 
 from tests.helpers.environment import ROOT
 
+MODULES = ("batch", "controls", "inputs", "phases", "runner", "starting", "stepping", "unet_calls")
 FILES = sorted(
     [
         *(ROOT / "models/conditioning").glob("*.py"),
-        ROOT / "service/device/batch.py",
-        ROOT / "service/device/inputs.py",
-        ROOT / "service/device/phases.py",
-        ROOT / "service/device/runner.py",
+        *(ROOT / "service/device" / f"{name}.py" for name in MODULES),
     ]
 )
 

@@ -225,6 +225,7 @@ def numbered_events_of(answer: httpx.Response) -> Iterator[tuple[int, str, dict]
             yield int(fields["id"]), fields["event"], json.loads(value)
 
 
+@pytest.mark.everywhere
 def test_a_job_makes_the_same_image_as_generate(server):
     request = {"prompt": "red apple", "seed": 4}
     accepted = ask(server, request)
@@ -239,6 +240,7 @@ def test_a_job_makes_the_same_image_as_generate(server):
         assert [name for name, _ in events_of(answer)] == ["done"]
 
 
+@pytest.mark.everywhere
 def test_a_running_job_is_followed_and_cancelled_over_http(server):
     path = ask(server, LONG).headers["location"]
     for _ in range(2):  # who comes back goes on where the job is
@@ -255,6 +257,7 @@ def test_a_running_job_is_followed_and_cancelled_over_http(server):
     assert server.client.get(path).json()["result"] is None
 
 
+@pytest.mark.everywhere
 def test_a_stream_continues_after_last_event_id(server):
     path = ask(server, LONG).headers["location"]
     with server.client.stream("GET", path + "/events") as answer:
@@ -269,6 +272,7 @@ def test_a_stream_continues_after_last_event_id(server):
     wait_for_jobs(server, 0)
 
 
+@pytest.mark.everywhere
 def test_a_job_shows_previews_while_it_runs(server):
     path = ask(server, LONG | {"n": 2}, preview_every=10).headers["location"]
     with server.client.stream("GET", path + "/events") as answer:
@@ -280,6 +284,7 @@ def test_a_job_shows_previews_while_it_runs(server):
     wait_for_jobs(server, 0)
 
 
+@pytest.mark.everywhere
 def test_a_waiting_job_reports_its_position(server):
     whole_calls = LONG | {"n": 16}
     paths = [ask(server, whole_calls).headers["location"] for _ in range(3)]
@@ -293,6 +298,7 @@ def test_a_waiting_job_reports_its_position(server):
     wait_for_jobs(server, 0)
 
 
+@pytest.mark.everywhere
 def test_a_job_can_inpaint(server):
     request = {"image": base64_of(noise(20, 20)), "mask": base64_of(Image.new("L", (20, 20), 255))}
     path = ask(server, request, "inpaint").headers["location"]
@@ -312,12 +318,14 @@ def test_a_job_can_inpaint(server):
         ({"task": "generate"}, "request"),
     ],
 )
+@pytest.mark.everywhere
 def test_an_invalid_job_is_rejected_with_the_name_of_the_field(server, content, param):
     error = error_of(server.client.post("/jobs", json=content), 422)
     assert error["param"] == param
     assert error["message"].startswith(param)
 
 
+@pytest.mark.everywhere
 def test_unknown_jobs_are_404_and_jobs_belong_to_an_api_key(server):
     for method, path in (("GET", "/jobs/no"), ("GET", "/jobs/no/events"), ("DELETE", "/jobs/no")):
         assert error_of(server.client.request(method, path), 404)["code"] == "not_found"
@@ -331,6 +339,7 @@ def test_unknown_jobs_are_404_and_jobs_belong_to_an_api_key(server):
     wait_for_jobs(server, 0)
 
 
+@pytest.mark.everywhere
 def test_jobs_share_the_queue_with_requests(server):
     with ExitStack() as cleanup:
         for _ in range(QUEUE_SIZE):

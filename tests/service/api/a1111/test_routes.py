@@ -48,6 +48,7 @@ def left_half(size: tuple[int, int]) -> Image.Image:
     return mask
 
 
+@pytest.mark.everywhere
 def test_txt2img_makes_what_the_native_api_makes(bundled, api):
     for _ in range(2):  # the first after a start runs in smaller calls, where bits may differ
         made = api.txt2img(prompt=PROMPT, negative_prompt="pear", **SMALL, eta=0.0, batch_size=2, n_iter=1)
@@ -77,6 +78,7 @@ def test_the_defaults_of_webuiapi_are_accepted(api):
     assert 0 <= made.info["seed"] < 2**32
 
 
+@pytest.mark.everywhere
 def test_info_is_a_json_string(bundled):
     answer = bundled.client.post("/sdapi/v1/txt2img", json=TINY).json()
     info = json.loads(answer["info"])
@@ -223,6 +225,7 @@ def test_an_empty_mask_masks_nothing(bundled, apple):
     assert (array(decoded(kept["images"][0])) == array(apple)).all()
 
 
+@pytest.mark.everywhere
 def test_progress_and_interrupt(bundled, api):
     assert api.get_progress()["progress"] == 0.0
     body = {"prompt": PROMPT, "steps": 1000, "width": 128, "height": 128, "sampler_name": "DDIM"}
@@ -245,6 +248,7 @@ def test_progress_and_interrupt(bundled, api):
     api.util_wait_for_ready(check_interval=0.1)
 
 
+@pytest.mark.everywhere
 def test_an_interrupted_request_has_the_predicted_image(bundled, api):
     body = TINY | {"steps": 300, "width": 128, "height": 128, "sampler_name": "Euler"}
     with ThreadPoolExecutor() as pool:
@@ -275,6 +279,7 @@ def test_masked_pixels_may_start_from_latent_noise_or_nothing(api, apple, fill):
         assert (made != inpainted(api, apple, inpainting_fill=other, **strengths)).any()
 
 
+@pytest.mark.everywhere
 def test_what_clients_read_at_start(bundled, api):
     assert api.util_get_model_names() == ["emoji"]
     assert {"Euler a", "DPM++ 2M", "DDIM", "PLMS", "UniPC", "LCM"} <= set(api.util_get_sampler_names())
@@ -296,6 +301,7 @@ def test_what_clients_read_at_start(bundled, api):
         assert bundled.client.post(f"/sdapi/v1/{path}").status_code == 200
 
 
+@pytest.mark.everywhere
 def test_options_choose_the_model_and_the_format(bundled, api):
     api.util_set_model("emoji")
     assert api.util_get_current_model() == "emoji"
@@ -324,6 +330,7 @@ def test_a_model_by_any_of_a1111s_names(bundled, name):
     assert bundled.client.post("/sdapi/v1/options", json={"sd_model_checkpoint": name}).status_code == 200
 
 
+@pytest.mark.everywhere
 def test_an_unknown_model_is_a_404(bundled):
     body = TINY | {"override_settings": {"sd_model_checkpoint": "v1-5"}}
     answer = bundled.client.post("/sdapi/v1/txt2img", json=body)

@@ -59,6 +59,7 @@ def left_half_transparent(image: Image.Image, alpha: int = 0) -> Image.Image:
 # Generations.
 
 
+@pytest.mark.everywhere
 def test_generates_the_images_of_the_native_api(bundled, client):
     made = client.images.generate(
         model="emoji", prompt=PROMPT, n=2, size="128x128", quality="auto", background="auto", user="me",
@@ -130,6 +131,7 @@ def test_fields_without_effect_are_named_in_warnings(client, fields):
         ({"extra_body": {"cfg": 2}}, "cfg"),
     ],
 )
+@pytest.mark.everywhere
 def test_an_unsupported_value_is_a_400_that_names_the_field(client, fields, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(**{"prompt": PROMPT} | fields)
@@ -171,6 +173,7 @@ def test_a_size_of_openai_is_generated_near_the_model_s_own_size_and_enlarged(cl
     ]
 
 
+@pytest.mark.everywhere
 def test_models_are_those_that_generate_images(client):
     assert [model.id for model in client.models.list()] == ["emoji", "my-images"]
     assert client.models.retrieve("emoji").object == "model"
@@ -201,6 +204,7 @@ def test_a_response_has_what_its_client_reads(client, fields, has_url, has_base6
     assert (image.url is not None, image.b64_json is not None) == (has_url, has_base64)
 
 
+@pytest.mark.everywhere
 def test_a_url_serves_the_file(bundled, client, apple):
     made = client.images.generate(prompt=PROMPT, n=2, response_format="url", extra_body=FEW_STEPS)
     assert made.data[0].url.startswith(f"{bundled.client.base_url}/v1/images/files/img-")
@@ -323,6 +327,7 @@ def test_broken_and_incomplete_forms_are_refused(bundled):
 # Streams.
 
 
+@pytest.mark.everywhere
 def test_a_stream_sends_partial_images(client):
     request = {"prompt": PROMPT, "extra_body": {"seed": 1, "steps": 8}}
     sent = list(client.images.generate(stream=True, partial_images=2, **request))
@@ -349,6 +354,7 @@ def test_a_stream_of_an_edit_has_its_own_event_names(client, apple):
     assert {open_base64(event.b64_json).format for event in sent} == {"JPEG"}
 
 
+@pytest.mark.everywhere
 def test_leaving_a_stream_frees_its_place(bundled, client):
     stream = client.images.generate(
         prompt=PROMPT, stream=True, partial_images=3, extra_body={"steps": 1000, "seed": 1}

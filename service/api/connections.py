@@ -1,0 +1,253 @@
+"""The server's TCP connections: their number is limited, and slow or vanished clients lose theirs.
+
+A connection is idle while no request of it is complete: before its first one, between two, and while one is
+being sent. Idle connections cost a client nothing, so they never keep others out: beyond the limit the one
+that has been idle longest is closed. All times and rates are in seconds and bytes per second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import resource
+import socket
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from service.errors import TooManyConnections, to_body
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES = 2**16
+OTHER_FILES = 512  # open files beside connections: workers' sockets, weights, logs
+# A peer that is gone without a word, such as a machine without power, is noticed within a minute.
+PROBES = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """count: open connections; header: time for a request's headers; idle: time between two requests.
+
+    body, rate: a body of b bytes, of a request or a response, may take body + b / rate.
+    """
+
+    count: int
+    header: float
+    idle: float
+    body: float
+    rate: float
+
+    @property
+    def sweep(self) -> float:
+        """The time between two looks at all connections."""
+        return min(1.0, self.header / 4, self.idle / 4, self.body / 4)
+
+
+def limits_of(settings: Settings) -> ConnectionLimits:
+    """The limits of the settings, but no more connections than the process may open files.
+
+    Raises the process's own limit of open files as far as necessary and allowed.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.max_connections + OTHER_FILES
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    count = min(settings.max_connections, max(allowed - OTHER_FILES, allowed // 2))
+    if count < settings.max_connections:
+        log.warning("at most %d connections, because the process may open only %d files", count, hard)
+    seconds = settings.header_seconds, settings.idle_seconds, settings.body_seconds
+    return ConnectionLimits(count, *seconds, settings.min_rate)
+
+
+class CountedTransport:
+    """A transport that counts the bytes written to it."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.written = 0
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the client has not taken yet."""
+        return self._transport.get_write_buffer_size()
+
+    def end(self) -> None:
+        """Close the connection at once, also if the client takes nothing more."""
+        if self.unsent:
+            self._transport.abort()
+        else:
+            self._transport.close()
+
+
+@dataclass(eq=False)
+class Connection:
+    """What is known of a connection.
+
+    idle_until: when it is closed unless a request begins; sent: bytes that the client had taken at the last
+    look; credit: the time that it has left to take more.
+    """
+
+    protocol: Any  # uvicorn's, for one of several HTTP parsers
+    transport: CountedTransport
+    idle_until: float
+    credit: float
+    header_bytes: int = 0
+    sent: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no complete request waits for its response."""
+        cycle = self.protocol.cycle
+        return cycle is None or cycle.response_complete or cycle.more_body
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether there is no request, or only the headers of one have begun."""
+        cycle = self.protocol.cycle
+        return cycle is None or cycle.response_complete
+
+    @property
+    def in_headers(self) -> bool:
+        """Whether the next bytes belong to the headers of a request, not to a body that nobody reads."""
+        cycle = self.protocol.cycle
+        return cycle is None or (cycle.response_complete and not cycle.more_body)
+
+
+class Connections:
+    """All open connections, those that have been idle longest first."""
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self.limits = limits
+        self._open: dict[asyncio.BaseProtocol, Connection] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, protocol: asyncio.BaseProtocol, transport: CountedTransport, now: float) -> bool:
+        """Count a new connection; False if there is no place for it."""
+        if len(self._open) >= self.limits.count and not self._end_longest_idle():
+            return False
+        until = now + self.limits.header
+        self._open[protocol] = Connection(protocol, transport, until, self.limits.body)
+        return True
+
+    def _end_longest_idle(self) -> bool:
+        connection = next((each for each in self._open.values() if each.is_idle), None)
+        if connection:
+            self._end(connection)
+        return connection is not None
+
+    def renew(self, protocol: asyncio.BaseProtocol, now: float) -> None:
+        """Note that a response is complete: its connection is idle from now on."""
+        if connection := self._open.pop(protocol, None):
+            limits = self.limits
+            connection.idle_until = now + (
+                limits.idle + limits.header if connection.in_headers else limits.body
+            )
+            connection.header_bytes = 0
+            self._open[protocol] = connection
+
+    def remove(self, protocol: asyncio.BaseProtocol) -> None:
+        self._open.pop(protocol, None)
+
+    def admits(self, protocol: asyncio.BaseProtocol, size: int) -> bool:
+        """Whether a connection may send `size` more bytes; it is closed if its headers are too large."""
+        connection = self._open.get(protocol)
+        if connection is None:
+            return False
+        if connection.in_headers:
+            if connection.header_bytes > MAX_HEADER_BYTES:
+                self._end(connection)
+                return False
+            connection.header_bytes += size
+        return True
+
+    def sweep(self, now: float) -> None:
+        """Close the connections that were idle too long, or whose clients take their responses too slowly."""
+        for connection in list(self._open.values()):
+            late = connection.is_answered and now >= connection.idle_until
+            if late or self._takes_too_long(connection):
+                self._end(connection)
+
+    def _takes_too_long(self, connection: Connection) -> bool:
+        limits, transport = self.limits, connection.transport
+        before, connection.sent = connection.sent, transport.written - transport.unsent
+        if not transport.unsent:
+            connection.credit = limits.body
+            return False
+        gained = (connection.sent - before) / limits.rate
+        connection.credit = min(limits.body, connection.credit + gained - limits.sweep)
+        return connection.credit <= 0
+
+    def _end(self, connection: Connection) -> None:
+        self.remove(connection.protocol)
+        connection.transport.end()
+
+    async def watch(self) -> None:
+        """Look at all connections again and again."""
+        while True:
+            await asyncio.sleep(self.limits.sweep)
+            self.sweep(asyncio.get_running_loop().time())
+
+
+def protocol_of(connections: Connections) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP protocol, whose connections are counted and watched."""
+    base: Any = AutoHTTPProtocol
+
+    class Watched(base):  # type: ignore[misc]  # the class depends on which HTTP parser is installed
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            counted = CountedTransport(transport)
+            super().connection_made(counted)
+            self.timeout_keep_alive = connections.limits.idle
+            if connections.add(self, counted, self.loop.time()):
+                probe(transport)
+            else:
+                transport.write(refusal())
+                transport.close()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            connections.remove(self)
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if connections.admits(self, len(data)):
+                super().data_received(data)
+
+        def on_response_complete(self) -> None:
+            connections.renew(self, self.loop.time())
+            super().on_response_complete()
+
+    return Watched
+
+
+def probe(transport: asyncio.Transport) -> None:
+    """Have the kernel check whether the peer still exists."""
+    opened: socket.socket | None = transport.get_extra_info("socket")
+    if opened is None or opened.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in PROBES.items():
+        if option := getattr(socket, name, None):  # not on every system
+            opened.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def refusal() -> bytes:
+    """The response to a connection beyond the limit, while no other is idle."""
+    body = json.dumps(to_body(TooManyConnections(), uuid.uuid4().hex)).encode()
+    return (
+        b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
+        b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    )

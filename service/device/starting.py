@@ -1,0 +1,92 @@
+"""The start of jobs: their models, contexts, controls and reference images."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+
+from models.latent_diffusion import LatentDiffusion
+from models.spec import NEIGHBOURS
+from service.device import upscaling
+from service.device.controls import in_float32
+from service.device.inputs import (
+    conditioning_input,
+    neighbours,
+    start_control,
+    start_images,
+    start_reference,
+)
+from service.device.job_shapes import JobShapes
+from service.device.phases import Phase
+from service.device.registry import Registry
+from service.device.state import JobState
+from service.engine.job import AdapterKey, Job, ModelKey
+
+
+class Starter:
+    """Makes the states of jobs. Models in float32, for jobs that run again, are kept while jobs use them."""
+
+    def __init__(self, registry: Registry[LatentDiffusion], shapes: JobShapes, device: torch.device) -> None:
+        self._registry = registry
+        self._shapes = shapes
+        self._device = device
+        self._float32_copies: dict[ModelKey, LatentDiffusion] = {}
+
+    def start(self, job: Job, full_precision: bool) -> JobState:
+        """The state of a job before its first step; full_precision: in float32."""
+        state = JobState(job, self._phases(job, full_precision))
+        if job.scale:
+            upscaling.start_tiles(state)
+        else:
+            start_images(state)
+        return state
+
+    def keep(self, states: Collection[JobState]) -> None:
+        """Forget the copies in float32 that none of these jobs uses."""
+        if self._float32_copies:
+            used = {id(phase.bundle) for state in states for phase in state.phases}
+            self._float32_copies = {n: b for n, b in self._float32_copies.items() if id(b) in used}
+
+    def _phases(self, job: Job, full_precision: bool) -> tuple[Phase, ...]:
+        """The phases of a job with their models and contexts."""
+        phases = []
+        for outline in self._shapes.outlines(job):
+            key, group = outline.key, self._shapes.group(job, outline, full_precision)
+            bundle = self._in_float32(key) if full_precision else self._registry.bundle(key)
+            if job.tiling != "none":
+                bundle = bundle.tiled(job.tiling)
+            inputs = conditioning_input(job, outline, bundle.spec.label_cell)
+            if bundle.spec.takes_neighbours and job.references:
+                encoder = self._registry.adapters[AdapterKey("reference_adapter", NEIGHBOURS, job.model)]
+                inputs = inputs._replace(neighbours=neighbours(job, encoder, self._device))
+            phase = Phase(outline, group, bundle, bundle.context_pair(inputs))
+            phases.append(self._with_adapters(job, phase, full_precision) if key == job.model_key else phase)
+        return tuple(phases)
+
+    def _with_adapters(self, job: Job, phase: Phase, full_precision: bool) -> Phase:
+        """The phase with the job's controls, their images at the phase's size, and reference images."""
+        size, adapters = (phase.outline.width, phase.outline.height), self._registry.adapters
+        controls = []
+        for own in job.controls:
+            control = adapters[AdapterKey("control", own.name, job.model)]
+            control = in_float32(control) if full_precision else control
+            controls.append(start_control(job, own, control, size, self._device))
+        references = [
+            start_reference(
+                own, adapters[AdapterKey("reference_adapter", own.adapter, job.model)], self._device
+            )
+            for own in job.references
+            if own.adapter != NEIGHBOURS
+        ]
+        return replace(phase, controls=tuple(controls), references=tuple(references))
+
+    def _in_float32(self, key: ModelKey) -> LatentDiffusion:
+        """The model with its LoRAs in float32: a copy, unless the model is loaded in float32."""
+        model = self._registry[key.model]
+        if model.unet is not None and model.unet.dtype == torch.float32:
+            return self._registry.bundle(key)
+        if key not in self._float32_copies:
+            self._float32_copies[key] = self._registry.merged(model.copy(torch.float32), key)
+        return self._float32_copies[key]
