@@ -14,6 +14,7 @@ ServiceError
 ├── TooLarge                the body exceeds its limit
 ├── Stalled                 the rest of the body did not arrive in time
 ├── QueueFull               too many open requests, or too many bytes of request bodies
+├── RateLimited             the API key has used up one of its limits
 ├── Unavailable             no worker can be started, or the worker does not respond
 │   ├── Loading             no model is loaded yet
 │   ├── TooManyConnections  all connections wait for responses
@@ -81,7 +82,7 @@ class Unauthorized(ServiceError):
 
 
 class Forbidden(ServiceError):
-    default = "this call needs an admin key (--admin-key-file)"
+    default = "this call needs an admin key"
 
 
 class NotAcceptable(ServiceError):
@@ -110,6 +111,10 @@ class Stalled(ServiceError):
 
 class QueueFull(ServiceError):
     default = "the queue is full; try again later"
+
+
+class RateLimited(ServiceError):
+    default = "this key has used up one of its limits; try again later"
 
 
 class Unavailable(ServiceError):
@@ -190,6 +195,7 @@ TABLE: dict[type[ServiceError], tuple[int, str, str]] = {
     TooLarge: (413, "invalid_request_error", "too_large"),
     Stalled: (408, "timeout_error", "request_timeout"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
+    RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     Loading: (503, "unavailable_error", "loading"),
     TooManyConnections: (503, "unavailable_error", "too_many_connections"),
     Draining: (503, "unavailable_error", "draining"),

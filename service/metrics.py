@@ -18,6 +18,7 @@ from prometheus_client import (
 from service.engine.events import Incident, Stage, Stepped
 from service.errors import TABLE
 
+REFUSALS = tuple(code for status, _, code in TABLE.values() if status == 429)
 # Upper bounds of the buckets of histograms.
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -48,6 +49,25 @@ class Metrics:
             "stage",
             "replica",
         )
+        self.key_requests = self._counter("ldm_key_requests", "Requests, by the name of their API key", "key")
+        self.key_images = self._counter(
+            "ldm_key_images", "Images returned to clients, by the name of the API key", "key"
+        )
+        self.key_steps = self._counter(
+            "ldm_key_steps", "Steps of images (UNet evaluations), by the name of the API key", "key"
+        )
+        self.key_device_seconds = self._counter(
+            "ldm_key_device_seconds",
+            "Seconds of UNet calls, shared by rows, by the name of the API key",
+            "key",
+        )
+        self.key_refused = self._counter(
+            "ldm_key_refused",
+            "Requests refused with a 429, by the name of the API key and the code",
+            "key",
+            "reason",
+        )
+        self._key_names: set[str] = set()
         self.worker_restarts = self._counter("ldm_worker_restarts", "Worker processes that exited", "replica")
         self.unreadable_messages = self._counter(
             "ldm_unreadable_messages", "Messages between API process and worker that could not be decoded"
@@ -120,6 +140,26 @@ class Metrics:
         for stage in get_args(Stage):
             self.out_of_memory.labels(stage, replica)
             self.non_finite.labels(stage, replica)
+
+    def set_keys(self, names: set[str]) -> None:
+        """Start every series of the keys with these names at 0, and forget those of all others."""
+        counters = self.key_requests, self.key_images, self.key_steps, self.key_device_seconds
+        for name in self._key_names - names:
+            for counter in counters:
+                counter.remove(name)
+            for code in REFUSALS:
+                self.key_refused.remove(name, code)
+        for name in names:
+            for counter in counters:
+                counter.labels(name)
+            for code in REFUSALS:
+                self.key_refused.labels(name, code)
+        self._key_names = set(names)
+
+    def refused(self, key: str, code: str) -> None:
+        """Count a request of a key that was refused with a 429."""
+        self.rejected.labels(code).inc()
+        self.key_refused.labels(key, code).inc()
 
     def stepped(self, replica: str, event: Stepped) -> None:
         """Count one UNet call."""

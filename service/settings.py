@@ -249,14 +249,20 @@ class Settings:
         "",
         Parser(read_non_blank, "a file of API keys, one on each line"),
         """File of API keys, one on each line. A request without a valid key gets a 401. If neither this
-        setting nor api_keys is set, no key is needed.""",
+        setting nor key_table nor api_keys is set, no key is needed. Read again when it changes.""",
+    )
+    key_table: str = setting(
+        "",
+        Parser(read_non_blank, "a TOML file of keys"),
+        """File of API keys with names, hashes and limits, a table [keys.NAME] for each, as `ldm keys new`
+        prints it. Works together with the files of plain keys. Read again when it changes.""",
     )
     admin_key_file: str = setting(
         "",
         Parser(read_non_blank, "a file of API keys, one on each line"),
         """File of keys for the calls that load, unload and rescan models; each is an API key too. Where keys
         are set, a request for such a call with another key gets a 403. If no keys at all are set, no key is
-        needed.""",
+        needed. Read again when it changes.""",
     )
     api_keys: tuple[str, ...] = setting(
         (),
@@ -520,7 +526,10 @@ def variable(name: str) -> str:
 
 def to_environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child process with the same settings, without the API keys."""
-    private = {CONFIG, *map(variable, ("api_keys", "api_key_file", "admin_key_file", "job_store"))}
+    private = {
+        CONFIG,
+        *map(variable, ("api_keys", "api_key_file", "admin_key_file", "key_table", "job_store")),
+    }
     own = {variable(f.name): as_text(getattr(settings, f.name)) for f in fields(Settings)}
     if not settings.model:  # the variable cannot hold an empty list
         private.add(variable("model"))

@@ -19,11 +19,12 @@ from starlette.types import Scope
 from service.api import activity, docs, health, jobs, models, native, openapi, page, preprocess
 from service.api.a1111 import routes as a1111
 from service.api.a1111.session import A1111Session
-from service.api.auth import keys_of, require_admin_key, require_key
+from service.api.auth import Identify, require_admin_key, require_key
 from service.api.middleware import BodyLimit, HeadAndOptions, PathPrefix, RequestContext
 from service.api.openai import routes as openai
 from service.api.openai.kept_files import KeptFiles
 from service.api.openai.model_names import aliases_of
+from service.cluster.redis_quotas import RedisWindows
 from service.cluster.redis_store import open_store
 from service.cluster.shared_jobs import SharedJobs
 from service.errors import (
@@ -37,6 +38,8 @@ from service.errors import (
     status_of,
     to_body,
 )
+from service.keys.keys import Keys
+from service.keys.quotas import Quotas
 from service.metrics import Metrics
 from service.requests.background import Jobs
 from service.requests.response_schemas import error_responses
@@ -62,7 +65,15 @@ ADMIN = (models.router, a1111.admin_router)  # these need an admin key
 PUBLIC = (health.router, docs.router, openai.file_router)
 
 CORS_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
-CORS_EXPOSED = ("X-Request-Id", "X-Seed", "Retry-After", "Location", "WWW-Authenticate")
+CORS_EXPOSED = (
+    "X-Request-Id",
+    "X-Seed",
+    "Retry-After",
+    "RateLimit",
+    "RateLimit-Policy",
+    "Location",
+    "WWW-Authenticate",
+)
 
 
 def create_app(
@@ -72,8 +83,9 @@ def create_app(
 
     Raises SettingError if API keys cannot be read, and for impossible replicas or a wrong job store.
     """
-    keys = keys_of(settings)
+    keys = Keys(settings)
     metrics = Metrics()
+    metrics.set_keys(keys.names)
     supervisor = open_backend(settings, metrics)
     metrics.queue_size.set(settings.queue_size)
     metrics.ready.set_function(lambda: supervisor.ready)
@@ -82,12 +94,15 @@ def create_app(
 
     tracing = open_tracing(settings)
     jobs = Jobs(supervisor, open_signer(settings), tracing)
-    shared = SharedJobs(jobs, open_store(settings, metrics)) if settings.job_store else None
+    store = open_store(settings, metrics) if settings.job_store else None
+    shared = SharedJobs(jobs, store) if store else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        reader = asyncio.create_task(keys.watch(metrics.set_keys))
         async with supervisor.supervise(), shared.run() if shared else nullcontext():
             yield
+        reader.cancel()
         await asyncio.to_thread(tracing.shut_down)
 
     app = FastAPI(
@@ -100,6 +115,7 @@ def create_app(
     )
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
     app.state.jobs, app.state.keys = jobs, keys
+    app.state.quotas = Quotas(RedisWindows(store) if store else None)
     app.state.job_board, app.state.tracing = shared or jobs, tracing
     app.state.openai_files = KeptFiles(settings)
     app.state.openai_aliases = aliases_of(settings)
@@ -121,7 +137,7 @@ def create_app(
 
 def add_middleware(app: FastAPI, settings: Settings) -> None:
     """Wrap the application in middleware; what is added last sees a request first."""
-    metrics, supervisor, keys = app.state.metrics, app.state.supervisor, app.state.keys
+    metrics, supervisor = app.state.metrics, app.state.supervisor
     app.add_middleware(
         BodyLimit,
         limit=settings.max_body_bytes,
@@ -129,8 +145,9 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
         seconds=settings.body_seconds,
         rate=settings.min_rate,
         metrics=metrics,
-        admits=keys.admits,
+        admits=lambda scope: scope["state"]["caller"] is not None,
     )
+    app.add_middleware(Identify, keys=app.state.keys, quotas=app.state.quotas, metrics=metrics)
     app.add_middleware(HeadAndOptions, methods_of=lambda scope: allowed_methods(app, scope))
     app.add_middleware(
         RequestContext, metrics=metrics, leaving=lambda: supervisor.draining, tracing=app.state.tracing

@@ -1,64 +1,63 @@
-"""API keys. app.py decides which routes need one."""
+"""API keys in requests, and the limit of requests for each. app.py decides which routes need a key."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import hmac
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
-from starlette.types import Scope
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import Forbidden, Unauthorized
-from service.setting_values import read_keys
-from service.settings import SettingError, Settings
+from service.api.middleware import send_error
+from service.errors import Forbidden, RateLimited, Unauthorized, code_of
+from service.keys.keys import Keys
+from service.keys.quotas import Caller, Quotas, headers_of
+from service.metrics import Metrics
 
-# For the OpenAPI document only; Keys reads the headers.
+# For the OpenAPI document only; Identify reads the headers.
 bearer = HTTPBearer(auto_error=False, description="An API key; needed if the service has keys.")
 header = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same key in another header.")
 
 
-class Keys:
-    """The digests of all API keys; without keys every request is admitted. Admin keys are API keys too.
+class Identify:
+    """Finds out whose request it is: `caller` in the request's state, None if it lacks a key that it needs.
 
     A key comes as `Authorization: Bearer KEY`, as `X-API-Key: KEY`, or as the password of `Authorization:
-    Basic`, the only form that clients of AUTOMATIC1111's API can send.
+    Basic`, the only form that clients of AUTOMATIC1111's API can send. A POST request counts for the key's
+    requests a minute, and is refused here, before its body is read. Responses to requests that counted for a
+    quota have the fields RateLimit-Policy and RateLimit.
     """
 
-    def __init__(self, keys: tuple[str, ...], admin_keys: tuple[str, ...] = ()) -> None:
-        self._admin_digests = [digest(key.encode()) for key in admin_keys]
-        self._digests = [digest(key.encode()) for key in keys + admin_keys]
-        self._all_need_one = bool(keys)
+    def __init__(self, app: ASGIApp, keys: Keys, quotas: Quotas, metrics: Metrics) -> None:
+        self.app = app
+        self.keys = keys
+        self.quotas = quotas
+        self.metrics = metrics
 
-    def admits(self, scope: Scope) -> bool:
-        """Whether a request has a valid key. If there are admin keys alone, only calls of admins need one."""
-        return not self._all_need_one or self.knows(scope)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        client, state = self.keys.find(credentials_in(scope)), scope["state"]
+        state["caller"] = None
+        if client is None:
+            return await self.app(scope, receive, send)
+        state["caller"] = caller = Caller(client, state["request_id"])
+        self.metrics.key_requests.labels(client.name).inc()
 
-    def knows(self, scope: Scope) -> bool:
-        """Whether a request has a valid key, or there are no keys."""
-        return not self._digests or has_one_of(scope, self._digests)
+        async def send_with_quotas(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *headers_of(caller.verdicts.values())]
+            await send(message)
 
-    def admits_admin(self, scope: Scope) -> bool:
-        """Whether a request has an admin key, or there are no keys."""
-        return not self._digests or has_one_of(scope, self._admin_digests)
-
-
-def has_one_of(scope: Scope, digests: Sequence[bytes]) -> bool:
-    """Whether a credential of a request is a key with one of these digests."""
-    return any(is_one_of(credential, digests) for credential in credentials_in(scope))
-
-
-def is_one_of(credential: bytes, digests: Sequence[bytes]) -> bool:
-    """Whether a credential is one of these keys; takes the same time for every credential."""
-    return sum(hmac.compare_digest(digest(credential), known) for known in digests) > 0
-
-
-def digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+        try:
+            if scope["method"] == "POST":
+                await self.quotas.take_request(caller)
+        except RateLimited as error:
+            state["error_code"] = code_of(error)
+            self.metrics.refused(client.name, code_of(error))
+            return await send_error(send_with_quotas, error, caller.request_id)
+        await self.app(scope, receive, send_with_quotas)
 
 
 def credentials_in(scope: Scope) -> list[bytes]:
@@ -78,24 +77,12 @@ def password_in(credentials: bytes) -> bytes:
         return b""
 
 
-def keys_of(settings: Settings) -> Keys:
-    """The keys of the settings. Raises SettingError for a file that has no keys or an invalid one."""
-    files = settings.api_key_file, settings.admin_key_file
-    keys, admin_keys = (keys_in(Path(file)) if file else () for file in files)
-    return Keys(settings.api_keys + keys, admin_keys)
-
-
-def keys_in(file: Path) -> tuple[str, ...]:
-    """The keys of a file, one on each line; empty lines and lines that begin with # are skipped."""
-    try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
-        return read_keys(",".join(line for line in lines if line and not line.startswith("#")))
-    except OSError as error:
-        raise SettingError(f"the API key file {file} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise SettingError(
-            f"{file}: expected API keys of at least 8 visible characters, one on each line"
-        ) from None
+def caller_of(request: Request) -> Caller:
+    """Whose request it is. Raises Unauthorized for a request without a key that it needs."""
+    caller: Caller | None = request.state.caller
+    if caller is None:
+        raise Unauthorized
+    return caller
 
 
 async def require_key(
@@ -104,9 +91,7 @@ async def require_key(
     _header: Annotated[str | None, Depends(header)],
 ) -> None:
     """Raise Unauthorized for a request without a key."""
-    keys: Keys = request.app.state.keys
-    if not keys.admits(request.scope):
-        raise Unauthorized
+    caller_of(request)
 
 
 async def require_admin_key(
@@ -115,8 +100,6 @@ async def require_admin_key(
     _header: Annotated[str | None, Depends(header)],
 ) -> None:
     """Raise Unauthorized for a request without a key, and Forbidden for one with an ordinary key."""
-    keys: Keys = request.app.state.keys
-    if not keys.knows(request.scope):
-        raise Unauthorized
-    if not keys.admits_admin(request.scope):
-        raise Forbidden
+    client = caller_of(request).client
+    if not client.admin:
+        raise Unauthorized if client.is_anonymous else Forbidden

@@ -24,6 +24,7 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 2**16
+LOOKS_AT_ONCE = 100  # at connections, before other work has its turn
 OTHER_FILES = 512  # open files beside connections: workers' sockets, weights, logs
 # A peer that is gone without a word, such as a machine without power, is noticed within a minute.
 PROBES = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
@@ -175,9 +176,11 @@ class Connections:
             connection.header_bytes += size
         return True
 
-    def sweep(self, now: float) -> None:
+    async def sweep(self, now: float) -> None:
         """Close the connections that were idle too long, or whose clients take their responses too slowly."""
-        for connection in list(self._open.values()):
+        for number, connection in enumerate(list(self._open.values())):
+            if number % LOOKS_AT_ONCE == 0:
+                await asyncio.sleep(0)  # requests go on, also if thousands of connections are closed
             late = connection.is_answered and now >= connection.idle_until
             if late or self._takes_too_long(connection):
                 self._end(connection)
@@ -200,7 +203,7 @@ class Connections:
         """Look at all connections again and again."""
         while True:
             await asyncio.sleep(self.limits.sweep)
-            self.sweep(asyncio.get_running_loop().time())
+            await self.sweep(asyncio.get_running_loop().time())
 
 
 def protocol_of(connections: Connections) -> type[asyncio.Protocol]:

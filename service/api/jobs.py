@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from service.api.auth import credentials_in, digest
+from service.api.auth import caller_of
 from service.api.routing import JSONRoute
 from service.requests.background import JobBoard, JobView
 from service.requests.job_schemas import JobRequest, JobStatus
@@ -62,7 +62,7 @@ async def create_job(
     ] = None,
 ) -> JobStatus:
     """Queues the job and answers at once. The job continues when the client disconnects."""
-    key = idempotency_key and (idempotency_key, *map(digest, credentials_in(request.scope)))
+    key = idempotency_key and (idempotency_key, caller_of(request).client.id)
     board: JobBoard = request.app.state.job_board
     record = await board.submit(body, key, request.state.request_id)
     response.headers["Location"] = f"/jobs/{record.id}"

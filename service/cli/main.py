@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from models.errors import CheckpointError
-from service.cli import render, render_arguments, tools
+from service.cli import keys, render, render_arguments, tools
 from service.cli.options import SERVE_FIRST, SERVE_OTHERS, add_settings, settings_of
 from service.errors import ServiceError
 from service.model_paths import ModelPathError
@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     )
     tools.add_convert(commands.add_parser("convert", help="convert a checkpoint to a safetensors folder"))
     tools.add_bench(commands.add_parser("bench", help="measure a server under load"))
+    keys.add_keys(commands.add_parser("keys", help="make API keys"))
     tools.add_openapi(commands.add_parser("openapi", help="print the OpenAPI document"))
     tools.add_settings_table(commands.add_parser("settings", help="print all settings as a Markdown table"))
     commands.add_parser("train", help="train and evaluate models; has its own --help", add_help=False)

@@ -34,6 +34,7 @@ SERVE_FIRST = (
     "weights",
     "invariant",
     "api_key_file",
+    "key_table",
 )
 SERVE_OTHERS = tuple(name for name in SETTINGS if name not in (*SERVE_FIRST, *NO_FLAG))
 # The settings of commands that run a model without a server.

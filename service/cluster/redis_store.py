@@ -161,7 +161,7 @@ class RedisStore:
 
     async def claim(self, claim: Claim) -> Holder | None:
         """Take an idempotency key; returns the holder if another request has it."""
-        held = await self._run(CLAIM, [claim.key], claim.text, int(CLAIM_SECONDS * 1000))
+        held = await self.run(CLAIM, [claim.key], claim.text, int(CLAIM_SECONDS * 1000))
         if not held:
             return None
         fields = json.loads(held)
@@ -169,16 +169,16 @@ class RedisStore:
 
     async def release(self, claim: Claim) -> None:
         """Release an idempotency key whose job was not started."""
-        await self._run(RELEASE, [claim.key], claim.text)
+        await self.run(RELEASE, [claim.key], claim.text)
 
     async def confirm(self, claim: Claim, job: str) -> bool:
         """Give an idempotency key to the job that was started; False if another request has taken it."""
-        return bool(await self._run(CONFIRM, [claim.key], claim.text, claim.of_job(job), self._open_ms()))
+        return bool(await self.run(CONFIRM, [claim.key], claim.text, claim.of_job(job), self._open_ms()))
 
     async def update(self, job: str, fields: dict[str, str | int]) -> bool:
         """Store fields of a Snapshot of an open job; False if it has ended."""
         keys = [PREFIX + f"job:{job}", PREFIX + f"events:{job}"]
-        return bool(await self._run(UPDATE, keys, self._open_ms(), *flat(fields)))
+        return bool(await self.run(UPDATE, keys, self._open_ms(), *flat(fields)))
 
     async def finish(self, job: str, fields: dict[str, str | int], size: int, claim: Claim | None) -> bool:
         """Store the final Snapshot of a job, with the limits of settings; False if it has ended before."""
@@ -187,7 +187,7 @@ class RedisStore:
         key, value = (claim.key, claim.of_job(job)) if claim else ("", "")
         kept = (limits.jobs_seconds, limits.jobs_kept, limits.jobs_bytes)
         keys = [PREFIX + name for name in names]
-        return bool(await self._run(FINISH, keys, job, PREFIX, *kept, size, key, value, *flat(fields)))
+        return bool(await self.run(FINISH, keys, job, PREFIX, *kept, size, key, value, *flat(fields)))
 
     async def read(self, job: str) -> Snapshot | None:
         """The newest event of a job, if it is known."""
@@ -210,7 +210,7 @@ class RedisStore:
     async def is_lost(self, job: str, owner: str) -> bool:
         """Whether the process that runs a job has been gone for LEASE_SECONDS."""
         keys = [PREFIX + f"job:{job}", PREFIX + f"owner:{owner}"]
-        return bool(await self._run(IS_LOST, keys, LEASE_SECONDS))
+        return bool(await self.run(IS_LOST, keys, LEASE_SECONDS))
 
     async def renew_lease(self, owner: str) -> None:
         """Report that this process is alive."""
@@ -259,7 +259,8 @@ class RedisStore:
         seconds = self.settings.timeout + self.settings.jobs_seconds + OPEN_MARGIN_SECONDS
         return int(seconds * 1000)
 
-    async def _run(self, script: str, keys: list[str], *values: str | int | float) -> Any:
+    async def run(self, script: str, keys: list[str], *values: str | int | float) -> Any:
+        """The result of a script."""
         if script not in self._scripts:
             self._scripts[script] = self.client.register_script(script)
         with self._available():

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.routing import BaseRoute
 
 from service.api.app import create_app
-from service.api.auth import keys_of
+from service.keys.keys import Keys
 from service.settings import SettingError, Settings
 
 KEYS = ("first-key-of-two", "second-key-of-two")
@@ -153,7 +153,7 @@ def test_a_key_file_without_valid_keys_is_an_error(tmp_path: Path, content):
     if content is not None:
         file.write_text(content)
     with pytest.raises(SettingError, match="keys") as error:
-        keys_of(Settings(api_key_file=str(file)))
+        Keys(Settings(api_key_file=str(file)))
     assert "short" not in str(error.value)
 
 

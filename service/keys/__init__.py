@@ -1,0 +1,1 @@
+"""API keys: whose they are, what each may do, and how much it has used."""

@@ -1,0 +1,177 @@
+"""Quotas: how much a client may use in any window of time, and what is left.
+
+A window is a sliding one, counted in slots of a sixtieth of its length: a use counts until its whole slot is
+older than the window, so that no window, wherever it begins, contains more than the quota.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from cachetools import TTLCache
+
+from service.errors import RateLimited, Unavailable
+from service.keys.client import Client
+
+log = logging.getLogger(__name__)
+
+SLOTS = 60  # of a window
+MAX_WINDOWS = 100_000  # kept in memory; the oldest are forgotten
+JOBS_RETRY_SECONDS = 5  # Retry-After while a client has as many jobs as it may: nobody knows when one ends
+
+Kind = Literal["requests", "images", "jobs"]
+WINDOWS: dict[Kind, int] = {"requests": 60, "images": 3600}  # seconds
+
+
+@dataclass(frozen=True)
+class Quota:
+    """kind: what is counted; count: the most in `window` seconds, or at the same time if that is None."""
+
+    kind: Kind
+    count: int
+
+    @property
+    def window(self) -> int | None:
+        return WINDOWS.get(self.kind)
+
+    @property
+    def slot(self) -> float:
+        """The length of a slot in seconds."""
+        return (self.window or 0) / SLOTS
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a client may use what it asked for, after which `left` is left of its quota.
+
+    seconds: until it fits, if it may not; otherwise until the oldest use no longer counts.
+    """
+
+    quota: Quota
+    allowed: bool
+    left: int
+    seconds: int
+
+    def refusal(self) -> RateLimited:
+        """The error of a request that may not use it."""
+        return RateLimited(REFUSALS[self.quota.kind].format(self.quota.count), retry_after=self.seconds)
+
+
+REFUSALS: dict[Kind, str] = {
+    "requests": "this key is limited to {} requests a minute",
+    "images": "this key is limited to {} images an hour",
+    "jobs": "this key is limited to {} jobs at the same time, queued or running",
+}
+
+
+def judge(quota: Quota, cost: int, uses: Mapping[int, int], now: float) -> Verdict:
+    """The verdict on a use. uses: slot -> amount, of the slots that still count at the time `now`."""
+    used = sum(uses.values())
+    if used + cost <= quota.count:
+        oldest = min(uses, default=math.floor(now / quota.slot))
+        return Verdict(quota, True, quota.count - used - cost, seconds_until(quota, oldest, now))
+    excess, slot = used + cost - quota.count, 0
+    for slot in sorted(uses):
+        excess -= uses[slot]
+        if excess <= 0:
+            break
+    return Verdict(quota, False, max(0, quota.count - used), seconds_until(quota, slot, now))
+
+
+def seconds_until(quota: Quota, slot: int, now: float) -> int:
+    """Whole seconds until a slot no longer counts."""
+    return max(1, math.ceil((slot + SLOTS + 1) * quota.slot - now))
+
+
+class Windows(Protocol):
+    """Counts uses: MemoryWindows, or cluster.redis_quotas for several servers."""
+
+    async def take(self, client: str, quota: Quota, cost: int) -> Verdict:
+        """Count a use if it is allowed. client: its id. Raises Unavailable."""
+
+
+class MemoryWindows:
+    """The uses of the clients of this process."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._uses: TTLCache[tuple[str, Kind], dict[int, int]] = TTLCache(
+            MAX_WINDOWS, 2 * max(WINDOWS.values()), clock
+        )
+
+    async def take(self, client: str, quota: Quota, cost: int) -> Verdict:
+        now = self._clock()
+        slot = math.floor(now / quota.slot)
+        uses = {at: n for at, n in self._uses.get((client, quota.kind), {}).items() if at >= slot - SLOTS}
+        verdict = judge(quota, cost, uses, now)
+        if verdict.allowed:
+            uses[slot] = uses.get(slot, 0) + cost
+        self._uses[client, quota.kind] = uses
+        return verdict
+
+
+@dataclass(eq=False)
+class Caller:
+    """A request's client, and what became of its quotas. request_id: of the request."""
+
+    client: Client
+    request_id: str
+    verdicts: dict[Kind, Verdict] = field(default_factory=dict)
+
+
+class Quotas:
+    """The quotas of all clients.
+
+    shared: counts for several servers; while it fails, this server counts alone.
+    """
+
+    def __init__(self, shared: Windows | None = None, own: Windows | None = None) -> None:
+        self._own = own or MemoryWindows()
+        self._shared = shared
+
+    async def take_request(self, caller: Caller) -> None:
+        """Count a request. Raises RateLimited."""
+        await self._take(caller, "requests", caller.client.limits.requests_per_minute, 1)
+
+    async def take_images(self, caller: Caller, images: int) -> None:
+        """Count images. Raises RateLimited."""
+        await self._take(caller, "images", caller.client.limits.images_per_hour, images)
+
+    async def _take(self, caller: Caller, kind: Kind, count: int | None, cost: int) -> None:
+        if count is None:
+            return
+        quota, client = Quota(kind, count), caller.client.id
+        verdict = None
+        if self._shared:
+            try:
+                verdict = await self._shared.take(client, quota, cost)
+            except Unavailable:
+                log.warning("quotas are counted by this server alone: the job store does not work")
+        verdict = verdict or await self._own.take(client, quota, cost)
+        caller.verdicts[kind] = verdict
+        if not verdict.allowed:
+            raise verdict.refusal()
+
+
+def headers_of(verdicts: Iterable[Verdict]) -> list[tuple[bytes, bytes]]:
+    """The header fields RateLimit-Policy and RateLimit (draft-ietf-httpapi-ratelimit-headers-10)."""
+    verdicts = list(verdicts)
+    if not verdicts:
+        return []
+    policies, states = ", ".join(map(policy_of, verdicts)), ", ".join(map(state_of, verdicts))
+    return [(b"ratelimit-policy", policies.encode()), (b"ratelimit", states.encode())]
+
+
+def policy_of(verdict: Verdict) -> str:
+    quota = verdict.quota
+    unit = {"requests": "", "images": ';qu="images"', "jobs": ';qu="concurrent-requests"'}[quota.kind]
+    return f'"{quota.kind}";q={quota.count}{unit}' + (f";w={quota.window}" if quota.window else "")
+
+
+def state_of(verdict: Verdict) -> str:
+    return f'"{verdict.quota.kind}";r={verdict.left};t={verdict.seconds}'
