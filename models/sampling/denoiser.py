@@ -34,6 +34,7 @@ class Denoiser:
         adapters: AdapterInputs | None = None,
         guidance: Tensor | None = None,
         deep: DeepFeatures | None = None,
+        keys_values: Tensor | None = None,
     ) -> Tensor:
         """x (B, C, h, w), t (B,) -> eps (B, C, h, w), float32.
 
@@ -41,12 +42,13 @@ class Denoiser:
         concat_channels: (B, C', h, w), concatenated to x; alpha_sigma: (B, 2), of x, required for fractional
         timesteps; noise_level: (B,), of the low-resolution image in concat_channels; adapters: inputs
         from adapters; guidance: (B,), guidance scale of a UNet that takes it as an input; deep: deep features
-        to keep or reuse.
+        to keep or reuse; keys_values: (B, 2, L, W), in place of the context.
 
         From v: eps = alpha v + sigma x (Salimans and Ho 2022, appendix D); from x_0: (x - alpha x_0) / sigma.
         """
         x_in = x if concat_channels is None else torch.cat([x, concat_channels.to(x.dtype)], dim=1)
-        out: Tensor = self.unet(x_in, t, context, pooled, noise_level, adapters, guidance, deep).float()
+        unet_inputs = (x_in, t, context, pooled, noise_level, adapters, guidance, deep, keys_values)
+        out: Tensor = self.unet(*unet_inputs).float()
         prediction = self.schedule.spec.prediction
         if prediction == "epsilon":
             return out

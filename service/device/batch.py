@@ -77,6 +77,8 @@ def predict(
     row_x, row_coeffs = x[index], coeffs[index]
     all_rows = Rows(row_x, row_coeffs[:, T], inputs.tokens, inputs.pooled)
     inputs = inputs._replace(adapters=adapter_inputs(states, images, rows, all_rows, sizes, graphs))
+    if inputs.keys_values is not None:  # in place of the context, which only control networks read
+        inputs = inputs._replace(tokens=None)
     lengths = [len(own.rows) for own in rows]
     uses = [state.deep_use(image) for state, image in zip(states, images, strict=True)]
     call_rows = UNetRows(row_x, row_coeffs, inputs)
@@ -132,7 +134,19 @@ def unet_inputs(
         select([image.concat for image in images], list(map(concat_rows, phases, rows))),
         noise_levels,
         guidance,
+        keys_values=select_keys(phases, rows),
     )
+
+
+def select_keys(phases: Sequence[Phase], rows: Sequence[StepRows]) -> Tensor | None:
+    """The keys and values (R, 2, L, W) of the contexts of all rows; None without cross-attention."""
+    parts = [
+        part
+        for phase, own in zip(phases, rows, strict=True)
+        if phase.attended is not None
+        for part in phase.attended.rows(own.rows)
+    ]
+    return torch.cat(parts) if parts else None
 
 
 def concat_rows(phase: Phase, rows: StepRows) -> StepRows:

@@ -22,6 +22,7 @@ from models.sampling.samplers import first_call, schedule_steps
 from models.sampling.table import Plan
 from models.spec import ModelSpec
 from models.tiles import Tiles, cut
+from service.device.context_keys import ContextKeys
 from service.device.controls import ControlUse, ReferenceUse
 from service.engine.job import FeatureCache, Hires, Job, JobControl, ModelKey, Segment
 
@@ -133,14 +134,15 @@ class Phase:
     """A phase of a job that has started. `outline`, and what the model makes of the job's inputs for it.
 
     group: of Shape: images with equal groups may share a UNet call. context: one row for each condition;
-    outline.rows are indices of these rows. None for a model without context. controls, references: in the
-    job's order.
+    outline.rows are indices of these rows. None for a model without context. attended: the context's keys and
+    values, for a UNet with cross-attention. controls, references: in the job's order.
     """
 
     outline: PhaseOutline
     group: Hashable
     bundle: LatentDiffusion
     context: Context | None
+    attended: ContextKeys | None = None
     controls: tuple[ControlUse, ...] = ()
     references: tuple[ReferenceUse, ...] = ()
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import torch
 
+from models.conditioning.text_encoder import Context
 from models.latent_diffusion import LatentDiffusion
 from models.spec import NEIGHBOURS
 from service.device import upscaling
+from service.device.context_keys import ContextKeys
 from service.device.controls import in_float32
 from service.device.inputs import (
     conditioning_input,
@@ -61,7 +63,8 @@ class Starter:
             if bundle.spec.takes_neighbours and job.references:
                 encoder = self._registry.adapters[AdapterKey("reference_adapter", NEIGHBOURS, job.model)]
                 inputs = inputs._replace(neighbours=neighbours(job, encoder, self._device))
-            phase = Phase(outline, group, bundle, bundle.context_pair(inputs))
+            context = bundle.context_pair(inputs)
+            phase = Phase(outline, group, bundle, context, attended(bundle, context))
             phases.append(self._with_adapters(job, phase, full_precision) if key == job.model_key else phase)
         return tuple(phases)
 
@@ -90,3 +93,10 @@ class Starter:
         if key not in self._float32_copies:
             self._float32_copies[key] = self._registry.merged(model.copy(torch.float32), key)
         return self._float32_copies[key]
+
+
+def attended(bundle: LatentDiffusion, context: Context | None) -> ContextKeys | None:
+    """The keys and values of a context; None without cross-attention."""
+    if context is None or bundle.unet is None or not bundle.unet.spec.context_width:
+        return None
+    return ContextKeys(bundle.unet, context.tokens)

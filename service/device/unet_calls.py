@@ -37,6 +37,7 @@ class UNetInputs(NamedTuple):
     keep: tuple[int, ...] = ()  # branches whose deep features the call returns
     branch: int = 0  # of `deep`
     deep: Tensor | None = None  # (R, C, h, w): deep features to reuse
+    keys_values: Tensor | None = None  # (R, 2, L, W): of the context, which is not an input then
 
 
 class UNetRows(NamedTuple):
@@ -137,5 +138,6 @@ def run_denoiser(
         inputs.adapters,
         inputs.guidance,
         deep,
+        inputs.keys_values,
     )
     return Result(eps, tuple(deep.kept[branch] for branch in inputs.keep))

@@ -183,6 +183,17 @@ def test_the_alpha_in_the_header_of_diffusers_is_used(base, changes, tmp_path):
     assert difference(outputs(with_loras(base, (other, 1.0))), outputs(twice)) <= 1e-6
 
 
+@torch.inference_mode()
+def test_keys_and_values_are_those_of_the_changed_weights(base, changes, tmp_path):
+    (ours,) = opened(base, write_lora(tmp_path / "a.safetensors", as_peft(changes)))
+    unet = with_loras(base, (ours, 1.0)).unet
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 7, unet.spec.context_width)
+    t = torch.tensor([5, 700])
+    own, others = (unet(x, t, keys_values=each.keys_values(context)) for each in (unet, base.unet))
+    assert difference([own], [unet(x, t, context)]) <= 1e-6
+    assert difference([own], [others]) > 0.01
+
+
 def test_unchanged_weights_are_shared_with_the_unchanged_base(tiny, base, changes, tmp_path):
     before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
     (ours,) = opened(base, write_lora(tmp_path / "a.safetensors", as_peft(changes)))

@@ -42,6 +42,18 @@ def test_eps_of_each_published_structure(name):
     assert relative_error(unet(x, t, context), theirs) <= LIMIT
 
 
+CROSS = [name for name, row in ROWS.items() if row.context_width]
+CROSS_ONLY = replace(ROWS["txt2img-1p4B"], cross_only=(False, True, True, True))
+
+
+@pytest.mark.parametrize("row", [*(ROWS[name] for name in CROSS), CROSS_ONLY])
+@torch.inference_mode()
+def test_keys_and_values_take_the_place_of_the_context(row):
+    unet, (x, t, context) = random_unet(row), inputs(row)
+    keys_values = torch.cat([unet.keys_values(each[None]) for each in context])
+    assert relative_error(unet(x, t, keys_values=keys_values), unet(x, t, context)) <= 1e-6
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [
