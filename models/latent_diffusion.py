@@ -78,6 +78,7 @@ class LatentDiffusion:
         self.conditioner = conditioner
         self.schedule = Schedule(spec.schedule)
         self.denoiser = Denoiser(unet, self.schedule) if unet else None
+        self.compiled_decoder: Callable[[Tensor], Tensor] | None = None  # in place of autoencoder.decode
         self._masked_latents: LRUCache[tuple[int, int], Tensor] = LRUCache(MAX_CACHED_MASKED_LATENTS)
         self.tiny_decoder: TinyDecoder | None = None  # decodes latents faster and less exactly
         self._tiled: dict[Axes, TiledLatentDiffusion] = {}
@@ -95,6 +96,11 @@ class LatentDiffusion:
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.autoencoder.post_quant_conv.weight.device
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the UNet and the decoder run compiled."""
+        return self.compiled_decoder is not None
 
     @property
     def upscaling(self) -> UpscalingSpec:
@@ -123,7 +129,7 @@ class LatentDiffusion:
         z = z / spec.scale_factor
         if spec.latents_std:
             z = z * self.per_channel(spec.latents_std) + self.per_channel(spec.latents_mean)
-        return self.autoencoder.decode(z).float()
+        return (self.compiled_decoder or self.autoencoder.decode)(z).float()
 
     def normalised(self, z: Tensor) -> Tensor:
         """z (B, C, h, w) with mean 0 and standard deviation 1 in each channel, where these are known."""
@@ -476,6 +482,7 @@ class LatentDiffusion:
         safe_dtype = autoencoder_dtype(self.spec.autoencoder, dtype, device or self.device)
         self.autoencoder.to(device=device, dtype=safe_dtype)
         self.denoiser = Denoiser(self.unet, self.schedule) if self.unet else None
+        self.compiled_decoder = None
         self._masked_latents.clear()
         return self
 

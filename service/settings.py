@@ -41,6 +41,7 @@ PREFIX = "LDM_"
 CONFIG = "LDM_CONFIG"  # environment variable that names the settings file; not itself a setting
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
+BACKENDS = ("auto", "torch", "openvino")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "json", "text")
 
@@ -192,6 +193,15 @@ class Settings:
         choice(*DTYPES),
         """Floating-point type of the weights; auto is float16 on CUDA, and on a CPU bfloat16 if the CPU
         multiplies it faster than float32, otherwise float32.""",
+    )
+    backend: Literal["auto", "torch", "openvino"] = setting(
+        "auto",
+        choice(*BACKENDS),
+        """Library that runs UNets and VAE decoders on a CPU. openvino needs the package of pip install
+        '.[openvino]', and runs neither LoRAs, tiling, controls, reference images nor feature_cache, for which
+        torch is used. auto measures a call of each model at its first start and chooses openvino if it is
+        faster by a tenth; without the package, on CUDA and with invariant it is torch. The last bits of an
+        image depend on the library.""",
     )
     threads: int = setting(
         0,

@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: pytest-xdist uses the cores
+# Servers and commands run by torch, as without the optional package openvino, unless a test says otherwise.
+os.environ.setdefault("LDM_BACKEND", "torch")
 
+import importlib
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -40,6 +44,19 @@ BUNDLED_SETTINGS = {
 # A busy machine makes an example slow, which says nothing about the code.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
+
+
+@pytest.fixture(autouse=True)
+def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package openvino counts as not installed in this process; see the fixture with_openvino."""
+    monkeypatch.setitem(sys.modules, "openvino", None)
+
+
+@pytest.fixture
+def with_openvino(without_openvino: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package openvino is importable."""
+    monkeypatch.delitem(sys.modules, "openvino")
+    monkeypatch.setitem(sys.modules, "openvino", importlib.import_module("openvino"))
 
 
 @pytest.fixture(scope="session")

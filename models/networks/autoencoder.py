@@ -252,6 +252,9 @@ class Autoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Unscaled z (B, C, h, w) -> x (B, 3, f*h, f*w), about in [-1, 1]. VQ quantises z first."""
-        z = self.quantize(z) if self.spec.codes else z
+        return self.decode_quantised(self.quantize(z) if self.spec.codes else z)
+
+    def decode_quantised(self, z: Tensor) -> Tensor:
+        """As decode(), of a latent that is quantised already if this autoencoder has a codebook."""
         x: Tensor = self.decoder(self.post_quant_conv(z.to(self.dtype)))
         return x

@@ -280,6 +280,16 @@ class UNet(nn.Module):
         """The dtype of the weights."""
         return first_norm(self.out).weight.dtype
 
+    def embed(
+        self,
+        t: Tensor,
+        pooled: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """The embedding (B, E) of the inputs of forward() with these names."""
+        return embed(self.spec, self.time_embed, self.label_emb, t, pooled, noise_level, guidance)
+
     def forward(
         self,
         x: Tensor,
@@ -291,15 +301,17 @@ class UNet(nn.Module):
         guidance: Tensor | None = None,
         deep: DeepFeatures | None = None,
         keys_values: Tensor | None = None,
+        emb: Tensor | None = None,
     ) -> Tensor:
         """x (B, C_in, h, w) with the concat channels, t (B,) -> (B, C_out, h, w).
 
         context: (B, L, C_ctx); pooled: (B, spec.added_width), added to the timestep embedding; noise_level:
         (B,); adapters: inputs of B rows from adapters; guidance: (B,), the guidance scale, for a spec with a
         guidance_width; deep: deep features to keep, or to take in place of the deep blocks; keys_values:
-        (B, 2, L, W), those of the context, which is not needed then.
+        (B, 2, L, W), those of the context, which is not needed then; emb: (B, E), from embed(), in place of
+        t, pooled, noise_level and guidance.
         """
-        emb = embed(self.spec, self.time_embed, self.label_emb, t, pooled, noise_level, guidance)
+        emb = self.embed(t, pooled, noise_level, guidance) if emb is None else emb.to(self.dtype)
         adapters = adapters or AdapterInputs()
         deep = deep or DeepFeatures()
         count = len(self.input_blocks)

@@ -69,8 +69,13 @@ async def set_loaded(name: str, load: bool, request: Request) -> ModelState:
 
 
 def state_of(name: str, supervisor: Backend) -> ModelState:
-    size = supervisor.models.bytes_of(name)
-    return ModelState(name=name, loaded=size is not None, bytes=size)
+    model = supervisor.models.loaded(name)
+    return ModelState(
+        name=name,
+        loaded=model is not None,
+        bytes=model and model.bytes,
+        backend=model and model.backend,
+    )
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Header, Request, Response
 from models.sampling.samplers import SAMPLERS, default_spacing
 from models.spec import ModelSpec, Spacing
 from service.api.routing import JSONRoute
+from service.engine.events import LoadedModel
 from service.errors import ClientGone
 from service.requests import labels, response
 from service.requests.background import Jobs, Submission
@@ -135,17 +136,18 @@ async def list_models(request: Request) -> ModelList:
     """Each model: whether it is loaded, its tasks, defaults, limits and samplers."""
     supervisor: Backend = request.app.state.supervisor
     supervisor.check_open()
-    specs, bytes_of = supervisor.specs, supervisor.models.bytes_of
+    specs, loaded = supervisor.specs, supervisor.models.loaded
     settings = supervisor.settings
-    return ModelList(models=[describe(spec, settings, bytes_of(name)) for name, spec in specs.items()])
+    return ModelList(models=[describe(spec, settings, loaded(name)) for name, spec in specs.items()])
 
 
-def describe(spec: ModelSpec, settings: Settings, loaded_bytes: int | None = None) -> Model:
-    """A model as GET /models describes it. loaded_bytes: of its weights if it is loaded."""
+def describe(spec: ModelSpec, settings: Settings, loaded: LoadedModel | None = None) -> Model:
+    """A model as GET /models describes it. loaded: as a worker has loaded it."""
     return Model(
         name=spec.name,
-        loaded=loaded_bytes is not None,
-        bytes=loaded_bytes,
+        loaded=loaded is not None,
+        bytes=loaded and loaded.bytes,
+        backend=loaded and loaded.backend,
         tasks=list(spec.tasks),
         inpainting=inpainting_of(spec),
         upscaling=spec.upscaling

@@ -267,7 +267,7 @@ class ClusterBackend:
             self._record_calls(report)
             self.models.catalogue = report.catalogue
             self.models.take(number, report.offer)
-            self.models.set_loaded(number, LoadedModels(tuple(report.loaded.items())))
+            self.models.set_loaded(number, LoadedModels(report.loaded))
         self._reports = reports
         self.metrics.elsewhere = [family for report in reports.values() for family in report.families]
 

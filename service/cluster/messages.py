@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prometheus_client import Metric
 
 from service.catalogue import Catalogue
-from service.engine.events import Stepped
+from service.engine.events import LoadedModel, Stepped
 from service.worker.backend import ReplicaState
 from service.worker.protocol import Offer
 
@@ -17,14 +16,14 @@ from service.worker.protocol import Offer
 class EngineReport:
     """The state of an engine replica.
 
-    loaded: model -> bytes of its weights; families: the metrics of its worker; calls: the newest UNet calls,
-    the oldest first; calls_made: the number of all calls so far.
+    loaded: the loaded models; families: the metrics of its worker; calls: the newest UNet calls, the oldest
+    first; calls_made: the number of all calls so far.
     """
 
     replica: ReplicaState
     catalogue: Catalogue
     offer: Offer
-    loaded: Mapping[str, int]
+    loaded: tuple[LoadedModel, ...]
     families: tuple[Metric, ...]
     calls: tuple[Stepped, ...]
     calls_made: int

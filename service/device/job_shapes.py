@@ -14,6 +14,7 @@ from models.sampling.schedule import Schedule
 from models.sampling.table import Plan
 from models.spec import ModelSpec
 from models.tiles import cut
+from service.device.cpu_backend import needs_torch
 from service.device.inputs import conditioning_input, prompt_options
 from service.device.phases import PhaseOutline, outlines
 from service.device.registry import Registry
@@ -24,10 +25,11 @@ MAX_PLANS = 1024  # cached; a plan depends on the model, sampler, steps, eta, st
 
 
 class JobShapes:
-    """The shapes and phases of jobs of the registry's models."""
+    """The shapes and phases of jobs of the registry's models. compiles: as in TorchRunner."""
 
-    def __init__(self, registry: Registry[LatentDiffusion]) -> None:
+    def __init__(self, registry: Registry[LatentDiffusion], compiles: bool = False) -> None:
         self._registry = registry
+        self._compiles = compiles
         self._plans: LRUCache[tuple[Any, ...], Plan] = LRUCache(MAX_PLANS)
         self._schedules = {name: Schedule(spec.schedule) for name, spec in registry.specs.items()}
 
@@ -65,7 +67,8 @@ class JobShapes:
         channels, *_ = self._specs[outline.key.model].latent_shape(outline.width, outline.height)
         size, _ = self._tiles(job, outline)
         shape, context = (channels, *size), self._context_shape(job, outline)
-        return (outline.key, shape, context, full_precision, job.tiling)
+        apart = self._compiles and needs_torch(job)
+        return (outline.key, shape, context, full_precision, job.tiling, apart)
 
     def _tiles(self, job: Job, outline: PhaseOutline) -> tuple[tuple[int, int], int]:
         """The latent's size (h, w) in a phase, or that of its tiles in upscaling, and the number of tiles."""

@@ -31,6 +31,7 @@ from models.stopwatch import Stopwatch
 from service.catalogue import Catalogue, Entry, Ignored
 from service.device.adapters import Adapters
 from service.device.contents import Contents
+from service.device.cpu_backend import CpuBackend
 from service.device.select import prepare_for_device
 from service.device.shelf import Shelf, given
 from service.device.torch_errors import translate_oom
@@ -64,8 +65,10 @@ class Library:
         dtype: torch.dtype,
         catalogue: Catalogue,
         watch: Stopwatch | None = None,
+        backend: CpuBackend | None = None,
     ) -> None:
         self.settings, self.device, self.dtype, self.watch = settings, device, dtype, watch
+        self.backend = backend or CpuBackend()
         self.vocabulary = Path(settings.vocabulary) if settings.vocabulary else None
         names = dict.fromkeys((*paths, *(entry.name for entry in catalogue.of("model"))))
         self.vaes = locate_vaes(settings.vae, names)
@@ -214,6 +217,7 @@ class Library:
                     model = replacement_vae.with_vae(model, vae, device, dtype, allow_pickle)
                 textual_inversion.add_embeddings(model, contents.embeddings)
                 model = prepare_for_device(model, device)
+                self.backend.apply(model)
                 model.tiny_decoder = self.open_tiny_decoder(spec)
                 return model
         except (CheckpointError, OSError) as error:

@@ -17,6 +17,7 @@ from models.latent_diffusion import LatentDiffusion
 from models.stopwatch import Stopwatch
 from service.catalogue import Catalogue
 from service.device.adapter_store import AdapterStore
+from service.device.cpu_backend import CpuBackend, choose_backend
 from service.device.determinism import configure_determinism
 from service.device.graphs import Graphs
 from service.device.library import Library
@@ -42,8 +43,9 @@ def build(
     """
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
+    backend = choose_backend(settings.backend, device, dtype, settings.invariant)
     configure_cpu(settings)
-    library = Library(settings, paths, device, dtype, catalogue or Catalogue(), watch)
+    library = Library(settings, paths, device, dtype, catalogue or Catalogue(), watch, CpuBackend(backend))
     contents = library.read(catalogue or Catalogue())
     library.check_given(contents.specs)
     registry: Registry[LatentDiffusion] = Registry(
@@ -71,6 +73,7 @@ def build(
         device,
         library.read,
         Graphs() if settings.no_graphs else None,
+        compiles=backend != "torch",
     )
 
 

@@ -59,7 +59,7 @@ class Registry(Generic[Bundle]):
         self._max_merged = 0
         self.adapters = AdapterStore()  # controls and reference adapters, within the same limit of memory
         self.loading = False  # True while a model loads; read by another thread
-        self.on_change: Callable[[Mapping[str, int]], None] = lambda loaded: None  # see loaded_bytes()
+        self.on_change: Callable[[], None] = lambda: None  # called when other models are loaded
 
     def offer(
         self,
@@ -139,9 +139,9 @@ class Registry(Generic[Bundle]):
         current = not {key, ModelKey(key.model)} & self._stale
         return current and self.is_loaded(key.model) and (not key.loras or key in self._merged)
 
-    def loaded_bytes(self) -> dict[str, int]:
-        """Loaded model -> bytes of its weights."""
-        return {name: self._size_of(name) for name in self._loaded}
+    def loaded(self) -> dict[str, tuple[Bundle, int]]:
+        """Loaded models and the bytes of their weights."""
+        return {name: (bundle, self._size_of(name)) for name, bundle in self._loaded.items()}
 
     def bundles(self) -> list[Bundle]:
         """All loaded models and merged copies."""
@@ -232,7 +232,7 @@ class Registry(Generic[Bundle]):
             self.unload(other)
         with self._while_loading():
             self._loaded[name] = self._load(self.sources[name])
-        self.on_change(self.loaded_bytes())
+        self.on_change()
         return True
 
     def load_all(self, names: Iterable[str] | None = None) -> None:
@@ -263,7 +263,7 @@ class Registry(Generic[Bundle]):
             self.adapters.forget_model(name)
             del self._loaded[name]
             self._stale.discard(ModelKey(name))
-            self.on_change(self.loaded_bytes())
+            self.on_change()
 
     @contextmanager
     def _while_loading(self) -> Iterator[None]:

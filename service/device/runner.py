@@ -14,6 +14,7 @@ from models.upscalers import LATENT_UPSCALERS
 from service.catalogue import Catalogue
 from service.device import hires, upscaling
 from service.device.contents import Contents
+from service.device.cpu_backend import backend_of
 from service.device.cuda_graphs import graphs_on
 from service.device.decoding import Decoder, with_kept_pixels
 from service.device.finite import FiniteChecker
@@ -27,6 +28,7 @@ from service.device.state import ImageState, JobState, TileRun
 from service.device.stepping import Stepper
 from service.device.torch_errors import translate_device_lost, translate_oom
 from service.device.workspace import Workspace
+from service.engine.events import LoadedModel
 from service.engine.job import ImageKey, Job, Shape, WeightsKey
 from service.engine.runner import Call, Preview, padded_size
 from service.errors import OutOfMemory
@@ -50,8 +52,12 @@ class TorchRunner:
         device: torch.device | None = None,
         read: Callable[[Catalogue], Contents] = lambda catalogue: Contents(catalogue.number),
         graphs: Graphs | None = None,
+        compiles: bool = False,
     ) -> None:
-        """room: bytes that one UNet call may take, 0 for all that is free; graphs: None for the default."""
+        """room: bytes that one UNet call may take, 0 for all that is free; graphs: None for the default.
+
+        compiles: models may be compiled, which cannot run some jobs.
+        """
         self.registry = registry
         self.read = read  # what can be served of a catalogue, for install(); may run in another thread
         self.buckets = tuple(buckets[-1:] if invariant else buckets)
@@ -60,7 +66,7 @@ class TorchRunner:
         self.memory = memory_of(device)
         self.workspace = Workspace(device, graphs_on(device) if graphs is None else graphs, invariant)
         self.finite_checker: FiniteChecker[JobState] = FiniteChecker(device)
-        self._shapes = JobShapes(registry)
+        self._shapes = JobShapes(registry, compiles)
         self._starter = Starter(registry, self._shapes, device)
         self._stepper = Stepper(self.workspace, self.memory, self.buckets, room)
         self._decoder = Decoder(registry, self.workspace)
@@ -69,6 +75,11 @@ class TorchRunner:
     def specs(self) -> dict[str, ModelSpec]:
         """Name -> spec of every model, loaded or not."""
         return self.registry.specs
+
+    def loaded_models(self) -> tuple[LoadedModel, ...]:
+        """The loaded models, and which library runs each."""
+        loaded = self.registry.loaded().items()
+        return tuple(LoadedModel(name, size, backend_of(model)) for name, (model, size) in loaded)
 
     def shape(self, job: Job, full_precision: bool = False) -> Shape:
         return self._shapes.shape(job, full_precision)

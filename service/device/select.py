@@ -49,14 +49,14 @@ def cpu_is_faster_in_bfloat16() -> bool:
     """
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     amx, avx512 = (getattr(torch.cpu, name, bool)() for name in names)
-    return bool(amx or (avx512 and "GenuineIntel" not in cpu_vendor()))
+    return bool(amx or (avx512 and "GenuineIntel" not in cpu_field("vendor_id")))
 
 
-def cpu_vendor() -> str:
-    """A text that contains the name of the CPU's vendor."""
+def cpu_field(name: str) -> str:
+    """The line of /proc/cpuinfo with this name; without such a file, what Python knows of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line for line in file if line.startswith("vendor_id")), "")
+            return next((line.strip() for line in file if line.startswith(name)), "")
     except OSError:
         return platform.processor()
 
@@ -86,23 +86,30 @@ def prepare_for_device(bundle: LatentDiffusion, device: torch.device) -> LatentD
 @torch.inference_mode()
 def try_unet(bundle: LatentDiffusion) -> Tensor:
     """The UNet's output for random input at the default size, near both ends of the schedule."""
-    unet, unet_spec = bundle.unet, bundle.spec.unet
-    assert unet is not None
-    assert unet_spec is not None
-    device, defaults = bundle.device, bundle.spec.defaults
+    assert bundle.unet is not None
+    eps: Tensor = bundle.unet(*trial_inputs(bundle))
+    return eps
+
+
+def trial_inputs(bundle: LatentDiffusion, max_side: int = 0) -> tuple[Tensor | None, ...]:
+    """Random inputs of the UNet for two rows, near both ends of the schedule.
+
+    At the default size; max_side: largest side of the latent, 0 for no limit.
+    """
+    unet_spec, device, defaults = bundle.spec.unet_spec, bundle.device, bundle.spec.defaults
     generator = torch.Generator().manual_seed(0)
 
     def noise(*sizes: int) -> Tensor:
         return torch.randn(2, *sizes, generator=generator).to(device)
 
     _, *size = bundle.spec.latent_shape(defaults.width, defaults.height)
+    size = [min(side, max_side or side) for side in size]
     timesteps = [fraction * len(bundle.schedule.alpha_bar) for fraction in TRIAL_TIMESTEPS]
     t = torch.tensor(timesteps, device=device)
     context = noise(*bundle.spec.context_shape) if bundle.spec.context_shape else None
     pooled = noise(unet_spec.added_width) if unet_spec.added_width else None
     x = noise(unet_spec.in_channels, *size)
-    eps: Tensor = unet(x, t, context, pooled, bundle.noise_levels([0, 0]))
-    return eps
+    return x, t, context, pooled, bundle.noise_levels([0, 0])
 
 
 @torch.inference_mode()

@@ -137,11 +137,19 @@ class Loaded:
     seconds: float
 
 
+class LoadedModel(NamedTuple):
+    """A loaded model. bytes: of its weights; backend: the library that runs its UNet and decoder."""
+
+    name: str
+    bytes: int
+    backend: str
+
+
 @dataclass(frozen=True)
 class LoadedModels:
-    """The loaded models, each with the bytes of its weights, after a change."""
+    """The loaded models, after a change."""
 
-    models: tuple[tuple[str, int], ...]
+    models: tuple[LoadedModel, ...]
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ class ModelState(BaseModel):
         bool, Field(description="Whether the weights are in memory; otherwise the first request loads them")
     ]
     bytes: Annotated[int | None, Field(description="Size of the weights in memory; null if not loaded")]
+    backend: Annotated[
+        str | None,
+        Field(description="Library that runs the UNet and the VAE: torch or openvino; null if not loaded"),
+    ]
 
 
 class Model(ModelState):

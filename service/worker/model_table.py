@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from models.spec import ModelSpec
 from service.catalogue import Catalogue, Folders, Ignored
-from service.engine.events import CallEnded, LoadedModels
+from service.engine.events import CallEnded, LoadedModel, LoadedModels
 from service.errors import ModelInUse, ModelUnreadable, ServiceError, Unavailable, from_code
 from service.settings import Settings
 from service.worker.protocol import Offer
@@ -39,7 +39,7 @@ class ModelTable:
         self.specs: dict[str, ModelSpec] = {}
         self.ignored: tuple[Ignored, ...] = ()
         self._offers: dict[int, Offer] = {}
-        self._loaded: dict[int, Mapping[str, int]] = {}
+        self._loaded: dict[int, Mapping[str, LoadedModel]] = {}
         self._calls: dict[str, OpenCall] = {}
         self._changed = asyncio.Event()  # replaced after each change
 
@@ -74,18 +74,18 @@ class ModelTable:
         self._changed = asyncio.Event()
 
     def set_loaded(self, worker: int, report: LoadedModels) -> None:
-        self._loaded[worker] = dict(report.models)
+        self._loaded[worker] = {model.name: model for model in report.models}
 
     def offer_of(self, worker: int) -> Offer | None:
         """The newest offer of a worker; None if it has made none."""
         return self._offers.get(worker)
 
-    def loaded_at(self, worker: int) -> Mapping[str, int]:
-        """Model -> bytes of its weights, of the models that a worker has loaded."""
-        return self._loaded.get(worker, {})
+    def loaded_at(self, worker: int) -> tuple[LoadedModel, ...]:
+        """The models that a worker has loaded."""
+        return tuple(self._loaded.get(worker, {}).values())
 
-    def bytes_of(self, model: str) -> int | None:
-        """Bytes of a model's weights at a worker that has loaded it; None if there is none."""
+    def loaded(self, model: str) -> LoadedModel | None:
+        """A model as a worker has loaded it; None if none has."""
         return next((loaded[model] for loaded in self._loaded.values() if model in loaded), None)
 
     async def wait_for(self, number: int) -> None:

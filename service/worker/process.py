@@ -175,8 +175,8 @@ def load(
     registry, memory = runner.registry, runner.memory
     heartbeat.loading, heartbeat.memory = (lambda: registry.loading), memory.used
     heartbeat.holds = registry.held
-    registry.on_change = lambda loaded: link.send(LoadedModels(tuple(loaded.items())))
-    registry.on_change(registry.loaded_bytes())
+    registry.on_change = lambda: link.send(LoadedModels(runner.loaded_models()))
+    registry.on_change()
     link.send(offer(registry.contents))
     link.send(Ready(registry.held(), str(runner.device), memory.total(), tuple(watch.parts.items())))
     engine_runner: Runner = runner

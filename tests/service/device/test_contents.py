@@ -72,7 +72,7 @@ def test_a_model_that_is_not_listed_any_more_still_runs_its_jobs(source):
     assert registry.specs["a"].name == "a"
     assert list(registry) == ["b"]
     registry.unload("a")
-    assert registry.loaded_bytes() == {}
+    assert registry.loaded() == {}
 
 
 def test_a_changed_lora_is_merged_again_when_no_job_uses_the_old_one(source):
@@ -89,7 +89,7 @@ def test_a_changed_lora_is_merged_again_when_no_job_uses_the_old_one(source):
 
 def test_every_change_of_what_is_loaded_is_reported(source):
     registry, reports = Loads(contents(source, "a", "b")).registry, []
-    registry.on_change = lambda loaded: reports.append(dict(loaded))
+    registry.on_change = lambda: reports.append({name: size for name, (_, size) in registry.loaded().items()})
     registry.load("a")
     registry.load("b", busy=["a"])
     registry.unload("a")

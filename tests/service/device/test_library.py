@@ -182,4 +182,4 @@ def test_only_given_models_are_loaded_at_the_start(folder, tiny):
     settings = settings_of(folder)
     runner = build(settings, {"given": tiny}, catalogue=read(settings))
     assert list(runner.registry) == ["given", "tiny"]
-    assert runner.registry.loaded_bytes().keys() == {"given"}
+    assert runner.registry.loaded().keys() == {"given"}

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def test_a_cpu_uses_the_dtype_it_is_faster_in(monkeypatch, amx, avx512, vendor, dtype):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
-    monkeypatch.setattr(select, "cpu_vendor", lambda: f"vendor_id : {vendor}\n")
+    monkeypatch.setattr(select, "cpu_field", lambda name: f"{name} : {vendor}")
     assert select.choose_dtype("auto", CPU) == dtype
     assert select.choose_dtype("float32", CPU) == torch.float32
 

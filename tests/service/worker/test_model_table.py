@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from service.catalogue import Ignored
-from service.engine.events import CallEnded, LoadedModels
+from service.engine.events import CallEnded, LoadedModel, LoadedModels
 from service.errors import ModelUnreadable, Unavailable
 from service.settings import Settings
 from service.worker.model_table import ModelTable
@@ -42,11 +42,11 @@ def test_a_worker_that_has_ended_holds_nothing_up():
     table = ModelTable(Settings())
     table.take(0, offer(0, "a"))
     table.take(1, offer(1, "a", "b"))
-    table.set_loaded(0, LoadedModels((("a", 7),)))
-    assert table.bytes_of("a") == 7
+    table.set_loaded(0, LoadedModels((LoadedModel("a", 7, "torch"),)))
+    assert table.loaded("a") == LoadedModel("a", 7, "torch")
     table.lose(0)
     assert list(table.specs) == ["a", "b"]
-    assert table.bytes_of("a") is None
+    assert table.loaded("a") is None
     table.lose(1)
     assert list(table.specs) == ["a", "b"]  # until another worker is ready
 
