@@ -40,11 +40,12 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     esac \
     && pip --python /opt/ldm/bin/python install --no-cache-dir --no-deps \
       --index-url "${TORCH_INDEX:-$index}" "torch==$TORCH"
-# Dependencies change less often than the code, so they are a layer of their own.
+# Dependencies change less often than the code, so they are a layer of their own. EXTRAS: names of optional ones.
+ARG EXTRAS=redis
 COPY pyproject.toml docker/constraints.txt /build/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -c "import tomllib; p = tomllib.load(open('/build/pyproject.toml', 'rb'))['project']; \
-      print(*p['dependencies'], *p['optional-dependencies']['redis'], sep='\n')" \
+      print(*p['dependencies'], *(d for e in '$EXTRAS'.split(',') for d in p['optional-dependencies'][e]), sep='\n')" \
       > /build/requirements.txt \
     && pip --python /opt/ldm/bin/python install --no-cache-dir -r /build/requirements.txt -c /build/constraints.txt \
     && rm -r /build

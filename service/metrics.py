@@ -31,6 +31,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no annotation here
         self.registry = CollectorRegistry()
         self.elsewhere: Sequence[Metric] = ()  # metrics of the same names in other processes
+        self.labels: Mapping[str, str] = {}  # additional ones of the metrics of this process
         self.requests = self._counter("ldm_requests", "HTTP responses", "method", "route", "status")
         self.rejected = self._counter(
             "ldm_rejected", "Requests answered with an error, by its code", "reason"
@@ -191,6 +192,10 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """The metrics of this process, with the samples of those in other processes."""
         for family in self.registry.collect():
+            if self.labels:
+                family.samples = [
+                    sample._replace(labels={**sample.labels, **self.labels}) for sample in family.samples
+                ]
             family.samples += [
                 sample for other in self.elsewhere if other.name == family.name for sample in other.samples
             ]

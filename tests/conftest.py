@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, settings
 from tests.helpers.node import install_clients
 from tests.helpers.servers import QUEUE_SIZE, Server, serve, write_import_trap
 
+RAY_FILE = "test_ray.py"
 RAY = "Ray"  # the second place where tests with the marker `everywhere` run, and their worker group
 
 # Worker groups in the order in which they start; all others follow. Most groups are one file.
@@ -109,23 +110,30 @@ def bundled_server(start_server) -> Iterator[Callable[[], Server]]:
 
 
 @pytest.fixture(scope="session")
-def ray_servers(tiny: Path) -> Iterator[Callable[[], dict[str, Server]]]:
+def ray_servers(
+    tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], dict[str, Server]]]:
     """A function that returns the Ray applications of one cluster, started at its first call.
 
-    `server` serves tiny, `bundled` the bundled models.
+    `server` serves tiny; so does `pair`, with two API replicas, which start the engine replica; `bundled`
+    serves the bundled models.
     """
     from tests.helpers.ray_clusters import RayApplication, ray_cluster, servers_of
+    from tests.helpers.redis_servers import redis_server
 
-    arguments = {"jobs_per_engine": QUEUE_SIZE}
-    models = {"LDM_MODEL": "emoji,emoji-upscale", **BUNDLED_SETTINGS}
-    applications = [
-        RayApplication("bundled", "", models, arguments),
-        RayApplication("server", "/tiny", {"LDM_MODEL": str(tiny)}, arguments),
-    ]
     with ExitStack() as stack:
 
         @cache
         def running() -> dict[str, Server]:
+            redis = stack.enter_context(redis_server(tmp_path_factory.mktemp("redis")))
+            arguments, served = {"jobs_per_engine": QUEUE_SIZE}, {"LDM_MODEL": str(tiny)}
+            models = {"LDM_MODEL": "emoji,emoji-upscale", **BUNDLED_SETTINGS}
+            pair = arguments | {"api_replicas": 2, "min_engines": 0}
+            applications = [
+                RayApplication("bundled", "", models, arguments),
+                RayApplication("server", "/tiny", served, arguments),
+                RayApplication("pair", "/pair", {**served, "LDM_JOB_STORE": redis.url}, pair),
+            ]
             cluster = stack.enter_context(ray_cluster(applications))
             servers = stack.enter_context(servers_of(cluster, applications))
             return {each.name: server for each, server in zip(applications, servers, strict=True)}
@@ -181,7 +189,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def group_of(item: pytest.Item) -> str:
     """The name of the worker group of a test."""
-    if hasattr(item, "callspec") and RAY in item.callspec.params.values():
+    if item.path.name == RAY_FILE or (hasattr(item, "callspec") and RAY in item.callspec.params.values()):
         return RAY
     return next((name for name in SHARED if name in item.fixturenames), item.path.name)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from service.api import health
 from service.cli.serve import FETCH_SECONDS, GRACE_SECONDS, LINGER_SECONDS
+from service.cluster.application import END_MARGIN_SECONDS, check, parse
 from service.metrics import Metrics
 from service.settings import Settings, read_settings
 
@@ -37,10 +40,51 @@ def container() -> dict[str, Any]:
     return only
 
 
+def ray_pods() -> dict[str, dict[str, Any]]:
+    """Group name -> pod spec of the Ray cluster."""
+    cluster = manifest("RayService", "ldm-ray")["spec"]["rayClusterConfig"]
+    groups = {"head": cluster["headGroupSpec"]}
+    groups |= {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    return {name: group["template"]["spec"] for name, group in groups.items()}
+
+
+def ray_application() -> dict[str, Any]:
+    config = yaml.safe_load(manifest("RayService", "ldm-ray")["spec"]["serveConfigV2"])
+    (only,) = ServeDeploySchema.model_validate(config).model_dump()["applications"]
+    return only
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_manifest_is_valid(version):
     for one in manifests():
-        kubernetes_validate.validate(one, version, strict=True)
+        if one["kind"] != "RayService":  # whose schema belongs to KubeRay
+            kubernetes_validate.validate(one, version, strict=True)
+    for name, spec in ray_pods().items():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+        kubernetes_validate.validate(pod, version, strict=True)
+
+
+def test_ray_serves_the_application_with_arguments_and_settings_that_exist():
+    application = ray_application()
+    module, _, name = application["import_path"].partition(":")
+    assert callable(getattr(import_module(module), name))
+    shape, variables = parse(application["args"]), application["runtime_env"]["env_vars"]
+    check(shape, read_settings(variables))
+    assert all(hasattr(Settings, variable[4:].lower()) for variable in variables)
+    groups = manifest("RayService", "ldm-ray")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    most = {group["groupName"]: group["maxReplicas"] for group in groups}
+    assert (most["api"], most["gpu"]) == (shape.api_replicas, shape.max_engines)
+
+
+def test_ray_s_nodes_have_time_to_drain_and_no_rights():
+    seconds = float(ray_application()["runtime_env"]["env_vars"]["LDM_DRAIN_SECONDS"])
+    for name, spec in ray_pods().items():
+        assert name == "head" or spec["terminationGracePeriodSeconds"] >= seconds + END_MARGIN_SECONDS
+        assert spec["securityContext"]["runAsNonRoot"]
+        (only,) = spec["containers"]
+        assert only["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in only["env"]
+        assert ("nvidia.com/gpu" in only["resources"]["limits"]) == (name == "gpu")
 
 
 def test_a_misspelled_field_is_found():

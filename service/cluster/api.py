@@ -42,5 +42,7 @@ class Api:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(self.settings, partial(ClusterBackend, engines=self.engines))
+        # Counters differ between API replicas: each has series of its own, whichever of them is asked.
+        app.state.metrics.labels = {"api_replica": str(serve.get_replica_context().rank.rank)}
         app.add_middleware(OneRequestId)
         return app

@@ -16,12 +16,14 @@ from service.cluster.api import Api
 from service.cluster.engine import Engine
 from service.cluster.router import HoldingRouter
 from service.settings import SettingError, Settings, read_settings
+from service.worker.devices import count_cuda_devices
 
 log = logging.getLogger(__name__)
 
 ROOM = 2  # jobs that a replica takes, as a multiple of those that run well together: the next ones wait there
 API_REQUESTS = 100_000  # more than any replica has: the service itself limits its requests, with a 429
 REPORT_SECONDS = 1.0  # between two reports to the router of which models a replica holds
+HEALTH_SECONDS = 2.0  # between two health checks of a replica, which find that it has ended
 END_MARGIN_SECONDS = 20.0  # beyond drain_seconds, after which Ray kills a replica that is to end
 START_ATTEMPTS = 3  # to start a replica, after which Ray reports that the application cannot be deployed
 
@@ -41,7 +43,7 @@ class Arguments(BaseModel):
         int, Field(ge=1, description="open jobs of an engine replica above which there are more of them")
     ] = 8
     gpus_per_engine: Annotated[
-        float | None, Field(ge=0, le=1, description="None: 1 if the cluster has GPUs and device is not cpu")
+        float | None, Field(ge=0, le=1, description="None: 1 if device is cuda, or auto and there is a GPU")
     ] = None
     cpus_per_engine: Annotated[
         float, Field(gt=0, description="CPU cores of an engine replica; on a CPU, also its threads")
@@ -58,15 +60,17 @@ def build(arguments: Mapping[str, Any]) -> Application:
         max_ongoing_requests=ROOM * shape.jobs_per_engine,
         autoscaling_config=AutoscalingConfig(
             min_replicas=shape.min_engines,
-            max_replicas=max(shape.min_engines, shape.max_engines),
+            max_replicas=shape.max_engines,
             target_ongoing_requests=shape.jobs_per_engine,
             upscale_delay_s=5.0,
+            look_back_period_s=15.0,
         ),
         request_router_config={
             "request_router_class": HoldingRouter,
             "request_router_kwargs": {"enough": shape.jobs_per_engine},
             "request_routing_stats_period_s": REPORT_SECONDS,
         },
+        health_check_period_s=HEALTH_SECONDS,
         graceful_shutdown_timeout_s=settings.drain_seconds + END_MARGIN_SECONDS,
         max_constructor_retry_count=START_ATTEMPTS,
     )(Engine)
@@ -75,6 +79,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
         num_replicas=shape.api_replicas,
         ray_actor_options={"num_gpus": 0, "num_cpus": 1},
         max_ongoing_requests=API_REQUESTS,
+        health_check_period_s=HEALTH_SECONDS,
         graceful_shutdown_timeout_s=settings.drain_seconds + END_MARGIN_SECONDS,
         max_constructor_retry_count=START_ATTEMPTS,
     )(Api)
@@ -97,6 +102,8 @@ def parse(arguments: Mapping[str, Any]) -> Arguments:
 
 def check(shape: Arguments, settings: Settings) -> None:
     """Raise SettingError for settings that cannot hold in a cluster."""
+    if shape.min_engines > shape.max_engines:
+        raise SettingError(f"min_engines is {shape.min_engines}, but max_engines is {shape.max_engines}")
     if shape.api_replicas > 1 and not settings.job_store:
         raise SettingError(
             f"api_replicas is {shape.api_replicas}, but job_store is not set: several API replicas share the "
@@ -112,10 +119,12 @@ def check(shape: Arguments, settings: Settings) -> None:
 
 
 def gpus(shape: Arguments, settings: Settings) -> float:
-    """The GPUs of each engine replica."""
+    """The GPUs of each engine replica: those of the arguments, or one if the device is, or may be, a GPU."""
     if shape.gpus_per_engine is not None:
         return shape.gpus_per_engine
     if settings.device != "auto":
         return float(settings.device == "cuda")
+    if not ray.is_initialized():  # `serve run` connects to the cluster later, or starts one on this machine
+        return float(count_cuda_devices() > 0)
     found: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return float(found.get("GPU", 0) > 0)

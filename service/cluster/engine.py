@@ -31,12 +31,12 @@ class Engine:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
         """Returns when the worker is ready. Raises ModelPathError, SettingError or WorkerFailed."""
+        self._supervision = AsyncExitStack()
         self.number = serve.get_replica_context().rank.rank
         logs.set_up(settings, replica=self.number)
         check_paths(settings)
         self.supervisor = Supervisor(settings, Metrics())
         self._runs: dict[str, asyncio.Task[Done]] = {}
-        self._supervision = AsyncExitStack()
         await self._supervision.enter_async_context(self.supervisor.supervise())
         while not self.supervisor.ready:
             if self.supervisor.failure:

@@ -6,7 +6,7 @@ Ray copies this module into other processes, so it must not import much.
 from __future__ import annotations
 
 from collections.abc import Collection
-from zlib import crc32
+from hashlib import sha256
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -47,5 +47,7 @@ def by_what_they_hold(replicas: Collection[RunningReplica], key: ModelKey) -> li
     for replica in replicas:
         holds = replica.routing_stats.get("holds", ())
         ranks[next((rank for rank, name in enumerate(wanted) if name in holds), 2)].append(replica)
-    others = sorted(ranks.pop(), key=lambda replica: crc32(f"{key.model} {replica.replica_id}".encode()))
+    others = sorted(
+        ranks.pop(), key=lambda replica: sha256(f"{key.model} {replica.replica_id}".encode()).digest()
+    )
     return [*ranks, others[:1], others[1:]]

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -52,15 +53,19 @@ def ray_cluster(
     stderr: IO[str] | None = None,
     environment: dict[str, str] | None = None,
 ) -> Iterator[RayCluster]:
-    """Start nodes with so many CPUs, and applications on them; returns when all are ready."""
+    """Start a node with as many CPUs as the first number, applications on it, then nodes with the others.
+
+    What does not fit on the first node goes to the others. With one node, returns when the applications run.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = {"port": port, "cpus": cpus, "applications": [asdict(each) for each in applications]}
     folder = tempfile.mkdtemp(prefix="ray-")  # a short path: Ray's sockets are in it
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_TMPDIR": folder}
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "tests.helpers.ray_clusters", json.dumps(given), folder],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | LOCAL | (environment or {}),
+        [sys.executable, "-P", "-m", "tests.helpers.ray_clusters", json.dumps(given)],
+        env=os.environ | own | LOCAL | (environment or {}),
         cwd=folder,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -91,7 +96,7 @@ def servers_of(cluster: RayCluster, applications: Sequence[RayApplication]) -> I
 
 
 def main() -> None:
-    given, folder = json.loads(sys.argv[1]), sys.argv[2]
+    given = json.loads(sys.argv[1])
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
@@ -100,8 +105,7 @@ def main() -> None:
 
     head, *others = given["cpus"]
     node = {"object_store_memory": MEMORY, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head, "temp_dir": folder, **node})
-    nodes = [cluster.head_node, *(cluster.add_node(num_cpus=cpus, **node) for cpus in others)]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head, **node})
     ray.init(address=cluster.address, log_to_driver=True)
     serve.start(http_options={"host": "127.0.0.1", "port": given["port"]}, proxy_location="HeadOnly")
     inherited, targets = dict(os.environ), []
@@ -110,7 +114,10 @@ def main() -> None:
         os.environ.update(inherited | DEFAULTS | each["settings"])
         prefix = each["prefix"] or "/"
         targets.append(serve.RunTarget(app(each["arguments"]), name=each["name"], route_prefix=prefix))
-    serve.run_many(targets)
+    serve.run_many(targets, wait_for_applications_running=not others)
+    while others and ray.available_resources().get("CPU", 0) >= 1:
+        time.sleep(0.1)
+    nodes = [cluster.head_node, *(cluster.add_node(num_cpus=cpus, **node) for cpus in others)]
     raylets = [each.all_processes["raylet"][0].process.pid for each in nodes]
     print(json.dumps(raylets), flush=True)
     sys.stdin.read()

@@ -26,3 +26,14 @@ def test_a_counter_has_a_zero_before_its_first_event():
     value = metrics.registry.get_sample_value
     assert value("ldm_rejected_total", {"reason": "queue_full"}) == 0
     assert value("ldm_non_finite_total", {"stage": "step", "replica": "0"}) == 0
+
+
+def test_samples_of_other_processes_are_shown_beside_those_of_this_one():
+    here, there = Metrics(), Metrics()
+    here.labels = {"api_replica": "0"}
+    there.add_replica("7")
+    here.elsewhere = [family for family in there.registry.collect() if family.name == "ldm_worker_restarts"]
+    lines = here.text().decode().splitlines()
+    assert 'ldm_worker_restarts_total{replica="7"} 0.0' in lines
+    assert 'ldm_images_total{api_replica="0"} 0.0' in lines
+    assert len([line for line in lines if line.startswith("# TYPE ldm_worker_restarts_total")]) == 1
