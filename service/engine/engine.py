@@ -215,7 +215,7 @@ class Engine:
         job = run.job
         # Computed again, because the length of the context may depend on the model, which is loaded by now.
         run.shape = self.runner.shape(job, run.full_precision)
-        self.scheduler.admit(job.id, run.shape, run.parts, job.priority)
+        self.scheduler.admit(job.id, run.shape, run.parts, job.priority, job.client, job.share)
         self.pending.pop(job.id, None)
         run.admitted = True
         self.busy_models.update(job.weights_keys)

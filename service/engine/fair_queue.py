@@ -1,4 +1,4 @@
-"""The queue of one group: its jobs, and the order in which fair sharing would finish them."""
+"""The queue of a group of a client's jobs, and the order in which fair sharing would finish them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from service.engine.job import ImageKey, Segment
+
+if TYPE_CHECKING:
+    from service.engine.shares import Share
 
 
 class PhaseCalls:
@@ -58,6 +62,7 @@ class Queued:
 
     name: str
     number: int  # by admission
+    share: Share
     weight: float
     images: int
     phase: PhaseCalls  # the current one, or the one that is prepared
@@ -135,6 +140,11 @@ class Group:
         """The sort key of groups; the smallest is next."""
         return self.spent, self.number, self
 
+    @property
+    def first(self) -> Queued:
+        """The job that is next. There must be one."""
+        return self.queue[0][2]
+
     def join(self, job: Queued, level: float) -> None:
         """Add a job at the start of a phase.
 
@@ -171,27 +181,19 @@ class Group:
             self.simulated_weight -= weight
         self.time += work / (self.simulated_weight or 1.0)
 
-    def fill(self, limit: int, first: Queued | None = None) -> list[ImageKey]:
-        """Images of at most `limit` rows in the order of places, `first` before all others.
+    def fill(self, free: int, skip: Queued | None = None) -> tuple[list[ImageKey], int]:
+        """Images for `free` rows, in the order of places and without those of `skip`; and their rows.
 
-        If the first image of the first job has more rows, it is picked alone. Only the first 2 * limit jobs
-        are searched for one that fills the last gap.
+        Only the first 2 * free jobs are searched for one that fills the last gap.
         """
-        queue = self.queue[: 2 * limit]
-        if first:
-            queue = [(*first.place, first), *(entry for entry in queue if entry[2] is not first)]
-        longest = queue[0][2].longest(1)
-        if queue[0][2].rows(longest[0]) > limit:
-            return longest
         picked: list[ImageKey] = []
-        free = limit
-        for _, _, job in queue:
-            keys, rows = job.fill(free)
-            picked += keys
-            free -= rows
-            if not free:
-                break
-        return picked
+        taken = 0
+        for _, _, job in self.queue[: 2 * free]:
+            if job is not skip and taken < free:
+                keys, rows = job.fill(free - taken)
+                picked += keys
+                taken += rows
+        return picked, taken
 
     def _share(self, due: float, number: int, weight: float) -> None:
         """Let the simulation work on a job until fair time `due`."""

@@ -128,7 +128,7 @@ class Hires:
 
 @dataclass(frozen=True)
 class Job:
-    """The parameters of a job's images, and its priority. Image i has the seed image_seed(i).
+    """The parameters of a job's images, and what decides when it runs. Image i has the seed image_seed(i).
 
     image: height x width x 3 bytes, the input of image-to-image and inpainting; for upscaling the image to
         enlarge, height / scale x width / scale x 3 bytes; empty for runs from noise.
@@ -182,6 +182,8 @@ class Job:
     refiner: Refiner | None = None
     hires: Hires | None = None
     feature_cache: FeatureCache | None = None
+    client: str = ""  # whose it is; clients share the device by weight
+    share: float = 1.0  # the client's weight
 
     @property
     def guided_rows(self) -> StepRows:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 from cachetools import LRUCache
 
-from service.engine.fair_queue import Group, PhaseCalls, Queued
+from service.engine.fair_queue import PhaseCalls, Queued
 from service.engine.job import ImageKey, Shape
 from service.engine.row_limits import MAX_GROUPS
+from service.engine.shares import Share, Shares
 
 PATIENCE = 8  # full calls that may pass over the oldest job; with fewer, large old jobs delay small ones
 TOP_PRIORITY = 9
@@ -33,7 +33,12 @@ class Scheduler:
     job of the phase's group, and at the end of a phase it leaves the queue until proceed() puts it into the
     next one. The rows of an image may change within a phase.
 
-    Work is rows * row_cost, and that of control networks. Within a group, jobs run in the order in which
+    Work is rows * row_cost, and that of control networks. Clients share it by weight while they have jobs:
+    the one that has had the least for its weight fills the call first, with jobs of the group whose turn it
+    is among its own; jobs of other clients in the same group fill the rest. So a client with thousands of
+    jobs delays the jobs of another one no more than a client with one long job does.
+
+    Within a group of a client, jobs run in the order in which
     processor sharing would finish them (the fair sojourn protocol, Friedman and Henderson 2003). So jobs
     finish one after the other instead of all late, a small one overtakes a large one, and if a call holds one
     image, no job finishes later than under processor sharing (for larger calls see
@@ -55,10 +60,8 @@ class Scheduler:
         self.patience = patience
         self._limits: LRUCache[Hashable, int] = LRUCache(MAX_GROUPS)
         self._jobs: OrderedDict[str, Queued] = OrderedDict()  # by admission
-        self._groups: dict[Hashable, Group] = {}
-        self._turns: list[tuple[float, int, Group]] = []  # of all groups, sorted
+        self._shares = Shares()
         self._numbers = 0  # of jobs admitted so far
-        self._group_numbers = 0  # of groups so far
         self._passed = 0.0  # work done since the oldest job ran or became the oldest
         self._started = 0  # number of jobs in _jobs that have had a step
 
@@ -93,8 +96,13 @@ class Scheduler:
         else:
             self._limits[group] = rows
 
-    def admit(self, job: str, shape: Shape, images: int, priority: int = 0) -> None:
-        """Queue `images` images of a shape. Raises ValueError for a job that is queued already."""
+    def admit(
+        self, job: str, shape: Shape, images: int, priority: int = 0, client: str = "", share: float = 1.0
+    ) -> None:
+        """Queue `images` images of a shape. share: the client's weight, compared to other clients.
+
+        Raises ValueError for a job that is queued already.
+        """
         if job in self._jobs:
             raise ValueError(f"job {job} is queued already")
         if images < 1:
@@ -102,46 +110,45 @@ class Scheduler:
         self._numbers += 1
         weight = 4.0 ** max(-TOP_PRIORITY, min(priority, TOP_PRIORITY))
         first, *later = map(PhaseCalls, shape.phases)
-        self._jobs[job] = queued = Queued(job, self._numbers, weight, images, first, deque(later))
+        own = self._shares.enter(client, share)
+        self._jobs[job] = queued = Queued(job, self._numbers, own, weight, images, first, deque(later))
         queued.begin_phase()
-        self._join(queued)
+        own.join(queued)
 
     def proceed(self, job: str) -> None:
         """Start the next phase of a job whose images have all finished one and are ready for the next."""
-        self._join(self._jobs[job])
-
-    def _join(self, job: Queued) -> None:
-        """Put a job into the group of its phase."""
-        # A new group starts at the level of the next one: it does not catch up on work done before it came.
-        level = self._turns[0][0] if self._turns else 0.0
-        phase = job.phase
-        if phase.group not in self._groups:
-            self._group_numbers += 1
-            self._groups[phase.group] = Group(phase.group, self._group_numbers, phase.row_cost, level)
-            insort(self._turns, self._groups[phase.group].turn)
-        group = self._groups[phase.group]
-        self._withdraw(group)
-        group.join(job, level)
-        insort(self._turns, group.turn)
+        queued = self._jobs[job]
+        queued.share.join(queued)
 
     def pick(self) -> list[ImageKey]:
         """The images of the next UNet call: of one group, within its limit; [] when nothing is left."""
-        oldest = self._oldest()
+        oldest, shares = self._oldest(), self._shares.in_turn()
         if oldest is None or oldest.group is None:
             return []
         overdue = self._passed >= self.patience * self.max_rows * oldest.group.row_cost
-        group = oldest.group if overdue else self._turns[0][2]
-        rows = min(self.max_rows, self._limits.get(group.key, self.max_rows))
-        return group.fill(rows, oldest if overdue else None)
+        group = oldest.group if overdue else shares[0].next_group
+        limit = min(self.max_rows, self._limits.get(group.key, self.max_rows))
+        first = oldest if overdue else group.first
+        longest = first.longest(1)
+        if first.rows(longest[0]) > limit:
+            return longest
+        picked, taken = first.fill(limit)
+        for share in shares:
+            if mates := share.groups.get(group.key):
+                keys, rows = mates.fill(limit - taken, skip=first)
+                picked += keys
+                taken += rows
+        return picked
 
     def advance(self, keys: Iterable[ImageKey]) -> list[ImageKey]:
         """Count one step of each of these images of one group; returns those that have finished a phase."""
-        finished, work, ran, group = [], 0.0, False, None
-        oldest = self._oldest()
+        finished, ran = [], False
+        work: dict[Share, float] = defaultdict(float)
+        oldest, group = self._oldest(), None
         for key in keys:
             job = self._jobs[key[0]]
             group, left = job.group, job.left[key]
-            work += job.phase.segment_at(left).call_work
+            work[job.share] += job.phase.segment_at(left).call_work
             job.left[key] = left - 1
             if left <= 1:
                 finished.append(key)
@@ -151,10 +158,10 @@ class Scheduler:
                 job.started = True
                 self._started += 1
         if group:
-            self._passed = 0.0 if ran else self._passed + work
-            self._withdraw(group)
-            group.spend(work)
-            insort(self._turns, group.turn)
+            self._passed = 0.0 if ran else self._passed + sum(work.values())
+            for share, spent in work.items():
+                share.spend(group.key, spent)
+            self._shares.raise_level()
         for key in finished:
             self._finish(key)
         return finished
@@ -165,22 +172,29 @@ class Scheduler:
             queued = self._jobs[job]
             if queued is self._oldest():
                 self._passed = 0.0
-            if group := queued.group:
-                group.cancel(queued)
-                self._drop_empty(group)
+            if queued.group:
+                queued.share.cancel(queued, queued.group)
             self._drop(queued)
 
     def queue(self) -> list[Position]:
         """Jobs that have not started, in the order in which they would start if no others came."""
-        jobs = sorted(self._jobs.values(), key=lambda job: (job.time_left, job.number))
         positions: list[Position] = []
         ahead = 0.0
-        for job in jobs:
+        for job in self._in_order():
             work = job.work
             if not job.started:
                 positions.append(Position(job.name, len(positions) + 1, ahead, work))
             ahead += work
         return positions
+
+    def _in_order(self) -> list[Queued]:
+        """All jobs, in the order in which they would end if no others came."""
+        used: dict[Share, float] = {}
+        ends = []
+        for job in sorted(self._jobs.values(), key=lambda job: (job.time_left, job.number)):
+            used[job.share] = used.get(job.share, job.share.used) + job.work / job.share.weight
+            ends.append((used[job.share], len(ends), job))
+        return [job for _, _, job in sorted(ends)]
 
     def position(self, job: str) -> Position | None:
         """A job's position; None once it has started, or when it is not queued."""
@@ -190,19 +204,13 @@ class Scheduler:
         """The oldest job in a group."""
         return next((job for job in self._jobs.values() if job.group), None)
 
-    def _withdraw(self, group: Group) -> None:
-        """Remove a group from the turns, before its turn changes or when it has no jobs."""
-        del self._turns[bisect_left(self._turns, group.turn)]
-
     def _finish(self, key: ImageKey) -> None:
         """Count an image that has finished a phase; with the last one its job leaves the group or ends."""
         job = self._jobs[key.job]
         del job.left[key]
         if job.left or job.group is None:
             return
-        group = job.group
-        group.leave(job)
-        self._drop_empty(group)
+        job.share.leave(job, job.group)
         if job.later:
             job.phase = job.later.popleft()
             job.begin_phase()
@@ -213,9 +221,4 @@ class Scheduler:
         """Forget a job that is in no group."""
         del self._jobs[job.name]
         self._started -= job.started
-
-    def _drop_empty(self, group: Group) -> None:
-        """Forget a group without jobs."""
-        if not group.queue:
-            del self._groups[group.key]
-            self._withdraw(group)
+        self._shares.exit(job.share)

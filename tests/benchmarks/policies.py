@@ -70,6 +70,7 @@ class Request:
     steps: int
     rows: int  # of one image
     n: int
+    client: str = ""
     end: float = 0.0
 
 
@@ -159,7 +160,7 @@ class Steps:
         self.requests[name], self.undecoded[name] = request, request.n
         row_cost = self.device.sizes[request.size].row
         shape = Shape((Segment(request.size, request.rows, request.steps, row_cost),))
-        self.scheduler.admit(name, shape, request.n)
+        self.scheduler.admit(name, shape, request.n, client=request.client)
 
     def turn(self, now: float, horizon: float) -> Turn | None:
         picked = self.scheduler.pick()
@@ -359,6 +360,33 @@ def table(device: Device, loads: list[float], hours: float, seed: int) -> Iterat
             yield f"{load:4.0%} {name:24}" + "".join(f"{value:{width(name)}.2f}" for name, value in values)
 
 
+def flood(device: Device) -> Iterator[str]:
+    """The latency of client B's small requests while client A has sent enough to keep the device busy.
+
+    B sends one each ten times as long as it takes on an idle device.
+    """
+    small, large = min(device.sizes), max(device.sizes)
+    yield f"{'small requests of client B':52} p50 s    p99 s   images/s of A"
+    for name, clients in (
+        ("alone", ""),
+        ("with A, one queue for all", "--"),
+        ("with A, a share for each client", "AB"),
+    ):
+        for which, size, steps, n in (("A's are the same", small, 20, 1), ("A's are large", large, 30, 4)):
+            gap = 10 * whole(device, [Request(0.0, small, 20, 2, 1)]).seconds
+            own = [Request(gap * index, small, 20, 2, 1, clients[-1:]) for index in range(1, 100)]
+            work = n * (steps * 2 * (device.fixed / device.max_rows + device.sizes[size].row))
+            many = math.ceil(100 * gap / work) if clients else 0
+            crowd = [Request(0.0, size, steps, 2, n, clients[0]) for _ in range(many)]
+            outcome = simulate(Steps(device), device, crowd + own)
+            latencies = sorted(one.end - one.arrival for one in own)
+            images = sum(one.n for one in outcome.requests if one.end <= own[-1].end) - len(own)
+            yield (
+                f"{name + ', ' + which:52} {quantile(latencies, 0.5):5.2f}  {quantile(latencies, 0.99):7.2f}"
+                f"   {images / own[-1].end:.2f}"
+            )
+
+
 def tick_seconds(steps: Sequence[int]) -> float:
     """pick() and advance() with 64 jobs running and 1,000 waiting, their step counts from `steps` in turn.
 
@@ -385,6 +413,8 @@ def main() -> None:
     args = parser.parse_args()
     for line in table(DEVICES[args.device], args.loads, args.hours, args.seed):
         print(line, flush=True)
+    for line in flood(DEVICES[args.device]):
+        print(line)
     steady, mixed = tick_seconds([10**9]), tick_seconds(range(10, 51))
     print(f"a tick, 64 jobs running and 1,000 waiting: {steady * 1e6:.1f} us, {mixed * 1e6:.1f} as jobs end")
 

@@ -179,6 +179,86 @@ def test_many_jobs_of_high_priority_do_not_starve_one_of_low_priority(flood):
     assert 5 * 4 < work <= bound
 
 
+def flooded(jobs: int, group: str = "g") -> Scheduler:
+    """A scheduler of 8 rows in which client A has had many jobs for a while."""
+    scheduler = Scheduler(8)
+    for index in range(jobs):
+        scheduler.admit(f"a{index}", shape(group, evaluations=100, rows=2), images=4, client="A")
+    for _ in range(20):
+        tick(scheduler)
+    return scheduler
+
+
+@pytest.mark.parametrize("jobs", [1, 100])
+@pytest.mark.parametrize("group", ["g", "another"])
+def test_a_client_with_many_jobs_delays_another_one_no_more_than_with_one(jobs, group):
+    scheduler = flooded(jobs)
+    scheduler.admit("b", shape(group, evaluations=10, rows=2), images=1, client="B")
+    assert turns(scheduler, 13)["b"] == 10
+
+
+def test_clients_have_equal_parts_whatever_the_number_of_their_jobs():
+    scheduler = flooded(50)
+    for index in range(3):
+        scheduler.admit(f"b{index}", shape(evaluations=1000, rows=2), images=4, client="B")
+    rows = Counter(key.job[0] for _ in range(100) for key in tick(scheduler))
+    assert rows["a"] == pytest.approx(rows["b"], abs=8)
+
+
+def test_clients_have_parts_by_weight():
+    scheduler = Scheduler(8)
+    for client, weight in (("a", 1.0), ("b", 3.0)):
+        for index in range(5):
+            job = shape(client, evaluations=1000)
+            scheduler.admit(f"{client}{index}", job, images=8, client=client, share=weight)
+    rows = Counter(key.job[0] for _ in range(100) for key in tick(scheduler))
+    assert rows["b"] == pytest.approx(3 * rows["a"], rel=0.1)
+
+
+def test_rows_that_a_client_does_not_need_go_to_others():
+    scheduler = flooded(10)
+    scheduler.admit("b", shape(evaluations=10, rows=2), images=1, client="B")
+    picked = scheduler.pick()
+    assert picked[0].job == "b"
+    assert len(picked) == 4
+
+
+def test_a_priority_counts_among_the_jobs_of_its_client_alone():
+    scheduler = Scheduler(2)
+    scheduler.admit("a", shape("x", 100, rows=2), images=1, priority=9, client="A")
+    scheduler.admit("b", shape("x", 100, rows=2), images=1, client="B")
+    assert turns(scheduler, 20) == {"a": 10, "b": 10}
+
+
+def test_a_client_that_comes_does_not_catch_up_on_work_done_before():
+    scheduler = flooded(10)
+    scheduler.admit("b", shape("another", evaluations=1000, rows=2), images=4, client="B")
+    assert turns(scheduler, 20)["b"] == 10
+
+
+def test_a_client_that_sends_one_job_after_the_other_is_not_always_first():
+    scheduler = flooded(10)
+    rows: Counter[str] = Counter()
+    for index in range(40):
+        name = f"b{index}"
+        scheduler.admit(name, shape("another", evaluations=1, rows=2), images=4, client="B")
+        ended: set[str] = set()
+        while name not in ended:
+            picked = scheduler.pick()
+            rows.update(key.job[0] for key in picked)
+            ended = {key.job for key in scheduler.advance(picked)}
+    assert rows["a"] >= rows["b"] - 8
+
+
+def test_a_position_takes_the_shares_of_clients_into_account():
+    scheduler = Scheduler(8)
+    for index in range(5):
+        scheduler.admit(f"a{index}", shape(evaluations=10, rows=2), images=4, client="A")
+    scheduler.admit("b", shape(evaluations=10, rows=2), images=4, client="B")
+    places = [(place.job, place.position, place.ahead) for place in scheduler.queue()]
+    assert places[:3] == [("a0", 1, 0.0), ("b", 2, 80.0), ("a1", 3, 160.0)]
+
+
 def test_a_limit_applies_to_the_next_call_of_its_group():
     scheduler = Scheduler(8)
     scheduler.admit("a", shape("x"), images=8)
@@ -357,6 +437,7 @@ def test_with_one_image_a_call_no_job_finishes_later_than_under_processor_sharin
     assert all(ends[str(index)] <= fair + 1e-6 for index, fair in enumerate(fair_ends(arrivals)))
 
 
+CLIENTS = {"": 1.0, "light": 0.1, "heavy": 20.0}  # their weights
 COSTS = {"x": 1.0, "y": 3.0, "z": 0.25}
 
 
@@ -380,10 +461,12 @@ class History:
     def jobs(self) -> set[str]:
         return {key.job for key in self.calls}
 
-    def admit(self, segments: list[tuple[str, int, int]], images: int, priority: int) -> None:
+    def admit(
+        self, segments: list[tuple[str, int, int]], images: int, priority: int, client: str = ""
+    ) -> None:
         name = str(next(self.names))
         shape = Shape(tuple(Segment(group, rows, calls, COSTS[group]) for group, rows, calls in segments))
-        self.scheduler.admit(name, shape, images, priority)
+        self.scheduler.admit(name, shape, images, priority, client, CLIENTS[client])
         for index in range(images):
             key = ImageKey(name, index)
             self.calls[key] = [segment for segment in shape.segments for _ in range(segment.evaluations)]
@@ -468,7 +551,13 @@ class History:
 groups = st.sampled_from(list(COSTS))
 segments = st.lists(st.tuples(groups, st.integers(1, 3), st.integers(1, 8)), min_size=1, max_size=4)
 moves = st.one_of(
-    st.tuples(st.just(History.admit), segments, st.integers(1, 4), st.integers(-2, 9)),
+    st.tuples(
+        st.just(History.admit),
+        segments,
+        st.integers(1, 4),
+        st.integers(-2, 9),
+        st.sampled_from(list(CLIENTS)),
+    ),
     st.tuples(st.just(History.remove), st.integers(0, 20)),
     st.tuples(st.just(History.proceed)),
     st.tuples(st.just(History.limit), groups, st.one_of(st.none(), st.integers(1, 9))),
@@ -491,4 +580,5 @@ def test_every_image_gets_its_steps_within_the_bound_and_nothing_is_left_over(mo
     for group in COSTS:
         history.scheduler.limit(group, None)
     assert history.scheduler.pick() == []
-    assert not any(value for value in vars(history.scheduler).values() if isinstance(value, Sized))
+    kept = vars(history.scheduler) | vars(history.scheduler._shares)
+    assert not any(value for value in kept.values() if isinstance(value, Sized))
