@@ -92,7 +92,9 @@ def convert(network: nn.Module, examples: Sequence[Tensor]) -> Any:
 
 
 class CompiledUNet(nn.Module):
-    """A UNet that runs compiled where it can, and else by torch: with inputs of adapters or deep features."""
+    """A UNet that runs compiled where it can, and else by torch: with inputs of adapters, deep features, or
+    keys and values.
+    """
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -114,10 +116,12 @@ class CompiledUNet(nn.Module):
         adapters: AdapterInputs | None = None,
         guidance: Tensor | None = None,
         deep: DeepFeatures | None = None,
+        keys_values: Tensor | None = None,
     ) -> Tensor:
         """As UNet.forward()."""
-        if adapters is not None or (deep is not None and deep != DeepFeatures()):
-            out: Tensor = self.unet(x, t, context, pooled, noise_level, adapters, guidance, deep)
+        plain = adapters is None and (deep is None or deep == DeepFeatures()) and keys_values is None
+        if not plain:
+            out: Tensor = self.unet(x, t, context, pooled, noise_level, adapters, guidance, deep, keys_values)
             return out
         emb = self.unet.embed(t, pooled, noise_level, guidance)
         return self.compiled(x, emb) if context is None else self.compiled(x, emb, context)

@@ -96,7 +96,9 @@ class Starter:
 
 
 def attended(bundle: LatentDiffusion, context: Context | None) -> ContextKeys | None:
-    """The keys and values of a context; None without cross-attention."""
-    if context is None or bundle.unet is None or not bundle.unet.spec.context_width:
+    """The keys and values of a context; None without cross-attention, and for a compiled UNet."""
+    unet = bundle.unet
+    if context is None or unet is None or not unet.spec.context_width:
         return None
-    return ContextKeys(bundle.unet, context.tokens)
+    is_compiled = bundle.denoiser is not None and bundle.denoiser.unet is not unet  # it reads the context
+    return None if is_compiled else ContextKeys(unet, context.tokens)
