@@ -171,9 +171,18 @@ def node_clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run the tests with the marker `everywhere` with `ldm serve` and with the Ray application."""
     if metafunc.definition.get_closest_marker("everywhere"):
+        places = ["ldm serve", RAY] if wants_ray(metafunc.config) else ["ldm serve"]
         for name in {"server", "bundled"} & {*metafunc.fixturenames}:
             scope = "session" if name == "bundled" else "function"
-            metafunc.parametrize(name, ["ldm serve", RAY], indirect=True, scope=scope)
+            metafunc.parametrize(name, places, indirect=True, scope=scope)
+
+
+def wants_ray(config: pytest.Config) -> bool:
+    """Whether tests run with the Ray application too: not in one process (-n 0), unless -k names Ray.
+
+    A cluster takes half a minute to start, which is too long for a look at one file.
+    """
+    return hasattr(config, "workerinput") or RAY in config.getoption("keyword")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,7 +24,12 @@ from tests.helpers.environment import ROOT
 from tests.helpers.servers import DEFAULTS, MAX_WAIT_SECONDS, Server, wait_until
 
 MEMORY = 200 * 2**20  # bytes of each node's object store
-LOCAL = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_SERVE_LOG_TO_STDERR": "0"}
+LOCAL = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # without a token, which Ray would write to the home folder
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_worker_niceness": "0",  # otherwise 15: other programs would go first
+}
 
 
 @dataclass(frozen=True)

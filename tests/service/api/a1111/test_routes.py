@@ -248,7 +248,6 @@ def test_progress_and_interrupt(bundled, api):
     api.util_wait_for_ready(check_interval=0.1)
 
 
-@pytest.mark.everywhere
 def test_an_interrupted_request_has_the_predicted_image(bundled, api):
     body = TINY | {"steps": 300, "width": 128, "height": 128, "sampler_name": "Euler"}
     with ThreadPoolExecutor() as pool:
