@@ -9,30 +9,21 @@ calls. Jobs that have not started may move later, when another replica would fin
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from cachetools import LRUCache
 
-from models.sampling.guidance import row_count
 from service.engine.events import Stepped
 from service.engine.job import Job, ModelKey
 from service.worker.call_times import CallTimes
+from service.worker.site import Kind, Load, Placed, Site, estimate
 
 SLACK = 0.1  # costs that are higher than the lowest by less than this part count as about the same
 LOAD_SECONDS = 5.0  # of a model, before any was loaded
 LORA_SECONDS = 1.0  # of a set of LoRAs, before any was merged
 MAX_LOADS = 1024  # of different keys, whose seconds are remembered
 LOAD_ALPHA = 0.3  # weight of the newest load in the average
-
-
-class Kind(NamedTuple):
-    """Jobs of one kind may share UNet calls: about what the engine calls a group."""
-
-    key: ModelKey
-    width: int
-    height: int
 
 
 class Move(NamedTuple):
@@ -43,38 +34,23 @@ class Move(NamedTuple):
     target: int
 
 
-@dataclass
-class Placed:
-    """A job and what is left of it. steps: of all its images together; rows: of an image in its last call."""
+class Offer(NamedTuple):
+    """A job that may move, and at least how many seconds it adds to any replica, without loading."""
 
-    job: Job
-    steps: float
-    total: float
-    rows: float
-    started: bool = False
-    target: int | None = None  # the replica that it moves to
-
-    @property
-    def kind(self) -> Kind:
-        return Kind(self.job.model_key, self.job.width, self.job.height)
+    placed: Placed
+    seconds: float
 
 
-@dataclass
-class Site:
-    """A replica: its jobs, those that move to it, and the models and LoRA sets that its worker has loaded."""
+class Bid(NamedTuple):
+    """A replica that may get a job. loading: seconds to load models, as far as computed."""
 
-    jobs: dict[str, Placed] = field(default_factory=dict)
-    coming: dict[str, Placed] = field(default_factory=dict)
-    holds: frozenset[ModelKey] = frozenset()
+    target: int
+    work: float
+    loading: dict[ModelKey, float]
 
-    @property
-    def waiting(self) -> list[Placed]:
-        """The jobs that have not started and do not move."""
-        return [placed for placed in self.jobs.values() if not placed.started and placed.target is None]
-
-    def has(self, key: ModelKey) -> bool:
-        """Whether it has loaded a model with its LoRAs, or will for a job that it has."""
-        return key in self.holds or any(placed.job.model_key == key for placed in self.jobs.values())
+    def is_below(self, work: float, more: float = 0.0) -> bool:
+        """Whether its work, with `more` seconds, is clearly less than `work` seconds."""
+        return (self.work + more) * (1 + SLACK) < work
 
 
 class Placement:
@@ -91,14 +67,14 @@ class Placement:
 
     def send(self, job: Job, replica: int) -> None:
         """Record that a job was sent to a replica."""
-        self._sites[replica].jobs[job.id] = estimate(job)
+        self._sites[replica].add(estimate(job))
         self._places[job.id] = replica
 
     def remove(self, job: str) -> None:
         """Forget a job that has left its replica; an unknown one is ignored."""
         if placed := self._find(job):
             self._redirect(placed, None)
-            del self._sites[self._places.pop(job)].jobs[job]
+            self._sites[self._places.pop(job)].remove(job)
 
     def clear(self, replica: int) -> None:
         """Forget the jobs and models of a replica whose worker has ended."""
@@ -123,8 +99,9 @@ class Placement:
                 if left < placed.steps:
                     placed.rows = rows / (placed.steps - left)
                 placed.steps = left
+                self._site_of(placed).changed()
         if placed := self._find(call.jobs[0].job) if call.jobs else None:
-            self.times.record(placed.kind, pixels_of(placed.job), call.padded, call.seconds)
+            self.times.record(placed.kind, placed.kind.pixels, call.padded, call.seconds)
 
     def hold(self, replica: int, keys: Iterable[ModelKey]) -> None:
         """Record which models, and models with LoRAs, a replica has loaded."""
@@ -151,59 +128,79 @@ class Placement:
 
     def moves(self, among: Collection[int]) -> list[Move]:
         """Jobs to move now, at most one to each replica; `among`: replicas that may get jobs."""
-        waiting = {number: jobs for number, site in self._sites.items() if (jobs := site.waiting)}
-        if not waiting or len(self._sites) == 1:
+        offers = {number: jobs for number in self._sites if (jobs := self._offers(number))}
+        if not offers or len(self._sites) == 1:
             return []
         work = {number: self.work(number) for number in self._sites.keys() | set(among)}
         moves = []
         targets = [number for number in among if not self._sites[number].coming]
         for target in sorted(targets, key=work.__getitem__):
-            least = work[target] * (1 + SLACK)
-            sources = [number for number in waiting if number != target and work[number] > least]
+            bid = Bid(target, work[target], {})
+            sources = [number for number in offers if number != target and bid.is_below(work[number])]
             for source in sorted(sources, key=work.__getitem__, reverse=True):
-                if placed := self._movable(waiting[source], target, work[source]):
+                if placed := self._movable(offers[source], bid, work[source]):
                     moves.append(Move(placed.job.id, source, target))
                     self._redirect(placed, target)
-                    waiting[source].remove(placed)
-                    work[source] = self.work(source)
+                    work[source], offers[source] = self.work(source), self._offers(source)
                     break
         return moves
 
     def work(self, replica: int) -> float:
         """Seconds until a replica has finished its jobs, those included that move to it."""
-        return self._seconds(self._jobs_at(replica))
+        return self._total(self._sites[replica].summary.loads)
 
-    def _movable(self, waiting: list[Placed], target: int, work: float) -> Placed | None:
-        """A job that ends clearly earlier at `target` than in `work` seconds, when its own replica is done.
+    def _offers(self, source: int) -> list[Offer]:
+        """Jobs that could move: the first one that waits for each model, in the order of their jobs."""
+        first = self._sites[source].summary.first
+        return [Offer(placed, self._least_seconds(placed)) for placed in first.values()]
+
+    def _least_seconds(self, placed: Placed) -> float:
+        """A lower bound of the seconds that a job adds to a replica, without loading; quick to compute."""
+        return placed.steps * placed.rows * self.times.row_seconds(placed.kind, placed.kind.pixels)
+
+    def _movable(self, offers: list[Offer], bid: Bid, work: float) -> Placed | None:
+        """A job that ends clearly earlier at the target than in `work` seconds, when its own replica is done.
 
         Either the first job whose model the target holds, or the first one.
         """
-        held = [placed for placed in waiting if self._sites[target].has(placed.job.model_key)]
-        for placed in (*held[:1], *waiting[:1]):
-            if self._cost(placed, target) * (1 + SLACK) < work:
+        site = self._sites[bid.target]
+        held = [offer for offer in offers if site.has(offer.placed.kind.key)]
+        for placed, seconds in (*held[:1], *offers[:1]):
+            key = placed.kind.key
+            if key not in bid.loading:
+                bid.loading[key] = self._loading(key, site)
+            # Most pairs of replicas end at the lower bound.
+            if (
+                bid.is_below(work, bid.loading[key] + seconds)
+                and self._cost(placed, bid.target) * (1 + SLACK) < work
+            ):
                 return placed
         return None
 
     def _redirect(self, placed: Placed, target: int | None) -> None:
         """Let a job move to another replica, or not any more."""
+        self._site_of(placed).changed()
         if placed.target is not None:
             del self._sites[placed.target].coming[placed.job.id]
+        placed.target = target
         if target is not None:
             self._sites[target].coming[placed.job.id] = placed
-        placed.target = target
+        self._sites[self._places[placed.job.id]].changed()
+        self._site_of(placed).changed()
+
+    def _site_of(self, placed: Placed) -> Site:
+        """The replica whose work includes a job: its own, or the one that it moves to."""
+        return self._sites[self._places[placed.job.id] if placed.target is None else placed.target]
 
     def _find(self, job: str) -> Placed | None:
         return self._sites[self._places[job]].jobs[job] if job in self._places else None
 
-    def _jobs_at(self, replica: int) -> list[Placed]:
-        """The jobs of a replica, without those that leave it and with those that move to it."""
-        site = self._sites[replica]
-        return [*(placed for placed in site.jobs.values() if placed.target is None), *site.coming.values()]
-
     def _cost(self, placed: Placed, replica: int) -> float:
         """Seconds until the replica would have finished all its jobs and this one."""
-        seconds = self._seconds([*self._jobs_at(replica), placed])
-        return seconds + self._loading(placed.job.model_key, self._sites[replica])
+        site = self._sites[replica]
+        loads = site.summary.loads
+        together = loads.get(placed.kind, Load()).with_job(placed)
+        return self._total({**loads, placed.kind: together}) + self._loading(placed.kind.key, site)
 
     def _loading(self, key: ModelKey, site: Site) -> float:
         """Seconds that a replica needs to load what it does not hold of a job's model and LoRAs."""
@@ -214,25 +211,10 @@ class Placement:
         has_model = site.has(model) or any(held.model == key.model for held in site.holds)
         return lora + (0.0 if has_model else self._load_seconds.get(model, LOAD_SECONDS))
 
-    def _seconds(self, jobs: Iterable[Placed]) -> float:
-        """Seconds that jobs take together: those of one kind share UNet calls, those of others take turns."""
-        kinds: defaultdict[Kind, list[Placed]] = defaultdict(list)
-        for placed in jobs:
-            kinds[placed.kind].append(placed)
-        return sum(self._seconds_of_kind(kind, same) for kind, same in kinds.items())
+    def _total(self, loads: Mapping[Kind, Load]) -> float:
+        """Seconds of all loads: jobs of one kind share UNet calls, those of several kinds take turns."""
+        return sum(self._seconds(kind, load) for kind, load in loads.items())
 
-    def _seconds_of_kind(self, kind: Kind, jobs: list[Placed]) -> float:
-        rows = sum(placed.steps * placed.rows for placed in jobs)
-        calls = max(rows / self.max_rows, *(placed.steps / placed.job.n for placed in jobs), 0.0)
-        pixels = kind.width * kind.height
-        return calls * self.times.seconds(kind, pixels, rows / calls) if calls else 0.0
-
-
-def estimate(job: Job) -> Placed:
-    """A new job, before its replica reports the exact number of its steps and rows."""
-    steps = job.n * max(1.0, job.steps * job.strength)
-    return Placed(job, steps, steps, row_count(job.guidance_scale))
-
-
-def pixels_of(job: Job) -> int:
-    return job.width * job.height
+    def _seconds(self, kind: Kind, load: Load) -> float:
+        calls = max(load.rows / self.max_rows, load.steps)
+        return calls * self.times.seconds(kind, kind.pixels, load.rows / calls) if calls else 0.0

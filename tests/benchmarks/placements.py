@@ -1,11 +1,12 @@
 """Placement of jobs on several replicas against simple rules, in simulated time.
 
-python -m tests.benchmarks.placements --replicas 8 --minutes 20 --loads 0.3 0.7 0.9
+python -m tests.benchmarks.placements --replicas 64 --minutes 60 --loads 0.5 0.7 0.85
 
-Nothing runs on a device: UNet calls, decoding and requests cost what tests/benchmarks/policies.py says. Each
-replica runs the service's scheduler. Requests choose one of three models (60, 30 and 10%); their rate follows
-a day in the simulated time, from half to one and a half of the mean. A replica holds `--held` models, and
-loads another one in `--load-seconds`, when one of those that it holds has no jobs.
+Nothing runs on a device: UNet calls and decoding cost what tests/benchmarks/pacing.py estimates for an H200.
+Each replica runs the service's scheduler, and the service's placement decides when the service's supervisor
+would ask it: when a request comes or ends, and twice a second while a replica is idle. Requests choose one of
+three models; their rate follows a day in the simulated time, from half to one and a half of the mean. A
+replica holds `--held` models, and loads another one when one of those that it holds has no jobs.
 """
 
 from __future__ import annotations
@@ -23,10 +24,41 @@ from service.engine.events import JobSteps, Stepped
 from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape
 from service.engine.scheduler import Scheduler
 from service.worker.placement import Placement
-from tests.benchmarks.policies import DEVICES, IMAGES, ROWS, STEPS, Device, draw, mean_work, quantile
+from tests.benchmarks.pacing import MODELS as COSTS
+from tests.benchmarks.pacing import Costs
+from tests.benchmarks.policies import IMAGES, ROWS, STEPS, draw, quantile
 
-MODELS = {"most": 0.6, "some": 0.3, "few": 0.1}
+MAX_ROWS = 32
+DECODE_CHUNK = 4
+HEARTBEAT_SECONDS = 0.5
 DOLLARS_PER_HOUR = 2.5  # of one GPU; a list price for an H100 or H200, which differ between vendors
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model. part: its share of the requests; size: of its images; load: seconds to load it."""
+
+    part: float
+    size: int
+    costs: Costs
+    load: float
+
+    def call(self, rows: int) -> float:
+        """Seconds of a UNet call."""
+        return self.costs.fixed + rows * self.costs.row
+
+    @property
+    def mean_work(self) -> float:
+        """Seconds of a mean request in full calls."""
+        images, steps, rows = (sum(value * part for value, part in t.items()) for t in (IMAGES, STEPS, ROWS))
+        return images * (steps * rows * self.call(MAX_ROWS) / MAX_ROWS + self.costs.decode)
+
+
+MODELS = {
+    "sd15": Served(0.6, 512, COSTS["Stable Diffusion 1.5, 512"], 1.5),
+    "sdxl": Served(0.3, 1024, COSTS["SDXL, 1024"], 4.0),
+    "ldm": Served(0.1, 256, COSTS["LDM text, 256"], 1.5),
+}
 
 
 @dataclass(eq=False)
@@ -44,10 +76,8 @@ class Replica:
     """A simulated replica: jobs wait until their model is held, then the scheduler has them."""
 
     number: int
-    device: Device
     held: int
-    load_seconds: float
-    scheduler: Scheduler = field(init=False)
+    scheduler: Scheduler = field(default_factory=lambda: Scheduler(MAX_ROWS))
     models: OrderedDict[str, int] = field(
         default_factory=OrderedDict
     )  # held -> jobs, least recently used first
@@ -59,9 +89,6 @@ class Replica:
     busy_seconds: float = 0.0
     loads: int = 0
     is_running: bool = False
-
-    def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.device.max_rows)
 
     @property
     def jobs(self) -> int:
@@ -76,10 +103,10 @@ class Replica:
         if picked:
             seconds += self._call(picked, world)
         ended = []
-        for _ in range(min(self.device.decode_chunk, len(self.latents))):
+        for _ in range(min(DECODE_CHUNK, len(self.latents))):
             job = self.latents.popleft().job
             request = self.admitted[job]
-            seconds += self.device.sizes[request.job.width].decode
+            seconds += MODELS[request.job.model].costs.decode
             self.undecoded[job] -= 1
             if not self.undecoded[job]:
                 del self.undecoded[job], self.admitted[job]
@@ -100,17 +127,17 @@ class Replica:
                     continue
                 if len(self.models) >= self.held:
                     del self.models[idle[0]]
-                seconds += self.load_seconds
+                seconds += MODELS[model].load
                 self.loads += 1
                 self.models[model] = 0
-                world.placement.load(ModelKey(model), self.load_seconds)
+                world.placement.load(ModelKey(model), MODELS[model].load)
                 world.placement.hold(self.number, map(ModelKey, self.models))
             self.models[model] += 1
             self.models.move_to_end(model)
             self.admitted[job.id], self.undecoded[job.id] = request, job.n
-            row_cost = self.device.sizes[job.width].row
+            row_cost = MODELS[model].costs.row
             rows = 1 if job.guidance_scale == 1 else 2
-            shape = Shape((Segment((model, job.width), rows, job.steps, row_cost),))
+            shape = Shape((Segment(model, rows, job.steps, row_cost),))
             self.scheduler.admit(job.id, shape, job.n)
         return seconds
 
@@ -124,7 +151,7 @@ class Replica:
             rows[key.job] += 1 if request.job.guidance_scale == 1 else 2
             self.done_steps[key.job] += 1
         total = sum(rows.values())
-        seconds = self.device.call(request.job.width, total)
+        seconds = MODELS[request.job.model].call(total)
         jobs = tuple(JobSteps(job, self.done_steps[job], own) for job, own in rows.items())
         world.placement.step(Stepped(total, total, len(picked), seconds, 0, 0, jobs))
         self.latents += self.scheduler.advance(picked)
@@ -138,12 +165,13 @@ class World:
         self.replicas = replicas
         self.rule = rule
         self.may_move = moves
-        self.placement = Placement(replicas[0].device.max_rows)
+        self.placement = Placement(MAX_ROWS)
         self.round = itertools.cycle(range(len(replicas)))
         self.moved = 0
+        first = next(iter(MODELS))
         for replica in replicas:
-            replica.models["most"] = 0
-            self.placement.hold(replica.number, [ModelKey("most")])
+            replica.models[first] = 0
+            self.placement.hold(replica.number, [ModelKey(first)])
 
     def run(self, requests: Iterator[Request]) -> list[Request]:
         """All requests, answered."""
@@ -151,21 +179,24 @@ class World:
         number = itertools.count()
         events: list[tuple[float, int, object]] = []
         coming = next(requests, None)
+        next_heartbeat = 0.0
         while coming or events:
             if coming and (not events or coming.arrival <= events[0][0]):
-                now, woken = coming.arrival, {self._send(coming)}
+                now, woken = coming.arrival, {self._send(coming)} | self._move()
                 coming = next(requests, None)
             else:
                 now, _, what = heapq.heappop(events)
                 if isinstance(what, Request):
                     self.placement.remove(what.job.id)
                     done.append(what)
-                    woken = set()
+                    woken = self._move()
                 else:
                     assert isinstance(what, Replica)
                     what.is_running = False
                     woken = {what.number}
-            woken |= self._move()
+            if now >= next_heartbeat:
+                next_heartbeat = now + HEARTBEAT_SECONDS
+                woken |= self._move() if any(not replica.jobs for replica in self.replicas) else set()
             for index in woken:
                 replica = self.replicas[index]
                 if not replica.is_running and (turn := replica.turn(self)):
@@ -223,11 +254,11 @@ RULES: dict[str, tuple[Callable[[World, Job], int], bool]] = {
 }
 
 
-def traffic(device: Device, replicas: int, load: float, seconds: float, seed: int) -> Iterator[Request]:
+def traffic(replicas: int, load: float, seconds: float, seed: int) -> Iterator[Request]:
     """Poisson arrivals with a rate that follows a day: from half to one and a half of the mean."""
     chance = random.Random(seed)
-    mean = load * replicas / mean_work(device)
-    sizes = {size: cost.part for size, cost in device.sizes.items()}
+    mean = load * replicas / sum(model.part * model.mean_work for model in MODELS.values())
+    parts = {name: model.part for name, model in MODELS.items()}
     now = 0.0
     for number in itertools.count():
         now += chance.expovariate(1.5 * mean)
@@ -235,33 +266,31 @@ def traffic(device: Device, replicas: int, load: float, seconds: float, seed: in
             return
         rate = 1 + 0.5 * math.sin(2 * math.pi * now / seconds)
         if chance.random() < rate / 1.5:
-            size, steps, rows, n = (draw(chance, t) for t in (sizes, STEPS, ROWS, IMAGES))
-            model = chance.choices(list(MODELS), list(MODELS.values()))[0]
+            steps, rows, n, model = (draw(chance, t) for t in (STEPS, ROWS, IMAGES, parts))
+            size = MODELS[model].size
             job = Job(str(number), model, "", "", size, size, steps, float(rows), number, n, "ddim", 0.0)
             yield Request(job, now)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=DEVICES, default="gpu", help="the cost model")
     parser.add_argument("--replicas", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.7, 0.9])
     parser.add_argument("--held", type=int, default=1)
-    parser.add_argument("--load-seconds", type=float, default=5.0)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(f"{args.replicas} replicas, {args.minutes:g} minutes, {args.held} of {len(MODELS)} models held")
     for load in args.loads:
-        for name, (rule, moves) in RULES.items():
-            print(f"load {load:g}  {name:20}  {simulate(args, load, rule, moves)}", flush=True)
+        for name in args.rules:
+            print(f"load {load:g}  {name:20}  {simulate(args, load, *RULES[name])}", flush=True)
 
 
 def simulate(args: argparse.Namespace, load: float, rule: Callable[[World, Job], int], moves: bool) -> str:
-    device, seconds = DEVICES[args.device], args.minutes * 60
-    replicas = [Replica(number, device, args.held, args.load_seconds) for number in range(args.replicas)]
+    replicas = [Replica(number, args.held) for number in range(args.replicas)]
     world = World(replicas, rule, moves)
-    done = world.run(traffic(device, args.replicas, load, seconds, args.seed))
+    done = world.run(traffic(args.replicas, load, args.minutes * 60, args.seed))
     latencies = sorted(request.end - request.arrival for request in done)
     end = max(request.end for request in done)
     images = sum(request.job.n for request in done)

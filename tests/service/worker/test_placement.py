@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Iterator
+
 import pytest
 
 from service.engine.events import JobSteps, Stepped
@@ -9,6 +12,7 @@ from service.engine.job import Job, LoraWeights, ModelKey
 from service.worker.call_times import CallTimes
 from service.worker.placement import LOAD_SECONDS, Move, Placement
 from tests.helpers.fake_runner import make_job
+from tests.helpers.plain_placement import PlainPlacement
 
 BOTH = (0, 1)
 CPU, GPU = (0.0, 0.05), (0.05, 0.001)  # fixed, row
@@ -173,3 +177,63 @@ def test_an_unknown_kind_is_estimated_from_the_others_by_pixels():
         times.record("small", 100, rows, 0.1 * rows)
     assert times.seconds("large", 400, 2) == pytest.approx(0.8)
     assert CallTimes().seconds("large", 400, 2) > CallTimes().seconds("small", 100, 2) > 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kept_sums_and_bounds_change_no_placement(seed):
+    draws = random.Random(seed)
+    replicas = range(draws.choice((2, 3, 8)))
+    fast, plain = Placement(max_rows=32), PlainPlacement(max_rows=32)
+    jobs: dict[str, Job] = {}
+    moved = 0
+    for event in random_events(draws, len(replicas), jobs):
+        event(fast)
+        event(plain)
+        job = make_job("new", model=draws.choice("abc"), steps=20)
+        assert fast.choose(job, replicas) == plain.choose(job, replicas)
+        moves = fast.moves(replicas)
+        assert moves == plain.moves(replicas)
+        for move in moves:
+            for made in (fast, plain):
+                made.remove(move.job)
+                made.send(jobs[move.job], made.choose(jobs[move.job], replicas))
+        moved += len(moves)
+    assert moved > 10
+
+
+def random_events(
+    draws: random.Random, replicas: int, jobs: dict[str, Job]
+) -> Iterator[Callable[[Placement], object]]:
+    """What could happen at replicas that hold different models; most jobs come to the first."""
+    for number in range(replicas):
+        held = [ModelKey("abc"[number % 3])]
+        yield lambda made, number=number, held=held: made.hold(number, held)
+    steps: dict[str, int] = {}
+    for number in range(150):
+        what = draws.random()
+        if what < 0.4 or not jobs:
+            loras = (INK,) if draws.random() < 0.1 else ()
+            size, n = draws.choice((64, 128)), draws.choice((1, 1, 4))
+            job = make_job(
+                str(number), model=draws.choice("aab"), loras=loras, width=size, height=size, n=n,
+                steps=draws.choice((10, 50)), guidance_scale=draws.choice((1.0, 5.0)),
+            )  # fmt: skip
+            jobs[job.id] = job
+            place = draws.randrange(replicas) if draws.random() < 0.5 else 0
+            yield lambda made, job=job, place=place: made.send(job, place)
+        elif what < 0.6:
+            job = draws.choice(list(jobs.values()))
+            steps.setdefault(job.id, 0)
+            yield lambda made, job=job: made.start(job.id, job.n * job.steps)
+        elif what < 0.85 and steps:
+            job = jobs[draws.choice(list(steps))]
+            steps[job.id] += job.n
+            call = Stepped(2, 2, 1, draws.uniform(0.01, 0.02), 1, 0, (JobSteps(job.id, steps[job.id], 2),))
+            yield lambda made, call=call: made.step(call)
+        elif what < 0.95:
+            job = jobs.pop(draws.choice(list(jobs)))
+            steps.pop(job.id, None)
+            yield lambda made, job=job: made.remove(job.id)
+        else:
+            seconds = draws.uniform(0.1, 6)
+            yield lambda made, seconds=seconds: made.load(ModelKey("a"), seconds)
