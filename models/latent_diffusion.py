@@ -290,6 +290,18 @@ class LatentDiffusion:
         copied = LatentDiffusion(self.spec, deepcopy(self.unet), deepcopy(self.autoencoder), conditioner)
         return copied.to(dtype=dtype)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the UNet's weights; of a first stage alone, that of the autoencoder's."""
+        return self.unet.dtype if self.unet else self.autoencoder.dtype
+
+    def with_unet_dtype(self, dtype: torch.dtype) -> LatentDiffusion:
+        """This model with its UNet copied to another dtype; the other networks are shared."""
+        unet = deepcopy(self.unet)
+        copied = LatentDiffusion(self.spec, unet and unet.to(dtype=dtype), self.autoencoder, self.conditioner)
+        copied.tiny_decoder = self.tiny_decoder
+        return copied
+
     def with_autoencoder_dtype(self, dtype: torch.dtype) -> LatentDiffusion:
         """This model with its autoencoder copied to another dtype; the other networks are shared."""
         autoencoder = deepcopy(self.autoencoder).to(dtype=dtype)

@@ -50,6 +50,11 @@ class Metrics:
             "stage",
             "replica",
         )
+        self.overflowed_models = self._counter(
+            "ldm_overflowed_models",
+            "Models that run in bfloat16 because they overflowed in float16",
+            "replica",
+        )
         self.key_requests = self._counter("ldm_key_requests", "Requests, by the name of their API key", "key")
         self.key_images = self._counter(
             "ldm_key_images", "Images returned to clients, by the name of the API key", "key"
@@ -135,6 +140,7 @@ class Metrics:
     def add_replica(self, replica: str) -> None:
         """Start every series of a replica at 0."""
         self.worker_restarts.labels(replica)
+        self.overflowed_models.labels(replica)
         self.padded_rows.labels(replica)
         for histogram in (self.unet_rows, self.step_seconds, self.decode_seconds):
             histogram.labels(replica)

@@ -65,7 +65,7 @@ class AdapterInputs:
     def after_encoder(self, skips: list[Tensor]) -> list[Tensor]:
         """The skip connections that the decoder takes, of the first input blocks."""
         residuals = self.skips[: len(skips)]
-        return [x + residual for x, residual in zip(skips, residuals, strict=True)] if residuals else skips
+        return [added(x, each) for x, each in zip(skips, residuals, strict=True)] if residuals else skips
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def shared_images(count: int, parts: Sequence[RowInputs]) -> Iterator[ImageToken
 
 
 def added(x: Tensor, other: Tensor | None) -> Tensor:
-    return x if other is None else x + other
+    """x + other, in the dtype of x: an adapter's may be another one."""
+    return x if other is None else x + other.to(x.dtype)
 
 
 def present(x: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 
 from service.api.native import while_connected
 from service.api.routing import JSONRoute
-from service.requests.model_schemas import IgnoredFile, ModelState, Rescan
+from service.requests.model_schemas import IgnoredFile, ModelState, Rescan, state_of
 from service.requests.response_schemas import error_responses
 from service.worker.backend import Backend
 
@@ -37,7 +37,7 @@ async def rescan(request: Request) -> Rescan:
     await while_connected(request, supervisor.rescan())
     specs = supervisor.specs
     return Rescan(
-        models=[state_of(name, supervisor) for name in specs],
+        models=[state_of(name, supervisor.models.loaded(name)) for name in specs],
         added=[name for name in specs if name not in before],
         removed=[name for name in before if name not in specs],
         loras=in_order(name for spec in specs.values() for name in spec.loras),
@@ -65,17 +65,7 @@ async def unload_model(name: str, request: Request) -> ModelState:
 async def set_loaded(name: str, load: bool, request: Request) -> ModelState:
     supervisor = supervisor_of(request)
     await while_connected(request, supervisor.set_loaded(name, load))
-    return state_of(name, supervisor)
-
-
-def state_of(name: str, supervisor: Backend) -> ModelState:
-    model = supervisor.models.loaded(name)
-    return ModelState(
-        name=name,
-        loaded=model is not None,
-        bytes=model and model.bytes,
-        backend=model and model.backend,
-    )
+    return state_of(name, supervisor.models.loaded(name))
 
 
 def in_order(names: Iterable[str]) -> list[str]:

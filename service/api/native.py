@@ -27,6 +27,7 @@ from service.requests.model_schemas import (
     ModelLimits,
     ModelList,
     Upscaling,
+    state_of,
 )
 from service.requests.response_schemas import GenerateResponse, error_responses
 from service.requests.schemas import AnyRequest, GenerateRequest, InpaintRequest, UpscaleRequest
@@ -142,12 +143,9 @@ async def list_models(request: Request) -> ModelList:
 
 
 def describe(spec: ModelSpec, settings: Settings, loaded: LoadedModel | None = None) -> Model:
-    """A model as GET /models describes it. loaded: as a worker has loaded it."""
+    """A model as GET /models describes it. loaded: None if it is not."""
     return Model(
-        name=spec.name,
-        loaded=loaded is not None,
-        bytes=loaded and loaded.bytes,
-        backend=loaded and loaded.backend,
+        **dict(state_of(spec.name, loaded)),
         tasks=list(spec.tasks),
         inpainting=inpainting_of(spec),
         upscaling=spec.upscaling

@@ -82,7 +82,8 @@ def predict(
     lengths = [len(own.rows) for own in rows]
     uses = [state.deep_use(image) for state, image in zip(states, images, strict=True)]
     call_rows = UNetRows(row_x, row_coeffs, inputs)
-    eps = call_images(bundle, images, uses, lengths, call_rows, size, sizes, graphs)
+    bundles = [state.phase(image).bundle for state, image in zip(states, images, strict=True)]
+    eps = call_images(bundles, images, uses, lengths, call_rows, size, sizes, graphs)
     starts = list(accumulate(lengths[:-1], initial=0))
     guided = combine(eps, rows, starts)
     for image, (own, start) in enumerate(zip(rows, starts, strict=True)):

@@ -143,6 +143,12 @@ class Registry(Generic[Bundle]):
         """Loaded models and the bytes of their weights."""
         return {name: (bundle, self._size_of(name)) for name, bundle in self._loaded.items()}
 
+    def replace(self, name: str, bundle: Bundle) -> None:
+        """Use another bundle of the same size for a loaded model from now on, also for copies with LoRAs."""
+        self._forget([key for key in self._merged if key.model == name])
+        self._loaded[name] = bundle
+        self.on_change()
+
     def bundles(self) -> list[Bundle]:
         """All loaded models and merged copies."""
         return [*self._loaded.values(), *(merged.bundle for merged in self._merged.values())]

@@ -22,6 +22,7 @@ from service.device.graphs import Graphs
 from service.device.job_shapes import JobShapes
 from service.device.job_warnings import warnings_of
 from service.device.memory import free_cache, memory_of
+from service.device.precision import Precision
 from service.device.registry import Registry
 from service.device.starting import Starter
 from service.device.state import ImageState, JobState, TileRun
@@ -63,12 +64,14 @@ class TorchRunner:
         self.buckets = tuple(buckets[-1:] if invariant else buckets)
         self.jobs: dict[str, JobState] = {}
         self.device = device = device or torch.device("cpu")
-        self.memory = memory_of(device)
-        self.workspace = Workspace(device, graphs_on(device) if graphs is None else graphs, invariant)
+        self.workspace = Workspace(
+            device, graphs_on(device) if graphs is None else graphs, memory_of(device), invariant
+        )
         self.finite_checker: FiniteChecker[JobState] = FiniteChecker(device)
         self._shapes = JobShapes(registry, compiles)
-        self._starter = Starter(registry, self._shapes, device)
-        self._stepper = Stepper(self.workspace, self.memory, self.buckets, room)
+        self._precision = Precision(registry, invariant)
+        self._starter = Starter(registry, self._shapes, self._precision, device)
+        self._stepper = Stepper(self.workspace, self.buckets, room)
         self._decoder = Decoder(registry, self.workspace)
 
     @property
@@ -76,13 +79,15 @@ class TorchRunner:
         """Name -> spec of every model, loaded or not."""
         return self.registry.specs
 
-    def loaded_models(self) -> tuple[LoadedModel, ...]:
-        """The loaded models, and which library runs each."""
-        loaded = self.registry.loaded().items()
-        return tuple(LoadedModel(name, size, backend_of(model)) for name, (model, size) in loaded)
-
     def shape(self, job: Job, full_precision: bool = False) -> Shape:
         return self._shapes.shape(job, full_precision)
+
+    def loaded_models(self) -> tuple[LoadedModel, ...]:
+        """The loaded models, each with the type of its weights and the library that runs it."""
+        return tuple(
+            LoadedModel(name, size, str(model.dtype).removeprefix("torch."), backend_of(model))
+            for name, (model, size) in self.registry.loaded().items()
+        )
 
     def install(self, contents: Contents) -> tuple[str, ...]:
         """Serve other models; returns those to unload when no job uses them."""
@@ -129,7 +134,7 @@ class TorchRunner:
         """Drop the graphs of unloaded models, and measurements, since the free memory has changed."""
         self._stepper.forget_measurements()
         self.workspace.graphs.prune()
-        self.memory.reset()
+        self.workspace.memory.reset()
 
     @translate_device_lost()
     @torch.inference_mode()
@@ -178,6 +183,10 @@ class TorchRunner:
     @translate_device_lost()
     def settle(self) -> tuple[str, ...]:
         return self._current_jobs(self.finite_checker.flush())
+
+    @translate_device_lost()
+    def count_overflow(self, job: Job) -> bool:
+        return self._precision.count_overflow(job)
 
     @translate_device_lost()
     @torch.inference_mode()
@@ -233,4 +242,4 @@ class TorchRunner:
 
     def discard(self, job: str) -> None:
         self.jobs.pop(job, None)
-        self._starter.keep(self.jobs.values())
+        self._precision.keep(self.jobs.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -22,19 +21,26 @@ from service.device.inputs import (
 )
 from service.device.job_shapes import JobShapes
 from service.device.phases import Phase
+from service.device.precision import Precision
 from service.device.registry import Registry
 from service.device.state import JobState
-from service.engine.job import AdapterKey, Job, ModelKey
+from service.engine.job import AdapterKey, Job
 
 
 class Starter:
-    """Makes the states of jobs. Models in float32, for jobs that run again, are kept while jobs use them."""
+    """Makes the states of jobs."""
 
-    def __init__(self, registry: Registry[LatentDiffusion], shapes: JobShapes, device: torch.device) -> None:
+    def __init__(
+        self,
+        registry: Registry[LatentDiffusion],
+        shapes: JobShapes,
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
         self._registry = registry
         self._shapes = shapes
+        self._precision = precision
         self._device = device
-        self._float32_copies: dict[ModelKey, LatentDiffusion] = {}
 
     def start(self, job: Job, full_precision: bool) -> JobState:
         """The state of a job before its first step; full_precision: in float32."""
@@ -45,18 +51,12 @@ class Starter:
             start_images(state)
         return state
 
-    def keep(self, states: Collection[JobState]) -> None:
-        """Forget the copies in float32 that none of these jobs uses."""
-        if self._float32_copies:
-            used = {id(phase.bundle) for state in states for phase in state.phases}
-            self._float32_copies = {n: b for n, b in self._float32_copies.items() if id(b) in used}
-
     def _phases(self, job: Job, full_precision: bool) -> tuple[Phase, ...]:
         """The phases of a job with their models and contexts."""
         phases = []
         for outline in self._shapes.outlines(job):
             key, group = outline.key, self._shapes.group(job, outline, full_precision)
-            bundle = self._in_float32(key) if full_precision else self._registry.bundle(key)
+            bundle = self._precision.in_float32(key) if full_precision else self._registry.bundle(key)
             if job.tiling != "none":
                 bundle = bundle.tiled(job.tiling)
             inputs = conditioning_input(job, outline, bundle.spec.label_cell)
@@ -84,15 +84,6 @@ class Starter:
             if own.adapter != NEIGHBOURS
         ]
         return replace(phase, controls=tuple(controls), references=tuple(references))
-
-    def _in_float32(self, key: ModelKey) -> LatentDiffusion:
-        """The model with its LoRAs in float32: a copy, unless the model is loaded in float32."""
-        model = self._registry[key.model]
-        if model.unet is not None and model.unet.dtype == torch.float32:
-            return self._registry.bundle(key)
-        if key not in self._float32_copies:
-            self._float32_copies[key] = self._registry.merged(model.copy(torch.float32), key)
-        return self._float32_copies[key]
 
 
 def attended(bundle: LatentDiffusion, context: Context | None) -> ContextKeys | None:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from service.device.batch import advance
-from service.device.memory import CudaMemory, HostMemory
 from service.device.state import ImageState, JobState
 from service.device.torch_errors import translate_oom
 from service.device.workspace import Workspace
@@ -33,11 +32,8 @@ class CallLoad(NamedTuple):
 class Stepper:
     """Makes the next states of images. buckets: sizes of calls; room: as in TorchRunner."""
 
-    def __init__(
-        self, workspace: Workspace, memory: CudaMemory | HostMemory, buckets: tuple[int, ...], room: int
-    ) -> None:
+    def __init__(self, workspace: Workspace, buckets: tuple[int, ...], room: int) -> None:
         self._workspace = workspace
-        self._memory = memory
         self._buckets = buckets
         self._room = room
         self._calls = 0
@@ -75,7 +71,7 @@ class Stepper:
         load = CallLoad(size, count_controls(states, images))
         self._calls += 1
         due = load.exceeds(largest) or (load == largest and self._calls % MEASURE_EVERY == 0)
-        measuring = due and self._memory.begin()
+        measuring = due and self._workspace.memory.begin()
         graphs = self._workspace.graphs
         # The memory of a captured graph is allocated already, so only a call without graphs can be measured.
         with translate_oom(), graphs.paused() if measuring else nullcontext():
@@ -83,7 +79,7 @@ class Stepper:
         if not measuring:
             return new_states, None
         self._measured[group] = CallLoad(*map(max, load, largest))
-        return new_states, self._memory.end(size, self._room)
+        return new_states, self._workspace.memory.end(size, self._room)
 
 
 def count_controls(states: Sequence[JobState], images: Sequence[ImageState]) -> int:

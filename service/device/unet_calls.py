@@ -59,7 +59,7 @@ class Result(NamedTuple):
 
 
 def call_images(
-    bundle: LatentDiffusion,
+    bundles: Sequence[LatentDiffusion],
     images: Sequence[ImageState],
     uses: Sequence[DeepUse | None],
     lengths: Sequence[int],
@@ -70,18 +70,19 @@ def call_images(
 ) -> Tensor:
     """eps (R, C, h, w) of the rows of all images; those that reuse features of a branch have their own call.
 
-    uses: of deep features, by each image; lengths: rows of each image; size: rows of a call for all rows;
-    sizes: rows that a call for some of them can have. Stores the features that images keep.
+    bundles: of each image: mostly one, but after Precision has replaced a model some have the old one, and
+    their own call. uses: of deep features, by each image; lengths: rows of each image; size: rows of a call
+    for all rows; sizes: rows that a call for some of them can have. Stores the features that images keep.
     """
-    parts: dict[int | None, list[int]] = {}  # branch that is reused, or None -> images
-    for index, use in enumerate(uses):
-        parts.setdefault(use.branch if use and use.reuses else None, []).append(index)
+    parts: dict[tuple[LatentDiffusion, int | None], list[int]] = {}  # model, branch that is reused -> images
+    for index, (bundle, use) in enumerate(zip(bundles, uses, strict=True)):
+        parts.setdefault((bundle, use.branch if use and use.reuses else None), []).append(index)
     keep = tuple(sorted({use.branch for use in uses if use and not use.reuses}))
-    if [*parts] == [None] and not keep:
-        return call_unet(bundle, rows, size, graphs).eps
+    if [*parts] == [(bundles[0], None)] and not keep:
+        return call_unet(bundles[0], rows, size, graphs).eps
     starts = list(accumulate(lengths, initial=0))
     results: list[Tensor] = [rows.x] * len(images)
-    for branch, members in parts.items():
+    for (bundle, branch), members in parts.items():
         chosen = torch.tensor([row for image in members for row in range(*starts[image : image + 2])])
         own = rows_of(rows, upload(chosen, rows.x.device))
         if branch is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from service.device.graphs import Graphs
-from service.device.memory import free_cache
+from service.device.memory import CudaMemory, HostMemory, free_cache
 from service.engine.events import Incident
 
 
@@ -18,13 +18,14 @@ def ignore(incident: Incident) -> None:
 
 @dataclass
 class Workspace:
-    """A device and its recorded calls.
+    """A device, its recorded calls and its memory.
 
     invariant: of TorchRunner. report_incident: is called with every failure, also those that are recovered.
     """
 
     device: torch.device
     graphs: Graphs
+    memory: CudaMemory | HostMemory
     invariant: bool = False
     report_incident: Callable[[Incident], None] = ignore
 

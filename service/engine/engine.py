@@ -19,6 +19,7 @@ from service.engine.events import (
     Incident,
     JobSteps,
     Loaded,
+    Overflowed,
     Previewed,
     QueuePosition,
     QueuePositions,
@@ -438,6 +439,16 @@ class Engine:
                 start=run.start_seconds,
             )
         )
+        if run.full_precision:
+            self._count_overflow(job)
+
+    def _count_overflow(self, job: Job) -> None:
+        """Count a job that was possible in float32 only; that may change the type of its model."""
+        try:
+            if self.runner.count_overflow(job):
+                self.emit(Overflowed(job.model))
+        except OutOfMemory:
+            log.warning("no memory for another copy of %s; it stays in float16", job.model)
 
     # Failures.
 

@@ -138,18 +138,30 @@ class Loaded:
 
 
 class LoadedModel(NamedTuple):
-    """A loaded model. bytes: of its weights; backend: the library that runs its UNet and decoder."""
+    """A loaded model.
+
+    bytes: of its weights; dtype: of its UNet's weights, as torch calls it; backend: the library that runs its
+    UNet and decoder.
+    """
 
     name: str
     bytes: int
+    dtype: str
     backend: str
 
 
 @dataclass(frozen=True)
 class LoadedModels:
-    """The loaded models, after a change."""
+    """The loaded models after a change."""
 
     models: tuple[LoadedModel, ...]
+
+
+@dataclass(frozen=True)
+class Overflowed:
+    """A model's values in float16 were too often NaN or Inf; its new jobs run in bfloat16."""
+
+    model: str
 
 
 @dataclass(frozen=True)
@@ -173,5 +185,6 @@ Event = (
     | Cancelled
     | Withdrawn
     | LoadedModels
+    | Overflowed
     | CallEnded
 )

@@ -88,6 +88,9 @@ class Runner(Protocol):
     def settle(self) -> tuple[str, ...]:
         """Wait for the device; returns jobs with NaN or Inf values that no Call has reported yet."""
 
+    def count_overflow(self, job: Job) -> bool:
+        """Count a job that had NaN or Inf values, but not in float32; whether its model is bfloat16 now."""
+
     def prepare(self, key: ImageKey) -> bool:
         """Do one bounded piece of work to make an image ready for its next phase; whether it is ready now.
 

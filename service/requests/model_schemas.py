@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from models.spec import Spacing
+from service.engine.events import LoadedModel
 
 
 class ModelDefaults(BaseModel):
@@ -67,10 +68,24 @@ class ModelState(BaseModel):
         bool, Field(description="Whether the weights are in memory; otherwise the first request loads them")
     ]
     bytes: Annotated[int | None, Field(description="Size of the weights in memory; null if not loaded")]
+    dtype: Annotated[
+        str | None,
+        Field(
+            description="Type of the UNet's weights; null if not loaded. A model that overflows in "
+            "float16 becomes bfloat16, until it is unloaded"
+        ),
+    ]
     backend: Annotated[
         str | None,
         Field(description="Library that runs the UNet and the VAE: torch or openvino; null if not loaded"),
     ]
+
+
+def state_of(name: str, loaded: LoadedModel | None) -> ModelState:
+    """loaded: None if the model is not loaded."""
+    if loaded is None:
+        return ModelState(name=name, loaded=False, bytes=None, dtype=None, backend=None)
+    return ModelState(loaded=True, **loaded._asdict())
 
 
 class Model(ModelState):

@@ -112,6 +112,9 @@ class FaultyRunner:
     def settle(self) -> tuple[str, ...]:
         return self.inner.settle()
 
+    def count_overflow(self, job: Job) -> bool:
+        return self.inner.count_overflow(job)
+
     def prepare(self, key: ImageKey) -> bool:
         self._fail("prepare", [key.job])
         return self.inner.prepare(key)

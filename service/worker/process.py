@@ -172,7 +172,7 @@ def load(
     watch.lap("imports")
     runner = build(settings, Folders(settings).models, watch, catalogue)
     runner.workspace.report_incident = link.send
-    registry, memory = runner.registry, runner.memory
+    registry, memory = runner.registry, runner.workspace.memory
     heartbeat.loading, heartbeat.memory = (lambda: registry.loading), memory.used
     heartbeat.holds = registry.held
     registry.on_change = lambda: link.send(LoadedModels(runner.loaded_models()))

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from typing import Literal, Protocol
 
-from service.engine.events import Decoded, Incident, Stepped
+from service.engine.events import Decoded, Incident, Overflowed, Stepped
 from service.engine.job import Job
 from service.metrics import Metrics
 from service.model_paths import ModelPathError
@@ -215,6 +215,9 @@ class Replica:
                 self.metrics.decode_seconds.labels(self.label).observe(seconds)
             case Incident():
                 self.metrics.count_incident(self.label, report)
+            case Overflowed(model):
+                self.metrics.overflowed_models.labels(self.label).inc()
+                self._log(logging.WARNING, "%s overflowed in float16; it runs in bfloat16", model)
             case Ready():
                 self._become_ready(report)
             case Stepped():

@@ -68,6 +68,7 @@ class CountingRunner:
         self.full_precision: dict[str, bool] = {}  # job id -> as given to shape()
         self.started: dict[str, Job] = {}
         self.measures = False
+        self.overflows: list[str] = []  # jobs that were possible in full precision only
 
     def shape(self, job: Job, full_precision: bool = False) -> Shape:
         self.break_at("shape", job)
@@ -148,6 +149,10 @@ class CountingRunner:
 
     def settle(self) -> tuple[str, ...]:
         return ()
+
+    def count_overflow(self, job: Job) -> bool:
+        self.overflows.append(job.id)
+        return len(self.overflows) == 2
 
     def finish(self, key: ImageKey) -> bytes:
         self.clock.now += 0.05

@@ -18,31 +18,26 @@ from tests.helpers.fake_runner import make_job, outcomes
 
 def run_together(runner: TorchRunner, *jobs: Job) -> tuple[list[list[bytes]], list[Stepped]]:
     """Run jobs together; returns the images of each, and the events of all UNet calls."""
-    events: list = []
-    engine = Engine(runner, events.append, 8, 4, time.monotonic)
-    for job in jobs:
-        engine.submit(job)
-    while engine.busy:
-        engine.tick()
+    events = events_of(runner, *jobs)
     assert set(outcomes(events).values()) == {"done"}
-    done = {event.job: event.images for event in events if type(event).__name__ == "Done"}
+    done = {event.job: event.images for event in events if isinstance(event, Done)}
     return [done[job.id] for job in jobs], [event for event in events if isinstance(event, Stepped)]
 
 
 def run_jobs(runner: TorchRunner, *jobs: Job) -> dict[str, tuple[bytes, ...]]:
     """Run jobs together; returns job id -> images."""
-    done: dict[str, tuple[bytes, ...]] = {}
+    return {event.job: event.images for event in events_of(runner, *jobs) if isinstance(event, Done)}
 
-    def emit(event: Event) -> None:
-        if isinstance(event, Done):
-            done[event.job] = event.images
 
-    engine = Engine(runner, emit, 8, 4, time.monotonic)
+def events_of(runner: TorchRunner, *jobs: Job) -> list[Event]:
+    """Run jobs together; returns all events."""
+    events: list[Event] = []
+    engine = Engine(runner, events.append, 8, 4, time.monotonic)
     for job in jobs:
         engine.submit(job)
     while engine.busy:
         engine.tick()
-    return done
+    return events
 
 
 KEY = ImageKey("a", 0)

@@ -143,9 +143,16 @@ def test_a_lora_that_is_gone_is_one_error(server, folder, tiny):
 
 def test_models_are_loaded_and_unloaded_on_demand(server):
     state = post(server, "/models/two/load")
-    assert state == {"name": "two", "loaded": True, "bytes": state["bytes"]}
+    assert state == {
+        "name": "two",
+        "loaded": True,
+        "bytes": state["bytes"],
+        "dtype": "float32",
+        "backend": "torch",
+    }
     assert state["bytes"] > 0
-    assert post(server, "/models/two/unload") == {"name": "two", "loaded": False, "bytes": None}
+    unloaded = dict.fromkeys(("bytes", "dtype", "backend"))
+    assert post(server, "/models/two/unload") == {"name": "two", "loaded": False} | unloaded
     assert post(server, "/models/two/unload")["loaded"] is False
     for act in ("load", "unload"):
         assert error_of(server.client.post(f"/models/none/{act}"), 404)["param"] == "name"

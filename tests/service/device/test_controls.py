@@ -259,7 +259,7 @@ def test_memory_is_measured_again_when_a_call_has_more_controls(runner):
         def end(self, rows: int, room: int) -> MemoryUse:
             return MemoryUse(rows, 1, 1000)
 
-    runner.memory = meter = Meter()
+    runner.workspace.memory = meter = Meter()
     plain, controlled = job("a"), job("b", use(EDGES))
     load_adapters(runner, plain, controlled)
     for each in (plain, controlled):

@@ -17,6 +17,7 @@ from service.engine.events import (
     Done,
     Failed,
     Incident,
+    Overflowed,
     Previewed,
     QueuePositions,
     Started,
@@ -167,6 +168,12 @@ def test_a_job_with_nan_values_runs_again_in_float32():
     assert sorted(event.job for event in of(events, Started)) == ["bad", "good", "so-so"]
     steps = [part.steps for event in of(events, Stepped) for part in event.jobs if part.job == "so-so"]
     assert steps == sorted(steps), "the count never goes back"
+
+
+def test_jobs_that_need_float32_are_counted_for_their_model():
+    events, runner = run([make_job("a"), *(make_job(name, prompt="wobbly") for name in "bcd")])
+    assert sorted(runner.overflows) == ["b", "c", "d"]
+    assert of(events, Overflowed) == [Overflowed("m")]
 
 
 def test_positions_and_estimates_of_waiting_jobs_are_reported():
@@ -368,7 +375,7 @@ class History:
 
 
 def concerns(event, job: str) -> bool:
-    if isinstance(event, Decoded | Incident):
+    if isinstance(event, Decoded | Incident | Overflowed):
         return False
     if isinstance(event, QueuePositions):
         return any(name == job for name, _, _ in event.positions)

@@ -42,8 +42,8 @@ def test_a_worker_that_has_ended_holds_nothing_up():
     table = ModelTable(Settings())
     table.take(0, offer(0, "a"))
     table.take(1, offer(1, "a", "b"))
-    table.set_loaded(0, LoadedModels((LoadedModel("a", 7, "torch"),)))
-    assert table.loaded("a") == LoadedModel("a", 7, "torch")
+    table.set_loaded(0, LoadedModels((LoadedModel("a", 7, "float16", "torch"),)))
+    assert table.loaded("a") == LoadedModel("a", 7, "float16", "torch")
     table.lose(0)
     assert list(table.specs) == ["a", "b"]
     assert table.loaded("a") is None
