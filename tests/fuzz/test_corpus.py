@@ -1,0 +1,25 @@
+"""Every input that the fuzzer kept, and every one that was a fault once, raises no unexpected error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.targets import TARGETS, run
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_raises_only_documented_errors(name):
+    inputs = sorted((CORPUS / name).iterdir())
+    assert inputs
+    for file in inputs:
+        run(name, file.read_bytes())
+
+
+def test_the_target_for_images_finds_an_undocumented_error(monkeypatch):
+    monkeypatch.setattr("service.requests.images.image_files.essentials", lambda file: file[10**9])
+    with pytest.raises(IndexError):
+        run("image", b"\x89PNG\r\n\x1a\n")
