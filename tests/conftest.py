@@ -40,6 +40,7 @@ BUNDLED_SETTINGS = {
     "LDM_DTYPE": "auto",
     "LDM_ALIAS": "my-images=emoji",
     "LDM_CORS_ORIGINS": "https://page.example",
+    "LDM_LORA": "few-steps=emoji-few-steps",
 }
 
 # A busy machine makes an example slow, which says nothing about the code.

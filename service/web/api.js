@@ -42,9 +42,9 @@ async function errorOf(response) {
 export const get = async (path) => (await send(path)).json();
 export const text = async (path) => (await send(path)).text();
 export const remove = async (path) => (await send(path, { method: "DELETE" })).json();
-export async function post(path, body) {
+export async function post(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
-  return (await send(path, { method: "POST", headers, body: JSON.stringify(body) })).json();
+  return (await send(path, { method: "POST", headers, body: JSON.stringify(body), signal })).json();
 }
 
 /** Server-sent events as {id, event, data}; ends with the response. */

@@ -19,6 +19,10 @@ const does = (model, task) =>
   : task === "upscale" ? model.tasks.includes("upscaling")
   : model.tasks.some((name) => name !== "inpainting" && name !== "upscaling");
 
+/** Why the seed of a request cannot be sent, or null: JSON of a larger number would be another seed, of a text none. */
+export const seedError = ({ seed }) =>
+  seed === undefined || Number.isSafeInteger(seed) ? null : `A whole number from 0 to ${Number.MAX_SAFE_INTEGER}.`;
+
 const file = (blob) => (blob ? base64Of(blob) : undefined);
 
 export class Form {

@@ -2,7 +2,8 @@
 
 import { get, key, onUnauthorized } from "./api.js";
 import { $ } from "./dom.js";
-import { Form } from "./form.js";
+import { Form, seedError } from "./form.js";
+import { Live } from "./live.js";
 import { parametersOf } from "./png.js";
 import { asBase64, startJob, tileOf } from "./results.js";
 import { fromLink, snippets } from "./snippets.js";
@@ -12,7 +13,7 @@ import * as store from "./store.js";
 const POLL_MS = 2000;
 const VIEWS = ["create", "gallery", "status"];
 
-const form = new Form(() => {});
+const form = new Form(() => live.changed());
 const strip = new Strip();
 
 const actions = {
@@ -27,6 +28,8 @@ const actions = {
   },
 };
 
+const live = new Live(form, actions);
+
 async function open(task, request) {
   location.hash = "#create";
   show("create");
@@ -39,8 +42,8 @@ async function submit() {
   const body = await form.job();
   if (body.task !== "generate" && !body.request.image) return form.showError({ param: "image", message: "Choose an image first." });
   if (body.task === "inpaint" && !body.request.mask) return form.showError({ param: "mask", message: "Paint over what is to be replaced." });
-  const { seed } = body.request;  // JSON of a larger number would be another seed, of a text none
-  if (seed !== undefined && !Number.isSafeInteger(seed)) return form.showError({ param: "seed", message: `A whole number from 0 to ${Number.MAX_SAFE_INTEGER}.` });
+  const error = seedError(body.request);
+  if (error) return form.showError({ param: "seed", message: error });
   strip.wake?.();
   return startJob(body, form, actions);
 }

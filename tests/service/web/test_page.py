@@ -94,6 +94,60 @@ def test_shows_previews_and_keeps_the_images_in_the_gallery(visit: Visit):
     expect(page.locator("#gallery-grid button")).to_have_count(2)
 
 
+def test_live_mode_draws_in_few_steps_while_one_types(visit: Visit):
+    page = visit.page
+    page.get_by_label("Live: an image while you type").check()
+    with page.expect_request("**/generate") as sent:
+        page.locator("#prompt").press_sequentially("ghost", delay=20)
+    body = sent.value.post_data_json
+    assert body["prompt"] == "ghost"
+    assert (body["steps"], body["guidance_scale"], body["loras"]) == (4, 1, {"few-steps": 1})
+    live = page.get_by_role("region", name="Live")
+    expect(live.get_by_role("status")).to_contain_text("ghost: 4 steps")
+    live.get_by_role("button", name="Open: ghost").click()
+    expect(page.locator("#viewer")).to_contain_text("few-steps")
+
+
+def test_live_mode_cancels_the_former_request(visit: Visit, bundled: Server):
+    page = visit.page
+    page.get_by_label("Live: an image while you type").check()
+    page.locator("#width").fill("512")
+    page.locator("#height").fill("512")
+    with page.expect_event("requestfailed") as cancelled:
+        with page.expect_request("**/generate"):
+            page.locator("#prompt").fill("rocket")
+        page.locator("#prompt").fill("red apple")
+    assert cancelled.value.post_data_json["prompt"] == "rocket"
+    expect(page.locator("#live-text")).to_contain_text("red apple: 4 steps")
+    assert bundled.health()["jobs"] == 0
+
+
+def test_live_mode_is_offered_for_prompts_alone_and_works_by_keyboard(visit: Visit):
+    page = visit.page
+    box = page.get_by_label("Live: an image while you type")
+    page.locator("#prompt").focus()
+    page.keyboard.press("Tab")
+    expect(box).to_be_focused()
+    page.keyboard.press("Space")
+    expect(page.locator("#live-text")).to_have_text("Type a prompt.")
+    page.get_by_text("Inpaint", exact=True).click()
+    expect(box).to_be_hidden()
+    expect(page.locator("#live-view")).to_be_hidden()
+
+
+def test_live_mode_needs_a_few_step_lora_or_model(visit: Visit):
+    offered = visit.page.evaluate(
+        "async () => { const { fewSteps } = await import('./page/live.js');"
+        " return [{lora_settings: {}, few_step: null}, {lora_settings: {}, few_step: {steps: 2}},"
+        " {lora_settings: {fast: {steps: 4}}, few_step: null}].map(fewSteps); }"
+    )
+    assert offered == [
+        None,
+        {"settings": {"steps": 2}, "loras": {}},
+        {"settings": {"steps": 4}, "loras": {"fast": 1}},
+    ]
+
+
 def test_cancels_a_running_job(visit: Visit, bundled: Server):
     card = visit.submit(prompt="ghost", steps="900")
     expect(card.get_by_role("status")).to_contain_text("Step")
@@ -258,7 +312,9 @@ def test_asks_for_the_key_and_keeps_it_for_the_tab(browser: Browser, start_serve
 def test_has_no_accessibility_violation(browser: Browser, bundled: Server, scheme: str):
     context = browser.new_context(color_scheme=scheme, bypass_csp=True)
     visit = Visit(context, str(bundled.client.base_url))
+    visit.page.get_by_label("Live: an image while you type").check()
     visit.finished(visit.submit(prompt="ghost", steps="2"))
+    expect(visit.page.locator("#live-text")).to_contain_text("ghost: 4 steps")
     for summary in visit.page.locator("summary:visible").all():
         summary.click()
     for view in ("Create", "Gallery", "Status"):
