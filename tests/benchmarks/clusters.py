@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     kill = commands.add_parser("kills")
     kill.set_defaults(run=kills)
-    for name, default in (("kills", 10), ("clients", 12), ("different", 8)):
+    for name, default in (("kills", 10), ("clients", 12), ("different", 6)):
         kill.add_argument(f"--{name}", type=int, default=default)
     cost_of = commands.add_parser("cost")
     cost_of.set_defaults(run=cost)
@@ -65,7 +65,8 @@ def application(
 ) -> Iterator[tuple[RayCluster, httpx.Client]]:
     """A running application with the bundled model, and a client of it."""
     own = {"LDM_MODEL": "emoji", "LDM_QUEUE_SIZE": str(QUEUE_SIZE), "LDM_MAX_BODY_BYTES": str(2**25)}
-    each = RayApplication("ldm", "", {**own, "LDM_LOG_LEVEL": "warning", **settings}, arguments)
+    own |= {"LDM_BACKEND": "torch", "LDM_LOG_LEVEL": "warning"}
+    each = RayApplication("ldm", "", own | settings, arguments)
     environment = {"RAY_SERVE_ENABLE_HA_PROXY": "1"} if haproxy else {}
     with ray_cluster([each], cpus, environment=environment) as cluster, servers_of(cluster, [each]) as (one,):
         one.client.timeout = None
@@ -78,7 +79,8 @@ def application(
 def kills(args: argparse.Namespace) -> None:
     """Print how many requests were lost, and how many had other bytes."""
     arguments = {"max_engines": 2, "jobs_per_engine": 4}
-    with application({"LDM_INVARIANT": "1", "LDM_DTYPE": "auto"}, arguments, (2, 1)) as (cluster, client):
+    settings = {"LDM_INVARIANT": "1", "LDM_BUCKETS": "4", "LDM_DTYPE": "auto"}
+    with application(settings, arguments, (2, 1)) as (cluster, client):
         begin = time.monotonic()
         with ThreadPoolExecutor(args.clients) as pool:  # the second replica goes to the second node
             short = requests_of(client, 1)[0]
@@ -146,7 +148,7 @@ def kill_in_turn(cluster: RayCluster, client: httpx.Client, times: int) -> str:
     """Kill engine replicas while one is ready, then the last node."""
     chance = random.Random(0)
     for number in range(times):
-        time.sleep(chance.uniform(3.0, 8.0))
+        time.sleep(chance.uniform(1.5, 4.0))
         while not (ready_engines(client) and (running := engines_on(cluster))):
             time.sleep(0.1)
         chance.choice(running).send_signal(signal.SIGKILL)
@@ -171,7 +173,7 @@ def engines_on(cluster: RayCluster) -> list[psutil.Process]:
 
 def cost(args: argparse.Namespace) -> None:
     """Print images per second under load and the latency of single requests, of both servers."""
-    settings = read_settings(flags={"model": "emoji", "queue_size": str(QUEUE_SIZE)})
+    settings = read_settings(flags={"model": "emoji", "queue_size": str(QUEUE_SIZE), "backend": "torch"})
     arguments = {"jobs_per_engine": 32}
     with (
         started(settings) as (_, bare),
