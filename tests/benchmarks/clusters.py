@@ -6,7 +6,8 @@ python -m tests.benchmarks.clusters cost --rounds 3
 kills: with --invariant, under the requests of `ldm bench`. The first node has the API replica and an engine
 replica; under load Ray starts another one on the second node. Then engine replicas are killed, and at last
 the second node with all its processes. Each response is compared with that to the same request without load.
-cost: the requests of `ldm bench` to `ldm serve` and to the Ray application with one engine replica, in turn.
+cost: text-to-image requests of `ldm bench` to `ldm serve` and to the Ray application with one engine replica,
+in turn; both with one thread.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import psutil
 
 from service.bench.command import find_model, over_http, started
 from service.bench.load import Run
-from service.bench.mix import DEFAULT, Request, draw
+from service.bench.mix import DEFAULT, Entry, Request, draw
 from service.settings import read_settings
 from tests.helpers.ray_clusters import RayApplication, RayCluster, ray_cluster, servers_of
 
@@ -53,7 +54,7 @@ def parse() -> argparse.Namespace:
         kill.add_argument(f"--{name}", type=int, default=default)
     cost_of = commands.add_parser("cost")
     cost_of.set_defaults(run=cost)
-    for name, default in (("rounds", 3), ("requests", 48), ("clients", 16), ("singles", 15)):
+    for name, default in (("rounds", 4), ("requests", 32), ("clients", 16), ("singles", 10)):
         cost_of.add_argument(f"--{name}", type=int, default=default)
     cost_of.add_argument("--haproxy", action="store_true", help="with HAProxy in place of Ray's proxy")
     return parser.parse_args()
@@ -173,19 +174,20 @@ def engines_on(cluster: RayCluster) -> list[psutil.Process]:
 
 def cost(args: argparse.Namespace) -> None:
     """Print images per second under load and the latency of single requests, of both servers."""
-    settings = read_settings(flags={"model": "emoji", "queue_size": str(QUEUE_SIZE), "backend": "torch"})
+    flags = {"model": "emoji", "queue_size": str(QUEUE_SIZE), "backend": "torch", "threads": "1"}
     arguments = {"jobs_per_engine": 32}
     with (
-        started(settings) as (_, bare),
+        started(read_settings(flags=flags)) as (_, bare),
         application({"LDM_DTYPE": "auto"}, arguments, (4,), args.haproxy) as (_, client),
     ):
         urls = {"ldm serve": bare, "Ray": str(client.base_url)}
         speeds: dict[str, list[float]] = {name: [] for name in urls}
         latencies: dict[str, list[float]] = {name: [] for name in urls}
-        for _ in range(args.rounds):
-            for name, url in urls.items():
+        for number in range(args.rounds):
+            for name, url in list(urls.items())[:: 1 - 2 * (number % 2)]:  # the other one first in each round
                 run = load(url, args.requests, args.clients)
                 speeds[name].append(sum(answer.images for answer in run.answers) / run.seconds)
+                print(f"{name}: {speeds[name][-1]:.3f} images/s", flush=True)
             for name, url in list(urls.items()) * args.singles:
                 latencies[name].append(single(url))
     for name in urls:
@@ -205,7 +207,7 @@ def load(url: str, requests: int, clients: int) -> Run:
         url=url, model=None, seed=0, requests=requests, seconds=None, clients=clients, rate=None,
         against_solo=False,
     )  # fmt: skip
-    return asyncio.run(over_http(flags, None, url)).load
+    return asyncio.run(over_http(flags, [Entry(steps=25)], url)).load
 
 
 def single(url: str) -> float:
