@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.latent_diffusion import LatentDiffusion
+from service.device.mapped_weights import MappedWeights
 from service.device.select import cpu_field, trial_inputs
 from service.engine.job import Job
 from service.settings import SettingError
@@ -100,19 +101,22 @@ class CpuBackend:
         if seconds and not is_faster(seconds):
             log.info("%s runs by torch, as measured before: %s", name, describe(seconds))
             return
+        weights = mapped(model.unet, model.autoencoder)
         unet, compiled, inputs = model.unet, CompiledUNet(model.unet), trial_inputs(model, TRIAL_CELLS)
         error = difference(compiled(*inputs), unet(*inputs))
-        if not error <= MAX_ERROR[unet.dtype]:
-            log.warning("%s runs by torch: the error of OpenVINO's UNet is %.1e", name, error)
-            return
         if self.choice == "auto" and not seconds:
             seconds = Seconds(least_seconds(lambda: unet(*inputs)), least_seconds(lambda: compiled(*inputs)))
             self._keep(key, seconds)
-            if not is_faster(seconds):
-                log.info("%s runs by torch: %s", name, describe(seconds))
-                return
-        model.denoiser.unet, model.compiled_decoder = compiled, CompiledDecoder(model.autoencoder)
-        log.info("%s runs by OpenVINO%s", name, f": {describe(seconds)}" if seconds else "")
+        measured = f": {describe(seconds)}" if seconds else ""
+        if error <= MAX_ERROR[unet.dtype] and (seconds is None or is_faster(seconds)):
+            model.denoiser.unet, model.compiled_decoder = compiled, CompiledDecoder(model.autoencoder)
+            log.info("%s runs by OpenVINO%s", name, measured)
+            if weights:
+                weights.release()
+        else:
+            log.info("%s runs by torch%s; OpenVINO's error is %.1e", name, measured, error)
+            if weights:
+                weights.restore()
 
     def _read(self) -> dict[str, Seconds]:
         """The kept measurements."""
@@ -130,6 +134,15 @@ class CpuBackend:
             part.replace(self._file)
         except OSError as error:
             log.warning("the measurement is repeated at the next start: %s", error)
+
+
+def mapped(*networks: nn.Module) -> MappedWeights | None:
+    """The weights in a file, so that torch's copy needs no memory besides OpenVINO's; None without a disk."""
+    try:
+        return MappedWeights(*networks)
+    except OSError as error:
+        log.warning("the weights stay in memory twice: %s", error)
+        return None
 
 
 def cache_folder() -> Path:

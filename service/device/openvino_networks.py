@@ -119,7 +119,7 @@ class CompiledUNet(nn.Module):
         keys_values: Tensor | None = None,
     ) -> Tensor:
         """As UNet.forward()."""
-        plain = adapters is None and (deep is None or deep == DeepFeatures()) and keys_values is None
+        plain = adapters is None and deep in (None, DeepFeatures()) and keys_values is None
         if not plain:
             out: Tensor = self.unet(x, t, context, pooled, noise_level, adapters, guidance, deep, keys_values)
             return out

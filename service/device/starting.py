@@ -87,9 +87,8 @@ class Starter:
 
 
 def attended(bundle: LatentDiffusion, context: Context | None) -> ContextKeys | None:
-    """The keys and values of a context; None without cross-attention, and for a compiled UNet."""
+    """The keys and values of a context; None without cross-attention, and for a UNet that runs compiled."""
     unet = bundle.unet
-    if context is None or unet is None or not unet.spec.context_width:
+    if context is None or unet is None or not unet.spec.context_width or bundle.is_compiled:
         return None
-    is_compiled = bundle.denoiser is not None and bundle.denoiser.unet is not unet  # it reads the context
-    return None if is_compiled else ContextKeys(unet, context.tokens)
+    return ContextKeys(unet, context.tokens)
