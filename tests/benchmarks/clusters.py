@@ -79,7 +79,7 @@ def application(
 
 def kills(args: argparse.Namespace) -> None:
     """Print how many requests were lost, and how many had other bytes."""
-    arguments = {"max_engines": 2, "jobs_per_engine": 4}
+    arguments = {"max_engines": 2, "jobs_per_engine": 2}
     settings = {"LDM_INVARIANT": "1", "LDM_BUCKETS": "4", "LDM_DTYPE": "auto"}
     with application(settings, arguments, (2, 1)) as (cluster, client):
         begin = time.monotonic()
