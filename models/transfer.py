@@ -26,5 +26,10 @@ def download(x: Tensor) -> Tensor:
 
 
 def start_download(x: Tensor) -> Tensor:
-    """Start an asynchronous copy to pinned CPU memory; it is valid once the stream has reached this point."""
+    """Start an asynchronous copy to pinned CPU memory; it is valid once the stream has reached this point.
+
+    A tensor on the CPU is returned as it is.
+    """
+    if x.device.type != "cuda":
+        return x
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -21,6 +21,9 @@ class TimePoint(Protocol):
     def wait(self) -> None:
         """Wait until the device has reached this point."""
 
+    def reached(self) -> bool:
+        """Whether the device has reached this point."""
+
     def seconds_since(self, begin: TimePoint) -> float:
         """Seconds between two points that the device has reached."""
 
@@ -33,6 +36,9 @@ class CpuTimePoint:
 
     def wait(self) -> None:
         """Nothing to wait for."""
+
+    def reached(self) -> bool:
+        return True
 
     def seconds_since(self, begin: TimePoint) -> float:
         assert isinstance(begin, CpuTimePoint)
@@ -48,6 +54,9 @@ class CudaTimePoint:
 
     def wait(self) -> None:
         self.event.synchronize()
+
+    def reached(self) -> bool:
+        return bool(self.event.query())
 
     def seconds_since(self, begin: TimePoint) -> float:
         assert isinstance(begin, CudaTimePoint)
@@ -75,7 +84,7 @@ class FiniteChecker(Generic[Owner]):
         self.cuda = device.type == "cuda"
         self.late = self.cuda if late is None else late
         self.seconds: float | None = None  # duration of the last reported call; None unless late
-        self._pending: PendingCheck[Owner] | None = None
+        self.pending: PendingCheck[Owner] | None = None  # the last call, if it is not reported yet
 
     def now(self) -> TimePoint:
         return CudaTimePoint() if self.cuda else CpuTimePoint()
@@ -85,14 +94,13 @@ class FiniteChecker(Generic[Owner]):
 
         With `late`, those of the call before.
         """
-        previous = self._pending
-        flags = start_download(finite) if self.cuda else finite
-        self._pending = PendingCheck(owners, flags, begin, self.now())
+        previous = self.pending
+        self.pending = PendingCheck(owners, start_download(finite), begin, self.now())
         return self._report(previous) if self.late else self.flush()
 
     def flush(self) -> list[Owner]:
         """Wait for the last call and report on it."""
-        last, self._pending = self._pending, None
+        last, self.pending = self.pending, None
         return self._report(last)
 
     def _report(self, check: PendingCheck[Owner] | None) -> list[Owner]:

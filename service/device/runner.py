@@ -16,7 +16,8 @@ from service.device import hires, upscaling
 from service.device.contents import Contents
 from service.device.cpu_backend import backend_of
 from service.device.cuda_graphs import graphs_on
-from service.device.decoding import Decoder, with_kept_pixels
+from service.device.decode_line import DecodeLine
+from service.device.decoding import Decoder
 from service.device.finite import FiniteChecker
 from service.device.graphs import Graphs
 from service.device.job_shapes import JobShapes
@@ -31,7 +32,7 @@ from service.device.torch_errors import translate_device_lost, translate_oom
 from service.device.workspace import Workspace
 from service.engine.events import LoadedModel
 from service.engine.job import ImageKey, Job, Shape, WeightsKey
-from service.engine.runner import Call, Preview, padded_size
+from service.engine.runner import Call, DecodedImage, Preview, padded_size
 from service.errors import OutOfMemory
 
 
@@ -73,6 +74,7 @@ class TorchRunner:
         self._starter = Starter(registry, self._shapes, self._precision, device)
         self._stepper = Stepper(self.workspace, self.buckets, room)
         self._decoder = Decoder(registry, self.workspace)
+        self._line = DecodeLine(self._decoder, self.finite_checker)
 
     @property
     def specs(self) -> dict[str, ModelSpec]:
@@ -133,6 +135,7 @@ class TorchRunner:
     def _after_swap(self) -> None:
         """Drop the graphs of unloaded models, and measurements, since the free memory has changed."""
         self._stepper.forget_measurements()
+        self._decoder.forget_measurements()
         self.workspace.graphs.prune()
         self.workspace.memory.reset()
 
@@ -229,16 +232,17 @@ class TorchRunner:
         state = self.jobs[key.job]
         return self._decoder.preview(state, state.images[key.image])
 
+    @property
+    def decode_batch(self) -> int:
+        return self._decoder.batch
+
     @translate_device_lost()
     @torch.inference_mode()
-    def finish(self, key: ImageKey) -> bytes:
-        state = self.jobs[key.job]
-        image = state.images[key.image]
-        # A job that was interrupted before its second pass shows the image of the first.
-        pixels = self._decoder.pixels(state, image) if image.pixels is None else image.pixels
-        if not state.job.scale:
-            pixels = hires.resized_to(pixels, state.job.size)
-        return with_kept_pixels(state.job, pixels).tobytes()
+    def decode(self, keys: Sequence[ImageKey]) -> None:
+        self._line.start(keys, self.jobs)
+
+    def decoded(self, wait: bool) -> Sequence[DecodedImage]:
+        return self._line.take(wait, self.jobs)
 
     def discard(self, job: str) -> None:
         self.jobs.pop(job, None)

@@ -36,7 +36,7 @@ class DecodeQueue:
         self._latents = deque(entry for entry in self._latents if entry[0].job != job)
 
     def charge(self, seconds: float) -> None:
-        """Reduce the credit by the time that a decoding took."""
+        """Reduce the credit by the time that decoding takes."""
         self._credit -= seconds
 
     def begin_turn(self, step_seconds: float | None) -> None:

@@ -34,7 +34,7 @@ from service.engine.model_calls import ModelCall
 from service.engine.row_limits import RowLimits
 from service.engine.runner import Call, Runner
 from service.engine.scheduler import Scheduler
-from service.engine.speed import CallSize, Speed
+from service.engine.speed import CallSize, Speed, averaged
 from service.errors import NonFinite, OutOfMemory, code_of
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class Engine:
         self.busy_models: Counter[WeightsKey] = Counter()  # number of admitted jobs of each
         self.model_calls: list[ModelCall] = []
         self.undecoded = DecodeQueue()
+        self.decoding: dict[ImageKey, float] = {}  # images being decoded, and the seconds charged for them
+        self.decode_seconds: float | None = None  # running average of one image
         self.next_report = 0.0
 
     @property
@@ -127,13 +129,18 @@ class Engine:
             return
         self.scheduler.remove(job)
         run.interrupted, run.denoised_at = True, self.clock()
-        queued = self.undecoded.images_of(job) | set(run.images)
+        decoding = {key.image for key in self.decoding if key.job == job}
+        queued = self.undecoded.images_of(job) | decoding | set(run.images)
         for image in range(run.parts):
             if image not in queued:
                 self.undecoded.add(ImageKey(job, image), run.parts)
 
     def tick(self) -> None:
-        """At most one UNet call, and about as much time of decoding."""
+        """At most one UNet call, and about as much time of decoding.
+
+        Only images whose decoding began in an earlier turn are waited for after the call: meanwhile a device
+        that works on its own has the call to go on with.
+        """
         self._carry_out_calls()
         self._admit_pending()
         picked = self._start_picked(self.scheduler.pick())
@@ -141,9 +148,13 @@ class Engine:
         begin = self.clock()
         if picked:
             self._step(picked)
-        if self.undecoded:  # latents with NaN or Inf values are not decoded
+        elif self.undecoded or self.decoding:  # latents with NaN or Inf values are not decoded
             self._restart_non_finite(self.runner.settle())
-        self._decode_some(self.clock() - begin if picked else None)
+        step_seconds = self.clock() - begin if picked else None
+        self._take_decoded(wait=True)
+        self._decode_some(step_seconds)
+        if not picked:
+            self._take_decoded(wait=True)
 
     # Calls about models.
 
@@ -377,14 +388,21 @@ class Engine:
         The preparation of an image for its next phase counts as decoding.
         """
         self.undecoded.begin_turn(step_seconds)
+        batch: list[ImageKey] = []
         for count in range(self.decode_chunk):
             if not self.undecoded.may_decode(count, step_seconds):
                 break
             key = self.undecoded.pop()
             if self.jobs[key.job].is_denoised(key.image):
-                self._decode(key)
+                batch.append(key)
+                self.decoding[key] = expected = self.decode_seconds or 0.0
+                self.undecoded.charge(expected)
             else:
                 self._prepare(key)
+            if len(batch) == self.runner.decode_batch:
+                self._decode(batch)
+                batch = []
+        self._decode(batch)
         self.undecoded.end_turn(step_seconds)
 
     def _prepare(self, key: ImageKey) -> None:
@@ -405,25 +423,40 @@ class Engine:
             run.prepared.clear()
             self.scheduler.proceed(key.job)
 
-    def _decode(self, key: ImageKey) -> None:
-        run = self.jobs[key.job]
+    def _decode(self, keys: list[ImageKey]) -> None:
+        """Start to decode these images; if that fails, each of them alone."""
+        keys = [key for key in keys if key in self.decoding]  # a job may have failed meanwhile
+        if not keys:
+            return
         try:
-            run.images[key.image] = self._with_retry("decode", partial(self._pixels, key))
+            self._with_retry("decode", partial(self.runner.decode, keys))
         except Exception as error:
-            self._handle(run, error, "decode")
+            if len(keys) == 1:
+                self.undecoded.charge(-self.decoding.pop(keys[0]))
+                self._handle(self.jobs[keys[0].job], error, "decode")
+                return
+            log.warning("%d images could not be decoded together", len(keys), exc_info=True)
         else:
+            self._take_decoded(wait=False)
+            return
+        for key in keys:
+            self._decode([key])
+
+    def _take_decoded(self, wait: bool) -> None:
+        """Take the images whose decoding has ended; their jobs may be finished."""
+        for key, result, seconds in self.runner.decoded(wait):
+            if key not in self.decoding:  # its job has failed because of an earlier one of these images
+                continue
+            self.undecoded.charge(seconds - self.decoding.pop(key))
+            self.decode_seconds = averaged(self.decode_seconds, seconds)
+            self.emit(Decoded(seconds))
+            run = self.jobs[key.job]
+            if isinstance(result, Exception):
+                self._handle(run, result, "decode")
+                continue
+            run.images[key.image] = result
             if len(run.images) == run.parts:
                 self._finish(run)
-
-    def _pixels(self, key: ImageKey) -> bytes:
-        """An image from the VAE decoder, timed. Raises as the runner does."""
-        begin = self.clock()
-        try:
-            return self.runner.finish(key)
-        finally:
-            seconds = self.clock() - begin
-            self.undecoded.charge(seconds)
-            self.emit(Decoded(seconds))
 
     def _finish(self, run: JobRun) -> None:
         job = run.job
@@ -510,6 +543,7 @@ class Engine:
     def _drop(self, job: str) -> None:
         """Forget a job's latents."""
         self.undecoded.discard(job)
+        self.decoding = {key: seconds for key, seconds in self.decoding.items() if key.job != job}
         self.runner.discard(job)
 
 

@@ -33,6 +33,14 @@ class Call:
     slow: bool = False
 
 
+class DecodedImage(NamedTuple):
+    """An image whose decoding has ended. result: height x width x 3 bytes, or why there are none."""
+
+    key: ImageKey
+    result: bytes | Exception
+    seconds: float
+
+
 class Preview(NamedTuple):
     """A preview of an image. pixels: height x width x 3 bytes."""
 
@@ -100,8 +108,21 @@ class Runner(Protocol):
     def preview(self, key: ImageKey) -> Preview:
         """What an image looks like at its current step."""
 
-    def finish(self, key: ImageKey) -> bytes:
-        """Decode an image, usually after its last step: height x width x 3 bytes."""
+    @property
+    def decode_batch(self) -> int:
+        """The most images of one call of decode()."""
+
+    def decode(self, keys: Sequence[ImageKey]) -> None:
+        """Start to decode images, usually after their last step: all of them, or none and an exception.
+
+        This does not wait for the device: decoded() returns the images.
+        """
+
+    def decoded(self, wait: bool) -> Sequence[DecodedImage]:
+        """The images whose decoding has ended; with `wait`, of all that were started before the last step().
+
+        Without steps since then, settle() must be called first. Images of discarded jobs are left out.
+        """
 
     def discard(self, job: str) -> None:
         """Forget everything about a job."""

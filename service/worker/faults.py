@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from service.engine.events import Stage
 from service.engine.job import ImageKey, Job, Shape, WeightsKey
-from service.engine.runner import Call, Preview, Runner
+from service.engine.runner import Call, DecodedImage, Preview, Runner
 from service.errors import CaptureFailed, NonFinite, OutOfMemory
 
 STAGES = get_args(Stage)
@@ -119,9 +119,16 @@ class FaultyRunner:
         self._fail("prepare", [key.job])
         return self.inner.prepare(key)
 
-    def finish(self, key: ImageKey) -> bytes:
-        self._fail("decode", [key.job])
-        return self.inner.finish(key)
+    @property
+    def decode_batch(self) -> int:
+        return self.inner.decode_batch
+
+    def decode(self, keys: Sequence[ImageKey]) -> None:
+        self._fail("decode", [key.job for key in keys])
+        self.inner.decode(keys)
+
+    def decoded(self, wait: bool) -> Sequence[DecodedImage]:
+        return self.inner.decoded(wait)
 
     def preview(self, key: ImageKey) -> Preview:
         return self.inner.preview(key)

@@ -18,7 +18,7 @@ from service.engine.engine import Engine
 from service.engine.events import Done, Stepped
 from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape
 from service.engine.row_limits import MemoryUse
-from service.engine.runner import Call, Preview, padded_size
+from service.engine.runner import Call, DecodedImage, Preview, padded_size
 from service.setting_values import DEFAULT_BUCKETS
 
 CLIENTS = 16
@@ -57,6 +57,8 @@ class SimulatedGpu:
         self.last: tuple[float, float] | None = None  # begin and end of the last UNet call
         self.calls: Counter[int] = Counter()  # by number of rows
         self.jobs: dict[str, Job] = {}
+        self.decoding: list[tuple[ImageKey, float]] = []  # and the time at which each will have been decoded
+        self.decode_batch = 4
         self.measured = 0  # rows of the largest call so far
 
     def clock(self) -> float:
@@ -100,10 +102,17 @@ class SimulatedGpu:
     def preview(self, key: ImageKey) -> Preview:
         return Preview(1, 1, b"abc")
 
-    def finish(self, key: ImageKey) -> bytes:
-        self._wait()
-        self.now += self.costs.decode + self.costs.copy
-        return b""
+    def decode(self, keys: Sequence[ImageKey]) -> None:
+        for key in keys:
+            self.free_at = max(self.now, self.free_at) + self.costs.decode
+            self.decoding.append((key, self.free_at))
+
+    def decoded(self, wait: bool) -> list[DecodedImage]:
+        ended = [(key, end) for key, end in self.decoding if wait or end <= self.now]
+        for key, end in ended:
+            self.now = max(self.now, end) + self.costs.copy
+            self.decoding.remove((key, end))
+        return [DecodedImage(key, b"", self.costs.decode) for key, _ in ended]
 
     def discard(self, job: str) -> None:
         self.jobs.pop(job, None)

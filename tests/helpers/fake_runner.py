@@ -9,7 +9,7 @@ from service.engine.engine import Engine
 from service.engine.events import Cancelled, Done, Failed
 from service.engine.job import ImageKey, Job, ModelKey, Segment, Shape, WeightsKey
 from service.engine.row_limits import MemoryUse
-from service.engine.runner import Call, Preview, padded_size
+from service.engine.runner import Call, DecodedImage, Preview, padded_size
 from service.errors import NonFinite, OutOfMemory
 
 
@@ -68,6 +68,9 @@ class CountingRunner:
         self.full_precision: dict[str, bool] = {}  # job id -> as given to shape()
         self.started: dict[str, Job] = {}
         self.measures = False
+        self.decode_batch = 1
+        self.late = False  # whether images are decoded while the next call runs
+        self.decoding: list[tuple[ImageKey, Job]] = []
         self.overflows: list[str] = []  # jobs that were possible in full precision only
 
     def shape(self, job: Job, full_precision: bool = False) -> Shape:
@@ -154,12 +157,21 @@ class CountingRunner:
         self.overflows.append(job.id)
         return len(self.overflows) == 2
 
-    def finish(self, key: ImageKey) -> bytes:
-        self.clock.now += 0.05
-        self.break_at("finish", self.started[key.job])
-        job = self.started[key.job]
-        assert self.steps[key] == job.steps or job.prompt == "interrupted"
-        return b"%d" % (job.seed + key.image)
+    def decode(self, keys: Sequence[ImageKey]) -> None:
+        for key in keys:
+            self.clock.now += 0.05
+            self.break_at("finish", self.started[key.job])
+            job = self.started[key.job]
+            assert self.steps[key] == job.steps or job.prompt == "interrupted"
+        self.decoding += [(key, self.started[key.job]) for key in keys]
+
+    def decoded(self, wait: bool) -> list[DecodedImage]:
+        ended, self.decoding = (self.decoding, []) if wait or not self.late else ([], self.decoding)
+        return [
+            DecodedImage(key, b"%d" % (job.seed + key.image), 0.05)
+            for key, job in ended
+            if self.started.get(key.job) is job
+        ]
 
     def discard(self, job: str) -> None:
         self.started.pop(job, None)

@@ -60,7 +60,17 @@ def made(runner: TorchRunner, job: Job) -> bytes:
     """Run a job to its end and return its first image."""
     while left(runner, job):
         runner.step([KEY])
-    return runner.finish(KEY)
+    return decoded(runner, KEY)
+
+
+def decoded(runner: TorchRunner, key: ImageKey) -> bytes:
+    """Decode an image and wait for it. Raises as the decoder does."""
+    runner.settle()
+    runner.decode([key])
+    [image] = runner.decoded(wait=True)
+    if isinstance(image.result, Exception):
+        raise image.result
+    return image.result
 
 
 def left(runner: TorchRunner, job: Job) -> int:

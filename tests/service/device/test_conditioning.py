@@ -15,7 +15,7 @@ from service.engine.job import ImageKey, Job
 from tests.checkpoints.tiny import random_model, scene_spec
 from tests.helpers.fake_runner import make_job
 from tests.helpers.images import IMAGE, MASK, psnr
-from tests.helpers.torch_runner import begin, left
+from tests.helpers.torch_runner import begin, decoded, left
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def finished(runner: TorchRunner, *jobs: Job) -> list[bytes]:
         begin(runner, job)
     while running := [job for job in jobs if left(runner, job)]:
         runner.step([ImageKey(job.id, 0) for job in running])
-    return [runner.finish(ImageKey(job.id, 0)) for job in jobs]
+    return [decoded(runner, ImageKey(job.id, 0)) for job in jobs]
 
 
 def test_a_saved_model_is_loaded_with_its_labels_and_layout(scene):

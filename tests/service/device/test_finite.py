@@ -43,7 +43,7 @@ class LateRunner(TorchRunner):
 
     def __init__(self, tiny: Path, at: int = 0, times: int = 0) -> None:
         super().__init__(Registry({"m": tiny}, load), (4,), invariant=True)
-        self.finite_checker = FiniteChecker(CPU, late=True)
+        self.finite_checker.late = True
         self.at, self.times = at, times
 
     def step(self, keys: Sequence[ImageKey]) -> Call:

@@ -24,7 +24,7 @@ from service.errors import NonFinite, OutOfMemory
 from tests.checkpoints.tiny import tiny_model
 from tests.helpers.fake_runner import make_job, outcomes
 from tests.helpers.images import IMAGE, MASK, psnr
-from tests.helpers.torch_runner import KEY, begin, left, made, runner_on, tiny_job
+from tests.helpers.torch_runner import KEY, begin, decoded, left, made, runner_on, tiny_job
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_torchs_out_of_memory_becomes_the_services_own(runner, monkeypatch):
     begin(runner, job)
     monkeypatch.setattr(runner.registry["m"], "decode", out_of_memory)
     with pytest.raises(OutOfMemory):
-        runner.finish(KEY)
+        decoded(runner, KEY)
     monkeypatch.setattr(runner.registry["m"], "context_pair", out_of_memory)
     with pytest.raises(OutOfMemory):
         runner.start(job)
@@ -126,20 +126,20 @@ def test_all_tasks_and_samplers_share_one_call_without_changing_each_other(runne
         begin(runner, job)
     while running := [job for job in jobs if left(runner, job)]:
         runner.step([ImageKey(job.id, 0) for job in running])
-    together = [runner.finish(ImageKey(job.id, 0)) for job in jobs]
+    together = [decoded(runner, ImageKey(job.id, 0)) for job in jobs]
     for job, image in zip(jobs, together, strict=True):
         alone = TorchRunner(runner.registry, runner.buckets)
         begin(alone, job)
         while left(alone, job):
             alone.step([ImageKey(job.id, 0)])
-        assert psnr(alone.finish(ImageKey(job.id, 0)), image) > 40
+        assert psnr(decoded(alone, ImageKey(job.id, 0)), image) > 40
 
 
 class Scarce:
     """A UNet that runs out of memory with more rows than that."""
 
     def __init__(self, denoiser, rows: int) -> None:
-        self.denoiser, self.rows, self.calls = denoiser, rows, []
+        self.denoiser, self.unet, self.rows, self.calls = denoiser, denoiser.unet, rows, []
 
     def __call__(self, x, *others, **named):
         self.calls.append(len(x))
@@ -175,7 +175,7 @@ def test_an_image_that_does_not_fit_is_decoded_in_tiles(runner, monkeypatch):
         return decode(z) if z.shape[-1] <= 32 else out_of_memory()
 
     monkeypatch.setattr(bundle, "decode", scarce)
-    assert len(runner.finish(KEY)) == 384 * 128 * 3
+    assert len(decoded(runner, KEY)) == 384 * 128 * 3
     assert sizes == [48, 32, 32]
 
 
@@ -221,14 +221,14 @@ def test_an_image_that_overflows_16_bits_is_decoded_again_in_float32(tiny):
     begin(runner, job)
     runner.jobs["a"].images[0].state = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert not torch.isfinite(runner.registry["m"].decode(runner.jobs["a"].images[0].x[None])).all()
-    assert len(set(runner.finish(KEY))) > 10
+    assert len(set(decoded(runner, KEY))) > 10
 
 
 def test_a_non_finite_image_is_an_error(runner):
     begin(runner, tiny_job())
     runner.jobs["a"].images[0].state = torch.full((1, 4, 8, 8), torch.inf)
     with pytest.raises(NonFinite):
-        runner.finish(KEY)
+        decoded(runner, KEY)
 
 
 def test_memory_is_measured_only_when_a_call_has_more_rows_than_any_before(runner):
