@@ -81,6 +81,13 @@ class Metrics:
         self.job_store_errors = self._counter(
             "ldm_job_store_errors", "Failed calls of the shared job store (setting job_store)"
         )
+        self.webhooks = self._counter(
+            "ldm_webhooks", "Webhooks of ended jobs, by outcome (delivered, failed)", "outcome"
+        )
+        self.webhook_retries = self._counter(
+            "ldm_webhook_retries", "Further attempts to deliver a webhook after a failed one"
+        )
+        self.webhooks_pending = self._gauge("ldm_webhooks_pending", "Webhooks that are being delivered")
         self.jobs_running = self._gauge("ldm_jobs_running", "Jobs that have started")
         self.jobs_waiting = self._gauge("ldm_jobs_waiting", "Jobs in the queue that have not started")
         self.queue_size = self._gauge(
@@ -134,6 +141,8 @@ class Metrics:
         """Start every series at 0: rate() in Prometheus needs a sample before the first event."""
         for stage in ("queued", "running"):
             self.cancelled.labels(stage)
+        for outcome in ("delivered", "failed"):
+            self.webhooks.labels(outcome)
         for _, _, code in TABLE.values():
             self.rejected.labels(code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_network
 from typing import Any
 
 AUTO = "auto"
@@ -25,6 +26,11 @@ QUOTED_COMMA = "\0"  # no path has this character
 API_KEY = re.compile(r"[!-+\--~]{8,}")  # visible ASCII without a comma
 ENDPOINT = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
 STORE_URL = re.compile(r"(rediss?://[^\s/?]+(/\d*)?(\?\S+)?|unix://\S+)")
+HOST_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+HOST_NAME = re.compile(rf"(?=.{{1,253}}$)({HOST_LABEL}\.)*{HOST_LABEL}")
+NUMERIC_HOST = re.compile(r"(.*\.)?(\d+|0x[0-9a-f]*)")  # an IPv4 address in one of its spellings
+IPV4 = re.compile(r"((25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(\.(?!$)|$)){4}")  # its usual spelling
+HOST_AND_PORT = re.compile(r"(.+):([1-9]\d{0,4})")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
 
 
@@ -170,3 +176,32 @@ def read_keys(text: str) -> tuple[str, ...]:
     if not all(API_KEY.fullmatch(key) for key in keys):
         raise ValueError(text)
     return keys
+
+
+def split_host(text: str) -> tuple[str, int | None]:
+    """The name and the port of NAME, NAME:PORT, or the same with an address (IPv6 in brackets).
+
+    Raises ValueError, also for unusual spellings of IPv4 addresses (2130706433, 0177.0.0.1, 127.1).
+    """
+    name, port = text.lower(), None
+    if (match := HOST_AND_PORT.fullmatch(name)) and not name.endswith("]"):
+        name, port = match[1], int(match[2])
+    if port is not None and port > 65535:
+        raise ValueError(text)
+    if name.startswith("[") and name.endswith("]"):
+        return str(IPv6Address(name[1:-1])), port
+    if not HOST_NAME.fullmatch(name) or (NUMERIC_HOST.fullmatch(name) and not IPV4.fullmatch(name)):
+        raise ValueError(text)
+    return name, port
+
+
+def read_hosts(text: str) -> tuple[str, ...]:
+    entries = read_list(text)
+    for entry in entries:
+        split_host(entry)
+    return entries
+
+
+def read_networks(text: str) -> tuple[str, ...]:
+    """Networks such as 10.0.0.0/8, and single addresses."""
+    return tuple(str(ip_network(entry)) for entry in read_list(text))

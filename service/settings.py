@@ -27,10 +27,12 @@ from service.setting_values import (
     read_bytes,
     read_devices,
     read_endpoint,
+    read_hosts,
     read_job_store,
     read_keys,
     read_list,
     read_models,
+    read_networks,
     read_non_blank,
     read_origins,
     read_replicas,
@@ -39,6 +41,9 @@ from service.setting_values import (
 
 PREFIX = "LDM_"
 CONFIG = "LDM_CONFIG"  # environment variable that names the settings file; not itself a setting
+
+# Settings that worker processes do not get.
+PRIVATE = ("api_keys", "api_key_file", "admin_key_file", "key_table", "job_store", "webhook_secret_file")
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 BACKENDS = ("auto", "torch", "openvino")
@@ -319,6 +324,41 @@ class Settings:
     c2pa_key: str = setting(
         "", Parser(str, "a file"), """Private key of c2pa_cert in PEM, without a password."""
     )
+    webhook_hosts: tuple[str, ...] = setting(
+        (),
+        Parser(read_hosts, "hosts such as hooks.example.org or hooks.example.org:8443, separated by commas"),
+        """Hosts that requests of POST /jobs may name as webhook. Without a port, only the default port of
+        the scheme is allowed. Needs webhook_secret_file. Empty: no webhooks.""",
+    )
+    webhook_secret_file: str = setting(
+        "",
+        Parser(read_non_blank, "a file of secrets, one on each line"),
+        """File of the secrets that sign webhooks, one on each line, of at least 16 characters. With two,
+        X-Signature has two signatures, so that a secret can be replaced while receivers know only one.""",
+    )
+    webhook_networks: tuple[str, ...] = setting(
+        (),
+        Parser(read_networks, "networks such as 10.0.0.0/8, or addresses, separated by commas"),
+        """Networks besides the internet that webhooks may connect to. Without this setting, private,
+        loopback, link-local, multicast and reserved addresses are refused.""",
+    )
+    webhook_http: bool = setting(
+        False,
+        boolean(),
+        """Also accept webhooks with http://, whose contents everybody on the way can read.""",
+    )
+    webhook_seconds: float = setting(
+        600.0,
+        number(float, 0, 86_400),
+        """Seconds from a job's end within which failed attempts to deliver its webhook are repeated. The
+        pauses between them grow from 1 s to 60 s.""",
+    )
+    webhook_max_bytes: int = setting(
+        2**20,
+        Parser(read_bytes, BYTES),
+        """Most bytes of a webhook's body. In a larger one the data of images is empty; receivers then fetch
+        the job. 0: never images.""",
+    )
     log_level: str = setting(
         "info",
         choice(*LOG_LEVELS),
@@ -536,10 +576,7 @@ def variable(name: str) -> str:
 
 def to_environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child process with the same settings, without the API keys."""
-    private = {
-        CONFIG,
-        *map(variable, ("api_keys", "api_key_file", "admin_key_file", "key_table", "job_store")),
-    }
+    private = {CONFIG, *map(variable, PRIVATE)}
     own = {variable(f.name): as_text(getattr(settings, f.name)) for f in fields(Settings)}
     if not settings.model:  # the variable cannot hold an empty list
         private.add(variable("model"))

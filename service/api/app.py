@@ -45,6 +45,7 @@ from service.requests.background import Jobs
 from service.requests.response_schemas import error_responses
 from service.requests.signing import open_signer
 from service.requests.validation_errors import explain
+from service.requests.webhooks.deliveries import open_webhooks
 from service.settings import Settings
 from service.tracing import open_tracing
 from service.worker.backend import Backend
@@ -81,7 +82,7 @@ def create_app(
 ) -> FastAPI:
     """The application, whose lifespan supervises the backend, by default workers on this machine.
 
-    Raises SettingError if API keys cannot be read, and for impossible replicas or a wrong job store.
+    Raises SettingError if keys or secrets cannot be read, and for impossible replicas or a wrong job store.
     """
     keys = Keys(settings)
     metrics = Metrics()
@@ -93,7 +94,8 @@ def create_app(
     metrics.jobs_waiting.set_function(lambda: supervisor.slots_in_use - supervisor.running)
 
     tracing = open_tracing(settings)
-    jobs = Jobs(supervisor, open_signer(settings), tracing)
+    webhooks = open_webhooks(settings, metrics)
+    jobs = Jobs(supervisor, open_signer(settings), tracing, webhooks)
     store = open_store(settings, metrics) if settings.job_store else None
     shared = SharedJobs(jobs, store) if store else None
 
@@ -103,6 +105,8 @@ def create_app(
         async with supervisor.supervise(), shared.run() if shared else nullcontext():
             yield
         reader.cancel()
+        if webhooks:
+            await webhooks.close()
         await asyncio.to_thread(tracing.shut_down)
 
     app = FastAPI(

@@ -10,11 +10,14 @@ from fastapi.responses import StreamingResponse
 
 from service.api.auth import caller_of
 from service.api.routing import JSONRoute
-from service.requests.background import JobBoard, JobView
-from service.requests.job_schemas import JobRequest, JobStatus
+from service.requests.background import JobBoard
+from service.requests.job_record import JobView
+from service.requests.job_schemas import JobEnd, JobRequest, JobStatus
 from service.requests.response_schemas import error_responses
 
 router = APIRouter(tags=["jobs"], route_class=JSONRoute)
+# What the service calls, not what it serves.
+callbacks = APIRouter(generate_unique_id_function=lambda route: route.name)
 
 ACCEPTED: dict[str, Any] = {
     "description": "The job is in the queue",
@@ -23,6 +26,11 @@ ACCEPTED: dict[str, Any] = {
         name: {"operationId": name, "parameters": {"job_id": "$response.body#/id"}}
         for name in ("read_job", "job_events", "cancel_job")
     },
+}
+RECEIVED: dict[int | str, dict[str, Any]] = {
+    204: {"description": "Delivered, as with any 2xx"},
+    "4XX": {"description": "Not delivered. Only 408, 425 and 429 lead to another attempt"},
+    "5XX": {"description": "Not delivered; there may be another attempt"},
 }
 EVENTS: dict[str, Any] = {
     "description": (
@@ -36,6 +44,26 @@ EVENTS: dict[str, Any] = {
 SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # keep proxies from buffering events
 
 
+@callbacks.post(
+    "{$request.body#/webhook}",
+    status_code=204,
+    responses=RECEIVED,
+    summary="The job has ended",
+)
+async def job_ended(
+    body: JobEnd,
+    x_signature: Annotated[
+        str,
+        Header(
+            alias="X-Signature",
+            description="HMAC-SHA256 of the body in hexadecimal, with the secret of the operator; while the "
+            "secret is being replaced, two, separated by a comma",
+        ),
+    ],
+) -> None:
+    """Sent once the job is done, failed or cancelled, to its `webhook`. The same end may arrive twice."""
+
+
 async def find(request: Request, job_id: str) -> JobView:
     board: JobBoard = request.app.state.job_board
     return await board.find(job_id)
@@ -46,6 +74,7 @@ async def find(request: Request, job_id: str) -> JobView:
     status_code=202,
     responses={202: ACCEPTED, **error_responses(400, 404, 408, 413, 415, 422, 429, 500, 503)},
     summary="Start a job",
+    callbacks=callbacks.routes,
 )
 async def create_job(
     body: Annotated[JobRequest, Body()],

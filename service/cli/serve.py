@@ -26,6 +26,7 @@ from service.worker.replica import WorkerFailed
 from service.worker.supervisor import Supervisor
 
 FETCH_SECONDS = 5.0  # after the drain, for clients to fetch finished background jobs
+DELIVER_SECONDS = 5.0  # meanwhile, for webhooks of the last jobs to be delivered
 LINGER_SECONDS = 1.0  # then, for clients that send another request: they get a 503, not a closed connection
 GRACE_SECONDS = 10  # then, for responses that are still being sent
 
@@ -111,7 +112,8 @@ class DrainingServer(uvicorn.Server):
     async def drain(self) -> None:
         busy = self.supervisor.slots_in_use > 0
         fetched = self.loop.create_task(self.jobs.wait_until_fetched(FETCH_SECONDS))
-        await asyncio.gather(self.supervisor.drain(), fetched)
+        await self.supervisor.drain()
+        await asyncio.gather(fetched, self.jobs.finish_webhooks(DELIVER_SECONDS))
         await asyncio.sleep(LINGER_SECONDS if busy else 0)
         self.should_exit = True
 

@@ -95,6 +95,11 @@ while too_many() do forget(redis.call('ZRANGE', KEYS[3], 0, 0)[1]) end
 redis.call('PUBLISH', KEYS[2], '')
 return 1
 """
+# Stores a field of a job that is still kept. KEYS: job. ARGV: field, value.
+AMEND = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+"""
 # Whether the owner of an open job is gone: its lease was missing for ARGV[1] seconds. KEYS: job, lease.
 IS_LOST = """
 if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('HEXISTS', KEYS[1], 'ended') == 1 then return 0 end
@@ -129,7 +134,11 @@ class Holder(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The newest event of a job. status: JSON of a JobStatus; preview: JSON of a JobPreview."""
+    """The newest event of a job.
+
+    status: JSON of a JobStatus; preview: JSON of a JobPreview; webhook: JSON of a WebhookStatus that is newer
+    than that in the status, or "".
+    """
 
     owner: str
     request_id: str
@@ -139,6 +148,7 @@ class Snapshot:
     ended: bool
     preview: str
     preview_number: int
+    webhook: str = ""
 
 
 class RedisStore:
@@ -189,6 +199,10 @@ class RedisStore:
         keys = [PREFIX + name for name in names]
         return bool(await self.run(FINISH, keys, job, PREFIX, *kept, size, key, value, *flat(fields)))
 
+    async def set_webhook(self, job: str, webhook: str) -> None:
+        """Store the JSON of a WebhookStatus of an ended job, unless the job was forgotten."""
+        await self.run(AMEND, [PREFIX + f"job:{job}"], "webhook", webhook)
+
     async def read(self, job: str) -> Snapshot | None:
         """The newest event of a job, if it is known."""
         with self._available():
@@ -205,12 +219,18 @@ class RedisStore:
             "ended" in values,
             values.get("preview", ""),
             int(values.get("preview_number", -1)),
+            values.get("webhook", ""),
         )
 
     async def is_lost(self, job: str, owner: str) -> bool:
         """Whether the process that runs a job has been gone for LEASE_SECONDS."""
         keys = [PREFIX + f"job:{job}", PREFIX + f"owner:{owner}"]
         return bool(await self.run(IS_LOST, keys, LEASE_SECONDS))
+
+    async def is_alive(self, owner: str) -> bool:
+        """Whether a process renews its lease."""
+        with self._available():
+            return bool(await self.client.exists(PREFIX + f"owner:{owner}"))
 
     async def renew_lease(self, owner: str) -> None:
         """Report that this process is alive."""

@@ -17,15 +17,9 @@ from contextlib import asynccontextmanager, suppress
 
 from service.cluster.redis_store import Claim, RedisStore, Snapshot
 from service.errors import InvalidRequest, JobFailed, NotFound, ServiceError, Unavailable, to_body
-from service.requests.background import (
-    KEEP_ALIVE_SECONDS,
-    JobEvent,
-    Jobs,
-    JobView,
-    Record,
-    digest_of,
-)
-from service.requests.job_schemas import AnyJob, JobPreview, JobStatus
+from service.requests.background import Jobs, digest_of
+from service.requests.job_record import KEEP_ALIVE_SECONDS, JobEvent, JobView, Record
+from service.requests.job_schemas import AnyJob, JobPreview, JobStatus, WebhookStatus
 from service.requests.response_schemas import ErrorDetail
 
 log = logging.getLogger(__name__)
@@ -126,6 +120,18 @@ class SharedJobs:
             elif event is not None:
                 await self._write_end(record, event, claim)
         record.fetched = True  # by the store
+        if record.delivery:
+            await record.delivery.ended.wait()
+            await self._write_webhook(record.id, record.delivery.describe())
+
+    async def _write_webhook(self, job_id: str, webhook: WebhookStatus) -> None:
+        """Write how a webhook has ended, as _write_end()."""
+        end = time.monotonic() + self.jobs.supervisor.settings.jobs_seconds
+        while time.monotonic() < end:
+            try:
+                return await self.store.set_webhook(job_id, webhook.model_dump_json())
+            except Unavailable:
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _write_end(self, record: Record, event: JobEvent, claim: Claim | None) -> None:
         end = time.monotonic() + self.jobs.supervisor.settings.jobs_seconds
@@ -178,7 +184,7 @@ class RemoteJob:
 
     async def describe(self) -> JobStatus:
         """The newest state. Raises NotFound if the job was forgotten, and Unavailable without the store."""
-        return JobStatus.model_validate_json((await self._read()).status)
+        return await self._status(await self._read())
 
     async def cancel(self) -> None:
         """Have the owner cancel the job, and wait until it has, for a while."""
@@ -203,7 +209,7 @@ class RemoteJob:
                             yield JobEvent(now.preview_number, "preview", preview)
                         if now.ended or shown is None or now.number > shown:
                             shown, silence = now.number, time.monotonic()
-                            yield JobEvent(now.number, now.name, JobStatus.model_validate_json(now.status))
+                            yield JobEvent(now.number, now.name, await self._status(now))
                         if now.ended:
                             return
                         await self.store.next_message(messages, POLL_SECONDS)
@@ -217,6 +223,14 @@ class RemoteJob:
                 missing += 1
                 await asyncio.sleep(POLL_SECONDS)
                 yield None
+
+    async def _status(self, now: Snapshot) -> JobStatus:
+        """The status of an event, with the state of the webhook, which only the job's owner delivers."""
+        status = JobStatus.model_validate_json(now.status)
+        webhook = WebhookStatus.model_validate_json(now.webhook) if now.webhook else status.webhook
+        if webhook and not now.webhook and now.ended and not await self.store.is_alive(now.owner):
+            webhook = webhook.model_copy(update={"state": "failed", "last_error": "server_lost"})
+        return status.model_copy(update={"webhook": webhook})
 
     async def _read(self) -> Snapshot:
         """The newest event. A job whose owner is gone fails here, for all processes."""

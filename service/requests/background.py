@@ -6,43 +6,32 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Hashable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from PIL import Image
 
-from service.errors import (
-    ClientGone,
-    DeadlineExceeded,
-    InvalidRequest,
-    NotFound,
-    ServiceError,
-    code_of,
-    to_body,
-)
+from service.errors import ClientGone, DeadlineExceeded, InvalidRequest, NotFound, ServiceError, code_of
 from service.requests import response
-from service.requests.job_schemas import AnyJob, JobPreview, JobStatus, SceneJob
+from service.requests.job_record import JobView, Record
+from service.requests.job_schemas import AnyJob, SceneJob, Task
 from service.requests.resolve import OutputFormat, resolve
 from service.requests.resolved_request import NO_PREVIEWS, Previews, ResolvedRequest
 from service.requests.response import Answer, Result, timings_of
-from service.requests.response_schemas import ErrorDetail
 from service.requests.schemas import AnyRequest, GenerateRequest, InpaintRequest, UpscaleRequest
 from service.requests.signing import Signer
+from service.requests.webhooks.deliveries import Delivery, Webhooks
+from service.requests.webhooks.targets import invalid
 from service.tracing import NoTracing, Tracing
 from service.worker.backend import Backend
-from service.worker.progress import Progress, Stage, State
+from service.worker.progress import Progress
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05  # between two checks whether ended jobs were fetched
-KEEP_ALIVE_SECONDS = (
-    15.0  # without an event, after which a stream sends a comment: proxies close idle connections
-)
 
-
-Task = Literal["generate", "inpaint", "upscale"]
 TASK_OF_REQUEST: dict[type[AnyRequest], Task] = {
     GenerateRequest: "generate",
     InpaintRequest: "inpaint",
@@ -66,30 +55,6 @@ class Submission:
     soft_mask: Image.Image | None = None
 
 
-class JobEvent(NamedTuple):
-    """An event of a job's stream. number: of the job's state; never smaller than that of an earlier event."""
-
-    number: int
-    name: str
-    data: JobStatus | JobPreview
-
-
-class JobView(Protocol):
-    """A job as its clients see it, in this process or in another one."""
-
-    @property
-    def id(self) -> str: ...
-
-    async def describe(self) -> JobStatus:
-        """The newest state of the job; once it is done, with the images."""
-
-    def events(self, seen: int | None = None) -> AsyncIterator[JobEvent | None]:
-        """As Record.events()."""
-
-    async def cancel(self) -> None:
-        """Cancel the job, queued or running; a job that has ended stays as it is."""
-
-
 class JobBoard(Protocol):
     """Starts and finds the jobs of POST /jobs: Jobs, or cluster.shared_jobs."""
 
@@ -98,105 +63,6 @@ class JobBoard(Protocol):
 
     async def find(self, job_id: str) -> JobView:
         """A job that is open or kept. Raises NotFound."""
-
-
-@dataclass(eq=False)
-class Record:
-    """One job. resolved: without its input images; work: the task that returns the answer."""
-
-    resolved: ResolvedRequest
-    task: Task
-    request_id: str
-    progress: Progress
-    work: asyncio.Task[Answer]
-    kept: bool = False  # the job can be found for a while after its end
-    key: Hashable = None  # idempotency key; see submit()
-    awaited: bool = False  # run() raises the job's error, and its caller counts it
-    created: float = field(default_factory=time.time)
-    fetched: bool = False  # a client has read the final state
-
-    @property
-    def id(self) -> str:
-        return self.resolved.id
-
-    @property
-    def status(self) -> Stage:
-        """The job's stage. It is running until its files are encoded, which is later than in the worker."""
-        return self._stage_at(self.progress.state)
-
-    def _stage_at(self, state: State) -> Stage:
-        """The stage that clients see: that of `state`, or, after the end of the job, how it ended."""
-        if self.work.cancelled():
-            return "cancelled"
-        if self.work.done():
-            return "failed" if self.work.exception() else "done"
-        return "queued" if state.stage == "queued" else "running"
-
-    @property
-    def bytes(self) -> int:
-        """The size of the job's files; 0 before they are encoded."""
-        return sum(map(len, self.work.result().files)) if self.status == "done" else 0
-
-    @property
-    def error(self) -> ServiceError | None:
-        """The error that the job failed with, if it did."""
-        error = self.work.exception() if self.status == "failed" else None
-        return error if error is None or isinstance(error, ServiceError) else ServiceError()
-
-    async def cancel(self) -> None:
-        """Cancel the job, queued or running; a job that has ended stays as it is."""
-        self.work.cancel()
-        await asyncio.wait({self.work})
-
-    async def describe(self, state: State | None = None) -> JobStatus:
-        """The newest state of the job, or an earlier one; once it is done, with the images."""
-        state = state or self.progress.state
-        status = self._stage_at(state)
-        self.fetched = self.fetched or self.work.done()
-        return JobStatus(
-            id=self.id,
-            task=self.task,
-            status=status,
-            created=int(self.created),
-            position=state.position,
-            estimate=state.estimate,
-            step=state.step,
-            steps=state.steps,
-            result=await self.work.result().as_json() if status == "done" else None,
-            error=ErrorDetail(**to_body(self.error, self.request_id)["error"]) if self.error else None,
-        )
-
-    async def events(self, seen: int | None = None) -> AsyncIterator[JobEvent | None]:
-        """The events from the current state to the end; None after a while of silence.
-
-        seen: number of the last event that the reader received; the current state is left out if it is that.
-        """
-        current = self.progress.state
-        shown = current if current.number == seen else None
-        async for state in self._states(shown):
-            if state is None:
-                yield None
-                continue
-            if state.preview and (shown is None or state.preview is not shown.preview):
-                preview = await asyncio.to_thread(response.to_job_preview, self.resolved, state.preview)
-                yield JobEvent(state.number, "preview", preview)
-            changed = shown is None or replace(state, preview=shown.preview) != shown
-            if changed and not self.work.done():  # otherwise the final event follows below
-                name = "step" if self._stage_at(state) == "running" else "queued"
-                yield JobEvent(state.number, name, await self.describe(state))
-            shown = state
-        await asyncio.wait({self.work})
-        yield JobEvent(self.progress.state.number, self.status, await self.describe())
-
-    async def _states(self, state: State | None) -> AsyncIterator[State | None]:
-        """The states after `state` to the end, with None after each KEEP_ALIVE_SECONDS of silence."""
-        while state is None or not state.ended:
-            try:
-                state = await asyncio.wait_for(self.progress.after(state), KEEP_ALIVE_SECONDS)
-            except TimeoutError:
-                yield None
-            else:
-                yield state
 
 
 @dataclass(frozen=True)
@@ -211,11 +77,16 @@ class Jobs:
     """All open jobs (at most one per slot of the queue), and ended jobs that are kept."""
 
     def __init__(
-        self, supervisor: Backend, signer: Signer | None = None, tracing: Tracing | None = None
+        self,
+        supervisor: Backend,
+        signer: Signer | None = None,
+        tracing: Tracing | None = None,
+        webhooks: Webhooks | None = None,
     ) -> None:
-        """signer: signs the files of all jobs; None: files are not signed. tracing: None for no traces."""
+        """signer: signs the files of all jobs. Without it, files are not signed; the others likewise."""
         self.supervisor = supervisor
         self.signer = signer
+        self.webhooks = webhooks
         self.tracing = tracing or NoTracing()
         self._records: dict[str, Record] = {}
         self._ended: dict[str, Hashable] = {}  # kept jobs in the order of their ends: id -> idempotency key
@@ -228,8 +99,13 @@ class Jobs:
         if open_now:
             await asyncio.wait({record.work for record in open_now})
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not all(record.fetched for record in open_now):
+        while time.monotonic() < end and not all(record.collected for record in open_now):
             await asyncio.sleep(POLL_SECONDS)
+
+    async def finish_webhooks(self, seconds: float) -> None:
+        """Wait until the webhooks of ended jobs are delivered, at most so long; then give them up."""
+        if self.webhooks:
+            await self.webhooks.finish(seconds)
 
     async def find(self, job_id: str) -> Record:
         """The record of a job. Raises NotFound."""
@@ -258,11 +134,13 @@ class Jobs:
         request_id: str,
         kept: bool = False,
         key: Hashable = None,
+        delivery: Delivery | None = None,
     ) -> Record:
         """Reserve a slot of the queue, resolve the request in a thread, and start its job.
 
         prepare: makes the submission, in that thread; it may decode images. The slot is held until the files
         are encoded. The request's timeout begins here. kept: the job can be found for a while after its end.
+        delivery: of the job's end to its webhook.
         Raises ServiceError; a refused request leaves no job and holds no slot.
         """
         begin, service = time.monotonic(), self.supervisor
@@ -274,7 +152,7 @@ class Jobs:
             coroutine = self._work(resolved, submission.encode, progress, begin, begin + seconds)
             work = asyncio.create_task(coroutine)
             task = TASK_OF_REQUEST[type(submission.request)]
-            record = Record(resolved.without_inputs(), task, request_id, progress, work, kept, key)
+            record = Record(resolved.without_inputs(), task, request_id, progress, work, kept, key, delivery)
             self._records[record.id] = record
             held = slot.pop_all()  # not released by the task itself, which may be cancelled before it begins
             work.add_done_callback(lambda _: self._end(record, held))
@@ -319,13 +197,14 @@ class Jobs:
         key: the Idempotency-Key together with its sender, or None. Raises the errors of start(), with fields
         named as in `body`.
         """
+        delivery = self._delivery_of(body)
         if key is None:
-            return await self._start_kept(body, None, request_id)
+            return await self._start_kept(body, None, request_id, delivery)
         digest = await asyncio.to_thread(digest_of, body)
         if (
             key not in self._keys
         ):  # no await until the assignment, so that a simultaneous repetition finds the entry
-            starting = asyncio.ensure_future(self._start_kept(body, key, request_id))
+            starting = asyncio.ensure_future(self._start_kept(body, key, request_id, delivery))
             self._keys[key] = IdempotencyEntry(digest, starting)
         known = self._keys[key]
         if known.digest != digest:
@@ -333,15 +212,25 @@ class Jobs:
             raise InvalidRequest(f"{param} was already used with another body", param=param)
         return await asyncio.shield(known.record)
 
-    async def _start_kept(self, body: AnyJob, key: Hashable, request_id: str) -> Record:
+    async def _start_kept(
+        self, body: AnyJob, key: Hashable, request_id: str, delivery: Delivery | None
+    ) -> Record:
         try:
-            return await self.start(lambda: submission_of(body), request_id, kept=True, key=key)
+            return await self.start(lambda: submission_of(body), request_id, True, key, delivery)
         except ServiceError as error:
             self._keys.pop(key, None)
             raise error.within("request") from None
         except BaseException:
             self._keys.pop(key, None)
             raise
+
+    def _delivery_of(self, body: AnyJob) -> Delivery | None:
+        """The delivery of a job's end; None if it has no webhook. Raises InvalidRequest."""
+        if body.webhook is None:
+            return None
+        if self.webhooks is None:
+            raise invalid("is not supported by this server (setting webhook_hosts)")
+        return self.webhooks.prepare(body.webhook)
 
     def _end(self, record: Record, slot: ExitStack) -> None:
         """Release the slot, and forget the job unless it is kept."""
@@ -350,6 +239,8 @@ class Jobs:
         if record.error and not record.awaited:
             self.supervisor.metrics.rejected.labels(code_of(record.error)).inc()
             log.info("job %s failed", record.id, exc_info=record.work.exception())
+        if self.webhooks and record.delivery:
+            self.webhooks.start(record.delivery, record.id, record.snapshot)
         if not record.kept:
             record.fetched = True
             del self._records[record.id]

@@ -16,9 +16,10 @@ from service.api.a1111.names import plain_names
 from service.api.a1111.schemas import Options, ProgressResponse, ProgressState
 from service.errors import NotFound
 from service.requests import response
-from service.requests.background import Jobs, Record, Submission
+from service.requests.background import Jobs, Submission
 from service.requests.checks import supports_any
 from service.requests.defaults import coalesce
+from service.requests.job_record import Record
 from service.requests.resolve import TASKS_OF
 from service.requests.response import Answer
 from service.requests.schemas import GenerateRequest, InpaintRequest

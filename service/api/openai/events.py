@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 from service.api.jobs import SSE_HEADERS
 from service.api.openai.schemas import CompletedImage, ImageEvent, PartialImage
 from service.api.openai.translate import size_of
-from service.requests.background import Record
 from service.requests.images import FORMAT_OF_MEDIA_TYPE
+from service.requests.job_record import Record
 from service.requests.job_schemas import JobPreview, JobStatus
 from service.requests.response import Answer
 

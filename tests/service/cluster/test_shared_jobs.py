@@ -13,7 +13,8 @@ from service.cluster.redis_store import PREFIX, RedisStore, open_store
 from service.cluster.shared_jobs import SharedJobs
 from service.engine.events import Done
 from service.errors import InvalidRequest, NotFound, Unavailable
-from service.requests.background import Jobs, JobView, Record
+from service.requests.background import Jobs
+from service.requests.job_record import JobView, Record
 from service.requests.job_schemas import GenerateJob
 from service.settings import Settings
 from tests.checkpoints.tiny import tiny_spec

@@ -16,8 +16,9 @@ from PIL import Image
 
 from service.engine.events import Done, Failed, Previewed, QueuePosition, QueuePositions
 from service.errors import ClientGone, InvalidRequest, NotFound, QueueFull, ServiceError
-from service.requests import background as module
-from service.requests.background import Jobs, Record, Submission
+from service.requests import job_record as module
+from service.requests.background import Jobs, Submission
+from service.requests.job_record import Record
 from service.requests.job_schemas import GenerateJob
 from service.requests.response import Result
 from tests.checkpoints.tiny import tiny_spec

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from service.api.openai.events import events
-from service.requests.background import JobEvent
+from service.requests.job_record import JobEvent
 from service.requests.job_schemas import JobStatus
 from service.requests.response_schemas import ErrorDetail
 

@@ -1,0 +1,1 @@
+"""Webhooks: a client's URL is called with the end of its job."""
