@@ -97,9 +97,7 @@ def server(url: str | None, settings: Settings) -> Iterator[str]:
 @contextmanager
 def started(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process and the URL of a ready server, which is stopped at the end of the context."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = replace(settings, host="127.0.0.1", port=port, log_level="warning")
     command = [sys.executable, "-P", "-m", "service.cli", "serve"]
     process = subprocess.Popen(command, env=environment(settings))
@@ -109,6 +107,14 @@ def started(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], str]]
     finally:
         process.terminate()
         process.wait()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:

@@ -218,6 +218,8 @@ class Library:
                 textual_inversion.add_embeddings(model, contents.embeddings)
                 model = prepare_for_device(model, device)
                 self.backend.apply(model)
+                if self.watch:
+                    self.watch.lap("backend")
                 model.tiny_decoder = self.open_tiny_decoder(spec)
                 return model
         except (CheckpointError, OSError) as error:
