@@ -19,7 +19,7 @@ def test_a_target_raises_only_documented_errors(name):
         run(name, file.read_bytes())
 
 
-def test_the_target_for_images_finds_an_undocumented_error(monkeypatch):
-    monkeypatch.setattr("service.requests.images.image_files.essentials", lambda file: 1 / 0)
+def test_another_error_is_raised(monkeypatch):
+    monkeypatch.setattr("models.conditioning.prompts.parse", lambda text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run("image", b"\x89PNG\r\n\x1a\n")
+        run("prompt", b"a prompt")
