@@ -37,11 +37,15 @@ def read_names(file: Path) -> list[str]:
 def train_autoencoder(args: argparse.Namespace) -> bool:
     from models.training import first_stage
 
-    autoencoder = Autoencoder(AUTOENCODER)
-    if args.start:
-        autoencoder.load_state_dict(checkpoint.load(args.start).autoencoder.state_dict())
-    state, device = args.state / "autoencoder.pt", torch.device(args.device)
-    return first_stage.train(autoencoder, budget_of(args), state, device, args.only_decoder, args.workers)
+    device = torch.device(args.device)
+    kept = checkpoint.load(args.start, device).autoencoder.requires_grad_(False) if args.start else None
+    autoencoder = Autoencoder(kept.spec if kept and args.only_decoder else AUTOENCODER).to(device)
+    if kept:
+        first_stage.widen(autoencoder, kept)
+    state = args.state / "autoencoder.pt"
+    return first_stage.train(
+        autoencoder, budget_of(args), state, device, args.only_decoder, args.workers, kept
+    )
 
 
 def train_diffusion(args: argparse.Namespace) -> bool:
@@ -51,17 +55,22 @@ def train_diffusion(args: argparse.Namespace) -> bool:
     device = torch.device(args.device)
     names, tokenizer = read_names(args.names), build_tokenizer(TOKENS)
     network = diffusion.SceneNetwork(UNET, text_spec(tokenizer), LAYOUT_CHANNELS, tokenizer)
-    if args.start:
-        diffusion.start_from(network, checkpoint.load(args.start))
-    autoencoder = trained(AUTOENCODER, args.state / "autoencoder.pt").to(device)
-    data = cached(
-        args.state / "latents.pt",
-        lambda: diffusion.draw_latents(
-            autoencoder, network.text_encoder, names, args.scenes, 1, device, args.workers
-        ),
-    )
-    scale = scale_factor(data["latents"])
-    state = args.state / "diffusion.pt"
+    started = checkpoint.load(args.start) if args.start else None
+    if started:
+        diffusion.start_from(network, started)
+    kept = started.spec.autoencoder.latent_channels if started else AUTOENCODER.latent_channels
+
+    def draw() -> dict[str, Tensor]:
+        autoencoder, encoder = (
+            trained(AUTOENCODER, args.state / "autoencoder.pt").to(device),
+            network.text_encoder,
+        )
+        data = diffusion.draw_latents(autoencoder, encoder, names, args.scenes, 1, device, args.workers)
+        # The first channels keep their scale; new ones hold detail, which is smaller.
+        return data | {"scale": torch.tensor(scale_factor(data["latents"][:, :kept]))}
+
+    data, state = cached(args.state / "latents.pt", draw), args.state / "diffusion.pt"
+    scale = data["scale"].item()
     return diffusion.train(network, SCHEDULE, data, scale, budget_of(args), state, device)
 
 
@@ -88,7 +97,7 @@ def trained_model(args: argparse.Namespace) -> LatentDiffusion:
     text = text_spec(tokenizer)
     network = SceneNetwork(UNET, text, LAYOUT_CHANNELS, tokenizer)
     network.load_state_dict(averaged(args.state / "diffusion.pt"))
-    scale = scale_factor(torch.load(args.state / "latents.pt", weights_only=True)["latents"])
+    scale = torch.load(args.state / "latents.pt", weights_only=True)["scale"].item()
     names = read_names(args.names)
     spec = model_spec(args.output.resolve().name, text, scale, names)
     conditioner = TextConditioner([network.text_encoder], network.layout, names)

@@ -55,6 +55,7 @@ UNMASKED_WEIGHT = 0.1  # weight of the error outside the mask, where the image i
 RELATIONS_PHASE = (0.25, 0.45)  # its begin and end, as shares of the run
 RELATIONS_EVERY = 4  # after the phase, every fourth update is like those in it
 RELATIONS_MAX_ALPHA_BAR = 0.25  # timesteps in the phase have an alpha_bar below this
+UNET_INPUT, UNET_OUTPUT = "input_blocks.0.0.weight", ("out.2.weight", "out.2.bias")
 
 
 class SceneNetwork(nn.Module):
@@ -303,10 +304,10 @@ def v_error(
 
 
 def start_from(network: SceneNetwork, model: LatentDiffusion) -> None:
-    """Copies the weights of a trained model into the network; its vocabulary and UNet input may differ.
+    """Copies the weights of a trained model into the network, which may have more words and latent channels.
 
-    Token embeddings are matched by the token's text; new input channels of the UNet start at zero. Raises
-    ValueError if the model is not a text-to-image model.
+    Token embeddings are matched by the token's text. Raises ValueError if the model is not a text-to-image
+    model.
     """
     if model.unet is None or not isinstance(model.conditioner, TextConditioner):
         raise ValueError(f"{model.spec.name} is not a text-to-image model to start from")
@@ -317,12 +318,28 @@ def start_from(network: SceneNetwork, model: LatentDiffusion) -> None:
     key = next(key for key in text if key.endswith("token_embedding.weight"))
     rows[key][[new[token] for token in shared]] = text[key][[old[token] for token in shared]]
     encoder.load_state_dict(text | {key: rows[key]})
-    unet, key = model.unet.state_dict(), "input_blocks.0.0.weight"
-    grown = torch.zeros_like(network.unet.state_dict()[key])
-    grown[:, : unet[key].shape[1]] = unet[key]
-    network.unet.load_state_dict(unet | {key: grown})
+    copy_unet(model.unet, network.unet)
     if model.conditioner.layout:
         network.layout.load_state_dict(model.conditioner.layout.state_dict())
+
+
+def copy_unet(old: UNet, new: UNet) -> None:
+    """Copies weights into a UNet that may have more channels; the new ones start at zero."""
+    weights, wide = old.state_dict(), new.state_dict()
+    wide[UNET_INPUT].zero_()[:, input_channels(old.spec, new.spec)] = weights[UNET_INPUT]
+    for key in UNET_OUTPUT:
+        wide[key].zero_()[: len(weights[key])] = weights[key]
+    new.load_state_dict(weights | {key: wide[key] for key in (UNET_INPUT, *UNET_OUTPUT)})
+
+
+def input_channels(old: UNetSpec, new: UNetSpec) -> list[int]:
+    """The channel of a new UNet's input for each of an old one's, which may lack the last inputs.
+
+    Inputs are the latent, the mask, the masked image's latent and the layout.
+    """
+    few, many = old.out_channels, new.out_channels  # of the latent
+    latent, masked = range(few), range(many + 1, many + 1 + few)
+    return [*latent, many, *masked, *range(2 * many + 1, new.in_channels)][: old.in_channels]
 
 
 def train(

@@ -7,6 +7,7 @@ compared with every glyph of the font on the same background.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -53,6 +54,13 @@ class Accuracy:
     top1: float
     top5: float
     background: float
+    by_name: dict[str, float]  # top 1 for the prompts of each name
+
+    def table(self) -> Iterator[str]:
+        """Lines of names, by their accuracy, the lowest first."""
+        for share in sorted(set(self.by_name.values())):
+            names = sorted(name for name, value in self.by_name.items() if value == share)
+            yield f"{share:.0%}: {', '.join(names)}"
 
 
 def psnr(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -148,15 +156,18 @@ def named_object_accuracy(
     draw: prompts -> one image per prompt.
     """
     top1 = top5 = right = 0
+    found: defaultdict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(pairs), batch):
         chunk = pairs[start : start + batch]
         images = draw([caption_of(*pair) for pair in chunk])
         for (name, colour), image in zip(chunk, images, strict=True):
             ranked = judge.rank(image)[:5]
+            found[name].append(ranked[0] == name)
             top1, top5 = top1 + (ranked[0] == name), top5 + (name in ranked)
             right += nearest_colour(background(image)) == colour
     n = max(1, len(pairs))
-    return Accuracy(len(pairs), top1 / n, top5 / n, right / n)
+    by_name = {name: sum(each) / len(each) for name, each in found.items()}
+    return Accuracy(len(pairs), top1 / n, top5 / n, right / n, by_name)
 
 
 def to_images(x: Tensor) -> Images:
@@ -377,6 +388,8 @@ def report(
         f"named objects, {accuracy.count} held-out prompts: "
         f"top-1 {accuracy.top1:.1%}, top-5 {accuracy.top5:.1%}, background {accuracy.background:.1%}"
     )
+    yield "the same by name, top-1:"
+    yield from accuracy.table()
     drawn, placed = related_objects(judge, paint, names, part)
     yield f"two objects in a relation, {part} prompts: both right {drawn:.1%}, each on its side {placed:.1%}"
     named, placed, both = boxed_objects(judge, paint, names, part)

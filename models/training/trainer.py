@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+LONGEST_UPDATE = 10.0  # of the average of a run; what an update takes beyond that is a pause
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -35,6 +37,12 @@ class Progress:
 
     updates: int = 0
     seconds: float = 0.0
+
+    def count(self, seconds: float) -> None:
+        """Counts an update that took so long. A pause during it, as of a stopped process, does not count."""
+        usual = self.seconds / self.updates if self.updates else seconds
+        self.seconds += min(seconds, LONGEST_UPDATE * usual)
+        self.updates += 1
 
 
 class Trainer:
@@ -71,8 +79,7 @@ class Trainer:
                 begin = time.monotonic()
                 loss = self._update(batch, loss_of)
                 smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
-                self.progress.updates += 1
-                self.progress.seconds += time.monotonic() - begin
+                self.progress.count(time.monotonic() - begin)
                 bar.update(round(self.progress.seconds) - bar.n)
                 bar.set_postfix(updates=self.progress.updates, loss=f"{smooth:.4f}", refresh=False)
                 if time.monotonic() - saved > self.budget.save_every:

@@ -1,11 +1,13 @@
 """The loss and the curriculum of the diffusion model's training."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from models.networks.unet import UNet
 from models.sampling.schedule import Schedule
 from models.training import diffusion, presets
 from models.training.diffusion import Batch, mask_weights, v_error
@@ -89,3 +91,21 @@ def test_spatial_relations_have_a_phase_of_their_own(monkeypatch) -> None:
         assert torch.equal(density > 0, noisy)
     assert seen[5][0][1].all()
     assert seen[80][1][1].all()
+
+
+def test_more_latent_channels_are_ignored_until_they_are_trained() -> None:
+    """The wider UNet predicts what the old one did, whatever the new channels hold."""
+    few, many, layout = 2, 5, 3
+    old, new = (
+        UNet(replace(presets.UNET, in_channels=2 * c + 1 + layout, out_channels=c, channels=(32, 32)))
+        for c in (few, many)
+    )
+    diffusion.copy_unet(old, new)
+    z, masked = torch.randn(2, 2, many, 8, 8).unbind()
+    mask, regions = torch.rand(2, 1, 8, 8), torch.randn(2, layout, 8, 8)
+    t, context = torch.tensor([3, 800]), torch.randn(2, 4, presets.CONTEXT_WIDTH)
+    with torch.no_grad():
+        wide = new(torch.cat([z, mask, masked, regions], 1), t, context)
+        narrow = old(torch.cat([z[:, :few], mask, masked[:, :few], regions], 1), t, context)
+    assert torch.allclose(wide[:, :few], narrow, atol=1e-5)
+    assert torch.equal(wide[:, few:], torch.zeros(2, many - few, 8, 8))

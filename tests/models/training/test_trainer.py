@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.training.trainer import Budget, Trainer
+from models.training.trainer import Budget, Progress, Trainer
 
 DEVICE = torch.device("cpu")
 
@@ -50,3 +50,11 @@ def test_a_spent_budget_updates_nothing(tmp_path: Path) -> None:
     first = fit(network(), 0.3, tmp_path / "state.pt")
     again = fit(network(), 0.3, tmp_path / "state.pt")
     assert again.progress.updates == first.progress.updates
+
+
+def test_a_pause_is_not_training_time() -> None:
+    progress = Progress(updates=10, seconds=10.0)
+    progress.count(2.0)
+    assert progress == Progress(11, 12.0)
+    progress.count(3600.0)
+    assert progress.seconds < 25.0
