@@ -16,6 +16,7 @@ from prometheus_client import (
 )
 
 from service.engine.events import Incident, Stage, Stepped
+from service.engine.graph_counts import GraphCounts
 from service.errors import TABLE
 
 REFUSALS = tuple(code for status, _, code in TABLE.values() if status == 429)
@@ -74,6 +75,16 @@ class Metrics:
             "reason",
         )
         self._key_names: set[str] = set()
+        self.network_calls = self._counter(
+            "ldm_network_calls",
+            "Calls of networks on CUDA: direct, replayed from a CUDA graph, recorded as one, or failed to be",
+            "how",
+            "replica",
+        )
+        self.graphs_dropped = self._counter(
+            "ldm_graphs_dropped", "CUDA graphs that were dropped for others, or with their model", "replica"
+        )
+        self.graph_bytes = self._gauge("ldm_graph_bytes", "Device memory that CUDA graphs occupy", "replica")
         self.worker_restarts = self._counter("ldm_worker_restarts", "Worker processes that exited", "replica")
         self.unreadable_messages = self._counter(
             "ldm_unreadable_messages", "Messages between API process and worker that could not be decoded"
@@ -150,6 +161,7 @@ class Metrics:
         """Start every series of a replica at 0."""
         self.worker_restarts.labels(replica)
         self.overflowed_models.labels(replica)
+        self.count_graphs(replica, GraphCounts(), GraphCounts())
         self.padded_rows.labels(replica)
         for histogram in (self.unet_rows, self.step_seconds, self.decode_seconds):
             histogram.labels(replica)
@@ -187,6 +199,13 @@ class Metrics:
         """Count a failure in the worker, recovered or not."""
         counter = self.out_of_memory if incident.kind == "out_of_memory" else self.non_finite
         counter.labels(incident.stage, replica).inc()
+
+    def count_graphs(self, replica: str, now: GraphCounts, before: GraphCounts) -> None:
+        """Count the network calls of a worker since an earlier report of it."""
+        for how in ("direct", "replayed", "recorded", "failed"):
+            self.network_calls.labels(how, replica).inc(getattr(now, how) - getattr(before, how))
+        self.graphs_dropped.labels(replica).inc(now.dropped - before.dropped)
+        self.graph_bytes.labels(replica).set(now.bytes)
 
     def started(self, replica: str, total: float, parts: Mapping[str, float], memory: int) -> None:
         """Record a worker's start: its seconds in total and by part, and the bytes of the device's memory."""

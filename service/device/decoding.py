@@ -191,7 +191,7 @@ class Decoder:
         with workspace.graphs.paused() if measuring else nullcontext():
             x = workspace.graphs.run(bundle.autoencoder, bundle.decode, z)
         if measuring:
-            use = workspace.memory.end(len(z), 0)
+            use = workspace.memory.end(len(z), 0, workspace.graphs.size)
             self._limits[kind] = max(1, int(MEMORY_SHARE * use.room * len(z) / max(use.peak, 1)))
         return x
 

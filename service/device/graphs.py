@@ -6,7 +6,7 @@ import logging
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -17,6 +17,7 @@ from torch import nn
 
 from service.device.tensor_tree import map_tensors
 from service.device.torch_errors import is_device_lost, is_oom
+from service.engine.graph_counts import GraphCounts
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +85,25 @@ class Graphs:
         self._recorded: OrderedDict[Hashable, Kind] = OrderedDict()  # by last use
         self._calls = 0
         self._paused = False
+        self.counts = GraphCounts()
         self.slow_calls = 0  # calls that were the first of their kind, or were recorded: no measure of speed
 
     @property
     def size(self) -> int:
         """Bytes of all recordings."""
-        return sum(kind.recording.size for kind in self._recorded.values() if kind.recording)
+        return self.counts.bytes
+
+    def _count(self, **more: int) -> None:
+        """Add to the counts, which another thread may read."""
+        size = sum(kind.recording.size for kind in self._recorded.values() if kind.recording)
+        changed = {name: getattr(self.counts, name) + number for name, number in more.items()}
+        self.counts = self.counts._replace(bytes=size, **changed)
+
+    def _drop(self, keys: Sequence[Hashable]) -> None:
+        """Forget recordings."""
+        for key in keys:
+            del self._recorded[key]
+        self._count(dropped=len(keys))
 
     def run(self, network: nn.Module, function: Callable[..., Result], *inputs: Any) -> Result:
         """function(*inputs), a function that uses the weights of `network`.
@@ -104,6 +118,7 @@ class Graphs:
         kind.calls += 1
         if self._paused or kind.calls == 1:
             self.slow_calls += 1
+            self._count(direct=1)
             return function(*inputs)
         if kind.recording is None and kind.calls >= kind.record_at and self._make_room():
             self.slow_calls += 1
@@ -111,8 +126,11 @@ class Graphs:
             if kind.recording:
                 self._recorded[key] = kind
                 del self._kinds[key]
+            self._count(**{"recorded" if kind.recording else "failed": 1})
         if kind.recording is None:
+            self._count(direct=1)
             return function(*inputs)
+        self._count(replayed=1)
         kind.last_used = self._calls
         self._recorded.move_to_end(key)
         result: Result = kind.recording.replay(inputs)
@@ -129,14 +147,14 @@ class Graphs:
 
     def prune(self) -> None:
         """Forget recordings of networks that were unloaded."""
-        for kinds in (self._kinds, self._recorded):
-            for key in [key for key, kind in kinds.items() if kind.network() is None]:
-                del kinds[key]
+        for key in [key for key, kind in self._kinds.items() if kind.network() is None]:
+            del self._kinds[key]
+        self._drop([key for key, kind in self._recorded.items() if kind.network() is None])
 
     def clear(self) -> None:
         """Forget all recordings, so that their memory can be freed."""
         self._kinds.clear()
-        self._recorded.clear()
+        self._drop(list(self._recorded))
 
     def _find(self, network: nn.Module, function: Function, inputs: Inputs) -> tuple[Hashable, Kind]:
         """The kind of a call, and its key."""
@@ -154,7 +172,7 @@ class Graphs:
             key, oldest = next(iter(self._recorded.items()))
             if self._calls - oldest.last_used < self._idle_calls:
                 return False
-            del self._recorded[key]
+            self._drop([key])
         return True
 
     def _try_to_record(

@@ -11,7 +11,12 @@ from service.engine.row_limits import MemoryUse
 
 
 class CudaMemory:
-    """Memory of a CUDA device, as torch's allocator counts it."""
+    """Memory of a CUDA device, as torch's allocator counts it.
+
+    exact: a measurement of a call need not be repeated.
+    """
+
+    exact = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -35,11 +40,16 @@ class CudaMemory:
         self._allocated_before = torch.cuda.memory_allocated(self.device)
         return True
 
-    def end(self, rows: int, room: int) -> MemoryUse:
-        """What the call since begin() took; `room`: bytes that calls may take, 0 for all that is free."""
+    def end(self, rows: int, room: int, recorded: int = 0) -> MemoryUse:
+        """What the call since begin() took.
+
+        room: bytes that calls may take, 0 for all that is free; recorded: bytes of graphs, whose memory the
+        allocator counts as cached, but gives to no other call.
+        """
         peak = torch.cuda.max_memory_allocated(self.device) - self._allocated_before
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return MemoryUse(rows, peak, room or torch.cuda.mem_get_info(self.device)[0] + cached)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return MemoryUse(rows, peak, room or free + max(cached - recorded, 0))
 
 
 class HostMemory:
@@ -49,6 +59,8 @@ class HostMemory:
     the difference to the smallest size of the process since the models were loaded, which may be too large a
     value but never too small a one.
     """
+
+    exact = False
 
     def __init__(self) -> None:
         self._smallest: int | None = None
@@ -81,7 +93,7 @@ class HostMemory:
         self._smallest = now if self._smallest is None else min(self._smallest, now)
         return True
 
-    def end(self, rows: int, room: int) -> MemoryUse:
+    def end(self, rows: int, room: int, recorded: int = 0) -> MemoryUse:
         """What the call since begin() took; `room`: bytes that calls may take, 0 for all that is free."""
         smallest = self._smallest or 0
         peak = read_kilobytes("/proc/self/status", "VmHWM") - smallest

@@ -70,8 +70,9 @@ class Stepper:
         largest = self._measured.get(group, CallLoad(0, 0))
         load = CallLoad(size, count_controls(states, images))
         self._calls += 1
-        due = load.exceeds(largest) or (load == largest and self._calls % MEASURE_EVERY == 0)
-        measuring = due and self._workspace.memory.begin()
+        memory = self._workspace.memory
+        again = not memory.exact and load == largest and self._calls % MEASURE_EVERY == 0
+        measuring = (again or load.exceeds(largest)) and memory.begin()
         graphs = self._workspace.graphs
         # The memory of a captured graph is allocated already, so only a call without graphs can be measured.
         with translate_oom(), graphs.paused() if measuring else nullcontext():
@@ -79,7 +80,7 @@ class Stepper:
         if not measuring:
             return new_states, None
         self._measured[group] = CallLoad(*map(max, load, largest))
-        return new_states, self._workspace.memory.end(size, self._room)
+        return new_states, memory.end(size, self._room, graphs.size)
 
 
 def count_controls(states: Sequence[JobState], images: Sequence[ImageState]) -> int:

@@ -20,6 +20,7 @@ from service.catalogue import Catalogue, Folders
 from service.device.contents import Contents
 from service.engine.engine import Engine
 from service.engine.events import LoadedModels
+from service.engine.graph_counts import GraphCounts
 from service.engine.job import ModelKey
 from service.engine.runner import Runner
 from service.errors import CaptureFailed, DeviceLost
@@ -80,12 +81,15 @@ class HeartbeatThread(threading.Thread):
             True
         )  # whether a model is being loaded, which may take long
         self.memory: Callable[[], int] = lambda: 0  # bytes of the device in use
+        self.graphs: Callable[[], GraphCounts] = GraphCounts
         self.holds: Callable[[], tuple[ModelKey, ...]] = lambda: ()  # what is loaded
 
     def run(self) -> None:
         pause = threading.Event()
         while not pause.wait(HEARTBEAT_SECONDS):
-            self.link.send(Heartbeat(self.ticks, self.busy, self.loading(), self.memory(), self.holds()))
+            self.link.send(
+                Heartbeat(self.ticks, self.busy, self.loading(), self.memory(), self.holds(), self.graphs())
+            )
 
 
 def listen(link: Link, inbox: queue.SimpleQueue[Command | Contents]) -> None:
@@ -174,7 +178,7 @@ def load(
     runner.workspace.report_incident = link.send
     registry, memory = runner.registry, runner.workspace.memory
     heartbeat.loading, heartbeat.memory = (lambda: registry.loading), memory.used
-    heartbeat.holds = registry.held
+    heartbeat.holds, heartbeat.graphs = registry.held, lambda: runner.workspace.graphs.counts
     registry.on_change = lambda: link.send(LoadedModels(runner.loaded_models()))
     registry.on_change()
     link.send(offer(registry.contents))

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Union, get_args, get_orig
 from models.spec import ModelSpec
 from service.catalogue import Catalogue, Ignored
 from service.engine.events import Event
+from service.engine.graph_counts import NO_GRAPHS, GraphCounts
 from service.engine.job import Job, ModelKey
 
 PREFIX = struct.Struct(">4sII")  # magic number; length of the text; length of all byte strings
@@ -94,13 +95,14 @@ class Ready:
 @dataclass(frozen=True)
 class Heartbeat:
     """Sent at regular intervals. ticks: of the engine so far; memory: bytes of the device in use; holds: the
-    models, and models with LoRAs, that are loaded."""
+    models, and models with LoRAs, that are loaded; graphs: its network calls so far."""
 
     ticks: int
     busy: bool
     loading: bool
     memory: int
     holds: tuple[ModelKey, ...] = ()
+    graphs: GraphCounts = NO_GRAPHS
 
 
 @dataclass(frozen=True)

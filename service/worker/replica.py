@@ -8,6 +8,7 @@ import logging
 from typing import Literal, Protocol
 
 from service.engine.events import Decoded, Incident, Overflowed, Stepped
+from service.engine.graph_counts import GraphCounts
 from service.engine.job import Job
 from service.metrics import Metrics
 from service.model_paths import ModelPathError
@@ -79,6 +80,7 @@ class Replica:
         self.owner = owner
         self.worker: WorkerProcess | None = None
         self.device = settings.device
+        self.graphs = GraphCounts()  # of its worker
         self.was_ready = False  # a worker of it has been ready
         self.failure: WorkerFailed | None = None
         metrics.add_replica(self.label)
@@ -156,6 +158,7 @@ class Replica:
         except OSError:
             log.exception("no worker could be started", extra={"replica": self.number})
             return "failed"
+        self.graphs = GraphCounts()
         worker.send(self.owner.models.catalogue)
         watch = asyncio.create_task(self._watch(worker))
         try:
@@ -208,6 +211,8 @@ class Replica:
             case Heartbeat(memory=memory):
                 if self.worker:
                     self.worker.beat(report)
+                self.metrics.count_graphs(self.label, report.graphs, self.graphs)
+                self.graphs = report.graphs
                 self.metrics.device_memory.labels("used", self.label).set(memory)
             case Fatal(message, wrong_setting):
                 raise WorkerFailed(message, True, wrong_setting)

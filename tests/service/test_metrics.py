@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
 
+from service.engine.graph_counts import NO_GRAPHS, GraphCounts
 from service.metrics import Metrics
 from tests.helpers.environment import ROOT
 
@@ -37,3 +38,17 @@ def test_samples_of_other_processes_are_shown_beside_those_of_this_one():
     assert 'ldm_worker_restarts_total{replica="7"} 0.0' in lines
     assert 'ldm_images_total{api_replica="0"} 0.0' in lines
     assert len([line for line in lines if line.startswith("# TYPE ldm_worker_restarts_total")]) == 1
+
+
+def test_network_calls_of_a_worker_are_counted_on_by_the_next_one():
+    metrics = Metrics()
+    metrics.add_replica("0")
+    first, later = GraphCounts(direct=3, replayed=1), GraphCounts(direct=4, replayed=9, dropped=1, bytes=7)
+    metrics.count_graphs("0", first, NO_GRAPHS)
+    metrics.count_graphs("0", later, first)
+    metrics.count_graphs("0", first, NO_GRAPHS)  # of another worker
+    value = metrics.registry.get_sample_value
+    calls = [value("ldm_network_calls_total", {"how": how, "replica": "0"}) for how in ("direct", "replayed")]
+    assert calls == [7, 10]
+    assert value("ldm_graphs_dropped_total", {"replica": "0"}) == 1
+    assert value("ldm_graph_bytes", {"replica": "0"}) == 0

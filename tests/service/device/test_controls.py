@@ -247,7 +247,7 @@ def test_a_control_that_does_not_fit_in_memory_fails_its_own_job(runner):
 
 def test_memory_is_measured_again_when_a_call_has_more_controls(runner):
     class Meter:
-        measured = 0
+        measured, exact = 0, False
 
         def reset(self) -> None:
             pass
@@ -256,7 +256,7 @@ def test_memory_is_measured_again_when_a_call_has_more_controls(runner):
             self.measured += 1
             return True
 
-        def end(self, rows: int, room: int) -> MemoryUse:
+        def end(self, rows: int, room: int, recorded: int) -> MemoryUse:
             return MemoryUse(rows, 1, 1000)
 
     runner.workspace.memory = meter = Meter()

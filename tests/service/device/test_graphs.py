@@ -21,6 +21,7 @@ from service.device.graphs import Function, Graphs, Inputs
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.device.tensor_tree import map_tensors, tensors_of
+from service.engine.graph_counts import GraphCounts
 from service.engine.job import ImageKey
 from service.errors import CaptureFailed
 from tests.helpers.torch_runner import begin, made, tiny_job
@@ -103,6 +104,16 @@ def test_first_calls_and_recorded_calls_are_counted_as_slow():
         graphs.run(network, double, x)
         slow.append(graphs.slow_calls)
     assert slow == [1, 1, 2, 2, 2]
+
+
+def test_calls_and_recordings_are_counted_for_the_metrics():
+    tapes, network = Tapes(size=10), nn.Identity()
+    graphs = graphs_with(tapes, max_bytes=10, idle_calls=2)
+    for rows in (1, 1, 1, 2, 2, 2):
+        graphs.run(network, double, torch.ones(rows))
+    assert graphs.counts == GraphCounts(direct=2, replayed=4, recorded=2, failed=0, dropped=1, bytes=10)
+    graphs.clear()
+    assert graphs.counts == GraphCounts(direct=2, replayed=4, recorded=2, failed=0, dropped=2, bytes=0)
 
 
 class Nested(NamedTuple):
