@@ -55,9 +55,9 @@ def widen(autoencoder: Autoencoder, start: Autoencoder) -> None:
     autoencoder.load_state_dict(kept, strict=False)
     for conv in (autoencoder.quant_conv, autoencoder.post_quant_conv):
         nn.init.dirac_(conv.weight)
-        nn.init.zeros_(conv.bias)
+        bias_of(conv).zero_()
     autoencoder.quant_conv.weight[wide + narrow :] = 0.0
-    autoencoder.quant_conv.bias[wide + narrow :] = WIDE_LOG_VARIANCE
+    bias_of(autoencoder.quant_conv)[wide + narrow :] = WIDE_LOG_VARIANCE
     nn.init.zeros_(autoencoder.decoder.conv_in.weight)
     place(start.encoder.conv_out, autoencoder.encoder.conv_out, rows=moments)
     place(start.quant_conv, autoencoder.quant_conv, rows=moments, columns=moments)
@@ -75,8 +75,12 @@ def place(
     rows = torch.arange(wide.out_channels) if rows is None else rows
     columns = torch.arange(wide.in_channels) if columns is None else columns
     wide.weight[rows[:, None], columns] = narrow.weight
-    assert wide.bias is not None
-    wide.bias[rows] = narrow.bias
+    bias_of(wide)[rows] = bias_of(narrow)
+
+
+def bias_of(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
 
 
 def loss(autoencoder: Autoencoder, x: Tensor, only_decoder: bool = False) -> Tensor:
