@@ -53,7 +53,11 @@ COPY --from=package /opt/ldm /opt/ldm
 # A numeric user, so that Kubernetes can verify that it is not root; group 0, so that any other user id can write too.
 RUN pip --python /opt/ldm/bin/python check \
     && useradd --uid 10001 --gid 0 --home-dir /cache --no-create-home ldm \
-    && install -d -o 10001 -g 0 -m 0775 /cache
+    && install -d -o 10001 -g 0 -m 0775 /cache \
+    # Nothing installs packages in the running image. /var/lib/dpkg/status stays, for scanners.
+    && find / -xdev -type d -path '*/python3*' \( -name pip -o -name 'pip-*.dist-info' -o -name ensurepip \) \
+      -prune -exec rm -rf {} + \
+    && rm -rf /usr/bin/apt* /usr/bin/dpkg* /usr/lib/apt /usr/lib/dpkg /usr/bin/pip* /usr/local/bin/pip*
 # The service writes to /cache and /tmp only; the rest may be read-only.
 ENV HOME=/cache \
     XDG_CACHE_HOME=/cache \

@@ -157,6 +157,9 @@ contents() {
   [ -z "$found" ] || fail "$found was left over by the build"
   found=$(find "$root/opt/ldm" "$root/cache" ! -user 0 ! -path "$root/cache" -print -quit)
   [ -z "$found" ] || fail "$found is writable by the service"
+  for command in apt apt-get dpkg pip pip3; do
+    [ -z "$(find "$root/usr" "$root/opt" -path '*bin/*' -name "$command" -print -quit)" ] || fail "$command is in the image"
+  done
   if [ "$variant" = cpu ]; then
     for command in gcc cc make; do
       [ ! -e "$root/usr/bin/$command" ] || fail "a compiler in the CPU image"
@@ -169,7 +172,8 @@ contents() {
 }
 
 frozen() {
-  chroot "$root" pip --python /opt/ldm/bin/python freeze 2>/dev/null |
+  chroot "$root" /opt/ldm/bin/python -c \
+    "from importlib.metadata import distributions as d; print(*(f'{p.name}=={p.version}' for p in d()), sep='\n')" |
     grep -viE '^(torch|triton|nvidia|cuda|latent)' || true
 }
 
