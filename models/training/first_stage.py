@@ -16,7 +16,7 @@ from models.training.scenes import Atlas, Pixels, draw_scene
 from models.training.trainer import Budget, Trainer
 
 KL_WEIGHT = 1e-4  # weight of the KL divergence, as a mean over the latent's elements
-WIDE_LOG_VARIANCE = -4.0  # of new latent channels at first
+WIDE_LOG_VARIANCE = -7.0  # of new latent channels at first
 L1_WEIGHT = 0.1  # weight of the absolute error, which keeps edges sharp, besides the squared error
 KEPT_WEIGHT = 0.005  # weight of the change of the latent channels of the model that training started from
 KEPT_IMAGES = 2  # of each update, on which that change is measured
