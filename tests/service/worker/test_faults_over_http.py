@@ -144,3 +144,19 @@ def test_jobs_that_make_workers_die_are_found_and_their_neighbours_are_made(dead
     assert [files_of(answer) for answer in answers[3:]] == alone
     restarts = deadly.metric("ldm_worker_restarts_total") - restarts
     assert restarts <= 3 * 7, "the bound in quarantine.py"
+
+
+@pytest.fixture(scope="module")
+def crashing(start_server) -> Iterator[Server]:
+    """A server whose worker crashes of some words: by exit(), abort() and the loss of its device."""
+    faults = "load:exit:load-exit,step:device:step-device,decode:abort:decode-abort"
+    with start_server(LDM_FAULTS=faults, LDM_INVARIANT="1", LDM_BUCKETS="8") as server:
+        yield server
+
+
+def test_a_job_is_refused_after_two_crashes_of_its_worker_alone(crashing, alone):
+    for prompt in ("load-exit", "step-device", "decode-abort"):
+        restarts = crashing.metric("ldm_worker_restarts_total")
+        assert error_of(post(crashing, {"prompt": prompt, "steps": 2}), 500)["code"] == "worker_lost"
+        assert crashing.metric("ldm_worker_restarts_total") == restarts + 2
+    assert [files_of(post(crashing, body)) for body in NEIGHBOURS] == alone
