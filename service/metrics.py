@@ -186,8 +186,15 @@ class Metrics:
 
     def refused(self, key: str, code: str) -> None:
         """Count a request of a key that was refused with a 429."""
-        self.rejected.labels(code).inc()
-        self.key_refused.labels(key, code).inc()
+        if key in self._key_names:  # not if it was revoked just now
+            self.key_refused.labels(key, code).inc()
+
+    def used(self, key: str, images: int, steps: int, device_seconds: float) -> None:
+        """Count what a job of a key has used."""
+        if key in self._key_names:
+            self.key_images.labels(key).inc(images)
+            self.key_steps.labels(key).inc(steps)
+            self.key_device_seconds.labels(key).inc(device_seconds)
 
     def stepped(self, replica: str, event: Stepped) -> None:
         """Count one UNet call."""

@@ -18,13 +18,13 @@ from starlette.types import Scope
 
 from service.api import activity, docs, health, jobs, models, native, openapi, page, preprocess
 from service.api.a1111 import routes as a1111
-from service.api.a1111.session import A1111Session
+from service.api.a1111.session import A1111Sessions
 from service.api.auth import Identify, require_admin_key, require_key
 from service.api.middleware import BodyLimit, HeadAndOptions, PathPrefix, RequestContext
 from service.api.openai import routes as openai
 from service.api.openai.kept_files import KeptFiles
 from service.api.openai.model_names import aliases_of
-from service.cluster.redis_quotas import RedisWindows
+from service.cluster.redis_quotas import RedisCounts
 from service.cluster.redis_store import open_store
 from service.cluster.shared_jobs import SharedJobs
 from service.errors import (
@@ -95,8 +95,9 @@ def create_app(
 
     tracing = open_tracing(settings)
     webhooks = open_webhooks(settings, metrics)
-    jobs = Jobs(supervisor, open_signer(settings), tracing, webhooks)
     store = open_store(settings, metrics) if settings.job_store else None
+    quotas = Quotas(RedisCounts(store) if store else None)
+    jobs = Jobs(supervisor, open_signer(settings), tracing, webhooks, quotas)
     shared = SharedJobs(jobs, store) if store else None
 
     @asynccontextmanager
@@ -118,12 +119,11 @@ def create_app(
         redoc_url=None,
     )
     app.state.settings, app.state.metrics, app.state.supervisor = settings, metrics, supervisor
-    app.state.jobs, app.state.keys = jobs, keys
-    app.state.quotas = Quotas(RedisWindows(store) if store else None)
+    app.state.jobs, app.state.keys, app.state.quotas = jobs, keys, quotas
     app.state.job_board, app.state.tracing = shared or jobs, tracing
     app.state.openai_files = KeptFiles(settings)
     app.state.openai_aliases = aliases_of(settings)
-    app.state.a1111, app.state.started = A1111Session(jobs), int(time.time())
+    app.state.a1111, app.state.started = A1111Sessions(jobs), int(time.time())
     for router in KEYED:
         app.include_router(router, dependencies=[Depends(require_key)], responses=error_responses(401))
     for router in ADMIN:

@@ -20,6 +20,9 @@ bearer = HTTPBearer(auto_error=False, description="An API key; needed if the ser
 header = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same key in another header.")
 
 
+REFUSED = 429  # the status of requests beyond a limit
+
+
 class Identify:
     """Finds out whose request it is: `caller` in the request's state, None if it lacks a key that it needs.
 
@@ -48,6 +51,8 @@ class Identify:
         async def send_with_quotas(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *headers_of(caller.verdicts.values())]
+                if message["status"] == REFUSED:
+                    self.metrics.refused(client.name, state["error_code"])
             await send(message)
 
         try:
@@ -55,7 +60,7 @@ class Identify:
                 await self.quotas.take_request(caller)
         except RateLimited as error:
             state["error_code"] = code_of(error)
-            self.metrics.refused(client.name, code_of(error))
+            self.metrics.rejected.labels(code_of(error)).inc()
             return await send_error(send_with_quotas, error, caller.request_id)
         await self.app(scope, receive, send_with_quotas)
 

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from service.api.auth import caller_of
+from service.api.auth import caller_of, credentials_in
 from service.api.routing import JSONRoute
+from service.keys.table import digest
 from service.requests.background import JobBoard
 from service.requests.job_record import JobView
 from service.requests.job_schemas import JobEnd, JobRequest, JobStatus
@@ -65,8 +66,9 @@ async def job_ended(
 
 
 async def find(request: Request, job_id: str) -> JobView:
+    """A job of the request's client. Raises NotFound, also for jobs of others."""
     board: JobBoard = request.app.state.job_board
-    return await board.find(job_id)
+    return await board.find(job_id, caller_of(request).client)
 
 
 @router.post(
@@ -91,11 +93,17 @@ async def create_job(
     ] = None,
 ) -> JobStatus:
     """Queues the job and answers at once. The job continues when the client disconnects."""
-    key = idempotency_key and (idempotency_key, caller_of(request).client.id)
     board: JobBoard = request.app.state.job_board
-    record = await board.submit(body, key, request.state.request_id)
+    key = idempotency_key and (idempotency_key, *sender_of(request))
+    record = await board.submit(body, key, caller_of(request))
     response.headers["Location"] = f"/jobs/{record.id}"
     return await record.describe()
+
+
+def sender_of(request: Request) -> tuple[str | bytes, ...]:
+    """Whose an idempotency key is; where no key is needed, clients may still send one that a proxy knows."""
+    client = caller_of(request).client
+    return tuple(map(digest, credentials_in(request.scope))) if client.is_anonymous else (client.id,)
 
 
 @router.get("/jobs/{job_id}", responses=error_responses(404, 422, 500, 503), summary="Get a job")

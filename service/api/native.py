@@ -11,6 +11,7 @@ from fastapi import APIRouter, Header, Request, Response
 
 from models.sampling.samplers import SAMPLERS, default_spacing
 from models.spec import ModelSpec, Spacing
+from service.api.auth import caller_of
 from service.api.routing import JSONRoute
 from service.engine.events import LoadedModel
 from service.errors import ClientGone
@@ -110,7 +111,7 @@ async def run(request: Request, prepare: Callable[[], Submission]) -> response.A
     Raises the errors of Jobs.start(), and ClientGone if the client leaves.
     """
     jobs: Jobs = request.app.state.jobs
-    return await while_connected(request, jobs.run(prepare, request.state.request_id))
+    return await while_connected(request, jobs.run(prepare, caller_of(request)))
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

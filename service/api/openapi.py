@@ -16,7 +16,7 @@ def install(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = simplify(build())
+            app.openapi_schema = simplify(with_limits(build()))
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI documents this way of extending it
@@ -25,6 +25,16 @@ def install(app: FastAPI) -> None:
 def document_text(app: FastAPI) -> str:
     """The document as JSON text, as committed in service/openapi.json."""
     return json.dumps(app.openapi(), indent=1, ensure_ascii=False) + "\n"
+
+
+def with_limits(document: dict[str, Any]) -> dict[str, Any]:
+    """Add a 429 to every POST operation that needs a key: its limit of requests counts them all."""
+    limited = {**document["paths"]["/generate"]["post"]["responses"]["429"]}
+    for item in document["paths"].values():
+        responses = item.get("post", {}).get("responses", {})
+        if "401" in responses:
+            responses.setdefault("429", limited)
+    return document
 
 
 def simplify(node: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
+from service.api.auth import caller_of
 from service.api.native import IMAGE_RESPONSE, Accept
 from service.api.routing import JSONRoute
 from service.requests import controls, images, response
@@ -40,7 +41,7 @@ async def preprocess(
     """
     state = request.app.state
     output = response.negotiate(accept)
-    with state.supervisor.reserve_slot():
+    with state.supervisor.reserve_slot(caller_of(request).client):
         return await asyncio.to_thread(respond, body, state.settings, output)
 
 

@@ -30,6 +30,7 @@ from service.errors import (
     Unavailable,
     WorkerLost,
 )
+from service.keys.client import ANYBODY, Client
 from service.metrics import Metrics
 from service.settings import Settings
 from service.worker.backend import ReplicaState
@@ -112,10 +113,10 @@ class ClusterBackend:
             raise refusal(Loading)
 
     @contextmanager
-    def reserve_slot(self) -> Iterator[None]:
+    def reserve_slot(self, client: Client = ANYBODY) -> Iterator[None]:
         """Hold a slot of the queue until the context ends. Raises QueueFull, or as check_open() does."""
         self.check_open()
-        with self._slots.reserve():
+        with self._slots.reserve(client):
             yield
 
     async def run(self, job: Job, progress: Progress | None = None) -> Done:

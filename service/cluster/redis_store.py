@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -134,13 +135,14 @@ class Holder(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The newest event of a job.
+    """The newest event of a job. owner: the process that runs it; client: the id of the client whose it is.
 
     status: JSON of a JobStatus; preview: JSON of a JobPreview; webhook: JSON of a WebhookStatus that is newer
     than that in the status, or "".
     """
 
     owner: str
+    client: str
     request_id: str
     number: int
     name: str
@@ -158,6 +160,7 @@ class RedisStore:
         self.client = client
         self.settings = settings
         self.metrics = metrics
+        self.owner = uuid.uuid4().hex  # the name of this process
         self._scripts: dict[str, Any] = {}
 
     async def check(self) -> None:
@@ -212,6 +215,7 @@ class RedisStore:
             return None
         return Snapshot(
             values["owner"],
+            values.get("client", ""),
             values["request_id"],
             int(values["number"]),
             values["name"],

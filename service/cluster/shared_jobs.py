@@ -17,7 +17,9 @@ from contextlib import asynccontextmanager, suppress
 
 from service.cluster.redis_store import Claim, RedisStore, Snapshot
 from service.errors import InvalidRequest, JobFailed, NotFound, ServiceError, Unavailable, to_body
-from service.requests.background import Jobs, digest_of
+from service.keys.client import ANYBODY, Client
+from service.keys.quotas import Caller
+from service.requests.background import NO_JOB, Jobs, digest_of
 from service.requests.job_record import KEEP_ALIVE_SECONDS, JobEvent, JobView, Record
 from service.requests.job_schemas import AnyJob, JobPreview, JobStatus, WebhookStatus
 from service.requests.response_schemas import ErrorDetail
@@ -40,7 +42,7 @@ class SharedJobs:
     def __init__(self, jobs: Jobs, store: RedisStore) -> None:
         self.jobs = jobs
         self.store = store
-        self.owner = uuid.uuid4().hex
+        self.owner = store.owner
         self._publishing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -59,39 +61,41 @@ class SharedJobs:
                 await self.store.end_lease(self.owner)
             await self.store.close()
 
-    async def find(self, job_id: str) -> JobView:
+    async def find(self, job_id: str, client: Client) -> JobView:
         """A job of this process or of another one. Raises NotFound, and Unavailable without the store."""
         with suppress(NotFound):
-            return await self.jobs.find(job_id)
-        if not await self.store.read(job_id):
-            raise NotFound("there is no such job; jobs are kept for a limited time after their end")
+            return await self.jobs.find(job_id, client)
+        job = await self.store.read(job_id)
+        if job is None or not client.may_see(job.client):
+            raise NotFound(NO_JOB)
         return RemoteJob(job_id, self.store)
 
-    async def submit(self, body: AnyJob, key: Hashable, request_id: str) -> JobView:
+    async def submit(self, body: AnyJob, key: Hashable, caller: Caller) -> JobView:
         """As Jobs.submit(), with the keys of all processes. Raises Unavailable without the store."""
         if key is None:
             await self.store.check()
-            return await self._start(body, None, request_id)
-        claim = Claim(key_name(key), (await asyncio.to_thread(digest_of, body)).hex(), uuid.uuid4().hex)
+            return await self._start(body, None, caller)
+        digest = (await asyncio.to_thread(digest_of, body)).hex()
+        claim = Claim(key_name(key), digest, uuid.uuid4().hex)
         end = time.monotonic() + MAX_CLAIM_SECONDS
         while holder := await self.store.claim(claim):
             if holder.digest != claim.digest:
                 param = "Idempotency-Key"
                 raise InvalidRequest(f"{param} was already used with another body", param=param)
             if holder.job:
-                return await self.find(holder.job)
+                return await self.find(holder.job, caller.client)
             if time.monotonic() > end:
                 raise Unavailable("a request with this Idempotency-Key is being started", retry_after=5)
             await asyncio.sleep(CLAIM_POLL_SECONDS)
         try:
-            return await self._start(body, claim, request_id)
+            return await self._start(body, claim, caller)
         except BaseException:
             self._in_background(self._release(claim))
             raise
 
-    async def _start(self, body: AnyJob, claim: Claim | None, request_id: str) -> Record:
+    async def _start(self, body: AnyJob, claim: Claim | None, caller: Caller) -> Record:
         """Start a job here and write it to the store; without the store, it is cancelled again."""
-        record = await self.jobs.submit(body, None, request_id)
+        record = await self.jobs.submit(body, None, caller)
         try:
             if claim and not await self.store.confirm(claim, record.id):
                 raise Unavailable("the request took too long to start", retry_after=5)
@@ -147,7 +151,11 @@ class SharedJobs:
     async def _write(self, record: Record, event: JobEvent, claim: Claim | None) -> bool:
         """Write an event of a job to the store; False if the job has ended there."""
         data = await asyncio.to_thread(event.data.model_dump_json)
-        about: dict[str, str | int] = {"owner": self.owner, "request_id": record.request_id}
+        about: dict[str, str | int] = {
+            "owner": self.owner,
+            "client": record.client.id,
+            "request_id": record.request_id,
+        }
         if isinstance(event.data, JobPreview):
             fields = about | {"preview": data, "preview_number": event.number}
             return await self.store.update(record.id, fields)
@@ -171,7 +179,7 @@ class SharedJobs:
                         job = await self.store.next_message(messages, POLL_SECONDS)
                         with suppress(NotFound):
                             if job:
-                                await (await self.jobs.find(job)).cancel()
+                                await (await self.jobs.find(job, ANYBODY)).cancel()
             await asyncio.sleep(RETRY_SECONDS)
 
 
@@ -236,7 +244,7 @@ class RemoteJob:
         """The newest event. A job whose owner is gone fails here, for all processes."""
         now = await self.store.read(self.id)
         if now is None:
-            raise NotFound("there is no such job; jobs are kept for a limited time after their end")
+            raise NotFound(NO_JOB)
         if now.ended or not await self.store.is_lost(self.id, now.owner):
             return now
         log.error("job %s is lost: the process that ran it is gone", self.id, extra={"job": self.id})

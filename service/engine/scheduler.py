@@ -190,7 +190,7 @@ class Scheduler:
     def _in_order(self) -> list[Queued]:
         """All jobs, in the order in which they would end if no others came."""
         used: dict[Share, float] = {}
-        ends = []
+        ends: list[tuple[float, int, Queued]] = []
         for job in sorted(self._jobs.values(), key=lambda job: (job.time_left, job.number)):
             used[job.share] = used.get(job.share, job.share.used) + job.work / job.share.weight
             ends.append((used[job.share], len(ends), job))

@@ -20,7 +20,7 @@ class Client:
 
     id: says whose a job is; it never leaves the service. name: of the key, in metrics and logs; keys from
     files without names share one. share: of the device's time, compared to other clients that have jobs.
-    alone: whether no other client exists.
+    alone: whether it may fill the queue, because no other client exists, or none with a key.
     """
 
     id: str
@@ -42,4 +42,4 @@ class Client:
 
 UNNAMED = "unnamed"  # the name of keys from files of plain keys
 ANYBODY = Client("", "anonymous", admin=True, alone=True)  # where there are no keys
-STRANGER = Client("", "anonymous")  # a client without a key where only the calls of admins need one
+STRANGER = Client("", "anonymous", alone=True)  # without a key, where only the calls of admins need one

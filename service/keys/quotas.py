@@ -6,16 +6,20 @@ older than the window, so that no window, wherever it begins, contains more than
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+import uuid
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from cachetools import TTLCache
 
-from service.errors import RateLimited, Unavailable
+from service.errors import InvalidRequest, RateLimited, Unavailable
 from service.keys.client import Client
 
 log = logging.getLogger(__name__)
@@ -57,10 +61,6 @@ class Verdict:
     left: int
     seconds: int
 
-    def refusal(self) -> RateLimited:
-        """The error of a request that may not use it."""
-        return RateLimited(REFUSALS[self.quota.kind].format(self.quota.count), retry_after=self.seconds)
-
 
 REFUSALS: dict[Kind, str] = {
     "requests": "this key is limited to {} requests a minute",
@@ -88,18 +88,33 @@ def seconds_until(quota: Quota, slot: int, now: float) -> int:
     return max(1, math.ceil((slot + SLOTS + 1) * quota.slot - now))
 
 
-class Windows(Protocol):
-    """Counts uses: MemoryWindows, or cluster.redis_quotas for several servers."""
+def judge_jobs(quota: Quota, open_jobs: int, allowed: bool) -> Verdict:
+    """The verdict on one more job of a client that had this many."""
+    return Verdict(quota, allowed, max(0, quota.count - open_jobs - allowed), JOBS_RETRY_SECONDS)
+
+
+class Counts(Protocol):
+    """Counts uses and jobs: MemoryCounts, or cluster.redis_quotas for several servers.
+
+    client: the id of a client. Every method raises Unavailable if it cannot count.
+    """
 
     async def take(self, client: str, quota: Quota, cost: int) -> Verdict:
-        """Count a use if it is allowed. client: its id. Raises Unavailable."""
+        """Count a use if it is allowed."""
+
+    async def enter(self, client: str, quota: Quota, job: str) -> Verdict:
+        """Count a job until leave(), if it is allowed. job: any name that no other job has."""
+
+    async def leave(self, client: str, job: str) -> None:
+        """Count a job no longer."""
 
 
-class MemoryWindows:
-    """The uses of the clients of this process."""
+class MemoryCounts:
+    """The uses and jobs of the clients of this process."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._jobs: defaultdict[str, set[str]] = defaultdict(set)
         self._uses: TTLCache[tuple[str, Kind], dict[int, int]] = TTLCache(
             MAX_WINDOWS, 2 * max(WINDOWS.values()), clock
         )
@@ -113,6 +128,17 @@ class MemoryWindows:
             uses[slot] = uses.get(slot, 0) + cost
         self._uses[client, quota.kind] = uses
         return verdict
+
+    async def enter(self, client: str, quota: Quota, job: str) -> Verdict:
+        count = len(self._jobs[client])
+        if count < quota.count:
+            self._jobs[client].add(job)
+        return judge_jobs(quota, count, count < quota.count)
+
+    async def leave(self, client: str, job: str) -> None:
+        self._jobs[client].discard(job)
+        if not self._jobs[client]:
+            del self._jobs[client]
 
 
 @dataclass(eq=False)
@@ -130,32 +156,58 @@ class Quotas:
     shared: counts for several servers; while it fails, this server counts alone.
     """
 
-    def __init__(self, shared: Windows | None = None, own: Windows | None = None) -> None:
-        self._own = own or MemoryWindows()
+    def __init__(self, shared: Counts | None = None, own: Counts | None = None) -> None:
+        self._own = own or MemoryCounts()
         self._shared = shared
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def take_request(self, caller: Caller) -> None:
         """Count a request. Raises RateLimited."""
-        await self._take(caller, "requests", caller.client.limits.requests_per_minute, 1)
+        if count := caller.client.limits.requests_per_minute:
+            quota = Quota("requests", count)
+            await self._ask(caller, quota, lambda counts: counts.take(caller.client.id, quota, 1))
 
     async def take_images(self, caller: Caller, images: int) -> None:
-        """Count images. Raises RateLimited."""
-        await self._take(caller, "images", caller.client.limits.images_per_hour, images)
+        """Count images. Raises RateLimited, and InvalidRequest for more than there are in an hour."""
+        if count := caller.client.limits.images_per_hour:
+            if images > count:
+                raise InvalidRequest(f"n must be at most {count}, the images an hour of this key", param="n")
+            quota = Quota("images", count)
+            await self._ask(caller, quota, lambda counts: counts.take(caller.client.id, quota, images))
 
-    async def _take(self, caller: Caller, kind: Kind, count: int | None, cost: int) -> None:
+    async def begin_job(self, caller: Caller) -> Callable[[], None]:
+        """Count a job until the function that is returned is called. Raises RateLimited."""
+        count = caller.client.limits.running_jobs
         if count is None:
-            return
-        quota, client = Quota(kind, count), caller.client.id
-        verdict = None
-        if self._shared:
-            try:
-                verdict = await self._shared.take(client, quota, cost)
-            except Unavailable:
-                log.warning("quotas are counted by this server alone: the job store does not work")
-        verdict = verdict or await self._own.take(client, quota, cost)
-        caller.verdicts[kind] = verdict
+            return lambda: None
+        quota, client, job = Quota("jobs", count), caller.client.id, uuid.uuid4().hex
+        counts = await self._ask(caller, quota, lambda counts: counts.enter(client, quota, job))
+        return lambda: self._in_background(counts.leave(client, job))
+
+    async def _ask(self, caller: Caller, quota: Quota, ask: Callable[[Counts], Awaitable[Verdict]]) -> Counts:
+        """Note the verdict of the counts that work, and return these. Raises RateLimited."""
+        counts = self._shared or self._own
+        try:
+            verdict = await ask(counts)
+        except Unavailable:
+            log.warning("limits of keys are counted by this server alone: the job store does not work")
+            counts = self._own
+            verdict = await ask(counts)
+        caller.verdicts[quota.kind] = verdict
         if not verdict.allowed:
-            raise verdict.refusal()
+            raise RateLimited(REFUSALS[quota.kind].format(quota.count), retry_after=verdict.seconds)
+        return counts
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(ignoring_outages(work))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+
+async def ignoring_outages(work: Coroutine[None, None, None]) -> None:
+    """A job that is not discounted in the store expires there."""
+    with suppress(Unavailable):
+        await work
 
 
 def headers_of(verdicts: Iterable[Verdict]) -> list[tuple[bytes, bytes]]:

@@ -13,7 +13,10 @@ from typing import Protocol
 
 from PIL import Image
 
+from service.engine.job import Job
 from service.errors import ClientGone, DeadlineExceeded, InvalidRequest, NotFound, ServiceError, code_of
+from service.keys.client import Client
+from service.keys.quotas import Caller, Quotas
 from service.requests import response
 from service.requests.job_record import JobView, Record
 from service.requests.job_schemas import AnyJob, SceneJob, Task
@@ -30,6 +33,7 @@ from service.worker.progress import Progress
 
 log = logging.getLogger(__name__)
 
+NO_JOB = "there is no such job; jobs are kept for a limited time after their end"
 POLL_SECONDS = 0.05  # between two checks whether ended jobs were fetched
 
 TASK_OF_REQUEST: dict[type[AnyRequest], Task] = {
@@ -58,11 +62,11 @@ class Submission:
 class JobBoard(Protocol):
     """Starts and finds the jobs of POST /jobs: Jobs, or cluster.shared_jobs."""
 
-    async def submit(self, body: AnyJob, key: Hashable, request_id: str) -> JobView:
+    async def submit(self, body: AnyJob, key: Hashable, caller: Caller) -> JobView:
         """As Jobs.submit()."""
 
-    async def find(self, job_id: str) -> JobView:
-        """A job that is open or kept. Raises NotFound."""
+    async def find(self, job_id: str, client: Client) -> JobView:
+        """A job that is open or kept and that the client may see. Raises NotFound."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,13 @@ class Jobs:
         signer: Signer | None = None,
         tracing: Tracing | None = None,
         webhooks: Webhooks | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         """signer: signs the files of all jobs. Without it, files are not signed; the others likewise."""
         self.supervisor = supervisor
         self.signer = signer
         self.webhooks = webhooks
+        self.quotas = quotas or Quotas()
         self.tracing = tracing or NoTracing()
         self._records: dict[str, Record] = {}
         self._ended: dict[str, Hashable] = {}  # kept jobs in the order of their ends: id -> idempotency key
@@ -107,18 +113,19 @@ class Jobs:
         if self.webhooks:
             await self.webhooks.finish(seconds)
 
-    async def find(self, job_id: str) -> Record:
-        """The record of a job. Raises NotFound."""
-        if job_id not in self._records:
-            raise NotFound("there is no such job; jobs are kept for a limited time after their end")
-        return self._records[job_id]
+    async def find(self, job_id: str, client: Client) -> Record:
+        """The record of a job that the client may see. Raises NotFound."""
+        record = self._records.get(job_id)
+        if record is None or not client.may_see(record.client.id):
+            raise NotFound(NO_JOB)
+        return record
 
-    async def run(self, prepare: Callable[[], Submission], request_id: str) -> Answer:
+    async def run(self, prepare: Callable[[], Submission], caller: Caller) -> Answer:
         """Start a job and wait for its answer. Cancelling this coroutine cancels the job.
 
         Raises the errors of start() and of the job, and ClientGone if the job was cancelled elsewhere.
         """
-        record = await self.start(prepare, request_id)
+        record = await self.start(prepare, caller)
         record.awaited = True
         try:
             await asyncio.wait({record.work})
@@ -131,7 +138,7 @@ class Jobs:
     async def start(
         self,
         prepare: Callable[[], Submission],
-        request_id: str,
+        caller: Caller,
         kept: bool = False,
         key: Hashable = None,
         delivery: Delivery | None = None,
@@ -143,16 +150,20 @@ class Jobs:
         delivery: of the job's end to its webhook.
         Raises ServiceError; a refused request leaves no job and holds no slot.
         """
-        begin, service = time.monotonic(), self.supervisor
+        begin, service, client = time.monotonic(), self.supervisor, caller.client
         with ExitStack() as slot:
-            slot.enter_context(service.reserve_slot())
+            slot.enter_context(service.reserve_slot(client))
+            slot.callback(await self.quotas.begin_job(caller))
             submission, resolved = await asyncio.to_thread(self._resolve, prepare)
+            await self.quotas.take_images(caller, resolved.parameters.n)
             seconds = submission.request.timeout or service.settings.timeout
             progress = Progress()
-            coroutine = self._work(resolved, submission.encode, progress, begin, begin + seconds)
+            job = replace(resolved.to_job(), client=client.id, share=client.share)
+            coroutine = self._work(job, resolved, submission.encode, progress, begin, begin + seconds)
             work = asyncio.create_task(coroutine)
             task = TASK_OF_REQUEST[type(submission.request)]
-            record = Record(resolved.without_inputs(), task, request_id, progress, work, kept, key, delivery)
+            own = (resolved.without_inputs(), task, client, caller.request_id)
+            record = Record(*own, progress, work, kept, key, delivery)
             self._records[record.id] = record
             held = slot.pop_all()  # not released by the task itself, which may be cancelled before it begins
             work.add_done_callback(lambda _: self._end(record, held))
@@ -167,6 +178,7 @@ class Jobs:
 
     async def _work(
         self,
+        job: Job,
         resolved: ResolvedRequest,
         encode: Callable[[Result, int], bytes],
         progress: Progress,
@@ -174,7 +186,6 @@ class Jobs:
         deadline: float,
     ) -> Answer:
         """Run the job, then encode its images, one at a time and off the event loop."""
-        job = resolved.to_job()
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 with self.tracing.job(job):
@@ -191,7 +202,7 @@ class Jobs:
         warnings, resolved = resolved.warnings + done.warnings, resolved.without_inputs()
         return Answer(resolved, tuple(files), warnings, timings, int(time.time()))
 
-    async def submit(self, body: AnyJob, key: Hashable, request_id: str) -> Record:
+    async def submit(self, body: AnyJob, key: Hashable, caller: Caller) -> Record:
         """A new background job, or the job that an earlier request with the same key has started.
 
         key: the Idempotency-Key together with its sender, or None. Raises the errors of start(), with fields
@@ -199,12 +210,11 @@ class Jobs:
         """
         delivery = self._delivery_of(body)
         if key is None:
-            return await self._start_kept(body, None, request_id, delivery)
+            return await self._start_kept(body, None, caller, delivery)
         digest = await asyncio.to_thread(digest_of, body)
-        if (
-            key not in self._keys
-        ):  # no await until the assignment, so that a simultaneous repetition finds the entry
-            starting = asyncio.ensure_future(self._start_kept(body, key, request_id, delivery))
+        # No await until the assignment, so that a simultaneous repetition finds the entry.
+        if key not in self._keys:
+            starting = asyncio.ensure_future(self._start_kept(body, key, caller, delivery))
             self._keys[key] = IdempotencyEntry(digest, starting)
         known = self._keys[key]
         if known.digest != digest:
@@ -213,10 +223,10 @@ class Jobs:
         return await asyncio.shield(known.record)
 
     async def _start_kept(
-        self, body: AnyJob, key: Hashable, request_id: str, delivery: Delivery | None
+        self, body: AnyJob, key: Hashable, caller: Caller, delivery: Delivery | None
     ) -> Record:
         try:
-            return await self.start(lambda: submission_of(body), request_id, True, key, delivery)
+            return await self.start(lambda: submission_of(body), caller, True, key, delivery)
         except ServiceError as error:
             self._keys.pop(key, None)
             raise error.within("request") from None
@@ -236,6 +246,9 @@ class Jobs:
         """Release the slot, and forget the job unless it is kept."""
         slot.close()
         record.progress.end(record.status)
+        images = len(record.work.result().files) if record.status == "done" else 0
+        state = record.progress.state
+        self.supervisor.metrics.used(record.client.name, images, state.step, state.device_seconds)
         if record.error and not record.awaited:
             self.supervisor.metrics.rejected.labels(code_of(record.error)).inc()
             log.info("job %s failed", record.id, exc_info=record.work.exception())

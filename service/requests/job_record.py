@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from service.errors import ServiceError, to_body
+from service.keys.client import Client
 from service.requests import response
 from service.requests.job_schemas import JobPreview, JobStatus, Task
 from service.requests.resolved_request import ResolvedRequest
@@ -48,10 +49,14 @@ class JobView(Protocol):
 
 @dataclass(eq=False)
 class Record:
-    """One job. resolved: without its input images; work: the task that returns the answer."""
+    """One job.
+
+    resolved: without its input images; client: whose it is; work: the task that returns the answer.
+    """
 
     resolved: ResolvedRequest
     task: Task
+    client: Client
     request_id: str
     progress: Progress
     work: asyncio.Task[Answer]

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from models.spec import ModelSpec
 from service.engine.events import Done
 from service.engine.job import Job
+from service.keys.client import ANYBODY, Client
 from service.metrics import Metrics
 from service.settings import Settings
 from service.worker.call_log import CallLog
@@ -68,7 +69,7 @@ class Backend(Protocol):
     def check_open(self) -> None:
         """Raise Draining, Loading or Unavailable if no request can be accepted now."""
 
-    def reserve_slot(self) -> AbstractContextManager[None]:
+    def reserve_slot(self, client: Client = ANYBODY) -> AbstractContextManager[None]:
         """Hold a slot of the queue until the context ends. Raises QueueFull, or as check_open() does."""
 
     async def run(self, job: Job, progress: Progress | None = None) -> Done:

@@ -17,7 +17,8 @@ class State:
     """The state of a job at one moment.
 
     position: in the queue, from 1; estimate: seconds until the job ends, if known; step, steps: the number of
-    steps done and the total, of all images together; preview: the newest one; number: of the state, from 0.
+    steps done and the total, of all images together; preview: the newest one; device_seconds: the job's part
+    of the time of its UNet calls, by rows; number: of the state, from 0.
     """
 
     stage: Stage = "queued"
@@ -26,6 +27,7 @@ class State:
     step: int = 0
     steps: int = 0
     preview: Previewed | None = None
+    device_seconds: float = field(default=0.0, compare=False)
     number: int = field(default=0, compare=False)
 
     @property
@@ -54,10 +56,10 @@ class Progress:
         if self.state.stage == "queued":
             self._change(stage="running", position=None, estimate=None, steps=steps)
 
-    def advance(self, step: int) -> None:
-        """Set the number of steps done; ignored if it is not larger than before."""
+    def advance(self, step: int, seconds: float = 0.0) -> None:
+        """Set the number of steps done, after more seconds; ignored if it is not larger than before."""
         if self.state.stage == "running" and step > self.state.step:
-            self._change(step=step)
+            self._change(step=step, device_seconds=self.state.device_seconds + seconds)
 
     def show(self, preview: Previewed) -> None:
         """Set the newest preview; ignored if its image had a later one, in an earlier worker."""
@@ -71,7 +73,7 @@ class Progress:
             self.wait_at(state.position, state.estimate)
         if state.stage == "running":
             self.start(state.steps)
-            self.advance(state.step)
+            self.advance(state.step, max(0.0, state.device_seconds - self.state.device_seconds))
         if state.preview:
             self.show(state.preview)
 

@@ -36,6 +36,7 @@ from service.errors import (
     Unavailable,
     WorkerLost,
 )
+from service.keys.client import ANYBODY, Client
 from service.metrics import Metrics
 from service.settings import Settings
 from service.worker.backend import ReplicaState
@@ -162,10 +163,10 @@ class Supervisor:
             raise refusal(Loading)
 
     @contextmanager
-    def reserve_slot(self) -> Iterator[None]:
+    def reserve_slot(self, client: Client = ANYBODY) -> Iterator[None]:
         """Hold a slot of the queue until the context ends. Raises QueueFull, or as check_open() does."""
         self.check_open()
-        with self._slots.reserve():
+        with self._slots.reserve(client):
             yield
 
     async def run(self, job: Job, progress: Progress | None = None) -> Done:
@@ -413,7 +414,7 @@ class Supervisor:
     def _count_step(self, replica: Replica, event: Stepped) -> None:
         self.calls.record(replica.number, event)
         self._placement.step(event)
-        for job, steps, _ in event.jobs:
+        for job, steps, rows in event.jobs:
             self._quarantine.step(job, steps)
             if ticket := self._tickets.get(job):
-                ticket.progress.advance(steps)
+                ticket.progress.advance(steps, event.seconds * rows / event.rows)

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from service.engine.events import JobSteps, Previewed, Started, Stepped
 from service.engine.job import ModelKey
+from service.keys.client import ANYBODY, Client
+from service.keys.quotas import Caller
 from service.metrics import Metrics
 from service.settings import Settings
 from service.worker.child import WorkerProcess
@@ -21,6 +23,12 @@ def supervisor(specs: bool = True, **settings) -> Supervisor:
     made = Supervisor(Settings(**settings), Metrics())
     made.models.specs, made.models.known = {"m": object()} if specs else {}, specs
     return made
+
+
+def caller(name: str = "", **fields) -> Caller:
+    """A request of a client with this name, or of a client without a key."""
+    client = Client(f"key {name}", name, **fields) if name else ANYBODY
+    return Caller(client, "r")
 
 
 def run(scenario: Coroutine) -> None:

@@ -23,6 +23,7 @@ from service.api.a1111.controlnet_modules import (
 from service.api.a1111.controlnet_units import names_of
 from service.api.a1111.schemas import Body
 from service.api.a1111.session import A1111Session
+from service.api.auth import caller_of
 from service.api.routing import ClientErrorRoute
 from service.errors import InvalidRequest
 from service.requests import images
@@ -99,7 +100,7 @@ class ControlNetDetected(BaseModel):
 
 def names(request: Request) -> list[str]:
     """The controls and reference adapters of all models, by name."""
-    session: A1111Session = request.app.state.a1111
+    session: A1111Session = request.app.state.a1111.of(caller_of(request))
     found = {name for spec in session.specs.values() for name in names_of(spec)}
     return sorted(found)
 
@@ -161,7 +162,7 @@ def tab_of(words: tuple[str, ...], models: list[str]) -> dict[str, Any]:
 async def detect_controlnet_maps(body: ControlNetDetect, request: Request) -> ControlNetDetected:
     """Runs a preprocessor on images, at its resolution."""
     state = request.app.state
-    with state.supervisor.reserve_slot():
+    with state.supervisor.reserve_slot(caller_of(request).client):
         return await asyncio.to_thread(detected, body, state.settings.max_input_pixels)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -44,7 +45,8 @@ from service.api.a1111.schemas import (
     UpscalerItem,
     VAEItem,
 )
-from service.api.a1111.session import A1111Session
+from service.api.a1111.session import A1111Session, A1111Sessions
+from service.api.auth import caller_of
 from service.api.routing import ClientErrorRoute
 from service.requests import images
 from service.requests.background import Submission
@@ -99,8 +101,9 @@ WRITE: dict[str, Any] = {"responses": error_responses(400, 404, 408, 413, 415, 4
 
 
 def session_of(request: Request) -> A1111Session:
-    session: A1111Session = request.app.state.a1111
-    return session
+    """What the request's client sees of this API's state."""
+    sessions: A1111Sessions = request.app.state.a1111
+    return sessions.of(caller_of(request))
 
 
 @sdapi.post("/txt2img", **GENERATE, summary="Text to image")
@@ -120,7 +123,7 @@ async def img2img(body: ImageToImage, request: Request) -> ProcessingResponse:
     """
     choice, session = choose_sampler(body), session_of(request)
     if body.denoising_strength == 0:
-        with request.app.state.supervisor.reserve_slot():
+        with reserved_slot(request):
             done = await asyncio.to_thread(translate.unchanged_answer, body, choice, session)
     else:
         done = await run(lambda: translate.image_submission(body, choice, session), request)
@@ -136,7 +139,7 @@ def respond(
 
 async def run(prepare: Callable[[], Submission], request: Request) -> Answer:
     """Run a job and wait for it; it is cancelled if the client leaves. prepare: as for Jobs.start()."""
-    work = session_of(request).run(prepare, request.state.request_id)
+    work = session_of(request).run(prepare)
     return await native.while_connected(request, work)
 
 
@@ -168,8 +171,14 @@ async def upscaled(body: Extras, file: str, param: str, request: Request) -> byt
         done = await run(lambda: extras.submission(body, file, param, settings), request)
         if done.files:
             return done.files[0]
-    with request.app.state.supervisor.reserve_slot():
+    with reserved_slot(request):
         return await asyncio.to_thread(extras.resample, body, file, param, settings)
+
+
+def reserved_slot(request: Request) -> AbstractContextManager[None]:
+    """A slot of the queue for the request's client. Raises as Backend.reserve_slot() does."""
+    supervisor: Backend = request.app.state.supervisor
+    return supervisor.reserve_slot(caller_of(request).client)
 
 
 def open_supervisor(request: Request) -> Backend:
@@ -189,14 +198,15 @@ async def png_info(body: PNGInfo, request: Request) -> PNGInfoResponse:
         text, items = read_parameters(images.decode(file, "image", state.settings.max_input_pixels))
         return PNGInfoResponse(info=text, items=items, parameters=infotext.parameters_of(text))
 
-    with state.supervisor.reserve_slot():
+    with reserved_slot(request):
         return await asyncio.to_thread(read)
 
 
 @sdapi.get("/progress", **READ, summary="Progress of the oldest request")
 async def progress(request: Request, skip_current_image: bool = False) -> ProgressResponse:
     """Returns the progress of the oldest unfinished request of this API, with its newest preview unless
-    `skip_current_image` is set.
+    `skip_current_image` is set. Where keys are set, of the oldest one with the same key, or for an admin key
+    with any.
     """
     return await session_of(request).progress(not skip_current_image)
 
@@ -204,7 +214,7 @@ async def progress(request: Request, skip_current_image: bool = False) -> Progre
 @sdapi.post("/interrupt", **READ, summary="Interrupt the oldest request")
 async def interrupt(request: Request) -> Empty:
     """Interrupts the request that GET /sdapi/v1/progress describes: it is answered at once, with its images
-    as they are.
+    as they are. Requests with other keys go on, unless the key is an admin's.
     """
     session_of(request).interrupt()
     return Empty()
@@ -226,13 +236,13 @@ async def read_options(request: Request) -> Options:
 
 @sdapi.post("/options", **WRITE, summary="Choose the model and the file format of later requests")
 async def write_options(body: OptionsUpdate, request: Request) -> None:
-    """The choice is kept until the service ends. Unsupported options that would change images get a 422; all
-    other unknown options are ignored.
+    """The choice is kept until the service ends, and is that of the API key alone. Unsupported options that
+    would change images get a 422; all other unknown options are ignored.
     """
     session, values = session_of(request), body.model_dump(exclude_none=True)
     check_options(values, NEUTRAL_IMG2IMG, *NEUTRAL_SAMPLER.values())
     if read_format(values):
-        session.format = values["samples_format"].lower()
+        session.choice.format = values["samples_format"].lower()
     if name := read_text(values, "sd_model_checkpoint"):
         session.choose(name)
 

@@ -1,20 +1,24 @@
-"""The state that all clients of A1111's API share: the selected model and file format, and the requests.
+"""The state that clients of A1111's API read: the selected model and file format, and the requests.
 
 A1111 has one model at a time and runs one request at a time, and its clients read the state of both. Here
-"the model" is the one for requests that name no model, and "the request" is the oldest unfinished one.
+"the model" is the one for requests that name no model, and "the request" is the oldest unfinished one. Each
+API key has a state of its own; with an admin key, "the request" is the oldest one of all keys.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from models.spec import ModelSpec
 from service.api.a1111 import options
 from service.api.a1111.names import plain_names
 from service.api.a1111.schemas import Options, ProgressResponse, ProgressState
 from service.errors import NotFound
+from service.keys.quotas import Caller
 from service.requests import response
 from service.requests.background import Jobs, Submission
 from service.requests.checks import supports_any
@@ -27,15 +31,44 @@ from service.requests.schemas import GenerateRequest, InpaintRequest
 NO_IMAGES = "The request was interrupted before its first step: there are no images."
 
 
-class A1111Session:
-    """The selected model, the file format and the unfinished requests of this API."""
+@dataclass
+class Choice:
+    """What a client has chosen for later requests. format: of images in responses, by A1111's name."""
+
+    format: str = "png"
+    checkpoint: str | None = None
+
+
+class A1111Sessions:
+    """The choices of all clients, and the unfinished requests of this API.
+
+    running: the oldest first; interrupted: ids of running requests.
+    """
 
     def __init__(self, jobs: Jobs) -> None:
         self.jobs = jobs
-        self.format = "png"  # of images in responses, by A1111's name
-        self._checkpoint: str | None = None
-        self._running: dict[str, Record] = {}  # the oldest first
-        self._interrupted: set[str] = set()  # ids of running requests
+        self.running: dict[str, Record] = {}
+        self.interrupted: set[str] = set()
+        self._choices: defaultdict[str, Choice] = defaultdict(Choice)
+
+    def of(self, caller: Caller) -> A1111Session:
+        """What a request's client sees and may change."""
+        return A1111Session(self, caller, self._choices[caller.client.id])
+
+
+class A1111Session:
+    """The selected model, the file format and the unfinished requests of a client."""
+
+    def __init__(self, sessions: A1111Sessions, caller: Caller, choice: Choice) -> None:
+        self.jobs = sessions.jobs
+        self.choice = choice
+        self._caller = caller
+        self._running = sessions.running
+        self._interrupted = sessions.interrupted
+
+    @property
+    def format(self) -> str:
+        return self.choice.format
 
     @property
     def specs(self) -> Mapping[str, ModelSpec]:
@@ -49,7 +82,8 @@ class A1111Session:
 
         A selected model that is not served any more counts as none.
         """
-        return self._checkpoint if self._checkpoint in self.specs else None
+        chosen = self.choice.checkpoint
+        return chosen if chosen in self.specs else None
 
     def find(self, name: str, param: str) -> str:
         """The model for A1111's name of a checkpoint: NAME, NAME [hash] or NAME.safetensors.
@@ -63,7 +97,7 @@ class A1111Session:
 
     def choose(self, name: str, param: str = options.CHECKPOINT) -> None:
         """Select the model for requests that name no model. Raises NotFound."""
-        self._checkpoint = self.find(name, param)
+        self.choice.checkpoint = self.find(name, param)
 
     async def set_loaded(self, load: bool) -> None:
         """Load the selected model, or unload it. Raises as Backend.set_loaded() does."""
@@ -73,12 +107,12 @@ class A1111Session:
         checkpoint = self.checkpoint or next(iter(self.specs), "")
         return Options(sd_model_checkpoint=checkpoint, samples_format=self.format, **options.defaults())
 
-    async def run(self, prepare: Callable[[], Submission], request_id: str) -> Answer:
+    async def run(self, prepare: Callable[[], Submission]) -> Answer:
         """Run a job as Jobs.run() does, visible to progress() and interrupt().
 
         If it is interrupted before its first step, the answer has no images.
         """
-        record = await self.jobs.start(prepare, request_id)
+        record = await self.jobs.start(prepare, self._caller)
         record.awaited = True
         self._running[record.id] = record
         try:
@@ -92,8 +126,13 @@ class A1111Session:
             self._interrupted.discard(record.id)
             record.work.cancel()
 
+    def _visible(self) -> list[Record]:
+        """The unfinished requests that the client may see, the oldest first."""
+        client = self._caller.client
+        return [record for record in self._running.values() if client.may_see(record.client.id)]
+
     def _oldest(self) -> Record | None:
-        return next(iter(self._running.values()), None)
+        return next(iter(self._visible()), None)
 
     def interrupt(self) -> None:
         """End the oldest request, with its images as they are."""
@@ -120,7 +159,7 @@ class A1111Session:
         counters = ProgressState(
             interrupted=record.id in self._interrupted,
             job=record.id,
-            job_count=len(self._running),
+            job_count=len(self._visible()),
             job_timestamp=timestamp(record.created),
             sampling_step=state.step,
             sampling_steps=state.steps,

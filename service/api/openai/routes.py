@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Form, Request, Response
 from fastapi.responses import StreamingResponse
 
 from service.api import native
+from service.api.auth import caller_of
 from service.api.openai.events import CancelOnDisconnect, Prefix, events
 from service.api.openai.kept_files import KeptFiles
 from service.api.openai.model_names import find_served_name, list_names
@@ -126,7 +127,7 @@ async def answer(
     if not body.stream:
         return await finished(body, prepare, request)
     jobs: Jobs = request.app.state.jobs
-    record = await jobs.start(prepare, request.state.request_id)
+    record = await jobs.start(prepare, caller_of(request))
     return CancelOnDisconnect(record, events(record, prefix, body.partial_images or 0))
 
 

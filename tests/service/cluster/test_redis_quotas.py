@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from service.cluster.redis_quotas import RedisWindows
+from service.cluster.redis_quotas import RedisCounts
 from service.cluster.redis_store import open_store
-from service.keys.quotas import MemoryWindows, Quota, Verdict
+from service.keys.quotas import MemoryCounts, Quota, Verdict
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.helpers.redis_servers import RedisServer, redis_server
@@ -27,7 +27,7 @@ def run(redis: RedisServer, client: str, quota: Quota, costs: list[int]) -> list
 
     async def scenario() -> list[Verdict]:
         stores = [open_store(Settings(job_store=redis.url), Metrics()) for _ in range(2)]
-        windows = [RedisWindows(store) for store in stores]
+        windows = [RedisCounts(store) for store in stores]
         verdicts = [await windows[index % 2].take(client, quota, cost) for index, cost in enumerate(costs)]
         assert await stores[0].client.pttl((await stores[0].client.keys("*"))[0]) > 0
         for store in stores:
@@ -41,7 +41,7 @@ def test_two_servers_count_together_as_one_does_in_memory(redis):
     quota, costs = Quota("images", 10), [4, 4, 4, 2, 1]
 
     async def in_memory() -> list[Verdict]:
-        windows = MemoryWindows()
+        windows = MemoryCounts()
         return [await windows.take("key a", quota, cost) for cost in costs]
 
     shared, own = run(redis, "key a", quota, costs), asyncio.run(in_memory())
@@ -53,7 +53,7 @@ def test_two_servers_count_together_as_one_does_in_memory(redis):
 def test_slots_that_are_too_old_no_longer_count(redis):
     async def scenario() -> Verdict:
         store = open_store(Settings(job_store=redis.url), Metrics())
-        windows, quota = RedisWindows(store), Quota("requests", 3)
+        windows, quota = RedisCounts(store), Quota("requests", 3)
         await windows.take("key b", quota, 3)
         (key,) = await store.client.keys("*requests*")
         ((slot, amount),) = (await store.client.hgetall(key)).items()

@@ -13,13 +13,14 @@ from service.cluster.redis_store import PREFIX, RedisStore, open_store
 from service.cluster.shared_jobs import SharedJobs
 from service.engine.events import Done
 from service.errors import InvalidRequest, NotFound, Unavailable
+from service.keys.client import ANYBODY
 from service.requests.background import Jobs
 from service.requests.job_record import JobView, Record
 from service.requests.job_schemas import GenerateJob
 from service.settings import Settings
 from tests.checkpoints.tiny import tiny_spec
 from tests.helpers.redis_servers import RedisServer, redis_server
-from tests.helpers.supervisors import Worker, run, supervisor
+from tests.helpers.supervisors import Worker, caller, run, supervisor
 
 PIXELS = bytes(64 * 64 * 3)
 pytestmark = pytest.mark.slow
@@ -61,7 +62,7 @@ class Api:
     async def submit(self, key: str | None = None, seed: int = 1) -> JobView:
         request = {"prompt": "p", "seed": seed, "steps": 5}
         body = GenerateJob.model_validate({"task": "generate", "request": request})
-        return await self.shared.submit(body, key, "r")
+        return await self.shared.submit(body, key, caller())
 
     def worker(self, job: JobView) -> Worker:
         return Worker(self.supervisor, job.id)
@@ -78,7 +79,7 @@ class Api:
             await record.cancel()
 
     async def status(self, job: JobView) -> str:
-        return (await (await self.shared.find(job.id)).describe()).status
+        return (await (await self.shared.find(job.id, ANYBODY)).describe()).status
 
 
 @asynccontextmanager
@@ -111,7 +112,7 @@ def test_another_process_answers_for_a_job_from_its_start_to_its_end(redis):
             one.worker(job).step(3)
 
             async def at_step_3() -> bool:
-                return (await (await two.shared.find(job.id)).describe()).step == 3
+                return (await (await two.shared.find(job.id, ANYBODY)).describe()).step == 3
 
             await until(at_step_3)
             await one.end(job)
@@ -120,11 +121,11 @@ def test_another_process_answers_for_a_job_from_its_start_to_its_end(redis):
                 return await two.status(job) == "done"
 
             await until(done)
-            here, there = [await (await api.shared.find(job.id)).describe() for api in (one, two)]
+            here, there = [await (await api.shared.find(job.id, ANYBODY)).describe() for api in (one, two)]
             assert there == here
             assert there.result.images[0].data
             with pytest.raises(NotFound):
-                await two.shared.find("nothing")
+                await two.shared.find("nothing", ANYBODY)
 
     run(scenario())
 
@@ -133,7 +134,7 @@ def test_events_are_the_same_at_both_and_continue_after_a_number(redis):
     async def scenario():
         async with apis(redis) as (one, two):
             job = await one.submit()
-            remote = await two.shared.find(job.id)
+            remote = await two.shared.find(job.id, ANYBODY)
             seen = remote.events()
             first = await anext(seen)
             assert (first.name, first.data.status) == ("queued", "queued")
@@ -162,8 +163,8 @@ def test_a_preview_reaches_watchers_at_another_process(redis):
         async with apis(redis) as (one, two):
             request = {"prompt": "p", "steps": 5}
             body = {"task": "generate", "request": request, "preview_every": 1}
-            job = await one.shared.submit(GenerateJob.model_validate(body), None, "r")
-            seen = (await two.shared.find(job.id)).events()
+            job = await one.shared.submit(GenerateJob.model_validate(body), None, caller())
+            seen = (await two.shared.find(job.id, ANYBODY)).events()
             await anext(seen)
             await asyncio.sleep(0.05)
             one.worker(job).start(5)
@@ -181,7 +182,7 @@ def test_a_job_is_cancelled_from_another_process(redis):
     async def scenario():
         async with apis(redis) as (one, two):
             job = await one.submit()
-            await (await two.shared.find(job.id)).cancel()
+            await (await two.shared.find(job.id, ANYBODY)).cancel()
             assert await two.status(job) == await one.status(job) == "cancelled"
             assert one.supervisor.slots_in_use == 0
 
@@ -222,7 +223,7 @@ def test_the_oldest_ended_jobs_are_forgotten_beyond_the_limits(redis):
                 await one.end(job)
                 await asyncio.sleep(0.2)
             with pytest.raises(NotFound):
-                await two.shared.find(jobs[0].id)
+                await two.shared.find(jobs[0].id, ANYBODY)
             assert [await two.status(job) for job in jobs[1:]] == ["done", "done"]
             assert (await two.submit("k0")).id != jobs[0].id
             assert (await two.submit("k2")).id == jobs[2].id
@@ -253,7 +254,7 @@ def test_ended_jobs_are_forgotten_after_their_time(redis):
 
             async def forgotten() -> bool:
                 try:
-                    await two.shared.find(job.id)
+                    await two.shared.find(job.id, ANYBODY)
                 except NotFound:
                     return True
                 return False
@@ -267,7 +268,7 @@ def test_without_redis_new_jobs_are_refused_and_running_ones_finish(redis):
     async def scenario():
         async with apis(redis) as (one, two):
             job = await one.submit()
-            remote = await two.shared.find(job.id)
+            remote = await two.shared.find(job.id, ANYBODY)
             seen = remote.events()
             await anext(seen)
             redis.stop()
@@ -276,7 +277,7 @@ def test_without_redis_new_jobs_are_refused_and_running_ones_finish(redis):
             with pytest.raises(Unavailable):
                 await one.submit("k")
             with pytest.raises(Unavailable):
-                await two.shared.find(job.id)
+                await two.shared.find(job.id, ANYBODY)
             assert one.supervisor.slots_in_use == 1, "refused jobs hold no slot"
             await one.end(job)
             assert await one.status(job) == "done"
@@ -321,7 +322,7 @@ def test_the_jobs_of_a_process_that_dies_fail_at_the_others(redis, monkeypatch):
                 return await two.status(job) == "failed"
 
             await until(failed)
-            status = await (await two.shared.find(job.id)).describe()
+            status = await (await two.shared.find(job.id, ANYBODY)).describe()
             assert status.error.code == "job_failed"
             assert "ended without finishing" in status.error.message
             assert await two.shared.store.is_lost(job.id, one.shared.owner) is False, "it has ended"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from service.errors import RateLimited, Unavailable
 from service.keys.client import Client, KeyLimits
-from service.keys.quotas import SLOTS, Caller, MemoryWindows, Quota, Quotas, headers_of
+from service.keys.quotas import SLOTS, Caller, MemoryCounts, Quota, Quotas, headers_of
 
 
 class Clock:
@@ -22,7 +22,7 @@ class Clock:
         return self.now
 
 
-def take(windows: MemoryWindows, quota: Quota, cost: int = 1, client: str = "key a"):
+def take(windows: MemoryCounts, quota: Quota, cost: int = 1, client: str = "key a"):
     return asyncio.run(windows.take(client, quota, cost))
 
 
@@ -34,7 +34,7 @@ def take(windows: MemoryWindows, quota: Quota, cost: int = 1, client: str = "key
 )
 def test_no_window_contains_more_than_the_quota(count, kind, steps):
     clock, quota = Clock(), Quota(kind, count)
-    windows, uses = MemoryWindows(clock), []
+    windows, uses = MemoryCounts(clock), []
     for part, cost in steps:
         clock.now += part * quota.window
         if take(windows, quota, cost).allowed:
@@ -47,7 +47,7 @@ def test_no_window_contains_more_than_the_quota(count, kind, steps):
 @given(count=st.integers(1, 6), seed=st.integers(0, 10**6), cost=st.integers(1, 6))
 def test_a_refused_use_fits_after_the_seconds_of_its_refusal_and_not_a_slot_sooner(count, seed, cost):
     draw, clock, quota = random.Random(seed), Clock(), Quota("requests", count)
-    windows, cost = MemoryWindows(clock), min(cost, count)
+    windows, cost = MemoryCounts(clock), min(cost, count)
     while (verdict := take(windows, quota, cost)).allowed:
         clock.now += draw.uniform(0, 10)
     refused = clock.now
@@ -59,7 +59,7 @@ def test_a_refused_use_fits_after_the_seconds_of_its_refusal_and_not_a_slot_soon
 
 def test_a_quota_is_free_again_at_most_a_slot_later_than_its_window():
     clock, quota = Clock(), Quota("images", 3)
-    windows = MemoryWindows(clock)
+    windows = MemoryCounts(clock)
     assert take(windows, quota, 3).left == 0
     clock.now += quota.window + quota.slot
     assert take(windows, quota, 3).allowed
@@ -68,12 +68,12 @@ def test_a_quota_is_free_again_at_most_a_slot_later_than_its_window():
 
 def test_a_refused_use_costs_nothing():
     clock, quota = Clock(), Quota("images", 3)
-    windows = MemoryWindows(clock)
+    windows = MemoryCounts(clock)
     assert [take(windows, quota, cost).allowed for cost in (2, 2, 2, 1)] == [True, False, False, True]
 
 
 def test_each_client_and_each_kind_has_its_own_quota():
-    windows, quota = MemoryWindows(Clock()), Quota("requests", 1)
+    windows, quota = MemoryCounts(Clock()), Quota("requests", 1)
     assert take(windows, quota).allowed
     assert not take(windows, quota).allowed
     assert take(windows, quota, client="key b").allowed
@@ -93,7 +93,7 @@ def test_a_client_without_limits_is_never_refused_and_gets_no_fields():
 
 
 def test_the_fields_of_the_draft():
-    one, quotas = caller(requests_per_minute=5, images_per_hour=10), Quotas(own=MemoryWindows(Clock()))
+    one, quotas = caller(requests_per_minute=5, images_per_hour=10), Quotas(own=MemoryCounts(Clock()))
     asyncio.run(quotas.take_request(one))
     asyncio.run(quotas.take_images(one, 4))
     assert headers_of(one.verdicts.values()) == [
@@ -103,7 +103,7 @@ def test_the_fields_of_the_draft():
 
 
 def test_a_refusal_says_what_is_used_up_and_until_when():
-    one, quotas = caller(images_per_hour=10), Quotas(own=MemoryWindows(Clock()))
+    one, quotas = caller(images_per_hour=10), Quotas(own=MemoryCounts(Clock()))
     asyncio.run(quotas.take_images(one, 8))
     with pytest.raises(RateLimited, match="10 images an hour") as error:
         asyncio.run(quotas.take_images(one, 3))

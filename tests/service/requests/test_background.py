@@ -16,6 +16,7 @@ from PIL import Image
 
 from service.engine.events import Done, Failed, Previewed, QueuePosition, QueuePositions
 from service.errors import ClientGone, InvalidRequest, NotFound, QueueFull, ServiceError
+from service.keys.client import ANYBODY
 from service.requests import job_record as module
 from service.requests.background import Jobs, Submission
 from service.requests.job_record import Record
@@ -25,7 +26,7 @@ from tests.checkpoints.tiny import tiny_spec
 from tests.helpers.clients import LONG, error_of, wait_for_jobs
 from tests.helpers.images import base64_of, noise
 from tests.helpers.servers import QUEUE_SIZE, Server, wait_until
-from tests.helpers.supervisors import Worker, run, supervisor
+from tests.helpers.supervisors import Worker, caller, run, supervisor
 
 PIXELS = bytes(64 * 64 * 3)
 
@@ -48,7 +49,7 @@ class Service:
 
     async def begun(self, **changes) -> Record:
         """A job that the supervisor knows."""
-        record = await self.jobs.submit(body(**changes), None, "r")
+        record = await self.jobs.submit(body(**changes), None, caller())
         await asyncio.sleep(0)
         return record
 
@@ -75,7 +76,7 @@ def test_a_job_reports_its_position_its_steps_and_its_images():
         status = await record.describe()
         assert (status.status, status.result.warnings, len(status.result.images)) == ("done", ["w"], 1)
         assert service.supervisor.slots_in_use == 0
-        assert await service.jobs.find(record.id) is record
+        assert await service.jobs.find(record.id, ANYBODY) is record
 
     run(scenario())
 
@@ -133,7 +134,7 @@ def test_a_failed_job_has_an_error():
 def test_cancelling_frees_the_slot_at_any_time():
     async def scenario():
         service = Service()
-        at_once = await service.jobs.submit(body(), None, "r")  # before its task has begun
+        at_once = await service.jobs.submit(body(), None, caller())  # before its task has begun
         await at_once.cancel()
         queued = await service.begun()
         await queued.cancel()
@@ -155,12 +156,12 @@ def test_an_idempotency_key_starts_one_job_and_rejects_another_body():
     async def scenario():
         service = Service()
         ask = service.jobs.submit
-        first, twin = await asyncio.gather(ask(body(), "key", "r"), ask(body(), "key", "r"))
+        first, twin = await asyncio.gather(ask(body(), "key", caller()), ask(body(), "key", caller()))
         assert first is twin
-        assert await ask(body(), "key", "r") is first
-        assert await ask(body(), "other key", "r") is not first
+        assert await ask(body(), "key", caller()) is first
+        assert await ask(body(), "other key", caller()) is not first
         with pytest.raises(InvalidRequest, match="Idempotency-Key"):
-            await ask(body(steps=6), "key", "r")
+            await ask(body(steps=6), "key", caller())
 
     run(scenario())
 
@@ -170,11 +171,11 @@ def test_the_key_of_a_rejected_request_can_be_used_again():
         service = Service(queue_size=1)
         first = await service.begun()
         with pytest.raises(QueueFull):
-            await service.jobs.submit(body(), "key", "r")
+            await service.jobs.submit(body(), "key", caller())
         await first.cancel()
         with pytest.raises(ServiceError):
-            await service.jobs.submit(body(request={"prompt": "p", "sampler": "none"}), "key", "r")
-        assert (await service.jobs.submit(body(), "key", "r")).status == "queued"
+            await service.jobs.submit(body(request={"prompt": "p", "sampler": "none"}), "key", caller())
+        assert (await service.jobs.submit(body(), "key", caller())).status == "queued"
 
     run(scenario())
 
@@ -186,21 +187,21 @@ def test_ended_jobs_are_kept_up_to_a_count_a_size_and_an_age():
         for record in records:
             await service.end(record)
         with pytest.raises(NotFound):
-            await service.jobs.find(records[0].id)
-        assert [await service.jobs.find(record.id) for record in records[1:]] == records[1:]
+            await service.jobs.find(records[0].id, ANYBODY)
+        assert [await service.jobs.find(record.id, ANYBODY) for record in records[1:]] == records[1:]
         small = Service(jobs_bytes=1)
         records = [await small.begun() for _ in range(2)]
         for record in records:
             await small.end(record)
-            assert await small.jobs.find(record.id) is record  # the newest stays, however large
+            assert await small.jobs.find(record.id, ANYBODY) is record  # the newest stays, however large
         with pytest.raises(NotFound):
-            await small.jobs.find(records[0].id)
+            await small.jobs.find(records[0].id, ANYBODY)
         brief = Service(jobs_seconds=0.05)
         record = await brief.begun()
         await brief.end(record)
         await asyncio.sleep(0.2)
         with pytest.raises(NotFound):
-            await brief.jobs.find(record.id)
+            await brief.jobs.find(record.id, ANYBODY)
 
     run(scenario())
 
@@ -366,10 +367,10 @@ def test_a_slot_is_held_from_before_images_are_read_until_files_are_encoded():
             taken.append(service.supervisor.slots_in_use)
             return b"file"
 
-        answer = asyncio.create_task(service.jobs.run(prepare, "r"))
+        answer = asyncio.create_task(service.jobs.run(prepare, caller()))
         await until(lambda: service.supervisor._tickets)
         with pytest.raises(QueueFull):
-            await service.jobs.run(prepare, "r")
+            await service.jobs.run(prepare, caller())
         (job,) = service.supervisor._tickets
         Worker(service.supervisor, job).say(Done(job, (PIXELS,), (), 0.1, 0.2, 0.3))
         assert (await answer).files == (b"file",)
@@ -377,7 +378,7 @@ def test_a_slot_is_held_from_before_images_are_read_until_files_are_encoded():
         await asyncio.sleep(0)
         assert service.supervisor.slots_in_use == 0
         with pytest.raises(NotFound):
-            await service.jobs.find(job)
+            await service.jobs.find(job, ANYBODY)
 
     run(scenario())
 
@@ -385,9 +386,9 @@ def test_a_slot_is_held_from_before_images_are_read_until_files_are_encoded():
 def test_a_caller_that_stops_waiting_cancels_its_job():
     async def scenario():
         service = Service()
-        caller = asyncio.create_task(service.jobs.run(lambda: Submission(body().request), "r"))
+        waiting = asyncio.create_task(service.jobs.run(lambda: Submission(body().request), caller()))
         await until(lambda: service.supervisor._tickets)
-        caller.cancel()
+        waiting.cancel()
         await until(lambda: not service.supervisor._tickets)
         assert service.supervisor.slots_in_use == 0
 
@@ -397,12 +398,12 @@ def test_a_caller_that_stops_waiting_cancels_its_job():
 def test_cancelling_a_job_ends_the_request_that_waits_for_it():
     async def scenario():
         service = Service()
-        caller = asyncio.create_task(service.jobs.run(lambda: Submission(body().request), "r"))
+        waiting = asyncio.create_task(service.jobs.run(lambda: Submission(body().request), caller()))
         await until(lambda: service.supervisor._tickets)
         (job,) = service.supervisor._tickets
-        await (await service.jobs.find(job)).cancel()
+        await (await service.jobs.find(job, ANYBODY)).cancel()
         with pytest.raises(ClientGone):
-            await caller
+            await waiting
 
     run(scenario())
 
