@@ -28,6 +28,7 @@ LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",  # without a token, which Ray would write to the home folder
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_raylet_start_wait_time_s": "150",  # on a busy machine
     "RAY_worker_niceness": "0",  # otherwise 15: other programs would go first
 }
 
