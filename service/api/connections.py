@@ -2,7 +2,9 @@
 
 A connection is idle while no request of it is complete: before its first one, between two, and while one is
 being sent. Idle connections cost a client nothing, so they never keep others out: beyond the limit the one
-that has been idle longest is closed. All times and rates are in seconds and bytes per second.
+that has been idle longest is closed, first of those that never had a response: clients that do get some
+keep their connections, however many others are opened. All times and rates are in seconds and bytes per
+second.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import resource
 import socket
 import uuid
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -128,45 +131,53 @@ class Connection:
 
 
 class Connections:
-    """All open connections, those that have been idle longest first."""
+    """All open connections."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self.limits = limits
-        self._open: dict[asyncio.BaseProtocol, Connection] = {}
+        # Those that have been idle longest first.
+        self._unanswered: dict[asyncio.BaseProtocol, Connection] = {}  # that never had a response
+        self._answered: dict[asyncio.BaseProtocol, Connection] = {}
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._unanswered) + len(self._answered)
+
+    def _find(self, protocol: asyncio.BaseProtocol) -> Connection | None:
+        return self._unanswered.get(protocol) or self._answered.get(protocol)
 
     def add(self, protocol: asyncio.BaseProtocol, transport: CountedTransport, now: float) -> bool:
         """Count a new connection; False if there is no place for it."""
-        if len(self._open) >= self.limits.count and not self._end_longest_idle():
+        if len(self) >= self.limits.count and not self._end_longest_idle():
             return False
         until = now + self.limits.header
-        self._open[protocol] = Connection(protocol, transport, until, self.limits.body)
+        self._unanswered[protocol] = Connection(protocol, transport, until, self.limits.body)
         return True
 
     def _end_longest_idle(self) -> bool:
-        connection = next((each for each in self._open.values() if each.is_idle), None)
+        candidates = chain(self._unanswered.values(), self._answered.values())
+        connection = next((each for each in candidates if each.is_idle), None)
         if connection:
             self._end(connection)
         return connection is not None
 
     def renew(self, protocol: asyncio.BaseProtocol, now: float) -> None:
         """Note that a response is complete: its connection is idle from now on."""
-        if connection := self._open.pop(protocol, None):
+        if connection := self._find(protocol):
+            self.remove(protocol)
             limits = self.limits
             connection.idle_until = now + (
                 limits.idle + limits.header if connection.in_headers else limits.body
             )
             connection.header_bytes = 0
-            self._open[protocol] = connection
+            self._answered[protocol] = connection
 
     def remove(self, protocol: asyncio.BaseProtocol) -> None:
-        self._open.pop(protocol, None)
+        self._unanswered.pop(protocol, None)
+        self._answered.pop(protocol, None)
 
     def admits(self, protocol: asyncio.BaseProtocol, size: int) -> bool:
         """Whether a connection may send `size` more bytes; it is closed if its headers are too large."""
-        connection = self._open.get(protocol)
+        connection = self._find(protocol)
         if connection is None:
             return False
         if connection.in_headers:
@@ -178,7 +189,7 @@ class Connections:
 
     async def sweep(self, now: float) -> None:
         """Close the connections that were idle too long, or whose clients take their responses too slowly."""
-        for number, connection in enumerate(list(self._open.values())):
+        for number, connection in enumerate([*self._unanswered.values(), *self._answered.values()]):
             if number % LOOKS_AT_ONCE == 0:
                 await asyncio.sleep(0)  # requests go on, also if thousands of connections are closed
             late = connection.is_answered and now >= connection.idle_until

@@ -180,12 +180,27 @@ def test_a_client_that_takes_its_response_at_the_least_rate_gets_all_of_it():
 def test_beyond_the_limit_the_connection_that_was_idle_longest_is_closed():
     async def scenario(connections, connect, app):
         peers = [await connect() for _ in range(4)]
-        await request(peers[0])  # so peers[1] is now idle longest
-        await peers[0][0].readuntil(b"ok")
+        for peer in (peers[1], peers[2], peers[3], peers[0]):
+            await request(peer)
+            await peer[0].readuntil(b"ok")
         await connect()
         await is_closed(peers[1])
         assert len(connections) == 4
-        assert await request(peers[0]) == await request(peers[2]) == b"HTTP/1.1 200 OK\r\n"
+        for peer in (peers[0], peers[2], peers[3]):
+            assert await request(peer) == b"HTTP/1.1 200 OK\r\n"
+
+    run(scenario)
+
+
+def test_a_client_that_had_a_response_keeps_its_connection_however_many_others_are_opened():
+    async def scenario(connections, connect, app):
+        peer = await connect()
+        await request(peer)
+        await peer[0].readuntil(b"ok")
+        for _ in range(20):
+            await connect()
+        assert len(connections) == 4
+        assert await request(peer) == b"HTTP/1.1 200 OK\r\n"
 
     run(scenario)
 
@@ -209,7 +224,7 @@ def test_connections_that_wait_for_a_response_are_never_closed_for_others():
 def test_the_kernel_checks_whether_a_silent_peer_still_exists():
     async def scenario(connections, connect, app):
         await connect()
-        (connection,) = connections._open.values()
+        (connection,) = connections._unanswered.values()
         opened = connection.transport.get_extra_info("socket")
         assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         for name, value in PROBES.items():
