@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.networks.adapter_inputs import ImageTokens
 from models.networks.attention_backends import attend
-from models.networks.kernels import geglu, group_norm
+from models.networks.kernels import add_norm, from_tokens, geglu, group_norm, to_tokens
 from models.networks.modules import module_list
 from models.networks.stacked import Layers, products
 
@@ -75,12 +75,11 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, h, w) -> (B, C, h, w)."""
-        y = self.qkv(group_norm(x, self.norm).flatten(2))  # (B, 3 C, h*w)
+        y = to_tokens(group_norm(x, self.norm), self.qkv)  # (B, h*w, 3 C)
         # The published weights hold q, k and v of the first head, then those of the next.
-        y = y.unflatten(1, (self.heads, 3, -1)).transpose(-1, -2)  # (B, heads, 3, h*w, C / heads)
-        y = attend(*y.unbind(2)).transpose(-1, -2).flatten(1, 2)  # (B, C, h*w)
-        out: Tensor = x + self.proj_out(y).unflatten(2, x.shape[-2:])
-        return out
+        y = y.unflatten(2, (self.heads, 3, -1)).transpose(1, 2)  # (B, heads, h*w, 3, C / heads)
+        y = attend(*y.unbind(3)).transpose(1, 2).flatten(2)  # (B, h*w, C)
+        return x + from_tokens(y, self.proj_out, x.shape[-2:])
 
 
 class GEGLU(nn.Module):
@@ -127,9 +126,10 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, inputs: CrossInputs) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        x = x + self.attn1(self.norm1(x), replace(inputs, images=()) if self.cross_only else None)
-        x = x + self.attn2(self.norm2(x), inputs)
-        out: Tensor = x + self.ff(self.norm3(x))
+        y = self.attn1(self.norm1(x), replace(inputs, images=()) if self.cross_only else None)
+        x, y = add_norm(x, y, self.norm2)
+        x, y = add_norm(x, self.attn2(y, inputs), self.norm3)
+        out: Tensor = x + self.ff(y)
         return out
 
 
@@ -147,7 +147,6 @@ class SpatialTransformer(nn.Module):
         cross_only: bool = False,
     ) -> None:
         super().__init__()
-        self.linear = linear
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = module_list(
@@ -157,17 +156,10 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, inputs: CrossInputs) -> Tensor:
         """x (B, C, h, w) -> (B, C, h, w)."""
-        size = x.shape[-2:]
-        y = group_norm(x, self.norm)
-        y = y if self.linear else self.proj_in(y)
-        y = y.flatten(2).transpose(1, 2)  # (B, h*w, C)
-        y = self.proj_in(y) if self.linear else y
+        y = to_tokens(group_norm(x, self.norm), self.proj_in)  # (B, h*w, C)
         for block in self.transformer_blocks:
             y = block(y, inputs)
-        y = self.proj_out(y) if self.linear else y
-        y = y.transpose(1, 2).unflatten(2, size)  # (B, C, h, w)
-        out: Tensor = x + (y if self.linear else self.proj_out(y))
-        return out
+        return x + from_tokens(y, self.proj_out, x.shape[-2:])
 
 
 def transformer_blocks(network: nn.Module) -> Iterator[TransformerBlock]:

@@ -17,7 +17,7 @@ from torch.nn.functional import (
 )
 
 from models.networks.attention_backends import attend
-from models.networks.kernels import group_norm
+from models.networks.kernels import conv_add, conv_norm, from_tokens, group_norm, to_tokens
 from models.networks.modules import module_list
 from models.spec import AutoencoderSpec
 
@@ -43,10 +43,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C_in, h, w) -> (B, C_out, h, w)."""
-        h = self.conv1(group_norm(x, self.norm1, activate=True))
-        h = self.conv2(group_norm(h, self.norm2, activate=True))
-        out: Tensor = h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-        return out
+        h = conv_norm(group_norm(x, self.norm1, activate=True), self.conv1, self.norm2)
+        return conv_add(h, self.conv2, x, getattr(self, "nin_shortcut", nn.Identity()))
 
 
 class AttentionBlock(nn.Module):
@@ -64,10 +62,9 @@ class AttentionBlock(nn.Module):
         """x (B, C, h, w) -> (B, C, h, w)."""
         y = group_norm(x, self.norm)
         # each (B, 1, h*w, C): one head
-        q, k, v = (conv(y).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
-        y = attend(q, k, v)  # (B, 1, h*w, C)
-        out: Tensor = x + self.proj_out(y[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
-        return out
+        q, k, v = (to_tokens(y, conv)[:, None] for conv in (self.q, self.k, self.v))
+        y = attend(q, k, v)[:, 0]  # (B, h*w, C)
+        return x + from_tokens(y, self.proj_out, x.shape[-2:])
 
 
 class Middle(nn.Module):

@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, silu
 
-from models.networks.kernels import group_norm
+from models.networks.kernels import conv_add, conv_norm, group_norm
 from models.networks.modules import first_norm
 from models.networks.stacked import Layers, products
 
@@ -56,15 +56,15 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, C_in, h, w), emb (B, C_emb), the output of emb_layers -> (B, C_out, h', w')."""
-        h = self.in_layers[2](self.resize(group_norm(x, first_norm(self.in_layers), activate=True)))
-        emb = emb[:, :, None, None]
+        conv1, conv2 = cast("nn.Conv2d", self.in_layers[2]), cast("nn.Conv2d", self.out_layers[3])
+        norm1, norm2 = first_norm(self.in_layers), first_norm(self.out_layers)
+        h = self.resize(group_norm(x, norm1, activate=True))
         if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = silu(group_norm(h, first_norm(self.out_layers)) * (1 + scale) + shift)
+            scale, shift = emb[:, :, None, None].chunk(2, dim=1)
+            h = silu(group_norm(conv1(h), norm2) * (1 + scale) + shift)
         else:
-            h = group_norm(h + emb, first_norm(self.out_layers), activate=True)
-        out: Tensor = self.skip_connection(self.resize(x)) + self.out_layers[3](h)
-        return out
+            h = conv_norm(h, conv1, norm2, emb)
+        return conv_add(h, conv2, self.resize(x), self.skip_connection)
 
 
 Embeddings = Mapping[nn.Module, Tensor]  # residual block -> the output of its emb_layers

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install '.[kernels]'"
 )
 # One call of a UNet with two rows, and of a VAE decoder with one latent; in tests/README.md as well.
-MOST = {("sd15", "unet"): 723, ("sdxl", "unet"): 1455, ("sd15", "D"): 190}
+MOST = {("sd15", "unet"): 473, ("sdxl", "unet"): 1143, ("sd15", "D"): 156}
 
 
 @pytest.mark.parametrize(("name", "part"), MOST)
