@@ -23,6 +23,7 @@ import httpx
 from tests.helpers.environment import ROOT
 from tests.helpers.servers import DEFAULTS, MAX_WAIT_SECONDS, Server, wait_until
 
+STARTS = 3  # attempts: on a busy machine Ray may give up, since a node must be there after 30 seconds
 MEMORY = 200 * 2**20  # bytes of each node's object store
 LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -69,22 +70,18 @@ def ray_cluster(
     given = {"port": port, "cpus": cpus, "applications": [asdict(each) for each in applications]}
     folder = tempfile.mkdtemp(prefix="ray-")  # a short path: Ray's sockets are in it
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_TMPDIR": folder}
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "tests.helpers.ray_clusters", json.dumps(given)],
-        env=os.environ | own | LOCAL | (environment or {}),
-        cwd=folder,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    )
+    command = [sys.executable, "-P", "-m", "tests.helpers.ray_clusters", json.dumps(given)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr, "text": True}
     try:
-        ready = process.stdout.readline()
-        assert ready, f"the applications did not start: exit code {process.wait()}"
-        yield RayCluster(process, port, json.loads(ready))
+        for _ in range(STARTS):
+            with subprocess.Popen(
+                command, env=os.environ | own | LOCAL | (environment or {}), cwd=folder, **pipes
+            ) as process:  # at the end, closes its input, at which it ends, and waits
+                if ready := process.stdout.readline():
+                    yield RayCluster(process, port, json.loads(ready))
+                    return
+        raise AssertionError(f"the applications did not start: exit code {process.returncode}")
     finally:
-        with process:  # closes its input, at which it ends, and waits
-            pass
         shutil.rmtree(folder, ignore_errors=True)
 
 
