@@ -151,6 +151,7 @@ class HeadAndOptions:
         """Run the request as GET, send the headers, and drop the body; a streamed body stops at once."""
 
         async def send_headers(message: Message) -> None:
+            scope["method"] = "HEAD"  # the server reads it: it must not write the end of a chunked body
             if message["type"] != "http.response.body":
                 return await send(message)
             await send({"type": "http.response.body"})
