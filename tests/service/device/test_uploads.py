@@ -1,4 +1,4 @@
-"""Nothing on the way of a job from its start to its last step waits for the device.
+"""No upload on the way of a job from its start to its images waits for the device.
 
 `x.to(device)` and `torch.tensor(..., device=device)` copy from ordinary memory, for which CUDA first finishes
 all calls that are queued. transfer.upload() does not. A CPU cannot show the wait, so this reads the source.
@@ -13,7 +13,10 @@ import pytest
 
 from tests.helpers.environment import ROOT
 
-MODULES = ("batch", "controls", "inputs", "phases", "runner", "starting", "stepping", "unet_calls")
+MODULES = (
+    *("batch", "controls", "inputs", "phases", "runner", "starting", "stepping", "unet_calls"),
+    *("decode_line", "decoding", "hires", "upscaling"),
+)
 FILES = sorted(
     [
         *(ROOT / "models/conditioning").glob("*.py"),
