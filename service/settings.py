@@ -275,9 +275,9 @@ class Settings:
     admin_key_file: str = setting(
         "",
         Parser(read_non_blank, "a file of API keys, one on each line"),
-        """File of keys for the calls that load, unload and rescan models; each is an API key too. Where keys
-        are set, a request for such a call with another key gets a 403. If no keys at all are set, no key is
-        needed. Read again when it changes.""",
+        """File of keys for the calls that load, unload and rescan models; each is an API key too,
+        and may see and cancel the jobs of all keys. Where keys are set, a request for such a call with
+        another key gets a 403. If no keys at all are set, no key is needed. Read again when it changes.""",
     )
     api_keys: tuple[str, ...] = setting(
         (),

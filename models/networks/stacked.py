@@ -1,4 +1,4 @@
-"""Linear layers of one input as one matrix product, on a GPU.
+"""Linear layers that get the same input, computed as one matrix product on a GPU.
 
     stack(layers)        once: their weights move next to each other in memory
     products(x, layers)  the outputs of all layers; one product if the weights lie next to each other
@@ -39,7 +39,10 @@ def stack(layers: Layers) -> None:
 
 
 def stack_like(layers: Layers, base: Layers) -> None:
-    """Stack what is stacked in `base`, if all of it is new: a weight shared with `base` must stay there."""
+    """Stack the layers if those of `base` are stacked and share no weight with them.
+
+    Weights and biases are treated separately. A weight that is shared must stay in the memory of `base`.
+    """
     for parameters, originals in zip(parameters_of(layers), parameters_of(base), strict=True):
         shared = any(one is other for one, other in zip(parameters, originals, strict=True))
         if is_block(originals) and not shared:
@@ -57,7 +60,8 @@ def is_block(parameters: Parameters) -> bool:
     if len(present) < len(parameters):
         return not present
     block, end = present[0].untyped_storage(), 0
-    if block.nbytes() != sum(parameter.nbytes for parameter in present):  # as most often if not stacked
+    # The quickest test first: layers that are not stacked usually fail it.
+    if block.nbytes() != sum(parameter.nbytes for parameter in present):
         return False
     for parameter in present:
         if parameter.storage_offset() != end or parameter.untyped_storage().data_ptr() != block.data_ptr():

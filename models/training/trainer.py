@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-LONGEST_UPDATE = 10.0  # of the average of a run; what an update takes beyond that is a pause
+MAX_UPDATE_RATIO = 10.0  # of an update's time to the average; the time beyond that was a pause
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Progress:
     def count(self, seconds: float) -> None:
         """Counts an update that took so long. A pause during it, as of a stopped process, does not count."""
         usual = self.seconds / self.updates if self.updates else seconds
-        self.seconds += min(seconds, LONGEST_UPDATE * usual)
+        self.seconds += min(seconds, MAX_UPDATE_RATIO * usual)
         self.updates += 1
 
 

@@ -1,10 +1,10 @@
 """The server's TCP connections: their number is limited, and slow or vanished clients lose theirs.
 
 A connection is idle while no request of it is complete: before its first one, between two, and while one is
-being sent. Idle connections cost a client nothing, so they never keep others out: beyond the limit the one
-that has been idle longest is closed, first of those that never had a response: clients that do get some
-keep their connections, however many others are opened. All times and rates are in seconds and bytes per
-second.
+being sent. Holding idle connections is cheap for a client, so they must not keep others out: beyond the
+limit the one that has been idle longest is closed, first of those that never had a response. So clients that
+get responses keep their connections, however many others are opened. All times and rates are in seconds and
+bytes per second.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 2**16
-LOOKS_AT_ONCE = 100  # at connections, before other work has its turn
+CHECKS_AT_ONCE = 100  # of connections, before other work has its turn
 OTHER_FILES = 512  # open files beside connections: workers' sockets, weights, logs
 # A peer that is gone without a word, such as a machine without power, is noticed within a minute.
 PROBES = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
@@ -48,7 +48,7 @@ class ConnectionLimits:
 
     @property
     def sweep(self) -> float:
-        """The time between two looks at all connections."""
+        """The time between two checks of all connections."""
         return min(1.0, self.header / 4, self.idle / 4, self.body / 4)
 
 
@@ -101,7 +101,7 @@ class Connection:
     """What is known of a connection.
 
     idle_until: when it is closed unless a request begins; sent: bytes that the client had taken at the last
-    look; credit: the time that it has left to take more.
+    check; credit: seconds that the client has left to take more.
     """
 
     protocol: Any  # uvicorn's, for one of several HTTP parsers
@@ -119,7 +119,7 @@ class Connection:
 
     @property
     def is_answered(self) -> bool:
-        """Whether there is no request, or only the headers of one have begun."""
+        """Whether no request has complete headers and an incomplete response."""
         cycle = self.protocol.cycle
         return cycle is None or cycle.response_complete
 
@@ -190,8 +190,8 @@ class Connections:
     async def sweep(self, now: float) -> None:
         """Close the connections that were idle too long, or whose clients take their responses too slowly."""
         for number, connection in enumerate([*self._unanswered.values(), *self._answered.values()]):
-            if number % LOOKS_AT_ONCE == 0:
-                await asyncio.sleep(0)  # requests go on, also if thousands of connections are closed
+            if number % CHECKS_AT_ONCE == 0:
+                await asyncio.sleep(0)  # so that requests go on while thousands are closed
             late = connection.is_answered and now >= connection.idle_until
             if late or self._takes_too_long(connection):
                 self._end(connection)
@@ -211,7 +211,7 @@ class Connections:
         connection.transport.end()
 
     async def watch(self) -> None:
-        """Look at all connections again and again."""
+        """Check all connections at intervals, without end."""
         while True:
             await asyncio.sleep(self.limits.sweep)
             await self.sweep(asyncio.get_running_loop().time())

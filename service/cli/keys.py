@@ -34,7 +34,11 @@ def add_keys(command: argparse.ArgumentParser) -> None:
         metavar="W",
         help="weight of the key's jobs where keys compete for the device (default: 1)",
     )
-    new.add_argument("--admin", action="store_true", help="the key may load, unload and rescan models")
+    new.add_argument(
+        "--admin",
+        action="store_true",
+        help="the key may load, unload and rescan models, and see and cancel the jobs of all keys",
+    )
     new.set_defaults(command=make_key)
 
 

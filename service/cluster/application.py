@@ -20,8 +20,8 @@ from service.worker.devices import count_cuda_devices
 
 log = logging.getLogger(__name__)
 
-ROOM = 2  # jobs that a replica takes, as a multiple of those that run well together: the next ones wait there
-API_REQUESTS = 100_000  # more than any replica has: the service itself limits its requests, with a 429
+ROOM = 2  # most jobs at an engine replica, as a multiple of jobs_per_engine; the next ones wait at the API
+API_REQUESTS = 100_000  # no limit by Ray: the service itself limits the requests of a replica, with a 429
 REPORT_SECONDS = 1.0  # between two reports to the router of which models a replica holds
 HEALTH_SECONDS = 2.0  # between two health checks of a replica, which find that it has ended
 END_MARGIN_SECONDS = 20.0  # beyond drain_seconds, after which Ray kills a replica that is to end
@@ -95,7 +95,7 @@ def parse(arguments: Mapping[str, Any]) -> Arguments:
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise SettingError(
-                f"{name} is no argument; expected {', '.join(Arguments.model_fields)}"
+                f"{name} is not an argument; expected one of {', '.join(Arguments.model_fields)}"
             ) from None
         raise SettingError(f"{name} is {first['input']!r}: {first['msg']}") from None
 

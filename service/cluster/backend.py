@@ -53,7 +53,7 @@ class ReplicaLost(Exception):  # noqa: N818 - no error of a request: the job run
 
 @dataclass
 class Ticket:
-    """A job from its submission to its answer. refused: cancelled because the service ends."""
+    """A job from its submission to its answer. refused: cancelled, as the service ends."""
 
     progress: Progress
     work: asyncio.Task[Done]
@@ -125,7 +125,7 @@ class ClusterBackend:
             raise ValueError(f"job {job.id} is not answered yet")
         log.debug("job %s: %r", job.id, job.prompt, extra={"job": job.id})
         progress = progress or Progress()
-        # In a context of its own: Ray cancels what was called in the context of a request with that request.
+        # In a context of its own, because Ray cancels all calls of a request's context with that request.
         work = asyncio.create_task(self._run_until_answered(job, progress), context=Context())
         ticket = self._tickets[job.id] = Ticket(progress, work)
         try:

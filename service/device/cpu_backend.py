@@ -29,11 +29,11 @@ from service.settings import SettingError
 
 log = logging.getLogger(__name__)
 
-MIN_GAIN = 1.1  # of OpenVINO over torch, in the speed of a UNet call, for it to be chosen automatically
+MIN_GAIN = 1.1  # least speed of a UNet call by OpenVINO, relative to torch's, with which auto chooses it
 TRIAL_CELLS = 32  # largest side of the latent of the call that is timed
 TRIAL_CALLS = 3
-MAX_ERROR = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # relative, between the results of both
-FILE = "backends.json"  # in the cache folder: measurements of earlier starts
+MAX_ERROR = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # of a compiled UNet, relative to torch's result
+FILE = "backends.json"  # the measurements of earlier starts, in the cache folder
 
 
 def is_installed() -> bool:
@@ -41,10 +41,10 @@ def is_installed() -> bool:
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, invariant: bool) -> str:
-    """What a setting names, or "torch" where "auto" can be nothing else. Raises SettingError.
+    """The setting `backend` as given, but "torch" for an "auto" that cannot choose OpenVINO.
 
     With `invariant`, a measurement must not decide on the bytes of images, so auto is torch. In float32
-    OpenVINO's last bits depend on a row's place in the call at some row counts.
+    OpenVINO's last bits depend on a row's place in the call at some row counts. Raises SettingError.
     """
     if name == "openvino":
         if device.type != "cpu":
@@ -62,7 +62,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, invarian
 def needs_torch(job: Job) -> bool:
     """Whether some of a job's UNet calls have inputs that a compiled network does not take.
 
-    Such jobs share no calls with others, so that what runs a job does not depend on the others.
+    Such jobs share no calls with jobs that OpenVINO runs, so that the library of a job does not depend on
+    other jobs.
     """
     return bool(job.controls or job.references or job.feature_cache)
 
@@ -167,7 +168,7 @@ def describe(seconds: Seconds) -> str:
 
 
 def difference(out: Tensor, exact: Tensor) -> float:
-    """Relative to the second tensor."""
+    """The norm of the error, relative to that of `exact`."""
     error: float = ((out.float() - exact.float()).norm() / exact.float().norm()).item()
     return error
 

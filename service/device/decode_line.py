@@ -20,9 +20,11 @@ Jobs = Mapping[str, JobState]
 
 
 class Decoding(NamedTuple):
-    """An image on its way. queued: None if it was there already; images: that were decoded together.
+    """An image between the decoder's call and its return.
 
-    check: the last call before it, unless its values are checked already.
+    queued: its pixels on their way to the CPU; None for an image that has pixels already. begin, end: of the
+    decoder's calls; images: how many these decoded. check: of the UNet call before them, for NaN and Inf;
+    None if that is done.
     """
 
     key: ImageKey
@@ -41,9 +43,9 @@ class Decoding(NamedTuple):
 class DecodeLine:
     """Decodes images, and returns them in the same order.
 
-    On a device that works on its own, start() queues the decoder's calls and copies to pinned memory, and
-    take() waits for their ends: by then a later UNet call is queued, so that the device never waits for the
-    CPU. Such an image is returned only after the UNet call that made its latent was checked for NaN values.
+    On a GPU, start() queues the decoder's calls and the copies to pinned memory, and take() waits for their
+    ends. By then a later UNet call is queued, so the GPU never waits for the CPU. An image is returned only
+    after the UNet call that made its latent was checked for NaN and Inf.
     """
 
     def __init__(self, decoder: Decoder, checker: FiniteChecker[JobState]) -> None:
@@ -52,10 +54,10 @@ class DecodeLine:
         self._line: deque[Decoding] = deque()
 
     def start(self, keys: Sequence[ImageKey], jobs: Jobs) -> None:
-        """Start to decode images: all of them, or none and an exception."""
+        """Start to decode images. After an exception none of them is being decoded."""
         checker, begin = self._checker, self._checker.now()
         states = [jobs[key.job] for key in keys]
-        # An image that was interrupted before its second pass is that of the first, which is decoded.
+        # An image that was interrupted before its second pass keeps the pixels of the first pass.
         missing = [place for place, key in enumerate(keys) if states[place].images[key.image].pixels is None]
         queued = self._decoder.queue(
             [states[place] for place in missing],
@@ -69,7 +71,7 @@ class DecodeLine:
         ]
 
     def take(self, wait: bool, jobs: Jobs) -> list[DecodedImage]:
-        """The images that have arrived; with `wait`, all whose latents were checked."""
+        """The images that are on the CPU; with `wait`, waits for all whose latents were checked."""
         arrived = []
         while self._line:
             first = self._line[0]

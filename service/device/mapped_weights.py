@@ -16,7 +16,7 @@ ALIGNMENT = 64  # bytes
 
 
 class MappedWeights:
-    """Moves the parameters of networks to a temporary file, which is gone when they are. Raises OSError."""
+    """Moves the parameters of networks to a temporary file, which is gone with them. Raises OSError."""
 
     def __init__(self, *networks: nn.Module) -> None:
         self._weights = list(dict.fromkeys(weight for network in networks for weight in network.parameters()))
@@ -35,12 +35,12 @@ class MappedWeights:
             weight.data = flat.view(weight.shape)
 
     def release(self) -> None:
-        """Take the pages out of this process's memory. The weights must not have been changed."""
+        """Free the memory of the pages; the next use reads the file, so changes of weights would be lost."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._pages.madvise(mmap.MADV_DONTNEED)
 
     def restore(self) -> None:
-        """Move the weights to memory again."""
+        """Move the weights from the file back to memory."""
         for weight in self._weights:
             weight.data = weight.data.clone()
 

@@ -35,7 +35,7 @@ class Input(NamedTuple):
 
 
 class UNetBlocks(nn.Module):
-    """A UNet without the embedding of the timestep and the like, whose angles need float32."""
+    """A UNet that gets its embedding as an input, since the sinusoids of the timestep need float32."""
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -83,18 +83,16 @@ class Compiled:
 def convert(network: nn.Module, examples: Sequence[Tensor]) -> Any:
     """The network as OpenVINO's model; it shares the memory of the weights."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.jit, which OpenVINO reads: that it is deprecated
+        warnings.simplefilter("ignore")  # torch.jit, which OpenVINO reads, is deprecated
         traced = torch.jit.trace(network.eval(), tuple(examples), check_trace=False)
         decoder = TorchScriptPythonDecoder(traced, example_input=tuple(examples), shared_memory=True)
-        # Not openvino.convert_model(), whose other passes take four times as long and change no result.
+        # openvino.convert_model() runs more passes, which take four times as long and change no result.
         frontend = FrontEndManager().load_by_framework("pytorch")
         return frontend.convert(frontend.load(decoder))
 
 
 class CompiledUNet(nn.Module):
-    """A UNet that runs compiled where it can, and else by torch: with inputs of adapters, deep features, or
-    keys and values.
-    """
+    """A UNet that runs compiled, except calls with inputs of adapters, deep features, or keys and values."""
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()

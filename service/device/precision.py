@@ -17,7 +17,7 @@ from service.engine.job import Job, ModelKey
 
 log = logging.getLogger(__name__)
 
-MAX_OVERFLOWS = 2  # jobs of a float16 UNet that had to run again in float32; then it becomes bfloat16
+MAX_OVERFLOWS = 2  # jobs of a float16 UNet that ran again in float32, after which it becomes bfloat16
 
 
 class Precision:
@@ -47,10 +47,11 @@ class Precision:
         """Forget the copies in float32 that none of these jobs uses."""
         if self._float32_copies:
             used = {id(phase.bundle) for state in states for phase in state.phases}
-            self._float32_copies = {n: b for n, b in self._float32_copies.items() if id(b) in used}
+            copies = self._float32_copies.items()
+            self._float32_copies = {key: copy for key, copy in copies if id(copy) in used}
 
     def count_overflow(self, job: Job) -> bool:
-        """Count a job that had NaN or Inf values, but not in float32; whether its model is bfloat16 now.
+        """Count a job that succeeded only in float32. Returns whether its model runs in bfloat16 now.
 
         Jobs of several models, or with LoRAs, are not counted, since they do not show which weights overflow.
         Raises OutOfMemory.

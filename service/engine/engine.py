@@ -138,8 +138,8 @@ class Engine:
     def tick(self) -> None:
         """At most one UNet call, and about as much time of decoding.
 
-        Only images whose decoding began in an earlier turn are waited for after the call: meanwhile a device
-        that works on its own has the call to go on with.
+        After the call this waits only for images whose decoding began in an earlier turn: a GPU that has
+        finished them still has the call to run.
         """
         self._carry_out_calls()
         self._admit_pending()
@@ -476,7 +476,7 @@ class Engine:
             self._count_overflow(job)
 
     def _count_overflow(self, job: Job) -> None:
-        """Count a job that was possible in float32 only; that may change the type of its model."""
+        """Count a job that succeeded only in float32, after which its model may run in bfloat16."""
         try:
             if self.runner.count_overflow(job):
                 self.emit(Overflowed(job.model))

@@ -97,7 +97,7 @@ class Runner(Protocol):
         """Wait for the device; returns jobs with NaN or Inf values that no Call has reported yet."""
 
     def count_overflow(self, job: Job) -> bool:
-        """Count a job that had NaN or Inf values, but not in float32; whether its model is bfloat16 now."""
+        """Count a job that succeeded only in float32. Returns whether its model runs in bfloat16 now."""
 
     def prepare(self, key: ImageKey) -> bool:
         """Do one bounded piece of work to make an image ready for its next phase; whether it is ready now.

@@ -79,7 +79,7 @@ class Share:
 
 
 class Shares:
-    """The shares of all clients that have jobs, or that have used more than others since these came.
+    """The shares of clients that have jobs, and of those without jobs that have used more than `level`.
 
     level: the least that a client with queued jobs has used. A client that comes starts there, so it does not
     catch up on work done before it came; one that comes back with a larger value keeps it.

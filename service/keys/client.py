@@ -18,9 +18,9 @@ class KeyLimits:
 class Client:
     """Who sent a request.
 
-    id: says whose a job is; it never leaves the service. name: of the key, in metrics and logs; keys from
-    files without names share one. share: of the device's time, compared to other clients that have jobs.
-    alone: whether it may fill the queue, because no other client exists, or none with a key.
+    id: the owner of a job, never shown outside the service. name: of the key, in metrics and logs; keys from
+    files without names share one. share: weight of its jobs where clients compete for the device. alone:
+    whether it may fill the queue, because there is no other key, or it needed none.
     """
 
     id: str

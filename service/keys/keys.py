@@ -15,9 +15,9 @@ from service.settings import SettingError, Settings
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 1.0  # between two looks whether a file has changed
+POLL_SECONDS = 1.0  # between two checks for changed files
 
-Stamp = tuple[int, int, int] | None  # of a file: changes when its content does; None: it cannot be read
+Stamp = tuple[int, int, int] | None  # of a file: changes with its content; None: the file cannot be read
 
 
 class Keys:
@@ -88,7 +88,7 @@ class Keys:
         return True
 
     async def watch(self, changed: Callable[[set[str]], None]) -> None:
-        """Call refresh() again and again; changed: called with the names of all keys after each change."""
+        """Call refresh() every POLL_SECONDS. changed: called with the names of all keys after each change."""
         while self._stamps:
             await asyncio.sleep(POLL_SECONDS)
             if await asyncio.to_thread(self.refresh):

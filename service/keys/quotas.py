@@ -143,7 +143,7 @@ class MemoryCounts:
 
 @dataclass(eq=False)
 class Caller:
-    """A request's client, and what became of its quotas. request_id: of the request."""
+    """The client of a request, and the verdicts on its quotas. request_id: of the request."""
 
     client: Client
     request_id: str
@@ -185,7 +185,10 @@ class Quotas:
         return lambda: self._in_background(counts.leave(client, job))
 
     async def _ask(self, caller: Caller, quota: Quota, ask: Callable[[Counts], Awaitable[Verdict]]) -> Counts:
-        """Note the verdict of the counts that work, and return these. Raises RateLimited."""
+        """Note the verdict, of the shared counts if they work, otherwise of this server's own.
+
+        Returns the counts that gave it. Raises RateLimited.
+        """
         counts = self._shared or self._own
         try:
             verdict = await ask(counts)
@@ -205,7 +208,7 @@ class Quotas:
 
 
 async def ignoring_outages(work: Coroutine[None, None, None]) -> None:
-    """A job that is not discounted in the store expires there."""
+    """Do some work; Unavailable is ignored, because what the store still counts expires there."""
     with suppress(Unavailable):
         await work
 

@@ -1,4 +1,4 @@
-// Live mode: an image of the prompt while one types, in few steps.
+// Live mode: while the user types, an image of the prompt is requested after each pause, in few steps.
 
 import { ApiError, post } from "./api.js";
 import { $, blobOf } from "./dom.js";
@@ -7,7 +7,7 @@ import { tileOf } from "./results.js";
 
 const PAUSE_MS = 150; // without a key press, before an image is requested
 
-/** How a model is run in few steps: its own settings or those of its first few-step LoRA; null if it cannot. */
+/** The few-step settings of a model, or of its first few-step LoRA, and that LoRA; null if there are none. */
 export function fewSteps(model) {
   if (model?.few_step) return { settings: model.few_step, loras: {} };
   const [lora] = Object.entries(model?.lora_settings ?? {});
@@ -53,11 +53,11 @@ export class Live {
 
   async draw() {
     const { signal } = (this.controller = new AbortController());
-    const plan = fewSteps(this.form.model), made = await this.form.read();
-    if (!made.prompt && made.class_label === undefined && !made.boxes) return this.say("Type a prompt.");
-    const error = seedError(made);
+    const fast = fewSteps(this.form.model), written = await this.form.read();
+    if (!written.prompt && written.class_label === undefined && !written.boxes) return this.say("Type a prompt.");
+    const error = seedError(written);
     if (error) return this.say(`Seed: ${error}`);
-    const request = { seed: this.seed, ...fewStepRequest(made, plan) };
+    const request = { seed: this.seed, ...fewStepRequest(written, fast) };
     try {
       const result = await post("generate", request, signal);
       if (!signal.aborted) this.show(request, result);

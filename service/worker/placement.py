@@ -35,14 +35,17 @@ class Move(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """A job that may move, and at least how many seconds it adds to any replica, without loading."""
+    """A job that may move. seconds: a lower bound of the work that it adds to a replica, without loading."""
 
     placed: Placed
     seconds: float
 
 
 class Bid(NamedTuple):
-    """A replica that may get a job. loading: seconds to load models, as far as computed."""
+    """A replica that may get a job.
+
+    work: seconds until it has finished its jobs; loading: seconds to load each model, as far as computed.
+    """
 
     target: int
     work: float
@@ -54,7 +57,7 @@ class Bid(NamedTuple):
 
 
 class Placement:
-    """The jobs at all replicas, and how long they take. max_rows: of a UNet call."""
+    """The jobs at all replicas, and how long they take. max_rows: the most rows of a UNet call."""
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows
@@ -159,9 +162,10 @@ class Placement:
         return placed.steps * placed.rows * self.times.row_seconds(placed.kind, placed.kind.pixels)
 
     def _movable(self, offers: list[Offer], bid: Bid, work: float) -> Placed | None:
-        """A job that ends clearly earlier at the target than in `work` seconds, when its own replica is done.
+        """A job that the target would finish clearly before its own replica finishes all its jobs.
 
-        Either the first job whose model the target holds, or the first one.
+        work: seconds until the job's own replica has finished. Two jobs are tried: the first one whose model
+        the target holds, and the first one of all.
         """
         site = self._sites[bid.target]
         held = [offer for offer in offers if site.has(offer.placed.kind.key)]

@@ -1,4 +1,4 @@
-"""The jobs at one replica, and their sums, which placement needs again and again."""
+"""What placement.py knows of one replica (a site): its jobs, and the sums over them that it needs often."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.engine.job import Job, ModelKey
 
 
 class Kind(NamedTuple):
-    """Jobs of one kind may share UNet calls: about what the engine calls a group."""
+    """A model with its LoRAs and an image size: an estimate of the group in which a job shares UNet calls."""
 
     key: ModelKey
     width: int
@@ -24,7 +24,10 @@ class Kind(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Placed:
-    """A job and what is left of it. steps: of all its images together; rows: of an image in its last call."""
+    """A job at a replica.
+
+    steps: left of all its images together, of `total`; rows: of one image in its last UNet call.
+    """
 
     job: Job
     kind: Kind
@@ -88,7 +91,7 @@ class Site:
         self.changed()
 
     def changed(self) -> None:
-        """Compute the sums again: a job came, left, or is not what it was."""
+        """Compute the sums again at their next use: a job came, left or changed."""
         self._summary = None
 
     def has(self, key: ModelKey) -> bool:

@@ -19,7 +19,10 @@ STORE = "redis://localhost:6379/0"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_engine": "2"}, "max_engine is no argument; expected api_replicas, min_engines, max_engines"),
+        (
+            {"max_engine": "2"},
+            "max_engine is not an argument; expected one of api_replicas, min_engines, max_engines",
+        ),
         ({"api_replicas": "0"}, "api_replicas is '0': Input should be greater than or equal to 1"),
         ({"min_engines": "many"}, "min_engines is 'many': Input should be a valid integer"),
         ({"gpus_per_engine": 2}, "gpus_per_engine is 2: Input should be less than or equal to 1"),
