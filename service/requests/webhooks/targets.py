@@ -15,6 +15,7 @@ from service.setting_values import split_host
 DEFAULT_PORTS = {"https": 443, "http": 80}
 PLAIN_URL = re.compile(r"(?i:https?)://[!-\[\]-~]+")  # visible ASCII, no backslash: parsers disagree on these
 AUTHORITY = re.compile(r"://([^/?#]*)")
+NO_PORT = re.compile(r":(?!\d*$)[^:\]]*$")  # int(), which httpx calls, also reads +443 and 4_43
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,15 @@ class Rules:
         except httpx.InvalidURL:
             raise invalid("must be a URL") from None
         if not PLAIN_URL.fullmatch(text):
-            raise invalid("must be an https:// URL of visible ASCII characters")
+            schemes = "http:// or https://" if self.http else "https://"
+            raise invalid(f"must be an {schemes} URL of visible ASCII characters")
         if url.scheme == "http" and not self.http:
             raise invalid("must begin with https://")
-        if "@" in AUTHORITY.findall(text)[0]:
+        authority = AUTHORITY.findall(text)[0]
+        if "@" in authority:
             raise invalid("must not contain a user name or password")
+        if NO_PORT.search(authority):
+            raise invalid("must have a port of digits only")
         if "#" in text:
             raise invalid("must not have a fragment (#)")
         if not any(host.matches(url) for host in self.hosts):

@@ -54,6 +54,9 @@ def test_urls_of_allowed_hosts_and_ports_are_accepted(url: str):
         ("https://hooks.example.org:80/", "host and port"),
         ("https://hooks.example.org:0/", "host and port"),
         ("https://hooks.example.org:99999/", "host and port"),
+        ("https://hooks.example.org:+8443/", "digits only"),
+        ("https://hooks.example.org:8_443/", "digits only"),
+        ("https://[fd00::1]:+9000/", "digits only"),
         ("https://example.org/", "host and port"),
         ("https://hooks.example.org.evil.test/", "host and port"),
         ("https://hooks.example.org./", "host and port"),
@@ -85,6 +88,8 @@ def test_http_is_accepted_where_the_operator_allows_it():
     assert rules.check("http://hooks.example.org/").scheme == "http"
     with pytest.raises(InvalidRequest, match="host and port"):
         rules.check("http://hooks.example.org:443/")
+    with pytest.raises(InvalidRequest, match="http:// or https:// URL"):
+        rules.check("ftp://hooks.example.org/")
 
 
 @pytest.mark.parametrize(
