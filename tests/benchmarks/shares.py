@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import tempfile
 import threading
 import time
@@ -21,9 +22,8 @@ from pathlib import Path
 
 import httpx
 
-from service.bench.command import started
 from service.keys.table import digest, to_toml
-from service.settings import read_settings
+from tests.helpers.servers import serve
 
 LARGE = {"prompt": "red apple", "n": 2, "steps": 25}
 SMALL = {"prompt": "rocket", "steps": 8}
@@ -61,9 +61,9 @@ def server(args: argparse.Namespace) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "keys.toml"
         table.write_text("\n".join(to_toml(name, digest(f"key-of-{name}".encode()), {}) for name in "AB"))
-        flags = {"model": args.model, "key_table": str(table), "queue_size": "32"}
-        with started(read_settings(flags=flags)) as (_, url):
-            yield url
+        settings = {"LDM_KEY_TABLE": str(table), "LDM_QUEUE_SIZE": "32", "LDM_DTYPE": "auto"}
+        with serve([args.model], Path(folder), subprocess.DEVNULL, settings) as made:
+            yield str(made.client.base_url)
 
 
 @contextmanager

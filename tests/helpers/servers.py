@@ -120,7 +120,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = MAX_WAIT_SECONDS) -> 
 
 @contextmanager
 def serve(
-    models: Sequence[Path | str], folder: Path, stderr: IO[str] | None, settings: Mapping[str, str]
+    models: Sequence[Path | str], folder: Path, stderr: IO[str] | int | None, settings: Mapping[str, str]
 ) -> Iterator[Server]:
     """Start a server of these models in a folder and wait until it is ready; kill it at the end.
 
