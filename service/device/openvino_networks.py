@@ -72,6 +72,7 @@ class Compiled:
             "ENABLE_CPU_PINNING": False,  # other processes may run on the same cores
         }
         self._request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+        forget_traces()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         arrays = [x.float().contiguous().numpy() for x in inputs]
@@ -89,6 +90,16 @@ def convert(network: nn.Module, examples: Sequence[Tensor]) -> Any:
         # openvino.convert_model() runs more passes, which take four times as long and change no result.
         frontend = FrontEndManager().load_by_framework("pytorch")
         return frontend.convert(frontend.load(decoder))
+
+
+def forget_traces() -> None:
+    """Free what torch.jit keeps of traced modules for as long as the process lives, weights included.
+
+    As clear_class_registry() in torch.testing._internal.jit_utils; nothing else here uses torch.jit.
+    """
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()
 
 
 class CompiledUNet(nn.Module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from functools import partial
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,19 @@ def test_a_unet_agrees_at_any_size(kind, dtype):
         out = compiled(**inputs)
         assert out.dtype == torch.float32
         assert relative_error(out, exact(**inputs)) < MAX_ERROR[dtype]
+
+
+def test_unloaded_unets_leave_no_weights_in_memory():
+    from service.device.openvino_networks import CompiledUNet
+
+    spec, process = replace(TEXT, channels=(128, 256)), psutil.Process()
+    weights = sum(4 * each.numel() for each in UNet(spec).parameters())
+    resident = []
+    for _ in range(8):
+        CompiledUNet(filled(UNet(spec)))
+        gc.collect()
+        resident.append(process.memory_info().rss)
+    assert resident[-1] - resident[1] < weights / 2
 
 
 def test_inputs_that_are_not_compiled_run_by_torch():
