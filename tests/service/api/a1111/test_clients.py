@@ -34,7 +34,8 @@ def test_aaa1111_reads_everything(aaa1111):
     assert aaa1111.progress().progress == 0
     for read in (aaa1111.samplers, aaa1111.upscalers, aaa1111.embeddings, aaa1111.scripts, aaa1111.memory):
         assert read()
-    for read in (aaa1111.script_info, aaa1111.loras, aaa1111.sd_vae, aaa1111.hypernetworks):
+    assert [lora.name for lora in aaa1111.loras()] == ["few-steps"]
+    for read in (aaa1111.script_info, aaa1111.sd_vae, aaa1111.hypernetworks):
         assert read() == []
     for act in (aaa1111.skip, aaa1111.interrupt, aaa1111.refresh_loras, aaa1111.refresh_checkpoints,
                 aaa1111.unload_checkpoint, aaa1111.reload_checkpoint):  # fmt: skip
@@ -57,7 +58,8 @@ def test_sd_backend_client_reads_everything(backend):
     assert {"euler_ancestral", "dpmpp_2m"} <= {option.name for option in backend.list_samplers()}
     assert {"karras", "exponential"} <= {option.name for option in backend.list_schedulers()}
     assert [option.name for option in backend.list_upscalers()] == ["Lanczos", "Nearest", "emoji-upscale"]
-    for read in (backend.list_vaes, backend.list_loras, backend.list_hypernetworks):
+    assert [option.name for option in backend.list_loras()] == ["few-steps"]
+    for read in (backend.list_vaes, backend.list_hypernetworks):
         assert read() == []
     assert backend.get_capabilities().controlnet
     assert backend.interrupt() == {}

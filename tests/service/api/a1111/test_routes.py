@@ -289,8 +289,9 @@ def test_what_clients_read_at_start(bundled, api):
     assert set(api.get_memory()) == {"ram", "cuda"}
     assert api.get_cmd_flags() == {}
     for read in (api.get_sd_vae, api.get_face_restorers, api.get_hypernetworks, api.get_prompt_styles,
-                 api.get_realesrgan_models, api.get_loras):  # fmt: skip
+                 api.get_realesrgan_models):  # fmt: skip
         assert read() == []
+    assert [row["name"] for row in api.get_loras()] == ["few-steps"]
     assert "Latent" in [mode["name"] for mode in api.get_latent_upscale_modes()]
     for path in ("/sdapi/v1/script-info", "/sdapi/v1/extensions"):
         assert bundled.client.get(path).json() == []
