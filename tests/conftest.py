@@ -179,15 +179,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def wants_ray(config: pytest.Config) -> bool:
-    """Whether tests run with the Ray application too: not in one process (-n 0), unless -k names Ray.
+    """Whether tests run with the Ray application too: if LDM_TESTS_RAY is set, or -k names Ray.
 
-    A cluster takes half a minute to start, which is too long for a look at one file.
+    A cluster takes half a minute to start, and takes processor time from all other tests as long as it runs.
     """
-    return hasattr(config, "workerinput") or RAY in config.getoption("keyword")
+    return "LDM_TESTS_RAY" in os.environ or RAY in config.getoption("keyword")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark each test as server or fast, and give tests that share a server or a file one worker."""
+    if not wants_ray(config):
+        items[:] = [item for item in items if group_of(item) != RAY]
     for item in items:
         if "start_server" in item.fixturenames:
             item.add_marker("server")
