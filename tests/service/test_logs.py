@@ -84,7 +84,7 @@ def test_a_request_is_one_line_and_prompts_are_logged_at_debug_only(start_server
         assert client.post("/generate", json={"prompt": SECRET, "steps": 0, SECRET: 1}).status_code == 422
         assert client.get(f"/{SECRET}?{SECRET}={SECRET}").status_code == 404
         assert client.get(f"/jobs/{SECRET}").status_code == 404
-        assert client.request(SECRET.upper(), "/health").status_code == 405
+        assert client.request(SECRET.upper(), "/health").status_code in (400, 405)  # of httptools, of h11
         for path in ("/health", "/health/live", "/health/ready", "/metrics"):
             assert client.get(path).status_code == 200
         server.process.terminate()

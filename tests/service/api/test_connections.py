@@ -253,7 +253,11 @@ def test_the_server_closes_slow_connections_and_serves_others(start_server):
     limits = {f"LDM_{name.upper()}_SECONDS": value for name, value in settings.items()}
     with start_server(LDM_MAX_CONNECTIONS="20", **limits) as server, ExitStack() as stack:
         url = server.client.base_url
-        starts = (b"", b"GET / HTTP/1.1\r\nHost: ", b"POST /generate HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
+        starts = (
+            b"",
+            b"GET / HTTP/1.1\r\nHost: ",
+            b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{",
+        )
         peers = [stack.enter_context(socket.create_connection((url.host, url.port))) for _ in range(60)]
         for number, peer in enumerate(peers):
             with suppress(ConnectionError):

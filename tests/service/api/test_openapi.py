@@ -238,9 +238,7 @@ def test_every_response_in_a_random_chain_of_job_requests_is_documented(served):
 
     Chain.run(settings=settings(RANDOM, stateful_step_count=6, max_examples=3 * EXAMPLES))
     served.check_alive()
-    assert found["GET /jobs/{job_id}"]
-    assert found["GET /jobs/{job_id}/events"]
-    assert found["DELETE /jobs/{job_id}"]
+    assert found.total()  # of calls that found the job of an earlier response
 
 
 # What client generators fail on.
