@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from service.device.loading import build
+from service.device.precision import Precision
 from service.device.registry import Registry
 from service.engine.job import LoraWeights, ModelKey
 from service.errors import InvalidRequest
@@ -60,7 +61,7 @@ def test_the_bundled_model_takes_a_lora(tmp_path):
     assert with_it != without
     network = runner.registry.bundle(job.model_key)
     assert network.unet.dtype == torch.bfloat16
-    precise = runner._in_float32(job.model_key)
+    precise = Precision(runner.registry, invariant=False).in_float32(job.model_key)
     (opened,) = runner.registry._open(runner.specs["emoji"], ["a"])
     merged = next(change.target for change in opened.changes if change.target.network == "unet")
     exact, rounded = (each.unet.get_parameter(merged.parameter) for each in (precise, network))
