@@ -15,9 +15,9 @@ from contextlib import suppress
 import httpx
 from PIL import Image, ImageDraw
 
+from tests.benchmarks.kills import NAMES
 from tests.helpers.images import base64_of, hole, noise
 
-NAMES = ("red apple", "ghost", "rocket", "cactus", "key", "snowman", "fire", "bell")
 SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_sde", "unipc", "lcm", "heun")
 SECOND_MODEL = "emoji-copy"  # loaded and unloaded all the time
 SIZES = (96, 128, 160)

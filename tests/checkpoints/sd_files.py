@@ -6,7 +6,6 @@ under test.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from tests.checkpoints.hollow import write_hollow
 from tests.checkpoints.tiny import fill_randomly
 
 TOKENS, VOCABULARY = 77, 49408
@@ -340,20 +340,8 @@ def published(name: str, row: Row, networks: Reference, averaged: bool = False) 
 
 
 def hollow(file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str] | None = None) -> Path:
-    """A safetensors file with these names and shapes, all float32 zeros, sparse on disk. words: metadata.
-
-    The largest tensors come first, so that all but a few small ones are well aligned.
-    """
-    header, end = {"__metadata__": dict(words or {})}, 0
-    for key, value in sorted(tensors.items(), key=lambda item: -item[1].numel()):
-        begin, end = end, end + 4 * value.numel()
-        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
-    return file
+    """A safetensors file with the names and shapes of these tensors, all float32 zeros. words: metadata."""
+    return write_hollow(file, {key: value.shape for key, value in tensors.items()}, words)
 
 
 def write(folder: Path, name: str, row: Row, networks: Reference, form: str = "safetensors") -> Path:

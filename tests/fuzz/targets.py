@@ -6,9 +6,6 @@ Any other error, a run of more than a few seconds, or a large amount of memory i
 from __future__ import annotations
 
 import io
-import json
-import math
-import struct
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,6 +35,7 @@ from service.requests.resolve import resolve
 from service.requests.schemas import GenerateRequest
 from service.settings import Settings
 from tests.checkpoints import ldm_models
+from tests.checkpoints.hollow import write_hollow
 from tests.helpers.environment import ROOT
 
 MAX_PIXELS = 2**20
@@ -89,18 +87,6 @@ def changed(shapes: dict[str, list[int]], data: bytes) -> dict[str, list[int]]:
                 continue
         shapes[name] = shape
     return shapes
-
-
-def write_hollow(file: Path, shapes: dict[str, list[int]]) -> None:
-    """A safetensors file of float32 zeros that takes no space on most file systems."""
-    entries, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    header = json.dumps(entries).encode()
-    with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(header)) + header)
-        stream.truncate(8 + len(header) + end)
 
 
 @cache
