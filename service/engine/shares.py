@@ -113,7 +113,7 @@ class Shares:
                 del self._shares[share.client]
 
     def exit(self, share: Share) -> None:
-        """Note that a job has ended. After the last one of all clients, all start anew."""
+        """Count a job as ended. When no client has a job left, every client's use is set to 0."""
         share.jobs -= 1
         if not any(other.jobs for other in self._shares.values()):
             self._shares.clear()
