@@ -197,7 +197,7 @@ def add_model(part: argparse.ArgumentParser) -> None:
     part.add_argument(
         "--control", type=Path, metavar="FOLDER", help="a ControlNet to measure or show instead"
     )
-    part.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    part.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="float32")
 
 
 def train_all(args: argparse.Namespace) -> None:
@@ -219,8 +219,8 @@ def train_all(args: argparse.Namespace) -> None:
             *names,
         ],
         ["export", *state, *names, "-o", model],
-        ["evaluate", model, "--dtype", "bfloat16", "--count", str(args.count), "--steps", str(args.steps)],
-        ["sheet", model, "--dtype", "bfloat16", "--steps", str(args.steps), "-o", f"{model}/sheets"],
+        ["evaluate", model, "--dtype", "auto", "--count", str(args.count), "--steps", str(args.steps)],
+        ["sheet", model, "--dtype", "auto", "--steps", str(args.steps), "-o", f"{model}/sheets"],
     ):
         print("ldm train", *part, flush=True)
         called = parser().parse_args([*part, "--device", args.device])

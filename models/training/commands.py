@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models import checkpoint
+from models.dtypes import choose_dtype
 from models.latent_diffusion import LatentDiffusion
 from models.networks.autoencoder import Autoencoder
 from models.networks.control_net import ControlNet
@@ -283,7 +284,7 @@ def loaded(args: argparse.Namespace) -> LatentDiffusion:
     """The model that the arguments name, with the LoRA of --lora."""
     from models.adapters import lora
 
-    model = checkpoint.load(args.model, args.device, getattr(torch, args.dtype))
+    model = checkpoint.load(args.model, args.device, choose_dtype(args.dtype, torch.device(args.device)))
     if not args.lora:
         return model
     opened = lora.open_loras({"lora": args.lora}, {"model": model.spec}, args.device)["model"]["lora"]
@@ -294,7 +295,9 @@ def control_of(args: argparse.Namespace, model: LatentDiffusion) -> ControlNet:
     """The ControlNet that --control names."""
     from models.adapters.control_net import open_control
 
-    network = open_control(args.control, model.spec, args.device, getattr(torch, args.dtype)).network
+    network = open_control(
+        args.control, model.spec, args.device, choose_dtype(args.dtype, torch.device(args.device))
+    ).network
     assert isinstance(network, ControlNet)
     return network
 

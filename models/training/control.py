@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from models.adapter_specs import ControlNetSpec
 from models.conditioning.conditioner import TextConditioner
+from models.dtypes import mixed_precision
 from models.latent_diffusion import LatentDiffusion
 from models.networks.adapter_inputs import AdapterInputs
 from models.networks.control_net import ControlNet
@@ -105,7 +106,7 @@ def draw_data(
     for _ in tqdm(range(-(-count // CHUNK)), desc="scenes", unit_scale=CHUNK, unit="scene"):
         scenes = [draw_scene(atlas, rng, SIZES, KINDS) for _ in range(CHUNK)]
         x = to_x(torch.from_numpy(np.stack([scene.image for scene in scenes]))).to(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), mixed_precision(device):
             latents.append(model.encode(x).bfloat16())
         masks.append(torch.from_numpy(np.stack([scene.regions > 0 for scene in scenes])))
         texts = [text for scene in scenes for text in (scene.caption, scene.short_caption)]

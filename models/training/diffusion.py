@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from models.conditioning.conditioner import LayoutProjection, TextConditioner
 from models.conditioning.text_encoder import TextEncoder
+from models.dtypes import mixed_precision
 from models.latent_diffusion import LatentDiffusion
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
@@ -162,7 +163,7 @@ def draw_latents(
 
     def encode(images: Pixels) -> Tensor:
         x = to_x(torch.from_numpy(images)).to(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), mixed_precision(device):
             return autoencoder.encode(x).bfloat16()
 
     gray = encode(np.full((1, SIZE, SIZE, 3), GRAY, np.uint8))

@@ -22,6 +22,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from models.conditioning.conditioner import TextConditioner
+from models.dtypes import mixed_precision
 from models.formats import keymaps
 from models.latent_diffusion import LatentDiffusion
 from models.networks.unet import UNet
@@ -156,7 +157,7 @@ def guided_v(
     """v with guidance: x (B, C, h, w), context (2B, L, C_ctx), unconditional rows first."""
     assert model.unet is not None
     both = with_concat(torch.cat([x, x]), concat)
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with mixed_precision(x.device):
         v = model.unet(both, torch.full((len(both),), t, device=x.device), context)
     unconditional, conditional = v.float().chunk(2)
     guided: Tensor = unconditional + scale * (conditional - unconditional)

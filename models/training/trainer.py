@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.dtypes import mixed_precision
+
 MAX_UPDATE_RATIO = 10.0  # of an update's time to the average; the time beyond that was a pause
 
 
@@ -91,7 +93,7 @@ class Trainer:
     def _update(self, batch: Any, loss_of: Callable[[Any], Tensor]) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             loss = loss_of(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.dtypes import mixed_precision
 from models.enlargement import resample
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet, timestep_embedding
@@ -74,7 +75,7 @@ def encode_crops(
     """
     rng, latents, low = np.random.default_rng(seed), [], []
     for chunk in tqdm(crops.split(CHUNK), desc="latents", unit_scale=CHUNK, unit="crop"):
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             latents.append(autoencoder.encode(to_x(chunk).to(device)).bfloat16())
         small = [[degrade(crop, rng) for _ in range(VARIANTS)] for crop in chunk.numpy()]
         low.append(torch.from_numpy(np.array(small)).movedim(-1, 2))
@@ -84,7 +85,7 @@ def encode_crops(
 @torch.no_grad()
 def encode_resampled(autoencoder: Autoencoder, low: Tensor) -> Tensor:
     """Unscaled latent of images resampled to the full size: (B, 3, h, w) -> (B, C, h, w), float32."""
-    with torch.autocast(low.device.type, torch.bfloat16):
+    with mixed_precision(low.device):
         return autoencoder.encode(resample(low, autoencoder.spec.factor)).float()
 
 

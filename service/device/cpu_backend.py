@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.dtypes import cpu_field
 from models.latent_diffusion import LatentDiffusion
 from service.device.mapped_weights import MappedWeights
-from service.device.select import cpu_field, trial_inputs
+from service.device.select import trial_inputs
 from service.engine.job import Job
 from service.settings import SettingError
 

@@ -12,6 +12,7 @@ import torch
 
 from models.adapters import lora
 from models.checkpoint.parts import count_parameters
+from models.dtypes import choose_dtype
 from models.formats.identify import Source
 from models.latent_diffusion import LatentDiffusion
 from models.stopwatch import Stopwatch
@@ -23,7 +24,7 @@ from service.device.graphs import Graphs
 from service.device.library import Library
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
-from service.device.select import choose_device, choose_dtype
+from service.device.select import choose_device
 from service.device.threads import choose_threads, read_host
 from service.settings import Settings
 

@@ -25,7 +25,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from service.device.select import choose_device, choose_dtype
+from models.dtypes import choose_dtype
+from service.device.select import choose_device
 from tests.benchmarks.shapes import SHAPES, TINY, IncomparableError, Pair, Setting, Shape, images, networks
 
 PARTS = ("unet", "D", "E", "text", "images")

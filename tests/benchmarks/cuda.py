@@ -26,8 +26,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for bit-identical
 
 import torch
 
+from models.dtypes import choose_dtype
 from service.device.determinism import configure_determinism
-from service.device.select import choose_device, choose_dtype
+from service.device.select import choose_device
 from tests.benchmarks import cuda_checks, cuda_speed, shapes
 from tests.benchmarks.cuda_report import Report, Section, run_sections, this_module
 from tests.benchmarks.shapes import Setting

@@ -16,8 +16,8 @@ import psutil
 import torch
 
 from models.checkpoint.parts import count_parameters
+from models.dtypes import DTYPES, choose_dtype
 from service.bench.command import started
-from service.device.select import DTYPES, choose_dtype
 from service.settings import Settings, read_settings
 from tests.benchmarks.shapes import SD15
 from tests.benchmarks.starts import write_sd15

@@ -89,8 +89,8 @@ def loop(args: argparse.Namespace) -> None:
     import torch
 
     from models.checkpoint import load
+    from models.dtypes import choose_dtype
     from models.latent_diffusion import LatentDiffusion
-    from service.device.select import choose_dtype
     from service.model_paths import bundled
 
     torch.set_num_threads(1)

@@ -1,32 +1,13 @@
-"""Which device and dtype a model runs with."""
+"""What a loaded model needs to run on a device."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from service.device import select
 from service.device.select import prepare_for_device
 from tests.checkpoints.tiny import tiny_model
 
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("amx", "avx512", "vendor", "dtype"),
-    [
-        (True, True, "GenuineIntel", torch.bfloat16),
-        (False, True, "GenuineIntel", torch.float32),
-        (False, True, "AuthenticAMD", torch.bfloat16),
-        (False, False, "AuthenticAMD", torch.float32),
-    ],
-)
-def test_a_cpu_uses_the_dtype_it_is_faster_in(monkeypatch, amx, avx512, vendor, dtype):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
-    monkeypatch.setattr(select, "cpu_field", lambda name: f"{name} : {vendor}")
-    assert select.choose_dtype("auto", CPU) == dtype
-    assert select.choose_dtype("float32", CPU) == torch.float32
 
 
 def test_a_network_that_overflows_float16_runs_in_bfloat16():

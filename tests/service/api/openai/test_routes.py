@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.clients import LONG
-from tests.helpers.images import base64_of
+from tests.helpers.images import base64_of, psnr
 from tests.helpers.servers import QUEUE_SIZE, Server, wait_until
 
 PROMPT = "red apple on a blue background"
@@ -211,7 +211,8 @@ def test_a_url_serves_the_file(bundled, client, apple):
     assert made.data[0].url != made.data[1].url
     answer = httpx.get(made.data[0].url)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
-    assert (np.asarray(Image.open(io.BytesIO(answer.content))) == np.asarray(apple)).all()
+    # In company, rounding may differ without --invariant.
+    assert psnr(np.asarray(Image.open(io.BytesIO(answer.content))), np.asarray(apple)) > 50
     head = httpx.head(made.data[0].url)
     assert (head.status_code, head.headers["content-length"]) == (200, str(len(answer.content)))
     assert httpx.get(made.data[0].url[:-5] + "0.png").status_code == 404
