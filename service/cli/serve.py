@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service import logs
+from service.allocator import return_freed_memory
 from service.api.app import create_app
 from service.api.connections import Connections, limits_of, protocol_of
 from service.api.openai.model_names import check_aliases
@@ -38,6 +39,7 @@ def serve(settings: Settings) -> WorkerFailed | None:
 
     Returns the reason if the server stopped because no worker could be started.
     """
+    return_freed_memory()
     check_paths(settings)
     asyncio.run(check_store(settings))
     logs.set_up(settings)

@@ -20,6 +20,7 @@ from service.keys.quotas import Caller, Quotas
 from service.requests import response
 from service.requests.job_record import JobView, Record
 from service.requests.job_schemas import AnyJob, SceneJob, Task
+from service.requests.kept import Kept
 from service.requests.resolve import OutputFormat, resolve
 from service.requests.resolved_request import NO_PREVIEWS, Previews, ResolvedRequest
 from service.requests.response import Answer, Result, timings_of
@@ -95,9 +96,8 @@ class Jobs:
         self.quotas = quotas or Quotas()
         self.tracing = tracing or NoTracing()
         self._records: dict[str, Record] = {}
-        self._ended: dict[str, Hashable] = {}  # kept jobs in the order of their ends: id -> idempotency key
+        self._kept = Kept(supervisor.settings, self._drop)  # ids of ended jobs
         self._keys: dict[Hashable, IdempotencyEntry] = {}
-        self._bytes = 0  # of the files of kept jobs
 
     async def wait_until_fetched(self, seconds: float) -> None:
         """Wait until every open job has ended and been fetched, or `seconds` after the last one has ended."""
@@ -258,20 +258,14 @@ class Jobs:
             record.fetched = True
             del self._records[record.id]
             return
-        settings = self.supervisor.settings
-        self._ended[record.id] = record.key
-        self._bytes += record.bytes
-        while len(self._ended) > settings.jobs_kept or (
-            self._bytes > settings.jobs_bytes and len(self._ended) > 1
-        ):
-            self.forget(next(iter(self._ended)))
-        asyncio.get_running_loop().call_later(settings.jobs_seconds, self.forget, record.id)
+        self._kept.add(record.id, record.bytes)
 
     def forget(self, job_id: str) -> None:
         """Keep a job no longer; one that has not ended is left alone."""
-        if job_id in self._ended:
-            self._bytes -= self._records.pop(job_id).bytes
-            self._keys.pop(self._ended.pop(job_id), None)
+        self._kept.remove(job_id)
+
+    def _drop(self, job_id: str) -> None:
+        self._keys.pop(self._records.pop(job_id).key, None)
 
 
 def submission_of(body: AnyJob) -> Submission:
