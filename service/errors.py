@@ -12,6 +12,7 @@ ServiceError
 ├── ModelInUse              the model cannot be unloaded while jobs use it
 ├── MethodNotAllowed        the path exists, but not for this method
 ├── TooLarge                the body exceeds its limit
+├── HeadersTooLarge         the headers exceed their limit
 ├── Stalled                 the rest of the body did not arrive in time
 ├── QueueFull               too many open requests, or too many bytes of request bodies
 ├── RateLimited             the API key has used up one of its limits
@@ -105,6 +106,10 @@ class TooLarge(ServiceError):
     default = "the body is too large"
 
 
+class HeadersTooLarge(ServiceError):
+    default = "the headers are too large"
+
+
 class Stalled(ServiceError):
     default = "the rest of the body did not arrive in time"
 
@@ -193,6 +198,7 @@ TABLE: dict[type[ServiceError], tuple[int, str, str]] = {
     ModelInUse: (409, "conflict_error", "model_in_use"),
     MethodNotAllowed: (405, "invalid_request_error", "method_not_allowed"),
     TooLarge: (413, "invalid_request_error", "too_large"),
+    HeadersTooLarge: (431, "invalid_request_error", "headers_too_large"),
     Stalled: (408, "timeout_error", "request_timeout"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
     RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),

@@ -472,8 +472,8 @@ class Settings:
     stall_seconds: float = setting(
         120.0,
         number(float, 0.1, 86_400),
-        """Seconds without progress after which a worker is replaced. If a UNet call takes longer, workers are
-        replaced without end.""",
+        """Seconds without progress after which a worker is replaced; ten times as many while it starts or
+        loads a model. If a UNet call takes longer, workers are replaced without end.""",
     )
     faults: str = setting(
         "",

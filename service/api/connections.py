@@ -16,18 +16,20 @@ import resource
 import socket
 import uuid
 from dataclasses import dataclass
+from http import HTTPStatus
 from itertools import chain
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from service.errors import TooManyConnections, to_body
+from service.errors import HeadersTooLarge, ServiceError, TooManyConnections, status_of, to_body
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 2**16
+MAX_HEADER_BYTES, END_OF_HEADERS = 2**16, b"\r\n\r\n"
 CHECKS_AT_ONCE = 100  # of connections, before other work has its turn
+RETRY_SECONDS = 5  # Retry-After of a connection that finds no place
 OTHER_FILES = 512  # open files beside connections: workers' sockets, weights, logs
 # A peer that is gone without a word, such as a machine without power, is noticed within a minute.
 PROBES = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
@@ -101,7 +103,8 @@ class Connection:
     """What is known of a connection.
 
     idle_until: when it is closed unless a request begins; sent: bytes that the client had taken at the last
-    check; credit: seconds that the client has left to take more.
+    check; credit: seconds that the client has left to take more; refused: it is closed soon, and what
+    it sends until then is dropped: a client that still sends would lose the response if it were closed now.
     """
 
     protocol: Any  # uvicorn's, for one of several HTTP parsers
@@ -110,6 +113,7 @@ class Connection:
     credit: float
     header_bytes: int = 0
     sent: int = 0
+    refused: bool = False
 
     @property
     def is_idle(self) -> bool:
@@ -175,16 +179,19 @@ class Connections:
         self._unanswered.pop(protocol, None)
         self._answered.pop(protocol, None)
 
-    def admits(self, protocol: asyncio.BaseProtocol, size: int) -> bool:
-        """Whether a connection may send `size` more bytes; it is closed if its headers are too large."""
+    def admits(self, protocol: asyncio.BaseProtocol, data: bytes) -> bool:
+        """Whether a request goes on with this data; one with too large headers gets a 431."""
         connection = self._find(protocol)
-        if connection is None:
+        if connection is None or connection.refused:
             return False
         if connection.in_headers:
+            end = data.find(END_OF_HEADERS)
+            connection.header_bytes += len(data) if end < 0 else end
             if connection.header_bytes > MAX_HEADER_BYTES:
-                self._end(connection)
+                connection.refused = True
+                connection.transport.write(refusal(HeadersTooLarge()))
+                connection.transport.write_eof()
                 return False
-            connection.header_bytes += size
         return True
 
     async def sweep(self, now: float) -> None:
@@ -229,7 +236,7 @@ def protocol_of(connections: Connections) -> type[asyncio.Protocol]:
             if connections.add(self, counted, self.loop.time()):
                 probe(transport)
             else:
-                transport.write(refusal())
+                transport.write(refusal(TooManyConnections(retry_after=RETRY_SECONDS)))
                 transport.close()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -237,7 +244,7 @@ def protocol_of(connections: Connections) -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if connections.admits(self, len(data)):
+            if connections.admits(self, data):
                 super().data_received(data)
 
         def on_response_complete(self) -> None:
@@ -258,10 +265,11 @@ def probe(transport: asyncio.Transport) -> None:
             opened.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def refusal() -> bytes:
-    """The response to a connection beyond the limit, while no other is idle."""
-    body = json.dumps(to_body(TooManyConnections(), uuid.uuid4().hex)).encode()
+def refusal(error: ServiceError) -> bytes:
+    """The response to a connection or request that does not reach the application."""
+    body, status = json.dumps(to_body(error, uuid.uuid4().hex)), HTTPStatus(status_of(error))
+    retry = "" if error.retry_after is None else f"retry-after: {error.retry_after}\r\n"
     return (
-        b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\n"
-        b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
-    )
+        f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n{retry}"
+        f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+    ).encode()

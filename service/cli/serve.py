@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from service import logs
 from service.allocator import return_freed_memory
 from service.api.app import create_app
-from service.api.connections import Connections, limits_of, protocol_of
+from service.api.connections import MAX_HEADER_BYTES, Connections, limits_of, protocol_of
 from service.api.openai.model_names import check_aliases
 from service.catalogue import Folders
 from service.cluster.redis_store import open_store
@@ -88,6 +88,7 @@ class DrainingServer(uvicorn.Server):
                 access_log=False,
                 timeout_graceful_shutdown=GRACE_SECONDS,
                 http=protocol_of(self.open_connections),
+                h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,  # so that its own limit is not met first
             )
         )
         self.supervisor: Supervisor = app.state.supervisor

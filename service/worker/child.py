@@ -20,7 +20,9 @@ from service.worker.protocol import Command, Heartbeat
 from service.worker.quarantine import Cause
 
 EXIT_SECONDS = 2.0  # between cutting a worker's connection and killing a worker that has not exited by then
-LOADING_FACTOR = 10  # a worker that loads a model may go without progress for this many stall limits
+# A worker may go without progress for this many stall limits while it loads a model, and without a message
+# while it starts: imports from a slow disk let no other thread run.
+LOADING_FACTOR = 10
 # Signals that a process's own failure raises; any other signal was sent by somebody else.
 CRASH_SIGNALS = (
     signal.SIGABRT,
@@ -93,7 +95,11 @@ class WorkerProcess:
     def is_stalled(self, limit: float) -> bool:
         """Whether the worker sent no message, or was busy without progress, for longer than the limit."""
         patience = limit * (LOADING_FACTOR if self._loading else 1)
-        return self.silence > limit or self.clock() - self.last_progress > patience
+        return self.is_silent(limit) or self.clock() - self.last_progress > patience
+
+    def is_silent(self, limit: float) -> bool:
+        """Whether it sent no message for longer than the limit."""
+        return self.silence > limit * (1 if self.is_ready else LOADING_FACTOR)
 
     def kill(self) -> None:
         """Kill the worker and cut the connection at once, also if the process takes time to end."""

@@ -103,8 +103,8 @@ class Replica:
     @property
     def alive(self) -> bool:
         """Whether its worker sent a message within the stall limit, or a new one is about to start."""
-        silence = self.worker.silence if self.worker else 0.0
-        return self.failure is None and silence < self.settings.stall_seconds
+        silent = self.worker is not None and self.worker.is_silent(self.settings.stall_seconds)
+        return self.failure is None and not silent
 
     @property
     def status(self) -> Literal["ok", "loading", "failed"]:

@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "weights" / "emoji", Path(folder) / SECOND_MODEL)
         flags = {"model": "emoji,emoji-upscale", "model_dir": folder, "controlnet": "outline=emoji-outline"}
-        flags |= {"jobs_kept": "32"}  # so that the kept jobs are as many as they may be within minutes
+        flags |= {"jobs_kept": "16"}  # so that the kept jobs are as many as they may be within minutes
         flags |= {"lora": f"few-steps={ROOT / 'weights' / 'emoji-few-steps'}", "queue_size": "64"}
         with started(read_settings(flags=flags)) as (process, url):
             samples = run(args, url, process.pid, outcomes)

@@ -162,6 +162,8 @@ class Webhooks:
 def open_webhooks(settings: Settings, metrics: Metrics) -> Webhooks | None:
     """The webhooks of the settings; None without hosts. Raises SettingError if there is no valid secret."""
     if not settings.webhook_hosts:
+        if settings.webhook_secret_file:
+            log.warning("webhooks are off: webhook_secret_file is set, but webhook_hosts names no host")
         return None
     networks = [ip_network(text) for text in settings.webhook_networks]
     sender = Sender(read_secrets(settings.webhook_secret_file), networks)

@@ -241,9 +241,19 @@ def test_a_worker_that_loads_a_model_has_more_time_before_it_counts_as_stalled()
 def test_a_worker_that_sends_nothing_has_stalled():
     now = [0.0]
     worker = WorkerProcess(None, None, None, clock=lambda: now[0])
+    worker.become_ready()
     now[0] = 9.9
     assert not worker.is_stalled(10)
     now[0] = 10.1
+    assert worker.is_stalled(10)
+
+
+def test_a_worker_that_starts_slowly_has_more_time_before_its_first_message():
+    now = [0.0]
+    worker = WorkerProcess(None, None, None, clock=lambda: now[0])
+    now[0] = 99.0
+    assert not worker.is_stalled(10)
+    now[0] = 100.1
     assert worker.is_stalled(10)
 
 

@@ -196,6 +196,11 @@ def test_an_unexpected_error_ends_the_delivery():
     assert (delivery.state, delivery.error) == ("failed", "internal")
 
 
+def test_a_file_of_secrets_without_hosts_gives_a_warning(caplog):
+    assert open_webhooks(Settings(webhook_secret_file="secret"), Metrics()) is None
+    assert "webhook_hosts" in caplog.text
+
+
 def test_hosts_need_a_file_of_secrets(tmp_path: Path):
     assert open_webhooks(Settings(), Metrics()) is None
     with pytest.raises(SettingError, match="webhook_hosts needs webhook_secret_file"):
