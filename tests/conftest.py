@@ -14,18 +14,23 @@ os.environ.setdefault("LDM_BACKEND", "torch")
 
 import importlib
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.node import install_clients
 from tests.helpers.servers import QUEUE_SIZE, Server, serve, write_import_trap
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
 
 RAY_FILE = "test_ray.py"
 RAY = "Ray"  # the second place where tests with the marker `everywhere` run, and their worker group
@@ -211,3 +216,12 @@ def rank(item: pytest.Item) -> tuple[int, bool]:
     group = group_of(item)
     place = SLOWEST_FIRST.index(group) if group in SLOWEST_FIRST else len(SLOWEST_FIRST)
     return place, item.get_closest_marker("server") is None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: WorkerController, error: object) -> None:
+    """Print how a worker of pytest-xdist ended that died in a test."""
+    if error:
+        with suppress(subprocess.TimeoutExpired):
+            ended = node.gateway._io.popen.wait(timeout=10)
+            print(f"\nworker {node.gateway.id}: exit code {ended} (negative: signal)", flush=True)
