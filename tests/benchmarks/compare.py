@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from models.dtypes import choose_dtype
 from service.device.select import choose_device
+from tests.benchmarks.machine import processor
 from tests.benchmarks.shapes import SHAPES, TINY, IncomparableError, Pair, Setting, Shape, images, networks
 
 PARTS = ("unet", "D", "E", "text", "images")
@@ -149,17 +149,6 @@ def machine(device: torch.device, dtype: torch.dtype, theirs: str) -> str:
         f"{time.strftime('%Y-%m-%d')}, {name}, {torch.get_num_threads()} threads, {dtype}, "
         f"torch {torch.__version__}, diffusers {diffusers.__version__} {theirs}"
     )
-
-
-def processor() -> str:
-    """The CPU's name, and which bfloat16 instructions it has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    fields = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
-    supported = [kind for kind in ("amx_bf16", "avx512_bf16") if kind in fields.get("flags", "").split()]
-    return f"{fields.get('model name', platform.machine())} ({', '.join(supported) or 'no bfloat16'})"
 
 
 def form(cells: tuple[str, ...]) -> str:

@@ -20,7 +20,7 @@ from models.dtypes import DTYPES, choose_dtype
 from service.bench.command import started
 from service.settings import Settings, read_settings
 from tests.benchmarks.shapes import SD15
-from tests.benchmarks.starts import write_sd15
+from tests.benchmarks.starts import write_model
 
 GIB = 2**30
 CLIENTS = 4
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="as of ldm serve")
     args = parser.parse_args()
     if args.sd15:
-        write_sd15(args.sd15)
+        write_model(args.sd15)
         stable_diffusion(read_settings(flags={"model": str(args.sd15), "backend": args.backend}))
     if args.jobs:
         bundled(read_settings(flags={"model": "emoji", "backend": args.backend}), args.jobs)

@@ -22,6 +22,7 @@ from models.checkpoint import save, tokenizers
 from models.latent_diffusion import LatentDiffusion
 from models.networks.autoencoder import Autoencoder
 from models.networks.unet import UNet
+from models.spec import ModelSpec
 from service.bench.command import free_port
 from service.settings import read_settings
 from service.worker.child import environment
@@ -38,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     models = {"bundled models": {}}
     if args.sd15:
-        write_sd15(args.sd15)
+        write_model(args.sd15)
         models["Stable Diffusion 1.5"] = {"model": str(args.sd15)}
     for name, flags in models.items():
         starts = [start({"backend": args.backend, **flags}) for _ in range(args.times + 1)][1:]
@@ -74,17 +75,17 @@ def wait_until_ready(process: subprocess.Popen[bytes], client: httpx.Client) -> 
     raise RuntimeError("the server did not start")
 
 
-def write_sd15(folder: Path) -> None:
-    """A folder of SD 1.5's shape with random weights in float32, 4 GB; one that exists is left alone."""
+def write_model(folder: Path, spec: ModelSpec = SD15) -> None:
+    """A folder of this shape with random weights in float32 (SD 1.5: 4 GB); one that exists is left alone."""
     if folder.exists():
         return
     setting = Setting(torch.device("cpu"), torch.float32)
     save(
         LatentDiffusion(
-            SD15,
-            random_network(lambda: UNet(SD15.unet), setting),
-            random_network(lambda: Autoencoder(SD15.autoencoder), setting),
-            conditioner(SD15, [tokenizers.clip(text.pad_id) for text in SD15.texts], setting),
+            spec,
+            random_network(lambda: UNet(spec.unet_spec), setting),
+            random_network(lambda: Autoencoder(spec.autoencoder), setting),
+            conditioner(spec, [tokenizers.clip(text.pad_id) for text in spec.texts], setting),
         ),
         folder,
         torch.float32,
