@@ -54,7 +54,7 @@ Call = Callable[..., Tensor]
 
 
 class Reference(nn.Module):
-    """A network of diffusers, with its result alone."""
+    """A network of diffusers or transformers, with the first of its results alone, in float32."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

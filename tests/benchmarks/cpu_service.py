@@ -4,9 +4,9 @@
 
 The requests are all pairs of --steps and GUIDANCE, shuffled; guidance 1 is none. The other side is
 openvino_genai.Text2ImagePipeline in this process, without HTTP, on the same random weights, from a folder as
-optimum-intel exports it. Both have the same noise, and the difference of their images is printed. The model and
-its export are written to FOLDER if they do not exist. --shape half: that of Stable Diffusion 1.5 with half of
-its widths in UNet and VAE. Needs openvino-genai and openvino-tokenizers of openvino's version.
+optimum-intel exports it. Both have the same noise, and the difference of their images is printed. The model
+and its export are written to FOLDER if they do not exist. --shape half: that of Stable Diffusion 1.5 with
+half of its widths in UNet and VAE. Needs openvino-genai and openvino-tokenizers of openvino's version.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from models.spec import ModelSpec
 from service.bench.command import started
 from service.settings import read_settings
+from tests.benchmarks.cpu_rivals import Reference
 from tests.benchmarks.machine import heading, others
-from tests.benchmarks.shapes import PROMPT, SD15, TINY
+from tests.benchmarks.shapes import PROMPT, SD15, TINY, Method
 from tests.benchmarks.starts import write_model
 from tests.helpers.images import psnr
 
@@ -71,18 +72,6 @@ class Request:
         }  # fmt: skip
 
 
-class Output(nn.Module):
-    """A network of diffusers or transformers, with the first of its results."""
-
-    def __init__(self, network: nn.Module, method: str = "forward") -> None:
-        super().__init__()
-        self.network, self.method = network, method
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        out: Tensor = getattr(self.network, self.method)(*inputs)[0]
-        return out
-
-
 def export(model: Path, folder: Path) -> None:
     """Write a pipeline of diffusers for openvino_genai, in float32."""
     if folder.exists():
@@ -93,13 +82,12 @@ def export(model: Path, folder: Path) -> None:
     context = torch.randn(2, text.config.max_position_embeddings, unet.config.cross_attention_dim)
     ids = torch.zeros(2, text.config.max_position_embeddings, dtype=torch.long)
     names = ["sample", "timestep", "encoder_hidden_states"]
-    write(Output(unet), (x, torch.tensor([1]), context), names, "out_sample", folder / "unet")
-    write(Output(vae, "decode"), (x,), ["latent_sample"], "sample", folder / "vae_decoder")
-    write(Output(text), (ids,), ["input_ids"], "last_hidden_state", folder / "text_encoder")
-    for network, name in ((unet, "unet"), (vae, "vae_decoder"), (text, "text_encoder")):
-        network.config.save_pretrained(folder / name) if name == "text_encoder" else network.save_config(
-            folder / name
-        )
+    write(Reference(unet), (x, torch.tensor([1]), context), names, "out_sample", folder / "unet")
+    write(Reference(Method(vae, "decode")), (x,), ["latent_sample"], "sample", folder / "vae_decoder")
+    write(Reference(text), (ids,), ["input_ids"], "last_hidden_state", folder / "text_encoder")
+    unet.save_config(folder / "unet")
+    vae.save_config(folder / "vae_decoder")
+    text.config.save_pretrained(folder / "text_encoder")
     openvino.save_model(
         convert_tokenizer(pipeline.tokenizer), folder / "tokenizer" / "openvino_tokenizer.xml"
     )

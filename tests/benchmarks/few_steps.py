@@ -3,8 +3,8 @@
     python -m tests.benchmarks.few_steps FOLDER [--sizes 256 512] [--steps 1 4 8] [--backend openvino]
 
 The model has the shape of Stable Diffusion 1.5 with random weights, and runs as models with LCM-LoRA or Turbo
-do: without guidance, so one row a step, here by the sampler lcm. It and a tiny VAE are written to FOLDER if they
-do not exist. Both sides have the same noise, run in turn, and the difference of their images is printed.
+do: without guidance, so one row a step, here by the sampler lcm. It and a tiny VAE are written to FOLDER if
+they do not exist. Both sides have the same noise, run in turn, and the difference of their images is printed.
 """
 
 from __future__ import annotations
