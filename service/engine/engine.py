@@ -133,7 +133,7 @@ class Engine:
         queued = self.undecoded.images_of(job) | decoding | set(run.images)
         for image in range(run.parts):
             if image not in queued:
-                self.undecoded.add(ImageKey(job, image), run.parts)
+                self._queue_decoding(ImageKey(job, image))
 
     def tick(self) -> None:
         """At most one UNet call, and about as much time of decoding.
@@ -350,9 +350,8 @@ class Engine:
         finite = [key for key in keys if key.job not in call.non_finite]
         due = [key for key in finite if self.jobs[key.job].count_step(key.image)]
         for key in self.scheduler.advance(finite):
-            run = self.jobs[key.job]
-            run.denoised_at = self.clock()
-            self.undecoded.add(key, run.parts)
+            self.jobs[key.job].denoised_at = self.clock()
+            self._queue_decoding(key)
         jobs = tuple(
             JobSteps(job, sum(self.jobs[job].most_steps.values()), rows) for job, rows in rows_of.items()
         )
@@ -381,6 +380,11 @@ class Engine:
             self.emit(Previewed(key.job, key.image, self.jobs[key.job].steps[key.image], *preview))
 
     # Between two phases and after the last one.
+
+    def _queue_decoding(self, key: ImageKey) -> None:
+        """Queue an image whose steps, or those of a phase, are done."""
+        run = self.jobs[key.job]
+        self.undecoded.add(key, run.parts, run.job.client, run.job.share)
 
     def _decode_some(self, step_seconds: float | None) -> None:
         """Decode for about as long as the UNet call took; without a call, decode at least one image.
@@ -416,7 +420,7 @@ class Engine:
             return
         self.undecoded.charge(self.clock() - begin)
         if not ready:
-            self.undecoded.add(key, run.parts)
+            self._queue_decoding(key)
             return
         run.prepared.add(key.image)
         if len(run.prepared) == run.parts:

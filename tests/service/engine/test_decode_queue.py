@@ -32,6 +32,17 @@ def test_the_smallest_job_and_the_one_that_waited_longest_take_turns():
     assert [queue.pop().job for _ in range(4)] == ["small", "large", "large", "large"]
 
 
+def test_clients_take_turns_by_weight():
+    queue = DecodeQueue()
+    for number in range(6):
+        queue.add(ImageKey(f"a{number}", 0), 1, "A")
+    assert [queue.pop().job for _ in range(2)] == ["a0", "a1"]
+    for number in range(4):
+        queue.add(ImageKey(f"b{number}", 0), 1, "B", weight=2.0)
+    order = "".join(queue.pop().job[0] for _ in range(8))
+    assert order == "abbabbaa", "twice as many of B as of A, and none for the past"
+
+
 def test_a_discarded_job_is_not_decoded():
     queue = queue_of(("a", 2), ("b", 1))
     queue.discard("a")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -446,3 +446,27 @@ def test_a_small_job_is_decoded_before_a_large_one_is_finished():
     ends = [event for event in events if isinstance(event, Decoded | Done)]
     assert [event.job for event in ends if isinstance(event, Done)] == ["small", "large"]
     assert next(index for index, event in enumerate(ends) if isinstance(event, Done)) <= 2
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_a_client_that_floods_the_decoder_leaves_another_its_part(images):
+    """Jobs of one step, whose decoding takes longer than their UNet calls. A always has 16, B has one."""
+    engine, events = engine_on(CountingRunner((32,)), decode_chunk=1)
+    numbers = count()
+
+    def submit(client: str, n: int) -> None:
+        name = f"{client}{next(numbers)}"
+        engine.submit(make_job(name, client=client, n=n, steps=1, guidance_scale=1.0))
+
+    for _ in range(16):
+        submit("A", images)
+    submit("B", 1)
+    decoded: Counter[str] = Counter()
+    while decoded.total() < 200:
+        engine.tick()
+        ended, events[:] = of(events, Done), []
+        for end in ended:
+            client = end.job[0]
+            decoded[client] += len(end.images)
+            submit(client, len(end.images))
+    assert decoded["B"] / decoded.total() > 0.3
