@@ -5,6 +5,9 @@ python -m tests.benchmarks.kills --requests 200 --kills 20 --moments random read
 Starts a server with --invariant and generates each image once. Then, once for each kind of moment, 16 clients
 request all images while a worker is killed: at random moments, or each time within 0.2 s after it became
 ready. Needs Linux, where the children of a process can be read.
+
+--model tiny: a small model with random weights, for many requests on a slow machine. LDM_BUCKETS=2 makes its
+requests last longer, so that there is time for more kills.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 from PIL import Image, ImageDraw
@@ -34,16 +39,27 @@ NAMES = ("red apple", "ghost", "rocket", "cactus", "key", "snowman", "fire", "be
 
 def main() -> None:
     args = parse()
-    flags = {"model": args.model, "invariant": "true", "queue_size": "1000", "replicas": args.replicas}
+    flags = {"invariant": "true", "queue_size": "1000", "replicas": args.replicas}
+    flags |= {"timeout": "86400"}  # a deadline that passes on a slow machine is no loss
     if args.model == "emoji":
         flags["controlnet"] = "outline=emoji-outline"
-    settings = read_settings(flags=flags)
-    with server(None, settings) as url, httpx.Client(base_url=url, timeout=None) as client:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        model = write_tiny(folder / "tiny") if args.model == "tiny" else args.model
+        settings = read_settings(flags=flags | {"model": str(model)})
+        url = stack.enter_context(server(None, settings))
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=None))
         draw = random.Random(args.seed)
         bodies = [body(draw, index, controls=args.model == "emoji") for index in range(args.different)]
         expected = [images(client.post("/generate", json=b)) for b in bodies]
         for moment in args.moments:
             run(args, client, url, draw, bodies, expected, moment)
+
+
+def write_tiny(folder: Path) -> Path:
+    from tests.checkpoints.tiny import write_tiny_model  # imports torch, which only this needs
+
+    return write_tiny_model(folder)
 
 
 def run(

@@ -1,4 +1,5 @@
 import json
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -192,6 +193,20 @@ def test_missing_files_are_named(folder, file):
     (folder / file).unlink()
     with pytest.raises(CheckpointError, match=f"{file} is missing"):
         load(folder)
+
+
+def test_code_in_a_folder_is_never_run(folder):
+    """Neither by the name of a pipeline of its own, nor by the auto_map of transformers."""
+    code = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\nclass Custom: pass\n"
+    for part in (".", "unet", "text_encoder", "tokenizer"):
+        (folder / part / "custom.py").write_text(code)
+    edit_json(folder / "model_index.json", _class_name=["custom", "Custom"])
+    auto_map = {"AutoModel": "custom.Custom", "AutoConfig": "custom.Custom"}
+    for file in ("text_encoder/config.json", "unet/config.json"):
+        edit_json(folder / file, auto_map=auto_map)
+    with suppress(CheckpointError):
+        load(folder)
+    assert not list(folder.rglob("*.ran"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
