@@ -26,6 +26,7 @@ from service.requests.resolved_request import NO_PREVIEWS, Previews, ResolvedReq
 from service.requests.response import Answer, Result, timings_of
 from service.requests.schemas import AnyRequest, GenerateRequest, InpaintRequest, UpscaleRequest
 from service.requests.signing import Signer
+from service.requests.threads import Threads
 from service.requests.webhooks.deliveries import Delivery, Webhooks
 from service.requests.webhooks.targets import invalid
 from service.tracing import NoTracing, Tracing
@@ -95,6 +96,7 @@ class Jobs:
         self.webhooks = webhooks
         self.quotas = quotas or Quotas()
         self.tracing = tracing or NoTracing()
+        self._threads = Threads()
         self._records: dict[str, Record] = {}
         self._kept = Kept(supervisor.settings, self._drop)  # ids of ended jobs
         self._keys: dict[Hashable, IdempotencyEntry] = {}
@@ -154,12 +156,12 @@ class Jobs:
         with ExitStack() as slot:
             slot.enter_context(service.reserve_slot(client))
             slot.callback(await self.quotas.begin_job(caller))
-            submission, resolved = await asyncio.to_thread(self._resolve, prepare)
+            submission, resolved = await self._threads.run(client, self._resolve, prepare)
             await self.quotas.take_images(caller, resolved.parameters.n)
             seconds = submission.request.timeout or service.settings.timeout
             progress = Progress()
             job = replace(resolved.to_job(), client=client.id, share=client.share)
-            coroutine = self._work(job, resolved, submission.encode, progress, begin, begin + seconds)
+            coroutine = self._work(job, client, resolved, submission.encode, progress, begin, begin + seconds)
             work = asyncio.create_task(coroutine)
             task = TASK_OF_REQUEST[type(submission.request)]
             own = (resolved.without_inputs(), task, client, caller.request_id)
@@ -179,6 +181,7 @@ class Jobs:
     async def _work(
         self,
         job: Job,
+        client: Client,
         resolved: ResolvedRequest,
         encode: Callable[[Result, int], bytes],
         progress: Progress,
@@ -192,9 +195,9 @@ class Jobs:
                     done = await self.supervisor.run(job, progress)
                     self.tracing.parts(job, done)
                 result = Result(resolved, done)
-                encode = response.signing(encode, self.signer)
+                encode, run = response.signing(encode, self.signer), self._threads.run
                 with self.tracing.encode(job.n):
-                    files = [await asyncio.to_thread(encode, result, index) for index in range(job.n)]
+                    files = [await run(client, encode, result, index) for index in range(job.n)]
         except TimeoutError:
             raise DeadlineExceeded from None
         timings = timings_of(done, time.monotonic() - begin)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -379,6 +380,26 @@ def test_a_slot_is_held_from_before_images_are_read_until_files_are_encoded():
         assert service.supervisor.slots_in_use == 0
         with pytest.raises(NotFound):
             await service.jobs.find(job, ANYBODY)
+
+    run(scenario())
+
+
+def test_a_client_whose_images_take_long_to_read_holds_up_no_other():
+    async def scenario():
+        service, release = Service(), threading.Event()
+
+        def slow() -> Submission:
+            release.wait(60)
+            return Submission(body().request)
+
+        flood = [asyncio.create_task(service.jobs.run(slow, caller("A"))) for _ in range(20)]
+        await until(lambda: service.supervisor.slots_in_use == 20)
+        flood[0].cancel()  # a client that leaves does not get another thread before its first one ends
+        other = asyncio.create_task(service.jobs.run(lambda: Submission(body().request), caller("B")))
+        await asyncio.wait_for(until(lambda: service.supervisor._tickets), 30)  # the job of B
+        release.set()
+        for task in (*flood, other):
+            task.cancel()
 
     run(scenario())
 
