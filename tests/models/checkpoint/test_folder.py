@@ -1,5 +1,4 @@
 import json
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -196,15 +195,15 @@ def test_missing_files_are_named(folder, file):
 
 
 def test_code_in_a_folder_is_never_run(folder):
-    """Neither by the name of a pipeline of its own, nor by the auto_map of transformers."""
+    """The auto_map of transformers is ignored, a pipeline of the folder's own is refused."""
     code = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\nclass Custom: pass\n"
     for part in (".", "unet", "text_encoder", "tokenizer"):
         (folder / part / "custom.py").write_text(code)
-    edit_json(folder / "model_index.json", _class_name=["custom", "Custom"])
-    auto_map = {"AutoModel": "custom.Custom", "AutoConfig": "custom.Custom"}
     for file in ("text_encoder/config.json", "unet/config.json"):
-        edit_json(folder / file, auto_map=auto_map)
-    with suppress(CheckpointError):
+        edit_json(folder / file, auto_map={"AutoModel": "custom.Custom", "AutoConfig": "custom.Custom"})
+    load(folder)
+    edit_json(folder / "model_index.json", _class_name=["custom", "Custom"])
+    with pytest.raises(CheckpointError, match="custom"):
         load(folder)
     assert not list(folder.rglob("*.ran"))
 
