@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 MIN_GAIN = 1.1  # least speed of a UNet call by OpenVINO, relative to torch's, with which auto chooses it
 TRIAL_CELLS = 32  # largest side of the latent of the call that is timed
 TRIAL_CALLS = 3
+CHECK_CELLS = 8  # largest side of the latent of the call whose result is compared with torch's
 MAX_ERROR = {torch.bfloat16: 0.05, torch.float32: 1e-3}  # of a compiled UNet, relative to torch's result
 FILE = "backends.json"  # the measurements of earlier starts, in the cache folder
 
@@ -104,14 +105,17 @@ class CpuBackend:
             log.info("%s runs by torch, as measured before: %s", name, describe(seconds))
             return
         weights = mapped(model.unet, model.autoencoder)
-        unet, compiled, inputs = model.unet, CompiledUNet(model.unet), trial_inputs(model, TRIAL_CELLS)
+        unet, compiled, inputs = model.unet, CompiledUNet(model.unet), trial_inputs(model, CHECK_CELLS)
+        decoder = CompiledDecoder(model.autoencoder)
         error = difference(compiled(*inputs), unet(*inputs))
+        decoder.wait()
         if self.choice == "auto" and not seconds:
+            inputs = trial_inputs(model, TRIAL_CELLS)
             seconds = Seconds(least_seconds(lambda: unet(*inputs)), least_seconds(lambda: compiled(*inputs)))
             self._keep(key, seconds)
         measured = f": {describe(seconds)}" if seconds else ""
         if error <= MAX_ERROR[unet.dtype] and (seconds is None or is_faster(seconds)):
-            model.denoiser.unet, model.compiled_decoder = compiled, CompiledDecoder(model.autoencoder)
+            model.denoiser.unet, model.compiled_decoder = compiled, decoder
             log.info("%s runs by OpenVINO%s", name, measured)
             if weights:
                 weights.release()

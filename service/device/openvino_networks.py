@@ -7,7 +7,8 @@ bfloat16 and float32 networks keep their precision.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import openvino
@@ -22,7 +23,7 @@ from models.networks.deep_features import DeepFeatures
 from models.networks.unet import UNet
 
 ANY = -1  # a dimension of any size
-EXAMPLE_CELLS = 8  # sides of the smallest feature map with which a network is traced
+EXAMPLE_CELLS = 2  # sides of the smallest feature map with which a network is traced, which runs it once
 EXAMPLE_TOKENS = 5
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
@@ -60,10 +61,14 @@ class DecoderBlocks(nn.Module):
 
 
 class Compiled:
-    """A compiled network: float32 tensors on the CPU -> a float32 tensor."""
+    """A compiled network: float32 tensors on the CPU -> a float32 tensor.
+
+    It is compiled in a thread, so that another network can be traced meanwhile; calls wait for the end.
+    """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, inputs: Sequence[Input]) -> None:
         model = convert(network, [torch.zeros(each.traced) for each in inputs])
+        forget_traces()
         model.reshape({place: list(each.sizes) for place, each in zip(model.inputs, inputs, strict=True)})
         settings = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
@@ -71,13 +76,23 @@ class Compiled:
             "PERFORMANCE_HINT": "LATENCY",  # one call at a time, on all threads
             "ENABLE_CPU_PINNING": False,  # other processes may run on the same cores
         }
-        self._request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-        forget_traces()
+        pool = ThreadPoolExecutor(1)
+        self._request = pool.submit(compile_model, model, settings)
+        pool.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Wait until the network is compiled. Raises what compiling raised."""
+        self._request.result()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         arrays = [x.float().contiguous().numpy() for x in inputs]
-        results = self._request.infer(arrays, share_inputs=True)
+        results = self._request.result().infer(arrays, share_inputs=True)
         return torch.from_numpy(results[0].copy())  # the next call overwrites the result
+
+
+def compile_model(model: Any, settings: Mapping[str, Any]) -> Any:
+    """A request of a converted network, with which it can be called."""
+    return openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
 
 @torch.no_grad()
@@ -143,6 +158,10 @@ class CompiledDecoder:
         self.autoencoder, channels = autoencoder, autoencoder.spec.latent_channels
         latent = Input((1, channels, ANY, ANY), (1, channels, EXAMPLE_CELLS, EXAMPLE_CELLS))
         self.compiled = Compiled(DecoderBlocks(autoencoder), autoencoder.dtype, [latent])
+
+    def wait(self) -> None:
+        """As Compiled.wait()."""
+        self.compiled.wait()
 
     def __call__(self, z: Tensor) -> Tensor:
         """Unscaled z (B, C, h, w) -> x (B, 3, f*h, f*w), float32."""
