@@ -18,6 +18,7 @@ from models.latent_diffusion import LatentDiffusion
 from models.stopwatch import Stopwatch
 from service.catalogue import Catalogue
 from service.device.adapter_store import AdapterStore
+from service.device.contention import sparing_threads
 from service.device.cpu_backend import CpuBackend, choose_backend
 from service.device.determinism import configure_determinism
 from service.device.graphs import Graphs
@@ -25,7 +26,7 @@ from service.device.library import Library
 from service.device.registry import Registry
 from service.device.runner import TorchRunner
 from service.device.select import choose_device
-from service.device.threads import choose_threads, read_host
+from service.device.threads import ENVIRONMENT, choose_threads, read_host
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,19 @@ def build(
         library.read,
         Graphs() if settings.no_graphs else None,
         compiles=backend != "torch",
+        threads=sparing_threads() if may_spare_threads(settings, backend, device, os.environ) else None,
     )
+
+
+def may_spare_threads(
+    settings: Settings, backend: str, device: torch.device, environ: Mapping[str, str]
+) -> bool:
+    """Whether the number of threads may change: it was not given, and no promise depends on it.
+
+    With `invariant` the bits of images must not depend on other programs. OpenVINO has its own threads.
+    """
+    is_given = settings.threads or any(environ.get(variable) for variable in ENVIRONMENT)
+    return device.type == "cpu" and backend == "torch" and not settings.invariant and not is_given
 
 
 def configure_cpu(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from models.spec import ModelSpec
 from models.upscalers import LATENT_UPSCALERS
 from service.catalogue import Catalogue
 from service.device import hires, upscaling
+from service.device.contention import SparingThreads
 from service.device.contents import Contents
 from service.device.cpu_backend import backend_of
 from service.device.cuda_graphs import graphs_on
@@ -55,15 +57,17 @@ class TorchRunner:
         read: Callable[[Catalogue], Contents] = lambda catalogue: Contents(catalogue.number),
         graphs: Graphs | None = None,
         compiles: bool = False,
+        threads: SparingThreads | None = None,
     ) -> None:
         """room: bytes that one UNet call may take, 0 for all that is free; graphs: None for the default.
 
-        compiles: models may be compiled, which cannot run some jobs.
+        compiles: models may be compiled, which cannot run some jobs. threads: None for a fixed number.
         """
         self.registry = registry
         self.read = read  # what can be served of a catalogue, for install(); may run in another thread
         self.buckets = tuple(buckets[-1:] if invariant else buckets)
         self.jobs: dict[str, JobState] = {}
+        self._threads = threads
         self.device = device = device or torch.device("cpu")
         self.workspace = Workspace(
             device, graphs_on(device) if graphs is None else graphs, memory_of(device), invariant
@@ -156,6 +160,8 @@ class TorchRunner:
         size = padded_size(rows, self.buckets)
         checker, graphs = self.finite_checker, self.workspace.graphs
         begin = checker.now()
+        if self._threads:
+            self._threads.adapt(time.monotonic())
         self._encode_new_tiles(states, images)
         slow_calls = graphs.slow_calls
         new_states, use = self._stepper.advance(states, images, size)
