@@ -71,7 +71,11 @@ def by_openvino(network: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype
 
     model = openvino.convert_model(network, example_input=tuple(inputs))
     model.reshape({place: list(x.shape) for place, x in zip(model.inputs, inputs, strict=True)})
-    settings = {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype], "PERFORMANCE_HINT": "LATENCY"}
+    settings = {
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
     arrays = [x.numpy() for x in inputs]
     return lambda: torch.from_numpy(request.infer(arrays, share_inputs=True)[0].copy())

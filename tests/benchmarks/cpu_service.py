@@ -128,7 +128,8 @@ def main() -> None:
         f"{args.shape}, {args.size} x {args.size}, {len(requests)} requests, steps {args.steps}, "
         f"guidance {GUIDANCE}"
     )
-    pipeline = openvino_genai.Text2ImagePipeline(exported, "CPU")
+    threads = torch.get_num_threads()  # the service uses as many
+    pipeline = openvino_genai.Text2ImagePipeline(exported, "CPU", INFERENCE_NUM_THREADS=threads)
     settings = read_settings(flags={"model": str(model), "backend": args.backend})
     with started(settings) as (_, url), httpx.Client(base_url=url, timeout=None) as client:
         compare(client, pipeline, requests, args.rounds)
