@@ -58,6 +58,7 @@ ONE_SHOT = (
     "c2pa_cert",
     "c2pa_key",
 )
+RENDER = (*ONE_SHOT, "lora_dir")  # of `ldm generate`, `inpaint` and `upscale`
 # Settings of commands that only describe or convert checkpoints.
 CHECKPOINT = ("allow_pickle", "prediction", "weights")
 REPEATABLE = (

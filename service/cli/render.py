@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from models.spec import ModelSpec
-from service.catalogue import Catalogue, Folders
-from service.cli.options import ONE_SHOT, UsageError, settings_of
+from service.catalogue import Catalogue, Folders, Kind, read_catalogue
+from service.cli.options import RENDER, UsageError, settings_of
 from service.cli.phases import with_models
 from service.cli.render_request import fields_from, request_of
 from service.cli.run_job import run_job
-from service.model_paths import TINY_VAE, identify_all, locate_loras, locate_vaes
+from service.model_paths import TINY_VAE, identify_all, locate_folders, locate_loras, locate_vaes
 from service.requests import images
 from service.requests.resolve import OutputFormat, resolve
 from service.requests.response import Result, encode_image, signing
@@ -41,8 +41,8 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     """Run a request of this kind and write its images; `files`: field -> image file, or None."""
     output = Path(args.output)
     image_format = format_of(output)
-    settings = with_models(settings_of(args, *ONE_SHOT), args)
-    settings = replace(settings, lora=tuple(entry for entry, _ in args.lora))
+    settings = with_models(settings_of(args, *RENDER), args)
+    settings = replace(settings, lora=lora_entries(args, settings))
     paths, loras = Folders(settings).models, locate_loras(settings.lora)
     if not paths:
         raise UsageError("--model NAME is required with --model-dir")
@@ -67,6 +67,20 @@ def render(args: argparse.Namespace, kind: type[AnyRequest], files: Mapping[str,
     for warning in resolved.warnings + result.done.warnings:
         print(f"ldm: {warning}", file=sys.stderr)
     return 0
+
+
+def lora_entries(args: argparse.Namespace, settings: Settings) -> tuple[str, ...]:
+    """NAME=PATH of the LoRAs of --lora and --lora-dir. Raises UsageError for a name that is not there."""
+    locate_folders(settings.lora_dir)
+    given = [entry for entry, _ in args.lora if "=" in entry]
+    taken: dict[Kind, Mapping[str, Path]] = {"lora": locate_loras(given)}
+    folders = read_catalogue((), settings.lora_dir, settings.allow_pickle, taken)
+    found = {entry.name: entry.path for entry in folders.of("lora") if "=" not in entry.name}
+    for name in (entry for entry, _ in args.lora if "=" not in entry):
+        if name not in found:
+            known = ", ".join(sorted(found)) or "none"
+            raise UsageError(f"--lora is {name!r}; expected NAME=PATH, or a LoRA of --lora-dir: {known}")
+    return (*given, *(f"{name}={path}" for name, path in found.items()))
 
 
 def with_adapters(specs: dict[str, ModelSpec], settings: Settings) -> dict[str, ModelSpec]:

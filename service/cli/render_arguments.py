@@ -6,7 +6,7 @@ import argparse
 from typing import Any, get_args
 
 from models.spec import Spacing
-from service.cli.options import ONE_SHOT, add_settings
+from service.cli.options import RENDER, add_settings
 from service.cli.phases import add_hires, add_phases
 from service.requests.preprocessing import PREPROCESSORS
 from service.settings import Given, parse
@@ -94,11 +94,11 @@ def add_common(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--lora",
-        metavar="NAME=PATH[:WEIGHT]",
+        metavar="NAME[=PATH][:WEIGHT]",
         type=lora,
         action="append",
         default=[],
-        help="apply a LoRA, with weight 1 unless given; may be repeated",
+        help="apply a LoRA, with weight 1 unless given; without PATH, that of --lora-dir; may be repeated",
     )
     add(
         "--from",
@@ -106,7 +106,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="repeat the request whose parameters this image file contains; other arguments take precedence",
     )
-    add_settings(command, *ONE_SHOT)
+    add_settings(command, *RENDER)
 
 
 def add_scene(command: argparse.ArgumentParser) -> None:
@@ -197,12 +197,14 @@ def label(text: str) -> int | str:
 
 
 def lora(text: str) -> tuple[str, float]:
-    """NAME=PATH or NAME=PATH:WEIGHT -> (NAME=PATH, weight)."""
+    """NAME=PATH or NAME, and possibly :WEIGHT -> (NAME=PATH or NAME, weight)."""
     argument, weight = split_weight(text)
+    if argument and "=" not in argument:
+        return argument, weight
     try:
         (entry,) = parse("lora", Given(argument, "--lora", "the command line"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=PATH or NAME=PATH:WEIGHT") from None
+        raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=PATH, or a NAME of --lora-dir") from None
     return entry, weight
 
 

@@ -55,14 +55,16 @@ def run_job(job: Job, settings: Settings, sources: Mapping[str, Source]) -> Done
 
 
 def with_used_adapters(settings: Settings, job: Job) -> Settings:
-    """The settings without the controls and reference adapters that a job does not use."""
+    """The settings without the LoRAs, controls and reference adapters that a job does not use."""
     names = {key.name for key in job.weights_keys if isinstance(key, AdapterKey)}
+    loras = {weights.name for weights in job.loras}
 
-    def used(entries: Sequence[str]) -> tuple[str, ...]:
+    def used(entries: Sequence[str], names: Collection[str] = names) -> tuple[str, ...]:
         return tuple(entry for entry in entries if entry.partition("=")[0] in names)
 
     return replace(
         settings,
+        lora=used(settings.lora, loras),
         controlnet=used(settings.controlnet),
         reference_adapter=used(settings.reference_adapter),
     )

@@ -11,6 +11,7 @@ from PIL import Image
 from service.cli.main import main
 from service.requests import images
 from service.requests.metadata import Metadata
+from tests.checkpoints.lora_files import ATTENTION, as_peft, random_lora, shapes_of, write_lora
 from tests.checkpoints.tiny import write_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -35,6 +36,36 @@ def test_several_images_get_numbered_files(folder, tiny, capsys):
     assert main(["generate", "p", "-o", "p.jpg", "--model", str(tiny), "--n", "2", "--steps", "1"]) == 0
     assert {read_image(folder / name).format for name in ("p-0.jpg", "p-1.jpg")} == {"JPEG"}
     assert capsys.readouterr().out.startswith("p-0.jpg  seed ")
+
+
+def test_loras_of_a_folder_are_given_by_name(folder, tiny, capsys):
+    shapes = shapes_of(tiny, *ATTENTION)
+    (folder / "loras").mkdir()
+    for name, seed in (("ink", 1), ("oil", 2)):
+        write_lora(folder / "loras" / f"{name}.safetensors", as_peft(random_lora(shapes, seed)))
+    (folder / "loras" / "broken.safetensors").write_bytes(b"no tensors")  # not used, so not opened
+    common = ["generate", "p", "--model", str(tiny), "--steps", "1", "--seed", "1"]
+    dir_ = ["--lora-dir", str(folder / "loras")]
+    ink = f"ink={folder / 'loras/ink.safetensors'}"
+    for output, flags in {
+        "named.png": [*dir_, "--lora", "ink:0.5"],
+        "path.png": ["--lora", f"{ink}:0.5"],
+        "both.png": [*dir_, "--lora", f"{ink}:0.5"],  # the path takes precedence over the folder's file
+        "none.png": dir_,
+    }.items():
+        assert main([*common, *flags, "-o", output]) == 0
+    named, path, both, none = (
+        (folder / f"{name}.png").read_bytes() for name in ("named", "path", "both", "none")
+    )
+    assert named == path == both
+    assert named != none
+    assert main(["generate", "--from", "named.png", "--model", str(tiny), *dir_, "-o", "again.png"]) == 0
+    assert (folder / "again.png").read_bytes() == named
+    capsys.readouterr()
+    assert main([*common, *dir_, "--lora", "water", "-o", "x.png"]) == 2
+    assert "a LoRA of --lora-dir: broken, ink, oil" in capsys.readouterr().err
+    assert main([*common, "--lora-dir", "nowhere", "-o", "x.png"]) == 2
+    assert "no folder at 'nowhere'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
