@@ -34,7 +34,7 @@ PARTS = {"unet": 2, "D": 1}  # what is counted, and its rows
 
 
 class Launches(TorchDispatchMode):
-    """Counts launches by operator. converted: inputs of convolutions that are not in channels_last."""
+    """Counts launches by operator. converted: inputs of convolutions that cuDNN copies to its layout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class Launches(TorchDispatchMode):
         """cuDNN's output: in channels_last if the weight is; the bias is added by another kernel."""
         self.counts["convolution"] += 1
         self.counts["bias of a convolution"] += bias is not None
-        flat = min(x.shape[1:]) == 1 or x.dim() < 4
-        self.converted += not (flat or x.is_contiguous(memory_format=torch.channels_last))
+        layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+        self.converted += min(x.shape[1:]) > 1 and not x.is_contiguous(memory_format=layout)
         return torch.empty_like(out, memory_format=torch.channels_last) if out.dim() == 4 else out
 
     def kernel(self, name: str) -> object:

@@ -7,13 +7,15 @@ import importlib.util
 import os
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import group_norm
 
 from models.networks import kernels
+from models.networks.attention import AttentionBlock
 from models.networks.autoencoder import Autoencoder
 from models.networks.tiling import tiled
 from models.networks.unet import UNet
@@ -168,6 +170,17 @@ def test_a_unet_of_fused_kernels_predicts_the_same(interpreted, monkeypatch, nam
     context = [vectors(2, 5, unet.spec.context_width)] if unet.spec.context_width else []
     fused, plain = fused_and_plain(monkeypatch, interpreted, unet, x, t, *context)
     assert largest_error(fused, plain) < 1e-5
+
+
+@torch.no_grad()
+def test_attention_by_matrix_products_equals_that_by_convolutions(monkeypatch):
+    block = AttentionBlock(width=32, heads=4, groups=8)
+    fill_randomly(block, 3)
+    plain = SimpleNamespace(
+        group_norm=lambda x, weight, bias, groups, eps, _: group_norm(x, groups, weight, bias, eps)
+    )
+    products, convolutions = fused_and_plain(monkeypatch, plain, block, vectors(2, 32, 6, 8))
+    assert largest_error(products, convolutions) < 1e-6
 
 
 @pytest.mark.slow
