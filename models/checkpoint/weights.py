@@ -179,7 +179,11 @@ def open_shards(index: Path, suffix: str, device: torch.device | str, allow_pick
             raise CheckpointError(f"{index.parent / name} is missing; {index.name} names it")
     names = sorted(set(files.values()))
     shards = {name: open_weights(index.parent / name, device, allow_pickle) for name in names}
-    location = {key: name for name, shard in shards.items() for key in shard.stored}
+    location: dict[str, str] = {}
+    for name, shard in shards.items():
+        if twice := sorted(location.keys() & shard.stored.keys()):
+            raise CheckpointError(f"{index}: its files have {summarise_keys('duplicate', twice)}")
+        location.update((key, name) for key in shard.stored)
     if location != files:
         wrong = [key for key in {**files, **location} if location.get(key) != files.get(key)]
         raise CheckpointError(f"{index} does not match its files: {summarise_keys('different', wrong)}")

@@ -1,12 +1,13 @@
 """Every row of Stable Diffusion and its kin against `diffusers`, from folders that it wrote."""
 
 import json
+import re
 
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from models.checkpoint import CheckpointError, load, read_spec, save
 from models.conditioning.conditioner import ConditioningInput
@@ -153,30 +154,59 @@ def test_variants_and_shards(options, tmp_path):
     assert ("diffusion_pytorch_model.fp16.safetensors" in files) == ("max_shard_size" not in options)
 
 
-def test_shards_are_read_strictly(xl, tmp_path):
-    folder = tmp_path / "m"
-    save(load(xl), folder, shard=1_000_000)
-    file = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    first = index["weight_map"]["conv_in.weight"]
+@pytest.fixture
+def sharded(xl, tmp_path):
+    """A model whose UNet and VAE have several files each."""
+    save(load(xl), tmp_path / "m", shard=100_000)
+    return tmp_path / "m"
+
+
+PARTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model")
+
+
+def index_of(folder, part):
+    """The index file of a sharded network, and its content."""
+    file = folder / f"{part}.safetensors.index.json"
+    return file, json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_shards_are_read_strictly(sharded, part):
+    file, index = index_of(sharded, part)
+    files = index["weight_map"]
+    key = min(files)
+    first, *others = sorted({files[key], *files.values()}, key=lambda name: name != files[key])
     for name, expected in (
         ("../x.safetensors", "in its folder"),
-        ("no.safetensors", "is missing"),
+        (str(file.parent / first), "in its folder"),
+        ("..", "in its folder"),
         (3, "in its folder"),
+        ("no.safetensors", "no.safetensors is missing"),
+        (others[0], "does not match its files: 1 different keys: " + re.escape(key)),
     ):
-        file.write_text(json.dumps({"weight_map": index["weight_map"] | {"conv_in.weight": name}}))
+        file.write_text(json.dumps({"weight_map": files | {key: name}}))
         with pytest.raises(CheckpointError, match=expected):
-            load(folder)
-    file.write_text(json.dumps({"weight_map": index["weight_map"] | {"conv_in.weight": sorted(
-        set(index["weight_map"].values()) - {first})[0]}}))  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"does not match its files: 1 different keys: conv_in\.weight"):
-        load(folder)
+            load(sharded)
     file.write_text(json.dumps(index))
-    with safe_open(file.parent / first, "pt") as held:
-        assert "conv_in.weight" in held.keys()  # noqa: SIM118 (not a dict)
-    (file.parent / first).unlink()
+    shard = file.parent / first
+    shard.rename(file.parent / "renamed.safetensors")
     with pytest.raises(CheckpointError, match=f"{first} is missing"):
-        load(folder)
+        load(sharded)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("last", [False, True])
+def test_a_tensor_in_two_shards_is_refused(sharded, part, last):
+    """Whichever of the two files the index names."""
+    file, index = index_of(sharded, part)
+    files = index["weight_map"]
+    first, *_, final = sorted(set(files.values()))
+    named, other = (final, first) if last else (first, final)
+    key = next(key for key, name in files.items() if name == named)
+    tensors = load_file(file.parent / other)
+    save_file(tensors | {key: load_file(file.parent / named)[key]}, file.parent / other)
+    with pytest.raises(CheckpointError, match="1 duplicate keys: " + re.escape(key)):
+        load(sharded)
 
 
 def test_pickled_shards_need_to_be_allowed(tmp_path):
