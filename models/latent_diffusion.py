@@ -316,13 +316,14 @@ class LatentDiffusion:
         concat_channels: Sequence[Tensor] | None = None,
         size: tuple[int, int] | None = None,
         image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE,
+        sampler: str = "ddim",
     ) -> Tensor:
-        """One image per input, by DDIM, all in one batch.
+        """One image per input, all in one batch.
 
         inputs: a string is a prompt alone. guidance_scale: must be 1 if the model does not support guidance.
         concat_channels: of each image, from self.concat_channels(), to inpaint, to place objects or to edit
         an image. size: (width, height); None: the model's default. image_guidance_scale: of models that edit.
-        -> x (B, 3, H, W), float32.
+        sampler: with its usual timesteps, and no eta. -> x (B, 3, H, W), float32.
         """
         full_inputs = [as_input(each) for each in inputs]
         defaults, rows = self.spec.defaults, self.step_rows(guidance_scale, image_guidance_scale)
@@ -335,11 +336,13 @@ class LatentDiffusion:
         contexts = [
             self.context_pair(each if each.size else each._replace(size=size)) for each in full_inputs
         ]
-        noise = torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        )
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def noise() -> Tensor:
+            return torch.stack([torch.randn(shape, generator=each) for each in generators]).to(self.device)
+
         eps = self.predictor(contexts, stacked, guidance_scale, None, rows)
-        return self.decode(self.denoise(noise.to(self.device), steps, eps))
+        return self.decode(self.denoise(noise(), steps, eps, sampler, noise))
 
     def step_rows(
         self, guidance_scale: float, image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE
@@ -387,13 +390,25 @@ class LatentDiffusion:
 
         return eps
 
-    def denoise(self, x: Tensor, steps: int, eps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """DDIM from noise x (B, C, h, w) to a latent of the same shape. eps: from self.predictor()."""
-        state = x[:, None]  # (B, 1, C, h, w): DDIM has no history
-        for line in torch.from_numpy(plan(self.schedule, "ddim", steps).coeffs).to(x.device):
+    def denoise(
+        self,
+        x: Tensor,
+        steps: int,
+        eps: Callable[[Tensor, Tensor, Tensor], Tensor],
+        sampler: str = "ddim",
+        noise: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """From noise x (B, C, h, w) to a latent of the same shape.
+
+        eps: from self.predictor(). noise: fresh noise like x, for samplers that add some.
+        """
+        run = plan(self.schedule, sampler, steps)
+        state = x[:, None].repeat(1, 1 + run.history, 1, 1, 1)  # (B, 1 + m, C, h, w): x and the history
+        for line, adds_noise in zip(torch.from_numpy(run.coeffs).to(x.device), run.needs_noise, strict=True):
             coeffs = line.expand(len(x), -1)
             alpha_sigma = coeffs[:, ALPHA : SIGMA + 1].float()
-            state = step(state, eps(state[:, 0], coeffs[:, T], alpha_sigma), coeffs)
+            fresh = noise() if noise and adds_noise else None
+            state = step(state, eps(state[:, 0], coeffs[:, T], alpha_sigma), coeffs, fresh)
         return state[:, 0]
 
     def upscale(

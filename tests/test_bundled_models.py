@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from PIL import Image
 from models.adapters import lora
 from models.adapters.control_net import open_control
 from models.checkpoint import load
+from models.dtypes import choose_dtype
+from models.latent_diffusion import LatentDiffusion
 from models.spec import ALL_TASKS
 from models.training.crops import larger, smaller
 from models.training.evaluate import (
@@ -33,7 +37,7 @@ from models.training.evaluate_control import draw, outlines_of, overlaps
 from models.training.few_steps import LORA_FILE
 from models.training.scenes import COLOURS, Atlas, held_out_scenes
 from service.requests.labels import colour_of
-from tests.helpers.clients import image_of
+from tests.helpers.clients import alone, image_of, together, worst_psnr
 from tests.helpers.environment import ROOT, needs_font
 from tests.helpers.images import png
 from tests.helpers.servers import Server
@@ -170,15 +174,45 @@ def test_objects_fill_the_outline_of_a_control_image() -> None:
     assert np.median(with_outline) > np.median(without) + 0.1
 
 
+@pytest.fixture(scope="module")
+def adapted() -> LatentDiffusion:
+    """EMOJI with the LoRA for few steps, in the dtype that a server chooses."""
+    model = load(EMOJI, dtype=choose_dtype("auto", torch.device("cpu")))
+    loras = lora.open_loras({"few": FEW_STEPS / LORA_FILE}, {"emoji": model.spec})["emoji"]
+    return lora.apply(model, [(loras["few"], 1.0, 1.0)])
+
+
 @pytest.mark.slow
 @needs_font
 @torch.inference_mode()
-def test_with_the_lora_four_steps_without_guidance_are_enough() -> None:
-    model, judge, pairs = load(EMOJI), Judge(Atlas()), held_out_prompts(NAMES, 10)
-    loras = lora.open_loras({"few": FEW_STEPS / LORA_FILE}, {"emoji": model.spec})["emoji"]
-    adapted = lora.apply(model, [(loras["few"], 1.0, 1.0)])
+def test_with_the_lora_four_steps_without_guidance_are_enough(adapted: LatentDiffusion) -> None:
+    judge, pairs = Judge(Atlas()), held_out_prompts(NAMES, 10)
     right = named_object_accuracy(judge, pairs, Painter(adapted, 4, 1.0, len(pairs))).top1
     assert right >= 0.7
+
+
+@torch.inference_mode()
+def test_jobs_with_the_lora_share_calls_whatever_their_samplers(
+    bundled: Server, adapted: LatentDiffusion
+) -> None:
+    few = {"prompt": "owl on a red background", "steps": 4, "guidance_scale": 1, "loras": {"few-steps": 1}}
+    samplers = ("lcm", "ddim", "euler", "lcm", "dpmpp_2m", "ddim")
+    bodies = [few | {"sampler": name, "seed": seed} for seed, name in enumerate(samplers)]
+    bodies.append({"prompt": "owl", "steps": 6, "seed": 1})  # without the LoRA: in calls of its own
+    images = alone(bundled, bodies)
+    for seed in (0, 3):
+        (expected,) = to_images(adapted.sample([few["prompt"]], [seed], 4, 1.0, sampler="lcm"))
+        assert psnr(images[seed], expected) > 40
+    before = bundled.client.get("/activity").json()["last"]
+    with ThreadPoolExecutor() as pool:
+        answers = together(bundled, pool, bodies)
+        assert worst_psnr(images, answers) > 40
+    ids = [answer.result().json()["id"] for answer in answers]
+    by_tag = {f"{zlib.crc32(id.encode()):08x}": index for index, id in enumerate(ids)}
+    calls = bundled.client.get("/activity", params={"after": before}).json()["calls"]
+    shared = [{by_tag[job["tag"]] for job in call["jobs"]} for call in calls]
+    assert any({samplers[index] for index in jobs if index < 6} >= {"lcm", "ddim"} for jobs in shared)
+    assert all(jobs == {6} for jobs in shared if 6 in jobs)
 
 
 def test_they_are_small_and_have_a_model_card() -> None:
