@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from models.sampling.samplers import SAMPLERS
 from models.training import commands
 from models.training.presets import DEFAULTS
 
@@ -192,6 +193,8 @@ def add_model(part: argparse.ArgumentParser) -> None:
     part.add_argument("model", type=Path, metavar="FOLDER", help="a trained model")
     part.add_argument("--steps", type=int, help="default: the model's own")
     part.add_argument("--guidance-scale", type=float, default=DEFAULTS.guidance_scale)
+    samplers = "of text-to-image models"
+    part.add_argument("--sampler", choices=SAMPLERS, default="ddim", metavar="NAME", help=samplers)
     part.add_argument("--names", type=Path, metavar="FILE", help="default: the model's names.txt")
     part.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA to add to the model")
     part.add_argument(

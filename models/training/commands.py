@@ -210,9 +210,9 @@ def train_few_steps(args: argparse.Namespace) -> bool:
 
 def export_few_steps(args: argparse.Namespace) -> None:
     from models.training import few_steps
+    from models.training.diffusion import networks_of
 
-    unet = checkpoint.load(args.start).unet
-    assert unet is not None
+    unet, _ = networks_of(checkpoint.load(args.start))
     low_rank = few_steps.LowRank(unet)
     low_rank.load_state_dict(averaged(args.state / "few_steps.pt"))
     few_steps.save(low_rank, unet, args.output)
@@ -259,7 +259,7 @@ def evaluate(args: argparse.Namespace) -> None:
         lines = evaluate_upscaler.report(model, args.count, args.steps or model.spec.defaults.steps)
     else:
         steps, scale = args.steps or DEFAULTS.steps, args.guidance_scale
-        lines = evaluate.report(model, names_of(args), args.count, steps, scale)
+        lines = evaluate.report(model, names_of(args), args.count, steps, scale, args.sampler)
     for line in lines:
         print(line, flush=True)
 
@@ -275,7 +275,7 @@ def draw_sheets(args: argparse.Namespace) -> None:
     elif "upscaling" in model.spec.tasks:
         drawn = evaluate_upscaler.sheets(model, steps)
     else:
-        drawn = sheet.sheets(model, names_of(args), steps, args.guidance_scale)
+        drawn = sheet.sheets(model, names_of(args), steps, args.guidance_scale, args.sampler)
     for task, image in drawn:
         image.save(args.output / f"{task}.png", optimize=True)
 

@@ -18,7 +18,6 @@ from torch.nn.functional import conv2d, max_pool2d
 from tqdm import tqdm
 
 from models.adapter_specs import ControlNetSpec
-from models.conditioning.conditioner import TextConditioner
 from models.dtypes import mixed_precision
 from models.latent_diffusion import LatentDiffusion
 from models.networks.adapter_inputs import AdapterInputs
@@ -26,7 +25,7 @@ from models.networks.control_net import ControlNet
 from models.networks.unet import UNet
 from models.sampling.schedule import Schedule
 from models.spec import UNetSpec
-from models.training.diffusion import CHUNK, timestep_density, v_error
+from models.training.diffusion import CHUNK, networks_of, timestep_density, v_error
 from models.training.first_stage import to_x
 from models.training.scenes import Atlas, draw_scene
 from models.training.trainer import Budget, Trainer
@@ -100,8 +99,7 @@ def draw_data(
     latents: (N, C, h, w), scaled bfloat16; masks: (N, 128, 128), bool, the objects; ids: (N, 2, L), token ids
     of both captions.
     """
-    assert isinstance(model.conditioner, TextConditioner)
-    rng, atlas, encoder = np.random.default_rng(seed), Atlas(names), model.conditioner.encoders[0]
+    rng, atlas, (_, encoder) = np.random.default_rng(seed), Atlas(names), networks_of(model)
     latents, masks, ids = [], [], []
     for _ in tqdm(range(-(-count // CHUNK)), desc="scenes", unit_scale=CHUNK, unit="scene"):
         scenes = [draw_scene(atlas, rng, SIZES, KINDS) for _ in range(CHUNK)]
@@ -165,10 +163,7 @@ def train(
 
     data: from draw_data(). Returns True once the budget is spent.
     """
-    unet, conditioner = model.unet, model.conditioner
-    assert unet is not None
-    assert isinstance(conditioner, TextConditioner)
-    encoder, (_, channels, h, w) = conditioner.encoders[0], data["latents"].shape
+    (unet, encoder), (_, channels, h, w) = networks_of(model), data["latents"].shape
     concat = model.concat_channels(h, w)
     constant = torch.zeros(1, 0, h, w) if concat is None else concat[:1].clone()
     control = ControlNet(control_spec(unet.spec, channels))

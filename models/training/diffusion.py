@@ -304,22 +304,28 @@ def v_error(
     return (error if weight is None else weight * error).mean()
 
 
+def networks_of(model: LatentDiffusion) -> tuple[UNet, TextEncoder]:
+    """The UNet and the text encoder of a text-to-image model. Raises ValueError for another model."""
+    if model.unet is None or not isinstance(model.conditioner, TextConditioner):
+        raise ValueError(f"{model.spec.name} is not a text-to-image model")
+    return model.unet, model.conditioner.encoders[0]
+
+
 def start_from(network: SceneNetwork, model: LatentDiffusion) -> None:
     """Copies the weights of a trained model into the network, which may have more words and latent channels.
 
     Token embeddings are matched by the token's text. Raises ValueError if the model is not a text-to-image
     model.
     """
-    if model.unet is None or not isinstance(model.conditioner, TextConditioner):
-        raise ValueError(f"{model.spec.name} is not a text-to-image model to start from")
-    old_encoder, encoder = model.conditioner.encoders[0], network.text_encoder
+    (unet, old_encoder), encoder = networks_of(model), network.text_encoder
+    assert isinstance(model.conditioner, TextConditioner)
     old, new = (each.prompt_tokenizer.tokenizer.get_vocab() for each in (old_encoder, encoder))
     text, shared = old_encoder.state_dict(), sorted(new.keys() & old.keys())
     rows = encoder.state_dict()
     key = next(key for key in text if key.endswith("token_embedding.weight"))
     rows[key][[new[token] for token in shared]] = text[key][[old[token] for token in shared]]
     encoder.load_state_dict(text | {key: rows[key]})
-    copy_unet(model.unet, network.unet)
+    copy_unet(unet, network.unet)
     if model.conditioner.layout:
         network.layout.load_state_dict(model.conditioner.layout.state_dict())
 

@@ -192,8 +192,11 @@ def fidelity(model: LatentDiffusion, atlas: Atlas, count: int = 128) -> float:
 class Painter:
     """Draws images with a model in batches, every image with a new seed."""
 
-    def __init__(self, model: LatentDiffusion, steps: int, guidance_scale: float, total: int) -> None:
+    def __init__(
+        self, model: LatentDiffusion, steps: int, guidance_scale: float, total: int, sampler: str = "ddim"
+    ) -> None:
         self.model = model
+        self.sampler = sampler
         self.steps = steps
         self.guidance_scale = guidance_scale
         self.bar = tqdm(total=total, desc="images", leave=False)
@@ -208,7 +211,7 @@ class Painter:
             chosen = prompts[part]
             seeds = range(self.drawn, self.drawn + len(chosen))
             given = None if concat_channels is None else concat_channels[part]
-            x = self.model.sample(chosen, seeds, self.steps, self.guidance_scale, given)
+            x = self.model.sample(chosen, seeds, self.steps, self.guidance_scale, given, sampler=self.sampler)
             parts.append(to_images(x))
             self.drawn += len(chosen)
             self.bar.update(len(chosen))
@@ -375,13 +378,18 @@ def shuffled(model: LatentDiffusion) -> LatentDiffusion:
 
 @torch.inference_mode()
 def report(
-    model: LatentDiffusion, names: Sequence[str], count: int, steps: int, guidance_scale: float
+    model: LatentDiffusion,
+    names: Sequence[str],
+    count: int,
+    steps: int,
+    guidance_scale: float,
+    sampler: str = "ddim",
 ) -> Iterator[str]:
     """Yields one line per figure; reproducible on the same hardware."""
     atlas, part = Atlas(), max(count // 3, 1)
     judge = Judge(atlas)
-    paint = Painter(model, steps, guidance_scale, count + 5 * part)
-    yield f"{len(names)} names, {steps} steps, guidance {guidance_scale:g}"
+    paint = Painter(model, steps, guidance_scale, count + 5 * part, sampler)
+    yield f"{len(names)} names, {sampler}, {steps} steps, guidance {guidance_scale:g}"
     yield f"D(E(x)) on held-out scenes: {fidelity(model, atlas):.2f} dB"
     accuracy = named_object_accuracy(judge, held_out_prompts(names, count), paint)
     yield (

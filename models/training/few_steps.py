@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from models.conditioning.conditioner import TextConditioner
 from models.dtypes import mixed_precision
 from models.formats import keymaps
 from models.latent_diffusion import LatentDiffusion
 from models.networks.unet import UNet
 from models.sampling.schedule import Schedule
+from models.training.diffusion import networks_of
 from models.training.scenes import COLOURS, held_out, place_objects
 from models.training.trainer import Budget, Trainer
 
@@ -131,8 +131,7 @@ def draw_paths(
 
     states: (N, STEPS + 1, C, h, w) float16, where each phase begins, and the last one's end; ids: (N, L).
     """
-    assert isinstance(model.conditioner, TextConditioner)
-    encoder, defaults = model.conditioner.encoders[0], model.spec.defaults
+    (_, encoder), defaults = networks_of(model), model.spec.defaults
     shape = model.spec.latent_shape(defaults.width, defaults.height)
     angles, generator = Angles(model.schedule), torch.Generator().manual_seed(seed)
     path, texts = angles.path(STEPS, TEACHER_STEPS), captions(names, count, seed)
@@ -195,10 +194,7 @@ def train(
 
     data: from draw_paths(). Returns True once the budget is spent.
     """
-    unet, conditioner = model.unet, model.conditioner
-    assert unet is not None
-    assert isinstance(conditioner, TextConditioner)
-    angles, encoder = Angles(model.schedule), conditioner.encoders[0]
+    angles, (unet, encoder) = Angles(model.schedule), networks_of(model)
     path = torch.tensor(angles.path(STEPS, 1), device=device)
     concat = model.concat_channels(*data["states"].shape[-2:])
     low_rank = LowRank(unet)

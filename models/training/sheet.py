@@ -32,10 +32,10 @@ Captioned = tuple[Images, Sequence[str]]
 
 
 def sheets(
-    model: LatentDiffusion, names: Sequence[str], steps: int, guidance_scale: float
+    model: LatentDiffusion, names: Sequence[str], steps: int, guidance_scale: float, sampler: str = "ddim"
 ) -> Iterator[tuple[str, Image.Image]]:
     """(task, sheet) for every task of the bundled model; no image is chosen by hand."""
-    paint = Painter(model, steps, guidance_scale, total=12 * COLUMNS)
+    paint = Painter(model, steps, guidance_scale, total=12 * COLUMNS, sampler=sampler)
     yield "text-to-image", lay_out(*of_prompts(paint, names), COLUMNS)
     yield "two-objects", lay_out(*of_relations(paint, names), COLUMNS)
     yield "layout-to-image", lay_out(*of_layouts(paint, names), COLUMNS)
@@ -101,7 +101,9 @@ def of_masks(paint: Painter, names: Sequence[str]) -> Captioned:
 def of_size(paint: Painter, names: Sequence[str], width: int, height: int) -> Captioned:
     """Three held-out prompts at a size that was not trained on."""
     prompts = [caption_of(*pair) for pair in held_out_prompts(names, 3, seed=6)]
-    x = paint.model.sample(prompts, range(3), paint.steps, paint.guidance_scale, size=(width, height))
+    x = paint.model.sample(
+        prompts, range(3), paint.steps, paint.guidance_scale, size=(width, height), sampler=paint.sampler
+    )
     return to_images(x), prompts
 
 

@@ -142,7 +142,11 @@ def test_a_lora_for_few_steps_is_trained_exported_and_evaluated(tmp_path: Path, 
     assert file.stat().st_size < 1.5 * 2**20
     given = ["--lora", str(file), "--names", str(names), "--steps", "4", "--guidance-scale", "1"]
     main(["evaluate", str(base), *given, "--count", "2"])
-    assert "2 held-out prompts: top-1" in capsys.readouterr().out
+    main(["evaluate", str(base), *given, "--count", "2", "--sampler", "lcm"])
+    out = capsys.readouterr().out
+    assert "2 names, ddim, 4 steps, guidance 1\n" in out
+    assert "2 names, lcm, 4 steps, guidance 1\n" in out
+    assert out.count("2 held-out prompts: top-1") == 2
 
 
 def test_most_updates_are_at_middle_noise() -> None:
