@@ -45,7 +45,7 @@ KINDS = (
     Kind("SDXL-Turbo", r"\bsd ?xl ?turbo\b", "euler_ancestral", "trailing", 4),
     Kind("SD-Turbo", r"\bsd ?turbo\b", "euler_ancestral", "trailing", 4),
     Kind("LCM", r"\blcm\b", "lcm", None, 4),
-    Kind("progressive distillation", r"\bfew steps?\b", "ddim", "trailing", 4),  # by `ldm train few-steps`
+    Kind("progressive distillation", r"\bfew steps?\b", "lcm", None, 4),  # by `ldm train few-steps`
 )
 SCHEDULERS = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}  # of diffusers folders, used by nothing else
 # Lightning's model for one step predicts x_0; no other part of its file says so.

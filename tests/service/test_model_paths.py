@@ -69,4 +69,4 @@ def test_a_bundled_lora_is_found_by_its_name():
     assert file.is_file()
     assert file.parent.name == "emoji-few-steps"
     assert (found := few_step.of_name(file.parent.name))
-    assert (found.sampler, found.steps, found.guidance_scale) == ("ddim", 4, 1.0)
+    assert (found.sampler, found.steps, found.guidance_scale) == ("lcm", 4, 1.0)

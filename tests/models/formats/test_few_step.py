@@ -22,7 +22,7 @@ from models.formats.few_step import of_name, predicts_x_0
         ("TCD-SDXL-LoRA", ("TCD", 4, 1.0, "tcd", None, 0.3)),
         ("dmd2_sdxl_1step_unet_fp16", ("DMD2, 1 step", 1, 1.0, "lcm", "trailing", 0.0)),
         ("Hyper-SDXL-1step-Unet", ("Hyper-SD UNet", 1, 1.0, "lcm", "trailing", 0.0)),
-        ("emoji-few-steps", ("progressive distillation", 4, 1.0, "ddim", "trailing", 0.0)),
+        ("emoji-few-steps", ("progressive distillation", 4, 1.0, "lcm", None, 0.0)),
         ("dmd2_sdxl_4step_lora_fp16", ("DMD2", 4, 1.0, "lcm", "trailing", 0.0)),
     ],
 )

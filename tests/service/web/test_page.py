@@ -102,6 +102,7 @@ def test_live_mode_draws_in_few_steps_while_one_types(visit: Visit):
     body = sent.value.post_data_json
     assert body["prompt"] == "ghost"
     assert (body["steps"], body["guidance_scale"], body["loras"]) == (4, 1, {"few-steps": 1})
+    assert body["sampler"] == "lcm"
     live = page.get_by_role("region", name="Live")
     expect(live.get_by_role("status")).to_contain_text("ghost: 4 steps")
     live.get_by_role("button", name="Open: ghost").click()
